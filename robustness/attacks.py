@@ -1,0 +1,152 @@
+"""Attacks as pure functions with one signature: `attack(model, x, y, threat, *, generator, ...) -> x_adv`.
+
+`model` maps float images in [0, 1] to logits and is frozen by the caller (`models.frozen`); x `(N, C, H, W)`,
+y `(N,)`; the X
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustness import losses
+from robustness.cw import cw_l2
+from robustness.errors import BadInput
+from robustness.threat import Threat, project, start, steepest
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+AttackFunction = Callable[..., Tensor]
+
+
+def climb(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    generator: torch.Generator,
+    loss: Loss = losses.cross_entropy,
+    steps: int = 10,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    momentum: float = 0.0,
+    keep: str = "worst",
+) -> Tensor:
+    """Projected gradient ascent, the loop behind FGSM, PGD, margin-PGD and MI-FGSM.
+
+    keep="worst" returns, per image, the first iterate that fools the model, else the one of highest loss; an image
+    that is fooled leaves the batch at once. keep="last" returns the last iterate, as adversarial training and
+    transfer need it. step_size defaults to 2.5 eps / steps (Madry et al. 2018). Every step costs one forward and one
+    backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too.
+    """
+    step_size = 2.5 * threat.eps / steps if step_size is None else step_size
+    worst, highest = x.clone(), x.new_full((len(x),), float("-inf"))
+    alive = torch.arange(len(x), device=x.device)
+    for _ in range(restarts):
+        index, origin, velocity = alive, x[alive], torch.zeros_like(x[alive])
+        x_adv = start(origin, threat, generator) if random_start else origin.clone()
+        for step in range(steps + 1):
+            if step == steps and keep == "last":
+                break
+            value, gradient, logits = _look(model, x_adv, y[index], loss, with_gradient=step < steps)
+            if keep == "worst":
+                fooled = logits.argmax(dim=1) != y[index]
+                value = torch.where(fooled, torch.inf, value)
+                better = value > highest[index]
+                worst[index[better]] = x_adv[better]
+                highest[index[better]] = value[better]
+                stay = ~fooled
+                index, origin, x_adv = index[stay], origin[stay], x_adv[stay]
+                gradient, velocity = gradient[stay], velocity[stay]
+            if step == steps or len(index) == 0:
+                break
+            if momentum:
+                size = gradient.abs().flatten(1).mean(dim=1).clamp_min(1e-12)
+                velocity = momentum * velocity + gradient / size.view(-1, *[1] * (x.dim() - 1))
+                gradient = velocity
+            x_adv = project(x_adv + step_size * steepest(gradient, threat.norm), origin, threat)
+        if keep == "last":
+            return x_adv
+        alive = index
+    return worst
+
+
+def _look(model: Model, x: Tensor, y: Tensor, loss: Loss, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss per image, its gradient (zeros where none was asked for) and the logits at x."""
+    with torch.set_grad_enabled(with_gradient):
+        point = x.detach().requires_grad_(with_gradient)
+        logits = model(point)
+        value = loss(logits, y)
+        gradient = torch.autograd.grad(value.sum(), point)[0] if with_gradient else torch.zeros_like(x)
+    return value.detach(), gradient, logits.detach()
+
+
+def fgsm(model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+    """One step of length eps from the image itself. Goodfellow et al. 2015."""
+    return climb(
+        model,
+        x,
+        y,
+        threat,
+        generator=generator,
+        steps=1,
+        step_size=threat.eps,
+        random_start=False,
+        keep="last",
+    )
+
+
+pgd = partial(climb, loss=losses.cross_entropy)
+"""Projected gradient descent on the cross-entropy. Madry et al. 2018."""
+
+margin_pgd = partial(climb, loss=losses.margin)
+"""PGD on the Carlini & Wagner margin, which does not care about the scale of the logits."""
+
+# 10 steps of eps/10 and momentum 1 are the paper's; the last iterate, as a surrogate that is fooled early
+# says little about the target.
+mi_fgsm = partial(climb, loss=losses.cross_entropy, momentum=1.0, random_start=False, keep="last")
+"""Momentum iterative FGSM, made to transfer. Dong et al. 2018."""
+
+ATTACKS: dict[str, AttackFunction] = {
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "margin-pgd": margin_pgd,
+    "mi-fgsm": mi_fgsm,
+    "cw-l2": cw_l2,
+}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A named attack with its parameters, as a policy or a table speaks of it."""
+
+    name: str
+    function: AttackFunction
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(text: str) -> Attack:
+        """From a name: `fgsm`, `pgd-20` (steps), `pgd-50x5` (steps x restarts), `margin-pgd-20`, `cw-l2-100`."""
+        match = re.fullmatch(r"(?P<kind>[a-z0-9-]*?[a-z2])(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?", text)
+        kind = match["kind"] if match else ""
+        if match is None or kind not in ATTACKS:
+            raise BadInput(
+                f"attack: {text!r} is unknown; choose from {', '.join(ATTACKS)}, with -STEPS or -STEPSxRESTARTS"
+            )
+        parameters = {key: int(value) for key, value in match.groupdict().items() if key != "kind" and value}
+        if any(value < 1 for value in parameters.values()) or (kind == "fgsm" and parameters):
+            raise BadInput(f"attack: {text!r}: steps and restarts must be at least 1, and fgsm takes none")
+        if kind in ("cw-l2", "mi-fgsm") and "restarts" in parameters:
+            raise BadInput(f"attack: {text!r}: {kind} takes no restarts")
+        return Attack(text, ATTACKS[kind], parameters)
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+        return self.function(model, x, y, threat, generator=generator, **self.parameters)

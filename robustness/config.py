@@ -1,0 +1,53 @@
+"""Configuration as TOML over visible defaults: an unknown key is an error that names file and key."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from robustness.errors import BadInput
+from robustness.threat import parse_eps
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A table of the file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _is_radius(text: str) -> str:
+    try:
+        value = parse_eps(text)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    if not 0 < value <= 1:
+        raise ValueError(f"{text!r} is {value:g}; a radius in pixel units lies in (0, 1]")
+    return text
+
+
+Radius = Annotated[str, AfterValidator(_is_radius)]
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """TOML text as a table; the error names the file and the place."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{source}: not TOML: {error}") from None
+
+
+def validated(model: type[M], table: dict[str, Any], source: str) -> M:
+    """A pydantic model from a table; the error names the file, the key and what is wrong with it."""
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        if first["type"] == "extra_forbidden":
+            raise BadInput(f"{source}: unknown key {key}; remove it or correct its spelling") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise BadInput(f"{source}: {key}: {message} (found {first['input']!r})") from None

@@ -1,0 +1,160 @@
+"""Images as bytes: uint8 `(N, H, W, 3)` with int64 labels, in a training and a test part, and a digest of both."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from robustness.errors import BadInput
+from robustness.progress import Track, silent
+
+Bytes = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# Seed of the digits' training/test split; part of what "digits" means, like its order.
+DIGITS_SPLIT_SEED = 20260
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set; `path` and `image_size` are what it takes to load it again."""
+
+    name: str
+    x_train: Bytes
+    y_train: Labels
+    x_test: Bytes
+    y_test: Labels
+    classes: tuple[str, ...]
+    path: str = ""
+    image_size: int = 0
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of all images and labels, in order."""
+        digest = hashlib.sha256()
+        for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            digest.update(str((array.shape, array.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.x_train.shape[1:]
+        return int(height), int(width), int(channels)
+
+    def describe(self) -> dict[str, Any]:
+        """The entry that manifests keep."""
+        return {"name": self.name, "path": self.path, "image_size": self.image_size, "sha256": self.sha256}
+
+
+def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
+    """Load `digits`, `cifar10`, `npz` or `folder`; `path` is a file or folder, `image_size` a side."""
+    loaders = {
+        "digits": lambda: _digits(),
+        "cifar10": lambda: _npz(path, "cifar10") if path.endswith(".npz") else _cifar10(path),
+        "npz": lambda: _npz(path, "npz"),
+        "folder": lambda: _folder(path, image_size, track),
+    }
+    if name not in loaders:
+        raise BadInput(f"data: name is {name!r}; choose one of {', '.join(loaders)}")
+    dataset = loaders[name]()
+    for part, images, labels in (
+        ("train", dataset.x_train, dataset.y_train),
+        ("test", dataset.x_test, dataset.y_test),
+    ):
+        _check(f"data {name} ({path or 'built in'}), {part} part", images, labels, len(dataset.classes))
+    return dataset
+
+
+def _check(where: str, images: Bytes, labels: Labels, classes: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise BadInput(f"{where}: images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
+    if len(images) == 0 or labels.shape != (len(images),):
+        raise BadInput(
+            f"{where}: {len(images)} images and labels of shape {labels.shape}; expected one label an image"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise BadInput(f"{where}: labels are {labels.dtype}; expected integers")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise BadInput(f"{where}: labels run from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
+
+
+def _digits() -> Dataset:
+    """scikit-learn's scanned digits (UCI, 1,797 images of 8x8 with 17 grey levels), bilinearly upsampled to 16x16."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images / 16).float()[:, None]
+    large = functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
+    images = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    order = np.random.default_rng(DIGITS_SPLIT_SEED).permutation(len(images))
+    x, y = np.ascontiguousarray(images[order]), bunch.target[order].astype(np.int64)
+    return Dataset("digits", x[450:], y[450:], x[:450], y[:450], tuple("0123456789"))
+
+
+def _npz(path: str, name: str) -> Dataset:
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    if not path:
+        raise BadInput(f"data: {name} needs a path to an .npz file with {', '.join(keys)}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive]
+            if missing:
+                raise BadInput(f"{path}: lacks {', '.join(missing)}; expected {', '.join(keys)}")
+            x_train, y_train, x_test, y_test = (archive[key] for key in keys)
+            named = [str(label) for label in archive["classes"]] if "classes" in archive else None
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; point data.path at an .npz with {', '.join(keys)}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as .npz: {str(error).splitlines()[0]}") from None
+    classes: tuple[str, ...]
+    if name == "cifar10":
+        classes = CIFAR10_CLASSES
+    else:
+        classes = tuple(named or (str(k) for k in range(int(y_train.max(initial=0)) + 1)))
+    y_train, y_test = (y.astype(np.int64) if np.issubdtype(y.dtype, np.integer) else y for y in (y_train, y_test))
+    return Dataset(name, x_train, y_train, x_test, y_test, classes, path=path)
+
+
+def _cifar10(path: str) -> Dataset:
+    """CIFAR-10 through torchvision, downloaded into `path` (default `data`) where it is not there yet."""
+    from torchvision.datasets import CIFAR10
+
+    root = path or "data"
+    try:
+        parts = [CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"data: cifar10 is not in {root} and cannot be downloaded ({reason}); set data.path") from None
+    (x_train, y_train), (x_test, y_test) = ((p.data, np.asarray(p.targets, dtype=np.int64)) for p in parts)
+    return Dataset("cifar10", x_train, y_train, x_test, y_test, CIFAR10_CLASSES, path=root)
+
+
+def _folder(path: str, image_size: int, track: Track) -> Dataset:
+    """`path`/train/CLASS/* and `path`/test/CLASS/*: resized to fit and centre-cropped to image_size squared."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    if image_size < 8:
+        raise BadInput(f"data: image_size is {image_size}; a folder needs the side to resize to, at least 8 pixels")
+    fit = Compose([Resize(image_size), CenterCrop(image_size)])
+    parts: list[tuple[Bytes, Labels, tuple[str, ...]]] = []
+    for part in ("train", "test"):
+        try:
+            folder = ImageFolder(str(Path(path) / part), transform=lambda image: np.asarray(fit(image)))
+            images = [folder[i][0] for i in track(range(len(folder)), f"reading {part} images")]
+        except (OSError, FileNotFoundError) as error:
+            raise BadInput(f"{Path(path) / part}: {str(error).splitlines()[0]}") from None
+        parts.append((np.stack(images), np.asarray(folder.targets, dtype=np.int64), tuple(folder.classes)))
+    (x_train, y_train, classes), (x_test, y_test, test_classes) = parts
+    if classes != test_classes:
+        raise BadInput(f"{path}: train has classes {classes}, test has {test_classes}; they must be the same")
+    return Dataset("folder", x_train, y_train, x_test, y_test, classes, path=path, image_size=image_size)

@@ -1,0 +1,83 @@
+"""Files that are either whole or not there: staged beside their place, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from robustness.errors import BadInput, Broken
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; BadInput where it is missing or is no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def dump_json(value: Any) -> str:
+    """JSON as it lies in our files: indented, ASCII-safe, NaN refused."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a part."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise Broken(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def whole_directory(out: Path, marker: str) -> Iterator[Path]:
+    """Yield a staging directory that becomes `out` when the block ends well, and vanishes when it does not.
+
+    An existing `out` is replaced only if it holds the file `marker`, i.e. if one of our commands wrote it.
+    """
+    if out.exists() and not (out / marker).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise BadInput(f"{out}: exists and holds no {marker}; name another directory")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        staged.chmod(0o755)  # mkdtemp makes 0700; servers that read this run under other users
+    except OSError as error:
+        raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
+    try:
+        yield staged
+        old = staged.with_suffix(".old")
+        if out.exists():
+            out.rename(old)
+        staged.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

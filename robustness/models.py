@@ -1,0 +1,116 @@
+"""The classifier: torchvision's ResNet-18 with the CIFAR stem, normalisation as its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from robustness.errors import BadInput
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to build a network without its weights. `input_shape` is (H, W, C), as on the wire."""
+
+    arch: str
+    width: int
+    classes: int
+    input_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> ModelSpec:
+        try:
+            height, width, channels = (int(size) for size in value["input_shape"])
+            return ModelSpec(
+                arch=str(value["arch"]),
+                width=int(value["width"]),
+                classes=int(value["classes"]),
+                input_shape=(height, width, channels),
+                mean=tuple(float(v) for v in value["mean"]),
+                std=tuple(float(v) for v in value["std"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"model specification: {error!r} in {value}") from None
+
+
+class ResNet18(ResNet):  # type: ignore[misc]  # torchvision is not typed here
+    """torchvision's ResNet-18 for small images: 3x3 stem of stride 1, no max-pool, `width` maps in the first stage.
+
+    He et al. 2016; the stem is the one of all CIFAR work. Stages have width * (1, 2, 4, 8) maps, and the last one
+    is an eighth of the image's side. torchvision's own constructor knows no narrow basic blocks.
+    """
+
+    def __init__(self, width: int, classes: int, channels: int) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=classes)
+        self.inplanes = width
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.Identity()
+        self.layer1 = self._make_layer(BasicBlock, width, 2)
+        self.layer2 = self._make_layer(BasicBlock, width * 2, 2, stride=2)
+        self.layer3 = self._make_layer(BasicBlock, width * 4, 2, stride=2)
+        self.layer4 = self._make_layer(BasicBlock, width * 8, 2, stride=2)
+        self.fc = nn.Linear(width * 8, classes)
+        for module in self.modules():  # as torchvision does in the constructor
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class Classifier(nn.Module):
+    """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`; eps is therefore always in pixel units."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        if spec.arch not in ARCHITECTURES:
+            raise BadInput(f"model: arch is {spec.arch!r}; choose one of {', '.join(ARCHITECTURES)}")
+        self.spec = spec
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+        self.net = ARCHITECTURES[spec.arch](spec.width, spec.classes, spec.input_shape[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net((x - self.mean) / self.std)
+        return logits
+
+
+ARCHITECTURES: dict[str, type[ResNet18]] = {"resnet18": ResNet18}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 `(N, H, W, C)`, as on the wire, to float `(N, C, H, W)` in [0, 1]."""
+    return images.permute(0, 3, 1, 2).to(torch.float32) / 255
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Float `(N, C, H, W)` in [0, 1] on the uint8 grid, or uint8 of that layout, to uint8 `(N, H, W, C)`."""
+    whole = x if x.dtype == torch.uint8 else (x * 255).round().to(torch.uint8)
+    return whole.permute(0, 2, 3, 1).contiguous()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside: eval mode (batch norm fixed, masks off) and no weight gradients, which saves a third of a backward."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)

@@ -1,0 +1,155 @@
+"""What an evaluation leaves behind: per image and attack whether it held, as versioned JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from robustness.errors import BadInput
+from robustness.statistics import clopper_pearson
+from robustness.threat import Threat
+
+FORMAT = "dfmcl.evaluation/1"
+
+
+@dataclass(frozen=True)
+class Share:
+    """k of n images, with its exact two-sided 95 % interval."""
+
+    k: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.k / self.n if self.n else float("nan")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return clopper_pearson(self.k, self.n)
+
+    def __str__(self) -> str:
+        lower, upper = self.bounds
+        return f"{100 * self.value:.1f} % [{100 * lower:.1f}, {100 * upper:.1f}]"
+
+
+@dataclass(frozen=True)
+class AttackRecord:
+    """One attack on one set of images.
+
+    held[i]: image i is classified correctly and this attack did not flip it. An attack that saw only the images that
+    earlier ones left (`tried[i]` false elsewhere) cannot say more about the others than they did.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    held: tuple[bool, ...]
+    tried: tuple[bool, ...]
+    outside: int  # adversarial images that were not in the ball and therefore did not count
+    seconds: float
+
+    @property
+    def accuracy(self) -> Share:
+        """Robust accuracy under this attack (in a cascade: under it and those before it)."""
+        return Share(sum(self.held), len(self.held))
+
+    @property
+    def flipped(self) -> int:
+        """Images that this attack tried and flipped."""
+        return sum(tried and not held for tried, held in zip(self.tried, self.held, strict=True))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of one model under one threat. `grid`: adversarial images were counted as uint8."""
+
+    threat: Threat
+    grid: bool
+    seed: int
+    correct: tuple[bool, ...]
+    attacks: tuple[AttackRecord, ...]
+    seconds: float
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> Share:
+        """Clean accuracy."""
+        return Share(sum(self.correct), len(self.correct))
+
+    @property
+    def robust_images(self) -> tuple[bool, ...]:
+        """Per image: right, and flipped by no attack of the suite."""
+        columns = [self.correct, *(record.held for record in self.attacks)]
+        return tuple(all(column) for column in zip(*columns, strict=True))
+
+    @property
+    def robust(self) -> Share:
+        """Robust accuracy: worst case per image over all attacks."""
+        return Share(sum(self.robust_images), len(self.correct))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "about": dict(self.about),
+            "threat": {"norm": self.threat.norm, "eps": self.threat.eps, "label": self.threat.label},
+            "grid": "uint8" if self.grid else "float",
+            "seed": self.seed,
+            "images": len(self.correct),
+            "clean": _share(self.clean),
+            "robust": _share(self.robust),
+            "attacks": [
+                {
+                    "name": record.name,
+                    "parameters": dict(record.parameters),
+                    "accuracy": _share(record.accuracy),
+                    "tried": sum(record.tried),
+                    "flipped": record.flipped,
+                    "outside": record.outside,
+                    "seconds": record.seconds,
+                    "per_image": {"tried": _bits(record.tried), "held": _bits(record.held)},
+                }
+                for record in self.attacks
+            ],
+            "per_image": {"correct": _bits(self.correct), "robust": _bits(self.robust_images)},
+            "seconds": self.seconds,
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Evaluation:
+        if value.get("format") != FORMAT:
+            raise BadInput(f"evaluation: format is {value.get('format')!r}; expected {FORMAT!r}")
+        try:
+            return Evaluation(
+                threat=Threat(**value["threat"]),
+                grid=value["grid"] == "uint8",
+                seed=value["seed"],
+                correct=_flags(value["per_image"]["correct"]),
+                attacks=tuple(
+                    AttackRecord(
+                        name=record["name"],
+                        parameters=dict(record["parameters"]),
+                        held=_flags(record["per_image"]["held"]),
+                        tried=_flags(record["per_image"]["tried"]),
+                        outside=record["outside"],
+                        seconds=record["seconds"],
+                    )
+                    for record in value["attacks"]
+                ),
+                seconds=value["seconds"],
+                about=dict(value["about"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise BadInput(f"evaluation: malformed record: {error!r}") from None
+
+
+def _share(share: Share) -> dict[str, Any]:
+    lower, upper = share.bounds
+    return {"k": share.k, "n": share.n, "value": share.value, "lower_95": lower, "upper_95": upper}
+
+
+def _bits(flags: tuple[bool, ...]) -> str:
+    return "".join("01"[flag] for flag in flags)
+
+
+def _flags(bits: str) -> tuple[bool, ...]:
+    return tuple(bit == "1" for bit in bits)

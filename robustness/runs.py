@@ -1,0 +1,61 @@
+"""A finished training run as others read it: `checkpoint.safetensors` and `manifest.json`, tied by SHA-256."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from robustness.errors import BadInput
+from robustness.files import read_json, sha256_of
+from robustness.models import Classifier, ModelSpec
+
+FORMAT = "dfmcl.run/1"
+CHECKPOINT = "checkpoint.safetensors"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A classifier in eval mode and float32, and what its training wrote about it."""
+
+    path: Path
+    model: Classifier
+    manifest: dict[str, Any]
+    checkpoint_sha256: str
+    classes: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """How the run's data set was named: name, path, image_size, sha256."""
+        return dict(self.manifest["data"])
+
+
+def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
+    """Read a run and prove that its weights are the ones its manifest names."""
+    directory = Path(directory)
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise BadInput(f"{directory / MANIFEST}: format is {manifest.get('format')!r}; expected {FORMAT!r}")
+    checkpoint = directory / CHECKPOINT
+    if not checkpoint.is_file():
+        raise BadInput(f"{checkpoint}: no such file; train it again, or copy it beside its manifest")
+    digest = sha256_of(checkpoint)
+    if digest != manifest.get("files", {}).get(CHECKPOINT):
+        raise BadInput(f"{checkpoint}: SHA-256 is {digest[:12]}..., its manifest says otherwise; train it again")
+    try:
+        spec = ModelSpec.from_json(manifest["model"])
+        labels = tuple(str(label) for label in manifest["labels"])
+        model = Classifier(spec)
+        model.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in load_file(checkpoint).items()}
+        )
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        first_line = str(error).splitlines()[0]
+        raise BadInput(f"{directory}: checkpoint and manifest do not fit: {first_line}") from None
+    return Run(directory, model.eval().to(device), manifest, digest, labels, spec.input_shape)

@@ -1,0 +1,104 @@
+"""A run on disk: the state that it resumes from, the record of its epochs, and the checkpoint that it ends in."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from robustness.errors import BadInput
+from robustness.files import dump_json, sha256_of, write_bytes, write_text
+from robustness.models import Classifier
+from robustness.provenance import now, provenance
+from robustness.runs import CHECKPOINT, FORMAT, MANIFEST
+from training.config import TrainConfig
+
+STATE = Path("state") / "state.pt"
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the record. Accuracies are shares of held-out training images; eps is S(t) at the epoch's end."""
+
+    epoch: int
+    step: int
+    train_loss: float
+    heldout_clean: float
+    heldout_pgd: float
+    eps: float
+    alpha: float
+    p_mean: float
+    p_std: float
+    images_per_second: float
+
+    def line(self, epochs: int) -> str:
+        mask = f", alpha {self.alpha:.4f}, p {self.p_mean:.4f} +- {self.p_std:.1e}" if self.p_mean else ""
+        return (
+            f"epoch {self.epoch}/{epochs}: loss {self.train_loss:.3f}, held-out clean {100 * self.heldout_clean:.1f} %,"
+            f" PGD {100 * self.heldout_pgd:.1f} %, eps {self.eps * 255:.1f}/255{mask},"
+            f" {self.images_per_second:.0f} images/s"
+        )
+
+
+def write_state(out: Path, config: TrainConfig, step: int, parts: dict[str, Any]) -> None:
+    """Write what `--resume` needs; a reader finds the old state or the new one, never a part of it."""
+    (out / STATE).parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    header = {"config": config.digest, "threads": torch.get_num_threads(), "step": step}
+    torch.save({**header, **parts}, buffer)
+    write_bytes(out / STATE, buffer.getvalue())
+
+
+def read_state(out: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The last state of this very run, or None where there is none; another config's state is refused."""
+    path = out / STATE
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state["config"] != config.digest:
+        raise BadInput(
+            f"{path}: was written under another config; train into another directory or restore the config"
+        )
+    return state
+
+
+def write_history(out: Path, history: list[Epoch]) -> None:
+    """metrics.csv: one row an epoch, rewritten whole."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(epoch) for epoch in history)
+    write_text(out / "metrics.csv", text.getvalue())
+
+
+def write_run(
+    out: Path,
+    config: TrainConfig,
+    model: Classifier,
+    labels: tuple[str, ...],
+    data: dict[str, Any],
+    result: dict[str, Any],
+) -> dict[str, Any]:
+    """The finished run: weights first, the manifest that vouches for them last."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write_bytes(out / CHECKPOINT, save(tensors))
+    manifest = {
+        "format": FORMAT,
+        "created": now(),
+        "model": model.spec.to_json(),
+        "labels": list(labels),
+        "data": data,
+        "seed": config.seed,
+        "config": config.model_dump(),
+        "config_sha256": config.digest,
+        "files": {CHECKPOINT: sha256_of(out / CHECKPOINT)},
+        "result": result,
+        **provenance(),
+    }
+    write_text(out / MANIFEST, dump_json(manifest))
+    return manifest
