@@ -18,7 +18,8 @@ from torch import Tensor
 from robustness import losses
 from robustness.cw import cw_l2
 from robustness.errors import BadInput
-from robustness.threat import Threat, project, start, steepest
+from robustness.geometry import project, start, steepest
+from robustness.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

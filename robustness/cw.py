@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from robustness.geometry import norms
 from robustness.losses import margin
-from robustness.threat import Threat, norms
+from robustness.threat import Threat
 
 
 def cw_l2(

@@ -78,9 +78,7 @@ def _check(where: str, images: Bytes, labels: Labels, classes: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise BadInput(f"{where}: images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
     if len(images) == 0 or labels.shape != (len(images),):
-        raise BadInput(
-            f"{where}: {len(images)} images and labels of shape {labels.shape}; expected one label an image"
-        )
+        raise BadInput(f"{where}: {len(images)} images and labels of shape {labels.shape}; expected one label an image")
     if not np.issubdtype(labels.dtype, np.integer):
         raise BadInput(f"{where}: labels are {labels.dtype}; expected integers")
     if labels.min() < 0 or labels.max() >= classes:

@@ -14,11 +14,12 @@ from torch import Tensor
 from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
+from robustness.geometry import contains, contains_uint8, to_uint8
 from robustness.models import Classifier, frozen, to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.records import AttackRecord, Evaluation
 from robustness.seeds import generator
-from robustness.threat import Threat, contains, contains_uint8, to_uint8
+from robustness.threat import Threat
 
 Decide = Callable[[Tensor], Tensor]
 """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`: the artefact whose answer counts."""

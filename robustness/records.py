@@ -7,30 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from robustness.errors import BadInput
-from robustness.statistics import clopper_pearson
+from robustness.statistics import Share
 from robustness.threat import Threat
 
 FORMAT = "dfmcl.evaluation/1"
-
-
-@dataclass(frozen=True)
-class Share:
-    """k of n images, with its exact two-sided 95 % interval."""
-
-    k: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        return self.k / self.n if self.n else float("nan")
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return clopper_pearson(self.k, self.n)
-
-    def __str__(self) -> str:
-        lower, upper = self.bounds
-        return f"{100 * self.value:.1f} % [{100 * lower:.1f}, {100 * upper:.1f}]"
 
 
 @dataclass(frozen=True)

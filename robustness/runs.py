@@ -52,9 +52,7 @@ def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
         spec = ModelSpec.from_json(manifest["model"])
         labels = tuple(str(label) for label in manifest["labels"])
         model = Classifier(spec)
-        model.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in load_file(checkpoint).items()}
-        )
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(checkpoint).items()})
     except (KeyError, RuntimeError, SafetensorError) as error:
         first_line = str(error).splitlines()[0]
         raise BadInput(f"{directory}: checkpoint and manifest do not fit: {first_line}") from None

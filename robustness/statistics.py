@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from scipy.stats import beta
 
 from robustness.errors import BadInput
@@ -23,6 +25,26 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
     """Exact two-sided interval: each side misses with probability at most (1 - confidence) / 2."""
     one_sided = 1 - (1 - confidence) / 2
     return lower_bound(k, n, one_sided), upper_bound(k, n, one_sided)
+
+
+@dataclass(frozen=True)
+class Share:
+    """k of n images, with its exact two-sided 95 % interval."""
+
+    k: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        return self.k / self.n if self.n else float("nan")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return clopper_pearson(self.k, self.n)
+
+    def __str__(self) -> str:
+        lower, upper = self.bounds
+        return f"{100 * self.value:.1f} % [{100 * lower:.1f}, {100 * upper:.1f}]"
 
 
 def _check(k: int, n: int, confidence: float) -> None:

@@ -45,11 +45,11 @@ class Masking(Section):
 
 
 class Curriculum(Section):
-    """Attack strength S(t) = beta * t / T and the pool the attack is drawn from; an empty pool trains on clean images."""
+    """Attack strength S(t) = beta * t / T, and the pool to draw from; an empty pool trains on clean images."""
 
     beta: Radius = "0.08"
     schedule: Literal["linear", "constant"] = "linear"
-    attacks: list[Literal["fgsm", "pgd", "cw"]] = ["fgsm", "pgd", "cw"]
+    attacks: list[Literal["fgsm", "pgd", "cw"]] = Field(default=["fgsm", "pgd", "cw"])
     steps: int = Field(10, ge=1)
 
 

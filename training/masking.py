@@ -60,7 +60,7 @@ def sample(
 def pooled_linear_magnitude(logits: Tensor, y: Tensor, weight: Tensor, area: int) -> Tensor:
     """mean_hw |dL/df| in closed form where f is followed by average pooling and a linear layer: `(N, C)`.
 
-    L is the cross-entropy of one image; dL/df[n, c, h, w] = sum_k (softmax_k - y_k) W[k, c] / (H W), whatever h and w.
+    L is the cross-entropy of one image; dL/df[n, c, h, w] = sum_k (softmax_k - y_k) W[k, c] / (H W) for all h, w.
     One `(N, K) x (K, C)` product instead of a backward pass. logits `(N, K)`, weight `(K, C)`, area H * W.
     """
     residual = torch.softmax(logits, dim=1)
@@ -157,9 +157,7 @@ def hooked(module: nn.Module, replace: Callable[[Tensor], Tensor] | None = None)
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or output.dim() != 4:
-            raise BadInput(
-                "masking.layer: the layer's output is no (N, C, H, W) tensor; choose a convolutional layer"
-            )
+            raise BadInput("masking.layer: the layer's output is no (N, C, H, W) tensor; choose a convolutional layer")
         seen.append(output)
         return replace(output) if replace else None
 

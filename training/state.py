@@ -39,8 +39,8 @@ class Epoch:
     def line(self, epochs: int) -> str:
         mask = f", alpha {self.alpha:.4f}, p {self.p_mean:.4f} +- {self.p_std:.1e}" if self.p_mean else ""
         return (
-            f"epoch {self.epoch}/{epochs}: loss {self.train_loss:.3f}, held-out clean {100 * self.heldout_clean:.1f} %,"
-            f" PGD {100 * self.heldout_pgd:.1f} %, eps {self.eps * 255:.1f}/255{mask},"
+            f"epoch {self.epoch}/{epochs}: loss {self.train_loss:.3f}, held-out clean {100 * self.heldout_clean:.1f} %"
+            f", PGD {100 * self.heldout_pgd:.1f} %, eps {self.eps * 255:.1f}/255{mask},"
             f" {self.images_per_second:.0f} images/s"
         )
 
@@ -61,9 +61,7 @@ def read_state(out: Path, config: TrainConfig) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state["config"] != config.digest:
-        raise BadInput(
-            f"{path}: was written under another config; train into another directory or restore the config"
-        )
+        raise BadInput(f"{path}: was written under another config; train into another directory or restore the config")
     return state
 
 

@@ -75,7 +75,7 @@ def train(
     beta = parse_eps(config.curriculum.beta)
     steps_an_epoch = len(images) // config.optimization.batch_size
     total_steps = steps_an_epoch * config.optimization.epochs
-    parts = {"model": model, "mask": mask, "optimizer": optimizer}
+    parts: dict[str, Any] = {"model": model, "mask": mask, "optimizer": optimizer}
     done, history, sums = 0, [], {"loss": 0.0, "seconds": 0.0}
 
     state = read_state(out, config) if resume else None
@@ -215,9 +215,7 @@ def set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, tot
         group["lr"] = lr
 
 
-def measure(
-    model: Classifier, data: Dataset, heldout: Labels, config: TrainConfig, beta: float
-) -> tuple[float, float]:
+def measure(model: Classifier, data: Dataset, heldout: Labels, config: TrainConfig, beta: float) -> tuple[float, float]:
     """Clean and PGD accuracy at beta on the first held-out images, in eval mode."""
     chosen = heldout[: config.heldout.images]
     images: Bytes = data.x_train[chosen]

@@ -1,0 +1,47 @@
+# `make quickstart` runs the whole line, `make test` the whole suite; both set up what they need, once.
+# EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format clean
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+
+help:
+	@echo 'make quickstart          train, evaluate, export, gate, promote, serve and watch a small model (Ctrl-C ends it)'
+	@echo 'make quickstart EXIT=1   the same, and stop; exit code 0 only if every stage held'
+	@echo 'make test                the whole test suite'
+	@echo 'make lint                ruff, ruff format --check, mypy'
+
+setup: .venv/.installed .venv-triton/.installed
+
+.venv/.installed: pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12; name one with PYTHON=...'; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --editable '.[train,serve,monitor,dev]'
+	@touch $@
+
+# Triton's pip runtime needs numpy < 2, so it lives apart, as it would in its own container.
+.venv-triton/.installed: serving/triton-requirements.txt
+	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12; name one with PYTHON=...'; exit 2; }
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --requirement serving/triton-requirements.txt
+	@touch $@
+
+quickstart: setup
+	@$(BIN)/python quickstart.py $(if $(EXIT),--exit)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-triton .quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,281 @@
+"""The console command `dfmcl`. It wires the rooms; each subcommand imports its room when it is called."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+T = TypeVar("T")
+EXTRAS = {
+    "torch": "train",
+    "onnx": "train",
+    "onnxruntime": "train",
+    "tritonclient": "serve",
+    "prometheus_client": "monitor",
+}
+BROKEN = 5
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Harden an image classifier, gate it on robust accuracy, serve it with Triton, probe it in production.",
+    epilog="Exit codes: 0 done, 1 refused (gate: failed), 2 bad input, 3 inconclusive, 4 suspect, 5 broken.",
+)
+
+
+def command(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Register a subcommand; whatever it raises becomes one line and an exit code, never 1 by accident."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs) or 0
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except Exception as error:  # noqa: BLE001  # this is where every exception ends, with its meaning
+            raise SystemExit(explain(error)) from None
+        raise SystemExit(code)
+
+    return app.command(name=function.__name__)(guarded)
+
+
+def explain(error: Exception) -> int:
+    """Print an error as one line (the traceback with --verbose) and return its exit code."""
+    code = getattr(error, "exit_code", BROKEN)
+    message = str(error)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
+        extra, code = EXTRAS[(error.name or "").partition(".")[0]], 2
+        message = f"{error.name} is not installed; pip install 'dfmcl[{extra}]'"
+    elif not hasattr(error, "exit_code"):
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        message = f"internal error: {type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
+        message += "; run again with --verbose and report it"
+    if "--verbose" in sys.argv:
+        traceback.print_exception(error)
+    print(f"dfmcl: {' '.join(message.split())}", file=sys.stderr)
+    return int(code)
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """A progress bar on a terminal; elsewhere a line every ten seconds."""
+    if not sys.stderr.isatty():
+        shown = time.monotonic()
+        for number, item in enumerate(items):
+            if time.monotonic() - shown > 10:
+                print(f"{label}: {number} of {total or '?'}", file=sys.stderr, flush=True)
+                shown = time.monotonic()
+            yield item
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(items, total=total, description=label)
+
+
+def stop_on_signals() -> threading.Event:
+    """An event that SIGINT and SIGTERM set, so that work ends at its next boundary; a second signal kills."""
+    stop = threading.Event()
+
+    def handle(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+@app.callback()
+def options(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+) -> None:
+    """`--verbose` is taken from anywhere on the command line, see main()."""
+
+
+@command
+def train(
+    config: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")],
+    out: Annotated[Path, typer.Option(help="The run's directory.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue where the run in OUT was stopped.")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; repeatable.")
+    ] = None,
+) -> None:
+    """Train a classifier; writes checkpoint, manifest and metrics."""
+    from training.config import load_config
+    from training.train import train as run_training
+
+    parsed = load_config(config, overrides)
+    manifest = run_training(parsed, out, resume=resume, stop=stop_on_signals(), track=track, log=say)
+    result = manifest["result"]
+    say(
+        f"{out}: held-out clean {100 * result['heldout_clean']:.1f} %,"
+        f" PGD-{parsed.heldout.attack_steps} at {parsed.curriculum.beta} {100 * result['heldout_pgd']:.1f} %"
+    )
+
+
+@command
+def presets() -> None:
+    """List the training presets that come with dfmcl."""
+    from importlib import resources
+
+    from training.config import preset_names
+
+    for name in preset_names():
+        text = (resources.files("training.presets") / f"{name}.toml").read_text(encoding="utf-8")
+        say(f"{name:22} {text.splitlines()[0].lstrip('# ')}")
+
+
+@command
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    threat: Annotated[
+        list[str] | None, typer.Option(help="8/255 (Linf) or l2:0.5; repeatable. Default: the run's beta.")
+    ] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="fgsm, pgd-20, pgd-50x5, margin-pgd-20, cw-l2, ...; repeatable.")
+    ] = None,
+    surrogate: Annotated[Path | None, typer.Option(help="A run to craft transfer attacks on.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="How many test images; 0 means all.")] = 0,
+    data_path: Annotated[str, typer.Option(help="Where the run's data set lies now.")] = "",
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the record here (JSON).")] = None,
+) -> None:
+    """Measure a run's accuracy under attack on test images."""
+    from robustness.data import load_dataset
+    from robustness.files import dump_json, write_text
+    from robustness.runs import load_run
+    from robustness.suite import measure, parse_threat, record
+
+    trained = load_run(run)
+    source = load_run(surrogate) if surrogate else None
+    threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
+    entry = trained.data
+    data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
+    evaluations = measure(
+        trained, data, threats, attacks=attack or (), surrogate=source, images=images, seed=seed, track=track
+    )
+    say(f"{run} on {len(evaluations[0].correct)} test images of {data.name}; 95 % intervals")
+    say(f"  {'clean':34} {evaluations[0].clean}")
+    for evaluation in evaluations:
+        transfer = "transfer " if evaluation.about["kind"] == "transfer" else ""
+        for result in evaluation.attacks:
+            say(f"  {f'{transfer}{result.name}, {evaluation.threat}':34} {result.accuracy}")
+        if len(evaluation.attacks) > 1:
+            say(f"  {f'worst case, {evaluation.threat}':34} {evaluation.robust}")
+    if out is not None:
+        write_text(out, dump_json(record(trained, data, evaluations)))
+        say(f"record: {out}")
+
+
+@command
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    out: Annotated[Path, typer.Option(help="The candidate's directory.")],
+) -> None:
+    """Freeze a run to ONNX and prove it equal to the checkpoint."""
+    from serving.export import export as run_export
+
+    manifest = run_export(run, out, track=track)
+    parity: Any = manifest["parity"]
+    say(
+        f"{out}: model.onnx; against the checkpoint on {parity['images']} images: largest difference"
+        f" {parity['max_abs_difference']:.1e} (tolerance {parity['tolerance']:.1e}),"
+        f" {100 * parity['label_agreement']:.1f} % equal labels"
+    )
+
+
+@command
+def gate(
+    candidate: Annotated[Path, typer.Argument(help="A candidate's directory.")],
+    run: Annotated[Path, typer.Option(help="The run it was exported from; gradients come from there.")],
+    policy: Annotated[Path, typer.Option(help="The policy (TOML).")],
+    out: Annotated[Path, typer.Option(help="Where the evidence goes.")],
+) -> int:
+    """Judge a candidate by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect."""
+    from gating.gate import gate as run_gate
+    from gating.policy import load_policy
+    from gating.report import markdown
+
+    report = run_gate(candidate, run, load_policy(policy), out, track=track)
+    say(markdown(report))
+    say(f"evidence: {out}")
+    return int(report["exit_code"])
+
+
+@command
+def promote(
+    candidate: Annotated[Path, typer.Argument(help="A candidate's directory.")],
+    evidence: Annotated[Path, typer.Option(help="What the gate wrote about it.")],
+    repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
+    name: Annotated[str, typer.Option(help="The model's name in Triton.")],
+) -> None:
+    """Bring a candidate that passed into the model repository, as a new version."""
+    from serving.promotion import promote as run_promote
+
+    promoted = run_promote(candidate, evidence, repository, name=name)
+    say(f"{promoted.path}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+
+
+@command
+def serve(
+    repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
+    http_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8002,
+    triton_python: Annotated[Path | None, typer.Option(help="Python of the environment that holds Triton.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="JSON with the URLs, there while it answers.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Triton's own log.")] = None,
+) -> int:
+    """Serve the repository with Triton on 127.0.0.1 until SIGTERM or Ctrl-C."""
+    from serving.triton import serve as run_server
+
+    return run_server(
+        repository,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        triton_python=triton_python,
+        ready_file=ready_file,
+        log=log,
+        say=say,
+    )
+
+
+@command
+def watch(
+    config: Annotated[Path, typer.Option(help="The sidecar's configuration (TOML).")],
+    rounds: Annotated[int | None, typer.Option(min=1, help="Stop after so many rounds.")] = None,
+) -> int:
+    """Attack the live endpoint round after round and export what is found to Prometheus."""
+    from monitoring.config import load_config
+    from monitoring.sidecar import watch as run_watch
+
+    return run_watch(load_config(config), rounds=rounds, stop=stop_on_signals(), log=say)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument != "--verbose")  # stable: only --verbose moves
+    app(prog_name="dfmcl")
+
+
+if __name__ == "__main__":
+    main()

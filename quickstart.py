@@ -1,0 +1,256 @@
+"""The whole line on scanned digits: train, evaluate, export, gate, promote, serve, watch. `make quickstart` runs it.
+
+Every stage is a `dfmcl` command, printed before it runs, so that it can be run again by hand. Writes `.quickstart/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+HOME = Path(".quickstart")
+DFMCL = Path(sys.executable).with_name("dfmcl")
+POLICY = Path("deploy/quickstart/gate.toml")
+MODEL = "digits"
+EPS = "38/255"
+L2_EPS = "2.0"
+MODELS = {"hardened": "quickstart", "standard": "quickstart_standard"}
+START_SECONDS = 180.0
+WATCH = """\
+# Written by quickstart.py: what the sidecar attacks, with what, and how often.
+[target]
+url = "{grpc}"
+model = "{model}"
+
+[data]
+name = "digits"
+
+[threat]
+norm = "linf"
+eps = "{eps}"
+
+[probe]
+interval_seconds = 30
+images = 150
+attacks = ["mi-fgsm-10", "pgd-10"]
+
+[surrogates]
+runs = ["surrogate"]
+
+[release]
+evidence = "hardened-evidence"
+
+[listen]
+port = {port}
+"""
+
+console = Console(highlight=False)
+
+
+class StageFailed(Exception):
+    """A stage did not end as it must."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Run the whole line on scanned digits.")
+    parser.add_argument("--exit", action="store_true", help="stop at the end instead of serving until Ctrl-C")
+    arguments = parser.parse_args(argv)
+    started = time.monotonic()
+    servers: list[subprocess.Popen[bytes]] = []
+    try:
+        prepare()
+        codes = make_models()
+        promote()
+        urls = serve(servers)
+        metrics_url = watch(servers, urls["grpc"])
+        live = scrape(metrics_url)
+        console.print(accuracy_table())
+        for name in MODELS:
+            console.print(f"gate, {name}: {verdict(name)} (exit code {codes[name]})")
+        console.print(live_line(live))
+        console.print(f"model:   {urls['http']}/v2/models/{MODEL}   gRPC {urls['grpc']}")
+        console.print(f"metrics: {metrics_url}")
+        console.print(f"all stages held, {time.monotonic() - started:.0f} s")
+        if not arguments.exit:
+            console.print("serving; Ctrl-C ends it")
+            wait(servers)
+        return 0
+    except StageFailed as failure:
+        console.print(f"quickstart: {failure}", style="bold red")
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopping")
+        return 0 if not arguments.exit else 130
+    finally:
+        stop(servers)
+
+
+def prepare() -> None:
+    """Start from nothing, so that what is printed is what this run did."""
+    if HOME.is_dir():
+        shutil.rmtree(HOME)
+    HOME.mkdir()
+
+
+def make_models() -> dict[str, int]:
+    """Train, evaluate, export and gate both models; the surrogate is trained only. Returns the gate's exit codes."""
+    for name, preset in {**MODELS, "surrogate": "quickstart_surrogate"}.items():
+        dfmcl("train", preset, "--out", str(HOME / name))
+    codes = {}
+    for name, expected in (("hardened", 0), ("standard", 1)):
+        run, candidate = str(HOME / name), str(HOME / f"{name}-candidate")
+        options = ["--threat", EPS, "--threat", f"l2:{L2_EPS}", "--surrogate", str(HOME / "surrogate")]
+        dfmcl("evaluate", run, *options, "--out", str(HOME / f"{name}.json"))
+        dfmcl("export", run, "--out", candidate)
+        evidence = str(HOME / f"{name}-evidence")
+        options = ["--run", run, "--policy", str(POLICY), "--out", evidence]
+        codes[name] = dfmcl("gate", candidate, *options, expected=expected)
+    return codes
+
+
+def promote() -> None:
+    """What passed goes into the repository; what was blocked is refused."""
+    for name, expected in (("standard", 1), ("hardened", 0)):
+        options = ["--evidence", str(HOME / f"{name}-evidence"), "--repository", str(HOME / "repository")]
+        dfmcl("promote", str(HOME / f"{name}-candidate"), *options, "--name", MODEL, expected=expected)
+
+
+def serve(servers: list[subprocess.Popen[bytes]]) -> dict[str, str]:
+    """Triton on free ports; returns its URLs once it answers."""
+    ready = HOME / "ready.json"
+    ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    server = spawn("serve", "--repository", str(HOME / "repository"), *ports, "--ready-file", str(ready))
+    servers.append(server)
+    with console.status("waiting for Triton to answer"):
+        wait_for(ready.exists, server, "Triton")
+    urls: dict[str, str] = json.loads(ready.read_text(encoding="utf-8"))
+    return urls
+
+
+def watch(servers: list[subprocess.Popen[bytes]], grpc: str) -> str:
+    """The sidecar; returns the URL of its metrics once its first round is in them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = HOME / "watch.toml"
+    config.write_text(WATCH.format(grpc=grpc, model=MODEL, eps=EPS, port=port), encoding="utf-8")
+    sidecar = spawn("watch", "--config", str(config))
+    servers.append(sidecar)
+    url = f"http://127.0.0.1:{port}/metrics"
+    with console.status("waiting for the sidecar's first round"):
+        wait_for(lambda: has_round(url), sidecar, "the sidecar's first round")
+    return url
+
+
+def has_round(url: str) -> bool:
+    """Whether a round has succeeded."""
+    try:
+        return any(sample.value > 0 for sample in scrape(url)["robustness_probe_last_success_timestamp_seconds"])
+    except (OSError, KeyError):
+        return False
+
+
+def scrape(url: str) -> dict[str, list[Any]]:
+    """All samples of a metrics page, by name."""
+    with urllib.request.urlopen(url, timeout=10) as response:
+        families = text_string_to_metric_families(response.read().decode())
+        samples: dict[str, list[Any]] = {}
+        for sample in (sample for family in families for sample in family.samples):
+            samples.setdefault(sample.name, []).append(sample)
+        return samples
+
+
+def accuracy_table() -> Table:
+    """Clean, FGSM, PGD-20, C&W and transfer accuracy of both models with 95 % intervals, from their records."""
+    table = Table(title=f"accuracy on 450 test digits, % [95 % interval]; Linf {EPS}, C&W in L2 at {L2_EPS}")
+    for column in ("model", "clean", "FGSM", "PGD-20", "C&W L2", "transfer"):
+        table.add_column(column, no_wrap=True)
+    for name in MODELS:
+        record = json.loads((HOME / f"{name}.json").read_text(encoding="utf-8"))
+        linf, l2, transfer = record["evaluations"]
+        white = {attack["name"]: attack["accuracy"] for attack in linf["attacks"]}
+        shares = (linf["clean"], white["fgsm"], white["pgd-20"], l2["robust"], transfer["robust"])
+        table.add_row(name, *(share(value) for value in shares))
+    return table
+
+
+def share(value: dict[str, float]) -> str:
+    low, high = value["lower_95"], value["upper_95"]
+    return f"{100 * value['value']:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def verdict(name: str) -> str:
+    report = json.loads((HOME / f"{name}-evidence" / "report.json").read_text(encoding="utf-8"))
+    return {"passed": "[green]passed[/], promoted and served", "failed": "[red]blocked[/]"}[report["verdict"]]
+
+
+def live_line(live: dict[str, list[Any]]) -> str:
+    """What the sidecar found through the network."""
+    found = [
+        f"{sample.labels['attack']} {100 * sample.value:.1f} %" for sample in live["robustness_robust_accuracy_ratio"]
+    ]
+    return f"live, crafted on the surrogate and sent through gRPC: still right under {', '.join(sorted(found))}"
+
+
+def dfmcl(*arguments: str, expected: int = 0) -> int:
+    """Run one command in the foreground; anything but the expected exit code ends the quickstart."""
+    console.print(f"\n$ dfmcl {' '.join(arguments)}", style="bold", soft_wrap=True)
+    code = subprocess.run([DFMCL, *arguments], check=False).returncode
+    if code != expected:
+        raise StageFailed(f"dfmcl {arguments[0]} ended with exit code {code}, expected {expected}; see above")
+    return code
+
+
+def spawn(*arguments: str) -> subprocess.Popen[bytes]:
+    """Start one command in the background."""
+    console.print(f"\n$ dfmcl {' '.join(arguments)} &", style="bold", soft_wrap=True)
+    return subprocess.Popen([DFMCL, *arguments], start_new_session=True)  # Ctrl-C comes to us, then to them in order
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes], what: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        if process.poll() is not None:
+            raise StageFailed(f"{what}: the process ended with exit code {process.returncode}; see above")
+        if time.monotonic() > deadline:
+            raise StageFailed(f"{what}: not there after {START_SECONDS:.0f} s")
+        time.sleep(0.2)
+
+
+def wait(servers: list[subprocess.Popen[bytes]]) -> None:
+    """Until Ctrl-C, or until a server dies."""
+    while True:
+        for server in servers:
+            if server.poll() is not None:
+                raise StageFailed(f"a server ended with exit code {server.returncode}; see above")
+        time.sleep(1)
+
+
+def stop(servers: list[subprocess.Popen[bytes]]) -> None:
+    """The sidecar first, then Triton; each gets time to drain."""
+    for server in reversed(servers):
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(timeout=40)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""What `dfmcl evaluate` measures of a run: white-box attacks at several radii, and transfer from a surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from robustness.attacks import Attack
+from robustness.data import Dataset
+from robustness.errors import BadInput
+from robustness.evaluate import evaluate
+from robustness.hyperscore import combined_value, hyperscore
+from robustness.progress import Track, silent
+from robustness.provenance import now, provenance
+from robustness.records import Evaluation
+from robustness.runs import Run
+from robustness.threat import Threat
+
+FORMAT = "dfmcl.evaluations/1"
+WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}
+BLACK_BOX = ("mi-fgsm-10",)
+
+
+def parse_threat(text: str) -> Threat:
+    """`8/255` or `linf:8/255` in Linf, `l2:0.5` in L2."""
+    norm, colon, eps = text.rpartition(":")
+    return Threat.parse(norm if colon else "linf", eps)
+
+
+def measure(
+    run: Run,
+    data: Dataset,
+    threats: Sequence[Threat],
+    *,
+    attacks: Sequence[str] = (),
+    surrogate: Run | None = None,
+    images: int = 0,
+    seed: int = 0,
+    track: Track = silent,
+) -> list[Evaluation]:
+    """Evaluate a run on test images, in float as the literature does: every attack on every image it gets right.
+
+    attacks: names for all threats (default: WHITE_BOX by norm). surrogate: adds, per Linf threat, one evaluation of
+    images crafted on it. images: how many test images, drawn by seed (0: all). White-box evaluations come first.
+    """
+    if data.input_shape != run.input_shape or len(data.classes) != len(run.classes):
+        raise BadInput(f"{run.path}: takes images {run.input_shape}, data {data.name} has {data.input_shape}")
+    if surrogate is not None and surrogate.checkpoint_sha256 == run.checkpoint_sha256:
+        raise BadInput(f"{surrogate.path}: is the evaluated model itself; a surrogate must be another one")
+    chosen = np.random.default_rng(seed).permutation(len(data.x_test))[: images or None]
+    x, y = data.x_test[chosen], data.y_test[chosen]
+    evaluations = []
+    for threat in threats:
+        suite = [Attack.parse(name) for name in attacks or WHITE_BOX[threat.norm]]
+        outcome = evaluate(run.model, x, y, threat, suite, seed=seed, about={"kind": "white-box"}, track=track)
+        evaluations.append(outcome.evaluation)
+    if surrogate is not None:
+        about = {"kind": "transfer", "surrogate_sha256": surrogate.checkpoint_sha256}
+        suite = [Attack.parse(name) for name in BLACK_BOX]
+        for threat in (threat for threat in threats if threat.norm == "linf"):
+            outcome = evaluate(
+                run.model, x, y, threat, suite, source=surrogate.model, grid=True, seed=seed, about=about, track=track
+            )
+            evaluations.append(outcome.evaluation)
+    return evaluations
+
+
+def record(run: Run, data: Dataset, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """The JSON that `dfmcl evaluate --out` writes, with the HyperScore where black-box figures are there."""
+    value = {
+        "format": FORMAT,
+        "created": now(),
+        "run": {"checkpoint_sha256": run.checkpoint_sha256, "config_sha256": run.manifest.get("config_sha256")},
+        "data": {**data.describe(), "part": "test"},
+        "evaluations": [evaluation.to_json() for evaluation in evaluations],
+        **provenance(),
+    }
+    kinds = {evaluation.about["kind"]: evaluation for evaluation in reversed(evaluations)}
+    if "transfer" in kinds:
+        figures = {
+            "clean": kinds["white-box"].clean.value,
+            "white_box": kinds["white-box"].robust.value,
+            "black_box": kinds["transfer"].robust.value,
+        }
+        combined = combined_value(figures, dict.fromkeys(figures, 1.0))
+        value["hyperscore"] = {**figures, "v": combined, "score": hyperscore(combined) if combined > 0 else 100.0}
+    return value
