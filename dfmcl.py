@@ -32,11 +32,11 @@ app = typer.Typer(
 )
 
 
-def command(function: Callable[..., int | None]) -> Callable[..., None]:
-    """Register a subcommand; whatever it raises becomes one line and an exit code, never 1 by accident."""
+def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
+    """The function, with whatever it raises turned into one line and an exit code, never 1 by accident."""
 
     @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def call(*args: Any, **kwargs: Any) -> None:
         try:
             code = function(*args, **kwargs) or 0
             sys.stdout.flush()
@@ -46,7 +46,12 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
             raise SystemExit(explain(error)) from None
         raise SystemExit(code)
 
-    return app.command(name=function.__name__)(guarded)
+    return call
+
+
+def command(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Register a guarded subcommand under the function's name."""
+    return app.command(name=function.__name__)(guarded(function))
 
 
 def explain(error: Exception) -> int:

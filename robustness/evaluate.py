@@ -115,12 +115,13 @@ def evaluate(
 
 def _settle(x_adv: Tensor, x: Tensor, threat: Threat, grid: bool) -> tuple[Tensor, Tensor]:
     """What counts of an attack's result: clipped to [0, 1] (on the grid: as bytes), and whether it is in the ball."""
-    x_adv = x_adv.detach().clamp(0, 1)
+    finite = x_adv.detach().isfinite().flatten(1).all(dim=1)
+    x_adv = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x_adv.detach(), x).clamp(0, 1)
     if not grid:
-        return x_adv, contains(x_adv, x, threat)
+        return x_adv, finite & contains(x_adv, x, threat)
     as_bytes = to_uint8(x_adv, x, threat)
     inside = contains_uint8(as_bytes, (x * 255).round().to(torch.uint8), threat)
-    return as_bytes.to(torch.float32) / 255, inside
+    return as_bytes.to(torch.float32) / 255, finite & inside
 
 
 def _answer(decide: Decide, x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 from robustness.errors import BadInput
 
@@ -48,7 +47,7 @@ def parse_eps(text: str | float) -> float:
     try:
         if isinstance(text, str):
             top, _, bottom = text.partition("/")
-            return float(Fraction(top.strip()) / Fraction(bottom.strip() or "1"))
+            return float(top) / float(bottom or "1")
         return float(text)
     except (ValueError, ZeroDivisionError, TypeError):
         raise BadInput(f"eps: {text!r} is no radius; write a number or a fraction such as 8/255") from None

@@ -54,7 +54,7 @@ def sample(
     noise = torch.logit(uniform, eps=1e-6)  # a uniform draw of exactly 0 or 1 has no logit
     noisy = keep_logit[:, :, None, None] + noise
     soft = torch.sigmoid(noisy / temperature)
-    return (noisy > 0).to(soft.dtype) + soft - soft.detach()
+    return (noisy > 0).to(soft.dtype) + (soft - soft.detach())  # in this order, or 1 comes out as 0.99999994
 
 
 def pooled_linear_magnitude(logits: Tensor, y: Tensor, weight: Tensor, area: int) -> Tensor:

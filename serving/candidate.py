@@ -1,0 +1,141 @@
+"""A candidate on disk: model.onnx, labels.txt and the manifest that ties them together by SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from serving.errors import BadInput
+
+FORMAT = "dfmcl.candidate/1"
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+LABELS = "labels.txt"
+FILES = frozenset({MODEL, LABELS})
+INPUT = "images"
+OUTPUT = "logits"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How closely the exported model follows its checkpoint.
+
+    images: how many were compared; max_abs_difference and tolerance: in logits; label_agreement: share in [0, 1].
+    """
+
+    images: int
+    max_abs_difference: float
+    label_agreement: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a candidate is.
+
+    files: name -> hex SHA-256; labels: K names in the order of the logits; input_shape: (H, W, C) of uint8 images.
+    """
+
+    created: str
+    files: Mapping[str, str]
+    labels: tuple[str, ...]
+    input_shape: tuple[int, int, int]
+    checkpoint_sha256: str
+    parity: Parity
+    opset: int
+    versions: Mapping[str, str]
+
+    @property
+    def model_sha256(self) -> str:
+        """Hex SHA-256 of model.onnx."""
+        return self.files[MODEL]
+
+    @property
+    def interface(self) -> tuple[tuple[int, int, int], tuple[str, ...]]:
+        """What a client relies on: the input shape and the labels."""
+        return self.input_shape, self.labels
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as it lies on disk."""
+        return {
+            "format": FORMAT,
+            "created": self.created,
+            "files": dict(self.files),
+            "labels": list(self.labels),
+            "input": {"name": INPUT, "dtype": "uint8", "layout": "NHWC", "shape": list(self.input_shape)},
+            "output": {"name": OUTPUT, "dtype": "float32", "classes": len(self.labels)},
+            "run": {"checkpoint_sha256": self.checkpoint_sha256},
+            "parity": asdict(self.parity),
+            "opset": self.opset,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """The inverse of `to_json`; KeyError, TypeError or ValueError where the value is no candidate's manifest."""
+        if value["format"] != FORMAT:
+            raise ValueError(f"format is {value['format']!r}, expected {FORMAT!r}")
+        height, width, channels = (int(size) for size in value["input"]["shape"])
+        manifest = cls(
+            created=str(value["created"]),
+            files={str(name): str(digest) for name, digest in value["files"].items()},
+            labels=tuple(str(label) for label in value["labels"]),
+            input_shape=(height, width, channels),
+            checkpoint_sha256=str(value["run"]["checkpoint_sha256"]),
+            parity=Parity(**value["parity"]),
+            opset=int(value["opset"]),
+            versions=dict(value["versions"]),
+        )
+        if manifest.files.keys() != FILES:
+            raise ValueError(f"files lists {sorted(manifest.files)}, expected {sorted(FILES)}")
+        if manifest.to_json() != dict(value):
+            raise ValueError("it has unknown or contradictory entries")
+        return manifest
+
+
+def labels_text(labels: tuple[str, ...]) -> str:
+    """labels.txt as Triton reads it, one label a line; BadInput where a label would break into two or vanish."""
+    for label in labels:
+        if not label.strip() or label != label.strip() or len(label.splitlines()) != 1:
+            raise BadInput(f"label {label!r} cannot stand on a line of its own: rename the class")
+    return "".join(f"{label}\n" for label in labels)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json into a directory that is still being staged."""
+    text = json.dumps(manifest.to_json(), indent=2, allow_nan=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a candidate, or of a promoted version; BadInput where there is none or it is malformed."""
+    path = directory / MANIFEST
+    try:
+        return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; `dfmcl export` writes candidates") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise BadInput(f"{path}: not a candidate's manifest: {reason}") from None
+
+
+def verify_files(directory: Path) -> Manifest:
+    """The manifest of a candidate whose files are all there and hash to what it says; BadInput otherwise."""
+    manifest = read_manifest(directory)
+    for name, expected in sorted(manifest.files.items()):
+        path = directory / name
+        if path.is_symlink() or not path.is_file():
+            raise BadInput(f"{path}: missing or no regular file; export the candidate again")
+        if (found := sha256_of(path)) != expected:
+            raise BadInput(f"{path}: sha256 {found[:12]} is not the manifest's {expected[:12]}; export it again")
+    return manifest

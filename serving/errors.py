@@ -1,0 +1,59 @@
+"""What can go wrong between a verdict and an answer. Every message is one line: what, where, what to do.
+
+ServingError
+ ├─ BadInput          2  the caller's file, name, array or argument
+ ├─ Refused           1  understood and denied: what was not promoted is not served
+ ├─ Broken            5  disk, port, process
+ └─ AnswerError       5  no answer came back; `reason` is a closed set, fit for a metric label
+     ├─ Unavailable       unavailable, queue_full, internal
+     ├─ DeadlineExceeded  timeout
+     └─ Rejected          invalid, unknown_model, bad_output, version_changed
+"""
+
+from __future__ import annotations
+
+
+class ServingError(Exception):
+    """Base of this room's errors; `exit_code` is the exit code of a process that ends with it."""
+
+    exit_code = 5
+
+
+class BadInput(ServingError):
+    """Something the caller handed in is missing, malformed or out of range."""
+
+    exit_code = 2
+
+
+class Refused(ServingError):
+    """The request was understood and denied."""
+
+    exit_code = 1
+
+
+class Broken(ServingError):
+    """The surroundings failed: disk, port, process."""
+
+    exit_code = 5
+
+
+class AnswerError(ServingError):
+    """An inference request without a usable answer."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Unavailable(AnswerError):
+    """Nobody answered: no connection, a full queue, a server that failed inside."""
+
+
+class DeadlineExceeded(AnswerError):
+    """The answer did not come in time."""
+
+
+class Rejected(AnswerError):
+    """The server refused the request, or its answer cannot be believed."""

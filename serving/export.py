@@ -1,0 +1,209 @@
+"""From a checkpoint to a candidate: ONNX that takes images as they come, and is proven equal to the checkpoint.
+
+The graph takes uint8 (N, H, W, C) with any N and returns float32 logits (N, K); cast, transpose and normalisation are
+inside, masks are off, no operator draws random numbers, and nothing in it tells where it was made.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor, nn
+
+from robustness.attacks import pgd
+from robustness.data import load_dataset
+from robustness.files import whole_directory
+from robustness.geometry import to_uint8
+from robustness.models import Classifier, frozen, to_bytes, to_float
+from robustness.progress import Track, silent
+from robustness.provenance import now, versions
+from robustness.runs import Run, load_run
+from robustness.seeds import generator
+from robustness.threat import Threat
+from serving.candidate import (
+    INPUT,
+    LABELS,
+    MANIFEST,
+    MODEL,
+    OUTPUT,
+    Manifest,
+    Parity,
+    labels_text,
+    sha256_of,
+    write_manifest,
+)
+from serving.errors import BadInput, Broken, Refused
+
+OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
+PARITY_IMAGES = 64  # clean ones, and as many adversarial ones
+PARITY_BATCH = 32  # more than one batch, and none of the example's size, so that a wrong dynamic axis shows
+PARITY_STEPS = 5  # enough to leave the data; this measures arithmetic, not robustness
+# Of the largest logit: fused and unfused convolutions sum float32 in another order, measured at about 1e-6 of it.
+RELATIVE_TOLERANCE = 1e-4
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+class Served(nn.Module):
+    """The classifier behind its wire format."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(to_float(images))
+        return logits
+
+
+def export(run: Path, out: Path, *, track: Track = silent) -> dict[str, object]:
+    """Write the candidate directory of a run and return its manifest; `out` is there in whole, or not at all.
+
+    BadInput (2): a run that does not hold, or an `out` that exists and is no candidate. Refused (1): a graph with
+    random operators. Broken (5): ONNX Runtime and the checkpoint disagree beyond the tolerance, or the disk fails.
+    """
+    source = load_run(run)
+    labels = labels_text(source.classes)
+    with whole_directory(out, MANIFEST) as staged:
+        for _ in track((MODEL,), "converting to ONNX", 1):
+            model = to_onnx(source)
+        if random := random_operators(model):
+            raise Refused(f"{run}: its graph draws random numbers ({', '.join(random)}); a served model must not")
+        strip(model)
+        require_no_paths(model)
+        (staged / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+        (staged / LABELS).write_text(labels, encoding="utf-8")
+        parity = compare(source, staged / MODEL, track)
+        manifest = Manifest(
+            created=now(),
+            files={name: sha256_of(staged / name) for name in (MODEL, LABELS)},
+            labels=source.classes,
+            input_shape=source.input_shape,
+            checkpoint_sha256=source.checkpoint_sha256,
+            parity=parity,
+            opset=OPSET,
+            versions=versions(),
+        )
+        write_manifest(staged, manifest)
+    return manifest.to_json()
+
+
+def to_onnx(run: Run) -> onnx.ModelProto:
+    """The run's classifier as one ONNX model with a free batch size."""
+    example = torch.zeros(2, *run.input_shape, dtype=torch.uint8)  # 2: the exporter takes a 1 for a constant
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter, which we cannot act on
+        program = torch.onnx.export(
+            Served(run.model).eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise Broken("torch.onnx.export returned no program; check the versions of torch and onnxscript")
+    model: onnx.ModelProto = program.model_proto
+    onnx.checker.check_model(model)
+    return model
+
+
+def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph of a model, its functions, and all graphs inside their nodes."""
+    pending: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while pending:
+        graph = pending.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                pending += [attribute.g] if attribute.HasField("g") else []
+                pending += attribute.graphs
+
+
+def random_operators(model: onnx.ModelProto) -> list[str]:
+    """Names of the operators anywhere in a model whose output is random; empty for a deterministic model."""
+    return sorted(
+        {
+            node.op_type
+            for graph in graphs(model)
+            for node in graph.node
+            if node.op_type in RANDOM or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2])
+        }
+    )
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove, in place, what only tells how the model was made: stack traces, doc strings, inferred shapes."""
+    model.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    for graph in graphs(model):
+        graph.ClearField("value_info")
+        described = [graph, *graph.node, *(attribute for node in graph.node for attribute in node.attribute)]
+        if isinstance(graph, onnx.GraphProto):
+            described += [*graph.input, *graph.output, *graph.initializer]
+            graph.ClearField("quantization_annotation")
+        for part in described:
+            part.ClearField("doc_string")
+            if "metadata_props" in part.DESCRIPTOR.fields_by_name:
+                part.ClearField("metadata_props")
+
+
+def require_no_paths(model: onnx.ModelProto) -> None:
+    """Raise Broken where a model still holds a path of this machine, outside its weights."""
+    here = [Path.home(), Path.cwd(), Path(__file__).parents[1], Path(tempfile.gettempdir()), Path(sys.prefix)]
+    places = {str(place) for place in [*here, sysconfig.get_path("purelib")]} - {"/"}
+    text = onnx.ModelProto()
+    text.CopyFrom(model)
+    for tensor in text.graph.initializer:
+        tensor.ClearField("raw_data")  # four random bytes of a weight may spell /tmp
+    data = text.SerializeToString()
+    if found := sorted(place for place in places if place.encode() in data):
+        raise Broken(f"the exported graph still names {found[0]}; this version of torch writes it in a new place")
+
+
+def compare(run: Run, model: Path, track: Track) -> Parity:
+    """How far ONNX Runtime's logits are from the checkpoint's, on clean and adversarial images of the run's test set.
+
+    Raises Broken where they differ by more than the tolerance, BadInput where the data do not fit the model.
+    """
+    data = run.data
+    dataset = load_dataset(data["name"], data.get("path", ""), data.get("image_size", 0), track=track)
+    if dataset.input_shape != run.input_shape:
+        raise BadInput(
+            f"{run.path}: takes images of {run.input_shape}, its data set {dataset.name} has {dataset.input_shape}"
+        )
+    threat = Threat.parse("linf", run.manifest.get("config", {}).get("curriculum", {}).get("beta", "8/255"))
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    images = torch.from_numpy(dataset.x_test[:PARITY_IMAGES])
+    labels = torch.from_numpy(dataset.y_test[:PARITY_IMAGES])
+    expected, found = [], []
+    starts = range(0, len(images), PARITY_BATCH)
+    with frozen(run.model):
+        for start in track(starts, "comparing with ONNX Runtime", len(starts)):
+            clean, y = images[start : start + PARITY_BATCH], labels[start : start + PARITY_BATCH]
+            x = to_float(clean)
+            x_adv = pgd(run.model, x, y, threat, generator=generator(0, "parity", start), steps=PARITY_STEPS)
+            for batch in (clean, to_bytes(to_uint8(x_adv, x, threat))):
+                with torch.no_grad():
+                    expected.append(run.model(to_float(batch)).numpy())
+                found.append(session.run([OUTPUT], {INPUT: batch.numpy()})[0])
+    checkpoint, exported = np.concatenate(expected), np.concatenate(found)
+    difference = float(np.abs(checkpoint - exported).max())
+    tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(checkpoint).max()))
+    if not difference <= tolerance:  # so that NaN is refused too
+        raise Broken(
+            f"{run.path}: ONNX Runtime's logits differ from the checkpoint's by {difference:.3g}, over the tolerance "
+            f"{tolerance:.3g}; nothing was written: check the versions of torch, onnxscript and onnxruntime"
+        )
+    agreement = float((checkpoint.argmax(axis=1) == exported.argmax(axis=1)).mean())
+    return Parity(len(checkpoint), difference, agreement, tolerance)

@@ -1,0 +1,183 @@
+"""From a passing verdict to a version that Triton serves: all of it or nothing, and only what passed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gating.attestation import verify
+from serving import repository as layout
+from serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_files
+from serving.errors import BadInput, Broken, Refused
+
+STAGING = ".staging-"
+LOCK = ".promotion.lock"
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A version in the repository. path: its directory; sha256: of its model.onnx."""
+
+    model: str
+    version: int
+    path: Path
+    sha256: str
+
+
+def promote(candidate: Path, evidence: Path, repository: Path, *, name: str) -> Promoted:
+    """Add a candidate that passed the gate as the next version of model `name`, and make it the one that is served.
+
+    A crash at any point leaves the old version served, or the new one; nothing in between is visible to Triton.
+    BadInput (2): a file that is missing, malformed or not what the candidate's manifest says. Refused or
+    NotAttested (1): no passing verdict for exactly these bytes, or another interface than the version
+    that is served. Broken (5): the repository cannot be written.
+    """
+    layout.checked_name(name)
+    manifest = verify_files(candidate)
+    if extra := sorted({path.name for path in candidate.iterdir()} - FILES - {MANIFEST}):
+        raise BadInput(f"{candidate / extra[0]}: not part of a candidate; remove it or export again")
+    verify(candidate, evidence)
+    try:
+        with _only_writer(repository):
+            return _commit(candidate, evidence, repository, name, manifest)
+    except OSError as error:
+        raise Broken(f"{repository}: cannot be written: {error.strerror or error}") from None
+
+
+def verify_release(repository: Path, name: str) -> Promoted:
+    """What Triton would serve as `name`; Refused, NotAttested or BadEvidence where promotion did not write it."""
+    model = repository / name
+    version = layout.served_version(model)
+    if version is None:
+        raise Refused(f"{model}: has no {layout.CONFIG}; `dfmcl promote` writes it")
+    config_path, directory = model / layout.CONFIG, model / str(version)
+    layout.require_plain(layout.parse_config(config_path.read_text(encoding="utf-8"), config_path), config_path)
+    # A library beside the model would replace the backend itself: docs of triton-inference-server/backend.
+    strangers = [path for path in model.iterdir() if not _belongs_to_model(path.name)]
+    strangers += [path for path in directory.glob("*") if path.name not in layout.VERSION_FILES]
+    if strangers:
+        raise Refused(f"{min(strangers)}: promotion did not write this; remove it")
+    verify(directory, directory)
+    return Promoted(name, version, directory, read_manifest(directory).model_sha256)
+
+
+def _belongs_to_model(name: str) -> bool:
+    return name == layout.CONFIG or name.isdecimal() or name.startswith(STAGING)
+
+
+def _commit(candidate: Path, evidence: Path, repository: Path, name: str, manifest: Manifest) -> Promoted:
+    model = repository / name
+    served = layout.served_version(model)
+    if served is None and model.exists():
+        raise BadInput(f"{model}: exists without {layout.CONFIG}, so promotion did not write it; remove it")
+    if served is not None:
+        _require_same_interface(manifest, read_manifest(model / str(served)), name)
+    aliases = _read_aliases(repository)
+    version = 1 + max([0, *layout.version_numbers(model), *_versions_named(aliases.get(name, {}))])
+    # A first version is staged where it appears. Later ones inside the model's directory, as Triton without explicit
+    # model control takes every directory of the repository for a model.
+    staged = Path(tempfile.mkdtemp(prefix=STAGING, dir=repository if served is None else model))
+    try:
+        directory = staged / str(version)
+        _stage_version(candidate, evidence, directory)
+        config = layout.config_pbtxt(manifest, name, version)
+        layout.parse_config(config, model / layout.CONFIG)
+        _write(staged / layout.CONFIG, config)
+        aliases[name] = {"champion": version, "previous": served}
+        _write(repository / f"{STAGING}{layout.ALIASES}", json.dumps(aliases, indent=2, sort_keys=True) + "\n")
+        staged.chmod(0o755)  # mkdtemp makes 0700; Triton may run as another user
+        _sync(staged)
+        if served is not None:
+            directory.rename(model / str(version))
+            _sync(model)
+        (repository / f"{STAGING}{layout.ALIASES}").replace(repository / layout.ALIASES)
+        # The commit. The first version becomes visible with its model directory, a later one with its config.
+        if served is None:
+            staged.rename(model)
+        else:
+            (staged / layout.CONFIG).replace(model / layout.CONFIG)
+            _sync(model)
+        _sync(repository)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Promoted(name, version, model / str(version), manifest.model_sha256)
+
+
+def _require_same_interface(new: Manifest, old: Manifest, name: str) -> None:
+    if new.interface != old.interface:
+        raise Refused(
+            f"model {name!r} takes {old.input_shape} and has {len(old.labels)} labels; this candidate takes "
+            f"{new.input_shape} and has {len(new.labels)}, or other names: promote it under another name"
+        )
+
+
+def _stage_version(candidate: Path, evidence: Path, directory: Path) -> None:
+    """Copy what belongs into a version, and nothing else; then judge the copies, as the sources may have changed."""
+    directory.mkdir()
+    sources = [candidate / name for name in sorted({*FILES, MANIFEST})]
+    for source in [*sources, evidence / layout.REPORT, evidence / layout.PROBES]:
+        if not source.is_file():
+            raise BadInput(f"{source}: no such file; `dfmcl gate` writes it")
+        with source.open("rb") as reader, (directory / source.name).open("xb") as writer:
+            shutil.copyfileobj(reader, writer)
+            writer.flush()
+            os.fsync(writer.fileno())
+    _sync(directory)
+    verify_files(directory)
+    verify(directory, directory)
+
+
+@contextmanager
+def _only_writer(repository: Path) -> Iterator[None]:
+    """Hold the repository's lock, and clear what promotions that died left in staging."""
+    repository.mkdir(parents=True, exist_ok=True)
+    with (repository / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in [*repository.glob(f"{STAGING}*"), *repository.glob(f"*/{STAGING}*")]:
+            if stale.is_dir():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()
+        yield
+
+
+def _read_aliases(repository: Path) -> dict[str, Any]:
+    path = repository / layout.ALIASES
+    if not path.exists():
+        return {}
+    try:
+        aliases = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(entry, dict) for entry in aliases.values()):
+            raise ValueError("expected an object for each model")
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: not readable: {error}; remove it, promotion writes it again") from None
+    return dict(aliases)
+
+
+def _versions_named(entry: dict[str, Any]) -> list[int]:
+    """Versions that aliases.json remembers, so that a number is not used again although its directory was removed."""
+    return [version for version in entry.values() if isinstance(version, int)]
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Make renames in a directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

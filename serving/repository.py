@@ -1,0 +1,136 @@
+"""The model repository that Triton reads: names, layout, and the config.pbtxt of a promoted model.
+
+<repository>/<model>/config.pbtxt                      which version is served, and how
+<repository>/<model>/<N>/{model.onnx, labels.txt, manifest.json, report.json, probes.npz}    immutable
+<repository>/aliases.json                              {"<model>": {"champion": N, "previous": M or null}}
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from serving.candidate import INPUT, LABELS, MODEL, OUTPUT, Manifest
+from serving.errors import BadInput, Refused
+
+CONFIG = "config.pbtxt"
+ALIASES = "aliases.json"
+REPORT = "report.json"
+PROBES = "probes.npz"
+VERSION_FILES = frozenset({MODEL, LABELS, "manifest.json", REPORT, PROBES})
+
+MAX_BATCH_SIZE = 64
+PROBE_PRIORITY = 2  # users are priority 1 by default; probes give way
+
+# A letter first: what starts with a dot or a dash is a hidden file or a flag to other programs.
+MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+
+
+def checked_name(name: str) -> str:
+    """The name if it is safe as a directory, a URL segment and a metric label; BadInput otherwise."""
+    if not MODEL_NAME.fullmatch(name):
+        raise BadInput(f"model name {name!r}: use a letter, then up to 63 letters, digits, '_' or '-'")
+    return name
+
+
+def config_pbtxt(manifest: Manifest, name: str, version: int, *, threads: int = 1) -> str:
+    """The config.pbtxt that serves exactly `version`; the same text for NVIDIA's image and for the pip runtime.
+
+    threads: ONNX Runtime's threads per inference, a whole number >= 1; the container's CPU limit is the best value.
+    """
+    dims = ", ".join(str(size) for size in manifest.input_shape)
+    warmup = "\n".join(_warmup(size, dims) for size in (1, MAX_BATCH_SIZE))
+    return f"""\
+# Written by promotion; do not edit: the next promotion replaces it.
+name: "{checked_name(name)}"
+backend: "onnxruntime"
+default_model_filename: "{MODEL}"
+max_batch_size: {MAX_BATCH_SIZE}
+input [ {{ name: "{INPUT}" data_type: TYPE_UINT8 format: FORMAT_NHWC dims: [ {dims} ] }} ]
+output [
+  {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ {len(manifest.labels)} ] label_filename: "{version}/{LABELS}" }}
+]
+version_policy {{ specific {{ versions: [ {version} ] }} }}
+# The count is always written: without it the python backend starts two instances on a CPU.
+instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+# No queue delay: batches form behind a running one. Users are priority 1; probes send {PROBE_PRIORITY}, and give way.
+dynamic_batching {{
+  priority_levels: 2
+  default_priority_level: 1
+  default_queue_policy {{
+    timeout_action: REJECT default_timeout_microseconds: 1000000 allow_timeout_override: true max_queue_size: 512
+  }}
+  priority_queue_policy {{
+    key: {PROBE_PRIORITY}
+    value {{
+      timeout_action: REJECT default_timeout_microseconds: 5000000 allow_timeout_override: true max_queue_size: 8
+    }}
+  }}
+}}
+parameters {{ key: "intra_op_thread_count" value {{ string_value: "{threads}" }} }}
+parameters {{ key: "inter_op_thread_count" value {{ string_value: "1" }} }}
+# Probes must reach the model, not a cache of its answers.
+response_cache {{ enable: false }}
+{warmup}
+metric_tags {{ key: "sha" value: "{manifest.model_sha256[:12]}" }}
+"""
+
+
+def _warmup(batch_size: int, dims: str) -> str:
+    return f"""\
+model_warmup {{
+  name: "batch{batch_size}" batch_size: {batch_size} count: 1
+  inputs {{ key: "{INPUT}" value {{ data_type: TYPE_UINT8 dims: [ {dims} ] random_data: true }} }}
+}}"""
+
+
+def parse_config(text: str, where: str | Path) -> Any:
+    """A config.pbtxt through Triton's own protobuf, as a ModelConfig; BadInput where Triton could not read it."""
+    config = model_config_pb2.ModelConfig()
+    try:
+        text_format.Parse(text, config)
+    except text_format.ParseError as error:
+        raise BadInput(f"{where}: not a Triton model configuration: {error}") from None
+    return config
+
+
+def served_version(model: Path) -> int | None:
+    """The one version that a model directory's config.pbtxt serves; None where there is no config."""
+    path = model / CONFIG
+    if not path.is_file():
+        return None
+    versions = parse_config(path.read_text(encoding="utf-8"), path).version_policy.specific.versions
+    if len(versions) != 1:
+        raise BadInput(f"{path}: serves versions {list(versions)}, expected exactly one; promote again")
+    return int(versions[0])
+
+
+def require_plain(config: Any, where: str | Path) -> None:
+    """Refuse a config.pbtxt that makes Triton run anything but an ONNX file of this repository."""
+    unusual = [
+        label
+        for label, found in {
+            f"backend {config.backend!r}": config.backend != "onnxruntime",
+            f"runtime {config.runtime!r}": bool(config.runtime),
+            f"default_model_filename {config.default_model_filename!r}": config.default_model_filename != MODEL,
+            "model_operations": bool(config.model_operations.op_library_filename),
+            "parameters": not set(config.parameters) <= {"intra_op_thread_count", "inter_op_thread_count"},
+        }.items()
+        if found
+    ]
+    if unusual:
+        raise Refused(f"{where}: has {unusual[0]}, which promotion never writes; promote again")
+
+
+def version_numbers(model: Path) -> list[int]:
+    """The versions on disk, ascending, served or not."""
+    return sorted(int(path.name) for path in model.glob("*") if path.name.isdecimal())
+
+
+def model_names(repository: Path) -> list[str]:
+    """The promoted models: directories with a config.pbtxt."""
+    return sorted(path.parent.name for path in repository.glob(f"[!.]*/{CONFIG}"))

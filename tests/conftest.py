@@ -1,0 +1,37 @@
+"""Runs that many tests look at: really trained, in seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch loads: idle OpenMP threads that spin make a small forward pass 100 times slower beside a busy process,
+# and tests start servers.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from training.config import load_config
+from training.train import train
+
+# As many as CI has: results that depend on the order of float sums are then the same everywhere.
+torch.set_num_threads(2)
+
+TINY = ["model.width=8", "data.train_images=600", "optimization.epochs=3"]
+
+
+@pytest.fixture(scope="session")
+def standard_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain narrow network on digits: about 90 % clean, nothing under attack."""
+    out = tmp_path_factory.mktemp("runs") / "standard"
+    train(load_config("quickstart_standard", TINY), out, log=lambda line: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another seed of the same."""
+    out = tmp_path_factory.mktemp("runs") / "other"
+    train(load_config("quickstart_standard", [*TINY, "seed=1"]), out, log=lambda line: None)
+    return out

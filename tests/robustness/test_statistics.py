@@ -1,0 +1,68 @@
+"""Exact bounds against brute force, and HyperScore's arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robustness.errors import BadInput
+from robustness.hyperscore import combined_value, hyperscore
+from robustness.statistics import clopper_pearson, lower_bound, upper_bound
+
+
+def tail(k: int, n: int, p: float) -> float:
+    """P(X >= k) for a binomial, summed term by term."""
+    return sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (3, 10), (10, 10), (226, 450), (1, 60)])
+def test_lower_bound_solves_the_binomial_tail(k: int, n: int) -> None:
+    """At the bound, seeing k or more has probability exactly 1 - confidence."""
+    assert tail(k, n, lower_bound(k, n, 0.95)) == pytest.approx(0.05, rel=1e-6)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+def test_bounds_are_mirror_images(counts: tuple[int, int], confidence: float) -> None:
+    """The upper bound of successes is one minus the lower bound of failures, and both enclose the estimate."""
+    k, n = counts
+    assert upper_bound(k, n, confidence) == pytest.approx(1 - lower_bound(n - k, n, confidence), abs=1e-9)
+    assert lower_bound(k, n, confidence) <= k / n <= upper_bound(k, n, confidence)
+
+
+def test_coverage_is_at_least_the_confidence() -> None:
+    """Over all outcomes of n = 40, the two-sided 95 % interval misses with probability at most 5 %."""
+    for p in (0.01, 0.2, 0.45, 0.5, 0.9):
+        hit = sum(
+            math.comb(40, k) * p**k * (1 - p) ** (40 - k)
+            for k in range(41)
+            if clopper_pearson(k, 40)[0] <= p <= clopper_pearson(k, 40)[1]
+        )
+        assert hit >= 0.95
+
+
+@pytest.mark.parametrize("arguments", [(5, 4, 0.9), (-1, 4, 0.9), (0, 0, 0.9), (1, 2, 1.0), (1, 2, 0.0)])
+def test_impossible_counts_are_refused(arguments: tuple[int, int, float]) -> None:
+    """More successes than trials, no trials, or certainty: bad input."""
+    with pytest.raises(BadInput, match="statistics"):
+        lower_bound(*arguments)
+
+
+def test_hyperscore_matches_its_formula_at_one() -> None:
+    """At V = 1 the exponent is gamma: sigmoid(-ln 2) = 1/3, squared 1/9."""
+    assert hyperscore(1.0) == pytest.approx(100 * (1 + 1 / 9))
+
+
+@given(st.floats(1e-6, 1), st.floats(1e-6, 1))
+def test_hyperscore_only_ranks(a: float, b: float) -> None:
+    """It is monotone in V: no order changes."""
+    assert (hyperscore(a) <= hyperscore(b)) == (a <= b) or hyperscore(a) == pytest.approx(hyperscore(b))
+
+
+def test_combined_value_is_a_weighted_mean() -> None:
+    """Weights need not sum to one; a missing figure is bad input."""
+    assert combined_value({"clean": 1.0, "white": 0.5}, {"clean": 1, "white": 3}) == pytest.approx(0.625)
+    with pytest.raises(BadInput, match="black"):
+        combined_value({"clean": 1.0}, {"clean": 1, "black": 1})

@@ -1,0 +1,64 @@
+"""The generated config.pbtxt, read by Triton's own protobuf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serving.candidate import read_manifest
+from serving.errors import BadInput, Refused
+from serving.repository import checked_name, config_pbtxt, parse_config, require_plain
+
+
+def test_config_says_what_triton_needs(candidate: Path) -> None:
+    """Triton's protobuf reads the config as one version on one CPU instance, with two priorities and no cache."""
+    manifest = read_manifest(candidate)
+    config = parse_config(config_pbtxt(manifest, "digits", 7, threads=3), "config.pbtxt")
+    assert (config.name, config.backend, config.default_model_filename) == ("digits", "onnxruntime", "model.onnx")
+    assert list(config.input[0].dims) == [16, 16, 3]
+    assert (
+        config.input[0].data_type
+        == config.input[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_name["TYPE_UINT8"].number
+    )
+    assert list(config.output[0].dims) == [10]
+    assert config.output[0].label_filename == "7/labels.txt"
+    assert list(config.version_policy.specific.versions) == [7]
+    assert [(group.count, group.kind) for group in config.instance_group] == [(1, config.instance_group[0].KIND_CPU)]
+    batching = config.dynamic_batching
+    assert (batching.max_queue_delay_microseconds, batching.priority_levels, batching.default_priority_level) == (
+        0,
+        2,
+        1,
+    )
+    assert batching.priority_queue_policy[2].max_queue_size < batching.default_queue_policy.max_queue_size
+    assert config.parameters["intra_op_thread_count"].string_value == "3"
+    assert not config.response_cache.enable
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, config.max_batch_size]
+    assert dict(config.metric_tags) == {"sha": manifest.model_sha256[:12]}
+    require_plain(config, "config.pbtxt")
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "-flag", "a/b", "..", "a b", 'a"b', "1st", "ä", "x" * 65])
+def test_unsafe_name_is_bad_input(name: str) -> None:
+    """A name that could leave its directory or break a config is refused."""
+    with pytest.raises(BadInput, match="model name"):
+        checked_name(name)
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [
+        'runtime: "model.py"',
+        'backend: "python"',
+        'default_model_filename: "other.onnx"',
+        'model_operations { op_library_filename: "evil.so" }',
+        'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "/evil" } }',
+    ],
+)
+def test_config_that_runs_something_else_is_refused(candidate: Path, addition: str) -> None:
+    """A config that was edited to run other code is not served."""
+    text = config_pbtxt(read_manifest(candidate), "digits", 1)
+    lines = [line for line in text.splitlines() if line.split(":")[0] != addition.split(":")[0]]
+    with pytest.raises(Refused, match=r"promotion never writes"):
+        require_plain(parse_config("\n".join([*lines, addition]), "x"), "x")

@@ -1,0 +1,230 @@
+"""The local runtime: what it serves, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from serving import environment, triton
+from serving.candidate import FILES, sha256_of
+from serving.client import Client
+from serving.errors import BadInput, Broken, Refused, Unavailable
+from serving.promotion import promote
+from tests.serving.workshop import Served, processes_of, run_python, write_evidence
+
+
+def post(url: str, body: object) -> int:
+    """The status of a POST with a JSON body."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_ready_file_tells_where_the_server_is(served: Served) -> None:
+    """Its URLs answer, and it names what is served and who to stop."""
+    assert served.ready["models"] == {"digits": 1}
+    assert served.ready["pid"] == os.getpid()
+    with urllib.request.urlopen(f"{served.ready['http']}/v2/models/digits/ready", timeout=10) as response:
+        assert response.status == 200
+    with urllib.request.urlopen(served.ready["metrics"], timeout=10) as response:
+        metrics = response.read().decode()
+    sha = sha256_of(served.repository / "digits" / "1" / "model.onnx")
+    assert f'nv_inference_request_success{{_sha="{sha[:12]}",model="digits",version="1"}}' in metrics
+
+
+@pytest.mark.parametrize("endpoint", ["http", "grpc", "metrics"])
+def test_server_listens_on_one_address_only(served: Served, endpoint: str) -> None:
+    """A server bound to all addresses would also accept on 127.0.0.2."""
+    port = int(served.ready[endpoint].removesuffix("/metrics").rpartition(":")[2])
+    socket.create_connection(("127.0.0.1", port), 5).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 5)
+
+
+def test_ungated_model_cannot_be_loaded(served: Served, candidate: Path) -> None:
+    """Triton's load API can carry a model; it is closed on HTTP and gRPC, and so is shared memory."""
+    onnx = base64.b64encode((candidate / "model.onnx").read_bytes()).decode()
+    config = json.dumps({"backend": "onnxruntime", "default_model_filename": "model.onnx"})
+    url = f"{served.ready['http']}/v2/repository/models/evil/load"
+    assert post(url, {"parameters": {"config": config, "file:1/model.onnx": onnx}}) == 403
+    assert post(f"{served.ready['http']}/v2/repository/models/digits/unload", {}) == 403
+    assert post(f"{served.ready['http']}/v2/systemsharedmemory/region/x/register", {}) == 403
+    with Client(served.ready["grpc"], "digits") as client:
+        with pytest.raises(Exception, match="restricted"):
+            client._triton.load_model("evil", config=config, files={"file:1/model.onnx": b"x"})
+        assert not client._triton.is_model_ready("evil")
+        assert client.describe().version == "1"
+
+
+def test_port_in_use_is_broken(repository: Path, needs_triton: None) -> None:
+    """Exit code 5 with the option and the port, before anything is started."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(Broken, match=f"--grpc-port {port}: cannot listen") as caught:
+            triton.serve(repository, http_port=0, grpc_port=port, metrics_port=0)
+    assert caught.value.exit_code == 5
+
+
+def test_missing_environment_is_broken(repository: Path, tmp_path: Path) -> None:
+    """The message says how to get one."""
+    with pytest.raises(Broken, match=r"make quickstart.*DFMCL_TRITON_PYTHON") as caught:
+        triton.serve(repository, triton_python=tmp_path / "python")
+    assert caught.value.exit_code == 5
+
+
+def test_environment_without_triton_is_broken(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's own interpreter is not Triton's."""
+    monkeypatch.setenv("DFMCL_TRITON_PYTHON", sys.executable)
+    with pytest.raises(Broken, match="not a Triton environment"):
+        triton.serve(repository)
+
+
+def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None, tmp_path: Path) -> None:
+    """With numpy 2 in the stub, tensors would be corrupted silently; the model does not load instead."""
+    found = environment.find_environment(None)
+    if np.__version__.startswith("1.") or found.python_version != f"{sys.version_info[0]}.{sys.version_info[1]}":
+        pytest.skip("needs numpy 2 here, for the python that Triton's environment has")
+    ports = triton.claim_ports(http=0, grpc=0, metrics=0)
+    variables = found.variables() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    log = tmp_path / "log"
+    with environment.footprint() as runtime:
+        environment.install_backends(found, runtime)
+        command = triton.server_command(found, repository, runtime, ports, ["digits"])
+        with triton._running(command, variables, log) as process:
+            assert process.wait(30) != 0
+    assert f"numpy {np.__version__} corrupts tensors" in log.read_text()
+
+
+def test_empty_repository_is_bad_input(tmp_path: Path) -> None:
+    """There is nothing to serve, and the message says how to change that."""
+    with pytest.raises(BadInput, match="dfmcl promote"):
+        triton.serve(tmp_path)
+
+
+def test_repository_with_a_stranger_is_refused(repository: Path) -> None:
+    """A library that would replace the backend keeps the server from starting."""
+    (repository / "digits" / "libtriton_onnxruntime.so").write_bytes(b"")
+    with pytest.raises(Refused, match="promotion did not write this"):
+        triton.serve(repository)
+
+
+def test_model_that_triton_cannot_load_is_broken(tmp_path: Path, candidate: Path, needs_triton: None) -> None:
+    """A server that does not come up ends with exit code 5 and Triton's own reason."""
+    garbage = shutil.copytree(candidate, tmp_path / "candidate")
+    evidence = write_evidence(tmp_path / "evidence", candidate)
+    (garbage / "model.onnx").write_bytes(b"no model")
+    files = {name: sha256_of(garbage / name) for name in FILES}
+    manifest = json.loads((garbage / "manifest.json").read_text()) | {"files": files}
+    (garbage / "manifest.json").write_text(json.dumps(manifest))
+    report = json.loads((evidence / "report.json").read_text())
+    report["candidate"] = {"model_sha256": files["model.onnx"], "files": files}
+    (evidence / "report.json").write_text(json.dumps(report))
+    promote(garbage, evidence, tmp_path / "models", name="digits")
+    with pytest.raises(Broken, match=r"Triton ended with exit code .*digits") as caught:
+        Served(tmp_path / "models", tmp_path / "ready.json").start()
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ready.json").exists()
+
+
+def test_server_that_answers_otherwise_than_the_gate_saw_is_broken(repository: Path, needs_triton: None) -> None:
+    """Before anyone is told that it is ready, its logits are compared with the recorded ones."""
+    path = repository / "digits" / "1" / "probes.npz"
+    with np.load(path) as probes:
+        arrays = dict(probes)
+    np.savez(path, **arrays | {"clean_logits": arrays["clean_logits"] + 1})
+    with pytest.raises(Broken, match="off those the gate recorded"):
+        Served(repository, repository.parent / "ready.json").start()
+
+
+@pytest.mark.parametrize("victim", ["tritonserver", "triton_python_backend_stub"])
+def test_killed_server_is_noticed(repository: Path, tmp_path: Path, needs_triton: None, victim: str) -> None:
+    """Triton calls itself ready when its stub is dead; a real inference does not. Both deaths end with exit code 5."""
+    server = Served(repository, tmp_path / "ready.json", liveness_seconds=0.2).start()
+    marker = str(repository)
+    [process] = [
+        pid for pid in processes_of(marker) if victim in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
+    ]
+    with Client(server.ready["grpc"], "digits") as client:
+        client.describe()
+        os.kill(process, signal.SIGKILL)
+        error = server.result()
+        with pytest.raises(Unavailable):
+            client.describe()
+    assert isinstance(error, Broken)
+    assert error.exit_code == 5
+    assert "\n" not in str(error)
+    assert not server.ready_file.exists()
+    assert processes_of(marker) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_the_server_and_leaves_nothing(
+    repository: Path, tmp_path: Path, needs_triton: None, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
+    """No process, no shared memory, no temporary directory, no ready file, and exit code 0."""
+    code = """
+import sys
+from pathlib import Path
+from serving.triton import serve
+ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
+"""
+    ready, log = tmp_path / "ready.json", tmp_path / "triton.log"
+    process = run_python(code, str(repository), str(ready), str(log))
+    request.addfinalizer(process.kill)
+    while not ready.exists():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.02)
+    commands = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of(str(repository)))
+    [runtime] = {Path(path) for path in re.findall(r"--backend-directory=([^\0]+)", commands)}
+    assert len(list(environment.SHARED_MEMORY.glob(f"{runtime.name}*"))) >= 2  # else this test proves nothing
+    assert runtime.is_dir()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    assert "serving digits version 1" in output
+    assert processes_of(str(repository)) == []
+    assert not list(environment.SHARED_MEMORY.glob(f"{runtime.name}*"))
+    assert not runtime.exists()
+    assert not ready.exists()
+    assert "successfully loaded 'digits'" in log.read_text()
+
+
+def test_footprint_of_a_dead_server_is_removed() -> None:
+    """What a killed server left is cleared by the next one; what a living one holds is not."""
+    dead = [environment.SHARED_MEMORY / f"{environment.PREFIX}dead{end}" for end in (".lock", "-region")]
+    for path in dead:
+        path.write_bytes(b"")
+    with environment.footprint() as alive:
+        region = environment.SHARED_MEMORY / f"{alive.name}-region"
+        region.write_bytes(b"")
+        with environment.footprint():
+            assert region.exists()
+            assert alive.is_dir()
+            assert not any(path.exists() for path in dead)
+    assert not region.exists()
+    assert not alive.exists()
+
+
+def test_stop_before_ready_is_no_error(repository: Path, needs_triton: None) -> None:
+    """A server that is stopped while it starts ends quietly."""
+    stop = threading.Event()
+    stop.set()
+    assert triton.serve(repository, http_port=0, grpc_port=0, metrics_port=0, stop=stop) == 0

@@ -1,0 +1,143 @@
+"""What the tests of this room are made with: a tiny run, evidence, a server in a thread, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from safetensors.torch import save_file
+
+from robustness.data import load_dataset
+from robustness.files import sha256_of
+from robustness.models import Classifier, ModelSpec
+from serving import triton
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_run(directory: Path) -> Path:
+    """A run in the training room's format, with seeded random weights: width 4, on the digits."""
+    directory.mkdir(parents=True)
+    torch.manual_seed(0)
+    spec = ModelSpec("resnet18", 4, 10, (16, 16, 3), (0.3, 0.3, 0.3), (0.4, 0.4, 0.4))
+    save_file(Classifier(spec).state_dict(), directory / "checkpoint.safetensors")
+    data = load_dataset("digits")
+    manifest = {
+        "format": "dfmcl.run/1",
+        "model": spec.to_json(),
+        "labels": list(data.classes),
+        "data": data.describe(),
+        "files": {"checkpoint.safetensors": sha256_of(directory / "checkpoint.safetensors")},
+        "config": {"curriculum": {"beta": "38/255"}},
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def write_evidence(directory: Path, candidate: Path, verdict: str = "passed") -> Path:
+    """Evidence in the gate's format: a verdict for a candidate's bytes, and probes that ONNX Runtime answered."""
+    directory.mkdir(parents=True)
+    files = json.loads((candidate / "manifest.json").read_text())["files"]
+    report = {
+        "format": "dfmcl.report/1",
+        "verdict": verdict,
+        "candidate": {"model_sha256": files["model.onnx"], "files": files},
+        "policy": {"sha256": "0" * 64},
+        "criteria": [],
+    }
+    (directory / "report.json").write_text(json.dumps(report))
+    data = load_dataset("digits")
+    images, labels = data.x_test[:80], data.y_test[:80]
+    logits = onnx_logits(candidate / "model.onnx", images)
+    np.savez(
+        directory / "probes.npz",
+        images=images,
+        adversarial=images,
+        labels=labels,
+        clean_logits=logits,
+        adversarial_logits=logits,
+    )
+    return directory
+
+
+def onnx_logits(model: Path, images: np.ndarray) -> np.ndarray:
+    """The oracle: ONNX Runtime in this process."""
+    (logits,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"images": images})
+    return np.asarray(logits)
+
+
+@dataclass
+class Served:
+    """A served repository: the URLs of its ready file, and the thread that serves it."""
+
+    repository: Path
+    ready_file: Path
+    liveness_seconds: float = 60.0
+    stop: threading.Event = field(default_factory=threading.Event)
+    ready: dict = field(default_factory=dict)
+    outcome: list = field(default_factory=list)
+
+    def start(self) -> Served:
+        """Serve in a thread; returns when the ready file is there, raises what `serve` raised."""
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+        while not self.ready_file.exists():
+            if self.outcome:
+                raise self.outcome[0]
+            time.sleep(0.02)
+        self.ready = json.loads(self.ready_file.read_text())
+        return self
+
+    def _serve(self) -> None:
+        try:
+            code = triton.serve(
+                self.repository,
+                http_port=0,
+                grpc_port=0,
+                metrics_port=0,
+                ready_file=self.ready_file,
+                stop=self.stop,
+                say=lambda line: None,
+                liveness_seconds=self.liveness_seconds,
+            )
+            self.outcome.append(code)
+        except Exception as error:  # noqa: BLE001 - handed to the test's own thread
+            self.outcome.append(error)
+
+    def result(self) -> object:
+        """What `serve` returned or raised, once it ended."""
+        self.thread.join(60)
+        return self.outcome[0]
+
+    def close(self) -> object:
+        """Stop serving."""
+        self.stop.set()
+        return self.result()
+
+
+def processes_of(marker: str) -> list[int]:
+    """Ids of the living processes whose command line holds a text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if marker.encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    """A fresh interpreter that runs code in the repository's root."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )

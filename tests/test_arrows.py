@@ -1,0 +1,82 @@
+"""Rooms meet through files: what may import what, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("robustness", "training", "gating", "serving", "monitoring")
+TOP = (*ROOMS, "benchmarks", "tests", "dfmcl", "quickstart")
+ALLOWED = {
+    "robustness": set(),
+    "training": {"robustness"},
+    "gating": {"robustness"},
+    "serving": set(),
+    "monitoring": {"robustness", "gating.attestation", "serving.client", "serving.errors"},
+}
+EXCEPTIONS = {"serving/export.py": {"robustness"}, "serving/promotion.py": {"gating.attestation"}}
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+
+def imports(source: str) -> set[str]:
+    """All modules a source imports, also inside functions; `from a import b` counts as a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def forbidden(path: str, source: str) -> set[str]:
+    """Imports of ours that no arrow allows."""
+    room = path.partition("/")[0]
+    allowed = {room} | ALLOWED[room] | EXCEPTIONS.get(path, set())
+    ours = {name for name in imports(source) if name.partition(".")[0] in TOP}
+    return {name for name in ours if not any(name == ok or name.startswith(f"{ok}.") for ok in allowed)}
+
+
+@pytest.mark.parametrize("path", [str(path.relative_to(ROOT)) for path in FILES])
+def test_no_forbidden_arrow(path: str) -> None:
+    """A room imports only what its arrows allow."""
+    assert not forbidden(path, (ROOT / path).read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("robustness/x.py", "import training"),
+        ("training/x.py", "def f():\n    from gating.policy import Policy"),
+        ("serving/promotion.py", "from robustness.runs import load_run"),
+        ("serving/client.py", "import gating.attestation"),
+        ("monitoring/x.py", "from serving import export"),
+        ("monitoring/x.py", "from gating import gate"),
+        ("gating/x.py", "from tests.linear import Linear"),
+    ],
+)
+def test_a_forbidden_arrow_is_noticed(path: str, source: str) -> None:
+    """The check above can fail."""
+    assert forbidden(path, source)
+
+
+LIGHT = {
+    "gating.policy, gating.verdict, gating.attestation, gating.report": {"torch", "onnxruntime"},
+    "serving.client": {"torch", "onnx", "onnxruntime", "robustness", "gating", "pydantic", "typer"},
+    "gating.attestation": {"torch", "numpy", "scipy", "pydantic"},
+    "dfmcl": {"torch", "numpy", "pydantic", "tritonclient", "rich.progress"},
+}
+
+
+@pytest.mark.parametrize("modules", LIGHT)
+def test_light_modules_stay_light(modules: str) -> None:
+    """What decides, verifies or asks the server loads no training library, directly or through others."""
+    code = f"import sys, {modules}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not LIGHT[modules] & set(loaded.stdout.split())

@@ -1,0 +1,47 @@
+"""What a user installs: a wheel with the command, the presets and the schema, and nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(ROOT)]
+    subprocess.run(command, check=True)
+    (built,) = out.glob("dfmcl-*.whl")
+    return built
+
+
+def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
+    """Presets, schema and Triton requirements are in; tests and deploy are not."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "training" / "presets").glob("*.toml")}
+    wanted |= {"gating/report.schema.json", "serving/triton-requirements.txt", "serving/backend/model.py", "dfmcl.py"}
+    assert wanted <= names
+    tops = {name.partition("/")[0] for name in names if "dist-info" not in name}
+    assert tops == {"dfmcl.py", "robustness", "training", "gating", "serving", "monitoring"}
+
+
+def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) -> None:
+    """pip install into a fresh environment: help, presets, and a clear word where an extra is missing."""
+    venv.create(tmp_path / "env", with_pip=True)
+    binaries = tmp_path / "env" / "bin"
+    subprocess.run([binaries / "pip", "install", "--quiet", wheel], check=True, cwd=tmp_path)
+    assert subprocess.run([binaries / "dfmcl", "--help"], cwd=tmp_path, check=False).returncode == 0
+    presets = subprocess.run([binaries / "dfmcl", "presets"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert {"paper", "quickstart"} <= {line.split()[0] for line in presets.stdout.splitlines()}
+    command = [binaries / "dfmcl", "train", "quickstart", "--out", "run"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "pip install 'dfmcl[train]'" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,230 @@
+"""The loop: resumes bit for bit, stops cleanly, never trains on what it selects by."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from robustness.data import load_dataset
+from robustness.errors import BadInput, Broken
+from robustness.files import sha256_of
+from robustness.runs import CHECKPOINT, load_run
+from training import train as loop
+from training.augmentation import augment, crop, flip
+from training.config import TrainConfig, load_config, preset_names
+from training.state import STATE
+from training.train import Interrupted, split, train
+
+TINY = [
+    "model.width=4",
+    "data.train_images=180",
+    "optimization.epochs=3",
+    "heldout.images=20",
+    "heldout.attack_steps=2",
+]
+
+
+def quiet(line: str) -> None:
+    """A log that nobody reads."""
+
+
+class StopAfter(threading.Event):
+    """An event that is set from its n-th asking on: a signal that arrives at a known step."""
+
+    def __init__(self, asked: int) -> None:
+        super().__init__()
+        self.left = asked
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uncut") / "run"
+    train(load_config("quickstart", TINY), out, log=quiet)
+    return out
+
+
+@pytest.mark.parametrize("stops", [(1,), (3,), (2, 4)], ids=["mid-epoch", "at an epoch's end", "twice"])
+def test_resumed_run_equals_the_uncut_one(tmp_path: Path, uncut: Path, stops: tuple[int, ...]) -> None:
+    """Cut anywhere and resumed, the checkpoint has the same bytes and the record the same figures."""
+    out, config = tmp_path / "run", load_config("quickstart", TINY)
+    for number, steps in enumerate(stops):
+        with pytest.raises(Interrupted, match=r"continue with --resume"):
+            train(config, out, resume=number > 0, stop=StopAfter(steps), log=quiet)
+        assert not (out / CHECKPOINT).exists()
+    train(config, out, resume=True, log=quiet)
+    assert sha256_of(out / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
+
+    def figures(run: Path) -> list[dict[str, str]]:
+        with (run / "metrics.csv").open() as file:
+            return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+    assert figures(out) == figures(uncut)
+
+
+def test_another_seed_gives_another_model(tmp_path: Path, uncut: Path) -> None:
+    """The equality above is not that of a constant."""
+    train(load_config("quickstart", [*TINY, "seed=5"]), tmp_path / "run", log=quiet)
+    assert sha256_of(tmp_path / "run" / CHECKPOINT) != sha256_of(uncut / CHECKPOINT)
+
+
+def test_a_finished_run_is_read_not_repeated(uncut: Path) -> None:
+    """--resume on a finished run changes nothing."""
+    before = sha256_of(uncut / CHECKPOINT), (uncut / "manifest.json").stat().st_mtime_ns
+    train(load_config("quickstart", TINY), uncut, resume=True, log=quiet)
+    assert (sha256_of(uncut / CHECKPOINT), (uncut / "manifest.json").stat().st_mtime_ns) == before
+
+
+def test_a_foreign_state_is_refused(tmp_path: Path) -> None:
+    """A state written under another config is never continued."""
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(load_config("quickstart", TINY), out, stop=StopAfter(2), log=quiet)
+    with pytest.raises(BadInput, match="another config"):
+        train(load_config("quickstart", [*TINY, "optimization.lr=0.1"]), out, resume=True, log=quiet)
+
+
+def test_an_existing_directory_is_not_overwritten(uncut: Path) -> None:
+    """Without --resume a directory with anything in it is left alone."""
+    with pytest.raises(BadInput, match="not empty"):
+        train(load_config("quickstart", TINY), uncut, log=quiet)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
+    """A real process that gets a signal ends with 130, one line, and a state that resumes."""
+    out = tmp_path / "run"
+    command = [Path(sys.executable).with_name("dfmcl"), "train", "quickstart", "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--set", "model.width=4", "--set", "optimization.epochs=200"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out / STATE).exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith(f"dfmcl: {out}: stopped and saved at step ")
+    state = torch.load(out / STATE, weights_only=True)
+    assert state["step"] > 0
+    assert not list(out.glob("**/*.part"))
+
+
+def test_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says which batch; the weights are those of the last good step; nothing pretends to be finished."""
+    real, calls = loop.cross_entropy, []
+
+    def poisoned(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return real(logits, y) * (float("nan") if len(calls) == 5 else 1.0)
+
+    monkeypatch.setattr(loop, "cross_entropy", poisoned)
+    config = load_config("quickstart", [*TINY, "masking.enabled=false", "curriculum.attacks=[]"])
+    with pytest.raises(Broken, match=r"loss is nan at epoch 2, batch 2 \(step 5\), before the optimizer step"):
+        train(config, tmp_path / "run", log=quiet)
+    assert torch.load(tmp_path / "run" / STATE, weights_only=True)["step"] == 3
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
+def test_exploding_training_is_noticed(tmp_path: Path) -> None:
+    """A real divergence, by an absurd learning rate, ends the same way."""
+    with pytest.raises(Broken, match=r"loss is (nan|inf).*lower optimization\.lr"):
+        train(load_config("quickstart", [*TINY, "optimization.lr=1e30"]), tmp_path / "run", log=quiet)
+
+
+def test_a_half_written_state_is_never_picked_up(tmp_path: Path) -> None:
+    """What a killed writer left behind is ignored; the last whole state counts."""
+    out, config = tmp_path / "run", load_config("quickstart", TINY)
+    with pytest.raises(Interrupted):
+        train(config, out, stop=StopAfter(2), log=quiet)
+    (out / "state" / ".state.pt.123.part").write_bytes(b"half")
+    assert train(config, out, resume=True, log=quiet)["result"]["epochs"] == 3
+
+
+def test_heldout_images_are_never_trained_on() -> None:
+    """Split indices are disjoint, of the asked sizes, and depend on the seed only."""
+    data = load_dataset("digits")
+    config = load_config("quickstart", ["data.train_images=500"])
+    fit, heldout = split(data, config)
+    assert len(set(fit) & set(heldout)) == 0
+    assert (len(fit), len(heldout)) == (500, 147)
+    assert all(np.array_equal(a, b) for a, b in zip(split(data, config), (fit, heldout), strict=True))
+    assert not np.array_equal(split(data, load_config("quickstart", ["seed=1"]))[1], heldout)
+
+
+def test_too_few_images_is_bad_input(tmp_path: Path) -> None:
+    """More images than there are: one line that names the keys."""
+    with pytest.raises(BadInput, match=r"data\.heldout_images"):
+        train(load_config("quickstart", ["data.train_images=5000"]), tmp_path / "run", log=quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_manifest_tells_how_the_model_was_made(uncut: Path) -> None:
+    """Config, seed, data digest, versions, threads and the final figures are there, and load_run reads it."""
+    manifest = json.loads((uncut / "manifest.json").read_text())
+    assert manifest["config"] == json.loads(json.dumps(load_config("quickstart", TINY).model_dump()))
+    assert manifest["data"]["sha256"] == load_dataset("digits").sha256
+    assert manifest["hardware"]["threads"] == torch.get_num_threads()
+    assert {"torch", "python"} <= set(manifest["versions"])
+    assert {"alpha", "p_mean", "p_std", "heldout_clean", "heldout_pgd", "eps"} <= set(manifest["result"])
+    assert load_run(uncut).model.training is False
+    assert list((uncut / "tensorboard").glob("events.*.epoch0003"))
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("quickstart")])
+def test_presets_train(tmp_path: Path, name: str) -> None:
+    """Each preset that needs no download takes its first steps."""
+    manifest = train(load_config(name, [*TINY, "optimization.epochs=1"]), tmp_path / "run", log=quiet)
+    assert manifest["result"]["epochs"] == 1
+
+
+@pytest.mark.parametrize("name", ["paper", "standard", "fgsm", "pgd", "cifar10_narrow"])
+def test_cifar_presets_train_on_stand_in_data(tmp_path: Path, name: str) -> None:
+    """The CIFAR-10 presets take two steps on an .npz of the right shape, narrowed to be quick."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8), "y_train": np.arange(60) % 10,
+        "x_test": rng.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8), "y_test": np.arange(10),
+    }  # fmt: skip
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    small = ["model.width=4", "optimization.epochs=1", "optimization.batch_size=16", "data.train_images=32"]
+    small += ["data.heldout_images=20", "heldout.images=4", "heldout.attack_steps=1", "curriculum.steps=2"]
+    config = load_config(name, [*small, f"data.path={tmp_path / 'cifar10.npz'}"])
+    assert train(config, tmp_path / "run", log=quiet)["result"]["step"] == 2
+
+
+def test_crop_moves_by_at_most_the_padding_and_flip_mirrors() -> None:
+    """Every augmented image is the original, shifted within the padding, zeros coming in; or its mirror image."""
+    images = torch.arange(1, 1 + 4 * 8 * 8 * 3).reshape(4, 8, 8, 3).to(torch.uint8).clamp(min=1)
+    padded = torch.nn.functional.pad(images, (0, 0, 2, 2, 2, 2))
+    moved = crop(images, torch.Generator().manual_seed(0), padding=2)
+    windows = [padded[:, i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
+    for n in range(4):
+        assert any(torch.equal(moved[n], window[n]) for window in windows)
+    flipped = flip(images, torch.Generator().manual_seed(0))
+    kinds = [torch.equal(flipped[n], images[n]) for n in range(4)]
+    assert all(same or torch.equal(flipped[n], images[n].flip(1)) for n, same in enumerate(kinds))
+    assert 0 < sum(kinds) < 4
+    assert augment(images, torch.Generator(), "none") is images
+
+
+def test_config_is_all_there_is() -> None:
+    """An empty file is the paper's method on CIFAR-10."""
+    assert TrainConfig().curriculum.attacks == ["fgsm", "pgd", "cw"]
