@@ -273,7 +273,7 @@ def watch(
     from monitoring.config import load_config
     from monitoring.sidecar import watch as run_watch
 
-    return run_watch(load_config(config), rounds=rounds, stop=stop_on_signals(), log=say)
+    return run_watch(load_config(config), rounds=rounds, stop=stop_on_signals(), log=say, track=track)
 
 
 def main() -> None:

@@ -1,0 +1,268 @@
+"""Surrogate runs on disk, watch configurations, and a gRPC endpoint that answers, dawdles or lies as a test asks."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from monitoring.config import WatchConfig, load_config
+from monitoring.sidecar import watch
+from robustness.data import load_dataset
+from robustness.files import sha256_of
+from robustness.models import Classifier, ModelSpec
+from serving.export import export
+
+SHAPE, CLASSES = (16, 16, 3), 10
+
+
+def write_run(directory: Path, seed: int, width: int = 4, classes: int = CLASSES) -> Path:
+    """A run in the training room's format, with seeded random weights, on the digits."""
+    directory.mkdir(parents=True)
+    torch.manual_seed(seed)
+    spec = ModelSpec("resnet18", width, classes, SHAPE, (0.3, 0.3, 0.3), (0.4, 0.4, 0.4))
+    save_file(Classifier(spec).state_dict(), directory / "checkpoint.safetensors")
+    manifest = {
+        "format": "dfmcl.run/1",
+        "model": spec.to_json(),
+        "labels": [str(label) for label in range(classes)],
+        "data": load_dataset("digits").describe(),
+        "files": {"checkpoint.safetensors": sha256_of(directory / "checkpoint.safetensors")},
+        "config": {"curriculum": {"beta": "38/255"}},
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def write_report(directory: Path, checkpoint_sha256: str = "0" * 64, **changes: object) -> Path:
+    """A gate report with what a watch reads of it; `changes` replace top-level entries."""
+    directory.mkdir(parents=True, exist_ok=True)
+    report = {
+        "format": "dfmcl.report/1",
+        "created": "2026-01-02T03:04:05+00:00",
+        "verdict": "passed",
+        "criteria": [
+            {"metric": "robust_accuracy", "threshold": 0.45},
+            {"metric": "robust_accuracy", "threshold": 0.40},
+            {"metric": "clean_accuracy", "threshold": 0.9},
+        ],
+        "run": {"checkpoint_sha256": checkpoint_sha256},
+        "evaluation": {
+            "threat": {"norm": "linf", "label": "38/255"},
+            "clean": {"k": 97, "n": 100},
+            "robust": {"k": 55, "n": 100},
+        },
+    }
+    (directory / "report.json").write_text(json.dumps(report | changes))
+    return directory
+
+
+Answerer = Callable[[np.ndarray], np.ndarray]
+
+
+class Endpoint(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """A real gRPC server that speaks Triton's protocol. answer: uint8 (N, H, W, C) to logits (N, K)."""
+
+    def __init__(self, answer: Answerer, port: int = 0) -> None:
+        self.answer, self.version, self.requests = answer, "1", 0
+        self._server = grpc.server(futures.ThreadPoolExecutor(4))
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self._server.start()
+
+    def close(self) -> None:
+        self._server.stop(0).wait()
+
+    def ModelConfig(self, request, context):
+        response = service_pb2.ModelConfigResponse()
+        response.config.max_batch_size = 64
+        response.config.input.add(name="images", dims=SHAPE)
+        response.config.output.add(name="logits", dims=[CLASSES])
+        return response
+
+    def ModelInfer(self, request, context):
+        self.requests += 1
+        shape = tuple(request.inputs[0].shape)
+        logits = self.answer(np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(shape))
+        response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=self.version)
+        response.outputs.add(name="logits", datatype="FP32", shape=logits.shape)
+        response.raw_output_contents.append(logits.astype(np.float32).tobytes())
+        return response
+
+
+def oracle(images: np.ndarray) -> np.ndarray:
+    """The right digit for every test image, by looking it up; class 0 for images that were changed."""
+    logits = np.zeros((len(images), CLASSES), np.float32)
+    known = _known()
+    for row, image in enumerate(images):
+        logits[row, known.get(image.tobytes(), 0)] = 1
+    return logits
+
+
+def _known() -> dict[bytes, int]:
+    if not _KNOWN:
+        data = load_dataset("digits")
+        _KNOWN.update({image.tobytes(): int(y) for image, y in zip(data.x_test, data.y_test, strict=True)})
+    return _KNOWN
+
+
+_KNOWN: dict[bytes, int] = {}
+
+
+@pytest.fixture(scope="session")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_run(seed, width=4, classes=10)` writes a run of random weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    return lambda seed, **options: write_run(folder / f"run{len(list(folder.iterdir()))}", seed, **options)
+
+
+@pytest.fixture(scope="session")
+def exported(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of random weights and its really exported candidate."""
+    run, candidate = make_run(7), tmp_path_factory.mktemp("exported") / "candidate"
+    export(run, candidate)
+    return run, candidate
+
+
+@pytest.fixture
+def make_report(tmp_path: Path) -> Callable[..., Path]:
+    """`make_report(checkpoint_sha256, **changes)` writes evidence of a passed gate, with top-level entries changed."""
+    return lambda *arguments, **changes: write_report(tmp_path / "evidence", *arguments, **changes)
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """`until(condition, seconds)` waits for a condition, and fails where it does not come true."""
+    return wait_for
+
+
+@pytest.fixture(scope="session")
+def surrogate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("monitoring") / "surrogate", seed=1)
+
+
+@pytest.fixture
+def start_endpoint() -> Iterator[Callable[..., Endpoint]]:
+    """`start_endpoint(port=0)` starts a server that knows the digits; it ends with the test."""
+    running: list[Endpoint] = []
+
+    def start(port: int = 0) -> Endpoint:
+        running.append(Endpoint(oracle, port))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
+@pytest.fixture
+def endpoint(start_endpoint: Callable[..., Endpoint]) -> Endpoint:
+    return start_endpoint()
+
+
+WriteConfig = Callable[..., WatchConfig]
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, surrogate: Path) -> WriteConfig:
+    """Writes watch.toml for an endpoint's port and loads it."""
+
+    def write(port: int, **values: object) -> WatchConfig:
+        fields = {"interval": 0.05, "timeout": 5.0, "images": 8, "evidence": "", "listen": 0} | values
+        path = tmp_path / "watch.toml"
+        path.write_text(
+            f"""
+            [target]
+            url = "127.0.0.1:{port}"
+            model = "digits"
+            timeout_seconds = {fields["timeout"]}
+            [data]
+            name = "digits"
+            [threat]
+            eps = "38/255"
+            [probe]
+            interval_seconds = {fields["interval"]}
+            images = {fields["images"]}
+            attacks = ["mi-fgsm-2", "pgd-2"]
+            [surrogates]
+            runs = ["{surrogate}"]
+            [release]
+            evidence = "{fields["evidence"]}"
+            [listen]
+            port = {fields["listen"]}
+            """
+        )
+        return load_config(path)
+
+    return write
+
+
+@dataclass
+class Watching:
+    """A sidecar in a thread, as the command line would run it."""
+
+    config: WatchConfig
+    stop: threading.Event = field(default_factory=threading.Event)
+    lines: list[str] = field(default_factory=list)
+    outcome: list[object] = field(default_factory=list)
+
+    def start(self) -> Watching:
+        """Returns when the HTTP server is there."""
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        wait_for(lambda: bool(self.lines or self.outcome))
+        self.url = self.lines[0].rpartition(" ")[2].removesuffix("/metrics")
+        return self
+
+    def get(self, path: str, accept: str = "text/plain") -> tuple[str, str]:
+        """Body and content type of a page."""
+        request = urllib.request.Request(self.url + path, headers={"Accept": accept})
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.read().decode(), response.headers["Content-Type"]
+
+    def close(self) -> object:
+        """What `watch` returned."""
+        self.stop.set()
+        self.thread.join(30)
+        return self.outcome[0] if self.outcome else "still running"
+
+    def _run(self) -> None:
+        try:
+            self.outcome.append(watch(self.config, stop=self.stop, log=self.lines.append))
+        except Exception as error:  # noqa: BLE001 - handed to the test's own thread
+            self.outcome.append(error)
+
+
+@pytest.fixture
+def start_watch() -> Iterator[Callable[[WatchConfig], Watching]]:
+    """Starts sidecars and ends them with the test."""
+    running: list[Watching] = []
+
+    def start(config: WatchConfig) -> Watching:
+        running.append(Watching(config))
+        return running[-1].start()
+
+    yield start
+    for watching in running:
+        watching.close()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait until a condition holds, or fail."""
+    pause = threading.Event()
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        pause.wait(0.02)
+    raise AssertionError(f"did not come true within {seconds:g} s")

@@ -1,0 +1,67 @@
+"""Surrogates: what stands in for the served model, and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from monitoring.surrogates import load_surrogates
+from robustness.data import Dataset, load_dataset
+from robustness.errors import BadInput
+from robustness.files import sha256_of
+from robustness.runs import load_run
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+def test_the_ensemble_is_the_mean_of_the_logits(make_run: MakeRun, digits: Dataset) -> None:
+    """Two surrogates of different width answer as one, with the mean of what each says, and give a gradient."""
+    runs = [make_run(1), make_run(2, width=8)]
+    ensemble = load_surrogates(runs, digits)
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logits = ensemble.model(x)
+    expected = sum(load_run(run).model(x) for run in runs) / 2
+    assert torch.allclose(logits, expected, atol=1e-6)
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), x)
+    assert gradient.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in ensemble.model.parameters())
+    assert ensemble.name == "+".join(run.name for run in runs)
+
+
+def test_the_served_weights_are_refused(make_run: MakeRun, digits: Dataset) -> None:
+    """A surrogate that is the release itself is bad input, exit 2."""
+    run, other = make_run(1), make_run(2)
+    served = sha256_of(run / "checkpoint.safetensors")
+    with pytest.raises(BadInput) as caught:
+        load_surrogates([other, run], digits, {served})
+    assert str(caught.value) == f"{run}: holds the weights that are served; a surrogate must be another run"
+    assert caught.value.exit_code == 2
+
+
+def test_the_same_weights_twice_are_refused(make_run: MakeRun, digits: Dataset) -> None:
+    """One run under two names would count twice in the mean."""
+    runs = [make_run(1), make_run(1)]
+    with pytest.raises(BadInput, match="holds the same weights as another surrogate; name each run once"):
+        load_surrogates(runs, digits)
+
+
+def test_a_surrogate_for_other_classes_is_refused(make_run: MakeRun, digits: Dataset) -> None:
+    """A surrogate must know the data set's classes."""
+    with pytest.raises(BadInput, match="knows 7 classes; data digits has"):
+        load_surrogates([make_run(1, classes=7)], digits)
+
+
+def test_a_surrogate_for_other_images_is_refused(make_run: MakeRun, digits: Dataset) -> None:
+    """A surrogate must take the data set's images."""
+    small = Dataset("npz", *[np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64)] * 2, digits.classes)
+    with pytest.raises(BadInput, match=r"takes \(16, 16, 3\) and knows 10 classes; data npz has \(8, 8, 3\)"):
+        load_surrogates([make_run(1)], small)
