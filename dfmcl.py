@@ -125,9 +125,11 @@ def train(
 ) -> None:
     """Train a classifier; writes checkpoint, manifest and metrics."""
     from training.config import load_config
+
+    parsed = load_config(config, overrides)  # before torch loads: a wrong key is answered at once
+
     from training.train import train as run_training
 
-    parsed = load_config(config, overrides)
     manifest = run_training(parsed, out, resume=resume, stop=stop_on_signals(), track=track, log=say)
     result = manifest["result"]
     say(
@@ -215,11 +217,14 @@ def gate(
     out: Annotated[Path, typer.Option(help="Where the evidence goes.")],
 ) -> int:
     """Judge a candidate by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect."""
-    from gating.gate import gate as run_gate
     from gating.policy import load_policy
     from gating.report import markdown
 
-    report = run_gate(candidate, run, load_policy(policy), out, track=track)
+    parsed = load_policy(policy)  # before torch loads: a wrong key is answered at once
+
+    from gating.gate import gate as run_gate
+
+    report = run_gate(candidate, run, parsed, out, track=track)
     say(markdown(report))
     say(f"evidence: {out}")
     return int(report["exit_code"])

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(accuracy_table())
         for name in MODELS:
             console.print(f"gate, {name}: {verdict(name)} (exit code {codes[name]})")
-        console.print(live_line(live))
+        console.print(live_line(live), soft_wrap=True)
         console.print(f"model:   {urls['http']}/v2/models/{MODEL}   gRPC {urls['grpc']}")
         console.print(f"metrics: {metrics_url}")
         console.print(f"all stages held, {time.monotonic() - started:.0f} s")
@@ -175,22 +175,29 @@ def scrape(url: str) -> dict[str, list[Any]]:
 
 
 def accuracy_table() -> Table:
-    """Clean, FGSM, PGD-20, C&W and transfer accuracy of both models with 95 % intervals, from their records."""
-    table = Table(title=f"accuracy on 450 test digits, % [95 % interval]; Linf {EPS}, C&W in L2 at {L2_EPS}")
-    for column in ("model", "clean", "FGSM", "PGD-20", "C&W L2", "transfer"):
-        table.add_column(column, no_wrap=True)
+    """Clean, FGSM, PGD-20, C&W and transfer accuracy of both models with exact 95 % intervals, from their records."""
+    columns = {}
     for name in MODELS:
         record = json.loads((HOME / f"{name}.json").read_text(encoding="utf-8"))
         linf, l2, transfer = record["evaluations"]
         white = {attack["name"]: attack["accuracy"] for attack in linf["attacks"]}
-        shares = (linf["clean"], white["fgsm"], white["pgd-20"], l2["robust"], transfer["robust"])
-        table.add_row(name, *(share(value) for value in shares))
+        columns[name] = {
+            "clean": linf["clean"],
+            f"FGSM, Linf {EPS}": white["fgsm"],
+            f"PGD-20, Linf {EPS}": white["pgd-20"],
+            f"C&W, L2 {L2_EPS}": l2["robust"],
+            f"transfer, Linf {EPS}": transfer["robust"],
+        }
+        images = linf["images"]
+    table = Table("", *MODELS, title=f"accuracy on {images} test images, % [95 % interval]", title_justify="left")
+    for row in columns["hardened"]:
+        table.add_row(row, *(share(column[row]) for column in columns.values()))
     return table
 
 
 def share(value: dict[str, float]) -> str:
     low, high = value["lower_95"], value["upper_95"]
-    return f"{100 * value['value']:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * value['value']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def verdict(name: str) -> str:

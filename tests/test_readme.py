@@ -1,0 +1,96 @@
+"""The README's commands, run as they stand there, in the order in which they stand there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from serving import environment
+from serving.errors import Broken
+from training.config import preset_names
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+    return str(found)
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    """A directory with the checkout's deploy/, and an environment with its commands on the path."""
+    try:
+        environment.find_environment(None)
+    except Broken as error:
+        pytest.skip(str(error))
+    if any(listening(port) for port in (8000, 8001, 8002)):
+        pytest.skip("something listens on Triton's ports 8000 to 8002, which the README's commands use")
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DFMCL_TRITON_PYTHON": str(ROOT / ".venv-triton" / "bin" / "python")}
+
+
+def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
+    """Train, evaluate, export, gate, promote, serve and watch, line by line, then the request from Python."""
+    server: subprocess.Popen[bytes] | None = None
+    options = {"cwd": tmp_path, "env": shell, "capture_output": True, "text": True, "check": False}
+    try:
+        for line in block("sh").splitlines():
+            if line.startswith("dfmcl serve"):
+                server = subprocess.Popen([*line.split(), "--ready-file", "ready.json"], cwd=tmp_path, env=shell)
+                wait_for(tmp_path / "ready.json", server)
+            else:
+                result = subprocess.run(line.split(), **options)
+                assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        answer = subprocess.run([sys.executable, "-c", block("python")], **options)
+        assert answer.stdout.strip() == "[0 1 2 3 4]", answer.stderr[-2000:]
+    finally:
+        if server is not None:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=40) == 0
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "dfmcl serve ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """A subcommand that nobody is told of does not exist."""
+    help_text = subprocess.run(
+        [Path(sys.executable).with_name("dfmcl"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    commands = set(re.findall(r"^│ ([a-z]+) ", help_text, flags=re.MULTILINE))
+    assert len(commands) >= 8
+    assert {name for name in commands if f"dfmcl {name}" not in TEXT} == set()
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    """Every path in backticks or links is there."""
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_.]+)`", TEXT)) | set(re.findall(r"\]\(([^)#:]+)\)", TEXT))
+    assert len(named) > 12
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_presets_that_the_readme_names_exist() -> None:
+    """`dfmcl train NAME` in the README names a preset."""
+    assert set(re.findall(r"dfmcl train (\w+)", TEXT)) <= set(preset_names())
