@@ -12,6 +12,7 @@ help:
 	@echo 'make quickstart EXIT=1   the same, and stop; exit code 0 only if every stage held'
 	@echo 'make test                the whole test suite'
 	@echo 'make lint                ruff, ruff format --check, mypy'
+	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 import threading
@@ -15,13 +16,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 T = TypeVar("T")
-EXTRAS = {
-    "torch": "train",
-    "onnx": "train",
-    "onnxruntime": "train",
-    "tritonclient": "serve",
-    "prometheus_client": "monitor",
-}
+EXTRAS = {"promote": "serve", "serve": "serve", "watch": "monitor"}  # what a subcommand needs, if not `train`
+OURS = ("robustness", "training", "gating", "serving", "monitoring")
 BROKEN = 5
 
 app = typer.Typer(
@@ -42,8 +38,11 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+        except BrokenPipeError:  # whoever read our output has left; nobody is there to be told
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(BROKEN) from None
         except Exception as error:  # noqa: BLE001  # this is where every exception ends, with its meaning
-            raise SystemExit(explain(error)) from None
+            raise SystemExit(explain(error, function.__name__)) from None
         raise SystemExit(code)
 
     return call
@@ -54,13 +53,14 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
     return app.command(name=function.__name__)(guarded(function))
 
 
-def explain(error: Exception) -> int:
+def explain(error: Exception, subcommand: str) -> int:
     """Print an error as one line (the traceback with --verbose) and return its exit code."""
     code = getattr(error, "exit_code", BROKEN)
     message = str(error)
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
-        extra, code = EXTRAS[(error.name or "").partition(".")[0]], 2
-        message = f"{error.name} is not installed; pip install 'dfmcl[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
+        message, code = f"{error.name} is not installed; pip install 'dfmcl[{EXTRAS.get(subcommand, 'train')}]'", 2
+    elif isinstance(error, OSError) and not hasattr(error, "exit_code"):
+        message = f"{error.filename or subcommand}: {error.strerror or error}"
     elif not hasattr(error, "exit_code"):
         where = traceback.extract_tb(error.__traceback__)[-1]
         message = f"internal error: {type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
@@ -167,10 +167,13 @@ def evaluate(
 ) -> None:
     """Measure a run's accuracy under attack on test images."""
     from robustness.data import load_dataset
+    from robustness.errors import BadInput
     from robustness.files import dump_json, write_text
     from robustness.runs import load_run
     from robustness.suite import measure, parse_threat, record
 
+    if out is not None and not out.parent.is_dir():
+        raise BadInput(f"--out {out}: {out.parent} is no directory; make it first")
     trained = load_run(run)
     source = load_run(surrogate) if surrogate else None
     threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
@@ -283,8 +286,15 @@ def watch(
 
 def main() -> None:
     """Entry point of the console command."""
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument != "--verbose")  # stable: only --verbose moves
-    app(prog_name="dfmcl")
+    arguments = sorted(sys.argv[1:], key=lambda argument: argument != "--verbose")  # stable: only --verbose moves
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds, so that staging is cleared
+    try:
+        raise SystemExit(app(arguments or ["--help"], prog_name="dfmcl", standalone_mode=False))
+    except Exception as error:  # typer's usage errors have no public class in common
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"dfmcl: {error.format_message().rstrip('.')}; see dfmcl --help", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     servers: list[subprocess.Popen[bytes]] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds: no server stays behind
     try:
         prepare()
         codes = make_models()
@@ -84,17 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(live_line(live), soft_wrap=True)
         console.print(f"model:   {urls['http']}/v2/models/{MODEL}   gRPC {urls['grpc']}")
         console.print(f"metrics: {metrics_url}")
-        console.print(f"all stages held, {time.monotonic() - started:.0f} s")
+        seconds = time.monotonic() - started
         if not arguments.exit:
-            console.print("serving; Ctrl-C ends it")
+            console.print(f"all stages held, {seconds:.0f} s; serving until Ctrl-C")
             wait(servers)
+        if any(stop(servers)):
+            raise StageFailed("a server did not stop with exit code 0; see above")
+        console.print(f"all stages held, {seconds:.0f} s")
         return 0
     except StageFailed as failure:
         console.print(f"quickstart: {failure}", style="bold red")
         return 1
     except KeyboardInterrupt:
-        console.print("stopping")
-        return 0 if not arguments.exit else 130
+        console.print("stopped before the end")
+        return 130
     finally:
         stop(servers)
 
@@ -239,16 +243,18 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], what: str) -> Non
 
 
 def wait(servers: list[subprocess.Popen[bytes]]) -> None:
-    """Until Ctrl-C, or until a server dies."""
-    while True:
-        for server in servers:
-            if server.poll() is not None:
-                raise StageFailed(f"a server ended with exit code {server.returncode}; see above")
-        time.sleep(1)
+    """Until Ctrl-C; a server that dies before is a failure."""
+    try:
+        while all(server.poll() is None for server in servers):
+            time.sleep(1)
+    except KeyboardInterrupt:
+        console.print("stopping")
+        return
+    raise StageFailed("a server ended by itself; see above")
 
 
-def stop(servers: list[subprocess.Popen[bytes]]) -> None:
-    """The sidecar first, then Triton; each gets time to drain."""
+def stop(servers: list[subprocess.Popen[bytes]]) -> list[int]:
+    """The sidecar first, then Triton; each gets time to drain. Returns their exit codes."""
     for server in reversed(servers):
         if server.poll() is None:
             server.send_signal(signal.SIGTERM)
@@ -257,6 +263,7 @@ def stop(servers: list[subprocess.Popen[bytes]]) -> None:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+    return [server.wait() for server in servers]
 
 
 if __name__ == "__main__":

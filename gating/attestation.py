@@ -29,14 +29,14 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise BadEvidence(f"{path}: {error.strerror}; export the candidate again") from None
+        raise BadEvidence(f"{path}: {error.strerror}; make it again with dfmcl export or dfmcl gate") from None
 
 
 def read_candidate(candidate: Path) -> dict[str, Any]:
     """The manifest of a candidate whose files are the ones it lists, byte for byte; BadEvidence otherwise."""
     manifest = _read(candidate / "manifest.json", CANDIDATE_FORMAT)
-    files = manifest.get("files")
-    if not isinstance(files, dict) or "model.onnx" not in files:
+    files = _object(manifest, "files", candidate)
+    if "model.onnx" not in files:
         raise BadEvidence(f"{candidate / 'manifest.json'}: lists no model.onnx; export the candidate again")
     for name, digest in files.items():
         if Path(name).name != name:
@@ -56,12 +56,21 @@ def verify(candidate: Path, evidence: Path) -> dict[str, Any]:
     """The report, if it holds a passing verdict for exactly the candidate's bytes; NotAttested otherwise."""
     manifest = read_candidate(candidate)
     report = _read(evidence / "report.json", REPORT_FORMAT)
-    attested = report.get("candidate", {}).get("files")
-    if attested != manifest["files"]:
+    if _object(report, "candidate", evidence).get("files") != manifest["files"]:
         raise NotAttested(f"{evidence}: was made for other bytes than {candidate}; run dfmcl gate on this candidate")
+    for name, digest in _object(report, "files", evidence).items():
+        if Path(name).name != name or file_digest(evidence / name) != digest:
+            raise NotAttested(f"{evidence / name}: is not what the gate wrote; run dfmcl gate on this candidate again")
     if report.get("verdict") != "passed":
         raise NotAttested(f"{evidence}: the verdict is {report.get('verdict')!r}; only what passed is promoted")
     return report
+
+
+def _object(value: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
+    found = value.get(key)
+    if not isinstance(found, dict):
+        raise BadEvidence(f"{where}: {key} is {type(found).__name__}, expected an object; make it again")
+    return found
 
 
 def _read(path: Path, expected: str) -> dict[str, Any]:

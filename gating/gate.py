@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from robustness.attacks import Attack
 from robustness.data import Bytes, load_dataset
 from robustness.errors import BadInput, Broken
 from robustness.evaluate import Outcome, evaluate
-from robustness.files import dump_json, whole_directory
+from robustness.files import dump_json, sha256_of, whole_directory
 from robustness.models import to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
@@ -37,10 +38,10 @@ def gate(candidate: Path, run: Path, policy: Policy, out: Path, *, track: Track 
     attacks = [Attack.parse(name) for name in policy.attacks.suite]
     _same_run(candidate, manifest, trained)
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
-    if data.input_shape != tuple(manifest["input"]["shape"]) or list(data.classes) != list(manifest["labels"]):
+    if data.input_shape != trained.input_shape or data.classes != trained.classes:
         raise BadInput(
             f"policy data {policy.data.name}: images {data.input_shape} with {len(data.classes)} classes do not fit the"
-            f" candidate's {tuple(manifest['input']['shape'])} with {len(manifest['labels'])}; check data in the policy"
+            f" model's {trained.input_shape} with {len(trained.classes)}; check data in the policy"
         )
     chosen = np.random.default_rng(policy.seed).permutation(len(data.x_test))[: policy.data.images or None]
     if policy.data.images > len(data.x_test):
@@ -48,50 +49,56 @@ def gate(candidate: Path, run: Path, policy: Policy, out: Path, *, track: Track 
             f"policy data.images is {policy.data.images}; {policy.data.name} has {len(data.x_test)} test images"
         )
     images, labels = data.x_test[chosen], data.y_test[chosen]
-    outcome = evaluate(
-        trained.model,
-        images,
-        labels,
-        policy.parsed_threat,
-        attacks,
-        decide=artefact(candidate / "model.onnx"),
-        grid=True,
-        cascade=True,
-        seed=policy.seed,
-        track=track,
-    )
-    shares = {"clean_accuracy": outcome.evaluation.clean, "robust_accuracy": outcome.evaluation.robust}
-    judgements = [judge(criterion, shares[criterion.metric]) for criterion in policy.parsed_criteria]
-    findings = disagreement(trained, outcome)
-    report = build_report(
-        verdict=decide(judgements, findings),
-        judgements=judgements,
-        findings=findings,
-        policy=policy,
-        candidate={"model_sha256": manifest["files"]["model.onnx"], "files": manifest["files"]},
-        run={"checkpoint_sha256": trained.checkpoint_sha256},
-        data={**data.describe(), "part": "test", "images": len(images)},
-        evaluation=outcome.evaluation.to_json(),
-        provenance=provenance(),
-        created=now(),
-    )
-    with whole_directory(out, marker="report.json") as staged:
+    model = (candidate / "model.onnx").read_bytes()
+    if hashlib.sha256(model).hexdigest() != manifest["files"]["model.onnx"]:
+        raise BadInput(f"{candidate / 'model.onnx'}: changed while it was read; export the candidate again")
+    with whole_directory(out, names=("report.json", "report.md", "probes.npz")) as staged:
+        outcome = evaluate(
+            trained.model,
+            images,
+            labels,
+            policy.parsed_threat,
+            attacks,
+            decide=artefact(model, candidate),
+            grid=True,
+            cascade=True,
+            seed=policy.seed,
+            track=track,
+        )
+        shares = {"clean_accuracy": outcome.evaluation.clean, "robust_accuracy": outcome.evaluation.robust}
+        judgements = [judge(criterion, shares[criterion.metric]) for criterion in policy.parsed_criteria]
+        findings = disagreement(trained, outcome)
         (staged / "probes.npz").write_bytes(probes(images, labels, outcome))
+        report = build_report(
+            verdict=decide(judgements, findings),
+            judgements=judgements,
+            findings=findings,
+            policy=policy,
+            candidate={"model_sha256": manifest["files"]["model.onnx"], "files": manifest["files"]},
+            run={"checkpoint_sha256": trained.checkpoint_sha256},
+            data={**data.describe(), "part": "test", "images": len(images)},
+            evaluation=outcome.evaluation.to_json(),
+            provenance=provenance(),
+            created=now(),
+            files={"probes.npz": sha256_of(staged / "probes.npz")},
+        )
         (staged / "report.md").write_text(markdown(report), encoding="utf-8")
         (staged / "report.json").write_text(dump_json(report), encoding="utf-8")
     return report
 
 
-def artefact(path: Path) -> Callable[[Tensor], Tensor]:
+def artefact(model: bytes, where: Path) -> Callable[[Tensor], Tensor]:
     """The exported model as the decider: float images on the uint8 grid, sent as bytes through ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001  # onnxruntime raises its own unrelated classes
-        raise Broken(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
+        raise Broken(f"{where}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
 
     def decide(x: Tensor) -> Tensor:
         (logits,) = session.run(["logits"], {"images": to_bytes(x).cpu().numpy()})

@@ -64,6 +64,8 @@ class ThreatSection(Section):
             raise ValueError(str(error)) from None
         if eps <= 0 or (info.data.get("norm") == "linf" and eps > 1):
             raise ValueError("a radius is above 0, and in Linf at most 1 (pixel units: 8/255, not 8)")
+        if Threat(info.data.get("norm", "linf"), eps).on_grid().eps == 0:
+            raise ValueError("the radius is below one step of uint8 images; 1/255 is the smallest")
         return text
 
 

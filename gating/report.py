@@ -29,6 +29,7 @@ def build_report(
     evaluation: dict[str, Any],
     provenance: dict[str, Any],
     created: str,
+    files: dict[str, str],
 ) -> dict[str, Any]:
     """report.json as `gating/report.schema.json` describes it."""
     return {
@@ -52,6 +53,7 @@ def build_report(
             for judgement in judgements
         ],
         "findings": list(findings),
+        "files": files,
         "policy": {**policy.model_dump(), "sha256": policy.digest},
         "candidate": candidate,
         "run": run,

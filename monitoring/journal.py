@@ -110,8 +110,8 @@ class Journal:
             return replace(
                 journal,
                 failures=_increased(self.failures, outcome.reason),
-                # A server that is being replaced answers; only its figures cannot be used.
-                up=outcome.reason == "version_changed",
+                # Only silence is an outage: nonsense and refusals are answers, and our own bugs say nothing about it.
+                up=self.up if outcome.reason == "internal" else outcome.reason not in ("unavailable", "timeout"),
                 kept_failures=(*self.kept_failures, outcome)[-KEPT_FAILURES:],
             )
         old = {totals.version: totals for totals in self.versions}

@@ -64,7 +64,7 @@ def watch(
     plan, surrogates = _prepare(config, release, stop, track)
     sidecar = Sidecar(config, plan, clock, stop)
     if rounds is not None:
-        log(f"watching {sidecar.target}: {rounds} rounds")
+        log(f"watching {sidecar.target}: {rounds} round{'s' * (rounds > 1)}, no HTTP")
         return 0 if all(isinstance(outcome, RoundResult) for outcome in sidecar.run(rounds, log)) else 5
     with _served(sidecar.application(_identity(plan, surrogates, release)), config) as url:
         log(f"watching {sidecar.target} every {config.probe.interval_seconds:g} s; metrics at {url}/metrics")

@@ -40,6 +40,13 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
         raise BadInput(f"{source}: not TOML: {error}") from None
 
 
+def _fields(model: Any, path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `path` below a model."""
+    for name in path:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)
+
+
 def validated(model: type[M], table: dict[str, Any], source: str) -> M:
     """A pydantic model from a table; the error names the file, the key and what is wrong with it."""
     try:
@@ -48,6 +55,7 @@ def validated(model: type[M], table: dict[str, Any], source: str) -> M:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         if first["type"] == "extra_forbidden":
-            raise BadInput(f"{source}: unknown key {key}; remove it or correct its spelling") from None
+            known = ", ".join(_fields(model, first["loc"][:-1]))
+            raise BadInput(f"{source}: unknown key {key}; known are {known}") from None
         message = first["msg"].removeprefix("Value error, ")
         raise BadInput(f"{source}: {key}: {message} (found {first['input']!r})") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +73,9 @@ def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = 
         ("test", dataset.x_test, dataset.y_test),
     ):
         _check(f"data {name} ({path or 'built in'}), {part} part", images, labels, len(dataset.classes))
+    if dataset.x_train.shape[1:] != dataset.x_test.shape[1:]:
+        shapes = f"{dataset.x_train.shape[1:]} and {dataset.x_test.shape[1:]}"
+        raise BadInput(f"data {name} ({path}): training and test images are {shapes}; they must be alike")
     return dataset
 
 
@@ -79,8 +84,6 @@ def _check(where: str, images: Bytes, labels: Labels, classes: int) -> None:
         raise BadInput(f"{where}: images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
     if len(images) == 0 or labels.shape != (len(images),):
         raise BadInput(f"{where}: {len(images)} images and labels of shape {labels.shape}; expected one label an image")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise BadInput(f"{where}: labels are {labels.dtype}; expected integers")
     if labels.min() < 0 or labels.max() >= classes:
         raise BadInput(f"{where}: labels run from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
 
@@ -103,7 +106,10 @@ def _npz(path: str, name: str) -> Dataset:
     if not path:
         raise BadInput(f"data: {name} needs a path to an .npz file with {', '.join(keys)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with archive:
             missing = [key for key in keys if key not in archive]
             if missing:
                 raise BadInput(f"{path}: lacks {', '.join(missing)}; expected {', '.join(keys)}")
@@ -111,14 +117,17 @@ def _npz(path: str, name: str) -> Dataset:
             named = [str(label) for label in archive["classes"]] if "classes" in archive else None
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; point data.path at an .npz with {', '.join(keys)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: not readable as .npz: {str(error).splitlines()[0]}") from None
+    for key, labels in (("y_train", y_train), ("y_test", y_test)):
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise BadInput(f"{path}: {key} is {labels.dtype}; expected integers")
     classes: tuple[str, ...]
     if name == "cifar10":
         classes = CIFAR10_CLASSES
     else:
         classes = tuple(named or (str(k) for k in range(int(y_train.max(initial=0)) + 1)))
-    y_train, y_test = (y.astype(np.int64) if np.issubdtype(y.dtype, np.integer) else y for y in (y_train, y_test))
+    y_train, y_test = y_train.astype(np.int64), y_test.astype(np.int64)
     return Dataset(name, x_train, y_train, x_test, y_test, classes, path=path)
 
 
@@ -142,7 +151,7 @@ def _folder(path: str, image_size: int, track: Track) -> Dataset:
     from torchvision.transforms import CenterCrop, Compose, Resize
 
     if image_size < 8:
-        raise BadInput(f"data: image_size is {image_size}; a folder needs the side to resize to, at least 8 pixels")
+        raise BadInput(f"data: image_size is {image_size}; a folder needs a side to resize to, such as 32")
     fit = Compose([Resize(image_size), CenterCrop(image_size)])
     parts: list[tuple[Bytes, Labels, tuple[str, ...]]] = []
     for part in ("train", "test"):
@@ -150,7 +159,8 @@ def _folder(path: str, image_size: int, track: Track) -> Dataset:
             folder = ImageFolder(str(Path(path) / part), transform=lambda image: np.asarray(fit(image)))
             images = [folder[i][0] for i in track(range(len(folder)), f"reading {part} images")]
         except (OSError, FileNotFoundError) as error:
-            raise BadInput(f"{Path(path) / part}: {str(error).splitlines()[0]}") from None
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise BadInput(f"{Path(path) / part}: {reason}; expected PATH/{part}/CLASS/*.png in data.path") from None
         parts.append((np.stack(images), np.asarray(folder.targets, dtype=np.int64), tuple(folder.classes)))
     (x_train, y_train, classes), (x_test, y_test, test_classes) = parts
     if classes != test_classes:

@@ -14,7 +14,7 @@ from torch import Tensor
 from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
-from robustness.geometry import contains, contains_uint8, to_uint8
+from robustness.geometry import contains, contains_uint8, project, steepest, to_uint8
 from robustness.models import Classifier, frozen, to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.records import AttackRecord, Evaluation
@@ -59,7 +59,8 @@ def evaluate(
     decide: whose answers count (default: the model itself, in float32). source: where gradients come from (default:
     the model; a surrogate for a transfer attack). grid: count only bytes inside the ball, eps rounded down to the
     uint8 grid. cascade: an attack sees only what earlier ones left, which is the worst case at less cost.
-    An adversarial image outside the ball is counted as `outside`, never as a success.
+    A result outside the ball is counted as `outside`, never as a success; on the grid it is first brought to the
+    nearest bytes inside the ball, which in Linf always exist.
     """
     if not len(images):
         raise BadInput("evaluate: no images; ask for at least one")
@@ -119,6 +120,10 @@ def _settle(x_adv: Tensor, x: Tensor, threat: Threat, grid: bool) -> tuple[Tenso
     x_adv = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x_adv.detach(), x).clamp(0, 1)
     if not grid:
         return x_adv, finite & contains(x_adv, x, threat)
+    if threat.norm == "l2":
+        # An attack that seeks the least perturbation ends at the border, where rounding to bytes flips it back half
+        # of the time. The whole radius is the attacker's: go on in the same direction.
+        x_adv = project(x + threat.eps * steepest(x_adv - x, "l2"), x, threat)
     as_bytes = to_uint8(x_adv, x, threat)
     inside = contains_uint8(as_bytes, (x * 255).round().to(torch.uint8), threat)
     return as_bytes.to(torch.float32) / 255, finite & inside

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def whole_directory(out: Path, marker: str) -> Iterator[Path]:
+def whole_directory(out: Path, names: Collection[str]) -> Iterator[Path]:
     """Yield a staging directory that becomes `out` when the block ends well, and vanishes when it does not.
 
-    An existing `out` is replaced only if it holds the file `marker`, i.e. if one of our commands wrote it.
+    An existing `out` is replaced only if nothing is in it but files of these names, i.e. what the same command wrote.
     """
-    if out.exists() and not (out / marker).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise BadInput(f"{out}: exists and holds no {marker}; name another directory")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file; name a directory")
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in names) if out.exists() else []
+    if strangers:
+        raise BadInput(f"{out}: holds {strangers[0]}, which this command did not write; name another directory")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
@@ -74,10 +77,22 @@ def whole_directory(out: Path, marker: str) -> Iterator[Path]:
         raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
     try:
         yield staged
-        old = staged.with_suffix(".old")
-        if out.exists():
-            out.rename(old)
-        staged.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            _swap(staged, out)
+        except OSError as error:
+            raise Broken(f"{out}: cannot be replaced: {error.strerror or error}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _swap(staged: Path, out: Path) -> None:
+    old = staged.with_suffix(".old")
+    if out.exists():
+        out.rename(old)
+    try:
+        staged.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

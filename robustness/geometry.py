@@ -68,7 +68,8 @@ def to_uint8(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     """Adversarial images as bytes `(N, C, H, W)` that stay inside the ball around x.
 
     x must lie on the uint8 grid. Linf: round to the nearest grid point, then clamp to x +- floor(255 eps).
-    L2: round towards x, which shortens every coordinate and so never leaves the ball.
+    L2: round to the nearest grid point; where that leaves the ball, coordinates that were rounded away from x go one
+    level back, those first that were rounded farthest, until the image is inside.
     """
     origin = (x * 255).round()
     moved = x_adv * 255 - origin
@@ -76,8 +77,21 @@ def to_uint8(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
         limit = math.floor(threat.eps * 255 + 1e-6)
         moved = moved.round().clamp(-limit, limit)
     else:
-        moved = moved.trunc()
+        moved = _shortened(moved, threat.eps * 255)
     return (origin + moved).clamp(0, 255).to(torch.uint8)
+
+
+def _shortened(moved: Tensor, radius: float) -> Tensor:
+    """Whole numbers near `moved` `(N, ...)` whose L2 norm is at most `radius`, for every row that is inside itself."""
+    exact = moved.flatten(1)
+    size = exact.abs().round()
+    excess = size - exact.abs()  # above 0 where rounding went outwards
+    order = excess.argsort(dim=1, descending=True)
+    saving = ((2 * size - 1) * (excess > 0)).gather(1, order)  # of the squared norm, by one level back
+    surplus = size.square().sum(dim=1, keepdim=True) - radius**2
+    needed = (saving.cumsum(dim=1) - saving < surplus) & (saving > 0)
+    size = size - torch.zeros_like(size).scatter(1, order, needed.to(size.dtype))
+    return (size * exact.sign()).view_as(moved)
 
 
 def contains_uint8(adversarial: Tensor, images: Tensor, threat: Threat) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from robustness.errors import BadInput
 
@@ -20,10 +21,10 @@ def hyperscore(value: float, beta: float = 4.0, gamma: float = -math.log(2), kap
     return 100 * (1 + math.pow(1 / (1 + math.exp(-exponent)), kappa))
 
 
-def combined_value(accuracies: Mapping[str, float], weights: Mapping[str, float]) -> float:
+def combined_value(accuracies: Mapping[str, Any], weights: Mapping[str, float]) -> float:
     """V: the weighted mean of named accuracies (clean, white-box, black-box); weights need not sum to 1."""
     missing = sorted(set(weights) - set(accuracies))
     total = sum(weights.values())
     if missing or total <= 0:
         raise BadInput(f"hyperscore: no accuracy for {missing}" if missing else "hyperscore: weights sum to 0")
-    return sum(weights[name] * accuracies[name] for name in weights) / total
+    return sum(weights[name] * float(accuracies[name]) for name in weights) / total

@@ -39,6 +39,10 @@ class Run:
 def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
     """Read a run and prove that its weights are the ones its manifest names."""
     directory = Path(directory)
+    if not (directory / MANIFEST).exists():
+        unfinished = (directory / "state").is_dir()
+        advice = "is not finished; continue it with --resume" if unfinished else "is no run; dfmcl train makes one"
+        raise BadInput(f"{directory}: {advice}")
     manifest = read_json(directory / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise BadInput(f"{directory / MANIFEST}: format is {manifest.get('format')!r}; expected {FORMAT!r}")
@@ -46,14 +50,17 @@ def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
     if not checkpoint.is_file():
         raise BadInput(f"{checkpoint}: no such file; train it again, or copy it beside its manifest")
     digest = sha256_of(checkpoint)
-    if digest != manifest.get("files", {}).get(CHECKPOINT):
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not isinstance(manifest.get("data"), dict):
+        raise BadInput(f"{directory / MANIFEST}: lacks files or data; train it again")
+    if digest != files.get(CHECKPOINT):
         raise BadInput(f"{checkpoint}: SHA-256 is {digest[:12]}..., its manifest says otherwise; train it again")
     try:
         spec = ModelSpec.from_json(manifest["model"])
         labels = tuple(str(label) for label in manifest["labels"])
         model = Classifier(spec)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(checkpoint).items()})
-    except (KeyError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first_line = str(error).splitlines()[0]
         raise BadInput(f"{directory}: checkpoint and manifest do not fit: {first_line}") from None
     return Run(directory, model.eval().to(device), manifest, digest, labels, spec.input_shape)

@@ -26,7 +26,10 @@ BLACK_BOX = ("mi-fgsm-10",)
 def parse_threat(text: str) -> Threat:
     """`8/255` or `linf:8/255` in Linf, `l2:0.5` in L2."""
     norm, colon, eps = text.rpartition(":")
-    return Threat.parse(norm if colon else "linf", eps)
+    threat = Threat.parse(norm if colon else "linf", eps)
+    if threat.eps <= 0 or (threat.norm == "linf" and threat.eps > 1):
+        raise BadInput(f"--threat {text}: a radius is above 0, and in Linf at most 1 (pixel units: 8/255, not 8)")
+    return threat
 
 
 def measure(
@@ -49,6 +52,10 @@ def measure(
         raise BadInput(f"{run.path}: takes images {run.input_shape}, data {data.name} has {data.input_shape}")
     if surrogate is not None and surrogate.checkpoint_sha256 == run.checkpoint_sha256:
         raise BadInput(f"{surrogate.path}: is the evaluated model itself; a surrogate must be another one")
+    if images > len(data.x_test):
+        raise BadInput(f"--images {images}: the test part of {data.name} has {len(data.x_test)}")
+    if surrogate is not None and not any(threat.norm == "linf" for threat in threats):
+        raise BadInput("--surrogate: transfer is measured in Linf; add a --threat such as 8/255")
     chosen = np.random.default_rng(seed).permutation(len(data.x_test))[: images or None]
     x, y = data.x_test[chosen], data.y_test[chosen]
     evaluations = []
@@ -77,13 +84,16 @@ def record(run: Run, data: Dataset, evaluations: Sequence[Evaluation]) -> dict[s
         "evaluations": [evaluation.to_json() for evaluation in evaluations],
         **provenance(),
     }
-    kinds = {evaluation.about["kind"]: evaluation for evaluation in reversed(evaluations)}
-    if "transfer" in kinds:
+    transfer = next((e for e in evaluations if e.about["kind"] == "transfer"), None)
+    if transfer is not None:
+        same = (e for e in evaluations if e.about["kind"] == "white-box" and e.threat.norm == "linf")
+        white = next(e for e in same if e.threat.on_grid() == transfer.threat)
         figures = {
-            "clean": kinds["white-box"].clean.value,
-            "white_box": kinds["white-box"].robust.value,
-            "black_box": kinds["transfer"].robust.value,
+            "threat": str(white.threat),
+            "clean": white.clean.value,
+            "white_box": white.robust.value,
+            "black_box": transfer.robust.value,
         }
-        combined = combined_value(figures, dict.fromkeys(figures, 1.0))
+        combined = combined_value(figures, dict.fromkeys(("clean", "white_box", "black_box"), 1.0))
         value["hyperscore"] = {**figures, "v": combined, "score": hyperscore(combined) if combined > 0 else 100.0}
     return value

@@ -47,10 +47,14 @@ def parse_eps(text: str | float) -> float:
     try:
         if isinstance(text, str):
             top, _, bottom = text.partition("/")
-            return float(top) / float(bottom or "1")
-        return float(text)
+            value = float(top) / float(bottom or "1")
+        else:
+            value = float(text)
+        if math.isfinite(value):
+            return value
     except (ValueError, ZeroDivisionError, TypeError):
-        raise BadInput(f"eps: {text!r} is no radius; write a number or a fraction such as 8/255") from None
+        pass
+    raise BadInput(f"eps: {text!r} is no radius; write a number or a fraction such as 8/255")
 
 
 def eps_label(eps: float, norm: str = "linf") -> str:

@@ -72,7 +72,7 @@ def export(run: Path, out: Path, *, track: Track = silent) -> dict[str, object]:
     """
     source = load_run(run)
     labels = labels_text(source.classes)
-    with whole_directory(out, MANIFEST) as staged:
+    with whole_directory(out, names=(MODEL, LABELS, MANIFEST)) as staged:
         for _ in track((MODEL,), "converting to ONNX", 1):
             model = to_onnx(source)
         if random := random_operators(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,8 +47,8 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
         "taken directory": (["train", "quickstart", "--out", f"{tmp_path}/taken"], 2, "exists and is not empty"),
         "missing data": (["train", "paper", "--set", "data.path=no.npz", "--out", out], 2, "no.npz: no such file"),
         "out below a file": (["train", "quickstart", "--out", f"{tmp_path}/plain/run"], 5, "cannot be written"),
-        "no run": (["evaluate", f"{tmp_path}/nothing"], 2, "manifest.json: no such file"),
-        "no run to export": (["export", f"{tmp_path}/nothing", "--out", out], 2, "manifest.json: no such file"),
+        "no run": (["evaluate", f"{tmp_path}/nothing"], 2, "nothing: is no run"),
+        "no run to export": (["export", f"{tmp_path}/nothing", "--out", out], 2, "nothing: is no run"),
         "no candidate": (
             [
                 "gate",
@@ -92,10 +93,20 @@ def test_wrong_call_gives_one_line_and_its_exit_code(tmp_path: Path, case: str) 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_usage_error_is_2() -> None:
-    """A missing option is a usage error."""
-    assert run("train", "paper").returncode == 2
-    assert run("frobnicate").returncode == 2
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train paper", "Missing option '--out'"),
+        ("frobnicate", "No such command"),
+        ("serve --port 3", "No such option"),
+    ],
+)
+def test_usage_error_is_2(line: str, message: str) -> None:
+    """A missing option, an unknown command or option: one line."""
+    result = run(*line.split())
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_verbose_adds_the_traceback(tmp_path: Path) -> None:
@@ -131,14 +142,41 @@ def test_an_uncaught_exception_is_never_1(error: Exception, code: int, capsys: p
 
 def test_interrupted_evaluation_is_130_not_1(tmp_path: Path, standard_run: Path) -> None:
     """Ctrl-C in a command without state ends it with 130."""
-    import signal
-
-    arguments = ["evaluate", str(standard_run), "--attack", "pgd-2000"]
-    process = subprocess.Popen([COMMAND, *arguments], stderr=subprocess.PIPE, env=dict(os.environ))
-    time.sleep(6)
+    arguments = ["evaluate", str(standard_run), "--attack", "pgd-1000000"]
+    process = subprocess.Popen([COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+    while not listening_to_signals(process):
+        assert process.poll() is None
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 130
+
+
+def listening_to_signals(process: subprocess.Popen[str]) -> bool:
+    """Whether Python has put its SIGTERM handler in place and works (10 s of processor time: far beyond imports)."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") > 10
+
+
+def test_terminated_export_leaves_nothing(tmp_path: Path, standard_run: Path) -> None:
+    """SIGTERM in the middle of an export clears its staging directory and exits with 143."""
+    process = subprocess.Popen([COMMAND, "export", str(standard_run), "--out", str(tmp_path / "candidate")])
+    while not list(tmp_path.glob(".candidate.*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_is_no_bug(tmp_path: Path) -> None:
+    """Output into a closed pipe ends quietly."""
+    process = subprocess.Popen([COMMAND, "presets"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() != 0
 
 
 def test_repository_that_cannot_be_written_is_broken(tmp_path: Path, standard_run: Path) -> None:

@@ -40,8 +40,19 @@ def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) 
     assert subprocess.run([binaries / "dfmcl", "--help"], cwd=tmp_path, check=False).returncode == 0
     presets = subprocess.run([binaries / "dfmcl", "presets"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert {"paper", "quickstart"} <= {line.split()[0] for line in presets.stdout.splitlines()}
-    command = [binaries / "dfmcl", "train", "quickstart", "--out", "run"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "pip install 'dfmcl[train]'" in result.stderr
-    assert not (tmp_path / "run").exists()
+    (tmp_path / "x.toml").write_text((ROOT / "deploy" / "quickstart" / "gate.toml").read_text())
+    calls = {
+        "train quickstart --out run": "train",
+        "evaluate run": "train",
+        "export run --out out": "train",
+        "gate c --run run --policy x.toml --out out": "train",
+        "promote c --evidence e --repository r --name m": "serve",
+        "serve --repository r": "serve",
+        "watch --config x.toml": "monitor",
+    }
+    for call, extra in calls.items():
+        command = [binaries / "dfmcl", *call.split()]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 2, (call, result.stderr)
+        assert f"pip install 'dfmcl[{extra}]'" in result.stderr, call
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "x.toml"]

@@ -112,7 +112,7 @@ def load_config(source: str, overrides: list[str] | None = None) -> TrainConfig:
     table = parse_toml(text, source)
     for override in overrides or []:
         _override(table, override)
-    return validated(TrainConfig, table, source)
+    return validated(TrainConfig, table, " ".join([source, *(f"--set {override}" for override in overrides or [])]))
 
 
 def _override(table: dict[str, Any], override: str) -> None:

@@ -34,6 +34,8 @@ class Epoch:
     alpha: float
     p_mean: float
     p_std: float
+    p_low: float
+    p_high: float
     images_per_second: float
 
     def line(self, epochs: int) -> str:
@@ -59,9 +61,13 @@ def read_state(out: Path, config: TrainConfig) -> dict[str, Any] | None:
     path = out / STATE
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state["config"] != config.digest:
-        raise BadInput(f"{path}: was written under another config; train into another directory or restore the config")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        digest = state["config"]
+    except Exception as error:  # noqa: BLE001  # torch.load raises whatever its unpickler meets
+        raise BadInput(f"{path}: not a state ({type(error).__name__}); remove the directory and train again") from None
+    if digest != config.digest:
+        raise BadInput(f"{path}: is another config's; repeat the preset and every --set, or use another directory")
     return state
 
 

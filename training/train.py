@@ -28,7 +28,7 @@ from training.augmentation import augment
 from training.config import TrainConfig
 from training.curriculum import draw, strength, training_attack
 from training.masking import DynamicFeatureMask, MaskStatistics, find_layer
-from training.state import Epoch, read_state, write_history, write_run, write_state
+from training.state import STATE, Epoch, read_state, write_history, write_run, write_state
 
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit
 
@@ -54,10 +54,15 @@ def train(
     from there, on a CPU with the same number of threads bit for bit as if nothing had happened. Returns the manifest.
     """
     stop = stop or Event()
-    if (out / MANIFEST).exists() and resume:
-        return load_run(out).manifest
-    if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: exists and is not empty; use --resume to continue it, or another directory")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file; name a directory")
+    if out.exists() and any(out.iterdir()):
+        if not resume:
+            raise BadInput(f"{out}: exists and is not empty; use --resume to continue it, or another directory")
+        if (out / MANIFEST).exists():
+            return finished(out, config)
+        if not (out / STATE).exists():
+            raise BadInput(f"{out}: holds no state of a run; name another directory, or the run's own")
     data = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
     fit, heldout = split(data, config)
     try:
@@ -101,7 +106,9 @@ def train(
         for step in track(range(done + 1, first + steps_an_epoch + 1), label, first + steps_an_epoch - done):
             if stop.is_set():
                 save()
-                raise Interrupted(f"{out}: stopped and saved at step {done} of {total_steps}; continue with --resume")
+                raise Interrupted(
+                    f"{out}: stopped and saved at step {done} of {total_steps}; repeat the command with --resume"
+                )
             begun = time.perf_counter()
             batch = order[(step - first - 1) * config.optimization.batch_size :][: config.optimization.batch_size]
             noise = generator(config.seed, "step", step, device=device)
@@ -129,7 +136,8 @@ def train(
             optimizer.step()
             done = step
             sums = {"loss": sums["loss"] + loss.item(), "seconds": sums["seconds"] + time.perf_counter() - begun}
-            if time.monotonic() - saved > SAVE_SECONDS:
+            # Not on an epoch's last step: its line is written, and saved with it, only after the measurement below.
+            if time.monotonic() - saved > SAVE_SECONDS and step < first + steps_an_epoch:
                 save()
                 saved = time.monotonic()
         clean, robust = measure(model, data, heldout, config, beta)
@@ -145,6 +153,8 @@ def train(
                 alpha=mask.alpha.item(),
                 p_mean=statistics.mean,
                 p_std=statistics.std,
+                p_low=statistics.low,
+                p_high=statistics.high,
                 images_per_second=speed,
             )
         )
@@ -163,16 +173,25 @@ def train(
     return write_run(out, config, model, data.classes, data.describe(), manifest)
 
 
+def finished(out: Path, config: TrainConfig) -> dict[str, Any]:
+    """The manifest of a run that is complete, if it was this config's."""
+    manifest = load_run(out).manifest
+    if manifest.get("config_sha256") != config.digest:
+        raise BadInput(f"{out}: is a finished run of another config; train into another directory")
+    return manifest
+
+
 def split(data: Dataset, config: TrainConfig) -> tuple[Labels, Labels]:
     """Indices into the training part: those to fit, and the held-out ones that only selection may look at."""
     order = np.random.default_rng(config.seed).permutation(len(data.x_train))
     heldout, rest = order[: config.data.heldout_images], order[config.data.heldout_images :]
     fit = rest[: config.data.train_images] if config.data.train_images else rest
-    if len(fit) < max(config.optimization.batch_size, config.data.train_images):
+    needed = config.data.train_images or config.optimization.batch_size
+    if len(fit) < needed or len(heldout) < config.data.heldout_images:
         raise BadInput(
-            f"data: {len(order)} training images less {len(heldout)} held out do not give"
-            f" {max(config.optimization.batch_size, config.data.train_images)}; lower data.heldout_images,"
-            " data.train_images or optimization.batch_size"
+            f"data: {config.data.name} has {len(order)} training images; data.heldout_images"
+            f" {config.data.heldout_images} and at least {needed} to train on (data.train_images or"
+            " optimization.batch_size) are more than that; lower them"
         )
     return fit, heldout
 

@@ -18,7 +18,12 @@ from gating.attestation import BadEvidence, NotAttested, verify
 from gating.gate import gate
 from gating.policy import Policy
 from gating.report import markdown
+from robustness.attacks import Attack
+from robustness.data import load_dataset
 from robustness.errors import BadInput
+from robustness.evaluate import evaluate
+from robustness.runs import load_run
+from robustness.threat import Threat
 from serving.export import export
 
 
@@ -139,11 +144,67 @@ def test_data_that_does_not_fit_is_bad_input(candidate: Path, standard_run: Path
 
 
 def test_existing_directory_of_somebody_else_is_left_alone(candidate: Path, standard_run: Path, tmp_path: Path) -> None:
-    """Evidence replaces evidence, nothing else."""
+    """Evidence replaces evidence, an export an export, and neither a run, a release or anybody's files."""
     (tmp_path / "keep.txt").write_text("mine")
-    with pytest.raises(BadInput, match=r"holds no report\.json"):
+    with pytest.raises(BadInput, match=r"holds keep\.txt, which this command did not write"):
         gate(candidate, standard_run, policy(0.1), tmp_path)
     assert (tmp_path / "keep.txt").read_text() == "mine"
+    with pytest.raises(BadInput, match="did not write"):
+        export(standard_run, standard_run)
+    assert (standard_run / "checkpoint.safetensors").exists()
+    release = tmp_path / "1"
+    shutil.copytree(candidate, release)
+    (release / "report.json").write_text("{}")
+    for overwrite in (
+        lambda: export(standard_run, release),
+        lambda: gate(candidate, standard_run, policy(0.1), release),
+    ):
+        with pytest.raises(BadInput, match="did not write"):
+            overwrite()
+
+
+def test_evidence_replaces_evidence(candidate: Path, standard_run: Path, passed: Path, tmp_path: Path) -> None:
+    """The same directory can be judged into again; nothing staged stays beside it."""
+    shutil.copytree(passed, tmp_path / "evidence")
+    (tmp_path / "evidence" / "report.md").write_text("old")
+    gate(candidate, standard_run, policy(0.1), tmp_path / "evidence")
+    assert (tmp_path / "evidence" / "report.md").read_text().startswith("### PASSED")
+    assert [path.name for path in tmp_path.iterdir()] == ["evidence"]
+
+
+def test_an_l2_gate_blocks_what_falls_in_float(candidate: Path, standard_run: Path, tmp_path: Path) -> None:
+    """Going to bytes does not undo an L2 attack: what breaks the plain model in float breaks it as bytes."""
+    wanted = policy(0.5, images=60).model_dump()
+    wanted["threat"] = {"norm": "l2", "eps": "2.0"}
+    for suite in (["cw-l2"], ["margin-pgd-20"]):
+        wanted["attacks"] = {"suite": suite}
+        report = gate(candidate, standard_run, Policy.model_validate(wanted), tmp_path / "evidence")
+        trained, data = load_run(standard_run), load_dataset("digits")
+        attacks = [Attack.parse(name) for name in suite]
+        chosen = np.random.default_rng(0).permutation(450)[:60]
+        outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], Threat("l2", 2.0), attacks)
+        assert outcome.evaluation.robust.value <= 0.05
+        assert report["evaluation"]["robust"]["value"] <= 0.05
+        assert report["verdict"] == "failed"
+
+
+def test_tampered_probes_are_refused(candidate: Path, passed: Path, tmp_path: Path) -> None:
+    """probes.npz is bound to the report: production replays nothing that the gate did not write."""
+    changed = tmp_path / "evidence"
+    shutil.copytree(passed, changed)
+    (changed / "probes.npz").write_bytes(b"garbage")
+    with pytest.raises(NotAttested, match=r"probes\.npz: is not what the gate wrote"):
+        verify(candidate, changed)
+
+
+@pytest.mark.parametrize("change", [{"candidate": []}, {"files": None}, {"candidate": {"files": []}}])
+def test_malformed_report_is_bad_input(candidate: Path, passed: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    """A report of the right format but the wrong shape gives a message, never a traceback or a pass."""
+    changed = tmp_path / "evidence"
+    shutil.copytree(passed, changed)
+    (changed / "report.json").write_text(json.dumps({**report_of(passed), **change}))
+    with pytest.raises((BadEvidence, NotAttested)):
+        verify(candidate, changed)
 
 
 def test_only_passing_evidence_for_these_bytes_attests(candidate: Path, passed: Path, tmp_path: Path) -> None:

@@ -47,14 +47,6 @@ def write_evidence(directory: Path, candidate: Path, verdict: str = "passed") ->
     """Evidence in the gate's format: a verdict for a candidate's bytes, and probes that ONNX Runtime answered."""
     directory.mkdir(parents=True)
     files = json.loads((candidate / "manifest.json").read_text())["files"]
-    report = {
-        "format": "dfmcl.report/1",
-        "verdict": verdict,
-        "candidate": {"model_sha256": files["model.onnx"], "files": files},
-        "policy": {"sha256": "0" * 64},
-        "criteria": [],
-    }
-    (directory / "report.json").write_text(json.dumps(report))
     data = load_dataset("digits")
     images, labels = data.x_test[:80], data.y_test[:80]
     logits = onnx_logits(candidate / "model.onnx", images)
@@ -66,6 +58,15 @@ def write_evidence(directory: Path, candidate: Path, verdict: str = "passed") ->
         clean_logits=logits,
         adversarial_logits=logits,
     )
+    report = {
+        "format": "dfmcl.report/1",
+        "verdict": verdict,
+        "candidate": {"model_sha256": files["model.onnx"], "files": files},
+        "files": {"probes.npz": sha256_of(directory / "probes.npz")},
+        "policy": {"sha256": "0" * 64},
+        "criteria": [],
+    }
+    (directory / "report.json").write_text(json.dumps(report))
     return directory
 
 

@@ -63,17 +63,18 @@ def test_resumed_run_equals_the_uncut_one(tmp_path: Path, uncut: Path, stops: tu
     """Cut anywhere and resumed, the checkpoint has the same bytes and the record the same figures."""
     out, config = tmp_path / "run", load_config("quickstart", TINY)
     for number, steps in enumerate(stops):
-        with pytest.raises(Interrupted, match=r"continue with --resume"):
+        with pytest.raises(Interrupted, match=r"repeat the command with --resume"):
             train(config, out, resume=number > 0, stop=StopAfter(steps), log=quiet)
         assert not (out / CHECKPOINT).exists()
     train(config, out, resume=True, log=quiet)
     assert sha256_of(out / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
+    assert record_of(out) == record_of(uncut)
 
-    def figures(run: Path) -> list[dict[str, str]]:
-        with (run / "metrics.csv").open() as file:
-            return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
 
-    assert figures(out) == figures(uncut)
+def record_of(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, but for the clock's."""
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
 
 
 def test_another_seed_gives_another_model(tmp_path: Path, uncut: Path) -> None:
@@ -89,12 +90,49 @@ def test_a_finished_run_is_read_not_repeated(uncut: Path) -> None:
     assert (sha256_of(uncut / CHECKPOINT), (uncut / "manifest.json").stat().st_mtime_ns) == before
 
 
+def test_a_finished_run_of_another_config_is_not_ours(uncut: Path) -> None:
+    """--resume never passes off one config's run as another's."""
+    with pytest.raises(BadInput, match="finished run of another config"):
+        train(load_config("quickstart", [*TINY, "optimization.epochs=9"]), uncut, resume=True, log=quiet)
+
+
+def test_a_foreign_directory_is_not_resumed(tmp_path: Path) -> None:
+    """--resume needs a state; a directory with other files in it is left alone."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(BadInput, match="holds no state"):
+        train(load_config("quickstart", TINY), tmp_path, resume=True, log=quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_broken_state_is_named(tmp_path: Path) -> None:
+    """A state that is none is bad input, not a traceback of the unpickler."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / STATE).write_bytes(b"not a state")
+    with pytest.raises(BadInput, match="not a state"):
+        train(load_config("quickstart", TINY), tmp_path, resume=True, log=quiet)
+
+
+def test_a_kill_between_epoch_and_measurement_loses_no_line(
+    tmp_path: Path, uncut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving at every step and dying in the measurement after epoch 1, the resumed record is the uncut one."""
+    config = load_config("quickstart", TINY)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    with monkeypatch.context() as context:
+        context.setattr(loop, "measure", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, tmp_path / "run", log=quiet)
+    train(config, tmp_path / "run", resume=True, log=quiet)
+    assert record_of(tmp_path / "run") == record_of(uncut)
+    assert sha256_of(tmp_path / "run" / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
+
+
 def test_a_foreign_state_is_refused(tmp_path: Path) -> None:
     """A state written under another config is never continued."""
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
         train(load_config("quickstart", TINY), out, stop=StopAfter(2), log=quiet)
-    with pytest.raises(BadInput, match="another config"):
+    with pytest.raises(BadInput, match="another config's"):
         train(load_config("quickstart", [*TINY, "optimization.lr=0.1"]), out, resume=True, log=quiet)
 
 
@@ -171,7 +209,7 @@ def test_heldout_images_are_never_trained_on() -> None:
 
 def test_too_few_images_is_bad_input(tmp_path: Path) -> None:
     """More images than there are: one line that names the keys."""
-    with pytest.raises(BadInput, match=r"data\.heldout_images"):
+    with pytest.raises(BadInput, match=r"digits has 1347 training images; data\.heldout_images 147"):
         train(load_config("quickstart", ["data.train_images=5000"]), tmp_path / "run", log=quiet)
     assert not (tmp_path / "run").exists()
 
