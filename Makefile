@@ -13,6 +13,7 @@ help:
 	@echo 'make test                the whole test suite'
 	@echo 'make lint                ruff, ruff format --check, mypy'
 	@echo 'make setup               only the two environments'
+	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
 

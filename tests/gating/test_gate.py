@@ -184,7 +184,8 @@ def test_an_l2_gate_blocks_what_falls_in_float(candidate: Path, standard_run: Pa
         chosen = np.random.default_rng(0).permutation(450)[:60]
         outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], Threat("l2", 2.0), attacks)
         assert outcome.evaluation.robust.value <= 0.05
-        assert report["evaluation"]["robust"]["value"] <= 0.05
+        # Towards x instead of to the nearest byte, cw-l2 would leave 97 % standing; 3 of 60 images may differ.
+        assert report["evaluation"]["robust"]["k"] <= outcome.evaluation.robust.k + 3
         assert report["verdict"] == "failed"
 
 
