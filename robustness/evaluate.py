@@ -88,11 +88,9 @@ def evaluate(
                 y = y_all[index].to(device)
                 stream = generator(seed, attack.name, number, device=device)
                 candidates = attack(source, x, y, threat, generator=stream)
-                x_adv, inside = _settle(candidates, x, threat, grid)
-                logits = _answer(decide, x_adv)
-                fooled = (logits.argmax(dim=1) != y_all[index]) & inside.cpu()
-                outside += int((~inside).sum())
-                newest = index[fooled | (inside.cpu() & left[index])]
+                x_adv, logits, fooled, outside_ball = _judge(decide, candidates, x, y, threat, grid)
+                outside += int(outside_ball.sum())
+                newest = index[fooled | (~outside_ball & left[index])]
                 chosen = torch.isin(index, newest)
                 as_bytes = to_bytes(x_adv if grid else to_uint8(x_adv, x, threat)).cpu().numpy()
                 adversarial[newest.numpy()] = as_bytes[chosen.numpy()]
@@ -114,19 +112,38 @@ def evaluate(
     return Outcome(evaluation, adversarial, clean_logits.numpy(), adversarial_logits.numpy())
 
 
-def _settle(x_adv: Tensor, x: Tensor, threat: Threat, grid: bool) -> tuple[Tensor, Tensor]:
-    """What counts of an attack's result: clipped to [0, 1] (on the grid: as bytes), and whether it is in the ball."""
-    finite = x_adv.detach().isfinite().flatten(1).all(dim=1)
-    x_adv = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), x_adv.detach(), x).clamp(0, 1)
+def _judge(
+    decide: Decide, candidates: Tensor, x: Tensor, y: Tensor, threat: Threat, grid: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What counts of an attack's result: images, logits, whether each fools and whether each is outside (on the CPU).
+
+    Results are clipped to [0, 1] and, on the grid, brought to bytes inside the ball. An L2 attack that seeks the least
+    perturbation ends at the border, where rounding to bytes flips it back half of the time; so there the same direction
+    at the whole radius, which is the attacker's too, counts as well.
+    """
+    finite = candidates.detach().isfinite().flatten(1).all(dim=1)
+    x_adv = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), candidates.detach(), x).clamp(0, 1)
     if not grid:
-        return x_adv, finite & contains(x_adv, x, threat)
+        return _decided(decide, x_adv, y, finite & contains(x_adv, x, threat))
+    x_adv, logits, fooled, outside = _decided(decide, *_as_bytes(x_adv, x, y, threat, finite))
     if threat.norm == "l2":
-        # An attack that seeks the least perturbation ends at the border, where rounding to bytes flips it back half
-        # of the time. The whole radius is the attacker's: go on in the same direction.
-        x_adv = project(x + threat.eps * steepest(x_adv - x, "l2"), x, threat)
+        whole = project(x + threat.eps * steepest(candidates.detach() - x, "l2"), x, threat)
+        other, other_logits, other_fooled, _ = _decided(decide, *_as_bytes(whole, x, y, threat, finite))
+        better = other_fooled & ~fooled
+        x_adv[better.to(x.device)], logits[better] = other[better.to(x.device)], other_logits[better]
+        fooled, outside = fooled | better, outside & ~better
+    return x_adv, logits, fooled, outside
+
+
+def _as_bytes(x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     as_bytes = to_uint8(x_adv, x, threat)
     inside = contains_uint8(as_bytes, (x * 255).round().to(torch.uint8), threat)
-    return as_bytes.to(torch.float32) / 255, finite & inside
+    return as_bytes.to(torch.float32) / 255, y, finite & inside
+
+
+def _decided(decide: Decide, x_adv: Tensor, y: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, inside = _answer(decide, x_adv), inside.cpu()
+    return x_adv, logits, (logits.argmax(dim=1) != y.cpu()) & inside, ~inside
 
 
 def _answer(decide: Decide, x: Tensor) -> Tensor:

@@ -22,8 +22,11 @@ runs = ["a"]
 """
 
 MISTAKES = {
-    "unknown key": ("[listen]\nprot = 1", "unknown key listen.prot; remove it or correct its spelling"),
-    "unknown section": ("[sniff]\nx = 1", "unknown key sniff; remove it or correct its spelling"),
+    "unknown key": ("[listen]\nprot = 1", "unknown key listen.prot; known are host, port"),
+    "unknown section": (
+        "[sniff]\nx = 1",
+        "unknown key sniff; known are target, data, threat, probe, surrogates, release, listen",
+    ),
     "not TOML": ("[probe", "not TOML: Expected ']' at the end of a table declaration (at end of document)"),
     "port": ("[listen]\nport = 70000", "listen.port: Input should be less than or equal to 65535 (found 70000)"),
     "interval": (

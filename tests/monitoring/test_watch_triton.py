@@ -54,6 +54,9 @@ def repository(tmp_path: Path, exported: tuple[Path, Path], make_report: Make) -
     )
     images = load_dataset("digits").x_test[:64]
     np.savez(evidence / "probes.npz", images=images, clean_logits=predictor(candidate / "model.onnx")(images).logits)
+    report = json.loads((evidence / "report.json").read_text())
+    report["files"] = {"probes.npz": sha256_of(evidence / "probes.npz")}
+    (evidence / "report.json").write_text(json.dumps(report))
     promotion.promote(candidate, evidence, tmp_path / "models", name="digits")
     return tmp_path / "models"
 

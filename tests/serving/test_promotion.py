@@ -128,7 +128,7 @@ def test_evidence_without_probes_is_bad_input_and_changes_nothing(
     before = listing(repository)
     incomplete = shutil.copytree(evidence, tmp_path / "evidence")
     (incomplete / "probes.npz").unlink()
-    with pytest.raises(BadInput, match=r"probes\.npz: no such file"):
+    with pytest.raises(BadEvidence, match=r"probes\.npz: No such file"):
         promote(candidate, incomplete, repository, name="digits")
     assert listing(repository) == before
 
