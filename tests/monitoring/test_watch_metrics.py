@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -275,3 +277,13 @@ def test_histograms_count_what_lies_on_a_bound_below_it() -> None:
     histogram = Histogram.empty((1.0, 2.0)).observe(1.0).observe(1.5).observe(9.0)
     assert histogram.counts == (1, 1, 1)
     assert histogram.sum == 11.5
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool; apt-get install prometheus")
+def test_promtool_finds_nothing_to_say() -> None:
+    """Prometheus' own linter accepts names, types and help texts; it does complain about a bad one."""
+    registry = CollectorRegistry()
+    registry.register(RoundsCollector(IDENTITY, lambda: journal(result(), failure(2))))
+    for text, code in ((generate_latest(registry), 0), (b"# TYPE probeCount counter\nprobeCount 1\n", 3)):
+        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+        assert checked.returncode == code, checked.stderr.decode()
