@@ -84,8 +84,9 @@ def _check(where: str, images: Bytes, labels: Labels, classes: int) -> None:
         raise BadInput(f"{where}: images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
     if len(images) == 0 or labels.shape != (len(images),):
         raise BadInput(f"{where}: {len(images)} images and labels of shape {labels.shape}; expected one label an image")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise BadInput(f"{where}: labels run from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low < 0 or high >= classes:
+        raise BadInput(f"{where}: labels run from {low} to {high}; expected 0 to {classes - 1}")
 
 
 def _digits() -> Dataset:
