@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch loads: OpenMP threads that spin while they wait make a forward pass up to 100 times slower beside a busy
 # process, and tests start servers. 3,000 spins cost 15 % on an idle machine, sleeping at once would cost 50 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+# A shell that runs us in the background lets us ignore SIGINT, and so would every server that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -120,7 +120,7 @@ def test_directory_of_something_else_is_not_replaced(tmp_path: Path, run_directo
     """`out` is replaced only where it is a candidate."""
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "love.txt").write_text("dear")
-    with pytest.raises(RunError, match="exists and holds no manifest"):
+    with pytest.raises(RunError, match=r"holds love\.txt, which this command did not write"):
         exporting.export(run_directory, tmp_path / "letters")
     assert (tmp_path / "letters" / "love.txt").read_text() == "dear"
 
@@ -130,11 +130,12 @@ def test_candidate_is_replaced(
 ) -> None:
     """A second export into the same place leaves exactly the new candidate."""
     out = shutil.copytree(candidate, tmp_path / "candidate")
-    (out / "old.txt").write_text("")
+    (out / "labels.txt").write_text("old")
     monkeypatch.setattr(exporting, "to_onnx", lambda run: onnx.load(candidate / "model.onnx"))
     manifest = exporting.export(run_directory, out)
     assert manifest == read_manifest(out).to_json()
     assert {path.name for path in out.iterdir()} == {*FILES, "manifest.json"}
+    assert (out / "labels.txt").read_text() != "old"
 
 
 def test_run_with_another_checkpoint_is_bad_input(tmp_path: Path, run_directory: Path) -> None:

@@ -149,6 +149,9 @@ def test_server_that_answers_otherwise_than_the_gate_saw_is_broken(repository: P
     with np.load(path) as probes:
         arrays = dict(probes)
     np.savez(path, **arrays | {"clean_logits": arrays["clean_logits"] + 1})
+    report = json.loads(path.with_name("report.json").read_text())
+    report["files"]["probes.npz"] = sha256_of(path)
+    path.with_name("report.json").write_text(json.dumps(report))
     with pytest.raises(Broken, match="off those the gate recorded"):
         Served(repository, repository.parent / "ready.json").start()
 
