@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -16,7 +17,10 @@ from robustness.errors import BadInput
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that is needed to build a network without its weights. `input_shape` is (H, W, C), as on the wire."""
+    """All that is needed to build a network without its weights. `input_shape` is (H, W, C), as on the wire.
+
+    arch: `resnet18`, `torchvision:NAME` or `timm:NAME`; width and activation belong to `resnet18` only.
+    """
 
     arch: str
     width: int
@@ -24,6 +28,7 @@ class ModelSpec:
     input_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    activation: str = "relu"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -39,6 +44,7 @@ class ModelSpec:
                 input_shape=(height, width, channels),
                 mean=tuple(float(v) for v in value["mean"]),
                 std=tuple(float(v) for v in value["std"]),
+                activation=str(value["activation"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"model specification: {error!r} in {value}") from None
@@ -51,7 +57,7 @@ class ResNet18(ResNet):  # type: ignore[misc]  # torchvision is not typed here
     is an eighth of the image's side. torchvision's own constructor knows no narrow basic blocks.
     """
 
-    def __init__(self, width: int, classes: int, channels: int) -> None:
+    def __init__(self, width: int, classes: int, channels: int, activation: str = "relu") -> None:
         super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=classes)
         self.inplanes = width
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
@@ -65,6 +71,10 @@ class ResNet18(ResNet):  # type: ignore[misc]  # torchvision is not typed here
         for module in self.modules():  # as torchvision does in the constructor
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if activation == "silu":  # smooth activations suit adversarial training (Pang et al. 2021)
+            for module in list(self.modules()):
+                if hasattr(module, "relu"):
+                    module.relu = nn.SiLU(inplace=True)
 
 
 class Classifier(nn.Module):
@@ -75,19 +85,56 @@ class Classifier(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        if spec.arch not in ARCHITECTURES:
-            raise BadInput(f"model: arch is {spec.arch!r}; choose one of {', '.join(ARCHITECTURES)}")
         self.spec = spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
-        self.net = ARCHITECTURES[spec.arch](spec.width, spec.classes, spec.input_shape[2])
+        self.net = build_network(spec)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net((x - self.mean) / self.std)
         return logits
 
+    @property
+    def is_resnet(self) -> bool:
+        """Whether `features` and `head` exist: the network is one of torchvision's ResNets, or ours."""
+        return isinstance(self.net, ResNet)
 
-ARCHITECTURES: dict[str, type[ResNet18]] = {"resnet18": ResNet18}
+    def features(self, x: Tensor) -> Tensor:
+        """The output of a ResNet's last stage, `(N, C', H', W')`."""
+        net: Any = self.net
+        maps = net.maxpool(net.relu(net.bn1(net.conv1((x - self.mean) / self.std))))
+        last: Tensor = net.layer4(net.layer3(net.layer2(net.layer1(maps))))
+        return last
+
+    def head(self, features: Tensor) -> Tensor:
+        """What follows the last stage of a ResNet: average pooling and a linear layer; logits `(N, K)`."""
+        net: Any = self.net
+        logits: Tensor = net.fc(torch.flatten(net.avgpool(features), 1))
+        return logits
+
+
+def build_network(spec: ModelSpec) -> nn.Module:
+    """The network behind the normalisation, with fresh weights: images `(N, C, H, W)` to logits `(N, K)`."""
+    library, colon, name = spec.arch.partition(":")
+    if spec.arch == "resnet18":
+        return ResNet18(spec.width, spec.classes, spec.input_shape[2], spec.activation)
+    if library == "torchvision" and name in torchvision.models.list_models(module=torchvision.models):
+        if spec.input_shape[2] != 3:
+            raise BadInput(f"model.arch: {spec.arch} takes 3 channels, the images have {spec.input_shape[2]}")
+        network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=spec.classes)
+        return network
+    if library == "timm" and colon:
+        try:
+            import timm  # type: ignore[import-not-found]
+        except ModuleNotFoundError:
+            raise BadInput(f"model.arch: {spec.arch} needs timm; pip install timm") from None
+        if timm.is_model(name):
+            made: nn.Module = timm.create_model(name, num_classes=spec.classes, in_chans=spec.input_shape[2])
+            return made
+    raise BadInput(
+        f"model.arch: {spec.arch!r} is unknown; choose resnet18, torchvision:NAME (torchvision.models.list_models())"
+        " or timm:NAME (timm.list_models())"
+    )
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -7,12 +7,16 @@ import json
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from robustness.config import Radius, Section, parse_toml, validated
 from robustness.errors import BadInput
+
+Augmentation = Literal["none", "crop", "crop-flip", "autoaugment", "idbh"]
+AttackName = Literal["fgsm", "n-fgsm", "pgd", "cw", "kl"]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Data(Section):
@@ -23,46 +27,101 @@ class Data(Section):
     image_size: int = Field(0, ge=0)
     train_images: int = Field(0, ge=0)
     heldout_images: int = Field(1000, ge=1)
-    augmentation: Literal["none", "crop-flip", "crop"] = "crop-flip"
+    augmentation: Augmentation = "crop-flip"
 
 
 class Model(Section):
-    """Which network; `width` is the number of maps in the first stage (64 is the usual ResNet-18)."""
+    """Which network: `resnet18`, or any classifier as `torchvision:NAME` or `timm:NAME`.
 
-    arch: Literal["resnet18"] = "resnet18"
+    width (maps of the first stage; 64 is the usual ResNet-18) and activation belong to `resnet18` only.
+    """
+
+    arch: str = "resnet18"
     width: int = Field(64, ge=1)
+    activation: Literal["relu", "silu"] = "relu"
+    batch_norm: Literal["batch", "frozen", "synchronised"] = "batch"
 
 
 class Masking(Section):
-    """Dynamic Feature Masking: p = sigmoid(alpha * mean|dL/df|) for each map of `layer`."""
+    """Dynamic Feature Masking, its readings, and the dropouts it must be told apart from.
+
+    rule: `literal` p = sigmoid(alpha * mean|dL/df|) for each map of `layer`; `ranked` masks with probability
+    sigmoid(logit(rate) + alpha * zscore(mean|dL/df|)); `dropout` masks elements, `channel_dropout` whole maps with
+    probability `rate`, whatever the gradient says. semantics: what the literal p means. scaling: `inverted` divides
+    what is kept by its probability. gradient: of each image's own loss, or of the batch's mean loss (1/N of it).
+    prior: weight of (mean masking probability - rate)^2 in the loss.
+    """
 
     enabled: bool = True
+    rule: Literal["literal", "ranked", "dropout", "channel_dropout"] = "literal"
     layer: str = "layer4"
     alpha: float = 0.1
     learn_alpha: bool = True
-    semantics: Literal["keep_with_p", "mask_with_p"] = "keep_with_p"
+    alpha_gradient: Literal["relaxed", "straight_through"] = "relaxed"
     temperature: float = Field(0.5, gt=0)
+    semantics: Literal["keep_with_p", "mask_with_p"] = "keep_with_p"
+    gradient: Literal["sample", "batch_mean"] = "sample"
+    scaling: Literal["none", "inverted"] = "none"
+    rate: float = Field(0.5, gt=0, lt=1)
+    prior: float = Field(0.0, ge=0)
 
 
 class Curriculum(Section):
-    """Attack strength S(t) = beta * t / T, and the pool to draw from; an empty pool trains on clean images."""
+    """Attack strength S(t), from 0 to beta, and the pool to draw from; an empty pool trains on clean images.
+
+    warmup: share of the run on clean images before S rises; hold: share at its end at full strength. weights: of the
+    attacks in the pool (none: even). steps grow to final_steps (0: they stay) as S grows to beta; a step is
+    step_ratio * S(t) / steps long. fgsm_fallback: how far held-out PGD accuracy may fall below its best before the
+    FGSM share is given to N-FGSM for good (catastrophic overfitting; 0: never).
+    """
 
     beta: Radius = "0.08"
-    schedule: Literal["linear", "constant"] = "linear"
-    attacks: list[Literal["fgsm", "pgd", "cw"]] = Field(default=["fgsm", "pgd", "cw"])
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Share = 0.0
+    hold: Share = 0.0
+    attacks: list[AttackName] = Field(default=["fgsm", "pgd", "cw"])
+    weights: list[Annotated[float, Field(gt=0)]] = Field(default=[])
     steps: int = Field(10, ge=1)
+    final_steps: int = Field(0, ge=0)
+    step_ratio: float = Field(2.5, gt=0)
+    fgsm_fallback: Share = 0.0
+
+
+class Objective(Section):
+    """What training minimises: `ce` on adversarial images, `trades` or `mart` with `regularization` (their lambda).
+
+    views: further views of each image by `view_augmentation`, through batch norms of their own, tied to the first by
+    `consistency` times the Jensen-Shannon divergence of their clean predictions (DAJAT).
+    """
+
+    name: Literal["ce", "trades", "mart"] = "ce"
+    regularization: float = Field(6.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    views: int = Field(0, ge=0)
+    view_augmentation: Augmentation = "autoaugment"
+    consistency: float = Field(2.0, ge=0)
 
 
 class Optimization(Section):
-    """How the weights move."""
+    """How the weights move. ema and awp are off at 0; ema_start, awp_start and lr_warmup are shares of the run.
+
+    precision: of forward and backward passes in training; weights, perturbations and every measurement stay float32.
+    """
 
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=2)
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = Field(1e-3, gt=0)
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup: Share = 0.0
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    ema: float = Field(0.0, ge=0, lt=1)
+    ema_start: Share = 0.0
+    awp: float = Field(0.0, ge=0)
+    awp_start: Share = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["auto", "never"] = "auto"
 
 
 class Heldout(Section):
@@ -80,8 +139,20 @@ class TrainConfig(Section):
     model: Model = Model()
     masking: Masking = Masking()
     curriculum: Curriculum = Curriculum()
+    objective: Objective = Objective()
     optimization: Optimization = Optimization()
     heldout: Heldout = Heldout()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        pool, chosen = self.curriculum, self.objective
+        if pool.weights and len(pool.weights) != len(pool.attacks):
+            raise ValueError(f"curriculum.weights: {len(pool.weights)} for {len(pool.attacks)} attacks; one for each")
+        if pool.warmup + pool.hold >= 1 and pool.schedule != "constant":
+            raise ValueError("curriculum.warmup and curriculum.hold: together they leave nothing of the run to ramp in")
+        if chosen.name != "ce" and not pool.attacks:
+            raise ValueError(f"objective.name: {chosen.name} needs curriculum.attacks")
+        return self
 
     @property
     def digest(self) -> str:

@@ -1,13 +1,15 @@
 """Dynamic Feature Masking: maps of one layer are masked at random, each with a probability from the loss's gradient.
 
-For feature map c of image n, g = mean over h, w of |dL/df[n, c, h, w]| with L the image's own loss (no division by
-the batch size), and p = sigmoid(alpha * g). Every element of the map is then kept ("keep_with_p", the source's
-pseudocode) or masked ("mask_with_p", its prose) with probability p, independently, without rescaling. Masks exist in
-the training step only: a classifier in eval mode knows nothing of them.
+For feature map c of image n, g = mean over h, w of |dL/df[n, c, h, w]| with L the image's own loss. The literal rule is
+p = sigmoid(alpha * g); every element of the map is kept ("keep_with_p", the source's pseudocode) or masked
+("mask_with_p", its prose) with probability p, independently. The ranked rule does what the text intends: maps are
+masked at a base rate, and those that stand out by their gradient more often. Two dropouts that look at no gradient are
+the controls. Masks exist in the training step only: a classifier in eval mode knows nothing of them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,105 +20,154 @@ from torch import Tensor, nn
 
 from robustness.errors import BadInput
 from robustness.models import Classifier
+from training.adversary import soft_cross_entropy
+from training.config import Masking
+from training.noise import Noise
+
+BINS = 10
 
 
 @dataclass(frozen=True)
 class MaskStatistics:
-    """Spread of the masking probability p over a batch's images and maps."""
+    """Spread of p over a batch's images and maps; counts: `BINS` equal bins from low to high."""
 
     mean: float
     std: float
     low: float
     high: float
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(p: Tensor) -> MaskStatistics:
+        low, high = p.min().item(), p.max().item()
+        counts = torch.histc(p.float().cpu(), BINS, low, high) if high > low else torch.zeros(BINS)
+        return MaskStatistics(p.mean().item(), p.std().item(), low, high, tuple(int(count) for count in counts))
 
 
-def probability(magnitude: Tensor, alpha: Tensor) -> Tensor:
-    """p = sigmoid(alpha * g): `(N, C)` to `(N, C)` in (0, 1); in [0.5, 1) while alpha > 0, as g >= 0."""
-    return torch.sigmoid(alpha * magnitude)
+def z_score(magnitude: Tensor) -> Tensor:
+    """Each image's magnitudes `(N, C)` with mean 0 and deviation 1 over its maps; all 0 where they are all equal."""
+    centred = magnitude - magnitude.mean(dim=1, keepdim=True)
+    return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-def sample(
-    magnitude: Tensor,
-    alpha: Tensor,
-    side: tuple[int, int],
-    semantics: str,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """A mask of zeros and ones, `(N, C, H, W)`, with a gradient to alpha.
+def literal(magnitude: Tensor, alpha: Tensor, settings: Masking) -> Tensor:
+    """logit of p = sigmoid(alpha * g), which lies in [0.5, 1) while alpha > 0, as g >= 0."""
+    return alpha * magnitude
 
-    The forward value is an exact Bernoulli draw; the gradient is that of the relaxed one (binary Concrete,
-    Maddison et al. 2017; Jang et al. 2017) at the same noise, with `temperature`.
+
+def ranked(magnitude: Tensor, alpha: Tensor, settings: Masking) -> Tensor:
+    """logit of p = sigmoid(logit(rate) + alpha * z), z the rank of a map among its image's, in deviations."""
+    return logit(settings.rate) + alpha * z_score(magnitude)
+
+
+def uninformed(magnitude: Tensor, alpha: Tensor, settings: Masking) -> Tensor:
+    """logit of p = rate for every map: plain dropout."""
+    return torch.full_like(magnitude, logit(settings.rate))
+
+
+RULES: dict[str, Callable[[Tensor, Tensor, Masking], Tensor]] = {
+    "literal": literal,
+    "ranked": ranked,
+    "dropout": uninformed,
+    "channel_dropout": uninformed,
+}
+
+
+def logit(rate: float) -> float:
+    return math.log(rate / (1 - rate))
+
+
+def keep_logit(p_logit: Tensor, settings: Masking) -> Tensor:
+    """logit of the probability to keep: p itself in the pseudocode's reading of the literal rule, else 1 - p."""
+    keeps = settings.rule == "literal" and settings.semantics == "keep_with_p"
+    return p_logit if keeps else -p_logit
+
+
+def sample(keep: Tensor, side: tuple[int, int], settings: Masking, noise: Noise) -> Tensor:
+    """A mask `(N, C, H, W)` of zeros and ones from logits `(N, C)` of the probability to keep, with a gradient to them.
+
+    The forward value is an exact Bernoulli draw, over the probability to keep if scaling is inverted. The gradient is
+    that of the relaxed draw at the same noise (binary Concrete, Maddison et al. 2017; Jang et al. 2017), or that of the
+    probability (straight-through, Bengio et al. 2013).
     """
-    logit = alpha * magnitude
-    keep_logit = logit if semantics == "keep_with_p" else -logit
-    uniform = torch.rand(*magnitude.shape, *side, generator=generator, device=magnitude.device)
-    noise = torch.logit(uniform, eps=1e-6)  # a uniform draw of exactly 0 or 1 has no logit
-    noisy = keep_logit[:, :, None, None] + noise
-    soft = torch.sigmoid(noisy / temperature)
-    return (noisy > 0).to(soft.dtype) + (soft - soft.detach())  # in this order, or 1 comes out as 0.99999994
+    size = (1, 1) if settings.rule == "channel_dropout" else side
+    uniform = noise.uniform(*keep.shape, *size)
+    wide = keep[:, :, None, None]
+    noisy = wide + torch.logit(uniform, eps=1e-6)  # a uniform draw of exactly 0 or 1 has no logit
+    relaxed = settings.alpha_gradient == "relaxed"
+    soft = torch.sigmoid(noisy / settings.temperature if relaxed else wide.expand_as(noisy))
+    hard = (noisy > 0).to(soft.dtype) + (soft - soft.detach())  # in this order, or 1 comes out as 0.99999994
+    return hard / torch.sigmoid(wide).detach() if settings.scaling == "inverted" else hard
 
 
-def pooled_linear_magnitude(logits: Tensor, y: Tensor, weight: Tensor, area: int) -> Tensor:
+def pooled_linear_magnitude(logits: Tensor, target: Tensor, weight: Tensor, area: int) -> Tensor:
     """mean_hw |dL/df| in closed form where f is followed by average pooling and a linear layer: `(N, C)`.
 
-    L is the cross-entropy of one image; dL/df[n, c, h, w] = sum_k (softmax_k - y_k) W[k, c] / (H W) for all h, w.
-    One `(N, K) x (K, C)` product instead of a backward pass. logits `(N, K)`, weight `(K, C)`, area H * W.
+    L is one image's cross-entropy against the distribution `target` `(N, K)`;
+    dL/df[n, c, h, w] = sum_k (softmax_k - target_k) W[k, c] / (H W) for all h, w. One `(N, K) x (K, C)` product instead
+    of a backward pass. logits `(N, K)`, weight `(K, C)`, area H * W.
     """
-    residual = torch.softmax(logits, dim=1)
-    residual = residual.scatter_add(1, y[:, None], -torch.ones_like(residual[:, :1]))
-    return (residual @ weight).abs() / area
+    residual = torch.softmax(logits, dim=1) - target
+    return (residual @ weight.to(residual.dtype)).abs() / area
 
 
 class DynamicFeatureMask(nn.Module):
     """The learnable alpha, and the masked forward pass through a classifier in training mode."""
 
-    def __init__(self, layer: str, alpha: float, learn_alpha: bool, semantics: str, temperature: float) -> None:
+    def __init__(self, settings: Masking) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)), requires_grad=learn_alpha)
-        self.layer, self.semantics, self.temperature = layer, semantics, temperature
+        self.settings = settings
+        learned = settings.learn_alpha and settings.rule in ("literal", "ranked")
+        self.alpha = nn.Parameter(torch.tensor(float(settings.alpha)), requires_grad=learned)
 
     def forward(
         self,
         model: Classifier,
         x: Tensor,
-        y: Tensor,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        generator: torch.Generator,
+        target: Tensor,
+        noise: Noise,
+        *,
+        features: Callable[[Tensor], Tensor] | None = None,
         closed_form: bool | None = None,
-    ) -> tuple[Tensor, MaskStatistics]:
-        """Logits `(N, K)` under a fresh mask. The gradient that sets p is data: nothing flows back through it.
+    ) -> tuple[Tensor, Tensor]:
+        """Logits `(N, K)` under a fresh mask, and p `(N, C)`. The gradient that sets p is data: none flows through it.
 
+        target `(N, K)`: the distribution whose cross-entropy is the loss. features: a compiled `model.features`.
         closed_form: None takes the fast path where the layer is followed by pooling and a linear layer only.
         """
-        module = find_layer(model, self.layer)
-        fast = has_pooled_linear_tail(model, self.layer) if closed_form is None else closed_form
+        settings = self.settings
+        module = find_layer(model, settings.layer)
+        fast = has_pooled_linear_tail(model, settings.layer) if closed_form is None else closed_form
+        batch = len(x) * noise.world if settings.gradient == "batch_mean" else 1
         if fast:
-            with hooked(module) as seen:
-                plain = model(x)
-            (features,) = seen
-            net = model.net
-            magnitude = pooled_linear_magnitude(
-                plain.detach(), y, net.fc.weight.detach(), features.shape[2] * features.shape[3]
-            )
-            masked = features * self._mask(magnitude, features, generator)
-            logits = net.fc(torch.flatten(net.avgpool(masked), 1))
-        else:
-            magnitude = gradient_magnitude(model, module, x, y, loss)
-            with hooked(module, lambda features: features * self._mask(magnitude, features, generator)):
-                logits = model(x)
-        p = probability(magnitude, self.alpha.detach())
-        statistics = MaskStatistics(p.mean().item(), p.std().item(), p.min().item(), p.max().item())
-        return logits, statistics
+            maps = (features or model.features)(x)
+            weight = model.net.get_parameter("fc.weight").detach()
+            area = maps.shape[2] * maps.shape[3]
+            with torch.no_grad():
+                magnitude = pooled_linear_magnitude(model.head(maps).float(), target, weight, area) / batch
+            p_logit = RULES[settings.rule](magnitude, self.alpha, settings)
+            mask = sample(keep_logit(p_logit, settings), (maps.shape[2], maps.shape[3]), settings, noise)
+            return model.head(maps * mask), torch.sigmoid(p_logit)
 
-    def _mask(self, magnitude: Tensor, features: Tensor, generator: torch.Generator) -> Tensor:
-        side = (features.shape[2], features.shape[3])
-        return sample(magnitude, self.alpha, side, self.semantics, self.temperature, generator)
+        magnitude = gradient_magnitude(model, module, x, target) / batch
+        p_logit = RULES[settings.rule](magnitude, self.alpha, settings)
+        keep = keep_logit(p_logit, settings)
+
+        def masked(maps: Tensor) -> Tensor:
+            return maps * sample(keep, (maps.shape[2], maps.shape[3]), settings, noise)
+
+        with hooked(module, masked):
+            logits = model(x)
+        return logits, torch.sigmoid(p_logit)
+
+    def penalty(self, p: Tensor) -> Tensor:
+        """The prior on the rate, per image: prior * (mean over maps of the masking probability - rate)^2, `(N,)`."""
+        keeps = self.settings.rule == "literal" and self.settings.semantics == "keep_with_p"
+        masked = 1 - p if keeps else p
+        return self.settings.prior * (masked.mean(dim=1) - self.settings.rate).square()
 
 
-def gradient_magnitude(
-    model: Classifier, module: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def gradient_magnitude(model: Classifier, module: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """mean_hw |dL/df| for the output f of any module: one forward pass and one backward pass from the loss to f."""
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     leaves: list[Tensor] = []
@@ -129,16 +180,16 @@ def gradient_magnitude(
     model.requires_grad_(False)
     try:
         with hooked(module, cut), running_statistics_kept(model):
-            (gradient,) = torch.autograd.grad(loss(model(x), y).sum(), leaves)
+            (gradient,) = torch.autograd.grad(soft_cross_entropy(model(x).float(), target).sum(), leaves)
     finally:
         for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)
-    return gradient.abs().mean(dim=(2, 3))
+    return gradient.abs().mean(dim=(2, 3)).float()
 
 
 def has_pooled_linear_tail(model: Classifier, layer: str) -> bool:
     """Whether only average pooling and a linear layer follow `layer`: true for the last stage of a ResNet."""
-    return layer == "layer4" and isinstance(model.net.fc, nn.Linear)
+    return layer == "layer4" and model.is_resnet
 
 
 def find_layer(model: Classifier, layer: str) -> nn.Module:

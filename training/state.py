@@ -16,6 +16,7 @@ from robustness.files import dump_json, sha256_of, write_bytes, write_text
 from robustness.models import Classifier
 from robustness.provenance import now, provenance
 from robustness.runs import CHECKPOINT, FORMAT, MANIFEST
+from training.compact import expand, shrink
 from training.config import TrainConfig
 
 STATE = Path("state") / "state.pt"
@@ -23,7 +24,8 @@ STATE = Path("state") / "state.pt"
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the record. Accuracies are shares of held-out training images; eps is S(t) at the epoch's end."""
+    """One line of the record. Accuracies are shares of held-out training images; eps is S(t) at the epoch's end;
+    p_* describe p in its last step, p_counts in ten equal bins from p_low to p_high."""
 
     epoch: int
     step: int
@@ -36,6 +38,8 @@ class Epoch:
     p_std: float
     p_low: float
     p_high: float
+    p_counts: str
+    fell_back: bool
     images_per_second: float
 
     def line(self, epochs: int) -> str:
@@ -47,12 +51,13 @@ class Epoch:
         )
 
 
-def write_state(out: Path, config: TrainConfig, step: int, parts: dict[str, Any]) -> None:
+def write_state(out: Path, config: TrainConfig, state: dict[str, Any], compact: bool = False) -> None:
     """Write what `--resume` needs; a reader finds the old state or the new one, never a part of it."""
     (out / STATE).parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
-    header = {"config": config.digest, "threads": torch.get_num_threads(), "step": step}
-    torch.save({**header, **parts}, buffer)
+    header = {"config": config.digest, "threads": torch.get_num_threads(), "compact": compact}
+    learner = shrink(state["learner"]) if compact else state["learner"]
+    torch.save({**header, **state, "learner": learner}, buffer)
     write_bytes(out / STATE, buffer.getvalue())
 
 
@@ -68,7 +73,7 @@ def read_state(out: Path, config: TrainConfig) -> dict[str, Any] | None:
         raise BadInput(f"{path}: not a state ({type(error).__name__}); remove the directory and train again") from None
     if digest != config.digest:
         raise BadInput(f"{path}: is another config's; repeat the preset and every --set, or use another directory")
-    return state
+    return {**state, "learner": expand(state["learner"])} if state["compact"] else state
 
 
 def write_history(out: Path, history: list[Epoch]) -> None:

@@ -1,0 +1,277 @@
+"""One update of the weights: views, attack, masks, objective, weight perturbation, optimizer, average."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustness.errors import BadInput
+from robustness.models import Classifier, to_float
+from robustness.seeds import generator
+from robustness.threat import parse_eps
+from training.adversary import CRAFTS
+from training.augmentation import augment
+from training.averaging import MovingAverage
+from training.awp import perturbed, perturbed_parameters
+from training.config import TrainConfig
+from training.curriculum import attack_steps, draw, progress, strength
+from training.masking import DynamicFeatureMask, find_layer, running_statistics_kept
+from training.noise import Noise
+from training.objectives import OBJECTIVES, jensen_shannon, smoothed
+from training.parallel import Ranks
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Learner:
+    """All that a run moves: network, batch norms of further views, masks, optimizer, average.
+
+    Each network has a twin in eval mode that shares its storage: attacks are crafted on the twin, so that nothing
+    switches mode, no weight gradient is computed there (a third of a backward pass), and a GPU compiles each once.
+    """
+
+    def __init__(self, config: TrainConfig, model: Classifier, total_steps: int, ranks: Ranks) -> None:
+        self.config, self.total_steps, self.ranks = config, total_steps, ranks
+        self.beta = parse_eps(config.curriculum.beta)
+        self.device = ranks.device
+        if config.optimization.batch_size % ranks.world:
+            raise BadInput(
+                f"optimization.batch_size: {config.optimization.batch_size} is no multiple of {ranks.world} processes"
+            )
+        model = model.to(self.device).to(memory_format=torch.channels_last)
+        if config.model.batch_norm == "synchronised" and ranks.world > 1:
+            if self.device.type != "cuda":
+                raise BadInput("model.batch_norm: synchronised needs GPUs; use batch or frozen on CPUs")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        self.model = model
+        self.mask = DynamicFeatureMask(config.masking).to(self.device)
+        if config.masking.enabled:
+            find_layer(model, config.masking.layer)
+        # Views of another distribution go through batch norms of their own (Xie et al. 2020), all else is shared.
+        self.networks = [model] + ([with_own_batch_norm(model)] if config.objective.views else [])
+        self.twins = [twin(network) for network in self.networks]
+        self.average = MovingAverage(model, config.optimization.ema) if config.optimization.ema else None
+        self.optimizer = build_optimizer(config, self.networks, self.mask)
+        for network in self.networks:
+            set_training(network, config)
+        compiled = self.device.type == "cuda" and config.optimization.compile == "auto"
+        wrap: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
+        self.crafting = [wrap(network) for network in self.twins]
+        self.trunks = [wrap(network.features if network.is_resnet else network) for network in self.networks]
+        self.fallen_back = False  # the FGSM share has been given to N-FGSM
+        self.p: Tensor | None = None
+
+    @property
+    def result(self) -> Classifier:
+        """The network that is measured and kept: the average, where there is one."""
+        kept: Classifier = self.model if self.average is None else self.average.network  # type: ignore[assignment]
+        return kept
+
+    def update(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Step t in 1..T on the whole batch `(N, H, W, C)` uint8: returns this process's mean loss, before the step."""
+        loss = self.loss(images, labels, step)
+        self.apply(step)
+        return loss
+
+    def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """Gradients of step t's objective, in `.grad`; returns its value."""
+        chosen = self.config.optimization
+        noise = Noise(generator(self.config.seed, "step", step, device=self.device), self.ranks.rank, self.ranks.world)
+        y = noise.mine(labels)
+        target = smoothed(y, self.model.spec.classes, self.config.objective.label_smoothing)
+        kinds = [self.config.data.augmentation]
+        kinds += [self.config.objective.view_augmentation] * self.config.objective.views
+        views = [self.view(noise.mine(augment(images, noise.generator, kind))) for kind in kinds]
+        attacked = [self.craft(x, y, step, noise, number) for number, x in enumerate(views)]
+        self.optimizer.zero_grad(set_to_none=True)
+        if chosen.awp and step > chosen.awp_start * self.total_steps:
+            weights = perturbed_parameters(self.model)
+            with running_statistics_kept(self.model):
+                worst = self.objective(views[:1], attacked[:1], target, noise)
+            gradients = [gradient.float() for gradient in torch.autograd.grad(worst, weights)]
+            self.ranks.average(gradients)
+            with perturbed(weights, gradients, chosen.awp):
+                loss = self.objective(views, attacked, target, noise)
+                loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            loss = self.objective(views, attacked, target, noise)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def apply(self, step: int) -> None:
+        """Move the weights by the gradients that `loss` left."""
+        chosen = self.config.optimization
+        shared = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.ranks.average(shared)
+        set_lr(self.optimizer, self.config, step, self.total_steps)
+        self.optimizer.step()
+        if self.config.model.batch_norm == "batch":  # each process saw its own part: the statistics meet in the middle
+            self.ranks.average([b for network in self.networks for b in network.buffers() if b.is_floating_point()])
+        if self.average is not None:
+            if step <= chosen.ema_start * self.total_steps:
+                self.average.restart(self.model)
+            else:
+                self.average.update(self.model)
+
+    def view(self, images: Tensor) -> Tensor:
+        return to_float(images).contiguous(memory_format=torch.channels_last)
+
+    def craft(self, x: Tensor, y: Tensor, step: int, noise: Noise, view: int) -> Tensor:
+        """Adversarial images of step t for one view, on the twin of its network."""
+        chosen = self.config.curriculum
+        eps = self.strength(step)
+        if not chosen.attacks or eps == 0:
+            return x
+        name = draw(chosen.attacks, self.config.seed, step, chosen.weights)
+        if name == "fgsm" and self.fallen_back:
+            name = "n-fgsm"
+        done = progress(step, self.total_steps, chosen.warmup, chosen.hold)
+        steps = attack_steps(chosen.steps, chosen.final_steps, done)
+        model = self.crafting[min(view, 1)]
+
+        def forward(z: Tensor) -> Tensor:
+            with self.autocast():
+                logits: Tensor = model(z)
+            return logits.float()
+
+        return CRAFTS[name](forward, x, y, eps, noise, steps=steps, step_ratio=chosen.step_ratio)
+
+    def strength(self, step: int) -> float:
+        """S(t) in pixel units; 0 where training is on clean images."""
+        chosen = self.config.curriculum
+        if not chosen.attacks:
+            return 0.0
+        return strength(step, self.total_steps, self.beta, chosen.schedule, chosen.warmup, chosen.hold)
+
+    def objective(self, views: Sequence[Tensor], attacked: Sequence[Tensor], target: Tensor, noise: Noise) -> Tensor:
+        """The mean loss over images and views, with consistency between views and the prior on the masks."""
+        chosen = self.config.objective
+        losses, seen = [], []
+        for number, (x, x_adv) in enumerate(zip(views, attacked, strict=True)):
+            network = min(number, 1)
+            clean = self.forward(network, x, target, noise, masked=False)[0] if chosen.name != "ce" else None
+            aim = torch.softmax(clean.detach(), dim=1) if clean is not None and chosen.name == "trades" else target
+            adversarial, extra = self.forward(network, x_adv, aim, noise, masked=self.config.masking.enabled)
+            seen.append(adversarial if clean is None else clean)
+            # `ce` looks at adversarial images only.
+            both = (adversarial if clean is None else clean, adversarial)
+            losses.append(OBJECTIVES[chosen.name](*both, target, chosen.regularization) + extra)
+        loss = torch.stack(losses).mean()
+        if len(seen) > 1 and chosen.consistency:
+            loss = loss + chosen.consistency * jensen_shannon(seen).mean()
+        return loss
+
+    def forward(
+        self, network: int, x: Tensor, target: Tensor, noise: Noise, *, masked: bool
+    ) -> tuple[Tensor, Tensor | float]:
+        """Logits of a forward pass in training mode, in float32, and what the masks add to each image's loss."""
+        model, trunk = self.networks[network], self.trunks[network]
+        with self.autocast():
+            if masked:
+                features = trunk if model.is_resnet else None
+                logits, p = self.mask(model, x, target, noise, features=features)
+            elif model.is_resnet:
+                logits = model.head(trunk(x))
+            else:
+                logits = trunk(x)
+        if not masked:
+            return logits.float(), 0.0
+        if network == 0:
+            self.p = p.detach()
+        return logits.float(), self.mask.penalty(p) if self.config.masking.prior else 0.0
+
+    def falls_back(self, robust: Sequence[float]) -> bool:
+        """Look at held-out PGD accuracy, epoch by epoch; true when FGSM's share has just gone to N-FGSM."""
+        chosen = self.config.curriculum
+        collapsed = chosen.fgsm_fallback > 0 and max(robust) - robust[-1] > chosen.fgsm_fallback
+        if self.fallen_back or not collapsed or "fgsm" not in chosen.attacks:
+            return False
+        self.fallen_back = True
+        return True
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the config asks for it: convolutions and products, not reductions."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.optimization.precision == "bfloat16"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {
+            "networks": [network.state_dict() for network in self.networks],
+            "mask": self.mask.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "fallen_back": self.fallen_back,
+            **average,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for network, saved in zip(self.networks, state["networks"], strict=True):
+            network.load_state_dict(saved)
+        self.mask.load_state_dict(state["mask"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fallen_back = state["fallen_back"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def with_own_batch_norm(model: Classifier) -> Classifier:
+    """A copy that shares every weight with the model but has batch norms of its own."""
+    own = {id(tensor) for module in batch_norms(model) for tensor in (*module.parameters(), *module.buffers())}
+    shared = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def twin(model: Classifier) -> Classifier:
+    """A frozen copy in eval mode over the same storage: what an optimizer does to the model it does to the twin."""
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared).eval()
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
+
+
+def set_training(model: nn.Module, config: TrainConfig) -> None:
+    """Training mode; batch norm stays in eval mode where the config freezes it."""
+    model.train()
+    if config.model.batch_norm == "frozen":
+        for module in batch_norms(model):
+            module.eval()
+
+
+def build_optimizer(config: TrainConfig, networks: Sequence[nn.Module], mask: nn.Module) -> torch.optim.Optimizer:
+    """Adam or SGD with Nesterov momentum; alpha is exempt from weight decay, which would pull it towards no masking."""
+    chosen = config.optimization
+    weights = list({id(p): p for network in networks for p in network.parameters()}.values())
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": chosen.weight_decay},
+        {"params": list(mask.parameters()), "weight_decay": 0.0},
+    ]
+    fused = weights[0].device.type == "cuda"
+    if chosen.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=chosen.lr, fused=fused)
+    return torch.optim.SGD(groups, lr=chosen.lr, momentum=chosen.momentum, nesterov=chosen.momentum > 0, fused=fused)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Of step 1..T: a linear warm-up over the first lr_warmup share, then constant, or down to near zero at the end."""
+    chosen = config.optimization
+    at, warm = (step - 1) / total_steps, chosen.lr_warmup
+    if at < warm:
+        return chosen.lr * (step / (warm * total_steps))
+    done = (at - warm) / (1 - warm) if warm < 1 else 0.0
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return chosen.lr * shapes[chosen.lr_schedule]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, total_steps)
