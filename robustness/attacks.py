@@ -38,6 +38,7 @@ def climb(
     step_size: float | None = None,
     restarts: int = 1,
     random_start: bool = True,
+    initial: Tensor | None = None,
     momentum: float = 0.0,
     keep: str = "worst",
 ) -> Tensor:
@@ -45,15 +46,18 @@ def climb(
 
     keep="worst" returns, per image, the first iterate that fools the model, else the one of highest loss; an image
     that is fooled leaves the batch at once. keep="last" returns the last iterate, as adversarial training and
-    transfer need it. step_size defaults to 2.5 eps / steps (Madry et al. 2018). Every step costs one forward and one
+    transfer need it. initial `(N, C, H, W)` is where the first restart begins, instead of a random or the image's own
+    place. step_size defaults to 2.5 eps / steps (Madry et al. 2018). Every step costs one forward and one
     backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too.
     """
     step_size = 2.5 * threat.eps / steps if step_size is None else step_size
     worst, highest = x.clone(), x.new_full((len(x),), float("-inf"))
     alive = torch.arange(len(x), device=x.device)
-    for _ in range(restarts):
+    for restart in range(restarts):
         index, origin, velocity = alive, x[alive], torch.zeros_like(x[alive])
         x_adv = start(origin, threat, generator) if random_start else origin.clone()
+        if initial is not None and restart == 0:
+            x_adv = project(initial, origin, threat)
         for step in range(steps + 1):
             if step == steps and keep == "last":
                 break
