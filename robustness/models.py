@@ -125,7 +125,7 @@ def build_network(spec: ModelSpec) -> nn.Module:
         return network
     if library == "timm" and colon:
         try:
-            import timm  # type: ignore[import-not-found]
+            import timm
         except ModuleNotFoundError:
             raise BadInput(f"model.arch: {spec.arch} needs timm; pip install timm") from None
         if timm.is_model(name):

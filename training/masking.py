@@ -144,7 +144,7 @@ class DynamicFeatureMask(nn.Module):
             weight = model.net.get_parameter("fc.weight").detach()
             area = maps.shape[2] * maps.shape[3]
             with torch.no_grad():
-                magnitude = pooled_linear_magnitude(model.head(maps).float(), target, weight, area) / batch
+                magnitude = pooled_linear_magnitude(widened(model.head(maps)), target, weight, area) / batch
             p_logit = RULES[settings.rule](magnitude, self.alpha, settings)
             mask = sample(keep_logit(p_logit, settings), (maps.shape[2], maps.shape[3]), settings, noise)
             return model.head(maps * mask), torch.sigmoid(p_logit)
@@ -167,6 +167,11 @@ class DynamicFeatureMask(nn.Module):
         return self.settings.prior * (masked.mean(dim=1) - self.settings.rate).square()
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """At least float32: what comes out of bfloat16 passes is added up in full."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def gradient_magnitude(model: Classifier, module: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     """mean_hw |dL/df| for the output f of any module: one forward pass and one backward pass from the loss to f."""
     wanted = [parameter.requires_grad for parameter in model.parameters()]
@@ -180,11 +185,11 @@ def gradient_magnitude(model: Classifier, module: nn.Module, x: Tensor, target: 
     model.requires_grad_(False)
     try:
         with hooked(module, cut), running_statistics_kept(model):
-            (gradient,) = torch.autograd.grad(soft_cross_entropy(model(x).float(), target).sum(), leaves)
+            (gradient,) = torch.autograd.grad(soft_cross_entropy(widened(model(x)), target).sum(), leaves)
     finally:
         for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)
-    return gradient.abs().mean(dim=(2, 3)).float()
+    return widened(gradient.abs().mean(dim=(2, 3)))
 
 
 def has_pooled_linear_tail(model: Classifier, layer: str) -> bool:

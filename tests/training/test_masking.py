@@ -7,20 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from robustness.errors import BadInput
-from robustness.losses import cross_entropy
 from robustness.models import Classifier, ModelSpec
+from training import masking
+from training.adversary import soft_cross_entropy
+from training.config import Masking
 from training.masking import (
+    RULES,
     DynamicFeatureMask,
+    MaskStatistics,
     find_layer,
     gradient_magnitude,
+    keep_logit,
     pooled_linear_magnitude,
-    probability,
     sample,
+    z_score,
 )
+from training.noise import Noise
+from training.objectives import smoothed
 
 
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def noise(seed: int = 0) -> Noise:
+    return Noise(torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -31,18 +38,24 @@ def model() -> Classifier:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    return torch.rand(6, 3, 32, 32, generator=stream(1)), torch.arange(6)
+    x = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return x, smoothed(torch.arange(6), 10, 0.0)
 
 
 def mask(layer: str = "layer4", **changes: object) -> DynamicFeatureMask:
-    settings = {"alpha": 0.1, "learn_alpha": True, "semantics": "keep_with_p", "temperature": 0.5, **changes}
-    return DynamicFeatureMask(layer, **settings)  # type: ignore[arg-type]
+    return DynamicFeatureMask(Masking.model_validate({"layer": layer, **changes}))
+
+
+def drawn(magnitude: Tensor, alpha: Tensor, side: tuple[int, int] = (4, 4), seed: int = 0, **changes: object) -> Tensor:
+    """A mask by the settings' rule."""
+    settings = Masking.model_validate(changes)
+    return sample(keep_logit(RULES[settings.rule](magnitude, alpha, settings), settings), side, settings, noise(seed))
 
 
 def test_closed_form_equals_autograd(model: Classifier, batch: tuple[Tensor, Tensor]) -> None:
     """sum_k (softmax_k - y_k) W[k, c] / (H W) is the gradient that autograd finds, in train mode, in float64."""
-    model, x, y = model.double().train(), batch[0].double(), batch[1]
-    slow = gradient_magnitude(model, find_layer(model, "layer4"), x, y, cross_entropy)
+    model, x, y = model.double().train(), batch[0].double(), batch[1].double()
+    slow = gradient_magnitude(model, find_layer(model, "layer4"), x, y)
     with torch.no_grad():
         logits = model(x)
     fast = pooled_linear_magnitude(logits, y, model.net.fc.weight, area=4 * 4)
@@ -55,11 +68,11 @@ def test_closed_form_equals_autograd(model: Classifier, batch: tuple[Tensor, Ten
 def test_closed_form_equals_finite_differences(model: Classifier, batch: tuple[Tensor, Tensor]) -> None:
     """Nudging one map's pixels moves the loss as the closed form says: autograd is not its own witness."""
     model, y = model.double().eval(), batch[1]
-    features = torch.rand(6, 64, 4, 4, generator=stream(2), dtype=torch.float64)
+    features = torch.rand(6, 64, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
     def loss(f: Tensor) -> Tensor:
         with torch.no_grad():
-            return cross_entropy(model.net.fc(f.mean(dim=(2, 3))), y)
+            return soft_cross_entropy(model.net.fc(f.mean(dim=(2, 3))), y)
 
     magnitude = pooled_linear_magnitude(model.net.fc(features.mean(dim=(2, 3))), y, model.net.fc.weight, area=16)
     for c in (0, 17, 63):
@@ -69,19 +82,31 @@ def test_closed_form_equals_finite_differences(model: Classifier, batch: tuple[T
         assert torch.allclose(slope.abs(), magnitude[:, c], rtol=1e-5, atol=1e-9)
 
 
-def test_fast_and_general_path_give_the_same_masked_step(model: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+READINGS: dict[str, dict[str, object]] = {
+    "literal": {},
+    "mask with p, rescaled": {"semantics": "mask_with_p", "scaling": "inverted"},
+    "batch mean": {"gradient": "batch_mean"},
+    "straight-through": {"alpha_gradient": "straight_through"},
+    "ranked": {"rule": "ranked", "rate": 0.2, "scaling": "inverted"},
+}
+
+
+@pytest.mark.parametrize("changes", READINGS.values(), ids=READINGS)
+def test_fast_and_general_path_give_the_same_masked_step(
+    batch: tuple[Tensor, Tensor], changes: dict[str, object]
+) -> None:
     """Same noise, same weights: logits, every weight's gradient and batch norm's statistics are equal."""
     x, y = batch
     results = []
     for closed_form in (True, False):
         torch.manual_seed(0)
         model = Classifier(ModelSpec("resnet18", 8, 10, (32, 32, 3), (0.5,) * 3, (0.25,) * 3)).double().train()
-        masking = mask().double()
-        logits, statistics = masking(model, x.double(), y, cross_entropy, stream(), closed_form)
-        cross_entropy(logits, y).sum().backward()
+        layer = mask(**changes).double()
+        logits, p = layer(model, x.double(), y.double(), noise(), closed_form=closed_form)
+        soft_cross_entropy(logits, y).sum().backward()
         gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         running = torch.cat([buffer.double().flatten() for buffer in model.buffers()])
-        results.append((logits.detach(), gradients, masking.alpha.grad, running, statistics.mean))
+        results.append((logits.detach(), gradients, layer.alpha.grad, running, p.detach()))
     for fast, general in zip(*results, strict=True):
         assert torch.allclose(torch.as_tensor(fast), torch.as_tensor(general), rtol=1e-6, atol=1e-9)
 
@@ -90,48 +115,106 @@ def test_fast_and_general_path_give_the_same_masked_step(model: Classifier, batc
 def test_any_named_layer_can_be_masked(model: Classifier, batch: tuple[Tensor, Tensor], layer: str) -> None:
     """A step through a mask on any layer gives finite logits, and gradients to all weights and to alpha."""
     masking = mask(layer)
-    logits, statistics = masking(model.train(), *batch, cross_entropy, stream())
-    cross_entropy(logits, batch[1]).mean().backward()
+    logits, p = masking(model.train(), *batch, noise())
+    soft_cross_entropy(logits, batch[1]).mean().backward()
     assert logits.isfinite().all()
-    assert 0.5 <= statistics.low <= statistics.mean <= statistics.high < 1
+    assert 0.5 <= p.min() <= p.max() < 1
     assert masking.alpha.grad is not None
     assert masking.alpha.grad.abs() > 0
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("alpha_gradient", ["relaxed", "straight_through"])
 @pytest.mark.parametrize("semantics", ["keep_with_p", "mask_with_p"])
-def test_alpha_receives_the_gradient_of_the_expected_mask(semantics: str) -> None:
-    """The relaxed gradient points where the expectation does, and a frozen alpha gets none."""
+def test_alpha_receives_the_gradient_of_the_expected_mask(semantics: str, alpha_gradient: str) -> None:
+    """Both estimators point where the expectation does, and a frozen alpha gets no gradient."""
     magnitude, alpha = torch.full((64, 32), 2.0), torch.tensor(0.3, requires_grad=True)
-    sample(magnitude, alpha, (4, 4), semantics, 0.1, stream()).mean().backward()
-    p = probability(magnitude, alpha.detach()).mean().item()
+    settings = {"semantics": semantics, "alpha_gradient": alpha_gradient, "temperature": 0.1}
+    drawn(magnitude, alpha, **settings).mean().backward()
+    p = torch.sigmoid(torch.tensor(0.6)).item()
     expected = (2.0 if semantics == "keep_with_p" else -2.0) * p * (1 - p)
     # The relaxation is biased by its temperature: 0.1 leaves a few per cent, the sample another per cent.
-    assert alpha.grad.item() == pytest.approx(expected, rel=0.1)
+    assert alpha.grad.item() == pytest.approx(expected, rel=0.1 if alpha_gradient == "relaxed" else 1e-5)
     assert not mask(learn_alpha=False).alpha.requires_grad
 
 
-@pytest.mark.parametrize(("semantics", "kept"), [("keep_with_p", 0.75), ("mask_with_p", 0.25)])
-def test_mask_is_an_exact_bernoulli_draw(semantics: str, kept: float) -> None:
-    """Elements are 0 or 1 and kept at the stated rate: p = sigmoid(ln 3) = 0.75 of 131,072 elements, +- 5 sigma."""
-    drawn = sample(torch.ones(64, 128), torch.log(torch.tensor(3.0)), (4, 4), semantics, 0.5, stream())
-    assert torch.equal(drawn, drawn.round())
-    assert set(drawn.unique().tolist()) == {0.0, 1.0}
-    assert drawn.mean().item() == pytest.approx(kept, abs=5 * (0.1875 / drawn.numel()) ** 0.5)
+KEPT: dict[str, tuple[dict[str, object], float]] = {
+    "keep with p": ({"semantics": "keep_with_p"}, 0.75),
+    "mask with p": ({"semantics": "mask_with_p"}, 0.25),
+    "dropout": ({"rule": "dropout", "rate": 0.3}, 0.7),
+    "channel dropout": ({"rule": "channel_dropout", "rate": 0.3}, 0.7),
+}
 
 
-def test_elements_of_a_map_are_independent() -> None:
-    """The mask is per element, not per map: pixels of one map are uncorrelated."""
-    drawn = sample(torch.zeros(256, 64), torch.tensor(0.1), (2, 2), "keep_with_p", 0.5, stream())
-    a, b = drawn[:, :, 0, 0].flatten() - 0.5, drawn[:, :, 1, 1].flatten() - 0.5
+@pytest.mark.parametrize(("changes", "kept"), KEPT.values(), ids=KEPT)
+def test_mask_is_an_exact_bernoulli_draw(changes: dict[str, object], kept: float) -> None:
+    """Elements are 0 or 1 and kept at the stated rate (5 sigma of the independent draws); rescaled, the mean is 1."""
+    g, alpha = torch.ones(64, 128), torch.log(torch.tensor(3.0))
+    bare = drawn(g, alpha, **changes)
+    assert set(bare.unique().tolist()) == {0.0, 1.0}
+    draws = g.numel() * (1 if changes.get("rule") == "channel_dropout" else 16)
+    assert bare.mean().item() == pytest.approx(kept, abs=5 * (kept * (1 - kept) / draws) ** 0.5)
+    scaled = drawn(g, alpha, **changes, scaling="inverted")
+    assert torch.allclose(scaled, bare / kept)
+
+
+def test_elements_of_a_map_are_independent_unless_maps_are_dropped_whole() -> None:
+    """Per element, pixels of one map are uncorrelated; channel dropout takes all of a map or nothing."""
+    plain = drawn(torch.zeros(256, 64), torch.tensor(0.1), (2, 2))
+    a, b = plain[:, :, 0, 0].flatten() - 0.5, plain[:, :, 1, 1].flatten() - 0.5
     assert abs((a * b).mean().item() * 4) < 5 / 128  # 5 sigma of 16,384 independent products
+    maps = drawn(torch.zeros(256, 64), torch.tensor(0.1), (2, 2), rule="channel_dropout").expand(256, 64, 2, 2)
+    assert torch.equal(maps.amin(dim=(2, 3)), maps.amax(dim=(2, 3)))
+
+
+def test_ranked_rule_is_relative() -> None:
+    """A thousandfold smaller gradient gives the same p; p rises with the gradient, around the base rate."""
+    g = torch.rand(8, 64, generator=torch.Generator().manual_seed(3))
+    settings, alpha = Masking(rule="ranked", rate=0.2), torch.tensor(0.7)
+    p = torch.sigmoid(RULES["ranked"](g, alpha, settings))
+    assert torch.allclose(p, torch.sigmoid(RULES["ranked"](g / 1000, alpha, settings)), atol=1e-4)
+    assert torch.equal(p.argsort(dim=1), g.argsort(dim=1))
+    assert torch.sigmoid(RULES["ranked"](g, torch.tensor(0.0), settings)) == pytest.approx(0.2 * torch.ones(8, 64))
+    assert torch.allclose(z_score(g).mean(dim=1), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(z_score(g).square().mean(dim=1), torch.ones(8), atol=1e-4)
+    assert torch.equal(z_score(torch.ones(2, 5)), torch.zeros(2, 5))
+
+
+def test_literal_rule_is_dropout_one_half_at_real_magnitudes(model: Classifier, batch: tuple[Tensor, Tensor]) -> None:
+    """|dL/df| is so small that p stays within 1e-3 of one half; of the batch's mean loss it is 1/N of that."""
+    _, p = mask()(model.train(), *batch, noise())
+    _, of_mean = mask(gradient="batch_mean")(model, *batch, noise())
+    assert 0.5 <= p.min() < p.max() < 0.501
+    assert (of_mean - 0.5).mean().item() == pytest.approx((p - 0.5).mean().item() / 6, rel=0.05)
+
+
+def test_prior_pulls_the_rate_back() -> None:
+    """The penalty is prior * (masking rate - rate)^2 and its gradient brings alpha to where the rates agree."""
+    layer = mask(rule="ranked", rate=0.1, prior=3.0, alpha=2.0)
+    p = torch.full((4, 8), 0.3)
+    assert layer.penalty(p) == pytest.approx(torch.full((4,), 3.0 * 0.04))
+    kept = mask(rule="literal", rate=0.1, prior=1.0)
+    assert kept.penalty(torch.full((1, 8), 0.9)).item() == pytest.approx(0.0, abs=1e-12)
+    g = torch.rand(16, 64, generator=torch.Generator().manual_seed(3))
+    layer.penalty(torch.sigmoid(RULES["ranked"](g, layer.alpha, layer.settings))).mean().backward()
+    assert layer.alpha.grad > 0  # at alpha 2 more than a tenth is masked
+
+
+def test_statistics_describe_p() -> None:
+    """Mean, spread and a histogram that counts every value, also where all are equal."""
+    p = torch.linspace(0.2, 0.6, 1000).view(10, 100)
+    found = MaskStatistics.of(p)
+    assert (found.low, found.high, found.mean) == pytest.approx((0.2, 0.6, 0.4))
+    assert sum(found.counts) == 1000
+    assert max(found.counts) - min(found.counts) <= 2
+    assert len(MaskStatistics.of(torch.full((2, 3), 0.5)).counts) == masking.BINS
 
 
 def test_masking_changes_nothing_in_eval_mode(model: Classifier, batch: tuple[Tensor, Tensor]) -> None:
     """After masked steps on every kind of layer a classifier in eval mode answers as a copy that never saw a mask."""
     x, y = batch
     for layer in ("layer2", "layer4"):
-        mask(layer)(model.train(), x, y, cross_entropy, stream())
+        mask(layer)(model.train(), x, y, noise())
     copy = Classifier(model.spec)
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -145,7 +228,7 @@ def test_mask_does_act_in_training(model: Classifier, batch: tuple[Tensor, Tenso
     x, y = batch
     with torch.no_grad():
         plain = model.train()(x)
-    masked, _ = mask()(model, x, y, cross_entropy, stream())
+    masked, _ = mask()(model, x, y, noise())
     assert not torch.allclose(plain, masked, atol=1e-3)
 
 
@@ -153,18 +236,13 @@ def test_nothing_flows_back_through_p(model: Classifier, batch: tuple[Tensor, Te
     """Weight gradients are those of a fixed mask: |dL/df| is data."""
     x, y = batch
     model = model.double().train()
-    masking = mask(learn_alpha=False).double()
-    logits, _ = masking(model, x.double(), y, cross_entropy, stream())
-    (through_mask,) = torch.autograd.grad(cross_entropy(logits, y).sum(), [model.net.fc.weight])
+    x, y = x.double(), y.double()
+    logits, p = mask(learn_alpha=False).double()(model, x, y, noise())
+    (through_mask,) = torch.autograd.grad(soft_cross_entropy(logits, y).sum(), [model.net.fc.weight])
 
-    features: list[Tensor] = []
-    handle = model.net.layer4.register_forward_hook(lambda module, inputs, output: features.append(output))
-    plain = model(x.double())
-    handle.remove()
-    magnitude = pooled_linear_magnitude(plain.detach(), y, model.net.fc.weight.detach(), 16)
-    fixed = sample(magnitude, torch.tensor(0.1, dtype=torch.float64), (4, 4), "keep_with_p", 0.5, stream()).detach()
-    logits = model.net.fc(torch.flatten(model.net.avgpool(features[0] * fixed), 1))
-    (through_constant,) = torch.autograd.grad(cross_entropy(logits, y).sum(), [model.net.fc.weight])
+    constant = sample(torch.logit(p), (4, 4), Masking(), noise()).detach()
+    logits = model.head(model.features(x) * constant)
+    (through_constant,) = torch.autograd.grad(soft_cross_entropy(logits, y).sum(), [model.net.fc.weight])
     assert torch.allclose(through_mask, through_constant, rtol=1e-5, atol=1e-8)
 
 
@@ -172,13 +250,13 @@ def test_nothing_flows_back_through_p(model: Classifier, batch: tuple[Tensor, Te
 def test_impossible_layer_is_refused(model: Classifier, batch: tuple[Tensor, Tensor], layer: str) -> None:
     """A name that is not there, or whose output is no feature map, is bad input that names the key."""
     with pytest.raises(BadInput, match=r"masking\.layer"):
-        mask(layer)(model.train(), *batch, cross_entropy, stream())
+        mask(layer)(model.train(), *batch, noise())
 
 
 def test_hooks_vanish_when_the_step_fails(model: Classifier, batch: tuple[Tensor, Tensor]) -> None:
     """An error in the middle leaves no hook and no frozen weight behind."""
     with pytest.raises(RuntimeError):
-        mask("layer2")(model.train(), batch[0][:, :2], batch[1], cross_entropy, stream())
+        mask("layer2")(model.train(), batch[0][:, :2], batch[1], noise())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(module.momentum == 0.1 for module in model.modules() if isinstance(module, nn.BatchNorm2d))

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from robustness.runs import CHECKPOINT, load_run
 from training import train as loop
 from training.augmentation import augment, crop, flip
 from training.config import TrainConfig, load_config, preset_names
+from training.objectives import OBJECTIVES
 from training.state import STATE
 from training.train import Interrupted, split, train
 
@@ -75,6 +77,61 @@ def record_of(run: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv, but for the clock's."""
     with (run / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+EVERYTHING = [
+    "objective.name=trades",
+    "objective.views=1",
+    "objective.view_augmentation=crop-flip",
+    "masking.rule=ranked",
+    "optimization.precision=bfloat16",
+    "optimization.ema=0.9",
+    "optimization.awp=0.005",
+    "optimization.optimizer=sgd",
+    "curriculum.final_steps=3",
+]
+
+
+def test_run_cut_into_three_by_the_clock_equals_the_uncut_one(tmp_path: Path) -> None:
+    """With every ingredient on: --max-minutes stops at step boundaries, and the pieces make the same bytes."""
+    config = load_config("quickstart", [*TINY, *EVERYTHING])
+    train(config, tmp_path / "uncut", log=quiet)
+    for number, minutes in enumerate((0.0, 1 / 60)):
+        with pytest.raises(Interrupted, match=r"stopped and saved at step \d"):
+            train(config, tmp_path / "cut", resume=number > 0, minutes=minutes, log=quiet)
+    train(config, tmp_path / "cut", resume=True, minutes=10, log=quiet)
+    assert sha256_of(tmp_path / "cut" / CHECKPOINT) == sha256_of(tmp_path / "uncut" / CHECKPOINT)
+    assert record_of(tmp_path / "cut") == record_of(tmp_path / "uncut")
+
+
+def test_compact_state_resumes_closely(tmp_path: Path) -> None:
+    """It says that it is one, goes on, and ends near the uncut run: not in the same bytes."""
+    config, lines = load_config("quickstart", [*TINY, *EVERYTHING]), list[str]()
+    train(config, tmp_path / "uncut", log=quiet)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "cut", stop=StopAfter(4), compact=True, log=quiet)
+    train(config, tmp_path / "cut", resume=True, log=lines.append)
+    assert "from a compact state" in lines[0]
+    ours, theirs = (record_of(tmp_path / name)[-1] for name in ("cut", "uncut"))
+    assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=0.1)
+    assert sha256_of(tmp_path / "cut" / CHECKPOINT) != sha256_of(tmp_path / "uncut" / CHECKPOINT)
+
+
+def test_killed_run_loses_only_the_steps_since_its_last_state(tmp_path: Path, uncut: Path) -> None:
+    """SIGKILL in the middle of a real process, then --resume: the uncut run's bytes."""
+    script = "import training.train as t; t.SAVE_SECONDS = 0.0; import dfmcl; dfmcl.main()"
+    overrides = [part for override in TINY for part in ("--set", override)]
+    command = [sys.executable, "-c", script, "train", "quickstart", *overrides, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / STATE).exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    train(load_config("quickstart", TINY), tmp_path / "run", resume=True, log=quiet)
+    assert sha256_of(tmp_path / "run" / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
 
 
 def test_another_seed_gives_another_model(tmp_path: Path, uncut: Path) -> None:
@@ -167,13 +224,13 @@ def test_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
 
 def test_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says which batch; the weights are those of the last good step; nothing pretends to be finished."""
-    real, calls = loop.cross_entropy, []
+    real, calls = OBJECTIVES["ce"], []
 
-    def poisoned(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def poisoned(*logits: Any) -> torch.Tensor:
         calls.append(1)
-        return real(logits, y) * (float("nan") if len(calls) == 5 else 1.0)
+        return real(*logits) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(loop, "cross_entropy", poisoned)
+    monkeypatch.setitem(OBJECTIVES, "ce", poisoned)
     config = load_config("quickstart", [*TINY, "masking.enabled=false", "curriculum.attacks=[]"])
     with pytest.raises(Broken, match=r"loss is nan at epoch 2, batch 2 \(step 5\), before the optimizer step"):
         train(config, tmp_path / "run", log=quiet)
@@ -233,7 +290,7 @@ def test_presets_train(tmp_path: Path, name: str) -> None:
     assert manifest["result"]["epochs"] == 1
 
 
-@pytest.mark.parametrize("name", ["paper", "standard", "fgsm", "pgd", "cifar10_narrow"])
+@pytest.mark.parametrize("name", [name for name in preset_names() if not name.startswith("quickstart")])
 def test_cifar_presets_train_on_stand_in_data(tmp_path: Path, name: str) -> None:
     """The CIFAR-10 presets take two steps on an .npz of the right shape, narrowed to be quick."""
     rng = np.random.default_rng(0)

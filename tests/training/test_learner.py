@@ -1,0 +1,321 @@
+"""One update: each ingredient does what its source says, and the fast path does what the plain loop does."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustness.data import Dataset, load_dataset
+from robustness.models import Classifier, to_float
+from robustness.seeds import generator
+from training.augmentation import augment
+from training.averaging import MovingAverage
+from training.awp import perturbed, perturbed_parameters
+from training.compact import expand, shrink
+from training.config import TrainConfig, load_config
+from training.learner import Learner, batch_norms, learning_rate, twin, with_own_batch_norm
+from training.noise import Noise
+from training.objectives import OBJECTIVES, jensen_shannon, kl, smoothed
+from training.parallel import Ranks
+from training.train import build
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+TINY = ["model.width=4", "optimization.batch_size=12", "curriculum.steps=2"]
+PLAIN = ["masking.enabled=false", "curriculum.schedule=constant", "curriculum.beta=8/255"]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+def learner(digits: Dataset, *changes: str, total_steps: int = 20) -> Learner:
+    config = load_config("quickstart", [*TINY, *changes])
+    return Learner(config, build(config, digits), total_steps, ALONE)
+
+
+def batch(digits: Dataset, number: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
+    chosen = slice(number * size, (number + 1) * size)
+    return torch.from_numpy(digits.x_train[chosen]), torch.from_numpy(digits.y_train[chosen])
+
+
+def test_golden_losses_of_the_plain_loop(digits: Dataset) -> None:
+    """Five PGD updates equal those of the loop that everybody writes: mode switches, weight gradients, NCHW."""
+    changes = [*PLAIN, "curriculum.attacks=['pgd']", "optimization.optimizer=sgd", "optimization.lr=0.05"]
+    fast = learner(digits, *changes, "optimization.weight_decay=5e-4")
+    model = build(fast.config, digits)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for step in range(1, 6):
+        images, y = batch(digits, step)
+        loss = fast.update(images, y, step)
+
+        stream = generator(0, "step", step)
+        x = to_float(augment(images, stream, "crop"))
+        x_adv = x + 8 / 255 * (2 * torch.rand(x.shape, generator=stream) - 1)
+        x_adv = x_adv.clamp(0, 1)
+        for _ in range(2):
+            model.eval()
+            x_adv = x_adv.detach().requires_grad_(True)
+            functional.cross_entropy(model(x_adv), y, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            moved = x_adv + 2.5 * 8 / 255 / 2 * x_adv.grad.sign()  # type: ignore[union-attr]
+            x_adv = torch.min(torch.max(moved, x - 8 / 255), x + 8 / 255).clamp(0, 1)
+        model.train()
+        optimizer.zero_grad()
+        expected = functional.cross_entropy(model(x_adv.detach()), y)
+        expected.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        # A sign of a gradient near 0 may differ by the layout's rounding; it moved single pixels, not the loss.
+        assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+    for ours, theirs in zip(fast.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+def test_bfloat16_passes_stay_close(digits: Dataset) -> None:
+    """The same updates in bfloat16: losses within a few per cent; weights, gradients and averages stay float32."""
+    losses: list[list[float]] = []
+    for precision in ("float32", "bfloat16"):
+        one = learner(digits, *PLAIN, f"optimization.precision={precision}", "optimization.ema=0.9")
+        losses.append([one.update(*batch(digits, step), step).item() for step in range(1, 9)])
+        tensors = [*one.model.parameters(), *one.model.buffers(), *one.result.parameters()]
+        assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
+        assert all(parameter.grad.dtype == torch.float32 for parameter in one.model.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=0.08)
+    assert losses[0] != losses[1]
+
+
+def test_twin_follows_the_model_without_being_told(digits: Dataset) -> None:
+    """It shares the storage: after updates it answers as the model in eval mode; it never asks for weight gradients."""
+    one = learner(digits, *PLAIN)
+    for step in range(1, 4):
+        one.update(*batch(digits, step), step)
+    x = to_float(batch(digits)[0])
+    own = copy.deepcopy(one.model).eval()
+    with torch.no_grad():
+        assert torch.equal(one.twins[0](x), own(x))
+    assert one.model.training
+    assert not one.twins[0].training
+    assert not any(parameter.requires_grad for parameter in one.twins[0].parameters())
+
+
+def test_views_have_their_own_batch_norms_and_share_the_rest(digits: Dataset) -> None:
+    """After updates all weights are one and the same, the statistics and affine parameters differ."""
+    one = learner(digits, *PLAIN, "objective.views=2", "objective.name=trades", "objective.view_augmentation=crop-flip")
+    for step in range(1, 4):
+        one.update(*batch(digits, step), step)
+    first, further = one.networks
+    norms = {id(p) for module in batch_norms(first) for p in module.parameters()}
+    for (name, ours), theirs in zip(first.named_parameters(), further.parameters(), strict=True):
+        assert (ours is theirs) == (id(ours) not in norms), name
+    pairs = list(zip(batch_norms(first), batch_norms(further), strict=True))
+    assert all(not torch.equal(a.running_mean, b.running_mean) for a, b in pairs)  # type: ignore[arg-type]
+    assert all(not torch.equal(a.weight, b.weight) for a, b in pairs)  # type: ignore[arg-type]
+    assert with_own_batch_norm(first).mean is first.mean
+    assert twin(further).net.conv1.weight.data_ptr() == first.net.conv1.weight.data_ptr()  # type: ignore[union-attr]
+
+
+def test_trades_and_its_kl_equal_a_float64_reference() -> None:
+    """Against numpy in float64: CE(clean) + 6 KL(clean || adversarial), and the divergence by itself."""
+    rng = np.random.default_rng(0)
+    clean, adversarial, y = rng.normal(0, 3, (16, 10)), rng.normal(0, 3, (16, 10)), rng.integers(0, 10, 16)
+    p, q = (np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) for z in (clean, adversarial))
+    divergence = (p * np.log(p / q)).sum(axis=1)
+    expected = -np.log(p[np.arange(16), y]) + 6 * divergence
+    logits = torch.tensor(clean, dtype=torch.float32), torch.tensor(adversarial, dtype=torch.float32)
+    assert kl(*logits).numpy() == pytest.approx(divergence, rel=1e-4)
+    target = smoothed(torch.from_numpy(y), 10, 0.0)
+    assert OBJECTIVES["trades"](*logits, target, 6.0).numpy() == pytest.approx(expected, rel=1e-4)
+    assert OBJECTIVES["ce"](*logits, target, 6.0).numpy() == pytest.approx(-np.log(q[np.arange(16), y]), rel=1e-4)
+    boosted = -np.log(q[np.arange(16), y]) - np.log(1.0001 - np.where(np.eye(10)[y] == 1, 0, q).max(axis=1))
+    expected = boosted + 5 * divergence * (1 - p[np.arange(16), y])
+    assert OBJECTIVES["mart"](*logits, target, 5.0).numpy() == pytest.approx(expected, rel=1e-4)
+
+
+def test_jensen_shannon_is_zero_for_equal_views_and_ln_2_for_opposite_ones() -> None:
+    """Its two known values, and symmetry."""
+    a, b = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
+    assert jensen_shannon([a, a, a]).item() == pytest.approx(0, abs=1e-6)
+    assert jensen_shannon([a, b]).item() == pytest.approx(math.log(2), rel=1e-4)
+    c = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+    d = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(jensen_shannon([c, d]), jensen_shannon([d, c]))
+
+
+def test_label_smoothing_equals_torchs() -> None:
+    """The smoothed target's cross-entropy is torch's own."""
+    logits, y = torch.randn(8, 10, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    ours = OBJECTIVES["ce"](logits, logits, smoothed(y, 10, 0.1), 0.0)
+    assert torch.allclose(ours, functional.cross_entropy(logits, y, label_smoothing=0.1, reduction="none"))
+
+
+def test_weight_perturbation_is_relative_uphill_and_undone(digits: Dataset) -> None:
+    """Inside, each weight tensor moved by gamma of its norm along its gradient, uphill; outside, nothing moved."""
+    torch.manual_seed(0)
+    model = build(load_config("quickstart", TINY), digits)
+    x, y = to_float(batch(digits)[0]), batch(digits)[1]
+    weights = perturbed_parameters(model)
+    assert {id(weight) for weight in weights} == {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    before = [weight.detach().clone() for weight in weights]
+    loss = functional.cross_entropy(model(x), y)
+    gradients = torch.autograd.grad(loss, weights)
+    with perturbed(weights, gradients, gamma=0.01):
+        for weight, old, gradient in zip(weights, before, gradients, strict=True):
+            step = weight.detach() - old
+            assert step.norm().item() == pytest.approx(0.01 * old.norm().item(), rel=1e-4)
+            assert functional.cosine_similarity(step.flatten(), gradient.flatten(), dim=0) > 0.999
+        assert functional.cross_entropy(model(x), y) > loss + 0.01
+    assert all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))
+
+
+def test_weight_perturbation_enters_the_update_and_leaves_statistics_alone(digits: Dataset) -> None:
+    """With it another gradient results; batch norm counts one forward pass a step, as without it."""
+    updates: dict[float, Learner] = {}
+    for gamma in (0.0, 0.02):
+        updates[gamma] = learner(digits, *PLAIN, f"optimization.awp={gamma}")
+        updates[gamma].loss(*batch(digits), 1)
+    plain, perturbed_one = (list(updates[gamma].model.parameters()) for gamma in (0.0, 0.02))
+    assert all(torch.equal(a, b) for a, b in zip(plain, perturbed_one, strict=True))  # restored
+    assert any(not torch.allclose(a.grad, b.grad, rtol=1e-2) for a, b in zip(plain, perturbed_one, strict=True))
+    counted = [int(module.num_batches_tracked) for module in batch_norms(updates[0.02].model)]  # type: ignore[arg-type]
+    assert set(counted) == {1}
+
+
+def test_weight_perturbation_waits_for_its_share_of_the_run(digits: Dataset) -> None:
+    """awp_start = 0.5 of 20 steps: step 10 is as without it, step 11 is not."""
+    for step, same in ((10, True), (11, False)):
+        plain = learner(digits, *PLAIN)
+        later = learner(digits, *PLAIN, "optimization.awp=0.02", "optimization.awp_start=0.5")
+        losses = [one.loss(*batch(digits), step).item() for one in (plain, later)]
+        assert (losses[0] == losses[1]) == same
+
+
+def test_average_equals_its_closed_form() -> None:
+    """sum over steps of (1 - d_i) prod_{j > i} d_j w_i, for weights and batch-norm buffers; counters are copied."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    average = MovingAverage(net, 0.9)
+    expected = {name: value.clone().double() for name, value in net.state_dict().items()}
+    for step in range(1, 31):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        net(torch.randn(5, 3, 8, 8))
+        average.update(net)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, value in net.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * value.double()
+    for name, value in average.network.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            assert int(value) == 30
+        else:
+            assert torch.allclose(value.double(), expected[name], rtol=1e-4, atol=1e-5), name
+
+
+def test_average_begins_where_it_is_told_and_is_what_is_kept(digits: Dataset) -> None:
+    """Before ema_start the average is the network; after it, it lags behind, and `result` is the average."""
+    one = learner(digits, *PLAIN, "optimization.ema=0.99", "optimization.ema_start=0.1")
+    for step, equal in ((1, True), (2, True), (3, False)):
+        one.update(*batch(digits, step), step)
+        pairs = list(zip(one.result.parameters(), one.model.parameters(), strict=True))
+        assert all(torch.equal(a, b) for a, b in pairs) == equal
+    assert one.result is not one.model
+    assert not one.result.training
+
+
+@given(st.integers(1, 1000), st.sampled_from(["constant", "cosine", "linear"]), st.floats(0, 0.5))
+def test_learning_rate_warms_up_and_comes_down(step: int, schedule: str, warmup: float) -> None:
+    """Positive, at most lr, lr at the end of the warm-up, near zero at the end unless constant."""
+    options = ["optimization.lr=0.1", f"optimization.lr_schedule={schedule}", f"optimization.lr_warmup={warmup}"]
+    config: TrainConfig = load_config("quickstart", options)
+    assert 0 < learning_rate(config, step, 1000) <= 0.1 + 1e-12
+    assert learning_rate(config, math.ceil(warmup * 1000) + 1, 1000) == pytest.approx(0.1, rel=5e-3)
+    assert learning_rate(config, 1000, 1000) == pytest.approx(0.1 if schedule == "constant" else 0, abs=3e-4)
+
+
+def test_collapse_of_pgd_accuracy_gives_fgsms_share_to_n_fgsm(digits: Dataset) -> None:
+    """The held-out figure falls by more than the threshold: from then on FGSM steps are noisy ones, for good."""
+    one = learner(digits, *PLAIN, "curriculum.attacks=['fgsm']", "curriculum.fgsm_fallback=0.1")
+    x, y = to_float(batch(digits)[0]), batch(digits)[1]
+
+    def reach() -> float:
+        noise = Noise(torch.Generator().manual_seed(0))
+        return (one.craft(x, y, 1, noise, 0) - x).abs().max().item()
+
+    assert not one.falls_back([0.30])
+    assert not one.falls_back([0.30, 0.25])
+    assert reach() == pytest.approx(8 / 255, abs=1e-6)
+    assert one.falls_back([0.30, 0.25, 0.05])
+    assert not one.falls_back([0.30, 0.25, 0.05, 0.0])  # said once
+    assert reach() > 16 / 255
+    assert one.state_dict()["fallen_back"] is True
+    assert not learner(digits, *PLAIN, "curriculum.attacks=['fgsm']").falls_back([0.9, 0.0])  # off by default
+
+
+def test_frozen_batch_norm_stays(digits: Dataset) -> None:
+    """model.batch_norm = frozen: running statistics do not move, weights do."""
+    one = learner(digits, *PLAIN, "model.batch_norm=frozen")
+    before = copy.deepcopy(one.model.state_dict())
+    one.update(*batch(digits), 1)
+    after = one.model.state_dict()
+    assert torch.equal(before["net.bn1.running_mean"], after["net.bn1.running_mean"])
+    assert not torch.equal(before["net.conv1.weight"], after["net.conv1.weight"])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_compact_state_is_small_and_close(digits: Dataset, optimizer: str) -> None:
+    """Weights to float16's precision, moments to a few per cent, average and all else there; the loss hardly moves."""
+    options = [*PLAIN, f"optimization.optimizer={optimizer}", "optimization.ema=0.9", "objective.views=1"]
+    options += ["objective.name=trades", "objective.view_augmentation=crop-flip", "model.width=16"]
+    one = learner(digits, *options)
+    for step in range(1, 4):
+        one.update(*batch(digits, step), step)
+    state = copy.deepcopy(one.state_dict())
+    restored = learner(digits, *options)
+    restored.load_state_dict(expand(shrink(state)))
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), one.networks[0].parameters(), strict=True))
+    for name, value in restored.state_dict()["networks"][1].items():
+        assert torch.allclose(value, state["networks"][1][name], rtol=1e-3, atol=1e-6), name
+    for index, moments in state["optimizer"]["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.dim() > 1:
+                found = restored.optimizer.state_dict()["state"][index][name]
+                error = (found - value).norm() / value.norm()
+                assert error < (0.3 if name == "exp_avg_sq" else 0.05), (name, error)
+    for (name, ours), theirs in zip(one.result.named_parameters(), restored.result.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-2, atol=2e-3), name
+    losses = [learner_.loss(*batch(digits, 4), 4).item() for learner_ in (one, restored)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_compact_state_of_full_width_is_under_60_megabytes(digits: Dataset) -> None:
+    """Adam with an average, the largest state there is, at width 64."""
+    import io
+
+    one = learner(digits, *PLAIN, "model.width=64", "optimization.ema=0.9", "curriculum.attacks=[]")
+    one.update(*batch(digits, 0, 2), 1)
+    buffer = io.BytesIO()
+    torch.save(shrink(one.state_dict()), buffer)
+    assert 40e6 < buffer.tell() < 60e6
+
+
+def test_any_architecture_can_be_trained(digits: Dataset) -> None:
+    """A torchvision classifier with a mask on a layer of its own, through the general path."""
+    options = [
+        *PLAIN[1:],
+        "model.arch=torchvision:mobilenet_v3_small",
+        "masking.layer=features.3",
+        "curriculum.steps=1",
+    ]
+    one = learner(digits, *options)
+    assert math.isfinite(one.update(*batch(digits), 1).item())
+    assert one.p is not None
+    assert isinstance(one.result, Classifier)
