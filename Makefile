@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format clean
+.PHONY: help setup quickstart test lint format bench-training clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -10,9 +10,10 @@ BIN := .venv/bin
 help:
 	@echo 'make quickstart          train, evaluate, export, gate, promote, serve and watch a small model (Ctrl-C ends it)'
 	@echo 'make quickstart EXIT=1   the same, and stop; exit code 0 only if every stage held'
+	@echo 'make quickstart MODEL=shipped   verify, serve and watch the model in model_repository/; nothing is trained'
 	@echo 'make test                the whole test suite'
 	@echo 'make lint                ruff, ruff format --check, mypy'
-	@echo 'make setup               only the two environments'
+	@echo 'make bench-training      training speed beside the usual loop; writes benchmarks/results/training.json, .md'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -31,7 +32,7 @@ setup: .venv/.installed .venv-triton/.installed
 	@touch $@
 
 quickstart: setup
-	@$(BIN)/python quickstart.py $(if $(EXIT),--exit)
+	@$(BIN)/python quickstart.py $(if $(MODEL),--model $(MODEL)) $(if $(EXIT),--exit)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -40,6 +41,9 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-training: .venv/.installed
+	$(BIN)/python -m benchmarks.training
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

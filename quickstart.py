@@ -1,6 +1,8 @@
 """The whole line on scanned digits: train, evaluate, export, gate, promote, serve, watch. `make quickstart` runs it.
 
-Every stage is a `dfmcl` command, printed before it runs, so that it can be run again by hand. Writes `.quickstart/`.
+With `--model shipped` the end of the line on the model that lies in model_repository/: verify, serve, watch; nothing is
+trained. Every stage but verify is a `dfmcl` command, printed before it runs, so that it can be run again by hand.
+Writes `.quickstart/` and nothing else.
 """
 
 from __future__ import annotations
@@ -14,13 +16,21 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
+
+from gating.attestation import BadEvidence, NotAttested
+from robustness.statistics import Share
+from serving import repository as layout
+from serving.client import Client
+from serving.errors import ServingError
+from serving.promotion import Promoted, verify_release
 
 HOME = Path(".quickstart")
 DFMCL = Path(sys.executable).with_name("dfmcl")
@@ -30,6 +40,11 @@ EPS = "38/255"
 L2_EPS = "1.5"
 MODELS = {"hardened": "quickstart", "standard": "quickstart_standard"}
 START_SECONDS = 180.0
+REPOSITORY = Path("model_repository")
+PROBE_IMAGES = 100  # a round of the shipped model; three narrow surrogates craft them in under a minute on two cores
+EXAMPLES = 6
+CAPTION = "<= live under an attack crafted on the surrogates: an upper bound of robust accuracy"
+MIN_AGREEMENT = 0.99  # of labels with those the gate recorded: its adversarial images lie at the border, as in the gate
 WATCH = """\
 # Written by quickstart.py: what the sidecar attacks, with what, and how often.
 [target]
@@ -37,22 +52,23 @@ url = "{grpc}"
 model = "{model}"
 
 [data]
-name = "digits"
+name = "{data}"
+path = "{path}"
 
 [threat]
-norm = "linf"
+norm = "{norm}"
 eps = "{eps}"
 
 [probe]
-interval_seconds = 30
-images = 150
+interval_seconds = {interval}
+images = {images}
 attacks = ["mi-fgsm-10", "pgd-10"]
 
 [surrogates]
-runs = ["surrogate"]
+runs = {runs}
 
 [release]
-evidence = "hardened-evidence"
+evidence = "{evidence}"
 
 [listen]
 port = {port}
@@ -66,25 +82,20 @@ class StageFailed(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run the whole line on scanned digits.")
+    parser = argparse.ArgumentParser(description="Run the whole line on scanned digits, or its end on a shipped model.")
     parser.add_argument("--exit", action="store_true", help="stop at the end instead of serving until Ctrl-C")
+    parser.add_argument("--model", choices=["digits", "shipped"], default="digits")
+    parser.add_argument("--repository", type=Path, default=REPOSITORY, help="where the shipped model lies")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     servers: list[subprocess.Popen[bytes]] = []
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds: no server stays behind
     try:
         prepare()
-        codes = make_models()
-        promote()
-        urls = serve(servers)
-        metrics_url = watch(servers, urls["grpc"])
-        live = scrape(metrics_url)
-        console.print(accuracy_table())
-        for name in MODELS:
-            console.print(f"gate, {name}: {verdict(name)} (exit code {codes[name]})")
-        console.print(live_line(live), soft_wrap=True)
-        console.print(f"model:   {urls['http']}/v2/models/{MODEL}   gRPC {urls['grpc']}")
-        console.print(f"metrics: {metrics_url}")
+        if arguments.model == "shipped":
+            shipped_line(servers, arguments.repository)
+        else:
+            digits_line(servers)
         seconds = time.monotonic() - started
         if not arguments.exit:
             console.print(f"all stages held, {seconds:.0f} s; serving until Ctrl-C")
@@ -101,6 +112,75 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         stop(servers)
+
+
+def digits_line(servers: list[subprocess.Popen[bytes]]) -> None:
+    """From training to watching, on digits; prints what was measured on the way."""
+    codes = make_models()
+    promote()
+    urls = serve(servers, HOME / "repository")
+    metrics_url = watch(
+        servers,
+        grpc=urls["grpc"],
+        model=MODEL,
+        data="digits",
+        path="",
+        norm="linf",
+        eps=EPS,
+        interval=30,
+        images=150,
+        runs=json.dumps(["surrogate"]),
+        evidence="hardened-evidence",
+    )
+    live = scrape(metrics_url)
+    console.print(accuracy_table())
+    for name in MODELS:
+        console.print(f"gate, {name}: {verdict(name)} (exit code {codes[name]})")
+    console.print(live_line(live), soft_wrap=True)
+    print_urls(urls, MODEL, metrics_url)
+
+
+def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path) -> None:
+    """Verify, serve and watch the one model of a repository; prints the gate's figures beside the live ones."""
+    release = verify(repository)
+    evaluation = read(release.path / layout.REPORT)["evaluation"]
+    surrogates = sorted(
+        path.parent for path in (repository / release.model / layout.SURROGATES).glob("*/manifest.json")
+    )
+    if not surrogates:
+        raise StageFailed(
+            f"{repository / release.model}: no surrogates to attack it with; `dfmcl pack` puts them there"
+        )
+    with np.load(release.path / layout.PROBES) as archive:
+        probes = dict(archive)
+    urls = serve(servers, repository)
+    metrics_url = watch(
+        servers,
+        grpc=urls["grpc"],
+        model=release.model,
+        data="npz",
+        path=write_images(probes, release).absolute(),
+        norm=evaluation["threat"]["norm"],
+        eps=evaluation["threat"]["label"],
+        interval=60,
+        images=min(PROBE_IMAGES, len(probes["images"])),
+        runs=json.dumps([str(path.absolute()) for path in surrogates]),
+        evidence=release.path.absolute(),
+    )
+    with Client(urls["grpc"], release.model) as client:
+        labels = client.describe().labels
+        clean = client.predict(probes["images"]).logits.argmax(axis=1)
+        adversarial = client.predict(probes["adversarial"]).logits.argmax(axis=1)
+    require_as_gated(clean, probes["clean_logits"], "images")
+    require_as_gated(adversarial, probes["adversarial_logits"], "adversarial images")
+    right = clean == probes["labels"]
+    replayed = {
+        "clean": Share(int(right.sum()), len(right)),
+        "robust": Share(int((right & (adversarial == probes["labels"])).sum()), len(right)),
+    }
+    console.print(example_table(labels, probes["labels"], clean, adversarial))
+    console.print(release_table(release, evaluation, replayed, scrape(metrics_url)))
+    print_urls(urls, release.model, metrics_url)
 
 
 def prepare() -> None:
@@ -133,11 +213,45 @@ def promote() -> None:
         dfmcl("promote", str(HOME / f"{name}-candidate"), *options, "--name", MODEL, expected=expected)
 
 
-def serve(servers: list[subprocess.Popen[bytes]]) -> dict[str, str]:
+def verify(repository: Path) -> Promoted:
+    """The one release of a repository, if its digests, its verdict and its card hold."""
+    names = layout.model_names(repository)
+    if len(names) != 1:
+        raise StageFailed(f"{repository}: holds {len(names)} promoted models, expected one")
+    try:
+        release = verify_release(repository, names[0])
+    except (ServingError, NotAttested, BadEvidence) as error:
+        raise StageFailed(str(error)) from None
+    card = repository / release.model / layout.CARD
+    if not card.is_file() or release.sha256 not in card.read_text(encoding="utf-8"):
+        raise StageFailed(f"{card}: is not about the version that is served; `dfmcl card` writes it")
+    console.print(
+        f"verified: {release.path} is what passed the gate; model.onnx SHA-256 {release.sha256}", soft_wrap=True
+    )
+    return release
+
+
+def write_images(probes: dict[str, Any], release: Promoted) -> Path:
+    """The release's probe images as a data set for the sidecar, which reads the test part only; returns its path."""
+    images, labels = probes["images"], probes["labels"]
+    classes = (release.path / "labels.txt").read_text(encoding="utf-8").splitlines()
+    path = HOME / "release-probes.npz"
+    np.savez(path, x_train=images[:1], y_train=labels[:1], x_test=images, y_test=labels, classes=classes)
+    return path
+
+
+def require_as_gated(found: Any, logits: Any, what: str) -> None:
+    """End the quickstart where the server's labels (N,) are not those of the logits (N, K) that the gate recorded."""
+    agreement = float((found == logits.argmax(axis=1)).mean())
+    if agreement < MIN_AGREEMENT:
+        raise StageFailed(f"the server labels {100 * agreement:.1f} % of the gate's {what} as the gate recorded")
+
+
+def serve(servers: list[subprocess.Popen[bytes]], repository: Path) -> dict[str, str]:
     """Triton on free ports; returns its URLs once it answers."""
     ready = HOME / "ready.json"
     ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-    server = spawn("serve", "--repository", str(HOME / "repository"), *ports, "--ready-file", str(ready))
+    server = spawn("serve", "--repository", str(repository), *ports, "--ready-file", str(ready))
     servers.append(server)
     with console.status("waiting for Triton to answer"):
         wait_for(ready.exists, server, "Triton")
@@ -145,13 +259,13 @@ def serve(servers: list[subprocess.Popen[bytes]]) -> dict[str, str]:
     return urls
 
 
-def watch(servers: list[subprocess.Popen[bytes]], grpc: str) -> str:
-    """The sidecar; returns the URL of its metrics once its first round is in them."""
+def watch(servers: list[subprocess.Popen[bytes]], **values: Any) -> str:
+    """The sidecar, told the values of WATCH; returns the URL of its metrics once its first round is in them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     config = HOME / "watch.toml"
-    config.write_text(WATCH.format(grpc=grpc, model=MODEL, eps=EPS, port=port), encoding="utf-8")
+    config.write_text(WATCH.format(port=port, **values), encoding="utf-8")
     sidecar = spawn("watch", "--config", str(config))
     servers.append(sidecar)
     url = f"http://127.0.0.1:{port}/metrics"
@@ -199,6 +313,49 @@ def accuracy_table() -> Table:
     return table
 
 
+def release_table(release: Promoted, evaluation: Any, replayed: dict[str, Share], live: dict[str, list[Any]]) -> Table:
+    """What the gate measured, what its images give through the server, and what the sidecar found; 95 % intervals."""
+    threat = f"{evaluation['threat']['norm']} {evaluation['threat']['label']}"
+    title = f"{release.model} version {release.version}, {threat}, % [95 % interval]"
+    (images,) = {int(sample.value) for sample in live["robustness_round_samples"]}
+    columns = ("gate", "its images, served", f"live, {images} of them")
+    table = Table("", *columns, title=title, title_justify="left", caption=CAPTION, caption_justify="left")
+    (clean,) = bounds(live, "robustness_clean_accuracy").values()
+    table.add_row("clean", share(evaluation["clean"]), interval(replayed["clean"]), clean)
+    table.add_row("robust", share(evaluation["robust"]), interval(replayed["robust"]), "")
+    for attack, found in sorted(bounds(live, "robustness_robust_accuracy").items()):
+        table.add_row(f"<= {attack}", "", "", found)
+    return table
+
+
+def bounds(live: dict[str, list[Any]], name: str) -> dict[str, str]:
+    """A metric of shares with its bounds, by attack (None where it has no attack)."""
+    value, lower, upper = (
+        {sample.labels.get("attack"): sample.value for sample in live[f"{name}{suffix}"]}
+        for suffix in ("_ratio", "_lower_ratio", "_upper_ratio")
+    )
+    return {key: share({"value": value[key], "lower_95": lower[key], "upper_95": upper[key]}) for key in value}
+
+
+def example_table(labels: Sequence[str], truth: Any, clean: Any, adversarial: Any) -> Table:
+    """The first images of the release: what they are, and what the server said."""
+    title = "the release's first images, asked over gRPC"
+    table = Table("truth", "answer", "answer to the gate's adversarial image", title=title, title_justify="left")
+    for row in zip(truth[:EXAMPLES], clean, adversarial, strict=False):
+        table.add_row(*(labels[int(k)] for k in row))
+    return table
+
+
+def print_urls(urls: dict[str, str], model: str, metrics_url: str) -> None:
+    console.print(f"model:   {urls['http']}/v2/models/{model}   gRPC {urls['grpc']}", soft_wrap=True)
+    console.print(f"metrics: {metrics_url}")
+
+
+def interval(value: Share) -> str:
+    lower, upper = value.bounds
+    return share({"value": value.value, "lower_95": lower, "upper_95": upper})
+
+
 def share(value: dict[str, float]) -> str:
     low, high = value["lower_95"], value["upper_95"]
     return f"{100 * value['value']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
@@ -232,7 +389,12 @@ def spawn(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([DFMCL, *arguments], start_new_session=True)  # Ctrl-C comes to us, then to them in order
 
 
-def wait_for(condition: Any, process: subprocess.Popen[bytes], what: str) -> None:
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], what: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not condition():
         if process.poll() is not None:

@@ -39,14 +39,16 @@ class Surrogates:
 def load_surrogates(runs: Sequence[str | Path], dataset: Dataset, served: Collection[str] = ()) -> Surrogates:
     """The ensemble of `runs`, which must fit the data set; BadInput for one whose checkpoint SHA-256 is in `served`.
 
-    Gradients of the served weights are what no outsider has: the figures would not be those of a transfer attack.
+    Gradients of the served weights are what no outsider has: the figures would not be those of a transfer attack. A
+    packed run counts as the one it was rounded from.
     """
     models, digests = [], []
     for path in runs:
         run = load_run(path)
-        if run.checkpoint_sha256 in served:
+        digest = run.manifest.get("origin", {}).get("checkpoint_sha256", run.checkpoint_sha256)
+        if digest in served:
             raise BadInput(f"{path}: holds the weights that are served; a surrogate must be another run")
-        if run.checkpoint_sha256 in digests:
+        if digest in digests:
             raise BadInput(f"{path}: holds the same weights as another surrogate; name each run once")
         if run.input_shape != dataset.input_shape or run.classes != dataset.classes:
             raise BadInput(
@@ -54,7 +56,7 @@ def load_surrogates(runs: Sequence[str | Path], dataset: Dataset, served: Collec
                 f"{dataset.input_shape} and {len(dataset.classes)}, or other names: train it on that data"
             )
         models.append(run.model)
-        digests.append(run.checkpoint_sha256)
+        digests.append(digest)
     ensemble = MeanLogits(models).eval().requires_grad_(False)
     name = "+".join(Path(path).name for path in runs)
     return Surrogates(ensemble, name, hashlib.sha256("".join(digests).encode()).hexdigest())

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 LABELS = "labels.txt"
 FILES = frozenset({MODEL, LABELS})
+WEIGHTS = ("float32", "float16")
 INPUT = "images"
 OUTPUT = "logits"
 
@@ -24,20 +25,25 @@ OUTPUT = "logits"
 class Parity:
     """How closely the exported model follows its checkpoint.
 
-    images: how many were compared; max_abs_difference and tolerance: in logits; label_agreement: share in [0, 1].
+    images: how many were compared; max_abs_difference and tolerance: in logits; label_agreement: share in [0, 1]. These
+    are against the checkpoint with its weights rounded as they are stored, which is the tolerance's matter; the
+    checkpoint_* figures against the checkpoint as it was trained, which differ where weights are float16.
     """
 
     images: int
     max_abs_difference: float
     label_agreement: float
     tolerance: float
+    checkpoint_max_abs_difference: float
+    checkpoint_label_agreement: float
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a candidate is.
 
-    files: name -> hex SHA-256; labels: K names in the order of the logits; input_shape: (H, W, C) of uint8 images.
+    files: name -> hex SHA-256; labels: K names in the order of the logits; input_shape: (H, W, C) of uint8 images;
+    weights: how matrices and kernels are stored, one of WEIGHTS; all is computed in float32.
     """
 
     created: str
@@ -47,6 +53,7 @@ class Manifest:
     checkpoint_sha256: str
     parity: Parity
     opset: int
+    weights: str
     versions: Mapping[str, str]
 
     @property
@@ -71,6 +78,7 @@ class Manifest:
             "run": {"checkpoint_sha256": self.checkpoint_sha256},
             "parity": asdict(self.parity),
             "opset": self.opset,
+            "weights": self.weights,
             "versions": dict(self.versions),
         }
 
@@ -88,8 +96,11 @@ class Manifest:
             checkpoint_sha256=str(value["run"]["checkpoint_sha256"]),
             parity=Parity(**value["parity"]),
             opset=int(value["opset"]),
+            weights=str(value["weights"]),
             versions=dict(value["versions"]),
         )
+        if manifest.weights not in WEIGHTS:
+            raise ValueError(f"weights is {manifest.weights!r}, expected one of {', '.join(WEIGHTS)}")
         if manifest.files.keys() != FILES:
             raise ValueError(f"files lists {sorted(manifest.files)}, expected {sorted(FILES)}")
         if manifest.to_json() != dict(value):

@@ -1,7 +1,8 @@
 """From a checkpoint to a candidate: ONNX that takes images as they come, and is proven equal to the checkpoint.
 
 The graph takes uint8 (N, H, W, C) with any N and returns float32 logits (N, K); cast, transpose and normalisation are
-inside, masks are off, no operator draws random numbers, and nothing in it tells where it was made.
+inside, masks are off, no operator draws random numbers, and nothing in it tells where it was made. Weights may be
+stored as float16, which halves the file; all is computed in float32, as ONNX Runtime folds the casts when it loads.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from robustness.attacks import pgd
 from robustness.data import load_dataset
@@ -35,6 +39,7 @@ from serving.candidate import (
     MANIFEST,
     MODEL,
     OUTPUT,
+    WEIGHTS,
     Manifest,
     Parity,
     labels_text,
@@ -49,13 +54,15 @@ PARITY_BATCH = 32  # more than one batch, and none of the example's size, so tha
 PARITY_STEPS = 5  # enough to leave the data; this measures arithmetic, not robustness
 # Of the largest logit: fused and unfused convolutions sum float32 in another order, measured at about 1e-6 of it.
 RELATIVE_TOLERANCE = 1e-4
+# What rounding to float16 may cost: 2 of 128 labels, half of them of adversarial images, which lie at the border.
+MIN_LABEL_AGREEMENT = 0.98
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
 class Served(nn.Module):
     """The classifier behind its wire format."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier = classifier
 
@@ -64,24 +71,33 @@ class Served(nn.Module):
         return logits
 
 
-def export(run: Path, out: Path, *, track: Track = silent) -> dict[str, object]:
+def export(run: Path, out: Path, *, weights: str = "float32", track: Track = silent) -> dict[str, object]:
     """Write the candidate directory of a run and return its manifest; `out` is there in whole, or not at all.
 
-    BadInput (2): a run that does not hold, or an `out` that exists and is no candidate. Refused (1): a graph with
-    random operators. Broken (5): ONNX Runtime and the checkpoint disagree beyond the tolerance, or the disk fails.
+    weights: float32 or float16, how they are stored. BadInput (2): a run that does not hold, or is a packed surrogate,
+    or an `out` that exists and is no candidate. Refused (1): a graph with random operators, or labels that change when
+    weights are rounded. Broken (5): ONNX Runtime and the checkpoint disagree beyond the tolerance, or the disk fails.
     """
+    if weights not in WEIGHTS:
+        raise BadInput(f"weights are {weights!r}; choose one of {', '.join(WEIGHTS)}")
     source = load_run(run)
+    if "origin" in source.manifest:  # a watch knows served weights by the digest of the run they were exported from
+        raise BadInput(f"{run}: is a packed surrogate; export the run it was packed from")
     labels = labels_text(source.classes)
+    stored = source.model if weights == "float32" else rounded(source.model)
     with whole_directory(out, names=(MODEL, LABELS, MANIFEST)) as staged:
         for _ in track((MODEL,), "converting to ONNX", 1):
-            model = to_onnx(source)
+            model = to_onnx(stored, source.input_shape)
         if random := random_operators(model):
             raise Refused(f"{run}: its graph draws random numbers ({', '.join(random)}); a served model must not")
         strip(model)
         require_no_paths(model)
+        if weights == "float16":
+            store_as_float16(model)
+            onnx.checker.check_model(model)
         (staged / MODEL).write_bytes(model.SerializeToString(deterministic=True))
         (staged / LABELS).write_text(labels, encoding="utf-8")
-        parity = compare(source, staged / MODEL, track)
+        parity = compare(source, stored, staged / MODEL, track)
         manifest = Manifest(
             created=now(),
             files={name: sha256_of(staged / name) for name in (MODEL, LABELS)},
@@ -90,19 +106,53 @@ def export(run: Path, out: Path, *, track: Track = silent) -> dict[str, object]:
             checkpoint_sha256=source.checkpoint_sha256,
             parity=parity,
             opset=OPSET,
+            weights=weights,
             versions=versions(),
         )
         write_manifest(staged, manifest)
     return manifest.to_json()
 
 
-def to_onnx(run: Run) -> onnx.ModelProto:
-    """The run's classifier as one ONNX model with a free batch size."""
-    example = torch.zeros(2, *run.input_shape, dtype=torch.uint8)  # 2: the exporter takes a 1 for a constant
+def rounded(classifier: Classifier) -> nn.Module:
+    """A twin with batch normalisation folded into the convolutions and every matrix and kernel rounded to float16.
+
+    Folded first, as the exporter folds too, and what it folded after rounding would no longer be float16. All stays
+    float32; biases and normalisation keep their digits, as they are a hundredth of the bytes. BadInput where the
+    network cannot be traced.
+    """
+    try:
+        twin = fuse(classifier.eval())
+    except torch.fx.proxy.TraceError as error:
+        raise BadInput(f"model {classifier.spec.arch}: {error}; export with --weights float32") from None
+    with torch.no_grad():
+        for weight in (parameter for parameter in twin.parameters() if parameter.ndim > 1):
+            weight.copy_(weight.half())
+    return twin
+
+
+def store_as_float16(model: onnx.ModelProto) -> None:
+    """Store, in place, matrices and kernels as float16 with a Cast to float32 where that loses nothing."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue
+        values = numpy_helper.to_array(tensor)
+        half = values.astype(np.float16)
+        if np.array_equal(half.astype(np.float32), values):
+            casts.append(helper.make_node("Cast", [f"{tensor.name}.float16"], [tensor.name], to=TensorProto.FLOAT))
+            tensor.CopyFrom(numpy_helper.from_array(half, f"{tensor.name}.float16"))
+    nodes = [*casts, *model.graph.node]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+
+
+def to_onnx(classifier: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """A classifier of images (H, W, C) as one ONNX model with a free batch size."""
+    example = torch.zeros(2, *input_shape, dtype=torch.uint8)  # 2: the exporter takes a 1 for a constant
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, which we cannot act on
         program = torch.onnx.export(
-            Served(run.model).eval(),
+            Served(classifier).eval(),
             (example,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -171,10 +221,11 @@ def require_no_paths(model: onnx.ModelProto) -> None:
         raise Broken(f"the exported graph still names {found[0]}; this version of torch writes it in a new place")
 
 
-def compare(run: Run, model: Path, track: Track) -> Parity:
-    """How far ONNX Runtime's logits are from the checkpoint's, on clean and adversarial images of the run's test set.
+def compare(run: Run, stored: nn.Module, model: Path, track: Track) -> Parity:
+    """How far ONNX Runtime's logits are from those of `stored`, whose weights are the model's, and of the checkpoint.
 
-    Raises Broken where they differ by more than the tolerance, BadInput where the data do not fit the model.
+    On clean and adversarial images of the run's test set. Raises Broken where they differ from `stored` by more than
+    the tolerance, Refused where rounding changes labels, BadInput where the data do not fit the model.
     """
     data = run.data
     dataset = load_dataset(data["name"], data.get("path", ""), data.get("image_size", 0), track=track)
@@ -186,24 +237,36 @@ def compare(run: Run, model: Path, track: Track) -> Parity:
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     images = torch.from_numpy(dataset.x_test[:PARITY_IMAGES])
     labels = torch.from_numpy(dataset.y_test[:PARITY_IMAGES])
-    expected, found = [], []
+    trained, expected, found = [], [], []
     starts = range(0, len(images), PARITY_BATCH)
-    with frozen(run.model):
+    with frozen(run.model), frozen(stored):
         for start in track(starts, "comparing with ONNX Runtime", len(starts)):
             clean, y = images[start : start + PARITY_BATCH], labels[start : start + PARITY_BATCH]
             x = to_float(clean)
             x_adv = pgd(run.model, x, y, threat, generator=generator(0, "parity", start), steps=PARITY_STEPS)
             for batch in (clean, to_bytes(to_uint8(x_adv, x, threat))):
                 with torch.no_grad():
-                    expected.append(run.model(to_float(batch)).numpy())
+                    trained.append(run.model(to_float(batch)).numpy())
+                    expected.append(stored(to_float(batch)).numpy())
                 found.append(session.run([OUTPUT], {INPUT: batch.numpy()})[0])
-    checkpoint, exported = np.concatenate(expected), np.concatenate(found)
-    difference = float(np.abs(checkpoint - exported).max())
-    tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(checkpoint).max()))
+    exported = np.concatenate(found)
+    difference, agreement = _apart(np.concatenate(expected), exported)
+    rounding, kept = _apart(np.concatenate(trained), exported)
+    tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(np.concatenate(expected)).max()))
     if not difference <= tolerance:  # so that NaN is refused too
         raise Broken(
             f"{run.path}: ONNX Runtime's logits differ from the checkpoint's by {difference:.3g}, over the tolerance "
             f"{tolerance:.3g}; nothing was written: check the versions of torch, onnxscript and onnxruntime"
         )
-    agreement = float((checkpoint.argmax(axis=1) == exported.argmax(axis=1)).mean())
-    return Parity(len(checkpoint), difference, agreement, tolerance)
+    if kept < MIN_LABEL_AGREEMENT:
+        raise Refused(
+            f"{run.path}: rounded to float16, its weights give the same label on only {100 * kept:.1f} % of "
+            f"{len(exported)} images; export with --weights float32"
+        )
+    return Parity(len(exported), difference, agreement, tolerance, rounding, kept)
+
+
+def _apart(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Largest difference of two arrays of logits (N, K), and the share of equal labels."""
+    equal = one.argmax(axis=1) == other.argmax(axis=1)
+    return float(np.abs(one - other).max()), float(equal.mean())

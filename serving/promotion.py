@@ -60,8 +60,9 @@ def verify_release(repository: Path, name: str) -> Promoted:
         raise Refused(f"{model}: has no {layout.CONFIG}; `dfmcl promote` writes it")
     config_path, directory = model / layout.CONFIG, model / str(version)
     layout.require_plain(layout.parse_config(config_path.read_text(encoding="utf-8"), config_path), config_path)
-    # A library beside the model would replace the backend itself: docs of triton-inference-server/backend.
-    strangers = [path for path in model.iterdir() if not _belongs_to_model(path.name)]
+    # A library beside the model would replace the backend itself: docs of triton-inference-server/backend. Triton reads
+    # neither the card nor the surrogates, as it takes only numbered directories for versions.
+    strangers = [path for path in model.iterdir() if not _belongs_to_model(path)]
     strangers += [path for path in directory.glob("*") if path.name not in layout.VERSION_FILES]
     if strangers:
         raise Refused(f"{min(strangers)}: promotion did not write this; remove it")
@@ -69,8 +70,10 @@ def verify_release(repository: Path, name: str) -> Promoted:
     return Promoted(name, version, directory, read_manifest(directory).model_sha256)
 
 
-def _belongs_to_model(name: str) -> bool:
-    return name == layout.CONFIG or name.isdecimal() or name.startswith(STAGING)
+def _belongs_to_model(path: Path) -> bool:
+    if path.name in (layout.CONFIG, layout.CARD):
+        return path.is_file()
+    return path.is_dir() and (path.name.isdecimal() or path.name == layout.SURROGATES or path.name.startswith(STAGING))
 
 
 def _commit(candidate: Path, evidence: Path, repository: Path, name: str, manifest: Manifest) -> Promoted:

@@ -2,6 +2,8 @@
 
 <repository>/<model>/config.pbtxt                      which version is served, and how
 <repository>/<model>/<N>/{model.onnx, labels.txt, manifest.json, report.json, probes.npz}    immutable
+<repository>/<model>/README.md                         model card, where `dfmcl card` wrote one
+<repository>/<model>/surrogates/<name>/                packed runs to attack it with, where some were shipped
 <repository>/aliases.json                              {"<model>": {"champion": N, "previous": M or null}}
 """
 
@@ -21,6 +23,8 @@ CONFIG = "config.pbtxt"
 ALIASES = "aliases.json"
 REPORT = "report.json"
 PROBES = "probes.npz"
+CARD = "README.md"
+SURROGATES = "surrogates"
 VERSION_FILES = frozenset({MODEL, LABELS, "manifest.json", REPORT, PROBES})
 
 MAX_BATCH_SIZE = 64

@@ -14,6 +14,7 @@ from robustness.data import Dataset, load_dataset
 from robustness.errors import BadInput
 from robustness.files import sha256_of
 from robustness.runs import load_run
+from training.pack import pack
 
 MakeRun = Callable[..., Path]
 
@@ -45,6 +46,20 @@ def test_the_served_weights_are_refused(make_run: MakeRun, digits: Dataset) -> N
         load_surrogates([other, run], digits, {served})
     assert str(caught.value) == f"{run}: holds the weights that are served; a surrogate must be another run"
     assert caught.value.exit_code == 2
+
+
+def test_a_packed_copy_of_the_served_weights_is_refused(make_run: MakeRun, digits: Dataset, tmp_path: Path) -> None:
+    """Rounded to float16 they are other bytes, and the same model."""
+    run = make_run(1)
+    pack(run, tmp_path / "packed")
+    packed = sha256_of(tmp_path / "packed" / "checkpoint.safetensors")
+    served = sha256_of(run / "checkpoint.safetensors")
+    assert packed != served
+    with pytest.raises(BadInput, match="holds the weights that are served"):
+        load_surrogates([tmp_path / "packed"], digits, {served})
+    with pytest.raises(BadInput, match="holds the same weights as another surrogate"):
+        load_surrogates([run, tmp_path / "packed"], digits)
+    assert load_surrogates([tmp_path / "packed"], digits, {"0" * 64}).name == "packed"
 
 
 def test_the_same_weights_twice_are_refused(make_run: MakeRun, digits: Dataset) -> None:

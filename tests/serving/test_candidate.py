@@ -27,6 +27,7 @@ def test_manifest_survives_its_round_trip(candidate: Path) -> None:
         ("input", {}),
         ("surprise", 1),
         ("parity", {"images": 1}),
+        ("weights", "int8"),
     ],
 )
 def test_malformed_manifest_is_bad_input(tmp_path: Path, candidate: Path, key: str, value: object) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import load_file, save_file
 
 from robustness.data import load_dataset
 from robustness.errors import BadInput as RunError
 from robustness.models import to_float
-from robustness.runs import load_run
+from robustness.runs import Run, load_run
 from serving import export as exporting
 from serving.candidate import FILES, read_manifest, sha256_of
-from serving.errors import Broken, Refused
-from tests.serving.workshop import ROOT, onnx_logits
+from serving.errors import BadInput, Broken, Refused
+from tests.serving.workshop import ROOT, onnx_logits, write_run
+from training.pack import pack
 
 
 def graph_with(*nodes: onnx.NodeProto) -> onnx.GraphProto:
@@ -50,11 +54,15 @@ def test_manifest_tells_the_parity_and_the_origin(candidate: Path, run_directory
     assert manifest.parity.images == 2 * exporting.PARITY_IMAGES
     assert 0 <= manifest.parity.max_abs_difference <= manifest.parity.tolerance
     assert manifest.parity.label_agreement == 1
+    assert manifest.parity.checkpoint_label_agreement == 1
+    assert manifest.parity.checkpoint_max_abs_difference == manifest.parity.max_abs_difference
+    assert manifest.weights == "float32"
 
 
 def test_exported_bytes_tell_nothing_of_this_machine(candidate: Path, run_directory: Path) -> None:
     """The exporter writes stack traces with paths; none of them is left."""
-    raw = exporting.to_onnx(load_run(run_directory))
+    run = load_run(run_directory)
+    raw = exporting.to_onnx(run.model, run.input_shape)
     assert str(ROOT).encode() in raw.SerializeToString()  # else this test proves nothing
     with pytest.raises(Broken, match="still names"):
         exporting.require_no_paths(raw)
@@ -90,7 +98,7 @@ def test_random_graph_is_refused_and_nothing_is_written(
 ) -> None:
     """A run whose graph draws random numbers ends with exit code 1."""
     node = helper.make_node("RandomNormal", [], ["y"], shape=[1])
-    monkeypatch.setattr(exporting, "to_onnx", lambda run: model_with(node))
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_: model_with(node))
     with pytest.raises(Refused, match="RandomNormal") as caught:
         exporting.export(run_directory, tmp_path / "candidate")
     assert caught.value.exit_code == 1
@@ -104,7 +112,7 @@ def test_model_that_differs_from_its_checkpoint_is_not_written(
     model = onnx.load(candidate / "model.onnx")
     bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [10])
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
-    monkeypatch.setattr(exporting, "to_onnx", lambda run: model)
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_: model)
     with pytest.raises(Broken, match=r"differ from the checkpoint's by 0\.01") as caught:
         exporting.export(run_directory, tmp_path / "candidate")
     assert caught.value.exit_code == 5
@@ -131,7 +139,7 @@ def test_candidate_is_replaced(
     """A second export into the same place leaves exactly the new candidate."""
     out = shutil.copytree(candidate, tmp_path / "candidate")
     (out / "labels.txt").write_text("old")
-    monkeypatch.setattr(exporting, "to_onnx", lambda run: onnx.load(candidate / "model.onnx"))
+    monkeypatch.setattr(exporting, "to_onnx", lambda *_: onnx.load(candidate / "model.onnx"))
     manifest = exporting.export(run_directory, out)
     assert manifest == read_manifest(out).to_json()
     assert {path.name for path in out.iterdir()} == {*FILES, "manifest.json"}
@@ -146,3 +154,121 @@ def test_run_with_another_checkpoint_is_bad_input(tmp_path: Path, run_directory:
     with pytest.raises(RunError, match="checkpoint"):
         exporting.export(run, tmp_path / "candidate")
     assert not (tmp_path / "candidate").exists()
+
+
+@pytest.fixture(scope="module")
+def small(run_directory: Path) -> Path:
+    """The same run, exported with its weights as float16."""
+    out = run_directory.parent / "small"
+    exporting.export(run_directory, out, weights="float16")
+    return out
+
+
+def folded_kernels(run: Run) -> dict[str, np.ndarray]:
+    """Each kernel times its batch normalisation's scale, by name: He et al.'s order of layers, spelled out."""
+    state = {name: value.numpy() for name, value in run.model.state_dict().items()}
+    folded = {}
+    for name, kernel in state.items():
+        if kernel.ndim == 4 and name.startswith("net."):
+            norm = name.removesuffix(".weight").replace("downsample.0", "downsample.1").replace("conv", "bn")
+            scale = state[f"{norm}.weight"] / np.sqrt(state[f"{norm}.running_var"] + 1e-5)
+            folded[f"classifier.{name}"] = kernel * scale[:, None, None, None]
+    return folded
+
+
+def test_float16_weights_are_the_rounded_checkpoint(small: Path, run_directory: Path) -> None:
+    """Every folded kernel is stored as float16, to the nearest; the largest tensors are, and computing is float32."""
+    model = onnx.load(small / "model.onnx")
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    expected = folded_kernels(load_run(run_directory))
+    assert len(expected) == 20
+    for name, kernel in expected.items():
+        found = stored[f"{name}.float16"]
+        assert found.dtype == np.float16
+        # Half of float16's last place, and what summing in another order does before it is rounded.
+        np.testing.assert_allclose(found, kernel, rtol=2.0**-11 + 1e-6, atol=2.0**-25)
+    assert stored["classifier.net.fc.weight.float16"].dtype == np.float16
+    assert max(value.size for value in stored.values() if value.dtype == np.float32) < 100
+    consumers = {node.op_type for node in model.graph.node if any(name.endswith("float16") for name in node.input)}
+    assert consumers == {"Cast"}
+
+
+def test_onnx_runtime_folds_the_casts_when_it_loads(small: Path, candidate: Path, tmp_path: Path) -> None:
+    """What runs has the operators of the float32 export: one Cast, of the image."""
+    operators = []
+    for directory in (small, candidate):
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # it warns that what it writes is for this machine
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(directory / "model.onnx", options, providers=["CPUExecutionProvider"])
+        operators.append(sorted(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node))
+    assert operators[0] == operators[1]
+    assert operators[0].count("Cast") == 1
+
+
+def test_float16_manifest_tells_both_parities(small: Path, candidate: Path) -> None:
+    """Close to the rounded checkpoint, further from the trained one, with its labels; smaller, for the same run."""
+    manifest = read_manifest(small)
+    parity = manifest.parity
+    assert manifest.weights == "float16"
+    assert manifest.checkpoint_sha256 == read_manifest(candidate).checkpoint_sha256
+    assert parity.max_abs_difference <= parity.tolerance < 1e-3
+    assert parity.max_abs_difference < parity.checkpoint_max_abs_difference < 0.01
+    assert parity.checkpoint_label_agreement >= exporting.MIN_LABEL_AGREEMENT
+    images = load_dataset("digits").x_test[: exporting.PARITY_IMAGES]
+    gap = np.abs(onnx_logits(small / "model.onnx", images) - onnx_logits(candidate / "model.onnx", images)).max()
+    assert 0 < gap <= parity.checkpoint_max_abs_difference + 1e-5
+    assert (small / "model.onnx").stat().st_size < 0.7 * (candidate / "model.onnx").stat().st_size
+
+
+def test_float16_that_is_not_the_rounded_checkpoint_is_not_written(
+    tmp_path: Path, run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One stored weight off by a hundredth is over the tolerance, although the labels stay."""
+    store = exporting.store_as_float16
+
+    def spoil(model: onnx.ModelProto) -> None:
+        store(model)
+        weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("fc.weight.float16"))
+        values = numpy_helper.to_array(weight).copy()
+        values[0, 0] += np.float16(0.01)
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+
+    monkeypatch.setattr(exporting, "store_as_float16", spoil)
+    with pytest.raises(Broken, match="differ from the checkpoint's by"):
+        exporting.export(run_directory, tmp_path / "candidate", weights="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounding_that_changes_labels_is_refused(tmp_path: Path) -> None:
+    """Weights that differ only in digits that float16 lacks: exit code 1, and nothing is written."""
+    run = write_run(tmp_path / "run")
+    state = load_file(run / "checkpoint.safetensors")
+    state["net.fc.weight"] = 500 + 0.1 * torch.randn(state["net.fc.weight"].shape, generator=torch.manual_seed(0))
+    state["net.fc.bias"] = torch.zeros(10)
+    rewrite_checkpoint(run, state)
+    with pytest.raises(Refused, match="export with --weights float32") as caught:
+        exporting.export(run, tmp_path / "small", weights="float16")
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "small").exists()
+
+
+def rewrite_checkpoint(run: Path, state: dict[str, torch.Tensor]) -> None:
+    """Give a written run other weights."""
+    save_file(state, run / "checkpoint.safetensors")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["files"] = {"checkpoint.safetensors": sha256_of(run / "checkpoint.safetensors")}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_packed_surrogate_is_not_exported(tmp_path: Path, run_directory: Path) -> None:
+    """Its digest is another than its run's, so a watch would not know the served weights again."""
+    pack(run_directory, tmp_path / "packed")
+    with pytest.raises(BadInput, match="is a packed surrogate; export the run it was packed from"):
+        exporting.export(tmp_path / "packed", tmp_path / "candidate")
+
+
+def test_other_storage_is_bad_input(tmp_path: Path, run_directory: Path) -> None:
+    """A precision nobody wrote is refused with those that exist."""
+    with pytest.raises(BadInput, match="weights are 'int8'; choose one of float32, float16"):
+        exporting.export(run_directory, tmp_path / "candidate", weights="int8")

@@ -201,3 +201,26 @@ def test_changed_model_in_the_repository_is_refused(repository: Path) -> None:
         file.write(b"\x1a\x00")
     with pytest.raises(BadEvidence):
         verify_release(repository, "digits")
+
+
+def test_card_and_surrogates_stay_through_a_promotion(repository: Path, candidate: Path, evidence: Path) -> None:
+    """What lies beside the versions of a shipped model is neither removed nor a reason to refuse it."""
+    shipped = repository / "digits" / "surrogates" / "one"
+    shipped.mkdir(parents=True)
+    (shipped / "manifest.json").write_text("{}")
+    (repository / "digits" / "README.md").write_text("card")
+    assert verify_release(repository, "digits").version == 1
+    before = listing(repository / "digits")
+    assert promote(candidate, evidence, repository, name="digits").version == 2
+    assert verify_release(repository, "digits").version == 2
+    after = listing(repository / "digits")
+    assert {name for name in before if before[name] != after.get(name)} == {"config.pbtxt"}
+
+
+@pytest.mark.parametrize(("name", "directory"), [("surrogates", False), ("README.md", True), ("3", False)])
+def test_card_and_surrogates_are_what_they_are_called(repository: Path, name: str, directory: bool) -> None:
+    """A file called surrogates may be anything, such as a library; so may a directory called README.md."""
+    path = repository / "digits" / name
+    path.mkdir() if directory else path.write_bytes(b"")
+    with pytest.raises(Refused, match="promotion did not write this"):
+        verify_release(repository, "digits")

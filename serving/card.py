@@ -1,0 +1,180 @@
+"""The model card of a release, in Hugging Face's form; every figure comes from the run, the manifest or the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from serving import repository as layout
+from serving.candidate import Manifest, read_manifest
+from serving.errors import BadInput, Broken
+from serving.promotion import Promoted, verify_release
+
+Record = Mapping[str, Any]
+
+# The metadata is the model-index of huggingface.co/docs/hub/model-cards.
+CARD = """\
+---
+license: apache-2.0
+library_name: onnx
+pipeline_tag: image-classification
+tags: [adversarial-robustness]
+datasets: [{data}]
+model-index:
+- name: {model}
+  results:
+  - task: {{type: image-classification}}
+    dataset: {{name: {data}, type: {data}, split: test}}
+    metrics:
+    - {{type: accuracy, name: {clean_name}, value: {clean_value}}}
+    - {{type: accuracy, name: {robust_name}, value: {robust_value}}}
+---
+
+# {title}
+
+{network}, for uint8 images {size} of these classes: {labels}.
+Version {version}, `model.onnx` SHA-256 `{sha256}`; weights are stored as {weights}, everything is computed in float32.
+Written by `dfmcl card`; do not edit.
+
+| on {images} test images of {data_name} | % | exact 95 % interval |
+|---|---|---|
+| clean accuracy | {clean} |
+| robust accuracy, {threat} | {robust} |
+
+Robust accuracy is the share of images that are right and that none of {attacks} flips within {threat} as uint8; the
+attacks had the checkpoint's gradients, the ONNX file decided. The gate {verdict} it on: {criteria}.
+`{version}/` holds the report, and every one of these images with its adversarial version.
+
+On {parity.images} images, half of them adversarial, logits of the ONNX file differ from the checkpoint's by at most
+{parity.checkpoint_max_abs_difference:.1e}, with {agreement:.1f} % equal labels, and by at most
+{parity.max_abs_difference:.1e} from those of the checkpoint with weights rounded to {weights}.
+
+## Limits
+
+- The robust accuracy is an upper bound: an attack outside this suite may flip more images.
+- It is about {threat} only. Other norms, larger radii, patches, rotations and natural corruptions: not measured.
+- It is about {data_name} only. Images from elsewhere, and things of no class: not measured.
+
+## Training
+
+`dfmcl train`, seed {seed}, code {revision}, {date}, torch {torch}, on {hardware}.
+On held-out training images, with the attack named under `heldout`: {heldout}.
+
+```toml
+{settings}
+```
+"""
+SHIPPED_SURROGATES = """
+## Surrogates
+
+Trained apart from the model, for the transfer attacks of `dfmcl watch`; in `surrogates/`, weights stored as float16.
+
+| name | network | on held-out training images |
+|---|---|---|
+"""
+
+
+def write_card(run: Path, repository: Path, name: str) -> Path:
+    """Write <repository>/<name>/README.md about the version that is served; returns its path.
+
+    BadInput (2): another run than the version was exported from. Refused, NotAttested, BadEvidence: a release that
+    does not hold.
+    """
+    release = verify_release(repository, name)
+    manifest, report = read_manifest(release.path), _read(release.path / layout.REPORT)
+    training = _read(run / "manifest.json")
+    path = repository / name / layout.CARD
+    try:
+        if training["files"]["checkpoint.safetensors"] != manifest.checkpoint_sha256:
+            raise BadInput(f"{run}: {release.path} was exported from another run; name that one")
+        folders = sorted((repository / name / layout.SURROGATES).glob("*/manifest.json"))
+        surrogates = {folder.parent.name: _read(folder) for folder in folders}
+        path.write_text(card(release, manifest, report, training, surrogates), encoding="utf-8")
+    except KeyError as error:
+        raise BadInput(f"{run} or {release.path}: a record lacks {error}; train, gate and promote again") from None
+    except OSError as error:
+        raise Broken(f"{path}: cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def card(
+    release: Promoted, manifest: Manifest, report: Record, training: Record, surrogates: Mapping[str, Record]
+) -> str:
+    """The card as Markdown with YAML metadata. training: the run's manifest; surrogates: theirs, by name."""
+    evaluation, parity, result = report["evaluation"], manifest.parity, training["result"]
+    clean, robust = evaluation["clean"], evaluation["robust"]
+    threat = f"{evaluation['threat']['norm']} {evaluation['threat']['label']}"
+    attacks = ", ".join(attack["name"] for attack in evaluation["attacks"])
+    data, images = report["data"]["name"], evaluation["images"]
+    text = CARD.format(
+        model=json.dumps(release.model),  # in the metadata texts are JSON strings, which are YAML too
+        data=json.dumps(data),
+        clean_name=json.dumps(f"clean accuracy, n = {images}"),
+        clean_value=clean["value"],
+        robust_name=json.dumps(f"robust accuracy, {threat}, worst case of {attacks}, n = {images}"),
+        robust_value=robust["value"],
+        title=release.model,
+        network=_network(training),
+        size="x".join(str(size) for size in manifest.input_shape),
+        labels=", ".join(manifest.labels),
+        version=release.version,
+        sha256=release.sha256,
+        weights=manifest.weights,
+        images=images,
+        data_name=data,
+        threat=threat,
+        clean=_percent(clean),
+        robust=_percent(robust),
+        attacks=attacks,
+        verdict=report["verdict"],
+        criteria="; ".join(row["criterion"] for row in report["criteria"]),
+        parity=parity,
+        agreement=100 * parity.checkpoint_label_agreement,
+        seed=training["seed"],
+        revision=(training.get("code") or {}).get("revision"),
+        date=training["created"][:10],
+        torch=training["versions"].get("torch"),
+        hardware=training["hardware"].get("gpu") or training["hardware"].get("cpu"),
+        heldout=_heldout(result),
+        settings="\n".join(_settings(training["config"])),
+    )
+    rows = [
+        f"| {name} | {_network(record)}, seed {record['seed']} | {_heldout(record['result'])} |"
+        for name, record in surrogates.items()
+    ]
+    return text + (SHIPPED_SURROGATES + "\n".join(rows) + "\n" if rows else "")
+
+
+def _network(training: Record) -> str:
+    return f"{training['model']['arch']}, width {training['model']['width']}"
+
+
+def _heldout(result: Record) -> str:
+    return f"clean {100 * result['heldout_clean']:.1f} %, PGD {100 * result['heldout_pgd']:.1f} %"
+
+
+def _percent(share: Record) -> str:
+    return f"{100 * share['value']:.1f} | {100 * share['lower_95']:.1f} to {100 * share['upper_95']:.1f}"
+
+
+def _settings(config: Record) -> Iterator[str]:
+    """A training config as TOML, without where its data lay."""
+    for key, value in config.items():
+        if not isinstance(value, Mapping):
+            yield f"{key} = {json.dumps(value)}"
+    for section, values in config.items():
+        if isinstance(values, Mapping):
+            yield f"[{section}]"
+            yield from (f"{key} = {json.dumps(value)}" for key, value in values.items() if key != "path")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: not a JSON object")
+    return value

@@ -1,0 +1,69 @@
+"""The model card says what the records say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serving.card import write_card
+from serving.errors import BadInput
+from serving.promotion import verify_release
+from tests.shipping import NAME, ship
+
+
+@pytest.fixture(scope="module")
+def repository(standard_run: Path, other_run: Path) -> Path:
+    return ship(standard_run, other_run)
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def test_metadata_are_the_reports_figures(repository: Path) -> None:
+    """A YAML reader finds the model-index with clean and robust accuracy, threat, suite and n."""
+    _, metadata, _ = (repository / NAME / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(metadata)
+    evaluation = read(repository / NAME / "1" / "report.json")["evaluation"]
+    (index,) = card["model-index"]
+    (result,) = index["results"]
+    assert (index["name"], result["dataset"]["type"], card["license"]) == (NAME, "digits", "apache-2.0")
+    clean, robust = result["metrics"]
+    assert (clean["value"], robust["value"]) == (evaluation["clean"]["value"], evaluation["robust"]["value"])
+    assert robust["name"] == "robust accuracy, linf 3/255, worst case of fgsm, pgd-3, n = 100"
+
+
+def test_text_holds_bounds_bytes_training_and_surrogates(repository: Path, standard_run: Path) -> None:
+    """Intervals, digest, every training setting and the surrogates stand in the card."""
+    text = (repository / NAME / "README.md").read_text()
+    robust = read(repository / NAME / "1" / "report.json")["evaluation"]["robust"]
+    low, high = 100 * robust["lower_95"], 100 * robust["upper_95"]
+    assert f"| robust accuracy, linf 3/255 | {100 * robust['value']:.1f} | {low:.1f} to {high:.1f} |" in text
+    assert verify_release(repository, NAME).sha256 in text
+    settings = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
+    config = read(standard_run / "manifest.json")["config"]
+    del config["data"]["path"]
+    assert settings == config
+    assert "| other | resnet18, width 8, seed 1 |" in text
+    assert str(standard_run.parent) not in text
+
+
+def test_card_does_not_keep_the_model_from_being_served(repository: Path) -> None:
+    """The release holds with card and surrogates beside it."""
+    assert verify_release(repository, NAME).version == 1
+
+
+def test_card_of_another_run_is_refused(repository: Path, other_run: Path, tmp_path: Path) -> None:
+    """A run that the version was not exported from does not describe it; the old card stays."""
+    copy = shutil.copytree(repository, tmp_path / "models")
+    before = (copy / NAME / "README.md").read_text()
+    with pytest.raises(BadInput, match="was exported from another run"):
+        write_card(other_run, copy, NAME)
+    assert (copy / NAME / "README.md").read_text() == before
