@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from training.objectives import OBJECTIVES, jensen_shannon, kl, smoothed
 from training.parallel import Ranks
 from training.train import build
 
+ROOT = Path(__file__).parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 TINY = ["model.width=4", "optimization.batch_size=12", "curriculum.steps=2"]
 PLAIN = ["masking.enabled=false", "curriculum.schedule=constant", "curriculum.beta=8/255"]
@@ -319,3 +323,20 @@ def test_any_architecture_can_be_trained(digits: Dataset) -> None:
     assert math.isfinite(one.update(*batch(digits), 1).item())
     assert one.p is not None
     assert isinstance(one.result, Classifier)
+
+
+MEMORY = """
+import resource, torch
+from benchmarks.training import ours
+torch.set_num_threads(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+images, labels = torch.zeros(128, 32, 32, 3, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64)
+ours(64, 128, images, labels, attacks=["fgsm"], precision="float32", masks=True)()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_full_width_trains_in_four_gibibytes() -> None:
+    """One masked update of batch 128 at width 64 in float32, the most that a preset's `paper` step takes."""
+    made = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 0.5 < int(made.stdout) / 2**20 < 4
