@@ -16,7 +16,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 T = TypeVar("T")
-EXTRAS = {"promote": "serve", "serve": "serve", "watch": "monitor"}  # what a subcommand needs, if not `train`
+# What a subcommand needs, if not `train`.
+EXTRAS = {"promote": "serve", "card": "serve", "serve": "serve", "watch": "monitor"}
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
 BROKEN = 5
 
@@ -122,20 +123,75 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one value; repeatable.")
     ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long, saved, with exit code 130; --resume goes on.")
+    ] = None,
+    compact_state: Annotated[
+        bool, typer.Option("--compact-state", help="Save a small state that can be carried; not bit for bit.")
+    ] = False,
 ) -> None:
-    """Train a classifier; writes checkpoint, manifest and metrics."""
+    """Train a classifier; writes checkpoint, manifest and metrics. Several GPUs: torchrun -m training.train ..."""
     from training.config import load_config
 
     parsed = load_config(config, overrides)  # before torch loads: a wrong key is answered at once
 
     from training.train import train as run_training
 
-    manifest = run_training(parsed, out, resume=resume, stop=stop_on_signals(), track=track, log=say)
-    result = manifest["result"]
+    manifest = run_training(
+        parsed,
+        out,
+        resume=resume,
+        stop=stop_on_signals(),
+        minutes=max_minutes,
+        compact=compact_state,
+        track=track,
+        log=say,
+    )
+    result = manifest.get("result")
+    if result is None:  # under torchrun the first process speaks for all
+        return
     say(
         f"{out}: held-out clean {100 * result['heldout_clean']:.1f} %,"
         f" PGD-{parsed.heldout.attack_steps} at {parsed.curriculum.beta} {100 * result['heldout_pgd']:.1f} %"
     )
+
+
+@command
+def campaign(
+    plan: Annotated[str, typer.Argument(metavar="CAMPAIGN", help="A TOML file, or the name of one that comes along.")],
+    out: Annotated[Path, typer.Option(help="Records, tables and runs; the same directory continues them.")],
+    budget_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long, everything kept; the same command goes on.")
+    ] = None,
+    data_path: Annotated[str, typer.Option(help="Where the data set lies on this machine.")] = "",
+    device: Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda. Default: as training.")] = "",
+    table_only: Annotated[bool, typer.Option("--table-only", help="Only rewrite the tables from the records.")] = False,
+) -> int:
+    """Train and measure many runs under a time budget: 0 all done, 130 cut, 5 a run failed."""
+    from training.campaign import Limits, read_records, run_campaign, write_tables
+    from training.plan import load_campaign, runs
+
+    parsed = load_campaign(plan)
+    overrides = [f"data.path={data_path}"] if data_path else []
+    if table_only:
+        every = runs(parsed, plan, overrides)
+        write_tables(parsed, every, read_records(parsed, every, out), out)
+        say(f"{out / 'table.md'}")
+        return 0
+    deadline = float("inf") if budget_minutes is None else time.monotonic() + 60 * budget_minutes
+    progress = run_campaign(
+        parsed,
+        plan,
+        out,
+        overrides=overrides,
+        limits=Limits(stop_on_signals(), deadline),
+        device=device or None,
+        command=f"dfmcl campaign {plan} --out {out}",
+        track=track,
+        log=say,
+    )
+    say(f"{out / 'table.md'}: {progress}")
+    return progress.exit_code
 
 
 @command
@@ -196,19 +252,41 @@ def evaluate(
 
 
 @command
+def pack(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of finished runs.")],
+    out: Annotated[Path, typer.Option(help="The surrogates' directory; each run goes into OUT/NAME.")],
+) -> None:
+    """Pack runs as surrogates to ship: float16 weights, no local paths."""
+    from robustness.errors import BadInput
+    from training.pack import pack as run_pack
+
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        raise BadInput(f"runs {', '.join(names)}: two have the same name; rename a directory")
+    for run, name in zip(runs, names, strict=True):
+        manifest = run_pack(run, out / name)
+        say(f"{out / name}: packed from {manifest['origin']['checkpoint_sha256'][:12]}")
+
+
+@command
 def export(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
     out: Annotated[Path, typer.Option(help="The candidate's directory.")],
+    weights: Annotated[str, typer.Option(help="How weights are stored: float32 or float16.")] = "float32",
 ) -> None:
     """Freeze a run to ONNX and prove it equal to the checkpoint."""
     from serving.export import export as run_export
 
-    manifest = run_export(run, out, track=track)
+    manifest = run_export(run, out, weights=weights, track=track)
     parity: Any = manifest["parity"]
+    rounding = (
+        f"; {weights} changes {100 * (1 - parity['checkpoint_label_agreement']):.1f} % of the labels and logits by up"
+        f" to {parity['checkpoint_max_abs_difference']:.1e}"
+    )
     say(
         f"{out}: model.onnx; against the checkpoint on {parity['images']} images: largest difference"
         f" {parity['max_abs_difference']:.1e} (tolerance {parity['tolerance']:.1e}),"
-        f" {100 * parity['label_agreement']:.1f} % equal labels"
+        f" {100 * parity['label_agreement']:.1f} % equal labels{rounding if weights == 'float16' else ''}"
     )
 
 
@@ -245,6 +323,18 @@ def promote(
 
     promoted = run_promote(candidate, evidence, repository, name=name)
     say(f"{promoted.path}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+
+
+@command
+def card(
+    run: Annotated[Path, typer.Argument(help="The run that the served version was exported from.")],
+    repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
+    name: Annotated[str, typer.Option(help="The model's name in Triton.")],
+) -> None:
+    """Write the model card of what is served: README.md, all figures from run and evidence."""
+    from serving.card import write_card
+
+    say(f"{write_card(run, repository, name)}: written")
 
 
 @command

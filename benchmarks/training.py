@@ -37,8 +37,9 @@ Step = Callable[[], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--batch-size", type=int, default=512 if gpu else 64)
+    parser.add_argument("--rounds", type=int, default=20 if gpu else 2)
     arguments = parser.parse_args()
     contestants = all_contestants(arguments.width, arguments.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from robustness import losses
+from robustness.apgd import apgd, apgd_targeted
 from robustness.cw import cw_l2
 from robustness.errors import BadInput
 from robustness.geometry import project, start, steepest
+from robustness.square import square
 from robustness.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
@@ -126,7 +128,13 @@ ATTACKS: dict[str, AttackFunction] = {
     "margin-pgd": margin_pgd,
     "mi-fgsm": mi_fgsm,
     "cw-l2": cw_l2,
+    "apgd-ce": apgd,
+    "apgd-t": apgd_targeted,
+    "square": square,
 }
+
+# One run each: C&W searches from the image itself, MI-FGSM starts there, Square spends its queries on one search.
+WITHOUT_RESTARTS = ("cw-l2", "mi-fgsm", "square")
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,10 @@ class Attack:
 
     @staticmethod
     def parse(text: str) -> Attack:
-        """From a name: `fgsm`, `pgd-20` (steps), `pgd-50x5` (steps x restarts), `margin-pgd-20`, `cw-l2-100`."""
+        """From a name: `fgsm`, `pgd-20` (steps), `pgd-50x5` (steps x restarts), `margin-pgd-20`, `cw-l2-100`, `apgd-t`.
+
+        For `square-1000` the number is that of queries. BadInput where the name or a number makes no sense.
+        """
         match = re.fullmatch(r"(?P<kind>[a-z0-9-]*?[a-z2])(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?", text)
         kind = match["kind"] if match else ""
         if match is None or kind not in ATTACKS:
@@ -149,8 +160,10 @@ class Attack:
         parameters = {key: int(value) for key, value in match.groupdict().items() if key != "kind" and value}
         if any(value < 1 for value in parameters.values()) or (kind == "fgsm" and parameters):
             raise BadInput(f"attack: {text!r}: steps and restarts must be at least 1, and fgsm takes none")
-        if kind in ("cw-l2", "mi-fgsm") and "restarts" in parameters:
+        if kind in WITHOUT_RESTARTS and "restarts" in parameters:
             raise BadInput(f"attack: {text!r}: {kind} takes no restarts")
+        if kind == "square" and "steps" in parameters:
+            parameters = {"queries": parameters["steps"]}
         return Attack(text, ATTACKS[kind], parameters)
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:

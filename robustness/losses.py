@@ -5,6 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from robustness.errors import BadInput
+
+TINY = 1e-12  # keeps a ratio finite where all logits are equal
+
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(logits)[y]."""
@@ -16,3 +20,31 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     own = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], float("-inf")).amax(dim=1)
     return others - own
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, margin / (z_1st - z_3rd): blind to shift and scale. Croce & Hein 2020, eq. 6.
+
+    At most 1, and in [-1, 0] where the image is classified right. Needs K >= 3, else BadInput.
+    """
+    first, _, third = _largest(logits, 3, "DLR").unbind(dim=1)
+    return margin(logits, y) / (first - third + TINY)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """(z_t - z_y) / (z_1st - (z_3rd + z_4th) / 2), target `(N,)` a class other than y. Croce & Hein 2020, eq. 7.
+
+    Needs K >= 4, else BadInput.
+    """
+    first, _, third, fourth = _largest(logits, 4, "targeted DLR").unbind(dim=1)
+    gap = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
+    return gap.squeeze(1) / (first - (third + fourth) / 2 + TINY)
+
+
+def _largest(logits: Tensor, count: int, name: str) -> Tensor:
+    """The `count` largest logits of each image, descending: `(N, count)`."""
+    if logits.shape[1] < count:
+        raise BadInput(
+            f"{name}: the model has {logits.shape[1]} classes, at least {count} are needed; attack with apgd-ce"
+        )
+    return logits.topk(count, dim=1).values

@@ -14,7 +14,7 @@ from robustness.threat import Threat
 from tests.linear import Linear, images
 
 SHAPE = (3, 6, 6)
-GRADIENT_ATTACKS = ["fgsm", "pgd-20", "margin-pgd-20", "mi-fgsm-10", "pgd-10x3"]
+GRADIENT_ATTACKS = ["fgsm", "pgd-20", "margin-pgd-20", "mi-fgsm-10", "pgd-10x3", "apgd-ce-20"]
 
 
 def stream() -> torch.Generator:
@@ -80,7 +80,7 @@ def test_cw_finds_the_least_l2_perturbation(count: int) -> None:
     assert (ratio <= 1.05).all()
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_ATTACKS, "cw-l2-5"])
+@pytest.mark.parametrize("name", [*GRADIENT_ATTACKS, "cw-l2-5", "square-30"])
 def test_attack_is_repeatable_and_changes_nothing(name: str) -> None:
     """Same seed, same bytes; inputs, weights and training mode are as before."""
     model, x = Linear(SHAPE).train(), images(3, SHAPE)
@@ -133,7 +133,9 @@ def test_restarts_only_help() -> None:
     assert ((value(thrice) >= value(once) - 1e-6) | (value(thrice) > 0)).all()
 
 
-@pytest.mark.parametrize("text", ["pgd-0", "pdg-20", "fgsm-3", "pgd-20x0", "cw-l2-10x2", "", "pgd 20"])
+@pytest.mark.parametrize(
+    "text", ["pgd-0", "pdg-20", "fgsm-3", "pgd-20x0", "cw-l2-10x2", "square-9x2", "apgd", "", "pgd 20"]
+)
 def test_unknown_attack_is_refused(text: str) -> None:
     """A misspelt attack is bad input, never silently another one."""
     with pytest.raises(BadInput, match="attack"):

@@ -1,0 +1,235 @@
+"""Auto-PGD and its losses: closed forms on linear models, and torchattacks on a hardened network."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torchattacks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from robustness import losses
+from robustness.apgd import apgd, apgd_targeted, checkpoints, stalled
+from robustness.attacks import Attack, climb
+from robustness.data import load_dataset
+from robustness.errors import BadInput
+from robustness.geometry import contains, norms
+from robustness.models import Classifier, frozen, to_float
+from robustness.runs import load_run
+from robustness.threat import Threat
+from training.config import load_config
+from training.train import train
+
+SHAPE = (3, 6, 6)
+HARDENED = ["model.width=8", "data.train_images=600", "optimization.epochs=6"]
+NOISE = 3  # images of about 110: other seeds of either implementation differ by up to this much
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@cache
+def hardened() -> tuple[Classifier, Tensor, Tensor]:
+    """A narrow network trained on adversarial digits, and 110 test images that it gets right."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "run"
+        train(load_config("quickstart", HARDENED), out, log=lambda line: None)
+        model = load_run(out).model
+    data = load_dataset("digits")
+    x, y = to_float(torch.from_numpy(data.x_test)), torch.from_numpy(data.y_test)
+    with frozen(model), torch.no_grad():
+        right = torch.nonzero(model(x).argmax(dim=1) == y).squeeze(1)[:110]
+    assert len(right) >= 100
+    return model, x[right], y[right]
+
+
+def network(classes: int = 5, seed: int = 0) -> nn.Module:
+    """A random network with a curved loss."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(108, 16), nn.Tanh(), nn.Linear(16, classes)).requires_grad_(False)
+
+
+def greys(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=stream(seed))
+
+
+# --- the losses ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=8, unique=True), st.data())
+def test_dlr_is_the_formula_of_the_paper(values: list[float], data: st.DataObject) -> None:
+    """Both ratios against a plain sort in Python, for every class and target."""
+    y = data.draw(st.integers(0, len(values) - 1))
+    target = data.draw(st.integers(0, len(values) - 1).filter(lambda t: t != y))
+    logits = torch.tensor([values], dtype=torch.float64)
+    ranked = sorted(values, reverse=True)
+    other = max(value for j, value in enumerate(values) if j != y)
+    plain = -(values[y] - other) / (ranked[0] - ranked[2] + 1e-12)
+    aimed = -(values[y] - values[target]) / (ranked[0] - (ranked[2] + ranked[3]) / 2 + 1e-12)
+    assert losses.dlr(logits, torch.tensor([y])).item() == pytest.approx(plain)
+    assert losses.targeted_dlr(logits, torch.tensor([y]), torch.tensor([target])).item() == pytest.approx(aimed)
+
+
+def test_dlr_is_blind_to_shift_and_scale() -> None:
+    """What makes cross-entropy vanish, large logits, leaves both ratios as they are."""
+    logits, y = torch.randn(50, 6, generator=stream()).double(), torch.arange(50) % 6
+    target = (y + 1) % 6
+    assert torch.allclose(losses.dlr(100 * logits + 7, y), losses.dlr(logits, y))
+    assert torch.allclose(losses.targeted_dlr(100 * logits + 7, y, target), losses.targeted_dlr(logits, y, target))
+    right = logits.argmax(dim=1) == y
+    assert ((losses.dlr(logits, y) <= 0) == right).all()
+
+
+def test_too_few_classes_are_refused() -> None:
+    """DLR needs three classes and the targeted one four; the message names a way out."""
+    logits, y = torch.randn(2, 3), torch.tensor([0, 1])
+    with pytest.raises(BadInput, match=r"2 classes, at least 3.*apgd-ce"):
+        losses.dlr(logits[:, :2], y)
+    with pytest.raises(BadInput, match=r"3 classes, at least 4.*apgd-ce"):
+        Attack.parse("apgd-t-5")(network(3), greys(2), y, Threat("linf", 0.01), generator=stream())
+    assert losses.dlr(logits, y).shape == (2,)
+
+
+# --- the step size ------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_those_of_the_paper() -> None:
+    """p = 0, 0.22, 0.41, 0.57, 0.70, ... of the steps; rounded up."""
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert checkpoints(20) == [5, 9, 12, 14, 16, 18, 19, 20]
+    assert checkpoints(1) == [1]
+
+
+def test_step_size_halves_by_either_condition() -> None:
+    """Fewer rises than 75 % of the period, or nothing new since a checkpoint that did not halve."""
+    rises = torch.tensor([14, 15, 20, 20, 20])
+    highest, before = torch.tensor([2.0, 2, 1, 1, 2]), torch.tensor([1.0, 1, 1, 1, 1])
+    halved = torch.tensor([False, False, False, True, False])
+    assert stalled(rises, 20, highest, before, halved).tolist() == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_peak_inside_the_ball_is_found(norm: str) -> None:
+    """The loss peaks inside the ball: a step of 2 eps jumps over it for ever, halved steps close in on it."""
+    x = torch.full((1, *SHAPE), 0.5)
+    peak = x + 0.1 / (1 if norm == "linf" else x[0].numel() ** 0.5) * (greys(1) * 2 - 1)
+    threat, y = Threat(norm, 0.2), torch.tensor([0])
+
+    def hill(point: Tensor) -> Tensor:  # class 0 always wins, by least at the peak
+        lead = 1 + (point - peak).square().flatten(1).sum(dim=1)
+        return torch.stack([lead, torch.zeros_like(lead)], dim=1)
+
+    found = apgd(hill, x, y, threat, generator=stream())
+    fixed = climb(hill, x, y, threat, generator=stream(), steps=100, step_size=2 * threat.eps)
+    assert norms(found - peak, norm).item() < 0.02 * threat.eps
+    assert norms(fixed - peak, norm).item() > 0.2 * threat.eps
+
+
+# --- the attack ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_targeted_attack_finds_the_nearest_class(norm: str) -> None:
+    """With linear logits the distance to each class is known; all six are tried, so the nearest one decides."""
+    weight = torch.randn(7, 108, generator=stream(1))
+    x = 0.5 + 0.001 * (greys(6) - 0.5)
+    model = lambda point: (point - 0.5).flatten(1) @ weight.T + torch.arange(7) * 0.01  # noqa: E731  # one formula
+    logits = model(x)
+    y = logits.argmax(dim=1)
+    dual = (weight[y][:, None] - weight).norm(p=1 if norm == "linf" else 2, dim=2)
+    distance = (logits.gather(1, y[:, None]) - logits) / dual
+    least = distance.scatter(1, y[:, None], torch.inf).amin(dim=1)
+    for i in range(len(x)):
+        for factor, fooled in ((1.02, True), (0.98, False)):
+            threat = Threat(norm, factor * least[i].item())
+            x_adv = apgd_targeted(model, x[i : i + 1], y[i : i + 1], threat, generator=stream(), steps=30)
+            assert contains(x_adv, x[i : i + 1], threat).all()
+            assert (model(x_adv).argmax(dim=1) != y[i]).item() is fooled
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from(["apgd-ce-9", "apgd-ce-4x2", "apgd-t-6"]),
+    st.sampled_from([("linf", 0.0), ("linf", 0.03), ("l2", 0.2), ("linf", 1.0)]),
+    st.integers(0, 5),
+    st.integers(0, 99),
+)
+def test_result_is_inside_and_repeatable(name: str, ball: tuple[str, float], count: int, seed: int) -> None:
+    """In the ball and in [0, 1] for any batch size; the same generator gives the same bytes."""
+    model, x, threat = network(seed=seed), greys(count, seed), Threat(*ball)
+    y, before = model(x).argmax(dim=1), x.clone()
+    x_adv = Attack.parse(name)(model, x, y, threat, generator=stream(seed))
+    assert x_adv.shape == x.shape
+    assert contains(x_adv, x, threat).all()
+    assert torch.equal(x_adv, Attack.parse(name)(model, x, y, threat, generator=stream(seed)))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_better_was_seen_than_what_is_returned(seed: int, restarts: int) -> None:
+    """An image that holds comes back as its point of highest loss over all steps and restarts."""
+    model, x = network(seed=seed), greys(1, seed)
+    y, seen = model(x).argmax(dim=1), []
+
+    def watched(point: Tensor) -> Tensor:
+        logits = model(point)
+        assert (logits.argmax(dim=1) == y).all(), "eps is chosen so that every image holds"
+        seen.append(losses.cross_entropy(logits.detach(), y).item())
+        return logits
+
+    x_adv = apgd(watched, x, y, Threat("linf", 1e-4), generator=stream(), steps=30, restarts=restarts)
+    assert len(seen) == restarts * 31
+    assert losses.cross_entropy(model(x_adv), y).item() == max(seen)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_fooled_image_leaves_the_batch(targeted: bool) -> None:
+    """Batches only shrink, each image that left comes back as a fooling point, and no pass follows the last one."""
+    model, x = network(), greys(64)
+    y, sizes = model(x).argmax(dim=1), []
+
+    def counted(point: Tensor) -> Tensor:
+        sizes.append(len(point))
+        return model(point)
+
+    run: Callable[..., Tensor] = apgd_targeted if targeted else apgd
+    x_adv = run(counted, x, y, Threat("linf", 0.02), generator=stream(), steps=10)
+    held = int((model(x_adv).argmax(dim=1) == y).sum())
+    assert sizes == sorted(sizes, reverse=True)
+    assert 0 < held < 64
+    assert sizes[-1] >= held
+    sizes.clear()
+    assert (model(run(counted, x, y, Threat("linf", 1.0), generator=stream())).argmax(dim=1) != y).all()
+    assert 0 not in sizes
+    assert len(sizes) < 20
+
+
+# --- the peer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "name"),
+    [("linf", 16 / 255, "apgd-ce-20"), ("linf", 16 / 255, "apgd-t-8"), ("l2", 0.8, "apgd-ce-20")],
+)
+def test_as_strong_as_torchattacks(norm: str, eps: float, name: str) -> None:
+    """At the same number of steps no more of 110 images hold under ours than under torchattacks' own, but for noise."""
+    model, x, y = hardened()
+    attack = Attack.parse(name)
+    peer = torchattacks.APGDT if name.startswith("apgd-t") else torchattacks.APGD
+    theirs = peer(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=eps, steps=attack.parameters["steps"])
+    with frozen(model):
+        ours = attack(model, x, y, Threat(norm, eps), generator=stream())
+        held = int((model(ours).argmax(dim=1) == y).sum())
+        held_there = int((model(theirs(x, y)).argmax(dim=1) == y).sum())
+    assert contains(ours, x, Threat(norm, eps)).all()
+    assert 5 <= held <= len(x) - 20, "the budget must leave something to compare"
+    assert held <= held_there + NOISE

@@ -1,0 +1,479 @@
+"""Many runs under a time budget: each is trained and measured in one stretch, and leaves one small record.
+
+OUT/records/NAME.json     a finished or failed run; enough to skip it, and to make the tables, anywhere
+OUT/partial/NAME.json     what is measured so far of the run that was cut
+OUT/runs/NAME/            its training: checkpoint, manifest, metrics, and the state it resumes from
+OUT/weights/NAME.*        networks that others are attacked from, in float16: they travel with the records
+OUT/table.md, *.svg       rewritten from the records after each run
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from robustness.data import Bytes, Dataset, Labels, load_dataset
+from robustness.errors import BadInput, DfmclError
+from robustness.evaluate import evaluate
+from robustness.files import dump_json, read_json, write_bytes, write_text
+from robustness.models import Classifier, ModelSpec, frozen, to_float
+from robustness.progress import Track, silent
+from robustness.provenance import now, provenance
+from robustness.records import AttackRecord, Evaluation
+from robustness.runs import MANIFEST, load_run
+from robustness.seeds import derived_seed
+from robustness.statistics import Flags
+from robustness.threat import Threat
+from training.plan import Campaign, PlannedAttack, Run, runs, source_of
+from training.plots import draw
+from training.record import Record, entry_of, read_record, write_record
+from training.state import STATE
+from training.table import table
+from training.train import Interrupted, train
+
+SHUFFLE_SEED = 0  # of the test images, the same for every run, so that any two can be compared image by image
+SAVE_SECONDS = 20.0  # what a kill costs a measurement at most, besides the batch that it hit
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Until when a campaign may run. `clock` in seconds."""
+
+    stop: Event = field(default_factory=Event)
+    deadline: float = float("inf")
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def minutes_left(self) -> float | None:
+        return None if self.deadline == float("inf") else max(0.0, (self.deadline - self.clock()) / 60)
+
+    def check(self) -> None:
+        """Raise Interrupted once the time is over or a signal has come."""
+        if self.stop.is_set() or self.clock() >= self.deadline:
+            raise Interrupted("stopped")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a campaign is. exit_code: 0 all done, 130 cut, 5 something failed."""
+
+    total: int
+    done: int
+    failed: int
+    cut: bool
+
+    @property
+    def exit_code(self) -> int:
+        return 130 if self.cut else 5 if self.failed else 0
+
+    def __str__(self) -> str:
+        failed = f", {self.failed} failed" if self.failed else ""
+        advice = (
+            "; repeat the command to continue" if self.cut else "; repeat the command to try again" if failed else ""
+        )
+        return f"{self.done} of {self.total} runs done{failed}{advice}"
+
+
+def run_campaign(
+    campaign: Campaign,
+    source: str,
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    limits: Limits | None = None,
+    device: str | None = None,
+    command: str = "",
+    track: Track = silent,
+    log: Callable[[str], None] = print,
+) -> Progress:
+    """Do what is not done yet of a campaign, and rewrite its tables after each run.
+
+    source: the campaign's file or name, for messages. overrides: for every run, such as where the data lie. A run that
+    fails is recorded as such, and tried again by the next call, after those that were never tried. BadInput where
+    `out` holds a record that another config or other measurements made.
+    """
+    limits = limits or Limits()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    all_runs = runs(campaign, source, overrides)
+    records = read_records(campaign, all_runs, out)
+    for folder in ("records", "partial", "runs", "weights"):
+        make_directory(out / folder)
+    load = load_once(track)
+    waiting = [run for run in all_runs if not (run.name in records and records[run.name].done)]
+    if waiting and any(run.measured for run in all_runs):
+        chosen_images(load(waiting[0]), campaign)  # missing or too small data are known before hours of training
+    cut = False
+    for run in sorted(waiting, key=lambda run: run.name in records):
+        try:
+            limits.check()
+            log(f"{run.name}: {sum(record.done for record in records.values())} of {len(all_runs)} runs done")
+            record = perform(run, campaign, all_runs, out, load, limits, device, command, track, log)
+        except Interrupted:
+            cut = True
+            break
+        except Exception as error:  # noqa: BLE001  # one run's failure, whatever it is, must not cost the others
+            message = described(error)
+            log(f"{run.name}: failed: {message}")
+            about = {"command": command, "created": now(), **provenance()}
+            record = Record(
+                **entry_of(run), identity=run.identity(campaign), status="failed", message=message, about=about
+            )
+        records[run.name] = record
+        write_record(out / "records" / f"{run.name}.json", record)
+        write_tables(campaign, all_runs, records, out)
+    write_tables(campaign, all_runs, records, out)
+    done = sum(record.done for record in records.values())
+    return Progress(len(all_runs), done, len(records) - done, cut)
+
+
+def read_records(campaign: Campaign, all_runs: Sequence[Run], out: Path) -> dict[str, Record]:
+    """The records in `out`, by name, in the campaign's order. A failed run of another config counts as never tried."""
+    found = {}
+    for run in all_runs:
+        path = out / "records" / f"{run.name}.json"
+        if not path.exists():
+            continue
+        record = read_record(path)
+        if record.identity == run.identity(campaign):
+            found[run.name] = record
+        elif record.done:
+            raise BadInput(
+                f"{path}: was made with another config or other measurements; use another --out, or remove it"
+            )
+    return found
+
+
+def write_tables(campaign: Campaign, all_runs: Sequence[Run], records: Mapping[str, Record], out: Path) -> None:
+    """OUT/table.md and the plots, from the records only; plots only where matplotlib is there."""
+    plots = draw(campaign, list(records.values()), out)
+    write_text(out / "table.md", table(campaign, [run.name for run in all_runs], list(records.values()), plots))
+
+
+def perform(
+    run: Run,
+    campaign: Campaign,
+    all_runs: Sequence[Run],
+    out: Path,
+    load: Callable[[Run], Dataset],
+    limits: Limits,
+    device: str,
+    command: str,
+    track: Track,
+    log: Callable[[str], None],
+) -> Record:
+    """Train and measure one run, from wherever it was cut."""
+    directory = out / "runs" / run.name
+    if directory.exists() and not any((directory / name).exists() for name in (STATE, MANIFEST)):
+        shutil.rmtree(directory)  # a kill before the first saved state left nothing to resume
+    manifest = train(
+        run.config, directory, resume=True, stop=limits.stop, minutes=limits.minutes_left, track=track, log=log
+    )
+    shutil.rmtree(directory / "state", ignore_errors=True)  # a finished run needs none; 130 MB at full width
+    trained = load_run(directory, device)
+    if run.method in campaign.sources:
+        write_weights(out / "weights" / f"{run.name}.safetensors", trained.model)
+    evaluations: tuple[Evaluation, ...] = ()
+    missing: tuple[dict[str, str], ...] = ()
+    if run.measured:
+        partial = Partial(out / "partial" / f"{run.name}.json", run.identity(campaign) + trained.checkpoint_sha256)
+        sources = {
+            name: find_source(source_of(run, measurement, all_runs), out, device)
+            for name, measurement in campaign.measurements.items()
+            if measurement.source
+        }
+        with partial.kept(), asking(trained.model, limits):
+            evaluations, missing = measure(run.name, trained.model, load(run), campaign, sources, partial, track)
+    record = Record(
+        **entry_of(run),
+        identity=run.identity(campaign),
+        status="done",
+        training=summary(manifest, directory),
+        evaluations=evaluations,
+        not_measured=missing,
+        about={"command": command, "created": now(), "device": device, **provenance()},
+    )
+    (out / "partial" / f"{run.name}.json").unlink(missing_ok=True)
+    return record
+
+
+def described(error: Exception) -> str:
+    """One line: an error of ours says all itself, of any other its kind and place too."""
+    message = " ".join(str(error).split())
+    if isinstance(error, DfmclError):
+        return message
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"
+
+
+def summary(manifest: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """What a record keeps of a training. Time is that of the epochs' steps, so that cuts and kills do not count."""
+    with (directory / "metrics.csv").open(encoding="utf-8") as file:
+        history = [{key: number(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    speeds = [float(row["images_per_second"]) for row in history]
+    images = manifest["config"]["optimization"]["batch_size"] * history[-1]["step"] / len(history)
+    return {
+        "result": manifest["result"],
+        "history": history,
+        "minutes": sum(images / speed for speed in speeds) / 60,
+        "images_per_second": median(speeds),
+        "model": manifest["model"],
+        "data_sha256": manifest["data"]["sha256"],
+        "checkpoint_sha256": next(iter(manifest["files"].values())),
+        "hardware": manifest["hardware"],
+    }
+
+
+def number(text: str) -> int | float | str:
+    """A cell of metrics.csv as JSON can hold it: what is not finite stays text."""
+    for kind in (int, float):
+        try:
+            value: int | float = kind(text)
+        except ValueError:
+            continue
+        return value if np.isfinite(value) else text
+    return text
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+
+
+class Partial:
+    """Batches that are measured already: lists by measurement, threat and attack, in a file that survives a kill."""
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path, self.identity, self.saved = path, identity, time.monotonic()
+        value = read_json(path) if path.exists() else {}
+        # Of a training that was repeated elsewhere the checkpoint may differ, and with it every answer.
+        self.batches: dict[str, list[dict[str, Any]]] = value["batches"] if value.get("identity") == identity else {}
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        self.batches.setdefault(key, []).append(entry)
+        if time.monotonic() - self.saved > SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        write_text(self.path, dump_json({"identity": self.identity, "batches": self.batches}))
+        self.saved = time.monotonic()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside: whatever ends the work, what is measured is saved."""
+        try:
+            yield
+        finally:
+            self.save()
+
+
+def measure(
+    name: str,
+    model: Classifier,
+    data: Dataset,
+    campaign: Campaign,
+    sources: Mapping[str, Classifier | str],
+    partial: Partial,
+    track: Track,
+) -> tuple[tuple[Evaluation, ...], tuple[dict[str, str], ...]]:
+    """All measurements of a network, one evaluation a measurement and threat; and what could not be measured, and why.
+
+    sources: by measurement, the network to craft on, or why there is none. Batches that `partial` holds are not
+    repeated; each has its own randomness, so that it does not matter which were done when.
+    """
+    x, y = chosen_images(data, campaign)
+    correct = right(model, x, y, campaign.batch_size)
+    evaluations, missing = [], []
+    plan = [(key, entry, threat) for key, entry in campaign.measurements.items() for threat in entry.threats]
+    work = [(key, entry, threat, attack) for key, entry, threat in plan for attack in entry.attacks]
+    done: dict[str, AttackRecord] = {}
+    for key, entry, threat, attack in track(work, f"measuring {name}", len(work)):
+        source = sources.get(key, model)
+        if isinstance(source, str):
+            continue
+        earlier = [done[address(key, threat, other)] for other in entry.attacks if address(key, threat, other) in done]
+        left = correct[: entry.images or None]
+        if entry.cascade:
+            left = np.all([left, *(np.array(record.held) for record in earlier)], axis=0)
+        done[address(key, threat, attack)] = attacked(
+            model, source, x, y, left, threat, attack, address(key, threat, attack), campaign.batch_size, partial
+        )
+    for key, entry, threat in plan:
+        source = sources.get(key, model)
+        if isinstance(source, str):
+            missing.append({"measurement": key, "threat": str(threat), "reason": source})
+            continue
+        records = tuple(done[address(key, threat, attack)] for attack in entry.attacks)
+        seconds = sum(record.seconds for record in records)
+        flags = tuple(correct[: entry.images or None].tolist())
+        about = {"measurement": key, "black_box": entry.black_box, "source": entry.source, "cascade": entry.cascade}
+        evaluations.append(Evaluation(threat, False, SHUFFLE_SEED, flags, records, seconds, about))
+    return tuple(evaluations), tuple(missing)
+
+
+def address(key: str, threat: Threat, attack: PlannedAttack) -> str:
+    return f"{key}, {threat}, {attack.label}"
+
+
+def attacked(
+    model: Classifier,
+    source: Classifier,
+    x: Bytes,
+    y: Labels,
+    tried: Flags,
+    threat: Threat,
+    attack: PlannedAttack,
+    key: str,
+    batch_size: int,
+    partial: Partial,
+) -> AttackRecord:
+    """One attack at one threat on the images that are to be tried, batch by batch."""
+    for begin in range(0, len(tried), batch_size):
+        where = begin + np.flatnonzero(tried[begin : begin + batch_size])
+        held = np.zeros(min(batch_size, len(tried) - begin), dtype=bool)
+        number = begin // batch_size
+        if number < len(partial.batches.get(key, [])):
+            continue
+        outside, seconds = 0, 0.0
+        if len(where):
+            outcome = evaluate(
+                model,
+                x[where],
+                y[where],
+                threat,
+                [attack.at(threat)],
+                decide=exactly(model),
+                source=source,
+                seed=derived_seed(SHUFFLE_SEED, key, number),
+                batch_size=batch_size,
+            )
+            (record,) = outcome.evaluation.attacks
+            held[where - begin] = record.held
+            outside, seconds = record.outside, record.seconds
+        bits = "".join("01"[flag] for flag in held.tolist())
+        partial.add(key, {"held": bits, "outside": outside, "seconds": seconds})
+    batches = partial.batches[key]
+    return AttackRecord(
+        name=attack.label,
+        parameters=dict(attack.at(threat).parameters),
+        held=tuple(bit == "1" for batch in batches for bit in batch["held"]),
+        tried=tuple(tried.tolist()),
+        outside=sum(batch["outside"] for batch in batches),
+        seconds=sum(batch["seconds"] for batch in batches),
+    )
+
+
+def chosen_images(data: Dataset, campaign: Campaign) -> tuple[Bytes, Labels]:
+    """The campaign's test images, the same for every run."""
+    wanted = max([campaign.images, *(entry.images for entry in campaign.measurements.values())])
+    if wanted > len(data.x_test):
+        raise BadInput(f"images: {wanted} are asked for, the test part of {data.name} has {len(data.x_test)}")
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(data.x_test))[: campaign.images or None]
+    return data.x_test[order], data.y_test[order]
+
+
+def right(model: Classifier, x: Bytes, y: Labels, batch_size: int) -> Flags:
+    """Per image whether the network is right, in float32: `(N,)` bool."""
+    device, decide = next(model.parameters()).device, exactly(model)
+    answers = []
+    with frozen(model), torch.no_grad():
+        for begin in range(0, len(x), batch_size):
+            batch = to_float(torch.from_numpy(x[begin : begin + batch_size])).to(device)
+            answers.append(decide(batch).argmax(dim=1).cpu().numpy())
+    flags: Flags = np.concatenate(answers) == y
+    return flags
+
+
+def exactly(model: Classifier) -> Callable[[Tensor], Tensor]:
+    """The network in full float32: an accelerator's 19-bit TF32, on by default in convolutions, decides nothing."""
+
+    def decide(x: Tensor) -> Tensor:
+        allowed = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            logits: Tensor = model(x)
+        finally:
+            torch.backends.cudnn.allow_tf32 = allowed
+        return logits
+
+    return decide
+
+
+@contextmanager
+def asking(model: Classifier, limits: Limits) -> Iterator[None]:
+    """Inside: every forward pass asks first whether time is over; a batch of a long attack takes minutes."""
+    handle = model.register_forward_pre_hook(lambda module, inputs: limits.check())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+def make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be made: {error.strerror}; name another --out") from None
+
+
+def load_once(track: Track) -> Callable[[Run], Dataset]:
+    """A loader that keeps the last data set: the runs of a campaign share one."""
+    kept: dict[tuple[str, str, int], Dataset] = {}
+
+    def load(run: Run) -> Dataset:
+        chosen = run.config.data
+        key = (chosen.name, chosen.path, chosen.image_size)
+        if key not in kept:
+            kept.clear()
+            kept[key] = load_dataset(*key, track)
+        return kept[key]
+
+    return load
+
+
+def write_weights(path: Path, model: Classifier) -> None:
+    """A network in float16, and beside it what it takes to build it."""
+    tensors = {
+        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in model.state_dict().items()
+    }
+    write_bytes(path, save(tensors))
+    write_text(path.with_suffix(".json"), dump_json(model.spec.to_json()))
+
+
+def find_source(run: Run | None, out: Path, device: str) -> Classifier | str:
+    """The network to craft on, or why there is none."""
+    if run is None:
+        return "it would be its own source"
+    path = out / "weights" / f"{run.name}.safetensors"
+    if not path.exists():
+        return f"the weights of {run.name} are missing"
+    try:
+        model = Classifier(ModelSpec.from_json(read_json(path.with_suffix(".json"))))
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    except (BadInput, RuntimeError, SafetensorError) as error:
+        return f"the weights of {run.name} are not readable: {str(error).splitlines()[0]}"
+    return model.eval().to(device)
+
+
+if __name__ == "__main__":  # `python -m training.campaign FILE --out DIR`, for a checkout where nothing is installed
+    import runpy
+    import sys
+
+    sys.argv.insert(1, "campaign")
+    runpy.run_module("dfmcl", run_name="__main__")
