@@ -266,8 +266,8 @@ def write_tensorboard(out: Path, epoch: Epoch, p: torch.Tensor | None) -> None:
     writer.close()
 
 
-if __name__ == "__main__":
-    import dfmcl
+if __name__ == "__main__":  # `torchrun -m training.train CONFIG --out RUN`, also where nothing is installed
+    import runpy
 
-    sys.argv[1:1] = ["train"]
-    dfmcl.main()
+    sys.argv.insert(1, "train")
+    runpy.run_module("dfmcl", run_name="__main__")

@@ -138,15 +138,17 @@ def test_a_peak_inside_the_ball_is_found(norm: str) -> None:
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_targeted_attack_finds_the_nearest_class(norm: str) -> None:
-    """With linear logits the distance to each class is known; all six are tried, so the nearest one decides."""
+    """With linear logits the distance to each class is known; the likeliest lies far off, another one decides."""
     weight = torch.randn(7, 108, generator=stream(1))
+    weight[5] = weight[6] + 0.02 * weight[5]  # class 6 leads, 5 comes next, and hardly any step changes their gap
     x = 0.5 + 0.001 * (greys(6) - 0.5)
     model = lambda point: (point - 0.5).flatten(1) @ weight.T + torch.arange(7) * 0.01  # noqa: E731  # one formula
     logits = model(x)
     y = logits.argmax(dim=1)
     dual = (weight[y][:, None] - weight).norm(p=1 if norm == "linf" else 2, dim=2)
     distance = (logits.gather(1, y[:, None]) - logits) / dual
-    least = distance.scatter(1, y[:, None], torch.inf).amin(dim=1)
+    least, nearest = distance.scatter(1, y[:, None], torch.inf).min(dim=1)
+    assert (nearest != logits.topk(2, dim=1).indices[:, 1]).all()
     for i in range(len(x)):
         for factor, fooled in ((1.02, True), (0.98, False)):
             threat = Threat(norm, factor * least[i].item())
@@ -173,22 +175,24 @@ def test_result_is_inside_and_repeatable(name: str, ball: tuple[str, float], cou
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("restarts", [1, 3])
+@pytest.mark.parametrize("restarts", [1, 4])
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_better_was_seen_than_what_is_returned(seed: int, restarts: int) -> None:
-    """An image that holds comes back as its point of highest loss over all steps and restarts."""
-    model, x = network(seed=seed), greys(1, seed)
-    y, seen = model(x).argmax(dim=1), []
+    """Among many local peaks an image that holds comes back as the best point of all steps and restarts."""
+    x, y, seen = greys(1, seed), torch.tensor([0]), []
+
+    def bumps(point: Tensor) -> Tensor:  # class 0 always wins; a period of 0.06, so that the ball holds many peaks
+        lead = 2 + (100 * point).sin().flatten(1).mean(dim=1)
+        return torch.stack([lead, torch.zeros_like(lead)], dim=1)
 
     def watched(point: Tensor) -> Tensor:
-        logits = model(point)
-        assert (logits.argmax(dim=1) == y).all(), "eps is chosen so that every image holds"
+        logits = bumps(point)
         seen.append(losses.cross_entropy(logits.detach(), y).item())
         return logits
 
-    x_adv = apgd(watched, x, y, Threat("linf", 1e-4), generator=stream(), steps=30, restarts=restarts)
-    assert len(seen) == restarts * 31
-    assert losses.cross_entropy(model(x_adv), y).item() == max(seen)
+    x_adv = apgd(watched, x, y, Threat("linf", 0.1), generator=stream(seed), steps=12, restarts=restarts)
+    assert len(seen) == restarts * 13
+    assert losses.cross_entropy(bumps(x_adv), y).item() == max(seen)
 
 
 @pytest.mark.parametrize("targeted", [False, True])

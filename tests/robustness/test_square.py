@@ -80,7 +80,7 @@ def test_one_query_per_live_image_and_step() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] >= held
     sizes.clear()
-    square(counted, x, y, Threat("linf", 1.0), generator=stream())
+    square(counted, x, y, Threat("linf", 1.0), generator=stream(), queries=400)
     assert 0 not in sizes
     assert len(sizes) < 200
 

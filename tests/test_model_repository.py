@@ -1,0 +1,56 @@
+"""The model that comes with the project: whole, small, as its records say, and answering as the gate saw it answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from robustness.runs import load_run
+from robustness.statistics import clopper_pearson
+from serving.promotion import verify_release
+
+REPOSITORY = Path(__file__).parents[1] / "model_repository"
+MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
+
+
+def test_there_is_a_model() -> None:
+    """The tests below are about something."""
+    assert MODELS == ["resnet18w32-cifar10"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_release_holds_and_is_small(name: str) -> None:
+    """Verdict, digests and card fit; the ONNX file is under 6 MB, surrogates together under 5; no path of a machine."""
+    release = verify_release(REPOSITORY, name)
+    assert release.sha256 in (REPOSITORY / name / "README.md").read_text()
+    assert (release.path / "model.onnx").stat().st_size < 6e6
+    surrogates = sorted((REPOSITORY / name / "surrogates").iterdir())
+    assert sum(path.stat().st_size for folder in surrogates for path in folder.iterdir()) < 5e6
+    assert len([load_run(folder) for folder in surrogates]) >= 2
+    texts = [path for path in (REPOSITORY / name).rglob("*") if path.suffix in (".json", ".md", ".pbtxt", ".txt")]
+    assert not [path for path in texts if "/tmp/" in path.read_text() or "/home/" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_answers_as_the_gate_recorded(name: str) -> None:
+    """ONNX Runtime on the release's probes: the recorded labels, and the accuracies of report and card."""
+    folder = verify_release(REPOSITORY, name).path
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    probes, report = np.load(folder / "probes.npz"), json.loads((folder / "report.json").read_text())
+    figures = {}
+    for kind, images in (("clean", "images"), ("adversarial", "adversarial")):
+        (logits,) = session.run(["logits"], {"images": probes[images][:200]})
+        recorded = probes[f"{kind}_logits"][:200]
+        assert np.abs(logits - recorded).max() < 1e-2
+        figures[kind] = int((probes[f"{kind}_logits"].argmax(axis=1) == probes["labels"]).sum())
+    evaluation = report["evaluation"]
+    assert figures["clean"] == evaluation["clean"]["k"]
+    distance = np.abs(probes["images"].astype(int) - probes["adversarial"].astype(int)).max()
+    assert distance == 4  # of 255: the radius, as bytes
+    robust = evaluation["robust"]
+    assert figures["adversarial"] == robust["k"]
+    assert (robust["lower_95"], robust["upper_95"]) == pytest.approx(clopper_pearson(robust["k"], robust["n"], 0.95))
