@@ -26,6 +26,7 @@ def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
     """Presets, schema and Triton requirements are in; tests and deploy are not."""
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "training" / "presets").glob("*.toml")}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "training" / "campaigns").glob("*.toml")}
     wanted |= {"gating/report.schema.json", "serving/triton-requirements.txt", "serving/backend/model.py", "dfmcl.py"}
     assert wanted <= names
     tops = {name.partition("/")[0] for name in names if "dist-info" not in name}
@@ -43,7 +44,9 @@ def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) 
     (tmp_path / "x.toml").write_text((ROOT / "deploy" / "quickstart" / "gate.toml").read_text())
     calls = {
         "train quickstart --out run": "train",
+        "campaign table1_small --out out": "train",
         "evaluate run": "train",
+        "pack run --out out": "train",
         "export run --out out": "train",
         "gate c --run run --policy x.toml --out out": "train",
         "promote c --evidence e --repository r --name m": "serve",
