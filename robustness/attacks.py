@@ -1,7 +1,7 @@
 """Attacks as pure functions with one signature: `attack(model, x, y, threat, *, generator, ...) -> x_adv`.
 
 `model` maps float images in [0, 1] to logits and is frozen by the caller (`models.frozen`); x `(N, C, H, W)`,
-y `(N,)`; the X
+y `(N,)`; the result is inside the ball that `threat` names, and in [0, 1].
 """
 
 from __future__ import annotations

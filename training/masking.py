@@ -141,20 +141,23 @@ class DynamicFeatureMask(nn.Module):
         batch = len(x) * noise.world if settings.gradient == "batch_mean" else 1
         if fast:
             maps = (features or model.features)(x)
-            weight = model.net.get_parameter("fc.weight").detach()
-            area = maps.shape[2] * maps.shape[3]
             with torch.no_grad():
-                magnitude = pooled_linear_magnitude(widened(model.head(maps)), target, weight, area) / batch
-            p_logit = RULES[settings.rule](magnitude, self.alpha, settings)
-            mask = sample(keep_logit(p_logit, settings), (maps.shape[2], maps.shape[3]), settings, noise)
+                plain = widened(model.head(maps))
+            with exact(x.device):
+                weight = model.net.get_parameter("fc.weight").detach()
+                magnitude = pooled_linear_magnitude(plain, target, weight, maps.shape[2] * maps.shape[3]) / batch
+                p_logit = RULES[settings.rule](magnitude, self.alpha, settings)
+                mask = sample(keep_logit(p_logit, settings), (maps.shape[2], maps.shape[3]), settings, noise)
             return model.head(maps * mask), torch.sigmoid(p_logit)
 
         magnitude = gradient_magnitude(model, module, x, target) / batch
-        p_logit = RULES[settings.rule](magnitude, self.alpha, settings)
-        keep = keep_logit(p_logit, settings)
+        with exact(x.device):
+            p_logit = RULES[settings.rule](magnitude, self.alpha, settings)
+            keep = keep_logit(p_logit, settings)
 
         def masked(maps: Tensor) -> Tensor:
-            return maps * sample(keep, (maps.shape[2], maps.shape[3]), settings, noise)
+            with exact(x.device):
+                return maps * sample(keep, (maps.shape[2], maps.shape[3]), settings, noise)
 
         with hooked(module, masked):
             logits = model(x)
@@ -165,6 +168,11 @@ class DynamicFeatureMask(nn.Module):
         keeps = self.settings.rule == "literal" and self.settings.semantics == "keep_with_p"
         masked = 1 - p if keeps else p
         return self.settings.prior * (masked.mean(dim=1) - self.settings.rate).square()
+
+
+def exact(device: torch.device) -> torch.autocast:
+    """Inside: full precision. p differs from one half in the fourth digit, where bfloat16 has two to three."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -189,7 +197,7 @@ def gradient_magnitude(model: Classifier, module: nn.Module, x: Tensor, target: 
     finally:
         for parameter, requires_grad in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(requires_grad)
-    return widened(gradient.abs().mean(dim=(2, 3)))
+    return widened(gradient).abs().mean(dim=(2, 3))
 
 
 def has_pooled_linear_tail(model: Classifier, layer: str) -> bool:

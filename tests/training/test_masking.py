@@ -188,6 +188,18 @@ def test_literal_rule_is_dropout_one_half_at_real_magnitudes(model: Classifier, 
     assert (of_mean - 0.5).mean().item() == pytest.approx((p - 0.5).mean().item() / 6, rel=0.05)
 
 
+@pytest.mark.parametrize("layer", ["layer4", "layer3"])
+def test_bfloat16_passes_leave_p_in_full_precision(model: Classifier, batch: tuple[Tensor, Tensor], layer: str) -> None:
+    """Under autocast p - 1/2, some 1e-4, is what it is in float32 to a few per cent; bfloat16 would round it to 0."""
+    _, expected = mask(layer)(model.train(), *batch, noise())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, p = mask(layer)(model, *batch, noise())
+        soft_cross_entropy(logits.float(), batch[1]).mean().backward()
+    assert p.dtype == torch.float32
+    assert p.unique().numel() > 100
+    assert torch.allclose(p - 0.5, expected - 0.5, rtol=0.2, atol=2e-5)
+
+
 def test_prior_pulls_the_rate_back() -> None:
     """The penalty is prior * (masking rate - rate)^2 and its gradient brings alpha to where the rates agree."""
     layer = mask(rule="ranked", rate=0.1, prior=3.0, alpha=2.0)
