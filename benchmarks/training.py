@@ -8,10 +8,10 @@ between all contestants, so that a busy moment hits all of them; a figure is the
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -237,7 +237,8 @@ def peak_memory() -> float:
     """GiB: of the accelerator where there is one, else of this process with all contestants in it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
 if __name__ == "__main__":
