@@ -9,6 +9,13 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
+def test_speed_on_the_page_is_the_records() -> None:
+    """Each ratio of results/training.json stands on the page; PGD-10 training is at least twice the plain loop's."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))
+    assert record["ratios"]["pgd10_images_per_s_vs_plain_loop"] >= 2
+    assert [name for name, value in record["ratios"].items() if f"| {name} | {value:.2f} |" not in PAGE] == []
+
+
 def test_figures_of_the_shipped_model_are_the_reports() -> None:
     """The gate's cascade, attack by attack, with its exact intervals."""
     folder = ROOT / "model_repository" / "resnet18w32-cifar10" / "1"

@@ -46,7 +46,7 @@ MISTAKES = {
     "unknown attack": (
         '[probe]\nattacks = ["pdg-10"]',
         "probe.attacks.0: attack: 'pdg-10' is unknown; choose from fgsm, pgd, margin-pgd, mi-fgsm, cw-l2, "
-        "with -STEPS or -STEPSxRESTARTS (found 'pdg-10')",
+        "apgd-ce, apgd-t, square, with -STEPS or -STEPSxRESTARTS (found 'pdg-10')",
     ),
     "attack that does not transfer": (
         '[probe]\nattacks = ["cw-l2"]',
