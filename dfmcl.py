@@ -197,12 +197,10 @@ def campaign(
 @command
 def presets() -> None:
     """List the training presets that come with dfmcl."""
-    from importlib import resources
+    from robustness.config import shipped
+    from training.config import PRESETS
 
-    from training.config import preset_names
-
-    for name in preset_names():
-        text = (resources.files("training.presets") / f"{name}.toml").read_text(encoding="utf-8")
+    for name, text in shipped(PRESETS).items():
         say(f"{name:22} {text.splitlines()[0].lstrip('# ')}")
 
 

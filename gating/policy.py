@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from robustness.config import Section, parse_toml, validated
+from robustness.config import Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat, parse_eps
 
@@ -121,8 +121,4 @@ class Policy(Section):
 
 def load_policy(path: Path) -> Policy:
     """A policy from a TOML file. A data path in it is relative to the working directory."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'not text'}; name a policy file (TOML)") from None
-    return validated(Policy, parse_toml(text, str(path)), str(path))
+    return validated(Policy, read_toml(path, "name a policy file (TOML)"), str(path))

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from monitoring.probes import transfer_attack
-from robustness.config import Radius, Section, parse_toml, validated
+from robustness.config import Radius, Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat
 
@@ -113,12 +113,7 @@ class WatchConfig(Section):
 def load_config(path: Path | str) -> WatchConfig:
     """A watch from a TOML file, its paths made independent of the working directory. BadInput names file and key."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise BadInput(f"{path}: {reason}; name a TOML file such as deploy/watch.toml") from None
-    config = validated(WatchConfig, parse_toml(text, str(path)), str(path))
+    config = validated(WatchConfig, read_toml(path, "name a TOML file such as deploy/watch.toml"), str(path))
     if config.threat.norm == "linf" and config.threat.threat.eps == 0:
         raise BadInput(f"{path}: threat.eps: {config.threat.eps} is below one grey level; bytes need at least 1/255")
     return _anchored(config, path.parent)

@@ -35,7 +35,10 @@ def apgd(
     An image that is fooled leaves the batch at once, which AutoAttack's own loop does only between runs. A run costs
     steps + 1 forward and steps backward passes for an image that holds.
     """
-    untargeted: TargetedLoss = lambda logits, y, _: loss(logits, y)  # noqa: E731  # shorter than a def that is used once
+
+    def untargeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return loss(logits, y)
+
     return _strongest(model, x, y, threat, generator, untargeted, steps, [y] * restarts)
 
 
@@ -162,7 +165,8 @@ def _run(
     )
     checks, checked = checkpoints(steps), 0
     for step in range(steps + 1):
-        value, s.gradient, fooled = _look(model, s, loss, with_gradient=step < steps)
+        value, s.gradient, logits = losses.value_and_gradient(model, s.point, loss, (s.y, s.target), step < steps)
+        fooled = logits.argmax(dim=1) != s.y
         if step:
             s.rises = s.rises + (value > s.value)
         s.value = value
@@ -188,16 +192,6 @@ def _run(
         s.previous, s.point = s.point, ahead
     best[s.index], highest[s.index] = s.best, s.highest
     return best, highest
-
-
-def _look(model: Model, s: _Standing, loss: TargetedLoss, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per image at the present points, its gradient (zeros where none was asked for) and who is fooled."""
-    with torch.set_grad_enabled(with_gradient):
-        point = s.point.detach().requires_grad_(with_gradient)
-        logits = model(point)
-        value = loss(logits, s.y, s.target)
-        gradient = torch.autograd.grad(value.sum(), point)[0] if with_gradient else torch.zeros_like(point)
-    return value.detach(), gradient, logits.detach().argmax(dim=1) != s.y
 
 
 def _where(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:

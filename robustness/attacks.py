@@ -63,7 +63,7 @@ def climb(
         for step in range(steps + 1):
             if step == steps and keep == "last":
                 break
-            value, gradient, logits = _look(model, x_adv, y[index], loss, with_gradient=step < steps)
+            value, gradient, logits = losses.value_and_gradient(model, x_adv, loss, (y[index],), step < steps)
             if keep == "worst":
                 fooled = logits.argmax(dim=1) != y[index]
                 value = torch.where(fooled, torch.inf, value)
@@ -84,16 +84,6 @@ def climb(
             return x_adv
         alive = index
     return worst
-
-
-def _look(model: Model, x: Tensor, y: Tensor, loss: Loss, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per image, its gradient (zeros where none was asked for) and the logits at x."""
-    with torch.set_grad_enabled(with_gradient):
-        point = x.detach().requires_grad_(with_gradient)
-        logits = model(point)
-        value = loss(logits, y)
-        gradient = torch.autograd.grad(value.sum(), point)[0] if with_gradient else torch.zeros_like(x)
-    return value.detach(), gradient, logits.detach()
 
 
 def fgsm(model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:

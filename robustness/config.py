@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -32,12 +34,30 @@ def _is_radius(text: str) -> str:
 Radius = Annotated[str, AfterValidator(_is_radius)]
 
 
-def parse_toml(text: str, source: str) -> dict[str, Any]:
-    """TOML text as a table; the error names the file and the place."""
+def read_toml(path: Path, advice: str) -> dict[str, Any]:
+    """The table of a TOML file; BadInput names the file and the place, or ends with the advice where it is missing."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'not text'}; {advice}") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{source}: not TOML: {error}") from None
+        raise BadInput(f"{path}: not TOML: {error}") from None
+
+
+def shipped(package: str) -> dict[str, str]:
+    """The TOML files that a package carries: text by name."""
+    files = {item.name: item for item in resources.files(package).iterdir() if item.name.endswith(".toml")}
+    return {name.removesuffix(".toml"): files[name].read_text(encoding="utf-8") for name in sorted(files)}
+
+
+def read_shipped(source: str, package: str, noun: str) -> dict[str, Any]:
+    """The table of a TOML file that the package carries, by its name, or of any other, by its path."""
+    known = shipped(package)
+    if source in known:
+        return tomllib.loads(known[source])
+    return read_toml(Path(source), f"name a TOML file or a {noun} ({', '.join(known)})")
 
 
 def _fields(model: Any, path: tuple[int | str, ...]) -> list[str]:

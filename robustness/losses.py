@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +23,22 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     own = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], float("-inf")).amax(dim=1)
     return others - own
+
+
+def value_and_gradient(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    loss: Callable[..., Tensor],
+    labels: tuple[Tensor, ...],
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss(logits at x, *labels) per image `(N,)`, its gradient in x (zeros where none was asked for), the logits."""
+    with torch.set_grad_enabled(with_gradient):
+        point = x.detach().requires_grad_(with_gradient)
+        logits = model(point)
+        value = loss(logits, *labels)
+        gradient = torch.autograd.grad(value.sum(), point)[0] if with_gradient else torch.zeros_like(point)
+    return value.detach(), gradient, logits.detach()
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

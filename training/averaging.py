@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class MovingAverage(nn.Module):
         self.updates.zero_()
         self.network.load_state_dict(network.state_dict())
 
-    def load_state_dict(self, *arguments: object, **options: object) -> object:
-        result = super().load_state_dict(*arguments, **options)  # type: ignore[arg-type]
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        result = super().load_state_dict(*arguments, **options)
         self._count = int(self.updates)  # on the host, so that a step on a GPU waits for nothing
         return result

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from robustness.config import Radius, Section, parse_toml, validated
+from robustness.config import Radius, Section, read_shipped, shipped, validated
 from robustness.errors import BadInput
+
+PRESETS = "training.presets"  # the package that carries them
 
 Augmentation = Literal["none", "crop", "crop-flip", "autoaugment", "idbh"]
 AttackName = Literal["fgsm", "n-fgsm", "pgd", "cw", "kl"]
@@ -162,25 +162,12 @@ class TrainConfig(Section):
 
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
-    return sorted(
-        item.name.removesuffix(".toml")
-        for item in resources.files("training.presets").iterdir()
-        if item.name.endswith(".toml")
-    )
+    return list(shipped(PRESETS))
 
 
 def load_config(source: str, overrides: list[str] | None = None) -> TrainConfig:
     """A config from a preset's name or a TOML file, with `section.key=value` overrides on top."""
-    if source in preset_names():
-        text = (resources.files("training.presets") / f"{source}.toml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            known = ", ".join(preset_names())
-            reason = getattr(error, "strerror", None) or "not text"
-            raise BadInput(f"{source}: {reason}; name a TOML file or a preset ({known})") from None
-    table = parse_toml(text, source)
+    table = read_shipped(source, PRESETS, "preset")
     for override in overrides or []:
         _override(table, override)
     return validated(TrainConfig, table, " ".join([source, *(f"--set {override}" for override in overrides or [])]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Learner:
         if config.model.batch_norm == "synchronised" and ranks.world > 1:
             if self.device.type != "cuda":
                 raise BadInput("model.batch_norm: synchronised needs GPUs; use batch or frozen on CPUs")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
         self.mask = DynamicFeatureMask(config.masking).to(self.device)
         if config.masking.enabled:
@@ -69,8 +69,7 @@ class Learner:
     @property
     def result(self) -> Classifier:
         """The network that is measured and kept: the average, where there is one."""
-        kept: Classifier = self.model if self.average is None else self.average.network  # type: ignore[assignment]
-        return kept
+        return self.model if self.average is None else cast(Classifier, self.average.network)
 
     def update(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """Step t in 1..T on the whole batch `(N, H, W, C)` uint8: returns this process's mean loss, before the step."""
@@ -97,10 +96,10 @@ class Learner:
             self.ranks.average(gradients)
             with perturbed(weights, gradients, chosen.awp):
                 loss = self.objective(views, attacked, target, noise)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         else:
             loss = self.objective(views, attacked, target, noise)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return loss.detach()
 
     def apply(self, step: int) -> None:

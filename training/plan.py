@@ -8,19 +8,18 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, InstanceOf
 
 from robustness.attacks import Attack
-from robustness.config import Radius, Section, parse_toml, validated
+from robustness.config import Radius, Section, read_shipped, shipped, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat, eps_label, parse_eps
 from training.config import TrainConfig, load_config
 
 S = TypeVar("S", bound=Section)
+CAMPAIGNS = "training.campaigns"  # the package that carries them
 WORST = "worst case"  # right, and flipped by no attack that was run at this threat
 
 
@@ -183,22 +182,12 @@ class Run:
 
 def campaign_names() -> list[str]:
     """Names of the campaigns that come with the package."""
-    files = resources.files("training.campaigns").iterdir()
-    return sorted(item.name.removesuffix(".toml") for item in files if item.name.endswith(".toml"))
+    return list(shipped(CAMPAIGNS))
 
 
 def load_campaign(source: str) -> Campaign:
     """A campaign from a name or a TOML file; BadInput names file and key."""
-    if source in campaign_names():
-        text = (resources.files("training.campaigns") / f"{source}.toml").read_text(encoding="utf-8")
-    else:
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
-            known = ", ".join(campaign_names())
-            raise BadInput(f"{source}: {reason}; name a TOML file or a campaign ({known})") from None
-    table = parse_toml(text, source)
+    table = read_shipped(source, CAMPAIGNS, "campaign")
     _each(Method, table, "methods", source)  # one by one, so that the error names the table
     _each(Measurement, table, "measurements", source)
     campaign = validated(Campaign, table, source)

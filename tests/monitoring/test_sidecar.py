@@ -206,7 +206,7 @@ def test_health_is_that_rounds_begin(write_config: Make) -> None:
     """Healthy up to three intervals and a deadline after the last round began, and no longer."""
     clock = Clock()
     config = write_config(1, interval=10.0, timeout=5.0)
-    sidecar = Sidecar(config, None, clock, threading.Event())  # type: ignore[arg-type]
+    sidecar = Sidecar(config, None, clock, threading.Event())
     clock.now = 35.0
     assert sidecar.healthy()
     clock.now = 35.1

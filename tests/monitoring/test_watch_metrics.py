@@ -73,7 +73,7 @@ def samples(seen: Journal, identity: Identity = IDENTITY) -> dict[tuple[str, fro
     return plain
 
 
-def _flat(families) -> dict[tuple[str, frozenset], float]:  # type: ignore[no-untyped-def]
+def _flat(families) -> dict[tuple[str, frozenset], float]:
     found: dict[tuple[str, frozenset], float] = {}
     for family in families:
         for sample in family.samples:

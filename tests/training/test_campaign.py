@@ -640,7 +640,7 @@ def test_deciding_puts_tf32_back() -> None:
         return x
 
     before = torch.backends.cudnn.allow_tf32
-    exactly(model)(torch.zeros(1))  # type: ignore[arg-type]
+    exactly(model)(torch.zeros(1))
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 == before
 

@@ -68,13 +68,13 @@ def test_golden_losses_of_the_plain_loop(digits: Dataset) -> None:
         for _ in range(2):
             model.eval()
             x_adv = x_adv.detach().requires_grad_(True)
-            functional.cross_entropy(model(x_adv), y, reduction="sum").backward()  # type: ignore[no-untyped-call]
-            moved = x_adv + 2.5 * 8 / 255 / 2 * x_adv.grad.sign()  # type: ignore[union-attr]
+            functional.cross_entropy(model(x_adv), y, reduction="sum").backward()
+            moved = x_adv + 2.5 * 8 / 255 / 2 * x_adv.grad.sign()
             x_adv = torch.min(torch.max(moved, x - 8 / 255), x + 8 / 255).clamp(0, 1)
         model.train()
         optimizer.zero_grad()
         expected = functional.cross_entropy(model(x_adv.detach()), y)
-        expected.backward()  # type: ignore[no-untyped-call]
+        expected.backward()
         optimizer.step()
         # A sign of a gradient near 0 may differ by the layout's rounding; it moved single pixels, not the loss.
         assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
@@ -119,10 +119,10 @@ def test_views_have_their_own_batch_norms_and_share_the_rest(digits: Dataset) ->
     for (name, ours), theirs in zip(first.named_parameters(), further.parameters(), strict=True):
         assert (ours is theirs) == (id(ours) not in norms), name
     pairs = list(zip(batch_norms(first), batch_norms(further), strict=True))
-    assert all(not torch.equal(a.running_mean, b.running_mean) for a, b in pairs)  # type: ignore[arg-type]
-    assert all(not torch.equal(a.weight, b.weight) for a, b in pairs)  # type: ignore[arg-type]
+    assert all(not torch.equal(a.running_mean, b.running_mean) for a, b in pairs)
+    assert all(not torch.equal(a.weight, b.weight) for a, b in pairs)
     assert with_own_batch_norm(first).mean is first.mean
-    assert twin(further).net.conv1.weight.data_ptr() == first.net.conv1.weight.data_ptr()  # type: ignore[union-attr]
+    assert twin(further).net.conv1.weight.data_ptr() == first.net.conv1.weight.data_ptr()
 
 
 def test_trades_and_its_kl_equal_a_float64_reference() -> None:
@@ -189,7 +189,7 @@ def test_weight_perturbation_enters_the_update_and_leaves_statistics_alone(digit
     plain, perturbed_one = (list(updates[gamma].model.parameters()) for gamma in (0.0, 0.02))
     assert all(torch.equal(a, b) for a, b in zip(plain, perturbed_one, strict=True))  # restored
     assert any(not torch.allclose(a.grad, b.grad, rtol=1e-2) for a, b in zip(plain, perturbed_one, strict=True))
-    counted = [int(module.num_batches_tracked) for module in batch_norms(updates[0.02].model)]  # type: ignore[arg-type]
+    counted = [int(module.num_batches_tracked) for module in batch_norms(updates[0.02].model)]
     assert set(counted) == {1}
 
 
