@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dfmcl
+from tests.processes import wait_until
 
 COMMAND = Path(sys.executable).with_name("dfmcl")
 SUBCOMMANDS = ("train", "presets", "evaluate", "export", "gate", "promote", "serve", "watch")
@@ -144,9 +145,7 @@ def test_interrupted_evaluation_is_130_not_1(tmp_path: Path, standard_run: Path)
     """Ctrl-C in a command without state ends it with 130."""
     arguments = ["evaluate", str(standard_run), "--attack", "pgd-1000000"]
     process = subprocess.Popen([COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
-    while not listening_to_signals(process):
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: listening_to_signals(process), process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
@@ -161,9 +160,7 @@ def listening_to_signals(process: subprocess.Popen[str]) -> bool:
 def test_terminated_export_leaves_nothing(tmp_path: Path, standard_run: Path) -> None:
     """SIGTERM in the middle of an export clears its staging directory and exits with 143."""
     process = subprocess.Popen([COMMAND, "export", str(standard_run), "--out", str(tmp_path / "candidate")])
-    while not list(tmp_path.glob(".candidate.*")):
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: list(tmp_path.glob(".candidate.*")), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert list(tmp_path.iterdir()) == []

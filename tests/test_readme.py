@@ -9,13 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from serving import environment
 from serving.errors import Broken
+from tests.processes import wait_until
 from training.config import preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
         for line in block("sh").splitlines():
             if line.startswith("dfmcl serve"):
                 server = subprocess.Popen([*line.split(), "--ready-file", "ready.json"], cwd=tmp_path, env=shell)
-                wait_for(tmp_path / "ready.json", server)
+                wait_until((tmp_path / "ready.json").exists, server)
             else:
                 result = subprocess.run(line.split(), **options)
                 assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
@@ -65,14 +65,6 @@ def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
         if server is not None:
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=40) == 0
-
-
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, "dfmcl serve ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from robustness.threat import eps_label, parse_eps
+from training.figures import accuracy_over_eps, measured_methods, of
 from training.plan import Campaign
 from training.record import Record
-from training.table import accuracy_over_eps, measured_methods, of
 
 
 def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:

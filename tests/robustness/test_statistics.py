@@ -1,16 +1,18 @@
-"""Exact bounds against brute force, and HyperScore's arithmetic."""
+"""Exact bounds and paired tests against other computations of them, and HyperScore's arithmetic."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from robustness.errors import BadInput
 from robustness.hyperscore import combined_value, hyperscore
-from robustness.statistics import clopper_pearson, lower_bound, upper_bound
+from robustness.statistics import PairedCounts, bootstrap_difference, clopper_pearson, lower_bound, upper_bound
 
 
 def tail(k: int, n: int, p: float) -> float:
@@ -66,3 +68,47 @@ def test_combined_value_is_a_weighted_mean() -> None:
     assert combined_value({"clean": 1.0, "white": 0.5}, {"clean": 1, "white": 3}) == pytest.approx(0.625)
     with pytest.raises(BadInput, match="black"):
         combined_value({"clean": 1.0}, {"clean": 1, "black": 1})
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 20))
+def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int, both: int) -> None:
+    """Against scipy's own binomial test, from the flags."""
+    first = np.array([True] * only_first + [False] * only_second + [True] * both + [False])
+    second = np.array([False] * only_first + [True] * only_second + [True] * both + [False])
+    counts = PairedCounts.of(first, second)
+    assert (counts.only_first, counts.only_second) == (only_first, only_second)
+    differing = only_first + only_second
+    expected = binomtest(only_first, differing, 0.5).pvalue if differing else 1.0
+    assert counts.p == pytest.approx(expected)
+
+
+def test_mcnemar_closed_form() -> None:
+    """Five images, all on one side: 2 * (1/2)^5."""
+    assert PairedCounts(5, 0).p == pytest.approx(0.0625)
+    assert PairedCounts(3, 3).p == 1.0
+
+
+def test_bootstrap_interval_is_the_normal_one_on_many_images() -> None:
+    """One seed, 4,000 images: difference +- 1.96 standard errors, and mirrored when the methods change places."""
+    stream = np.random.default_rng(1)
+    first, second = stream.random((1, 4000)) < 0.5, stream.random((1, 4000)) < 0.45
+    difference = first.astype(float) - second
+    error = 1.96 * difference.std() / np.sqrt(4000)
+    low, high = bootstrap_difference(first, second)
+    assert (low, high) == pytest.approx((difference.mean() - error, difference.mean() + error), abs=0.001)
+    assert bootstrap_difference(second, first) == pytest.approx((-high, -low), abs=0.001)
+
+
+def test_bootstrap_interval_knows_the_seeds() -> None:
+    """Two seeds that disagree, on images without number: the interval spans them both, as a seed may be drawn twice."""
+    first = np.array([[True] * 500, [False] * 500])
+    second = ~first
+    assert bootstrap_difference(first, second) == (-1.0, 1.0)
+    assert bootstrap_difference(first, first) == (0.0, 0.0)
+
+
+def test_pairs_must_be_pairs() -> None:
+    """Flags of different images, or of none, are refused."""
+    for shapes in (((1, 3), (1, 4)), ((1, 0), (1, 0))):
+        with pytest.raises(BadInput, match="are no pairs"):
+            bootstrap_difference(np.zeros(shapes[0], bool), np.zeros(shapes[1], bool))

@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,6 +23,7 @@ from serving.candidate import FILES, sha256_of
 from serving.client import Client
 from serving.errors import BadInput, Broken, Refused, Unavailable
 from serving.promotion import promote
+from tests.processes import wait_until
 from tests.serving.workshop import Served, processes_of, run_python, write_evidence
 
 
@@ -192,9 +192,7 @@ sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Pat
     ready, log = tmp_path / "ready.json", tmp_path / "triton.log"
     process = run_python(code, str(repository), str(ready), str(log))
     request.addfinalizer(process.kill)
-    while not ready.exists():
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        time.sleep(0.02)
+    wait_until(ready.exists, process)
     commands = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of(str(repository)))
     [runtime] = {Path(path) for path in re.findall(r"--backend-directory=([^\0]+)", commands)}
     assert len(list(environment.SHARED_MEMORY.glob(f"{runtime.name}*"))) >= 2  # else this test proves nothing

@@ -94,7 +94,7 @@ class Served:
         while not self.ready_file.exists():
             if self.outcome:
                 raise self.outcome[0]
-            time.sleep(0.02)
+            time.sleep(0.02)  # it announces itself by a file, to tests as to users
         self.ready = json.loads(self.ready_file.read_text())
         return self
 

@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from robustness.data import load_dataset
 from robustness.errors import BadInput, Broken
 from robustness.files import sha256_of
 from robustness.runs import CHECKPOINT, load_run
+from tests.processes import wait_until
+from tests.training.workshop import StopAfter, quiet
 from training import train as loop
 from training.augmentation import augment, crop, flip
 from training.config import TrainConfig, load_config, preset_names
@@ -35,22 +35,6 @@ TINY = [
     "heldout.images=20",
     "heldout.attack_steps=2",
 ]
-
-
-def quiet(line: str) -> None:
-    """A log that nobody reads."""
-
-
-class StopAfter(threading.Event):
-    """An event that is set from its n-th asking on: a signal that arrives at a known step."""
-
-    def __init__(self, asked: int) -> None:
-        super().__init__()
-        self.left = asked
-
-    def is_set(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +107,7 @@ def test_killed_run_loses_only_the_steps_since_its_last_state(tmp_path: Path, un
     overrides = [part for override in TINY for part in ("--set", override)]
     command = [sys.executable, "-c", script, "train", "quickstart", *overrides, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / STATE).exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until((tmp_path / "run" / STATE).exists, process)
     process.kill()
     process.wait()
     train(load_config("quickstart", TINY), tmp_path / "run", resume=True, log=quiet)
@@ -208,11 +188,7 @@ def test_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
         [*command, "--set", "model.width=4", "--set", "optimization.epochs=200"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (out / STATE).exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until((out / STATE).exists, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -1,0 +1,122 @@
+"""What several tests of the trainer share: a tiny campaign, records made by hand, a stop at a known place."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from robustness.records import AttackRecord, Evaluation
+from robustness.threat import Threat
+from training.record import Record
+
+TINY = """
+title = "Tiny"
+label = "small scale"
+betas = ["8/255"]
+seeds = [0]
+images = 20
+batch_size = 12
+main = ["fgsm", "pgd-2"]
+claims_eps = "8/255"
+hyperscore = ["8/255"]
+cost_of = "standard"
+overrides = [
+    "data.name=npz", "data.train_images=240", "data.heldout_images=30", "model.width=4", "optimization.epochs=2",
+    "optimization.batch_size=20", "optimization.lr=5e-3", "heldout.images=10", "heldout.attack_steps=1",
+    "curriculum.steps=1",
+]
+
+[methods.standard]
+preset = "quickstart_standard"
+claimed = { clean = 94.1, pgd-2 = 48.7 }
+
+[methods.dfmcl]
+preset = "quickstart"
+
+[methods.surrogate]
+preset = "quickstart_surrogate"
+seeds = [7]
+measured = false
+
+[measurements.white]
+eps = ["1/255", "8/255"]
+attacks = ["fgsm", "pgd-2", { attack = "pgd-2", step_size = "eps/4" }]
+cascade = true
+
+[measurements.square]
+eps = ["8/255"]
+attacks = ["square-4"]
+kind = "black-box"
+
+[measurements.transfer]
+eps = ["8/255"]
+attacks = ["mi-fgsm-2"]
+source = "surrogate"
+
+[comparisons]
+pairs = [["dfmcl", "standard"]]
+eps = ["8/255"]
+attacks = ["clean", "worst case"]
+"""
+THREAT = Threat.parse("linf", "8/255")
+
+
+class StopAfter(threading.Event):
+    """An event that is set from its n-th asking on: a signal that arrives at a known place."""
+
+    def __init__(self, asked: int) -> None:
+        super().__init__()
+        self.left = asked
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def quiet(line: str) -> None:
+    """A log that nobody reads."""
+
+
+def synthetic(
+    method: str, seed: int, held: dict[str, np.ndarray[Any, Any]], alpha: float = 0.1, n: int = 100
+) -> Record:
+    """A record whose PGD-2 flags at each radius are given; all clean images are right."""
+    every = (True,) * n
+    evaluations = tuple(
+        Evaluation(
+            Threat.parse("linf", eps),
+            False,
+            0,
+            every,
+            (AttackRecord("pgd-2", {}, tuple(flags.tolist()), every, 0, 1.0),),
+            1.0,
+            {"measurement": "white", "black_box": False},
+        )
+        for eps, flags in held.items()
+    )
+    row = {"epoch": 1, "alpha": alpha, "p_mean": 0.5, "p_std": 0.0, "p_low": 0.5, "p_high": 0.5}
+    result = {"heldout_clean": 1.0, "heldout_pgd": 0.5}
+    return Record(
+        name=f"{method}_beta8_seed{seed}",
+        method=method,
+        family=method.partition("-")[0],
+        beta="8/255",
+        seed=seed,
+        identity="",
+        status="done",
+        config={"masking": {"enabled": True, "alpha": alpha}},
+        about={
+            "command": "dfmcl campaign x",
+            "code": {"revision": ""},
+            "versions": {"torch": "2"},
+            "hardware": {"cpu": "c", "gpu": None, "threads": 2},
+        },
+        training={"history": [row], "result": result, "minutes": 1.0, "images_per_second": 10.0},
+        evaluations=evaluations,
+    )
+
+
+def first_of(n: int, count: int) -> np.ndarray[Any, Any]:
+    return np.arange(n) < count
