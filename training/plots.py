@@ -14,7 +14,7 @@ from training.record import Record
 
 
 def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:
-    """Write the plots into `out` and return their names; none without matplotlib, which is for the reader's machine."""
+    """Write the plots into `out` and return their names; none on a bare machine, without matplotlib."""
     try:
         library = import_module("matplotlib")
         figures = import_module("matplotlib.figure")

@@ -308,9 +308,8 @@ def test_number_keeps_what_json_cannot_hold_as_text() -> None:
     assert [number(text) for text in ("3", "0.5", "nan", "inf", "False")] == [3, 0.5, "nan", "inf", "False"]
 
 
-def test_plots_are_drawn_where_matplotlib_is(uncut: Path, workplace: Path, tmp_path: Path) -> None:
+def test_plots_are_drawn(uncut: Path, workplace: Path, tmp_path: Path) -> None:
     """Both kinds, from the records, equal byte for byte when drawn again."""
-    pytest.importorskip("matplotlib")
     campaign = load_campaign(str(workplace / "tiny.toml"))
     every = runs(campaign, "x")
     write_tables(campaign, every, read_records(campaign, every, uncut), tmp_path)
