@@ -135,14 +135,14 @@ def train(
 
     parsed = load_config(config, overrides)  # before torch loads: a wrong key is answered at once
 
+    from training.limits import Limits
     from training.train import train as run_training
 
     manifest = run_training(
         parsed,
         out,
         resume=resume,
-        stop=stop_on_signals(),
-        minutes=max_minutes,
+        limits=Limits.of(stop_on_signals(), max_minutes),
         compact=compact_state,
         track=track,
         log=say,
@@ -168,7 +168,8 @@ def campaign(
     table_only: Annotated[bool, typer.Option("--table-only", help="Only rewrite the tables from the records.")] = False,
 ) -> int:
     """Train and measure many runs under a time budget: 0 all done, 130 cut, 5 a run failed."""
-    from training.campaign import Limits, read_records, run_campaign, write_tables
+    from training.campaign import read_records, run_campaign, write_tables
+    from training.limits import Limits
     from training.plan import load_campaign, runs
 
     parsed = load_campaign(plan)
@@ -178,13 +179,12 @@ def campaign(
         write_tables(parsed, every, read_records(parsed, every, out), out)
         say(f"{out / 'table.md'}")
         return 0
-    deadline = float("inf") if budget_minutes is None else time.monotonic() + 60 * budget_minutes
     progress = run_campaign(
         parsed,
         plan,
         out,
         overrides=overrides,
-        limits=Limits(stop_on_signals(), deadline),
+        limits=Limits.of(stop_on_signals(), budget_minutes),
         device=device or None,
         command=f"dfmcl campaign {plan} --out {out}",
         track=track,

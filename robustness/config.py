@@ -78,4 +78,5 @@ def validated(model: type[M], table: dict[str, Any], source: str) -> M:
             known = ", ".join(_fields(model, first["loc"][:-1]))
             raise BadInput(f"{source}: unknown key {key}; known are {known}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise BadInput(f"{source}: {key}: {message} (found {first['input']!r})") from None
+        found = f" (found {first['input']!r})" if first["loc"] else ""  # what spans several keys names them itself
+        raise BadInput(f"{source}: {key}: {message}{found}" if found else f"{source}: {message}") from None

@@ -15,7 +15,7 @@ from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
 from robustness.geometry import contains, contains_uint8, project, steepest, to_uint8
-from robustness.models import Classifier, frozen, to_bytes, to_float
+from robustness.models import Classifier, exactly, frozen, to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.records import AttackRecord, Evaluation
 from robustness.seeds import generator
@@ -68,7 +68,7 @@ def evaluate(
     threat = threat.on_grid() if grid else threat
     device = next(model.parameters()).device
     x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
-    decide = decide or model
+    decide = decide or exactly(model)
     source = source or model
     adversarial = images.copy()
     records: list[AttackRecord] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -161,3 +161,18 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
+
+
+def exactly(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The network in full float32: an accelerator's 19-bit TF32, on by default in convolutions, decides nothing."""
+
+    def decide(x: Tensor) -> Tensor:
+        allowed = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            logits: Tensor = model(x)
+        finally:
+            torch.backends.cudnn.allow_tf32 = allowed
+        return logits
+
+    return decide

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import csv
 import shutil
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -33,32 +31,14 @@ from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
 from robustness.records import Evaluation
-from robustness.runs import MANIFEST, load_run
+from robustness.runs import load_run
+from training.limits import Interrupted, Limits
 from training.measurement import Partial, chosen_images, measure
 from training.plan import Campaign, Run, runs, source_of
 from training.plots import draw
 from training.record import Record, entry_of, read_record, write_record
-from training.state import STATE
 from training.table import table
-from training.train import Interrupted, train
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Until when a campaign may run. `clock` in seconds."""
-
-    stop: Event = field(default_factory=Event)
-    deadline: float = float("inf")
-    clock: Callable[[], float] = time.monotonic
-
-    @property
-    def minutes_left(self) -> float | None:
-        return None if self.deadline == float("inf") else max(0.0, (self.deadline - self.clock()) / 60)
-
-    def check(self) -> None:
-        """Raise Interrupted once the time is over or a signal has come."""
-        if self.stop.is_set() or self.clock() >= self.deadline:
-            raise Interrupted("stopped")
+from training.train import train
 
 
 @dataclass(frozen=True)
@@ -111,7 +91,8 @@ def run_campaign(
     if waiting and any(run.measured for run in all_runs):
         chosen_images(load(waiting[0]), campaign)  # missing or too small data are known before hours of training
     cut = False
-    for run in sorted(waiting, key=lambda run: run.name in records):
+    # What failed before comes last, but sources come first in any case: the others are attacked from them.
+    for run in sorted(waiting, key=lambda run: (run.method not in campaign.sources, run.name in records)):
         try:
             limits.check()
             log(f"{run.name}: {sum(record.done for record in records.values())} of {len(all_runs)} runs done")
@@ -171,11 +152,7 @@ def perform(
 ) -> Record:
     """Train and measure one run, from wherever it was cut."""
     directory = out / "runs" / run.name
-    if directory.exists() and not any((directory / name).exists() for name in (STATE, MANIFEST)):
-        shutil.rmtree(directory)  # a kill before the first saved state left nothing to resume
-    manifest = train(
-        run.config, directory, resume=True, stop=limits.stop, minutes=limits.minutes_left, track=track, log=log
-    )
+    manifest = train(run.config, directory, resume=True, limits=limits, track=track, log=log)
     shutil.rmtree(directory / "state", ignore_errors=True)  # a finished run needs none; 130 MB at full width
     trained = load_run(directory, device)
     if run.method in campaign.sources:
@@ -290,7 +267,7 @@ def find_source(run: Run | None, out: Path, device: str) -> Classifier | str:
         return "it would be its own source"
     path = out / "weights" / f"{run.name}.safetensors"
     if not path.exists():
-        return f"the weights of {run.name} are missing"
+        return f"the weights of {run.name} are missing; once they are there, remove this run's record to measure again"
     try:
         model = Classifier(ModelSpec.from_json(read_json(path.with_suffix(".json"))))
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})

@@ -91,7 +91,8 @@ class Objective(Section):
     """What training minimises: `ce` on adversarial images, `trades` or `mart` with `regularization` (their lambda).
 
     views: further views of each image by `view_augmentation`, through batch norms of their own, tied to the first by
-    `consistency` times the Jensen-Shannon divergence of their clean predictions (DAJAT).
+    `consistency` times the Jensen-Shannon divergence of their clean predictions (DAJAT; of their adversarial ones under
+    `ce`, which looks at no others).
     """
 
     name: Literal["ce", "trades", "mart"] = "ce"
@@ -148,16 +149,27 @@ class TrainConfig(Section):
         pool, chosen = self.curriculum, self.objective
         if pool.weights and len(pool.weights) != len(pool.attacks):
             raise ValueError(f"curriculum.weights: {len(pool.weights)} for {len(pool.attacks)} attacks; one for each")
-        if pool.warmup + pool.hold >= 1 and pool.schedule != "constant":
+        if pool.warmup + pool.hold >= 1:
             raise ValueError("curriculum.warmup and curriculum.hold: together they leave nothing of the run to ramp in")
         if chosen.name != "ce" and not pool.attacks:
             raise ValueError(f"objective.name: {chosen.name} needs curriculum.attacks")
+        if pool.fgsm_fallback and "fgsm" not in pool.attacks:
+            raise ValueError("curriculum.fgsm_fallback: curriculum.attacks has no fgsm to fall back from")
+        masks = self.masking
+        if masks.prior and not (masks.enabled and masks.rule in ("literal", "ranked")):
+            raise ValueError("masking.prior: only the literal and the ranked rule have a rate that it could move")
         return self
+
+    def placeless(self) -> dict[str, Any]:
+        """All of it as JSON, but for where the data lie: that is another matter on another machine."""
+        table = self.model_dump()
+        del table["data"]["path"]
+        return table
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the config's canonical JSON."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of the canonical JSON of `placeless`."""
+        return hashlib.sha256(json.dumps(self.placeless(), sort_keys=True).encode()).hexdigest()
 
 
 def preset_names() -> list[str]:

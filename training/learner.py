@@ -247,7 +247,7 @@ def set_training(model: nn.Module, config: TrainConfig) -> None:
 
 
 def build_optimizer(config: TrainConfig, networks: Sequence[nn.Module], mask: nn.Module) -> torch.optim.Optimizer:
-    """Adam or SGD with Nesterov momentum; alpha is exempt from weight decay, which would pull it towards no masking."""
+    """Adam or SGD with Nesterov momentum; alpha is exempt from weight decay, which would make all p alike."""
     chosen = config.optimization
     weights = list({id(p): p for network in networks for p in network.parameters()}.values())
     groups: list[dict[str, Any]] = [

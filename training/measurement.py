@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from robustness.data import Bytes, Dataset, Labels
 from robustness.errors import BadInput
 from robustness.evaluate import evaluate
 from robustness.files import dump_json, read_json, write_text
-from robustness.models import Classifier, frozen, to_float
+from robustness.models import Classifier, exactly, frozen, to_float
 from robustness.progress import Track
 from robustness.records import AttackRecord, Evaluation
 from robustness.seeds import derived_seed
@@ -130,7 +129,6 @@ def attacked(
                 y[where],
                 threat,
                 [attack.at(threat)],
-                decide=exactly(model),
                 source=source,
                 seed=derived_seed(SHUFFLE_SEED, key, number),
                 batch_size=batch_size,
@@ -170,18 +168,3 @@ def right(model: Classifier, x: Bytes, y: Labels, batch_size: int) -> Flags:
             answers.append(decide(batch).argmax(dim=1).cpu().numpy())
     flags: Flags = np.concatenate(answers) == y
     return flags
-
-
-def exactly(model: Classifier) -> Callable[[Tensor], Tensor]:
-    """The network in full float32: an accelerator's 19-bit TF32, on by default in convolutions, decides nothing."""
-
-    def decide(x: Tensor) -> Tensor:
-        allowed = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        try:
-            logits: Tensor = model(x)
-        finally:
-            torch.backends.cudnn.allow_tf32 = allowed
-        return logits
-
-    return decide

@@ -169,8 +169,7 @@ class Run:
 
     def identity(self, campaign: Campaign) -> str:
         """SHA-256 of what makes its figures: the config, but for where the data lie, and the measurements."""
-        config = self.config.model_dump()
-        del config["data"]["path"]
+        config = self.config.placeless()
         measured = {
             name: {**measurement.model_dump(exclude={"attacks"}), "attacks": [a.label for a in measurement.attacks]}
             for name, measurement in campaign.measurements.items()
@@ -223,6 +222,12 @@ def _check(campaign: Campaign, source: str) -> None:
         "regression.attack": [campaign.regression.attack],
         **{f"methods.{name}.claimed": list(method.claimed) for name, method in campaign.methods.items()},
     }
+    if campaign.regression.key:
+        value: Any = TrainConfig().model_dump()
+        for name in campaign.regression.key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise BadInput(f"{source}: regression.key: {campaign.regression.key!r} is no number of a training config")
     for key, found in attacks.items():
         for label in set(found) - labels - {"clean", WORST}:
             raise BadInput(f"{source}: {key}: {label!r} is measured nowhere; choose from {', '.join(sorted(labels))}")
@@ -245,7 +250,11 @@ def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list
                 label = eps_label(parse_eps(beta)).partition("/")[0]
                 run = Run(f"{name}_beta{label}_seed{seed}", name, family, beta, seed, method.measured, config)
                 found.append((name not in campaign.sources, (method.seeds or campaign.seeds).index(seed), run))
-    return [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
+    every = [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
+    names = [run.name for run in every]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise BadInput(f"{source}: betas and seeds: {', '.join(sorted(twice))} more than once; leave one out")
+    return every
 
 
 def source_of(run: Run, measurement: Measurement, all_runs: Sequence[Run]) -> Run | None:

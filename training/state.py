@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from robustness.errors import BadInput
+from robustness.errors import BadInput, Broken
 from robustness.files import dump_json, sha256_of, write_bytes, write_text
 from robustness.models import Classifier
 from robustness.provenance import now, provenance
@@ -61,8 +61,8 @@ def write_state(out: Path, config: TrainConfig, state: dict[str, Any], compact: 
     write_bytes(out / STATE, buffer.getvalue())
 
 
-def read_state(out: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """The last state of this very run, or None where there is none; another config's state is refused."""
+def read_state(out: Path, config: TrainConfig, data_sha256: str) -> dict[str, Any] | None:
+    """The last state of this very run, or None where there is none; another config's, or other data's, is refused."""
     path = out / STATE
     if not path.exists():
         return None
@@ -73,6 +73,8 @@ def read_state(out: Path, config: TrainConfig) -> dict[str, Any] | None:
         raise BadInput(f"{path}: not a state ({type(error).__name__}); remove the directory and train again") from None
     if digest != config.digest:
         raise BadInput(f"{path}: is another config's; repeat the preset and every --set, or use another directory")
+    if state["data"] != data_sha256:
+        raise BadInput(f"{path}: is of other data; name the run's own with data.path, or use another directory")
     return {**state, "learner": expand(state["learner"])} if state["compact"] else state
 
 
@@ -93,8 +95,10 @@ def write_run(
     data: dict[str, Any],
     result: dict[str, Any],
 ) -> dict[str, Any]:
-    """The finished run: weights first, the manifest that vouches for them last."""
+    """The finished run: weights first, the manifest that vouches for them last. Broken where a weight is not finite."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if wild := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise Broken(f"{out}: {wild[0]} is not finite after the last step; lower optimization.lr and train again")
     write_bytes(out / CHECKPOINT, save(tensors))
     manifest = {
         "format": FORMAT,

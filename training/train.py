@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 
 from robustness.attacks import Attack
 from robustness.data import Bytes, Dataset, Labels, load_dataset
-from robustness.errors import BadInput, Broken, DfmclError
+from robustness.errors import BadInput, Broken
 from robustness.evaluate import evaluate
 from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
@@ -25,18 +24,13 @@ from robustness.seeds import generator
 from robustness.threat import Threat
 from training.config import TrainConfig
 from training.learner import Learner
+from training.limits import Interrupted, Limits
 from training.masking import MaskStatistics
 from training.parallel import Ranks
 from training.state import STATE, Epoch, read_state, write_history, write_run, write_state
 
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit
-CHECK_STEPS = {"cpu": 1, "cuda": 20}  # asking a GPU for the loss means waiting for it
-
-
-class Interrupted(DfmclError):
-    """The run was asked to stop and has saved its state."""
-
-    exit_code = 130
+CHECK_STEPS = {"cpu": 1, "cuda": 20}  # asking a GPU for the loss, or other GPUs for a vote, means waiting for it
 
 
 def train(
@@ -44,23 +38,21 @@ def train(
     out: Path,
     *,
     resume: bool = False,
-    stop: Event | None = None,
-    minutes: float | None = None,
+    limits: Limits | None = None,
     compact: bool = False,
     track: Track = silent,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train as the config says and write `out`: checkpoint, manifest, metrics.csv, tensorboard/ and state/.
 
-    `stop`, once set, or `minutes` of wall time end the run at the next step's boundary with its state saved
-    (Interrupted); `resume` continues from there, on a CPU with the same number of threads bit for bit as if nothing had
-    happened. compact: a state under 60 MB for full width, to be carried to another machine; it resumes closely, not bit
-    for bit. Under torchrun each process takes its part of every batch. Returns the manifest.
+    Where the limits end, the run ends at the next step's boundary, its state saved (Interrupted); `resume` continues
+    from there, on a CPU with the same number of threads bit for bit as if nothing had happened. compact: a state under
+    60 MB for full width, to be carried to another machine; it resumes closely, not bit for bit. Under torchrun each
+    process takes its part of every batch. Returns the manifest.
     """
-    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     ranks = Ranks.join()
     try:
-        return _train(config, out, ranks, resume, stop or Event(), deadline, compact, track, log)
+        return _train(config, out, ranks, resume, limits or Limits(), compact, track, log)
     finally:
         ranks.leave()
 
@@ -70,8 +62,7 @@ def _train(
     out: Path,
     ranks: Ranks,
     resume: bool,
-    stop: Event,
-    deadline: float,
+    limits: Limits,
     compact: bool,
     track: Track,
     log: Callable[[str], None],
@@ -81,11 +72,13 @@ def _train(
     if out.exists() and any(out.iterdir()):
         if not resume:
             raise BadInput(f"{out}: exists and is not empty; use --resume to continue it, or another directory")
-        if (out / MANIFEST).exists():
-            return finished(out, config)
-        if not (out / STATE).exists():
+        # A kill before the first state leaves what a run writes and nothing to resume from: it begins anew.
+        known = (out / MANIFEST).exists() or (out / STATE).exists()
+        if not known and not {path.name for path in out.iterdir()} <= {"state", "metrics.csv", "tensorboard"}:
             raise BadInput(f"{out}: holds no state of a run; name another directory, or the run's own")
     data = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
+    if (out / MANIFEST).exists():
+        return finished(out, config, data)
     fit, heldout = split(data, config)
     ranks.agree(False)  # nobody creates the directory before all have looked at it
     try:
@@ -103,8 +96,9 @@ def _train(
     learner = Learner(config, build(config, data), total_steps, ranks)
     done, history, seconds = 0, [], 0.0
     total = torch.zeros((), dtype=torch.float64, device=device)
+    every = CHECK_STEPS[device.type]
 
-    state = read_state(out, config) if resume else None
+    state = read_state(out, config, data.sha256) if resume else None
     if state is not None:
         learner.load_state_dict(state["learner"])
         done, seconds = state["step"], state["seconds"]
@@ -113,10 +107,21 @@ def _train(
         if state["threads"] != torch.get_num_threads():
             log(f"resuming with {torch.get_num_threads()} threads, saved with {state['threads']}: not bit for bit")
         log(f"resuming at step {done} of {total_steps}" + (" from a compact state" if state["compact"] else ""))
+    if ranks.agree(done != ranks.told([done])[0]):
+        raise BadInput(f"{out}: the processes found different states there; use a directory that all nodes share")
+
+    def check(step: int) -> None:
+        if not math.isfinite(total.item()):
+            before = f" or up to {every - 1} steps before" if every > 1 else ", before the optimizer's step"
+            raise Broken(
+                f"{out}: the loss is {total.item()} at epoch {(step - 1) // steps_an_epoch + 1}, step {step}{before};"
+                f" lower optimization.lr ({config.optimization.lr}) or look at the data"
+            )
 
     def save() -> None:
+        check(done)
         if ranks.first:
-            progress = {"step": done, "seconds": seconds, "loss": total.item()}
+            progress = {"step": done, "seconds": seconds, "loss": total.item(), "data": data.sha256}
             rows = [asdict(epoch) for epoch in history]
             write_state(out, config, {"learner": learner.state_dict(), **progress, "history": rows}, compact)
 
@@ -127,7 +132,7 @@ def _train(
         for step in track(
             range(done + 1, first + steps_an_epoch + 1), f"epoch {epoch}/{epochs}", first + steps_an_epoch - done
         ):
-            if ranks.agree(stop.is_set() or time.monotonic() > deadline):
+            if step % every == 0 and ranks.agree(limits.over):
                 save()
                 raise Interrupted(
                     f"{out}: stopped and saved at step {done} of {total_steps}; repeat the command with --resume"
@@ -139,11 +144,8 @@ def _train(
             last = step == first + steps_an_epoch
             # Not on an epoch's last step: its line is written, and saved with it, only after the measurement below.
             due = time.monotonic() - saved > SAVE_SECONDS and not last
-            if (last or due or step % CHECK_STEPS[device.type] == 0) and not math.isfinite(total.item()):
-                raise Broken(
-                    f"{out}: loss is {loss.item()} at epoch {epoch}, batch {step - first} (step {step}), before the"
-                    f" optimizer step; lower optimization.lr ({config.optimization.lr}) or look at the data"
-                )
+            if last or due or step % every == 0:
+                check(step)
             learner.apply(step)
             done = step
             seconds += time.perf_counter() - begun
@@ -191,11 +193,13 @@ def summary(learner: Learner, epoch: int, step: int, loss: float, clean: float, 
     )
 
 
-def finished(out: Path, config: TrainConfig) -> dict[str, Any]:
-    """The manifest of a run that is complete, if it was this config's."""
+def finished(out: Path, config: TrainConfig, data: Dataset) -> dict[str, Any]:
+    """The manifest of a run that is complete, if it was this config's, on these data."""
     manifest = load_run(out).manifest
     if manifest.get("config_sha256") != config.digest:
         raise BadInput(f"{out}: is a finished run of another config; train into another directory")
+    if manifest["data"]["sha256"] != data.sha256:
+        raise BadInput(f"{out}: is a finished run on other data; train into another directory, or name its data.path")
     return manifest
 
 
@@ -204,20 +208,23 @@ def split(data: Dataset, config: TrainConfig) -> tuple[Labels, Labels]:
     order = np.random.default_rng(config.seed).permutation(len(data.x_train))
     heldout, rest = order[: config.data.heldout_images], order[config.data.heldout_images :]
     fit = rest[: config.data.train_images] if config.data.train_images else rest
-    needed = config.data.train_images or config.optimization.batch_size
+    needed = max(config.data.train_images, config.optimization.batch_size)
     if len(fit) < needed or len(heldout) < config.data.heldout_images:
         raise BadInput(
             f"data: {config.data.name} has {len(order)} training images; data.heldout_images"
-            f" {config.data.heldout_images} and at least {needed} to train on (data.train_images or"
-            " optimization.batch_size) are more than that; lower them"
+            f" {config.data.heldout_images} and at least {needed} to train on (the larger of data.train_images and"
+            f" optimization.batch_size) do not fit: {len(fit)} are left to train on; change one of them"
         )
     return fit, heldout
 
 
 def build(config: TrainConfig, data: Dataset) -> Classifier:
     """A fresh network for this data, its weights drawn from the config's seed."""
-    pixels = data.x_train.reshape(-1, data.input_shape[2])
-    mean, std = pixels.mean(axis=0) / 255, pixels.std(axis=0) / 255
+    # From histograms: as floats, the images of CIFAR-10 take more than a gigabyte.
+    counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in np.moveaxis(data.x_train, 3, 0)])
+    share, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = share @ levels
+    std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1))
     spec = ModelSpec(
         arch=config.model.arch,
         width=config.model.width,

@@ -23,7 +23,8 @@ from robustness.errors import BadInput
 from robustness.runs import load_run
 from tests.processes import wait_until
 from tests.training.workshop import THREAT, TINY, StopAfter, quiet
-from training.campaign import Limits, number, read_records, run_campaign, write_tables
+from training.campaign import number, read_records, run_campaign, write_tables
+from training.limits import Limits
 from training.measurement import SHUFFLE_SEED
 from training.plan import WORST, load_campaign, runs
 from training.record import read_record
@@ -175,7 +176,8 @@ def test_a_kill_before_the_first_state_starts_again(workplace: Path, uncut: Path
     """A run's directory with a history but no state to resume from is begun anew, not failed for ever."""
     shutil.copytree(uncut, tmp_path / "out")
     (tmp_path / "out" / "records" / "standard_beta8_seed0.json").unlink()
-    (tmp_path / "out" / "runs" / "standard_beta8_seed0" / "manifest.json").unlink()
+    for name in ("manifest.json", "checkpoint.safetensors"):
+        (tmp_path / "out" / "runs" / "standard_beta8_seed0" / name).unlink()
     assert work(workplace, tmp_path / "out").exit_code == 0
     assert content(tmp_path / "out") == content(uncut)
 

@@ -59,6 +59,26 @@ def test_wrong_override_is_refused(override: str) -> None:
         load_config("paper", ["seed=3", override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["curriculum.attacks=[]", "objective.name=trades"],
+            r"--set objective.name=trades: objective.name: trades needs",
+        ),
+        (["curriculum.schedule=constant", "curriculum.warmup=0.5", "curriculum.hold=0.5"], "leave nothing of the run"),
+        (["curriculum.weights=[1.0]"], r"curriculum.weights: 1 for 3 attacks"),
+        (["curriculum.attacks=['pgd']", "curriculum.fgsm_fallback=0.1"], "no fgsm to fall back from"),
+        (["masking.rule=dropout", "masking.prior=1.0"], r"masking.prior: only the literal and the ranked rule"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(overrides: list[str], message: str) -> None:
+    """In one line that names them, without the whole config in it."""
+    with pytest.raises(BadInput, match=message) as refused:
+        load_config("paper", overrides)
+    assert len(str(refused.value)) < 240
+
+
 def test_override_reaches_its_key() -> None:
     """--set takes TOML values, and bare words as strings."""
     config = load_config("paper", ["optimization.epochs=3", "data.name=digits", "curriculum.attacks=[]"])
@@ -75,3 +95,4 @@ def test_digest_depends_on_values_only() -> None:
     """Spelling out a default changes nothing; changing a value does."""
     assert TrainConfig(seed=0).digest == TrainConfig().digest
     assert TrainConfig(seed=1).digest != TrainConfig().digest
+    assert load_config("paper", ["data.path=elsewhere"]).digest == load_config("paper").digest

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustness.data import Dataset, load_dataset
+from robustness.data import Dataset
 from robustness.models import Classifier, to_float
-from robustness.seeds import generator
-from training.augmentation import augment
+from tests.training.workshop import NARROW, PLAIN, batch, learner
+from training.adversary import CRAFTS, Craft
 from training.averaging import MovingAverage
 from training.awp import perturbed, perturbed_parameters
 from training.compact import expand, shrink
@@ -27,59 +28,9 @@ from training.config import TrainConfig, load_config
 from training.learner import Learner, batch_norms, learning_rate, twin, with_own_batch_norm
 from training.noise import Noise
 from training.objectives import OBJECTIVES, jensen_shannon, kl, smoothed
-from training.parallel import Ranks
 from training.train import build
 
 ROOT = Path(__file__).parents[2]
-ALONE = Ranks(0, 1, torch.device("cpu"))
-TINY = ["model.width=4", "optimization.batch_size=12", "curriculum.steps=2"]
-PLAIN = ["masking.enabled=false", "curriculum.schedule=constant", "curriculum.beta=8/255"]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("digits")
-
-
-def learner(digits: Dataset, *changes: str, total_steps: int = 20) -> Learner:
-    config = load_config("quickstart", [*TINY, *changes])
-    return Learner(config, build(config, digits), total_steps, ALONE)
-
-
-def batch(digits: Dataset, number: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
-    chosen = slice(number * size, (number + 1) * size)
-    return torch.from_numpy(digits.x_train[chosen]), torch.from_numpy(digits.y_train[chosen])
-
-
-def test_golden_losses_of_the_plain_loop(digits: Dataset) -> None:
-    """Five PGD updates equal those of the loop that everybody writes: mode switches, weight gradients, NCHW."""
-    changes = [*PLAIN, "curriculum.attacks=['pgd']", "optimization.optimizer=sgd", "optimization.lr=0.05"]
-    fast = learner(digits, *changes, "optimization.weight_decay=5e-4")
-    model = build(fast.config, digits)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for step in range(1, 6):
-        images, y = batch(digits, step)
-        loss = fast.update(images, y, step)
-
-        stream = generator(0, "step", step)
-        x = to_float(augment(images, stream, "crop"))
-        x_adv = x + 8 / 255 * (2 * torch.rand(x.shape, generator=stream) - 1)
-        x_adv = x_adv.clamp(0, 1)
-        for _ in range(2):
-            model.eval()
-            x_adv = x_adv.detach().requires_grad_(True)
-            functional.cross_entropy(model(x_adv), y, reduction="sum").backward()
-            moved = x_adv + 2.5 * 8 / 255 / 2 * x_adv.grad.sign()
-            x_adv = torch.min(torch.max(moved, x - 8 / 255), x + 8 / 255).clamp(0, 1)
-        model.train()
-        optimizer.zero_grad()
-        expected = functional.cross_entropy(model(x_adv.detach()), y)
-        expected.backward()
-        optimizer.step()
-        # A sign of a gradient near 0 may differ by the layout's rounding; it moved single pixels, not the loss.
-        assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
-    for ours, theirs in zip(fast.model.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=2e-3)
 
 
 def test_bfloat16_passes_stay_close(digits: Dataset) -> None:
@@ -162,7 +113,7 @@ def test_label_smoothing_equals_torchs() -> None:
 def test_weight_perturbation_is_relative_uphill_and_undone(digits: Dataset) -> None:
     """Inside, each weight tensor moved by gamma of its norm along its gradient, uphill; outside, nothing moved."""
     torch.manual_seed(0)
-    model = build(load_config("quickstart", TINY), digits)
+    model = build(load_config("quickstart", NARROW), digits)
     x, y = to_float(batch(digits)[0]), batch(digits)[1]
     weights = perturbed_parameters(model)
     assert {id(weight) for weight in weights} == {
@@ -262,6 +213,41 @@ def test_collapse_of_pgd_accuracy_gives_fgsms_share_to_n_fgsm(digits: Dataset) -
     assert reach() > 16 / 255
     assert one.state_dict()["fallen_back"] is True
     assert not learner(digits, *PLAIN, "curriculum.attacks=['fgsm']").falls_back([0.9, 0.0])  # off by default
+
+
+def test_curriculum_reaches_the_attack(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Radius, steps and the pool's weights arrive; before the ramp nothing attacks; FGSM may have given its share."""
+    seen: list[tuple[str, float, int]] = []
+
+    def recorder(name: str) -> Craft:
+        def craft(model: Any, x: Tensor, y: Tensor, eps: float, noise: Noise, **settings: Any) -> Tensor:
+            seen.append((name, 255 * eps, settings["steps"]))
+            return x
+
+        return craft
+
+    monkeypatch.setattr("training.learner.CRAFTS", {name: recorder(name) for name in CRAFTS})
+    options = ["masking.enabled=false", "curriculum.beta=8/255", "curriculum.warmup=0.2", "curriculum.hold=0.4"]
+    pool = ["curriculum.attacks=['fgsm','pgd']", "curriculum.weights=[1e-9, 1.0]", "curriculum.final_steps=6"]
+    one = learner(digits, *options, *pool)
+    for step in (4, 5, 8, 12, 20):  # of 20: the ramp lies between 4 and 12
+        one.loss(*batch(digits), step)
+    assert seen == [("pgd", pytest.approx(eps), steps) for eps, steps in ((1, 2), (4, 4), (8, 6), (8, 6))]
+    one = learner(digits, *options, "curriculum.attacks=['fgsm']", "curriculum.schedule=cosine")
+    one.fallen_back = True
+    one.loss(*batch(digits), 6)
+    assert seen[4:] == [("n-fgsm", pytest.approx(4 * (1 - math.cos(math.pi / 4))), 2)]
+
+
+def test_prior_on_the_rate_enters_the_loss(digits: Dataset) -> None:
+    """By weight * (mean masking probability - rate)^2, averaged over the images."""
+    options = ["masking.rule=ranked", "masking.rate=0.2", "masking.alpha=2", *PLAIN[1:]]
+    plain, pulled = (learner(digits, *options, f"masking.prior={weight}") for weight in (0.0, 50.0))
+    losses = [one.loss(*batch(digits), 1).item() for one in (plain, pulled)]
+    assert plain.p is not None
+    expected = 50 * (plain.p.mean(dim=1) - 0.2).square().mean().item()
+    assert expected > 0.1
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_frozen_batch_norm_stays(digits: Dataset) -> None:

@@ -138,6 +138,28 @@ def test_alpha_receives_the_gradient_of_the_expected_mask(semantics: str, alpha_
     assert not mask(learn_alpha=False).alpha.requires_grad
 
 
+@pytest.mark.parametrize("alpha_gradient", ["relaxed", "straight_through"])
+def test_alpha_learns_nothing_from_the_mean_of_a_rescaled_mask(alpha_gradient: str) -> None:
+    """E[mask / keep] is 1 whatever alpha is: the gradient of the mean must not claim otherwise."""
+    magnitude, alpha = torch.full((64, 128), 2.0), torch.tensor(0.3, requires_grad=True)
+    settings = {"scaling": "inverted", "alpha_gradient": alpha_gradient, "temperature": 0.1}
+    scaled = drawn(magnitude, alpha, **settings)
+    assert scaled.max().item() == pytest.approx(1 / torch.sigmoid(torch.tensor(0.6)).item())
+    scaled.mean().backward()
+    assert alpha.grad is not None
+    assert abs(alpha.grad.item()) < 0.05  # with the divisor taken for a constant: 0.71
+
+
+@pytest.mark.parametrize("rule", ["dropout", "channel_dropout"])
+def test_a_control_pays_for_no_gradient(
+    model: Classifier, batch: tuple[Tensor, Tensor], rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any layer dropout costs what dropout costs, so that its row in a table of costs is its own."""
+    monkeypatch.setattr(masking, "gradient_magnitude", lambda *arguments: 1 / 0)
+    _, p = mask("layer2", rule=rule, rate=0.3)(model.train(), *batch, noise())
+    assert torch.allclose(p, torch.tensor(0.3))
+
+
 KEPT: dict[str, tuple[dict[str, object], float]] = {
     "keep with p": ({"semantics": "keep_with_p"}, 0.75),
     "mask with p": ({"semantics": "mask_with_p"}, 0.25),

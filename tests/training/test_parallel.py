@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 
 from robustness.errors import BadInput
 from robustness.runs import CHECKPOINT, load_run
+from tests.training.workshop import StopAfter, quiet
 from training.config import load_config
 from training.learner import Learner
+from training.limits import Interrupted, Limits
 from training.parallel import Ranks
 from training.train import train
 
@@ -36,14 +39,16 @@ CHANGES = [
 ]
 
 
-def torchrun(*arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: str, program: Sequence[str] = ("-m", "training.train"), processes: int = 2
+) -> subprocess.CompletedProcess[str]:
     """A real torchrun with gloo on this machine; one thread each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    launch += ["--master-addr=127.0.0.1", f"--master-port={port}", "-m", "training.train", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launch += ["--master-addr=127.0.0.1", f"--master-port={port}", *program, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     return subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -64,13 +69,50 @@ def test_two_processes_train_the_network_of_one(tmp_path: Path) -> None:
     )
 
 
+STATISTICS = """
+import sys, torch
+from pathlib import Path
+from robustness.data import load_dataset
+from tests.training.workshop import StopAfter, quiet
+from training.config import load_config
+from training.learner import Learner
+from training.parallel import Ranks
+from training.train import build
+ranks, data = Ranks.join(), load_dataset("digits")
+config = load_config("quickstart", ["model.width=4", "optimization.batch_size=20", "curriculum.steps=1"])
+learner = Learner(config, build(config, data), 10, ranks)
+learner.update(torch.from_numpy(data.x_train[:20]), torch.from_numpy(data.y_train[:20]), 5)
+torch.save(learner.model.state_dict(), Path(sys.argv[1]) / f"{ranks.rank}.pt")
+ranks.leave()
+"""
+
+
 def test_per_process_statistics_meet(tmp_path: Path) -> None:
-    """With batch norm in training mode the run goes through, and both processes evaluate one and the same network."""
-    changes = [change for change in CHANGES if "frozen" not in change]
-    overrides = [part for change in [*changes, "optimization.epochs=1"] for part in ("--set", change)]
-    both = torchrun("quickstart", *overrides, "--out", str(tmp_path / "run"))
+    """With batch norm in training mode each process sees its half; afterwards both hold one and the same network."""
+    (tmp_path / "update.py").write_text(STATISTICS)
+    both = torchrun(str(tmp_path), program=[str(tmp_path / "update.py")])
     assert both.returncode == 0, both.stderr[-2000:]
-    assert load_run(tmp_path / "run").manifest["result"]["step"] == 6
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["net.bn1.running_mean"].abs().max() > 0
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def test_a_state_that_not_all_processes_see_is_named(tmp_path: Path) -> None:
+    """Each node with a disk of its own: only the first process finds the state, and all end with the reason."""
+    script = tmp_path / "resume.py"
+    script.write_text(
+        "import os, sys; sys.argv[sys.argv.index('--out') + 1] += os.environ['RANK']; import dfmcl; dfmcl.main()"
+    )
+    overrides = [part for change in CHANGES for part in ("--set", change)]
+    command = ["train", "quickstart", *overrides, "--out", str(tmp_path / "run")]
+    config = load_config("quickstart", CHANGES)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run0", limits=Limits(StopAfter(3)), log=quiet)
+    both = torchrun(*command, "--resume", program=[str(script)])
+    assert both.returncode != 0
+    assert both.stderr.count("the processes found different states there; use a directory that all nodes share") == 2
+    assert not (tmp_path / "run1" / "checkpoint.safetensors").exists()
 
 
 def alone() -> Ranks:

@@ -25,6 +25,17 @@ from training.plan import campaign_names, load_campaign, runs
         ('preset = "quickstart"', 'preset = "quick"', r"x.toml: methods.dfmcl: quick: No such file"),
         ('"8/255"]\nseeds', '"8"]\nseeds', r"x.toml: betas.0: '8' is 8; a radius in pixel units"),
         ("[measurements.white]", '[measurements."a/b"]', r"measurements.'a/b': a name becomes a file's"),
+        (
+            "[comparisons]",
+            '[regression]\nkey = "masking.alfa"\n[comparisons]',
+            r"regression.key: 'masking.alfa' is no n",
+        ),
+        (
+            "[comparisons]",
+            '[regression]\nkey = "masking.rule"\n[comparisons]',
+            r"regression.key: 'masking.rule' is no n",
+        ),
+        ('betas = ["8/255"]', 'betas = ["8/255", "0.0313725"]', r"standard_beta8_seed0.* more than once"),
         ('title = "Tiny"', "", r"x.toml: title: Field required"),
     ],
 )

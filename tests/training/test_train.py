@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from tests.training.workshop import StopAfter, quiet
 from training import train as loop
 from training.augmentation import augment, crop, flip
 from training.config import TrainConfig, load_config, preset_names
+from training.learner import Learner
+from training.limits import Interrupted, Limits
 from training.objectives import OBJECTIVES
 from training.state import STATE
-from training.train import Interrupted, split, train
+from training.train import split, train
 
 TINY = [
     "model.width=4",
@@ -50,7 +54,7 @@ def test_resumed_run_equals_the_uncut_one(tmp_path: Path, uncut: Path, stops: tu
     out, config = tmp_path / "run", load_config("quickstart", TINY)
     for number, steps in enumerate(stops):
         with pytest.raises(Interrupted, match=r"repeat the command with --resume"):
-            train(config, out, resume=number > 0, stop=StopAfter(steps), log=quiet)
+            train(config, out, resume=number > 0, limits=Limits(StopAfter(steps)), log=quiet)
         assert not (out / CHECKPOINT).exists()
     train(config, out, resume=True, log=quiet)
     assert sha256_of(out / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
@@ -77,13 +81,15 @@ EVERYTHING = [
 
 
 def test_run_cut_into_three_by_the_clock_equals_the_uncut_one(tmp_path: Path) -> None:
-    """With every ingredient on: --max-minutes stops at step boundaries, and the pieces make the same bytes."""
+    """With every ingredient on: a deadline stops at a step's boundary, and the pieces make the same bytes."""
     config = load_config("quickstart", [*TINY, *EVERYTHING])
     train(config, tmp_path / "uncut", log=quiet)
-    for number, minutes in enumerate((0.0, 1 / 60)):
-        with pytest.raises(Interrupted, match=r"stopped and saved at step \d"):
-            train(config, tmp_path / "cut", resume=number > 0, minutes=minutes, log=quiet)
-    train(config, tmp_path / "cut", resume=True, minutes=10, log=quiet)
+    for number in range(2):
+        seconds = count()  # each asking takes one
+        limits = Limits(deadline=3, clock=partial(next, seconds))
+        with pytest.raises(Interrupted, match=rf"stopped and saved at step {3 + 3 * number} of"):
+            train(config, tmp_path / "cut", resume=number > 0, limits=limits, log=quiet)
+    train(config, tmp_path / "cut", resume=True, log=quiet)
     assert sha256_of(tmp_path / "cut" / CHECKPOINT) == sha256_of(tmp_path / "uncut" / CHECKPOINT)
     assert record_of(tmp_path / "cut") == record_of(tmp_path / "uncut")
 
@@ -93,7 +99,7 @@ def test_compact_state_resumes_closely(tmp_path: Path) -> None:
     config, lines = load_config("quickstart", [*TINY, *EVERYTHING]), list[str]()
     train(config, tmp_path / "uncut", log=quiet)
     with pytest.raises(Interrupted):
-        train(config, tmp_path / "cut", stop=StopAfter(4), compact=True, log=quiet)
+        train(config, tmp_path / "cut", limits=Limits(StopAfter(4)), compact=True, log=quiet)
     train(config, tmp_path / "cut", resume=True, log=lines.append)
     assert "from a compact state" in lines[0]
     ours, theirs = (record_of(tmp_path / name)[-1] for name in ("cut", "uncut"))
@@ -112,6 +118,68 @@ def test_killed_run_loses_only_the_steps_since_its_last_state(tmp_path: Path, un
     process.wait()
     train(load_config("quickstart", TINY), tmp_path / "run", resume=True, log=quiet)
     assert sha256_of(tmp_path / "run" / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
+
+
+def test_a_cut_run_goes_on_where_its_data_lie_elsewhere(tmp_path: Path, uncut: Path) -> None:
+    """The same bytes under another path are the same data; other bytes are refused, also by a finished run."""
+    digits = load_dataset("digits")
+    parts = {name: getattr(digits, name) for name in ("x_train", "y_train", "x_test", "y_test")}
+    for name, pixel in (("here", 0), ("there", 0), ("other", 1)):
+        parts["x_train"][0, 0, 0, 0] = pixel
+        np.savez(tmp_path / f"{name}.npz", **parts)
+    here, there, other = (
+        load_config("quickstart", [*TINY, "data.name=npz", f"data.path={tmp_path / name}.npz"])
+        for name in ("here", "there", "other")
+    )
+    out = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        train(here, out, limits=Limits(StopAfter(4)), log=quiet)
+    with pytest.raises(BadInput, match="is of other data"):
+        train(other, out, resume=True, log=quiet)
+    assert train(there, out, resume=True, log=quiet)["result"]["epochs"] == 3
+    assert train(there, out, resume=True, log=quiet)["result"]["epochs"] == 3
+    with pytest.raises(BadInput, match="finished run on other data"):
+        train(other, out, resume=True, log=quiet)
+
+
+def test_a_kill_before_the_first_state_begins_anew(tmp_path: Path, uncut: Path) -> None:
+    """What a run writes before its first state is no reason to refuse it."""
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "state" / ".state.pt.77.part").write_bytes(b"half")
+    (tmp_path / "run" / "metrics.csv").write_text("epoch\n")
+    train(load_config("quickstart", TINY), tmp_path / "run", resume=True, log=quiet)
+    assert sha256_of(tmp_path / "run" / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
+
+
+def test_weights_that_are_not_finite_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss is looked at before its step; what the last step did is looked at too."""
+    apply = Learner.apply
+
+    def diverging(self: Learner, step: int) -> None:
+        apply(self, step)
+        if step == self.total_steps:
+            self.model.net.fc.weight.data[0, 0] = torch.inf
+
+    monkeypatch.setattr(Learner, "apply", diverging)
+    with pytest.raises(Broken, match=r"net.fc.weight is not finite after the last step; lower optimization\.lr"):
+        train(load_config("quickstart", TINY), tmp_path / "run", log=quiet)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_collapse_is_seen_by_the_loop_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out PGD accuracy of 60 %, then 10 %: N-FGSM from there on, also in a run that is cut and resumed."""
+    figures = iter([(0.9, 0.6), (0.9, 0.1), (0.9, 0.2)])
+    monkeypatch.setattr(loop, "measure", lambda *arguments: next(figures))
+    config = load_config("quickstart", [*TINY, "curriculum.attacks=['fgsm']", "curriculum.fgsm_fallback=0.2"])
+    lines: list[str] = []
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "run", limits=Limits(StopAfter(7)), log=lines.append)
+    assert "epoch 2: PGD accuracy has collapsed (catastrophic overfitting); N-FGSM takes FGSM's share" in lines
+    train(config, tmp_path / "run", resume=True, log=quiet)
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert [dict(zip(rows[0].split(","), row.split(","), strict=True))["fell_back"] for row in rows[1:]] == [
+        "False", "False", "True",
+    ]  # fmt: skip
 
 
 def test_another_seed_gives_another_model(tmp_path: Path, uncut: Path) -> None:
@@ -168,7 +236,7 @@ def test_a_foreign_state_is_refused(tmp_path: Path) -> None:
     """A state written under another config is never continued."""
     out = tmp_path / "run"
     with pytest.raises(Interrupted):
-        train(load_config("quickstart", TINY), out, stop=StopAfter(2), log=quiet)
+        train(load_config("quickstart", TINY), out, limits=Limits(StopAfter(2)), log=quiet)
     with pytest.raises(BadInput, match="another config's"):
         train(load_config("quickstart", [*TINY, "optimization.lr=0.1"]), out, resume=True, log=quiet)
 
@@ -208,7 +276,7 @@ def test_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypat
 
     monkeypatch.setitem(OBJECTIVES, "ce", poisoned)
     config = load_config("quickstart", [*TINY, "masking.enabled=false", "curriculum.attacks=[]"])
-    with pytest.raises(Broken, match=r"loss is nan at epoch 2, batch 2 \(step 5\), before the optimizer step"):
+    with pytest.raises(Broken, match=r"loss is nan at epoch 2, step 5, before the optimizer's step"):
         train(config, tmp_path / "run", log=quiet)
     assert torch.load(tmp_path / "run" / STATE, weights_only=True)["step"] == 3
     assert not (tmp_path / "run" / CHECKPOINT).exists()
@@ -224,7 +292,7 @@ def test_a_half_written_state_is_never_picked_up(tmp_path: Path) -> None:
     """What a killed writer left behind is ignored; the last whole state counts."""
     out, config = tmp_path / "run", load_config("quickstart", TINY)
     with pytest.raises(Interrupted):
-        train(config, out, stop=StopAfter(2), log=quiet)
+        train(config, out, limits=Limits(StopAfter(2)), log=quiet)
     (out / "state" / ".state.pt.123.part").write_bytes(b"half")
     assert train(config, out, resume=True, log=quiet)["result"]["epochs"] == 3
 

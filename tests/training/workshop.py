@@ -1,4 +1,4 @@
-"""What several tests of the trainer share: a tiny campaign, records made by hand, a stop at a known place."""
+"""What several tests of the trainer share: a tiny learner, a tiny campaign, records made by hand, a stop at will."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import threading
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from robustness.data import Dataset
 from robustness.records import AttackRecord, Evaluation
 from robustness.threat import Threat
+from training.config import load_config
+from training.learner import Learner
+from training.parallel import Ranks
 from training.record import Record
+from training.train import build
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
+NARROW = ["model.width=4", "optimization.batch_size=12", "curriculum.steps=2"]
+PLAIN = ["masking.enabled=false", "curriculum.schedule=constant", "curriculum.beta=8/255"]
 TINY = """
 title = "Tiny"
 label = "small scale"
@@ -120,3 +130,15 @@ def synthetic(
 
 def first_of(n: int, count: int) -> np.ndarray[Any, Any]:
     return np.arange(n) < count
+
+
+def learner(digits: Dataset, *changes: str, total_steps: int = 20) -> Learner:
+    """The quickstart's, narrow, with changes of its config."""
+    config = load_config("quickstart", [*NARROW, *changes])
+    return Learner(config, build(config, digits), total_steps, ALONE)
+
+
+def batch(digits: Dataset, number: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:
+    """The n-th images and labels of the training part."""
+    chosen = slice(number * size, (number + 1) * size)
+    return torch.from_numpy(digits.x_train[chosen]), torch.from_numpy(digits.y_train[chosen])

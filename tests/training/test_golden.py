@@ -1,0 +1,161 @@
+"""Updates against loops that anybody could write: the fast paths, the twins and the switches change no result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustness.data import Dataset
+from robustness.models import Classifier, to_float
+from robustness.seeds import generator
+from tests.training.workshop import PLAIN, batch, learner
+from training.augmentation import augment
+from training.train import build
+
+
+def test_golden_losses_of_the_plain_loop(digits: Dataset) -> None:
+    """Five PGD updates equal those of the loop that everybody writes: mode switches, weight gradients, NCHW."""
+    changes = [*PLAIN, "curriculum.attacks=['pgd']", "optimization.optimizer=sgd", "optimization.lr=0.05"]
+    fast = learner(digits, *changes, "optimization.weight_decay=5e-4")
+    model = build(fast.config, digits)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for step in range(1, 6):
+        images, y = batch(digits, step)
+        loss = fast.update(images, y, step)
+
+        stream = generator(0, "step", step)
+        x = to_float(augment(images, stream, "crop"))
+        x_adv = x + 8 / 255 * (2 * torch.rand(x.shape, generator=stream) - 1)
+        x_adv = x_adv.clamp(0, 1)
+        for _ in range(2):
+            model.eval()
+            x_adv = x_adv.detach().requires_grad_(True)
+            functional.cross_entropy(model(x_adv), y, reduction="sum").backward()
+            moved = x_adv + 2.5 * 8 / 255 / 2 * x_adv.grad.sign()
+            x_adv = torch.min(torch.max(moved, x - 8 / 255), x + 8 / 255).clamp(0, 1)
+        model.train()
+        optimizer.zero_grad()
+        expected = functional.cross_entropy(model(x_adv.detach()), y)
+        expected.backward()
+        optimizer.step()
+        # A sign of a gradient near 0 may differ by the layout's rounding; it moved single pixels, not the loss.
+        assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+    for ours, theirs in zip(fast.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+EPS = 8 / 255
+EVERYTHING = [
+    *PLAIN,
+    "curriculum.attacks=['kl']",
+    "objective.label_smoothing=0.1",
+    "objective.views=1",
+    "objective.view_augmentation=crop-flip",
+    "objective.consistency=4.0",
+    "optimization.optimizer=sgd",
+    "optimization.lr=0.1",
+    "optimization.awp=0.05",
+]
+
+
+def kl_attack(model: Classifier, x: Tensor, stream: torch.Generator) -> Tensor:
+    """Two PGD steps on KL(f(x) || f(x_adv)) in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        clean = torch.softmax(model(x), dim=1)
+    x_adv = (x + EPS * (2 * torch.rand(x.shape, generator=stream) - 1)).clamp(0, 1)
+    for _ in range(2):
+        x_adv = x_adv.detach().requires_grad_(True)
+        divergence = functional.kl_div(functional.log_softmax(model(x_adv), dim=1), clean, reduction="sum")
+        (gradient,) = torch.autograd.grad(divergence, x_adv)
+        moved = x_adv + 2.5 * EPS / 2 * gradient.sign()
+        x_adv = torch.min(torch.max(moved, x - EPS), x + EPS).clamp(0, 1)
+    model.train()
+    return x_adv.detach()
+
+
+def objective(name: str, model: Classifier, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """TRADES or MART with lambda 6 and smoothing 0.1; returns the mean loss and the clean logits."""
+    clean, adversarial = model(x), model(x_adv)
+    p, log_q = torch.softmax(clean, dim=1), functional.log_softmax(adversarial, dim=1)
+    divergence = functional.kl_div(log_q, p, reduction="none").sum(dim=1)
+    if name == "trades":
+        return functional.cross_entropy(clean, y, label_smoothing=0.1) + 6 * divergence.mean(), clean
+    own = functional.one_hot(y, 10).bool()
+    margin = -(1.0001 - log_q.exp().masked_fill(own, 0).amax(dim=1)).log()
+    weighted = 6 * divergence * (1 - p[own])
+    return functional.cross_entropy(adversarial, y, label_smoothing=0.1) + (margin + weighted).mean(), clean
+
+
+def consistency(logits: Sequence[Tensor]) -> Tensor:
+    """Jensen-Shannon divergence through torch's own KL."""
+    p, q = (torch.softmax(z, dim=1) for z in logits)
+    middle = ((p + q) / 2).log()
+    return (
+        functional.kl_div(middle, p, reduction="batchmean") + functional.kl_div(middle, q, reduction="batchmean")
+    ) / 2
+
+
+@pytest.mark.parametrize("name", ["trades", "mart"])
+def test_golden_losses_with_every_ingredient(digits: Dataset, name: str) -> None:
+    """Three updates with a KL attack, a view with batch norms of its own, consistency, smoothing and AWP."""
+    fast = learner(digits, *EVERYTHING, f"objective.name={name}")
+    first = build(fast.config, digits)
+    second = copy.deepcopy(first)
+    for ours, theirs in zip(first.modules(), second.modules(), strict=True):
+        if isinstance(ours, nn.Conv2d | nn.Linear):
+            theirs.weight, theirs.bias = ours.weight, ours.bias  # shared; only batch norms are the view's own
+    parameters = list({id(p): p for net in (first, second) for p in net.parameters()}.values())
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
+    for step in range(1, 4):
+        images, y = batch(digits, step)
+        loss = fast.update(images, y, step)
+
+        stream = generator(0, "step", step)
+        views = [to_float(augment(images, stream, kind)) for kind in ("crop", "crop-flip")]
+        attacked = [kl_attack(net, x, stream) for net, x in zip((first, second), views, strict=True)]
+        worst = copy.deepcopy(first)  # a copy, so that batch norm counts nothing
+        objective(name, worst, views[0], attacked[0], y)[0].backward()
+        kept = copy.deepcopy(first.state_dict())
+        with torch.no_grad():
+            for weight, other in zip(first.parameters(), worst.parameters(), strict=True):
+                if weight.dim() > 1:
+                    weight.add_(other.grad * 0.05 * weight.norm() / other.grad.norm())
+        (one, clean), (two, clean_view) = (
+            objective(name, net, x, x_adv, y) for net, x, x_adv in zip((first, second), views, attacked, strict=True)
+        )
+        expected = (one + two) / 2 + 4 * consistency((clean, clean_view))
+        optimizer.zero_grad()
+        expected.backward()
+        with torch.no_grad():
+            for key, weight in first.named_parameters():
+                if weight.dim() > 1:
+                    weight.copy_(kept[key])
+        optimizer.step()
+        assert loss.item() == pytest.approx(expected.item(), rel=2e-3), step
+    for net, reference in zip(fast.networks, (first, second), strict=True):
+        for (key, ours), theirs in zip(net.state_dict().items(), reference.state_dict().values(), strict=True):
+            assert torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=4e-3), key
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_bfloat16_gradients_reach_every_weight(digits: Dataset, masks: bool) -> None:
+    """Matrices, kernels and head: gradients as in float32. A cast cached without gradient would leave out the head."""
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        options = [PLAIN[0].replace("false", str(masks).lower()), *PLAIN[1:], "curriculum.attacks=[]", "model.width=16"]
+        one = learner(digits, *options, f"optimization.precision={precision}", "masking.rule=ranked")
+        one.loss(*batch(digits), 1)
+        gradients.append({name: p.grad for name, p in one.model.named_parameters()})
+    for name, exact in gradients[0].items():
+        rough = gradients[1][name]
+        assert rough is not None, name
+        assert functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.5, (
+            name
+        )  # 0.78 for the worst, by rounding
+        assert 0.5 < rough.norm() / exact.norm() < 2, name
