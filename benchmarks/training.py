@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     gpu = torch.cuda.is_available()
     parser.add_argument("--batch-size", type=int, default=512 if gpu else 64)
-    parser.add_argument("--rounds", type=int, default=20 if gpu else 2)
+    parser.add_argument("--rounds", type=int, default=20 if gpu else 5)
     arguments = parser.parse_args()
     contestants = all_contestants(arguments.width, arguments.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -57,6 +57,8 @@ def main() -> None:
             {
                 "training": name,
                 "images_per_s": speed,
+                "slowest": arguments.batch_size / max(seconds[name]),
+                "fastest": arguments.batch_size / min(seconds[name]),
                 "attack_passes_per_s": speed * (passes - 3) / 2 if passes > 3 else None,
                 "share_of_peak_flops": flops / peak,
             }
