@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+
+import pytest
+
+from training.plan import load_campaign, runs
+from training.record import read_record
+from training.table import table
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
@@ -23,3 +30,21 @@ def test_figures_of_the_shipped_model_are_the_reports() -> None:
     for share in (evaluation["clean"], *(attack["accuracy"] for attack in evaluation["attacks"])):
         value, low, high = (100 * share[key] for key in ("value", "lower_95", "upper_95"))
         assert f"| {value:.1f} [{low:.1f}, {high:.1f}] |" in PAGE
+
+
+@pytest.mark.parametrize(("name", "heading"), [("table1_small", "### Claimed"), ("alpha_small", "### The sweep")])
+def test_campaign_tables_are_made_from_their_records(name: str, heading: str) -> None:
+    """The whole table is what the records give now; of every section on the page, each row stands in it."""
+    folder, campaign = ROOT / "benchmarks" / "results" / name, load_campaign(name)
+    planned = [run.name for run in runs(campaign, name)]
+    records = [read_record(folder / "records" / f"{run}.json") for run in planned]
+    whole = (folder / "table.md").read_text(encoding="utf-8")
+    plots = re.findall(r"!\[(.*?)\]", whole)
+    assert plots
+    assert all((folder / plot).is_file() for plot in plots)
+    assert table(campaign, planned, records, plots) == whole
+    part = PAGE[PAGE.index(heading) :]
+    part = part[: part.index("\n!")]
+    rows = [line for line in part.splitlines() if line.startswith(("|", "####"))]
+    assert len(rows) > 30
+    assert [row for row in rows if row.removeprefix("##") not in whole.splitlines()] == []

@@ -36,6 +36,12 @@ def at(config: Any, key: str) -> Any:
     return config
 
 
+def informed(record: Record) -> bool:
+    """Whether its masks looked at a gradient; of plain dropout there is nothing to tell."""
+    chosen = record.config["masking"]
+    return bool(chosen["enabled"]) and chosen["rule"] in ("literal", "ranked")
+
+
 def cell(records: Sequence[Record], what: str, threat: Threat, measurement: str = "") -> str:
     """One network: accuracy with its exact interval. Several: mean ± standard deviation over seeds."""
     flags = [found for record in records if (found := within(record, measurement).flags(what, threat)) is not None]

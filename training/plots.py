@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from robustness.threat import eps_label, parse_eps
-from training.figures import accuracy_over_eps, measured_methods, of
+from training.figures import accuracy_over_eps, informed, measured_methods, of
 from training.plan import Campaign
 from training.record import Record
 
@@ -41,12 +41,12 @@ def _accuracy(axes: Any, campaign: Campaign, beta: str, records: Sequence[Record
         points = sorted(accuracy_over_eps(of(records, name, beta), campaign.main[-1]).items())
         if len(points) > 2:
             axes.plot([eps * 255 for eps, _ in points], [value for _, value in points], marker="o", label=name)
-    axes.set(xlabel="eps x 255 (Linf)", ylabel="accuracy, %", ylim=(0, 100))
+    axes.set(xlabel="eps x 255 (Linf)", ylabel="accuracy, %", ylim=(0, None))
     return _legend(axes)
 
 
 def _masks(both: Any, beta: str, records: Sequence[Record]) -> bool:
-    chosen = [record for record in records if record.beta == beta and record.config["masking"]["enabled"]]
+    chosen = [record for record in records if record.beta == beta and informed(record)]
     for axes, key in zip(both, ("alpha", "p_mean"), strict=True):
         for record in chosen:
             history = record.training["history"]

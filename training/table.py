@@ -18,6 +18,7 @@ from training.figures import (
     cell,
     combined,
     compared,
+    informed,
     measured_methods,
     methods_at,
     of,
@@ -212,7 +213,7 @@ def hyperscores(campaign: Campaign, records: Sequence[Record]) -> str:
                     rows.append([*row, NOT_MEASURED, ""])
                     continue
                 v, score = mean(values), mean(hyperscore(value) if value > 0 else 100.0 for value in values)
-                rows.append([*row, f"{v:.3f}", f"{score:.2f}"])
+                rows.append([*row, f"{v:.3f}", f"{score:.4f}"])
     title = "HyperScore (V: mean of clean, white-box and black-box accuracy)"
     return section(title, ["trained at", "measured at", "method", "V", "HyperScore"], rows)
 
@@ -222,7 +223,7 @@ def masks(records: Sequence[Record]) -> str:
     rows = []
     for record in records:
         last = record.training["history"][-1]
-        if record.config["masking"]["enabled"]:
+        if informed(record):
             spread = f"{last['p_mean']:.4f} ± {last['p_std']:.1e}"
             rows.append([record.name, f"{last['alpha']:.4f}", spread, f"{last['p_low']:.4f} to {last['p_high']:.4f}"])
     return section("Masks in the last step of training", ["run", "alpha", "p, mean ± sd", "range of p"], rows)

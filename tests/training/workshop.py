@@ -116,7 +116,7 @@ def synthetic(
         seed=seed,
         identity="",
         status="done",
-        config={"masking": {"enabled": True, "alpha": alpha}},
+        config={"masking": {"enabled": True, "rule": "literal", "alpha": alpha}},
         about={
             "command": "dfmcl campaign x",
             "code": {"revision": ""},
