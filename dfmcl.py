@@ -168,6 +168,7 @@ def campaign(
     table_only: Annotated[bool, typer.Option("--table-only", help="Only rewrite the tables from the records.")] = False,
 ) -> int:
     """Train and measure many runs under a time budget: 0 all done, 130 cut, 5 a run failed."""
+    from robustness.errors import BadInput
     from training.campaign import read_records, run_campaign, write_tables
     from training.limits import Limits
     from training.plan import load_campaign, runs
@@ -175,6 +176,8 @@ def campaign(
     parsed = load_campaign(plan)
     overrides = [f"data.path={data_path}"] if data_path else []
     if table_only:
+        if not out.is_dir():
+            raise BadInput(f"--out {out}: no such directory; name the one that holds the campaign's records")
         every = runs(parsed, plan, overrides)
         write_tables(parsed, every, read_records(parsed, every, out), out)
         say(f"{out / 'table.md'}")

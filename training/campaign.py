@@ -84,12 +84,12 @@ def run_campaign(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     all_runs = runs(campaign, source, overrides)
     records = read_records(campaign, all_runs, out)
-    for folder in ("records", "partial", "runs", "weights"):
-        make_directory(out / folder)
     load = load_once(track)
     waiting = [run for run in all_runs if not (run.name in records and records[run.name].done)]
     if waiting and any(run.measured for run in all_runs):
         chosen_images(load(waiting[0]), campaign)  # missing or too small data are known before hours of training
+    for folder in ("records", "partial", "runs", "weights"):
+        make_directory(out / folder)
     cut = False
     # What failed before comes last, but sources come first in any case: the others are attacked from them.
     for run in sorted(waiting, key=lambda run: (run.method not in campaign.sources, run.name in records)):

@@ -80,11 +80,6 @@ def _train(
     if (out / MANIFEST).exists():
         return finished(out, config, data)
     fit, heldout = split(data, config)
-    ranks.agree(False)  # nobody creates the directory before all have looked at it
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Broken(f"{out}: cannot be written: {error.strerror}") from None
     if not ranks.first:
         log, track = (lambda line: None), silent
 
@@ -94,6 +89,11 @@ def _train(
     steps_an_epoch = len(images) // size
     total_steps = steps_an_epoch * epochs
     learner = Learner(config, build(config, data), total_steps, ranks)
+    ranks.agree(False)  # nobody creates the directory before all have looked at it
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Broken(f"{out}: cannot be written: {error.strerror}") from None
     done, history, seconds = 0, [], 0.0
     total = torch.zeros((), dtype=torch.float64, device=device)
     every = CHECK_STEPS[device.type]

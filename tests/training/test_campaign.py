@@ -243,7 +243,7 @@ def test_too_many_images_are_refused_before_training(workplace: Path, tmp_path: 
     """The data are looked at first."""
     with pytest.raises(BadInput, match="301 are asked for"):
         work(workplace, tmp_path / "out", TINY.replace("images = 20", "images = 301", 1))
-    assert not list((tmp_path / "out" / "runs").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -268,6 +268,10 @@ def test_command_with_no_time_left(workplace: Path, tmp_path: Path, capsys: pyte
         dfmcl.campaign(str(workplace / "tiny.toml"), table_only=True, **options)
     assert caught.value.code == 0
     assert "0 of 3 runs done" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(SystemExit) as caught:
+        dfmcl.campaign(str(workplace / "tiny.toml"), table_only=True, **{**options, "out": tmp_path / "elsewhere"})
+    assert caught.value.code == 2
+    assert "elsewhere: no such directory" in capsys.readouterr().err
 
 
 def test_killed_and_continued_from_a_bare_checkout(workplace: Path, uncut: Path, tmp_path: Path) -> None:

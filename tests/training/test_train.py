@@ -312,6 +312,10 @@ def test_too_few_images_is_bad_input(tmp_path: Path) -> None:
     """More images than there are: one line that names the keys."""
     with pytest.raises(BadInput, match=r"digits has 1347 training images; data\.heldout_images 147"):
         train(load_config("quickstart", ["data.train_images=5000"]), tmp_path / "run", log=quiet)
+    with pytest.raises(BadInput, match=r"at least 60 to train on .* 50 are left"):
+        train(load_config("quickstart", ["data.train_images=50", "optimization.batch_size=60"]), tmp_path / "run")
+    with pytest.raises(BadInput, match=r"model.arch: 'torchvision:resnet999' is unknown"):
+        train(load_config("quickstart", ["model.arch=torchvision:resnet999"]), tmp_path / "run", log=quiet)
     assert not (tmp_path / "run").exists()
 
 
