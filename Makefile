@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench-training clean
+.PHONY: help setup quickstart test lint format bench-training bench-gate clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -14,6 +14,7 @@ help:
 	@echo 'make test                the whole test suite'
 	@echo 'make lint                ruff, ruff format --check, mypy'
 	@echo 'make bench-training      training speed beside the usual loop; writes benchmarks/results/training.json, .md'
+	@echo 'make bench-gate          how often the sequential bounds err, and how many images they need; writes gate.json, .md'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -44,6 +45,9 @@ lint: .venv/.installed
 
 bench-training: .venv/.installed
 	$(BIN)/python -m benchmarks.training
+
+bench-gate: .venv/.installed
+	$(BIN)/python -m benchmarks.gate
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

@@ -23,6 +23,17 @@ def test_speed_on_the_page_is_the_records() -> None:
     assert [name for name, value in record["ratios"].items() if f"| {name} | {value:.2f} |" not in PAGE] == []
 
 
+def test_sequential_figures_on_the_page_are_the_records() -> None:
+    """False verdicts stay below 5 % on each side; 5 points above the threshold 800 images do, 10 points above 160."""
+    ratios = json.loads((ROOT / "benchmarks" / "results" / "gate.json").read_text(encoding="utf-8"))["ratios"]
+    for name, limit in (("false_pass_rate_at_threshold_exact", 0.05), ("false_fail_rate_at_threshold_exact", 0.05)):
+        assert ratios[name] <= limit
+        assert f"| {name} | {ratios[name]:.3f} |" in PAGE
+    for name, limit in (("median_images_at_plus_5_points", 800), ("median_images_at_plus_10_points", 160)):
+        assert ratios[name] <= limit
+        assert f"| {name} | {ratios[name]} |" in PAGE
+
+
 def test_figures_of_the_shipped_model_are_the_reports() -> None:
     """The gate's cascade, attack by attack, with its exact intervals."""
     folder = ROOT / "model_repository" / "resnet18w32-cifar10" / "1"
