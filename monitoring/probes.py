@@ -49,7 +49,7 @@ class Scene:
 Probe = Callable[[Scene, Attack, Ask], Labels]
 """Ask the endpoint about a scene's images, changed by an attack or not; returns its labels (N,)."""
 
-NO_ATTACK = Attack("none", lambda model, x, y, threat, generator: x)
+NO_ATTACK = Attack("none", lambda model, x, y, threat, generator, trial: x)
 
 
 def clean(scene: Scene, attack: Attack, ask: Ask) -> Labels:

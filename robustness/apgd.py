@@ -11,6 +11,7 @@ from torch import Tensor
 from robustness import losses
 from robustness.geometry import project, start, steepest
 from robustness.threat import Threat
+from robustness.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,6 +30,7 @@ def apgd(
     loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
     steps: int = 100,
     restarts: int = 1,
+    trial: Trial | None = None,
 ) -> Tensor:
     """Per image the first point that fools the model, else the one of highest loss over all restarts.
 
@@ -39,7 +41,7 @@ def apgd(
     def untargeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
         return loss(logits, y)
 
-    return _strongest(model, x, y, threat, generator, untargeted, steps, [y] * restarts)
+    return _strongest(model, x, y, threat, generator, untargeted, steps, [y] * restarts, trial or Trial(y))
 
 
 def apgd_targeted(
@@ -52,16 +54,19 @@ def apgd_targeted(
     steps: int = 100,
     restarts: int = 1,
     targets: int = 9,
+    trial: Trial | None = None,
 ) -> Tensor:
     """APGD-T of AutoAttack: one run of the targeted DLR for each of the `targets` wrong classes likeliest at x.
 
     All K - 1 wrong classes where there are fewer. K < 4 is BadInput, as the loss is not defined there.
     """
+    trial = trial or Trial(y)
     with torch.no_grad():
         wrong = model(x).scatter(1, y[:, None], float("-inf"))
+    trial.spend(torch.arange(len(x), device=x.device), forward=1)
     likeliest = wrong.topk(min(targets, wrong.shape[1] - 1), dim=1).indices
     runs = [target for _ in range(restarts) for target in likeliest.unbind(dim=1)]
-    return _strongest(model, x, y, threat, generator, losses.targeted_dlr, steps, runs)
+    return _strongest(model, x, y, threat, generator, losses.targeted_dlr, steps, runs, trial)
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -119,6 +124,7 @@ def _strongest(
     loss: TargetedLoss,
     steps: int,
     targets: Sequence[Tensor],
+    trial: Trial,
 ) -> Tensor:
     """The best of one run for each of `targets`; a run sees only what earlier ones left."""
     best, highest = x.clone(), x.new_full((len(x),), float("-inf"))
@@ -126,7 +132,7 @@ def _strongest(
         left = torch.nonzero(highest < torch.inf).squeeze(1)
         if not len(left):
             break
-        found, value = _run(model, x[left], y[left], target[left], threat, generator, loss, steps)
+        found, value = _run(model, x[left], y[left], target[left], threat, generator, loss, steps, trial, left)
         better = value > highest[left]
         best[left[better]], highest[left[better]] = found[better], value[better]
     return best
@@ -141,8 +147,13 @@ def _run(
     generator: torch.Generator,
     loss: TargetedLoss,
     steps: int,
+    trial: Trial,
+    rows: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Algorithm 1 of the paper: the best points `(N, C, H, W)` and their losses `(N,)`, inf where fooled."""
+    """Algorithm 1 of the paper: the best points `(N, C, H, W)` and their losses `(N,)`, inf where fooled.
+
+    rows `(N,)`: which images of the trial these are.
+    """
     lowest = x.new_full((len(x),), float("-inf"))
     best, highest = x.clone(), lowest.clone()
     begin, none = start(x, threat, generator), torch.zeros_like(x)
@@ -166,7 +177,7 @@ def _run(
     checks, checked = checkpoints(steps), 0
     for step in range(steps + 1):
         value, s.gradient, logits = losses.value_and_gradient(model, s.point, loss, (s.y, s.target), step < steps)
-        fooled = logits.argmax(dim=1) != s.y
+        fooled = trial.look(rows[s.index], s.point, logits, gradient=step < steps)
         if step:
             s.rises = s.rises + (value > s.value)
         s.value = value

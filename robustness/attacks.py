@@ -1,7 +1,8 @@
-"""Attacks as pure functions with one signature: `attack(model, x, y, threat, *, generator, ...) -> x_adv`.
+"""Attacks as functions with one signature: `attack(model, x, y, threat, *, generator, trial=None, ...) -> x_adv`.
 
 `model` maps float images in [0, 1] to logits and is frozen by the caller (`models.frozen`); x `(N, C, H, W)`,
-y `(N,)`; the result is inside the ball that `threat` names, and in [0, 1].
+y `(N,)`; the result is inside the ball that `threat` names, and in [0, 1]. A `trial` counts passes and says which
+images are done; nothing else is changed by a call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from robustness.errors import BadInput
 from robustness.geometry import project, start, steepest
 from robustness.square import square
 from robustness.threat import Threat
+from robustness.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -43,6 +45,7 @@ def climb(
     initial: Tensor | None = None,
     momentum: float = 0.0,
     keep: str = "worst",
+    trial: Trial | None = None,
 ) -> Tensor:
     """Projected gradient ascent, the loop behind FGSM, PGD, margin-PGD and MI-FGSM.
 
@@ -53,6 +56,7 @@ def climb(
     backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too.
     """
     step_size = 2.5 * threat.eps / steps if step_size is None else step_size
+    trial = trial or Trial(y)
     worst, highest = x.clone(), x.new_full((len(x),), float("-inf"))
     alive = torch.arange(len(x), device=x.device)
     for restart in range(restarts):
@@ -64,8 +68,10 @@ def climb(
             if step == steps and keep == "last":
                 break
             value, gradient, logits = losses.value_and_gradient(model, x_adv, loss, (y[index],), step < steps)
-            if keep == "worst":
-                fooled = logits.argmax(dim=1) != y[index]
+            if keep == "last":
+                trial.spend(index, forward=1, backward=1)
+            else:
+                fooled = trial.look(index, x_adv, logits, gradient=step < steps)
                 value = torch.where(fooled, torch.inf, value)
                 better = value > highest[index]
                 worst[index[better]] = x_adv[better]
@@ -86,7 +92,9 @@ def climb(
     return worst
 
 
-def fgsm(model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
+def fgsm(
+    model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator, trial: Trial | None = None
+) -> Tensor:
     """One step of length eps from the image itself. Goodfellow et al. 2015."""
     return climb(
         model,
@@ -98,6 +106,7 @@ def fgsm(model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch
         step_size=threat.eps,
         random_start=False,
         keep="last",
+        trial=trial,
     )
 
 
@@ -156,5 +165,14 @@ class Attack:
             parameters = {"queries": parameters["steps"]}
         return Attack(text, ATTACKS[kind], parameters)
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator) -> Tensor:
-        return self.function(model, x, y, threat, generator=generator, **self.parameters)
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        generator: torch.Generator,
+        trial: Trial | None = None,
+    ) -> Tensor:
+        return self.function(model, x, y, threat, generator=generator, trial=trial, **self.parameters)

@@ -10,6 +10,7 @@ from torch import Tensor
 from robustness.geometry import norms
 from robustness.losses import margin
 from robustness.threat import Threat
+from robustness.trial import Trial
 
 
 def cw_l2(
@@ -23,6 +24,7 @@ def cw_l2(
     steps: int = 60,
     lr: float = 0.05,
     initial_c: float = 1.0,
+    trial: Trial | None = None,
 ) -> Tensor:
     """The adversarial image of least L2 distance that was found, or x itself where none was. Deterministic.
 
@@ -32,6 +34,7 @@ def cw_l2(
     eps plays no part in the search. The paper runs 9 searches of 1,000 to 10,000 steps; the defaults here are
     enough for accuracy figures on small images and cost search_steps * steps passes.
     """
+    trial, everyone = trial or Trial(y), torch.arange(len(x), device=x.device)
     nearest, least = x.clone(), x.new_full((len(x),), float("inf"))
     c = x.new_full((len(x),), initial_c)
     low, high = torch.zeros_like(c), torch.full_like(c, float("inf"))
@@ -49,6 +52,7 @@ def cw_l2(
                 better = fooled & (length < least)
                 nearest[better], least[better] = x_adv[better], length[better]
                 found |= fooled
+            trial.spend(everyone, forward=1, backward=int(step < steps))
             if step == steps:
                 break
             squared = (x_adv - x).square().flatten(1).sum(dim=1)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
 from robustness.geometry import contains, contains_uint8, project, steepest, to_uint8
-from robustness.models import Classifier, exactly, frozen, to_bytes, to_float
+from robustness.models import exactly, frozen, to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.records import AttackRecord, Evaluation
 from robustness.seeds import generator
 from robustness.threat import Threat
+from robustness.trial import Trial
 
 Decide = Callable[[Tensor], Tensor]
 """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`: the artefact whose answer counts."""
@@ -39,14 +41,14 @@ class Outcome:
 
 
 def evaluate(
-    model: Classifier,
+    model: nn.Module | None,
     images: Bytes,
     labels: Labels,
     threat: Threat,
     attacks: Sequence[Attack],
     *,
     decide: Decide | None = None,
-    source: Classifier | None = None,
+    source: nn.Module | None = None,
     grid: bool = False,
     cascade: bool = False,
     seed: int = 0,
@@ -57,22 +59,29 @@ def evaluate(
     """Attack `model` on uint8 images `(N, H, W, C)` and count, per image, what still holds.
 
     decide: whose answers count (default: the model itself, in float32). source: where gradients come from (default:
-    the model; a surrogate for a transfer attack). grid: count only bytes inside the ball, eps rounded down to the
-    uint8 grid. cascade: an attack sees only what earlier ones left, which is the worst case at less cost.
-    A result outside the ball is counted as `outside`, never as a success; on the grid it is first brought to the
-    nearest bytes inside the ball, which in Linf always exist.
+    the model; a surrogate for a transfer attack). Without model and source the attacks query `decide`, so only those
+    that need no gradients can run. grid: count only bytes inside the ball, eps rounded down to the uint8 grid.
+    cascade: an attack sees only what earlier ones left, which is the worst case at less cost.
+
+    Every point on which the source errs is decided at once, and an image that fell is shown to the attack no more; what
+    an attack returns is decided as well. A result outside the ball is counted as `outside`, never as a success; on the
+    grid it is first brought to the nearest bytes inside the ball, which in Linf always exist.
     """
     if not len(images):
         raise BadInput("evaluate: no images; ask for at least one")
     started = time.perf_counter()
     threat = threat.on_grid() if grid else threat
-    device = next(model.parameters()).device
-    x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
-    decide = decide or exactly(model)
     source = source or model
+    if decide is None:
+        if model is None:
+            raise BadInput("evaluate: neither a model nor somebody to decide; hand in one of them")
+        decide = exactly(model)
+    device = next(source.parameters()).device if source is not None else torch.device("cpu")
+    x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
     adversarial = images.copy()
     records: list[AttackRecord] = []
-    with frozen(model), frozen(source):
+    with _frozen(model), _frozen(source):
+        climbed = source if source is not None else decide
         clean_logits = torch.cat([_answer(decide, to_float(x).to(device)) for x in _batches(batch_size, x_all)])
         correct = clean_logits.argmax(dim=1) == y_all
         adversarial_logits = clean_logits.clone()
@@ -80,26 +89,26 @@ def evaluate(
         for attack in attacks:
             begun = time.perf_counter()
             tried = (left if cascade else correct).clone()
-            held, outside = tried.clone(), 0
+            counts = _Counts.none(len(images))
             where = torch.nonzero(tried).squeeze(1)
             chunks = list(_batches(batch_size, where))
             for number, index in enumerate(track(chunks, f"{attack.name} at {threat}", len(chunks))):
                 x = to_float(x_all[index]).to(device)
                 y = y_all[index].to(device)
                 stream = generator(seed, attack.name, number, device=device)
-                candidates = attack(source, x, y, threat, generator=stream)
-                x_adv, logits, fooled, outside_ball = _judge(decide, candidates, x, y, threat, grid)
-                outside += int(outside_ball.sum())
-                newest = index[fooled | (~outside_ball & left[index])]
+                kept = _Kept(decide, x, y, threat, grid)
+                trial = Trial(y, kept.confirm if source is not None else None)  # a query decides itself
+                kept.conclude(attack(climbed, x, y, threat, generator=stream, trial=trial))
+                newest = index[kept.fooled | (~kept.outside & left[index])]
                 chosen = torch.isin(index, newest)
-                as_bytes = to_bytes(x_adv if grid else to_uint8(x_adv, x, threat)).cpu().numpy()
+                as_bytes = to_bytes(kept.points if grid else to_uint8(kept.points, x, threat)).cpu().numpy()
                 adversarial[newest.numpy()] = as_bytes[chosen.numpy()]
-                adversarial_logits[newest] = logits[chosen]
-                held[index[fooled]] = False
-                left[index[fooled]] = False
+                adversarial_logits[newest] = kept.logits[chosen]
+                left[index[kept.fooled]] = False
+                counts.add(index, kept, trial)
             seconds = time.perf_counter() - begun
             # In a cascade "held" means held so far, so that every record is an accuracy on all images.
-            records.append(_record(attack, held if not cascade else left, tried, outside, seconds))
+            records.append(counts.record(attack, left if cascade else tried & ~counts.fooled, tried, seconds))
     evaluation = Evaluation(
         threat=threat,
         grid=grid,
@@ -112,38 +121,129 @@ def evaluate(
     return Outcome(evaluation, adversarial, clean_logits.numpy(), adversarial_logits.numpy())
 
 
-def _judge(
-    decide: Decide, candidates: Tensor, x: Tensor, y: Tensor, threat: Threat, grid: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What counts of an attack's result: images, logits, whether each fools and whether each is outside (on the CPU).
+class _Kept:
+    """What counts of one attack on one batch: points `(N, C, H, W)`, logits `(N, K)`, who fell, who is outside `(N,)`.
 
-    Results are clipped to [0, 1] and, on the grid, brought to bytes inside the ball. An L2 attack that seeks the least
+    Logits and flags are on the CPU. An image that fell keeps the point at which it did.
+    """
+
+    def __init__(self, decide: Decide, x: Tensor, y: Tensor, threat: Threat, grid: bool) -> None:
+        self._decide, self._x, self._y, self._threat, self._grid = decide, x, y, threat, grid
+        self.points, self.logits = x.clone(), torch.zeros(0)
+        self.fooled = torch.zeros(len(x), dtype=torch.bool)
+        self.outside = torch.zeros(len(x), dtype=torch.bool)
+
+    def confirm(self, rows: Tensor, points: Tensor) -> Tensor:
+        """Which of the points `(M, C, H, W)` of images `rows` `(M,)` really fool: `(M,)` bool."""
+        judged = _judge(self._decide, points, self._x[rows], self._y[rows], self._threat, self._grid)
+        self._keep(rows[judged.fooled.to(rows.device)], judged.only(judged.fooled))
+        return judged.fooled.to(points.device)
+
+    def conclude(self, candidates: Tensor) -> None:
+        """Judge what the attack returned of the images that have not fallen yet."""
+        rest = torch.nonzero(~self.fooled).squeeze(1).to(candidates.device)
+        if len(rest):
+            x, y = self._x[rest], self._y[rest]
+            self._keep(rest, _judge(self._decide, candidates[rest], x, y, self._threat, self._grid))
+
+    def _keep(self, rows: Tensor, judged: _Judged) -> None:
+        if not self.logits.numel():
+            self.logits = torch.zeros(len(self._x), judged.logits.shape[1])
+        self.points[rows] = judged.points
+        rows = rows.cpu()
+        self.logits[rows], self.fooled[rows], self.outside[rows] = judged.logits, judged.fooled, judged.outside
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What one attack did and cost, per image `(N,)`."""
+
+    fooled: Tensor
+    outside: Tensor
+    unconfirmed: Tensor
+    forward: Tensor
+    backward: Tensor
+
+    @staticmethod
+    def none(size: int) -> _Counts:
+        return _Counts(*torch.zeros(3, size, dtype=torch.bool), *torch.zeros(2, size, dtype=torch.int64))
+
+    def add(self, index: Tensor, kept: _Kept, trial: Trial) -> None:
+        self.fooled[index], self.outside[index] = kept.fooled, kept.outside
+        self.unconfirmed[index] = trial.unconfirmed.cpu() & ~kept.fooled
+        self.forward[index], self.backward[index] = trial.forward.cpu(), trial.backward.cpu()
+
+    def record(self, attack: Attack, held: Tensor, tried: Tensor, seconds: float) -> AttackRecord:
+        return AttackRecord(
+            name=attack.name,
+            parameters=dict(attack.parameters),
+            held=tuple(held.tolist()),
+            tried=tuple(tried.tolist()),
+            outside=int(self.outside.sum()),
+            seconds=seconds,
+            unconfirmed=int(self.unconfirmed.sum()),
+            forward=tuple(self.forward.tolist()),
+            backward=tuple(self.backward.tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Candidates as they are counted: points `(M, C, H, W)`, and on the CPU logits `(M, K)` and flags `(M,)`."""
+
+    points: Tensor
+    logits: Tensor
+    fooled: Tensor
+    outside: Tensor
+
+    def only(self, rows: Tensor) -> _Judged:
+        return _Judged(
+            self.points[rows.to(self.points.device)], self.logits[rows], self.fooled[rows], self.outside[rows]
+        )
+
+
+def _judge(decide: Decide, candidates: Tensor, x: Tensor, y: Tensor, threat: Threat, grid: bool) -> _Judged:
+    """What counts of an attack's points.
+
+    They are clipped to [0, 1] and, on the grid, brought to bytes inside the ball. An L2 attack that seeks the least
     perturbation ends at the border, where rounding to bytes flips it back half of the time; so there the same direction
     at the whole radius, which is the attacker's too, counts as well.
     """
-    finite = candidates.detach().isfinite().flatten(1).all(dim=1)
-    x_adv = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), candidates.detach(), x).clamp(0, 1)
+    candidates = candidates.detach()
+    finite = candidates.isfinite().flatten(1).all(dim=1)
+    x_adv = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), candidates, x).clamp(0, 1)
     if not grid:
         return _decided(decide, x_adv, y, finite & contains(x_adv, x, threat))
-    x_adv, logits, fooled, outside = _decided(decide, *_as_bytes(x_adv, x, y, threat, finite))
-    if threat.norm == "l2":
-        whole = project(x + threat.eps * steepest(candidates.detach() - x, "l2"), x, threat)
-        other, other_logits, other_fooled, _ = _decided(decide, *_as_bytes(whole, x, y, threat, finite))
-        better = other_fooled & ~fooled
-        x_adv[better.to(x.device)], logits[better] = other[better.to(x.device)], other_logits[better]
-        fooled, outside = fooled | better, outside & ~better
-    return x_adv, logits, fooled, outside
+    judged = _decided_as_bytes(decide, x_adv, x, y, threat, finite)
+    missed = torch.nonzero(~judged.fooled & finite.cpu()).squeeze(1)
+    if threat.norm == "l2" and len(missed):
+        rows = missed.to(x.device)
+        whole = project(x[rows] + threat.eps * steepest(candidates[rows] - x[rows], "l2"), x[rows], threat)
+        second = _decided_as_bytes(decide, whole, x[rows], y[rows], threat, finite[rows])
+        better = second.only(second.fooled)
+        judged.points[rows[second.fooled.to(x.device)]] = better.points
+        for old, new in (
+            (judged.logits, better.logits),
+            (judged.fooled, better.fooled),
+            (judged.outside, better.outside),
+        ):
+            old[missed[second.fooled]] = new
+    return judged
 
 
-def _as_bytes(x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _decided_as_bytes(decide: Decide, x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat, finite: Tensor) -> _Judged:
     as_bytes = to_uint8(x_adv, x, threat)
     inside = contains_uint8(as_bytes, (x * 255).round().to(torch.uint8), threat)
-    return as_bytes.to(torch.float32) / 255, y, finite & inside
+    return _decided(decide, as_bytes.to(torch.float32) / 255, y, finite & inside)
 
 
-def _decided(decide: Decide, x_adv: Tensor, y: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _decided(decide: Decide, x_adv: Tensor, y: Tensor, inside: Tensor) -> _Judged:
     logits, inside = _answer(decide, x_adv), inside.cpu()
-    return x_adv, logits, (logits.argmax(dim=1) != y.cpu()) & inside, ~inside
+    return _Judged(x_adv, logits, (logits.argmax(dim=1) != y.cpu()) & inside, ~inside)
+
+
+def _frozen(model: nn.Module | None) -> AbstractContextManager[Any]:
+    return frozen(model) if model is not None else nullcontext()
 
 
 def _answer(decide: Decide, x: Tensor) -> Tensor:
@@ -154,9 +254,3 @@ def _answer(decide: Decide, x: Tensor) -> Tensor:
 def _batches(size: int, tensor: Tensor) -> Iterator[Tensor]:
     for begin in range(0, len(tensor), size):
         yield tensor[begin : begin + size]
-
-
-def _record(attack: Attack, held: Tensor, tried: Tensor, outside: int, seconds: float) -> AttackRecord:
-    return AttackRecord(
-        attack.name, dict(attack.parameters), tuple(held.tolist()), tuple(tried.tolist()), outside, seconds
-    )

@@ -19,14 +19,20 @@ class AttackRecord:
 
     held[i]: image i is classified correctly and this attack did not flip it. An attack that saw only the images that
     earlier ones left (`tried[i]` false elsewhere) cannot say more about the others than they did.
+    outside: images whose last result lay outside the ball, and did not count. unconfirmed: images on which the model
+    that gave gradients erred at some point although the answer that counts never did. forward, backward: passes spent
+    on each image, until it fell if it did. None and empty where nobody counted.
     """
 
     name: str
     parameters: Mapping[str, Any]
     held: tuple[bool, ...]
     tried: tuple[bool, ...]
-    outside: int  # adversarial images that were not in the ball and therefore did not count
+    outside: int
     seconds: float
+    unconfirmed: int | None = None
+    forward: tuple[int, ...] = ()
+    backward: tuple[int, ...] = ()
 
     @property
     def accuracy(self) -> Share:
@@ -85,8 +91,17 @@ class Evaluation:
                     "tried": sum(record.tried),
                     "flipped": record.flipped,
                     "outside": record.outside,
+                    **({} if record.unconfirmed is None else {"unconfirmed": record.unconfirmed}),
                     "seconds": record.seconds,
-                    "per_image": {"tried": _bits(record.tried), "held": _bits(record.held)},
+                    "per_image": {
+                        "tried": _bits(record.tried),
+                        "held": _bits(record.held),
+                        **(
+                            {"forward": list(record.forward), "backward": list(record.backward)}
+                            if record.forward
+                            else {}
+                        ),
+                    },
                 }
                 for record in self.attacks
             ],
@@ -112,6 +127,9 @@ class Evaluation:
                         tried=_flags(record["per_image"]["tried"]),
                         outside=record["outside"],
                         seconds=record["seconds"],
+                        unconfirmed=record.get("unconfirmed"),
+                        forward=tuple(record["per_image"].get("forward", ())),
+                        backward=tuple(record["per_image"].get("backward", ())),
                     )
                     for record in value["attacks"]
                 ),

@@ -12,6 +12,7 @@ from torch import Tensor
 from robustness.errors import BadInput
 from robustness.losses import margin
 from robustness.threat import Threat
+from robustness.trial import Trial
 
 # Where the patch's share of the image is halved, in ten-thousandths of all queries (section 5 of the paper).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -26,6 +27,7 @@ def square(
     generator: torch.Generator,
     queries: int = 5000,
     p_init: float = 0.8,
+    trial: Trial | None = None,
 ) -> Tensor:
     """Per image the first point that fools the model, else the one of highest margin. Linf only, else BadInput.
 
@@ -35,6 +37,7 @@ def square(
     """
     if threat.norm != "linf":
         raise BadInput(f"square: knows Linf only, the threat is {threat}; take a Linf threat or leave square out")
+    trial = trial or Trial(y)
     low, high = (x - threat.eps).clamp(0, 1), (x + threat.eps).clamp(0, 1)
     best, highest = x.clone(), x.new_full((len(x),), float("-inf"))
     alive = torch.arange(len(x), device=x.device)
@@ -47,10 +50,13 @@ def square(
         else:
             proposed = torch.where(_signs((len(x), x.shape[1], 1, x.shape[3]), x, generator), high, low)
         with torch.no_grad():
-            value = margin(model(proposed), y[alive])
+            logits = model(proposed)
+        value = margin(logits, y[alive])
+        done = trial.look(alive, proposed, logits, gradient=False)
+        value = torch.where(done, torch.inf, value)
         better = value > highest[alive]
         best[alive[better]], highest[alive[better]] = proposed[better], value[better]
-        alive = alive[value <= 0]
+        alive = alive[~done]
     return best
 
 

@@ -48,7 +48,7 @@ def attack(function: Any) -> Attack:
 
 def test_an_image_outside_the_ball_is_no_success(model: Classifier, images: Any, labels: Any) -> None:
     """An attack that leaves the ball is counted as outside, and the images stand."""
-    cheat = attack(lambda model, x, y, threat, generator: (x + 3 * threat.eps).clamp(0, 1))
+    cheat = attack(lambda model, x, y, threat, generator, trial: (x + 3 * threat.eps).clamp(0, 1))
     outcome = evaluate(model, images, labels, THREAT, [cheat])
     assert outcome.evaluation.robust.k == 22
     assert outcome.evaluation.attacks[0].outside == 22
@@ -57,7 +57,7 @@ def test_an_image_outside_the_ball_is_no_success(model: Classifier, images: Any,
 @pytest.mark.parametrize("grid", [True, False])
 def test_not_a_number_is_no_success(model: Classifier, images: Any, labels: Any, grid: bool) -> None:
     """An attack that returns NaN has found nothing."""
-    broken = attack(lambda model, x, y, threat, generator: x * float("nan"))
+    broken = attack(lambda model, x, y, threat, generator, trial: x * float("nan"))
     outcome = evaluate(model, images, labels, THREAT, [broken], grid=grid)
     assert outcome.evaluation.robust.k == 22
     assert outcome.evaluation.attacks[0].outside == 22
@@ -66,7 +66,7 @@ def test_not_a_number_is_no_success(model: Classifier, images: Any, labels: Any,
 
 def test_the_frame_classifies_again(model: Classifier, images: Any, labels: Any) -> None:
     """Doing nothing breaks nothing, whatever the attack would claim."""
-    outcome = evaluate(model, images, labels, THREAT, [attack(lambda model, x, y, threat, generator: x)])
+    outcome = evaluate(model, images, labels, THREAT, [attack(lambda model, x, y, threat, generator, trial: x)])
     assert outcome.evaluation.clean.k == outcome.evaluation.robust.k == 22
 
 
