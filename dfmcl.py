@@ -10,6 +10,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,7 +19,7 @@ import typer
 
 T = TypeVar("T")
 # What a subcommand needs, if not `train`.
-EXTRAS = {"promote": "serve", "card": "serve", "serve": "serve", "watch": "monitor"}
+EXTRAS = {"promote": "serve", "verify": "serve", "card": "serve", "serve": "serve", "watch": "monitor"}
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
 BROKEN = 5
 
@@ -271,21 +273,39 @@ def pack(
 
 @command
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    source: Annotated[Path, typer.Argument(help="A run's directory, or an ONNX classifier of any origin.")],
     out: Annotated[Path, typer.Option(help="The candidate's directory.")],
-    weights: Annotated[str, typer.Option(help="How weights are stored: float32 or float16.")] = "float32",
+    weights: Annotated[str | None, typer.Option(help="How a run's weights are stored: float32 or float16.")] = None,
+    contract: Annotated[
+        str | None, typer.Option("--input", help="What the ONNX file takes, such as 'float32 NCHW'.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
 ) -> None:
-    """Freeze a run to ONNX and prove it equal to the checkpoint."""
-    from serving.export import export as run_export
+    """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to what it came from."""
+    from serving.errors import BadInput
 
-    manifest = run_export(run, out, weights=weights, track=track)
+    foreign, names = source.is_file(), read_labels(labels)
+    if foreign and (contract is None or names is None):
+        raise BadInput(f"{source}: say what it takes and what it tells apart: --input 'float32 NCHW' --labels FILE")
+    if foreign and weights is not None:
+        raise BadInput(f"{source}: an ONNX file keeps its weights as they are; leave --weights out")
+    if not foreign and (contract is not None or names is not None):
+        raise BadInput(f"{source}: is no ONNX file; a run knows its --input and --labels, leave them out")
+
+    from serving.export import export as run_export  # after the questions that need no torch
+    from serving.export import wrap
+
+    if contract is not None and names is not None:
+        manifest = wrap(source, out, contract=contract, labels=names, track=track)
+    else:
+        manifest = run_export(source, out, weights=weights or "float32", track=track)
     parity: Any = manifest["parity"]
     rounding = (
         f"; {weights} changes {100 * (1 - parity['checkpoint_label_agreement']):.1f} % of the labels and logits by up"
         f" to {parity['checkpoint_max_abs_difference']:.1e}"
     )
     say(
-        f"{out}: model.onnx; against the checkpoint on {parity['images']} images: largest difference"
+        f"{out}: model.onnx; against {source} on {parity['images']} images: largest difference"
         f" {parity['max_abs_difference']:.1e} (tolerance {parity['tolerance']:.1e}),"
         f" {100 * parity['label_agreement']:.1f} % equal labels{rounding if weights == 'float16' else ''}"
     )
@@ -293,23 +313,142 @@ def export(
 
 @command
 def gate(
-    candidate: Annotated[Path, typer.Argument(help="A candidate's directory.")],
-    run: Annotated[Path, typer.Option(help="The run it was exported from; gradients come from there.")],
+    subject: Annotated[
+        str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
+    ],
     policy: Annotated[Path, typer.Option(help="The policy (TOML).")],
     out: Annotated[Path, typer.Option(help="Where the evidence goes.")],
+    run: Annotated[
+        Path | None, typer.Option(help="The run it was exported from; else gradients come from the ONNX file.")
+    ] = None,
+    surrogate: Annotated[
+        list[Path] | None, typer.Option(help="A run to craft transfer attacks on, for the record; repeatable.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="report.json of the model that no_regression compares with.")
+    ] = None,
+    key: Annotated[list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable.")] = None,
+    contract: Annotated[
+        str | None, typer.Option("--input", help="What a foreign model takes, such as 'float32 NCHW 32x32x3'.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
+    ] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
-    """Judge a candidate by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect."""
+    """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
     from gating.policy import load_policy
-    from gating.report import markdown
 
     parsed = load_policy(policy)  # before torch loads: a wrong key is answered at once
 
+    from gating.bar import bar
     from gating.gate import gate as run_gate
+    from gating.github import publish
+    from gating.markdown import markdown
+    from gating.subject import open_subject
+    from robustness.ranks import Ranks
+    from robustness.runs import load_run
 
-    report = run_gate(candidate, run, parsed, out, track=track)
-    say(markdown(report))
-    say(f"evidence: {out}")
+    ranks = Ranks.join()
+    try:
+        with ExitStack() as open_clients, bar(shown=ranks.first) as (show, watch):
+            judged = open_subject(
+                subject,
+                run=run,
+                contract=contract,
+                labels=read_labels(labels),
+                connect=functools.partial(connect, open_clients),
+                budget=queries,
+            )
+            report = run_gate(
+                judged,
+                parsed,
+                out,
+                surrogates={path.resolve().name: load_run(path, ranks.device) for path in surrogate or ()},
+                baseline=baseline,
+                keys=key or (),
+                ranks=ranks,
+                track=show,
+                watch=watch,
+            )
+        if ranks.first:
+            say(markdown(report, details=False))
+            publish(report, policy, os.environ, say)
+            say(f"evidence: {out}")
+    finally:
+        ranks.leave()
+    # torchrun makes 1, "failed", of whatever a process ends with: `dfmcl verdict` tells what the evidence says.
+    return 0 if ranks.world > 1 else int(report["exit_code"])
+
+
+@command
+def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]) -> int:
+    """Say again what a gate found, and end with its exit code."""
+    from gating.markdown import markdown
+    from gating.report import read_report
+
+    report = read_report(evidence)
+    say(markdown(report, details=False))
     return int(report["exit_code"])
+
+
+def connect(clients: ExitStack, url: str, model: str) -> tuple[Any, Callable[[Any], Any]]:
+    """A live endpoint as the gate asks it; its client closes with `clients`."""
+    from serving.client import Client
+
+    client = clients.enter_context(Client(url, model))
+    return client.describe(), lambda images: client.predict(images).logits
+
+
+def read_labels(path: Path | None) -> tuple[str, ...] | None:
+    """A file's lines, None where none is named."""
+    return tuple(path.read_text(encoding="utf-8").splitlines()) if path is not None else None
+
+
+@command
+def keygen(
+    out: Annotated[Path, typer.Argument(help="Writes OUT.key, to keep secret, and OUT.pub, to hand out.")],
+) -> None:
+    """Make a key pair (ed25519) to sign evidence with."""
+    from gating.keys import keygen as run_keygen
+
+    say(f"{out}.key: keep it secret; {out}.pub: name it in a trust file; key id {run_keygen(out)[:12]}")
+
+
+@command
+def sign(
+    evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")],
+    key: Annotated[list[Path], typer.Option(help="A private key; repeatable.")],
+) -> None:
+    """Sign evidence, or add a signature to the ones it has."""
+    from gating.attestation import ATTESTATION, sign_evidence
+
+    say(f"{evidence / ATTESTATION}: signed; holds until {sign_evidence(evidence, key):%Y-%m-%d}")
+
+
+@command
+def verify(
+    path: Annotated[Path, typer.Argument(help="A candidate, or a model in Triton's repository, or a version of one.")],
+    trust: Annotated[Path, typer.Option(help="Whose signature counts (TOML).")],
+    evidence: Annotated[Path | None, typer.Option(help="A candidate's evidence; a version holds its own.")] = None,
+    at: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Judge as of that day (UTC). Default: now.")
+    ] = None,
+) -> None:
+    """Prove that exactly these bytes passed, by signatures that are trusted and still hold: 0, or 1 and why not."""
+    from gating.attestation import read_attestation
+    from gating.attestation import verify as run_verify
+    from gating.trust import load_trust
+
+    trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
+    if evidence is None and (path / "config.pbtxt").is_file():
+        from serving.promotion import verify_release
+
+        path = verify_release(path.resolve().parent, path.resolve().name, trusted, now).path
+    report = run_verify(path, evidence or path, trusted, now)
+    signed = read_attestation(evidence or path, trusted)
+    say(f"{path}: passed on {report['created'][:10]}, {'; '.join(row['criterion'] for row in report['criteria'])}")
+    say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")
 
 
 @command
@@ -318,11 +457,13 @@ def promote(
     evidence: Annotated[Path, typer.Option(help="What the gate wrote about it.")],
     repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
     name: Annotated[str, typer.Option(help="The model's name in Triton.")],
+    trust: Annotated[Path, typer.Option(help="Whose signature counts (TOML).")],
 ) -> None:
-    """Bring a candidate that passed into the model repository, as a new version."""
+    """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
+    from gating.trust import load_trust
     from serving.promotion import promote as run_promote
 
-    promoted = run_promote(candidate, evidence, repository, name=name)
+    promoted = run_promote(candidate, evidence, repository, name=name, trust=load_trust(trust))
     say(f"{promoted.path}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
 
 

@@ -1,7 +1,8 @@
 """The whole line on scanned digits: train, evaluate, export, gate, promote, serve, watch. `make quickstart` runs it.
 
 With `--model shipped` the end of the line on the model that lies in model_repository/: verify, serve, watch; nothing is
-trained. Every stage but verify is a `dfmcl` command, printed before it runs, so that it can be run again by hand.
+trained. Every stage is a `dfmcl` command, printed before it runs, so that it can be run again by hand. What the gate
+finds is signed with a key that is made here and that nothing else trusts.
 Writes `.quickstart/` and nothing else.
 """
 
@@ -26,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gating.attestation import BadEvidence, NotAttested
+from gating.trust import load_trust
+from robustness.errors import DfmclError
 from robustness.statistics import Share
 from serving import repository as layout
 from serving.client import Client
@@ -35,6 +38,14 @@ from serving.promotion import Promoted, verify_release
 HOME = Path(".quickstart")
 DFMCL = Path(sys.executable).with_name("dfmcl")
 POLICY = Path("deploy/quickstart/gate.toml")
+TRUST = Path("deploy/resnet18w32-cifar10/trust.toml")  # of the shipped model
+KEY = "release"
+TRUST_FILE = """\
+# Written by quickstart.py: promotion lets in what this key signed, by this policy.
+threshold = 1
+keys = ["{key}.pub"]
+policies = [{policy}]
+"""
 MODEL = "digits"
 EPS = "38/255"
 L2_EPS = "1.5"
@@ -86,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--exit", action="store_true", help="stop at the end instead of serving until Ctrl-C")
     parser.add_argument("--model", choices=["digits", "shipped"], default="digits")
     parser.add_argument("--repository", type=Path, default=REPOSITORY, help="where the shipped model lies")
+    parser.add_argument("--trust", type=Path, default=TRUST, help="whose signature counts for the shipped model")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     servers: list[subprocess.Popen[bytes]] = []
@@ -93,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare()
         if arguments.model == "shipped":
-            shipped_line(servers, arguments.repository)
+            shipped_line(servers, arguments.repository, arguments.trust)
         else:
             digits_line(servers)
         seconds = time.monotonic() - started
@@ -116,8 +128,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def digits_line(servers: list[subprocess.Popen[bytes]]) -> None:
     """From training to watching, on digits; prints what was measured on the way."""
+    make_key()
     codes = make_models()
     promote()
+    dfmcl("verify", str(HOME / "repository" / MODEL), "--trust", str(HOME / "trust.toml"))
     urls = serve(servers, HOME / "repository")
     metrics_url = watch(
         servers,
@@ -140,9 +154,9 @@ def digits_line(servers: list[subprocess.Popen[bytes]]) -> None:
     print_urls(urls, MODEL, metrics_url)
 
 
-def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path) -> None:
+def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust: Path) -> None:
     """Verify, serve and watch the one model of a repository; prints the gate's figures beside the live ones."""
-    release = verify(repository)
+    release = verify(repository, trust)
     evaluation = read(release.path / layout.REPORT)["evaluation"]
     surrogates = sorted(
         path.parent for path in (repository / release.model / layout.SURROGATES).glob("*/manifest.json")
@@ -190,8 +204,15 @@ def prepare() -> None:
     HOME.mkdir()
 
 
+def make_key() -> None:
+    """A key of this run's own, and the trust file that names it and the policy."""
+    dfmcl("keygen", str(HOME / KEY))
+    trust = TRUST_FILE.format(key=KEY, policy=json.dumps(str(POLICY.absolute())))
+    (HOME / "trust.toml").write_text(trust, encoding="utf-8")
+
+
 def make_models() -> dict[str, int]:
-    """Train, evaluate, export and gate both models; the surrogate is trained only. Returns the gate's exit codes."""
+    """Train, evaluate, export, gate and sign both models, train the surrogate; returns the gate's exit codes."""
     for name, preset in {**MODELS, "surrogate": "quickstart_surrogate"}.items():
         dfmcl("train", preset, "--out", str(HOME / name))
     codes = {}
@@ -201,7 +222,7 @@ def make_models() -> dict[str, int]:
         dfmcl("evaluate", run, *options, "--out", str(HOME / f"{name}.json"))
         dfmcl("export", run, "--out", candidate)
         evidence = str(HOME / f"{name}-evidence")
-        options = ["--run", run, "--policy", str(POLICY), "--out", evidence]
+        options = ["--run", run, "--policy", str(POLICY), "--key", str(HOME / f"{KEY}.key"), "--out", evidence]
         codes[name] = dfmcl("gate", candidate, *options, expected=expected)
     return codes
 
@@ -210,17 +231,19 @@ def promote() -> None:
     """What passed goes into the repository; what was blocked is refused."""
     for name, expected in (("standard", 1), ("hardened", 0)):
         options = ["--evidence", str(HOME / f"{name}-evidence"), "--repository", str(HOME / "repository")]
-        dfmcl("promote", str(HOME / f"{name}-candidate"), *options, "--name", MODEL, expected=expected)
+        options += ["--name", MODEL, "--trust", str(HOME / "trust.toml")]
+        dfmcl("promote", str(HOME / f"{name}-candidate"), *options, expected=expected)
 
 
-def verify(repository: Path) -> Promoted:
-    """The one release of a repository, if its digests, its verdict and its card hold."""
+def verify(repository: Path, trust: Path) -> Promoted:
+    """The one release of a repository, if signature, digests, verdict and card hold; as `dfmcl verify` judges it."""
     names = layout.model_names(repository)
     if len(names) != 1:
         raise StageFailed(f"{repository}: holds {len(names)} promoted models, expected one")
     try:
-        release = verify_release(repository, names[0])
-    except (ServingError, NotAttested, BadEvidence) as error:
+        console.print(f"\n$ dfmcl verify {repository / names[0]} --trust {trust}", style="bold", soft_wrap=True)
+        release = verify_release(repository, names[0], load_trust(trust))
+    except (ServingError, DfmclError, NotAttested, BadEvidence) as error:
         raise StageFailed(str(error)) from None
     card = repository / release.model / layout.CARD
     if not card.is_file() or release.sha256 not in card.read_text(encoding="utf-8"):

@@ -24,7 +24,7 @@ from benchmarks.result import write_result
 from robustness.models import Classifier, ModelSpec, to_float
 from training.config import TrainConfig
 from training.learner import Learner
-from training.parallel import Ranks
+from robustness.ranks import Ranks
 
 GFLOP_FORWARD = 1.11  # a full-width ResNet-18 on one image: 0.555 GMAC
 EPS, PGD_STEPS = 8 / 255, 10

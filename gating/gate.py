@@ -1,148 +1,415 @@
-"""From evidence to a verdict: attack the candidate as its users will meet it, as bytes through ONNX Runtime."""
+"""From a model to signed-off evidence: attack it as its users will meet it, until the claims are decided.
+
+The images come in an order that depends on model, data and policy alone; blocks of them are attacked until every claim
+is met, one is missed, or no more may be attacked. Several processes (torchrun) share the blocks; nothing in the result
+depends on how many there are, nor on how often the gate was interrupted.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from gating.attestation import read_candidate
-from gating.policy import Policy
-from gating.report import build_report, markdown
-from gating.verdict import decide, judge
+from gating.attestation import ATTESTATION, sign
+from gating.baseline import Baseline, compare
+from gating.block import Block, Plan, attack_block, joined_outcomes
+from gating.formats import FILES, write_formats
+from gating.policy import NO_REGRESSION, Policy
+from gating.report import REPORT, build_report
+from gating.state import State
+from gating.subject import Subject
+from gating.verdict import Judgement, Standing, claims, one_look
+from robustness import checks
 from robustness.attacks import Attack
-from robustness.data import Bytes, load_dataset
-from robustness.errors import BadInput, Broken
+from robustness.data import Bytes, Dataset, Labels, load_dataset
+from robustness.errors import BadInput
 from robustness.evaluate import Outcome, evaluate
 from robustness.files import dump_json, sha256_of, whole_directory
-from robustness.models import to_bytes, to_float
+from robustness.gradients import IMAGES as GRADIENT_IMAGES
+from robustness.gradients import AttackPass, attack_pass
+from robustness.models import to_float
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
-from robustness.runs import Run, load_run
+from robustness.ranks import Ranks
+from robustness.records import Evaluation
+from robustness.runs import Run
+from robustness.statistics import Flags
 
-# Share of adversarial images on which artefact and checkpoint must give the same label. Attacks leave images at the
-# decision border, where one rounding can tip a label; a wrong export disagrees on far more than one in a hundred.
-MIN_AGREEMENT = 0.99
+PROBES = "probes.npz"
 
 
-def gate(candidate: Path, run: Path, policy: Policy, out: Path, *, track: Track = silent) -> dict[str, Any]:
-    """Judge `candidate` by `policy` with gradients from `run`, and write the evidence to `out`. Returns the report."""
-    manifest = read_candidate(candidate)
-    trained = load_run(run)
-    attacks = [Attack.parse(name) for name in policy.attacks.suite]
-    _same_run(candidate, manifest, trained)
+@dataclass(frozen=True)
+class Progress:
+    """Where a gate stands. expected: images after which it will probably be decided; seconds: spent on attacks."""
+
+    images: int
+    expected: int
+    seconds: float
+    judgements: tuple[Judgement, ...]
+
+
+def unwatched(progress: Progress) -> None:
+    """Shows nothing."""
+
+
+def gate(
+    subject: Subject,
+    policy: Policy,
+    out: Path,
+    *,
+    surrogates: Mapping[str, Run] | None = None,
+    baseline: Path | None = None,
+    keys: Sequence[Path] = (),
+    ranks: Ranks | None = None,
+    track: Track = silent,
+    watch: Callable[[Progress], None] = unwatched,
+) -> dict[str, Any]:
+    """Judge `subject` by `policy`, write the evidence to `out`, and return the report.
+
+    surrogates: by name, to record how much holds against images crafted on them. baseline: report.json of an earlier
+    model, for `no_regression`. keys: sign the evidence with each.
+    An interrupted gate goes on where it was, if it is told the same again.
+    """
+    started = time.perf_counter()
+    ranks = ranks or Ranks.alone()
+    suite, reasons = suite_of(subject, policy)
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
-    if data.input_shape != trained.input_shape or data.classes != trained.classes:
+    require_fit(subject, data, policy)
+    earlier = Baseline.read(baseline, policy, data.sha256) if baseline else None
+    if earlier is None and any(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria):
+        raise BadInput(f"criterion {NO_REGRESSION}: needs --baseline, the report.json of the model to compare with")
+    order = order_of(subject.digest, data.sha256, policy.digest, len(data.x_test))
+    cap = policy.data.images or len(order)
+    climbed = climbed_by(subject, data.x_test[order], ranks)
+    plan = Plan(climbed, subject.decide, policy.threats, suite, subject.contract.dtype == "uint8", policy.seed)
+    identity = {
+        "subject": subject.digest,
+        "run": str(subject.run.get("checkpoint_sha256", "")),
+        "data": data.sha256,
+        "policy": policy.digest,
+        "attacks": hashlib.sha256(repr([(a.name, dict(a.parameters)) for a in suite]).encode()).hexdigest(),
+        "baseline": earlier.report_sha256 if earlier else "",
+        "revision": provenance()["code"]["revision"],
+        **{f"version of {name}": version for name, version in provenance()["versions"].items()},
+    }
+    with State.at(out, identity, ranks) as state:
+        work = Work(plan, data, state, ranks, track)
+        standings, blocks, trail = run(work, order[:cap], policy, watch)
+        outcomes = joined_outcomes(blocks)
+        index = order[: len(outcomes[0].adversarial)]
+        judgements = [standing_judgement(standing, policy) for standing in standings]
+        comparison = None
+        if earlier is not None:
+            missed = any(judgement.outcome == "missed" for judgement in judgements)
+            comparison = compared(work, earlier, index, outcomes, policy, skip=missed)
+        if ranks.first:
+            main = outcomes[
+                [threat.on_grid().eps for threat in policy.threats].index(policy.parsed_threat.on_grid().eps)
+            ]
+            images, labels = data.x_test[index], data.y_test[index]
+            transfer = transferred(subject, policy, surrogates or {}, images, labels, track)
+            looked = order[: policy.checks.images]
+            results = checks.diagnose(
+                subject.model,
+                subject.decide,
+                data.x_test[looked],
+                data.y_test[looked],
+                main.evaluation.threat,
+                grid=plan.grid,
+                seed=policy.seed,
+                evaluation=main.evaluation,
+                transfer=transfer,
+                about={
+                    "run": subject.run,
+                    "data": {**data.describe(), "part": "test", "in_training": checks.repeated(images, data.x_train)},
+                },
+                track=track,
+            )
+            if any(judgement.outcome == "open" for judgement in judgements):
+                reasons = (*reasons, "cap_reached")
+            with whole_directory(out, names=(REPORT, PROBES, ATTESTATION, *FILES)) as staged:
+                arrays = probes(images, labels, main)
+                (staged / PROBES).write_bytes(as_npz(arrays))
+                report = build_report(
+                    policy=policy,
+                    judgements=judgements,
+                    comparison=comparison,
+                    checks=[result.to_json() for result in results],
+                    reasons=reasons,
+                    statistics={
+                        "kind": policy.statistics,
+                        "population": len(order),
+                        "attacked": len(index),
+                        "cap": cap,
+                        "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
+                    },
+                    progress=trail,
+                    subject=subject_entry(subject),
+                    run={key: value for key, value in subject.run.items() if key == "checkpoint_sha256"},
+                    data={**data.describe(), "part": "test", "images": len(data.x_test), "classes": list(data.classes)},
+                    evaluations=[outcome.evaluation for outcome in outcomes],
+                    main=main.evaluation,
+                    transfer=transfer,
+                    per_image={"index": index.tolist(), "label": labels.tolist()},
+                    files={PROBES: sha256_of(staged / PROBES)},
+                    provenance={
+                        **provenance(),
+                        "processes": ranks.world,
+                        "seconds": time.perf_counter() - started,
+                    },
+                    created=now(),
+                )
+                write_formats(report, arrays, staged)
+                (staged / REPORT).write_text(dump_json(report), encoding="utf-8")
+                if keys:
+                    signed = sign(report, sha256_of(staged / REPORT), keys, expires_days=policy.valid_days)
+                    (staged / ATTESTATION).write_text(signed, encoding="utf-8")
+        report = ranks.gather(report if ranks.first else {})[0]
+        state.done()
+    return report
+
+
+@dataclass(frozen=True)
+class Work:
+    """What attacking a block takes, wherever its images come from."""
+
+    plan: Plan
+    data: Dataset
+    state: State
+    ranks: Ranks
+    track: Track
+
+    def rounds(self, order: NDArray[np.int64], purpose: str, size: int) -> Iterator[list[Block]]:
+        """Blocks of `size` images of the order, as many at a time as there are processes; each block is saved."""
+        parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        for begin in range(0, len(parts), self.ranks.world):
+            mine = begin + self.ranks.rank
+            block = self._block(parts[mine], purpose, mine) if mine < len(parts) else None
+            yield [found for found in self.ranks.gather(block) if found is not None]
+
+    def _block(self, index: NDArray[np.int64], purpose: str, number: int) -> Block:
+        path = self.state.path(purpose, number)
+        if path.exists():
+            return Block.load(path)
+        plan = Plan(**{**vars(self.plan), "purpose": purpose})
+        block = attack_block(plan, self.data.x_test[index], self.data.y_test[index], number, self.track)
+        block.save(path)
+        return block
+
+
+def run(
+    work: Work, order: NDArray[np.int64], policy: Policy, watch: Callable[[Progress], None]
+) -> tuple[list[Standing], list[Block], list[dict[str, Any]]]:
+    """Attack block after block until the claims are decided: standings, the blocks that count, bounds after each."""
+    labels = work.data.y_test
+    among = len(policy.parsed_criteria)
+    wanted = [criterion for criterion in policy.parsed_criteria if criterion.metric != NO_REGRESSION]
+    found = claims(wanted, work.data.classes, labels)
+    among = len(found) + (len(policy.parsed_criteria) - len(wanted))
+    standings = [Standing.begin(claim, among) for claim in found]
+    blocks: list[Block] = []
+    trail: list[dict[str, Any]] = []
+    seen, begun = 0, time.perf_counter()
+    watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
+    for arrived in work.rounds(order, "block", policy.attacks.block):
+        for block in arrived:
+            size = len(block.outcomes[0].adversarial)
+            own = labels[order[seen : seen + size]]
+            standings = [standing.after(outcomes_of(standing, block, own, policy)) for standing in standings]
+            blocks.append(block)
+            seen += size
+            judgements = tuple(standing_judgement(standing, policy) for standing in standings)
+            trail += [
+                {"images": seen, "criterion": number, "lower": judgement.lower, "upper": judgement.upper}
+                for number, judgement in enumerate(judgements)
+                if not judgement.criterion.by_class
+            ]
+            if settled(judgements, policy):
+                break
+        watch(Progress(seen, expected(judgements, seen, len(order)), time.perf_counter() - begun, judgements))
+        if settled(judgements, policy):
+            break
+    return standings, blocks, trail
+
+
+def settled(judgements: Sequence[Judgement], policy: Policy) -> bool:
+    """Whether more images can change nothing. One look is one look: `fixed` statistics never stop early."""
+    if policy.statistics == "fixed":
+        return False
+    outcomes = [judgement.outcome for judgement in judgements]
+    return "missed" in outcomes or "open" not in outcomes
+
+
+def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
+    """By the statistics that the policy asks for."""
+    if policy.statistics == "sequential":
+        return standing.judgement
+    return one_look(standing.claim, standing.lower.outcomes, standing.among)
+
+
+def outcomes_of(standing: Standing, block: Block, labels: Labels, policy: Policy) -> Flags:
+    """What a block's images, with their labels `(N,)`, say about a claim: `(M,)` of its own class, or all."""
+    criterion = standing.claim.criterion
+    radii = [threat.on_grid().eps for threat in policy.threats]
+    evaluation = block.outcomes[radii.index(policy.threat_of(criterion).on_grid().eps)].evaluation
+    flags = np.array(evaluation.robust_images if criterion.robust else evaluation.correct)
+    return flags if standing.claim.class_index is None else flags[labels == standing.claim.class_index]
+
+
+def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:
+    """Images after which all claims are probably decided, if the shares stay what they are; at most `most`.
+
+    Wald's mean for a test that knows the share, log(1 / alpha) over the divergence from the threshold, and a third.
+    """
+    needed = float(seen)
+    for judgement in judgements:
+        if judgement.outcome == "open" and judgement.share.n:
+            share = (judgement.share.k + 1) / (judgement.share.n + 2)
+            threshold = min(max(judgement.criterion.threshold, 1e-3), 1 - 1e-3)
+            divergence = share * np.log(share / threshold) + (1 - share) * np.log((1 - share) / (1 - threshold))
+            own = 1.33 * np.log(1 / (1 - judgement.criterion.confidence)) / max(divergence, 1e-6)
+            needed = max(needed, own * seen / judgement.share.n)
+    return int(min(max(needed, seen), most))
+
+
+def compared(
+    work: Work,
+    earlier: Baseline,
+    index: NDArray[np.int64],
+    outcomes: Sequence[Outcome],
+    policy: Policy,
+    *,
+    skip: bool,
+) -> dict[str, Any]:
+    """The candidate on the baseline's images; those not attacked yet are attacked now, unless it failed already."""
+    eps = [threat.on_grid().eps for threat in policy.threats].index(policy.parsed_threat.on_grid().eps)
+    held = dict(zip(index.tolist(), outcomes[eps].evaluation.robust_images, strict=True))
+    rest = np.array([i for i in earlier.index if i not in held], dtype=np.int64)
+    if not skip and len(rest):
+        found: list[bool] = []
+        for arrived in work.rounds(rest, "baseline", policy.attacks.block):
+            for block in arrived:
+                found += block.outcomes[eps].evaluation.robust_images
+        held |= dict(zip(rest.tolist(), found, strict=True))
+    return compare(earlier, held)
+
+
+def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
+    """The attacks that can run, and the reasons why what they find will not do to pass."""
+    attacks = Attack.parse_suite(policy.attacks.suite)
+    if subject.model is not None:
+        return attacks, ()
+    named = {attack.name for attack in attacks}
+    blind = [attack for attack in attacks if not attack.needs_gradients]
+    blind += [attack for attack in Attack.parse_suite(policy.attacks.black_box) if attack.name not in named]
+    if not blind or any(attack.needs_gradients for attack in blind):
+        raise BadInput("policy attacks.black_box: needs attacks without gradients, such as square-1000")
+    return tuple(blind), ("no_gradients",)
+
+
+def climbed_by(subject: Subject, images: Bytes, ranks: Ranks) -> AttackPass | None:
+    """The subject's network as attacks climb it, on this process's device, proven on the first of the images."""
+    if subject.model is None:
+        return None
+    model = subject.model.to(ranks.device)
+    return attack_pass(model, to_float(torch.from_numpy(images[:GRADIENT_IMAGES])).to(ranks.device))
+
+
+def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
+    """BadInput where images and model do not go together, or more images are asked for than there are."""
+    contract = subject.contract
+    shape = (contract.height, contract.width, contract.channels)
+    names = subject.classes if isinstance(subject.classes, tuple) else data.classes
+    count = len(names) if isinstance(subject.classes, tuple) else subject.classes
+    if data.input_shape != shape or tuple(names) != data.classes or count != len(data.classes):
         raise BadInput(
             f"policy data {policy.data.name}: images {data.input_shape} with {len(data.classes)} classes do not fit the"
-            f" model's {trained.input_shape} with {len(trained.classes)}; check data in the policy"
+            f" model's {shape} with {count}; check data in the policy, and the order of the labels"
         )
-    chosen = np.random.default_rng(policy.seed).permutation(len(data.x_test))[: policy.data.images or None]
     if policy.data.images > len(data.x_test):
         raise BadInput(
             f"policy data.images is {policy.data.images}; {policy.data.name} has {len(data.x_test)} test images"
         )
-    images, labels = data.x_test[chosen], data.y_test[chosen]
-    model = (candidate / "model.onnx").read_bytes()
-    if hashlib.sha256(model).hexdigest() != manifest["files"]["model.onnx"]:
-        raise BadInput(f"{candidate / 'model.onnx'}: changed while it was read; export the candidate again")
-    with whole_directory(out, names=("report.json", "report.md", "probes.npz")) as staged:
+
+
+def order_of(model: str, data: str, policy: str, count: int) -> NDArray[np.int64]:
+    """A permutation of the test images, drawn from the digests of model, data and policy: nobody chooses it."""
+    digest = hashlib.sha256("\n".join((model, data, policy)).encode()).digest()
+    return np.random.default_rng(list(digest)).permutation(count)
+
+
+def transferred(
+    subject: Subject,
+    policy: Policy,
+    surrogates: Mapping[str, Run],
+    images: Bytes,
+    labels: Labels,
+    track: Track,
+) -> list[Evaluation]:
+    """What holds against images crafted on each surrogate: an upper bound, which production compares itself with."""
+    attacks = Attack.parse_suite(policy.attacks.transfer)
+    found = []
+    for name, surrogate in surrogates.items():
+        if surrogate.checkpoint_sha256 == subject.run.get("checkpoint_sha256"):
+            raise BadInput(f"{surrogate.path}: is the judged model itself; a surrogate must be another one")
         outcome = evaluate(
-            trained.model,
+            subject.model,
             images,
             labels,
             policy.parsed_threat,
             attacks,
-            decide=artefact(model, candidate),
-            grid=True,
-            cascade=True,
+            decide=subject.decide,
+            source=surrogate.model,
+            grid=subject.contract.dtype == "uint8",
             seed=policy.seed,
+            about={"kind": "transfer", "surrogate": name, "surrogate_sha256": surrogate.checkpoint_sha256},
             track=track,
         )
-        shares = {"clean_accuracy": outcome.evaluation.clean, "robust_accuracy": outcome.evaluation.robust}
-        judgements = [judge(criterion, shares[criterion.metric]) for criterion in policy.parsed_criteria]
-        findings = disagreement(trained, outcome)
-        (staged / "probes.npz").write_bytes(probes(images, labels, outcome))
-        report = build_report(
-            verdict=decide(judgements, findings),
-            judgements=judgements,
-            findings=findings,
-            policy=policy,
-            candidate={"model_sha256": manifest["files"]["model.onnx"], "files": manifest["files"]},
-            run={"checkpoint_sha256": trained.checkpoint_sha256},
-            data={**data.describe(), "part": "test", "images": len(images)},
-            evaluation=outcome.evaluation.to_json(),
-            provenance=provenance(),
-            created=now(),
-            files={"probes.npz": sha256_of(staged / "probes.npz")},
-        )
-        (staged / "report.md").write_text(markdown(report), encoding="utf-8")
-        (staged / "report.json").write_text(dump_json(report), encoding="utf-8")
-    return report
+        found.append(outcome.evaluation)
+    return found
 
 
-def artefact(model: bytes, where: Path) -> Callable[[Tensor], Tensor]:
-    """The exported model as the decider: float images on the uint8 grid, sent as bytes through ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  # onnxruntime raises its own unrelated classes
-        raise Broken(f"{where}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
-
-    def decide(x: Tensor) -> Tensor:
-        (logits,) = session.run(["logits"], {"images": to_bytes(x).cpu().numpy()})
-        return torch.from_numpy(logits)
-
-    return decide
+def subject_entry(subject: Subject) -> dict[str, Any]:
+    """What was judged, without the paths of this machine."""
+    name = subject.name if subject.kind in ("module", "endpoint") else Path(subject.name).name
+    return {
+        "kind": subject.kind,
+        "name": name,
+        "model_sha256": subject.digest,
+        "files": dict(subject.files),
+        "input": subject.contract.to_json(),
+    }
 
 
-def disagreement(run: Run, outcome: Outcome) -> list[dict[str, str]]:
-    """Raised where the checkpoint that gave gradients labels adversarial images unlike the artefact that decided."""
-    with torch.no_grad():
-        x = torch.from_numpy(outcome.adversarial)
-        own = torch.cat([run.model(to_float(part)).argmax(dim=1) for part in torch.split(x, 256)]).numpy()
-    agreement = float((own == outcome.adversarial_logits.argmax(axis=1)).mean())
-    if agreement >= MIN_AGREEMENT:
-        return []
-    return [
-        {
-            "check": "artefact_disagrees",
-            "why": f"checkpoint and ONNX file give the same label on {100 * agreement:.1f} % of the adversarial images,"
-            f" less than {100 * MIN_AGREEMENT:g} %: the attacks did not aim at what is served",
-            "do": "export the run again and gate the new candidate",
-        }
-    ]
+def probes(images: Bytes, labels: Labels, outcome: Outcome) -> dict[str, NDArray[Any]]:
+    """Images and adversarial bytes `(N, H, W, C)` uint8, labels `(N,)`, and the logits `(N, K)` that decided."""
+    return {
+        "images": images,
+        "adversarial": outcome.adversarial,
+        "labels": labels,
+        "clean_logits": outcome.clean_logits,
+        "adversarial_logits": outcome.adversarial_logits,
+    }
 
 
-def probes(images: Bytes, labels: np.ndarray[Any, Any], outcome: Outcome) -> bytes:
-    """probes.npz: images and adversarial bytes `(N, H, W, C)` uint8, labels, and the artefact's logits on both."""
+def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        images=images,
-        adversarial=outcome.adversarial,
-        labels=labels,
-        clean_logits=outcome.clean_logits,
-        adversarial_logits=outcome.adversarial_logits,
-    )
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy types the names as its own options
     return buffer.getvalue()
 
 
-def _same_run(candidate: Path, manifest: dict[str, Any], run: Run) -> None:
-    named = manifest.get("run", {}).get("checkpoint_sha256")
-    if named != run.checkpoint_sha256:
-        raise BadInput(
-            f"{run.path}: its checkpoint is {run.checkpoint_sha256[:12]}..., {candidate} was exported from"
-            f" {str(named)[:12]}...; name the run that the candidate was exported from"
-        )
+if __name__ == "__main__":  # `torchrun -m gating.gate SUBJECT ...`, also where nothing is installed
+    import runpy
+
+    sys.argv.insert(1, "gate")
+    runpy.run_module("dfmcl", run_name="__main__")

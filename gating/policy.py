@@ -7,46 +7,77 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from robustness.config import Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat, parse_eps
 
-METRICS = ("clean_accuracy", "robust_accuracy")
-_CRITERION = re.compile(
-    rf"(?P<metric>{'|'.join(METRICS)})\s*>=\s*(?P<threshold>\d*\.?\d+)\s*(?P<percent>%?)\s+at\s+(?P<confidence>[\d.]+)\s*%"
+METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
+NO_REGRESSION = "no_regression"
+_CONFIDENCE = r"at\s+(?P<confidence>[\d.]+)\s*%"
+_SHARE = re.compile(
+    rf"(?P<metric>{'|'.join(METRICS)})(?:\((?P<eps>[^)]+)\))?\s*>=\s*(?P<threshold>\d*\.?\d+)\s*(?P<percent>%?)\s+{_CONFIDENCE}"
 )
+_REGRESSION = re.compile(rf"(?P<metric>{NO_REGRESSION})\s+{_CONFIDENCE}")
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """`metric >= threshold`, to be shown by an exact one-sided bound at `confidence`. Both are shares in [0, 1]."""
+    """`metric >= threshold`, to be shown at `confidence`; both are shares in [0, 1].
+
+    eps: the radius of a robust accuracy, where it is not the policy's own (""). `class_` metrics must hold for each
+    class by itself. `no_regression` has no threshold: no more images may be newly broken, in comparison with a
+    baseline on the same images, than chance explains.
+    """
 
     metric: str
     threshold: float
     confidence: float
+    eps: str = ""
 
     @staticmethod
     def parse(text: str) -> Criterion:
-        """From a sentence such as `robust_accuracy >= 0.45 at 95 %` or `clean_accuracy >= 90 % at 99 %`."""
-        match = _CRITERION.fullmatch(text.strip())
+        """From a sentence: `robust_accuracy >= 0.45 at 95 %`, `robust_accuracy(2/255) >= 60 % at 99 %`, ...
+
+        `clean_accuracy`, `class_robust_accuracy` and `class_clean_accuracy` likewise; `no_regression at 95 %`.
+        """
+        match = _SHARE.fullmatch(text.strip()) or _REGRESSION.fullmatch(text.strip())
         if match is None:
             raise BadInput(
-                f"{text!r} is no criterion; write METRIC >= SHARE at CONFIDENCE %, METRIC {' or '.join(METRICS)}"
+                f"{text!r} is no criterion; write METRIC >= SHARE at CONFIDENCE %, METRIC one of {', '.join(METRICS)}"
+                f" (a robust one also as METRIC(EPS)), or {NO_REGRESSION} at CONFIDENCE %"
             )
-        threshold = float(match["threshold"]) / (100 if match["percent"] else 1)
-        confidence = float(match["confidence"]) / 100
-        if not 0 <= threshold <= 1:
-            raise BadInput(f"{text!r}: the threshold is {threshold:g}; a share lies between 0 and 1")
+        found = match.groupdict()
+        confidence = float(found["confidence"]) / 100
         if not 0.5 <= confidence < 1:
             raise BadInput(f"{text!r}: the confidence is {100 * confidence:g} %; it must be at least 50 and below 100")
-        return Criterion(match["metric"], threshold, confidence)
+        threshold = float(found.get("threshold") or 0) / (100 if found.get("percent") else 1)
+        if not 0 <= threshold <= 1:
+            raise BadInput(f"{text!r}: the threshold is {threshold:g}; a share lies between 0 and 1")
+        eps = found.get("eps") or ""
+        if eps and "robust" not in found["metric"]:
+            raise BadInput(f"{text!r}: {found['metric']} has no radius; leave ({eps}) out")
+        return Criterion(found["metric"], threshold, confidence, eps.strip())
 
     def __str__(self) -> str:
-        return f"{self.metric} >= {self.threshold:g} at {100 * self.confidence:g} %"
+        confidence = f"at {100 * self.confidence:g} %"
+        if self.metric == NO_REGRESSION:
+            return f"{self.metric} {confidence}"
+        radius = f"({self.eps})" if self.eps else ""
+        return f"{self.metric}{radius} >= {self.threshold:g} {confidence}"
+
+    @property
+    def robust(self) -> bool:
+        """Whether it is about accuracy under attack."""
+        return "robust" in self.metric
+
+    @property
+    def by_class(self) -> bool:
+        """Whether it must hold for each class by itself."""
+        return self.metric.startswith("class_")
 
 
 class ThreatSection(Section):
@@ -58,19 +89,27 @@ class ThreatSection(Section):
     @field_validator("eps")
     @classmethod
     def _is_radius(cls, text: str, info: ValidationInfo) -> str:
-        try:
-            eps = parse_eps(text)
-        except BadInput as error:
-            raise ValueError(str(error)) from None
-        if eps <= 0 or (info.data.get("norm") == "linf" and eps > 1):
-            raise ValueError("a radius is above 0, and in Linf at most 1 (pixel units: 8/255, not 8)")
-        if Threat(info.data.get("norm", "linf"), eps).on_grid().eps == 0:
-            raise ValueError("the radius is below one step of uint8 images; 1/255 is the smallest")
-        return text
+        return checked_radius(text, info.data.get("norm", "linf"))
+
+
+def checked_radius(text: str, norm: str) -> str:
+    """The text if it is a radius that uint8 images can use; ValueError otherwise."""
+    try:
+        eps = parse_eps(text)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    if eps <= 0 or (norm == "linf" and eps > 1):
+        raise ValueError("a radius is above 0, and in Linf at most 1 (pixel units: 8/255, not 8)")
+    if Threat(norm, eps).on_grid().eps == 0:
+        raise ValueError("the radius is below one step of uint8 images; 1/255 is the smallest")
+    return text
 
 
 class DataSection(Section):
-    """The images the claim is about: the test part of a data set, or `images` of it drawn by `seed`."""
+    """Whose test part the claim is about, and how many of its images may be attacked before the gate gives up (0: all).
+
+    In `sequential` statistics the claim is about the whole test part, in `fixed` about the population it is drawn from.
+    """
 
     name: Literal["digits", "cifar10", "npz", "folder"]
     path: str = ""
@@ -79,19 +118,36 @@ class DataSection(Section):
 
 
 class AttackSection(Section):
-    """The attacks, in the order in which they run; an image that one of them flips is not shown to the next."""
+    """The attacks, in the order in which they run; an image that one of them flips is not shown to the next.
 
-    suite: list[str] = Field(min_length=1)
+    suite: the name of a suite (`fast`, `standard`) or a list of attacks. black_box: what is left where the model gives
+    no gradients, beside the suite's own attacks that need none. transfer: crafted on each surrogate that the gate is
+    given, recorded for production to compare itself with. block: images that are attacked together.
+    """
+
+    suite: str | list[str]
+    black_box: list[str] = Field(default=["square-1000"])
+    transfer: list[str] = Field(default=["mi-fgsm-10"])
+    block: int = Field(32, ge=1)
+
+
+class CheckSection(Section):
+    """How many images the checks look at, the first of the order; fewer see less of what an attack is misled by."""
+
+    images: int = Field(128, ge=32, le=128)
 
 
 class Policy(Section):
-    """A whole gate policy."""
+    """A whole gate policy. valid_days: how long an attestation of its verdict holds."""
 
     criteria: list[str] = Field(min_length=1)
     seed: int = Field(0, ge=0)
+    statistics: Literal["sequential", "fixed"] = "sequential"
+    valid_days: int = Field(90, ge=1)
     threat: ThreatSection
     data: DataSection
     attacks: AttackSection
+    checks: CheckSection = Field(default_factory=CheckSection)
 
     @field_validator("criteria")
     @classmethod
@@ -101,9 +157,19 @@ class Policy(Section):
                 Criterion.parse(sentence)
             except BadInput as error:
                 raise ValueError(str(error)) from None
-        if not any(Criterion.parse(sentence).metric == "robust_accuracy" for sentence in sentences):
+        if not any(Criterion.parse(sentence).robust for sentence in sentences):
             raise ValueError("no criterion is about robust_accuracy; a robustness gate needs one")
         return sentences
+
+    @model_validator(mode="after")
+    def _radii_fit_the_norm(self) -> Self:
+        for criterion in self.parsed_criteria:
+            if criterion.eps:
+                try:
+                    checked_radius(criterion.eps, self.threat.norm)
+                except ValueError as error:
+                    raise ValueError(f"criterion {str(criterion)!r}: {error}") from None
+        return self
 
     @property
     def parsed_criteria(self) -> tuple[Criterion, ...]:
@@ -112,6 +178,16 @@ class Policy(Section):
     @property
     def parsed_threat(self) -> Threat:
         return Threat.parse(self.threat.norm, self.threat.eps)
+
+    def threat_of(self, criterion: Criterion) -> Threat:
+        """The ball a criterion is about."""
+        return Threat.parse(self.threat.norm, criterion.eps or self.threat.eps)
+
+    @property
+    def threats(self) -> tuple[Threat, ...]:
+        """All balls that criteria name and the policy's own, smallest first: what falls in one falls in the next."""
+        named = [self.parsed_threat, *(self.threat_of(criterion) for criterion in self.parsed_criteria)]
+        return tuple(sorted({threat.on_grid().eps: threat for threat in reversed(named)}.values(), key=lambda t: t.eps))
 
     @property
     def digest(self) -> str:

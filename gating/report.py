@@ -1,92 +1,129 @@
-"""The gate's report: one JSON document with a schema, and the same as a table that a person reads."""
+"""The gate's report: one JSON document, `report.schema.json`, from which every other format is made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gating.attestation import REPORT_FORMAT
-from gating.policy import Policy
-from gating.verdict import EXIT_CODES, Judgement
+from gating.policy import NO_REGRESSION, Criterion, Policy
+from gating.verdict import EXIT_CODES, Judgement, Outcome, decide
+from robustness.errors import BadInput
+from robustness.files import read_json
+from robustness.records import Evaluation
 
-HEADLINES = {
-    "passed": "PASSED: every criterion is met",
-    "failed": "BLOCKED: the model misses a criterion",
-    "suspect": "SUSPECT: the evidence cannot be believed",
-    "inconclusive": "INCONCLUSIVE: more images are needed to decide",
-}
+REPORT = "report.json"
 
 
 def build_report(
     *,
-    verdict: str,
-    judgements: Sequence[Judgement],
-    findings: Sequence[dict[str, str]],
     policy: Policy,
-    candidate: dict[str, Any],
-    run: dict[str, Any],
-    data: dict[str, Any],
-    evaluation: dict[str, Any],
-    provenance: dict[str, Any],
+    judgements: Sequence[Judgement],
+    comparison: Mapping[str, Any] | None,
+    checks: Sequence[Mapping[str, Any]],
+    reasons: Sequence[str],
+    statistics: Mapping[str, Any],
+    progress: Sequence[Mapping[str, Any]],
+    subject: Mapping[str, Any],
+    run: Mapping[str, Any],
+    data: Mapping[str, Any],
+    evaluations: Sequence[Evaluation],
+    main: Evaluation,
+    transfer: Sequence[Evaluation],
+    per_image: Mapping[str, Any],
+    files: Mapping[str, str],
+    provenance: Mapping[str, Any],
     created: str,
-    files: dict[str, str],
 ) -> dict[str, Any]:
-    """report.json as `gating/report.schema.json` describes it."""
+    """report.json, the verdict in it.
+
+    comparison: what `baseline.compare` found; main: the one of `evaluations` at the policy's own radius.
+    """
+    rows = [criterion_row(judgement) for judgement in judgements]
+    if comparison is not None:
+        regressions = [criterion for criterion in policy.parsed_criteria if criterion.metric == NO_REGRESSION]
+        among = len(judgements) + len(regressions)
+        rows += [regression_row(criterion, comparison, among) for criterion in regressions]
+    findings = [{key: check[key] for key in ("check", "why", "do")} for check in checks if check["outcome"] == "raised"]
+    verdict = decide([row["outcome"] for row in rows], findings, reasons)
     return {
         "format": REPORT_FORMAT,
         "created": created,
         "verdict": verdict,
         "exit_code": EXIT_CODES[verdict],
-        "criteria": [
-            {
-                "criterion": str(judgement.criterion),
-                "metric": judgement.criterion.metric,
-                "threshold": judgement.criterion.threshold,
-                "confidence": judgement.criterion.confidence,
-                "outcome": judgement.outcome,
-                "k": judgement.share.k,
-                "n": judgement.share.n,
-                "value": judgement.share.value,
-                "lower": judgement.lower,
-                "upper": judgement.upper,
-            }
-            for judgement in judgements
-        ],
-        "findings": list(findings),
-        "files": files,
+        "reasons": list(reasons),
+        "statistics": dict(statistics),
+        "criteria": rows,
+        "progress": list(progress),
+        "checks": list(checks),
+        "findings": findings,
+        "files": dict(files),
         "policy": {**policy.model_dump(), "sha256": policy.digest},
-        "candidate": candidate,
-        "run": run,
-        "data": data,
-        "evaluation": evaluation,
+        "candidate": dict(subject),
+        "run": dict(run),
+        "data": dict(data),
+        "evaluation": main.to_json(),
+        "radii": [evaluation.to_json() for evaluation in evaluations if evaluation is not main],
+        "transfer": [evaluation.to_json() for evaluation in transfer],
+        "per_image": dict(per_image),
+        "baseline": dict(comparison) if comparison is not None else None,
         **provenance,
     }
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a page: verdict first, then criteria, attacks and findings."""
-    evaluation = report["evaluation"]
-    lines = [
-        f"### {HEADLINES[report['verdict']]}",
-        "",
-        f"Model `{report['candidate']['model_sha256'][:12]}`, policy `{report['policy']['sha256'][:12]}`,"
-        f" {evaluation['images']} images of {report['data']['name']},"
-        f" {evaluation['threat']['norm']} {evaluation['threat']['label']} as uint8.",
-        "",
-        "| criterion | measured | one-sided bounds | outcome |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['criterion']} | {100 * row['value']:.1f} % ({row['k']}/{row['n']})"
-        f" | [{100 * row['lower']:.1f}, {100 * row['upper']:.1f}] % | {row['outcome']} |"
-        for row in report["criteria"]
-    ]
-    lines += ["", "| attack, in order | tried | flipped | still right |", "|---|---|---|---|"]
-    lines += [
-        f"| {attack['name']} | {attack['tried']} | {attack['flipped']} | {100 * attack['accuracy']['value']:.1f} % |"
-        for attack in evaluation["attacks"]
-    ]
-    if report["findings"]:
-        lines += ["", "| check raised | why | what to do |", "|---|---|---|"]
-        lines += [f"| {finding['check']} | {finding['why']} | {finding['do']} |" for finding in report["findings"]]
-    return "\n".join(lines) + "\n"
+def read_report(evidence: Path) -> dict[str, Any]:
+    """report.json of an evidence directory; BadInput where there is none."""
+    path = evidence / REPORT
+    report = read_json(path)
+    if report.get("format") != REPORT_FORMAT or report.get("exit_code") != EXIT_CODES.get(str(report.get("verdict"))):
+        raise BadInput(f"{path}: not a gate's report of format {REPORT_FORMAT}; run dfmcl gate again")
+    return report
+
+
+def criterion_row(judgement: Judgement) -> dict[str, Any]:
+    """A claim as the report has it."""
+    criterion = judgement.criterion
+    return {
+        "criterion": str(judgement.claim),
+        "metric": criterion.metric,
+        "eps": criterion.eps or None,
+        "class": judgement.claim.class_name,
+        "threshold": criterion.threshold,
+        "confidence": criterion.confidence,
+        "outcome": judgement.outcome,
+        "decided_after": judgement.decided_after,
+        "k": judgement.share.k,
+        "n": judgement.share.n,
+        "value": judgement.share.value if judgement.share.n else 0.0,
+        "lower": judgement.lower,
+        "upper": judgement.upper,
+    }
+
+
+def regression_row(criterion: Criterion, comparison: Mapping[str, Any], among: int) -> dict[str, Any]:
+    """`no_regression`: missed where chance would break so many more images in less than its share of the runs.
+
+    The images are a fixed set, looked at once. Met says that no regression was shown, not that there is none. k of n
+    images were not newly broken; there is no threshold, and no bounds.
+    """
+    images = int(comparison["images"])
+    kept = images - int(comparison["only_baseline"])
+    worse = comparison["p"] <= (1 - criterion.confidence) / among
+    outcome: Outcome = "open" if not images else "missed" if worse else "met"
+    value = kept / images if images else 0.0
+    return {
+        "criterion": str(criterion),
+        "metric": criterion.metric,
+        "eps": None,
+        "class": None,
+        "threshold": None,
+        "confidence": criterion.confidence,
+        "outcome": outcome,
+        "decided_after": images or None,
+        "k": kept,
+        "n": images,
+        "value": value,
+        "lower": None,
+        "upper": None,
+    }

@@ -1,55 +1,140 @@
-"""From counts to a verdict. Pure arithmetic; the exit codes are a stable interface."""
+"""From what was counted to a verdict. Pure arithmetic; the exit codes are a stable interface."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gating.policy import Criterion
-from robustness.statistics import Share, lower_bound, upper_bound
+from robustness.sequential import ConfidenceSequence
+from robustness.statistics import Flags, Share, lower_bound, upper_bound
 
 EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 3, "suspect": 4}
+Outcome = Literal["met", "missed", "open"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One share that must reach a threshold: a criterion, or a criterion for one class.
+
+    class_index: the images of which class it is about; None: all. population: how many of those the data set holds.
+    """
+
+    criterion: Criterion
+    population: int
+    class_index: int | None = None
+    class_name: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.criterion}" + (f", class {self.class_name}" if self.class_name is not None else "")
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One criterion against what was counted: met, missed, or open where the bounds straddle the threshold."""
+    """A claim against what was counted: met, missed, or open where the bounds straddle the threshold.
 
-    criterion: Criterion
+    decided_after: the number of the claim's own images after which that was so; None while it is open.
+    """
+
+    claim: Claim
     share: Share
     lower: float
     upper: float
+    outcome: Outcome
+    decided_after: int | None = None
 
     @property
-    def outcome(self) -> str:
-        if self.lower >= self.criterion.threshold:
-            return "met"
-        return "missed" if self.upper < self.criterion.threshold else "open"
+    def criterion(self) -> Criterion:
+        return self.claim.criterion
 
     def __str__(self) -> str:
-        return (
-            f"{self.criterion}: {self.outcome}, measured {self.share.value:.4f} ({self.share.k} of {self.share.n}),"
-            f" one-sided bounds {self.lower:.4f} and {self.upper:.4f}"
+        measured = f"measured {self.share.value:.4f} ({self.share.k} of {self.share.n})" if self.share.n else "no image"
+        return f"{self.claim}: {self.outcome}, {measured}, one-sided bounds {self.lower:.4f} and {self.upper:.4f}"
+
+
+def claims(criteria: Sequence[Criterion], classes: Sequence[str], labels: NDArray[np.int64]) -> tuple[Claim, ...]:
+    """What the criteria say about a data set with labels `(N,)`; a class without images claims nothing."""
+    found: list[Claim] = []
+    for criterion in criteria:
+        if criterion.by_class:
+            sizes = [int((labels == index).sum()) for index in range(len(classes))]
+            found += [Claim(criterion, size, index, classes[index]) for index, size in enumerate(sizes) if size]
+        else:
+            found.append(Claim(criterion, len(labels)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A claim while images come in, one by one in an order that does not depend on them.
+
+    To pass, every claim must be met, so each lower bound may err with probability 1 - confidence: a model that misses a
+    claim passes no more often. To fail, one missed claim is enough, so that each upper bound has only its share of it,
+    (1 - confidence) / `among` (Bonferroni): a model that meets them all fails no more often.
+    """
+
+    claim: Claim
+    among: int
+    lower: ConfidenceSequence
+    upper: ConfidenceSequence
+
+    @staticmethod
+    def begin(claim: Claim, among: int) -> Standing:
+        """Before the first image, as one of `among` claims."""
+        confidence = claim.criterion.confidence
+        return Standing(
+            claim,
+            among,
+            ConfidenceSequence(claim.population, confidence),
+            ConfidenceSequence(claim.population, 1 - (1 - confidence) / among),
+        )
+
+    def after(self, outcomes: Flags) -> Standing:
+        """With the next outcomes `(M,)` of the claim's own images."""
+        return replace(self, lower=self.lower.after(outcomes), upper=self.upper.after(outcomes))
+
+    @property
+    def judgement(self) -> Judgement:
+        """As of now. The first bound to reach the threshold decided, and nothing that came later changes it."""
+        threshold, population = self.claim.criterion.threshold, self.claim.population
+        met, missed = self.lower.lower / population >= threshold, self.upper.upper / population < threshold
+        decided = np.flatnonzero(met | missed)
+        outcomes = self.lower.outcomes
+        outcome: Outcome = "open" if not len(decided) else ("met" if met[decided[0]] else "missed")
+        return Judgement(
+            self.claim,
+            Share(int(outcomes.sum()), len(outcomes)),
+            self.lower.bounds[0],
+            self.upper.bounds[1],
+            outcome,
+            int(decided[0]) + 1 if len(decided) else None,
         )
 
 
-def judge(criterion: Criterion, share: Share) -> Judgement:
-    """Exact one-sided Clopper-Pearson bounds, each at the criterion's confidence."""
-    lower = lower_bound(share.k, share.n, criterion.confidence)
-    upper = upper_bound(share.k, share.n, criterion.confidence)
-    return Judgement(criterion, share, lower, upper)
+def one_look(claim: Claim, outcomes: Flags, among: int) -> Judgement:
+    """The claim about the population behind the data set, by one look at outcomes `(M,)`: exact one-sided bounds."""
+    share = Share(int(outcomes.sum()), len(outcomes))
+    if not share.n:
+        return Judgement(claim, share, 0.0, 1.0, "open")
+    confidence, threshold = claim.criterion.confidence, claim.criterion.threshold
+    lower = lower_bound(share.k, share.n, confidence)
+    upper = upper_bound(share.k, share.n, 1 - (1 - confidence) / among)
+    outcome: Outcome = "met" if lower >= threshold else "missed" if upper < threshold else "open"
+    return Judgement(claim, share, lower, upper, outcome, None if outcome == "open" else share.n)
 
 
-def decide(judgements: Sequence[Judgement], findings: Sequence[Mapping[str, str]]) -> str:
+def decide(outcomes: Sequence[Outcome], findings: Sequence[Mapping[str, str]], reasons: Sequence[str] = ()) -> str:
     """The verdict: failed before suspect before inconclusive before passed.
 
-    Failed where any criterion is certainly missed: an adversarial image that was found is a fact, however suspect the
-    rest. Suspect where any check was raised. To pass, every criterion must be met; as all must, no correction for
-    their number is needed: a model that misses one of them passes with probability at most 1 - its confidence.
+    Failed where any claim is certainly missed: an adversarial image that was found is a fact, however suspect the rest.
+    Suspect where any check was raised. Inconclusive where a claim is open, or for a reason why no evidence would do.
     """
-    outcomes = {judgement.outcome for judgement in judgements}
     if "missed" in outcomes:
         return "failed"
     if findings:
         return "suspect"
-    return "inconclusive" if "open" in outcomes else "passed"
+    return "inconclusive" if "open" in outcomes or reasons else "passed"

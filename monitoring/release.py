@@ -18,9 +18,9 @@ STATES = ("passed", "failed", "inconclusive", "suspect", "missing")
 
 @dataclass(frozen=True)
 class Attested:
-    """The gate's report in numbers. A threshold is None where the policy has no criterion for it.
+    """The gate's report in numbers, at the policy's own radius. A threshold is None where it has no criterion there.
 
-    checkpoint_sha256: of the run the release was exported from; evaluated: unix seconds.
+    checkpoint_sha256: of the run the release was exported from, "" where it came as a file; evaluated: unix seconds.
     """
 
     state: str
@@ -44,13 +44,13 @@ def read_release(evidence: Path) -> Attested:
         evaluation = report["evaluation"]
         attested = Attested(
             state=str(report["verdict"]),
-            checkpoint_sha256=str(report["run"]["checkpoint_sha256"]),
+            checkpoint_sha256=str(report["run"].get("checkpoint_sha256", "")),
             norm=str(evaluation["threat"]["norm"]),
             epsilon=str(evaluation["threat"]["label"]),
             clean=Share(int(evaluation["clean"]["k"]), int(evaluation["clean"]["n"])),
             robust=Share(int(evaluation["robust"]["k"]), int(evaluation["robust"]["n"])),
-            clean_threshold=_strictest(report["criteria"], "clean_accuracy"),
-            robust_threshold=_strictest(report["criteria"], "robust_accuracy"),
+            clean_threshold=_strictest(report["criteria"], "clean_accuracy", evaluation["threat"]["label"]),
+            robust_threshold=_strictest(report["criteria"], "robust_accuracy", evaluation["threat"]["label"]),
             evaluated=datetime.fromisoformat(report["created"]).timestamp(),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -63,6 +63,8 @@ def read_release(evidence: Path) -> Attested:
     return attested
 
 
-def _strictest(criteria: list[dict[str, object]], metric: str) -> float | None:
-    thresholds = [float(str(row["threshold"])) for row in criteria if row["metric"] == metric]
+def _strictest(criteria: list[dict[str, object]], metric: str, radius: str) -> float | None:
+    """Of the criteria about all classes at the policy's own radius, which need not be named."""
+    own = [row for row in criteria if row["metric"] == metric and row["eps"] in (None, radius) and not row["class"]]
+    thresholds = [float(str(row["threshold"])) for row in own]
     return max(thresholds, default=None)

@@ -8,7 +8,7 @@ images are done; nothing else is changed by a call.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -132,6 +132,15 @@ ATTACKS: dict[str, AttackFunction] = {
     "square": square,
 }
 
+# Names of suites, the cheapest killer first. `standard` is AutoAttack's protocol: four attacks, the worst case per image.
+SUITES: dict[str, tuple[str, ...]] = {
+    "fast": ("apgd-ce", "apgd-t"),
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+}
+
+# They ask for scores or labels only.
+WITHOUT_GRADIENTS = ("square", "rays")
+
 # One run each: C&W searches from the image itself, MI-FGSM starts there, Square spends its queries on one search.
 WITHOUT_RESTARTS = ("cw-l2", "mi-fgsm", "square")
 
@@ -164,6 +173,22 @@ class Attack:
         if kind == "square" and "steps" in parameters:
             parameters = {"queries": parameters["steps"]}
         return Attack(text, ATTACKS[kind], parameters)
+
+    @staticmethod
+    def parse_suite(suite: str | Sequence[str]) -> tuple[Attack, ...]:
+        """From a suite's name or a list of attacks; BadInput where a name makes no sense, or one attack comes twice."""
+        if isinstance(suite, str):
+            if suite not in SUITES:
+                raise BadInput(f"attacks: suite {suite!r} is unknown; choose {' or '.join(SUITES)}, or list attacks")
+            suite = SUITES[suite]
+        if not suite or len(set(suite)) < len(suite):
+            raise BadInput(f"attacks: {', '.join(suite) or 'none'}: name at least one attack, and each once")
+        return tuple(Attack.parse(name) for name in suite)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the model must be differentiable."""
+        return self.function not in [ATTACKS[name] for name in WITHOUT_GRADIENTS if name in ATTACKS]
 
     def __call__(
         self,

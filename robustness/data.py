@@ -1,4 +1,4 @@
-"""Images as bytes: uint8 `(N, H, W, 3)` with int64 labels, in a training and a test part, and a digest of both."""
+"""Images as bytes: uint8 `(N, H, W, C)` with int64 labels, in a training and a test part, and a digest of both."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = 
 
 
 def _check(where: str, images: Bytes, labels: Labels, classes: int) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise BadInput(f"{where}: images are {images.dtype} {images.shape}; expected uint8 (N, H, W, 3)")
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise BadInput(f"{where}: images are {images.dtype} {images.shape}; expected uint8 (N, H, W, C)")
     if len(images) == 0 or labels.shape != (len(images),):
         raise BadInput(f"{where}: {len(images)} images and labels of shape {labels.shape}; expected one label an image")
     low, high = int(np.min(labels)), int(np.max(labels))

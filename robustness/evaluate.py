@@ -16,6 +16,7 @@ from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
 from robustness.geometry import contains, contains_uint8, project, steepest, to_uint8
+from robustness.gradients import IMAGES, AttackPass, attack_pass
 from robustness.models import exactly, frozen, to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.records import AttackRecord, Evaluation
@@ -51,17 +52,21 @@ def evaluate(
     source: nn.Module | None = None,
     grid: bool = False,
     cascade: bool = False,
+    after: Outcome | None = None,
     seed: int = 0,
     batch_size: int = 128,
+    precision: str = "auto",
     about: Mapping[str, Any] | None = None,
     track: Track = silent,
 ) -> Outcome:
     """Attack `model` on uint8 images `(N, H, W, C)` and count, per image, what still holds.
 
     decide: whose answers count (default: the model itself, in float32). source: where gradients come from (default:
-    the model; a surrogate for a transfer attack). Without model and source the attacks query `decide`, so only those
-    that need no gradients can run. grid: count only bytes inside the ball, eps rounded down to the uint8 grid.
-    cascade: an attack sees only what earlier ones left, which is the worst case at less cost.
+    the model; a surrogate for a transfer attack), climbed as a fast copy, in bfloat16 where precision and hardware
+    allow it; an AttackPass is climbed as it is. Without model and source the attacks query `decide`, so only those that
+    need no gradients can run. grid: count only bytes inside the ball, eps rounded down to the uint8 grid.
+    cascade: an attack sees only what earlier ones left, which is the worst case at less cost. after: in a cascade, what
+    was found in a smaller ball around the same images: what fell there has fallen here.
 
     Every point on which the source errs is decided at once, and an image that fell is shown to the attack no more; what
     an attack returns is decided as well. A result outside the ball is counted as `outside`, never as a success; on the
@@ -69,6 +74,8 @@ def evaluate(
     """
     if not len(images):
         raise BadInput("evaluate: no images; ask for at least one")
+    if after is not None and not cascade:
+        raise BadInput("evaluate: what fell in a smaller ball counts in a cascade only; set cascade")
     started = time.perf_counter()
     threat = threat.on_grid() if grid else threat
     source = source or model
@@ -81,11 +88,16 @@ def evaluate(
     adversarial = images.copy()
     records: list[AttackRecord] = []
     with _frozen(model), _frozen(source):
-        climbed = source if source is not None else decide
-        clean_logits = torch.cat([_answer(decide, to_float(x).to(device)) for x in _batches(batch_size, x_all)])
+        climbed = decide if source is None else _climbed(source, to_float(x_all[:IMAGES]).to(device), precision)
+        if after is None:
+            clean_logits = torch.cat([_answer(decide, to_float(x).to(device)) for x in _batches(batch_size, x_all)])
+            adversarial_logits = clean_logits.clone()
+        else:
+            adversarial = after.adversarial.copy()
+            clean_logits = torch.from_numpy(after.clean_logits)
+            adversarial_logits = torch.from_numpy(after.adversarial_logits).clone()
         correct = clean_logits.argmax(dim=1) == y_all
-        adversarial_logits = clean_logits.clone()
-        left = correct.clone()
+        left = correct & torch.tensor(after.evaluation.robust_images) if after is not None else correct.clone()
         for attack in attacks:
             begun = time.perf_counter()
             tried = (left if cascade else correct).clone()
@@ -240,6 +252,10 @@ def _decided_as_bytes(decide: Decide, x_adv: Tensor, x: Tensor, y: Tensor, threa
 def _decided(decide: Decide, x_adv: Tensor, y: Tensor, inside: Tensor) -> _Judged:
     logits, inside = _answer(decide, x_adv), inside.cpu()
     return _Judged(x_adv, logits, (logits.argmax(dim=1) != y.cpu()) & inside, ~inside)
+
+
+def _climbed(source: nn.Module, example: Tensor, precision: str) -> AttackPass:
+    return source if isinstance(source, AttackPass) else attack_pass(source, example, precision=precision)
 
 
 def _frozen(model: nn.Module | None) -> AbstractContextManager[Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, TypeVar
 
 from robustness.errors import BadInput
 from robustness.statistics import Share
 from robustness.threat import Threat
 
 FORMAT = "dfmcl.evaluation/1"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,3 +153,31 @@ def _bits(flags: tuple[bool, ...]) -> str:
 
 def _flags(bits: str) -> tuple[bool, ...]:
     return tuple(bit == "1" for bit in bits)
+
+
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of one model by the same attacks on different images as one, in the order given."""
+    first = parts[0]
+    columns = zip(*(part.attacks for part in parts), strict=True)
+    return replace(
+        first,
+        correct=_chained(part.correct for part in parts),
+        attacks=tuple(
+            replace(
+                records[0],
+                held=_chained(record.held for record in records),
+                tried=_chained(record.tried for record in records),
+                outside=sum(record.outside for record in records),
+                seconds=sum(record.seconds for record in records),
+                unconfirmed=sum(record.unconfirmed or 0 for record in records),
+                forward=_chained(record.forward for record in records),
+                backward=_chained(record.backward for record in records),
+            )
+            for records in columns
+        ),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _chained(columns: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
+    return tuple(chain.from_iterable(columns))

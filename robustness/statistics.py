@@ -70,6 +70,11 @@ class PairedCounts:
         smaller, differing = min(self.only_first, self.only_second), self.only_first + self.only_second
         return min(1.0, 2 * float(binom.cdf(smaller, differing, 0.5)))
 
+    @property
+    def p_more_lost(self) -> float:
+        """Exact one-sided p of the second being no worse: how often chance gives the first at least so many more."""
+        return float(binom.sf(self.only_first - 1, self.only_first + self.only_second, 0.5))
+
 
 def bootstrap_difference(
     first: Flags, second: Flags, *, seed: int = 0, resamples: int = 10_000, confidence: float = 0.95

@@ -17,6 +17,8 @@ MODEL = "model.onnx"
 LABELS = "labels.txt"
 FILES = frozenset({MODEL, LABELS})
 WEIGHTS = ("float32", "float16")
+ORIGIN = "onnx"  # the only kind of file that is wrapped
+AS_THEY_CAME = "original"  # the weights of a wrapped file
 INPUT = "images"
 OUTPUT = "logits"
 
@@ -27,7 +29,8 @@ class Parity:
 
     images: how many were compared; max_abs_difference and tolerance: in logits; label_agreement: share in [0, 1]. These
     are against the checkpoint with its weights rounded as they are stored, which is the tolerance's matter; the
-    checkpoint_* figures against the checkpoint as it was trained, which differ where weights are float16.
+    checkpoint_* figures against the checkpoint as it was trained, which differ where weights are float16. A wrapped
+    file is compared with the file that it wraps, and both are the same.
     """
 
     images: int
@@ -43,18 +46,21 @@ class Manifest:
     """What a candidate is.
 
     files: name -> hex SHA-256; labels: K names in the order of the logits; input_shape: (H, W, C) of uint8 images;
-    weights: how matrices and kernels are stored, one of WEIGHTS; all is computed in float32.
+    checkpoint_sha256: of the run it was exported from; weights: how matrices and kernels are stored, one of WEIGHTS;
+    all is computed in float32. A wrapped ONNX file has no run (None) but an origin, whose SHA-256 is given, and
+    weights AS_THEY_CAME.
     """
 
     created: str
     files: Mapping[str, str]
     labels: tuple[str, ...]
     input_shape: tuple[int, int, int]
-    checkpoint_sha256: str
+    checkpoint_sha256: str | None
     parity: Parity
     opset: int
     weights: str
     versions: Mapping[str, str]
+    origin_sha256: str | None = None
 
     @property
     def model_sha256(self) -> str:
@@ -68,6 +74,10 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as it lies on disk."""
+        if self.origin_sha256 is None:
+            source: dict[str, Any] = {"run": {"checkpoint_sha256": self.checkpoint_sha256}}
+        else:
+            source = {"origin": {"kind": ORIGIN, "sha256": self.origin_sha256}}
         return {
             "format": FORMAT,
             "created": self.created,
@@ -75,7 +85,7 @@ class Manifest:
             "labels": list(self.labels),
             "input": {"name": INPUT, "dtype": "uint8", "layout": "NHWC", "shape": list(self.input_shape)},
             "output": {"name": OUTPUT, "dtype": "float32", "classes": len(self.labels)},
-            "run": {"checkpoint_sha256": self.checkpoint_sha256},
+            **source,
             "parity": asdict(self.parity),
             "opset": self.opset,
             "weights": self.weights,
@@ -88,19 +98,22 @@ class Manifest:
         if value["format"] != FORMAT:
             raise ValueError(f"format is {value['format']!r}, expected {FORMAT!r}")
         height, width, channels = (int(size) for size in value["input"]["shape"])
+        wrapped = "origin" in value
         manifest = cls(
             created=str(value["created"]),
             files={str(name): str(digest) for name, digest in value["files"].items()},
             labels=tuple(str(label) for label in value["labels"]),
             input_shape=(height, width, channels),
-            checkpoint_sha256=str(value["run"]["checkpoint_sha256"]),
+            checkpoint_sha256=None if wrapped else str(value["run"]["checkpoint_sha256"]),
             parity=Parity(**value["parity"]),
             opset=int(value["opset"]),
             weights=str(value["weights"]),
             versions=dict(value["versions"]),
+            origin_sha256=str(value["origin"]["sha256"]) if wrapped else None,
         )
-        if manifest.weights not in WEIGHTS:
-            raise ValueError(f"weights is {manifest.weights!r}, expected one of {', '.join(WEIGHTS)}")
+        known = (AS_THEY_CAME,) if wrapped else WEIGHTS
+        if manifest.weights not in known:
+            raise ValueError(f"weights is {manifest.weights!r}, expected one of {', '.join(known)}")
         if manifest.files.keys() != FILES:
             raise ValueError(f"files lists {sorted(manifest.files)}, expected {sorted(FILES)}")
         if manifest.to_json() != dict(value):

@@ -45,7 +45,8 @@ Written by `dfmcl card`; do not edit.
 
 Robust accuracy is the share of images that are right and that none of {attacks} flips within {threat} as uint8; the
 attacks had the checkpoint's gradients, the ONNX file decided. The gate {verdict} it on: {criteria}.
-`{version}/` holds the report, and every one of these images with its adversarial version.
+`{version}/` holds the report, every one of these images with its adversarial version, and an in-toto attestation that
+signs for all of it; `dfmcl verify` tells whether keys that you trust made the signature.
 
 On {parity.images} images, half of them adversarial, logits of the ONNX file differ from the checkpoint's by at most
 {parity.checkpoint_max_abs_difference:.1e}, with {agreement:.1f} % equal labels, and by at most

@@ -1,17 +1,20 @@
-"""From a checkpoint to a candidate: ONNX that takes images as they come, and is proven equal to the checkpoint.
+"""From a checkpoint, or an ONNX file, to a candidate: ONNX that takes images as they come, proven equal to its source.
 
 The graph takes uint8 (N, H, W, C) with any N and returns float32 logits (N, K); cast, transpose and normalisation are
 inside, masks are off, no operator draws random numbers, and nothing in it tells where it was made. Weights may be
 stored as float16, which halves the file; all is computed in float32, as ONNX Runtime folds the casts when it loads.
+A foreign file computes as it came; what it lacks is put around it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,7 @@ from robustness.attacks import pgd
 from robustness.data import load_dataset
 from robustness.files import whole_directory
 from robustness.geometry import to_uint8
+from robustness.graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
 from robustness.models import Classifier, frozen, to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.provenance import now, versions
@@ -34,6 +38,7 @@ from robustness.runs import Run, load_run
 from robustness.seeds import generator
 from robustness.threat import Threat
 from serving.candidate import (
+    AS_THEY_CAME,
     INPUT,
     LABELS,
     MANIFEST,
@@ -49,11 +54,15 @@ from serving.candidate import (
 from serving.errors import BadInput, Broken, Refused
 
 OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
+OLDEST_OPSET = 7  # that ONNX Runtime promises to run
+IR_VERSION = 10  # of the file format, likewise
 PARITY_IMAGES = 64  # clean ones, and as many adversarial ones
 PARITY_BATCH = 32  # more than one batch, and none of the example's size, so that a wrong dynamic axis shows
 PARITY_STEPS = 5  # enough to leave the data; this measures arithmetic, not robustness
 # Of the largest logit: fused and unfused convolutions sum float32 in another order, measured at about 1e-6 of it.
 RELATIVE_TOLERANCE = 1e-4
+# Where a file takes float16, ONNX Runtime may skip the first rounding once the wrapper is there: measured 3e-4.
+HALF_TOLERANCE = 2e-3
 # What rounding to float16 may cost: 2 of 128 labels, half of them of adversarial images, which lie at the border.
 MIN_LABEL_AGREEMENT = 0.98
 RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -111,6 +120,115 @@ def export(run: Path, out: Path, *, weights: str = "float32", track: Track = sil
         )
         write_manifest(staged, manifest)
     return manifest.to_json()
+
+
+def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track: Track = silent) -> dict[str, object]:
+    """Write the candidate directory of a foreign ONNX classifier and return its manifest; as `export` in all else.
+
+    contract: what images the file takes, 'DTYPE LAYOUT [HxWxC]'; labels: K names in the order of its logits. A file
+    that takes images as they come, under our names, is kept byte for byte. BadInput (2): no such classifier, or labels
+    that are not as many as the logits. Refused (1): random operators, a batch size that is built in, operators too new
+    or too old to be served.
+    """
+    graph = read_graph(file, contract)
+    if random := random_operators(graph.model):
+        raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
+    if not OLDEST_OPSET <= graph.opset <= OPSET:
+        raise Refused(f"{file}: opset {graph.opset} is not served everywhere; export it with opset {OPSET}")
+    original = artefact(graph.model.SerializeToString(), file, graph.contract)
+    classes = count_classes(original, graph.contract, file)
+    if len(labels) != classes:
+        raise BadInput(f"{file}: answers with {classes} logits, there are {len(labels)} labels; one belongs to each")
+    free = freed(graph)
+    if free is None:
+        raise Refused(
+            f"{file}: takes batches of {graph.batch} only, and cannot be freed; export it with a dynamic batch"
+        )
+    text = labels_text(labels)
+    with whole_directory(out, names=(MODEL, LABELS, MANIFEST)) as staged:
+        data = file.read_bytes()
+        if not (_served_as_is(graph) and hashlib.sha256(data).hexdigest() == graph.digest):
+            data = with_wire_format(free, classes).SerializeToString(deterministic=True)
+        (staged / MODEL).write_bytes(data)
+        (staged / LABELS).write_text(text, encoding="utf-8")
+        manifest = Manifest(
+            created=now(),
+            files={name: sha256_of(staged / name) for name in (MODEL, LABELS)},
+            labels=labels,
+            input_shape=graph.contract.shape,
+            checkpoint_sha256=None,
+            parity=compare_with_original(graph, original, staged / MODEL, track),
+            opset=graph.opset,
+            weights=AS_THEY_CAME,
+            versions=versions(),
+            origin_sha256=graph.digest,
+        )
+        write_manifest(staged, manifest)
+    return manifest.to_json()
+
+
+def with_wire_format(graph: Graph, classes: int) -> onnx.ModelProto:
+    """The graph behind what turns uint8 (N, H, W, C) into what it takes, in the order of `to_float`; float32 logits."""
+    model = onnx.compose.add_prefix(graph.model, "wrapped.")  # so that no name in it is one of ours
+    inner = replace(graph, model=model)
+    entry, answer = inner.input, inner.output
+    steps: list[tuple[str, dict[str, object]]] = []
+    if graph.contract.layout == "NCHW":
+        steps.append(("Transpose", {"perm": [0, 3, 1, 2]}))
+    if graph.contract.dtype == "float32":
+        steps += [("Cast", {"to": TensorProto.FLOAT}), ("Div", {})]
+        if entry.type.tensor_type.elem_type == TensorProto.FLOAT16:
+            steps.append(("Cast", {"to": TensorProto.FLOAT16}))
+    nodes, at = [], INPUT
+    for number, (operator, attributes) in enumerate(steps or [("Identity", {})], 1):
+        after = entry.name if number == max(len(steps), 1) else f"wire.{number}"
+        nodes.append(helper.make_node(operator, [at, "wire.255"] if operator == "Div" else [at], [after], **attributes))
+        at = after
+    model.graph.initializer.append(numpy_helper.from_array(np.array(255, np.float32), "wire.255"))
+    last = helper.make_node("Cast", [answer.name], [OUTPUT], to=TensorProto.FLOAT)
+    every = [*nodes, *model.graph.node, last]
+    for field, values in (
+        ("node", every),
+        ("input", [helper.make_tensor_value_info(INPUT, TensorProto.UINT8, [FREE, *graph.contract.shape])]),
+        ("output", [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [FREE, classes])]),
+    ):
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(values)
+    model.ir_version = IR_VERSION
+    strip(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+def compare_with_original(graph: Graph, original: Callable[[Tensor], Tensor], model: Path, track: Track) -> Parity:
+    """How far the wrapped file's logits are from the original's, on smooth images and noise; Broken over tolerance."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    expected, found = [], []
+    parts = noise(graph.contract, PARITY_IMAGES).split((1, PARITY_BATCH - 1, PARITY_IMAGES - PARITY_BATCH))
+    for part in track(parts, "comparing with the original", len(parts)):
+        expected.append(original(part).numpy())
+        found.append(session.run([OUTPUT], {INPUT: to_bytes(part).numpy()})[0])
+    before = np.concatenate(expected)
+    difference, agreement = _apart(before, np.concatenate(found))
+    half = graph.input.type.tensor_type.elem_type == TensorProto.FLOAT16
+    tolerance = (HALF_TOLERANCE if half else RELATIVE_TOLERANCE) * float(np.abs(before).max())
+    if not difference <= tolerance:  # so that NaN is refused too
+        raise Broken(
+            f"{graph.path}: wrapped, its logits differ by {difference:.3g}, over the tolerance {tolerance:.3g}; nothing"
+            " was written: check the versions of onnx and onnxruntime"
+        )
+    return Parity(PARITY_IMAGES, difference, agreement, tolerance, difference, agreement)
+
+
+def _served_as_is(graph: Graph) -> bool:
+    contract, answer = graph.contract, graph.output.type.tensor_type.elem_type
+    return (
+        (contract.layout, contract.dtype) == ("NHWC", "uint8")
+        and (graph.input.name, graph.output.name) == (INPUT, OUTPUT)
+        and answer == TensorProto.FLOAT
+        and graph.batch is None
+        and graph.model.ir_version <= IR_VERSION
+    )
 
 
 def rounded(classifier: Classifier) -> nn.Module:

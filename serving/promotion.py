@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gating.attestation import verify
+from gating.attestation import Trust, inspect, verify
 from serving import repository as layout
 from serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_files
 from serving.errors import BadInput, Broken, Refused
@@ -32,28 +34,35 @@ class Promoted:
     sha256: str
 
 
-def promote(candidate: Path, evidence: Path, repository: Path, *, name: str) -> Promoted:
+def promote(
+    candidate: Path, evidence: Path, repository: Path, *, name: str, trust: Trust, now: datetime | None = None
+) -> Promoted:
     """Add a candidate that passed the gate as the next version of model `name`, and make it the one that is served.
 
     A crash at any point leaves the old version served, or the new one; nothing in between is visible to Triton.
-    BadInput (2): a file that is missing, malformed or not what the candidate's manifest says. Refused or
-    NotAttested (1): no passing verdict for exactly these bytes, or another interface than the version
-    that is served. Broken (5): the repository cannot be written.
+    BadInput or BadEvidence (2): a file that is missing, malformed or not what the candidate's manifest says. Refused
+    or NotAttested (1): no passing verdict for exactly these bytes that keys of `trust` have signed and that holds at
+    `now` (default: now), or another interface than the version that is served. Broken (5): the repository cannot be
+    written.
     """
     layout.checked_name(name)
     manifest = verify_files(candidate)
     if extra := sorted({path.name for path in candidate.iterdir()} - FILES - {MANIFEST}):
         raise BadInput(f"{candidate / extra[0]}: not part of a candidate; remove it or export again")
-    verify(candidate, evidence)
+    verify(candidate, evidence, trust, now)
     try:
         with _only_writer(repository):
-            return _commit(candidate, evidence, repository, name, manifest)
+            return _commit(repository, name, manifest, partial(_stage_version, candidate, evidence, trust, now))
     except OSError as error:
         raise Broken(f"{repository}: cannot be written: {error.strerror or error}") from None
 
 
-def verify_release(repository: Path, name: str) -> Promoted:
-    """What Triton would serve as `name`; Refused, NotAttested or BadEvidence where promotion did not write it."""
+def verify_release(repository: Path, name: str, trust: Trust | None = None, now: datetime | None = None) -> Promoted:
+    """What Triton would serve as `name`; Refused, NotAttested or BadEvidence where promotion did not write it.
+
+    trust: whose signatures must vouch for it at `now` (default: now). Without it layout, digests and verdict are judged
+    as they lie there: that finds what broke or was swapped by mistake, not who wrote the report.
+    """
     model = repository / name
     version = layout.served_version(model)
     if version is None:
@@ -66,7 +75,12 @@ def verify_release(repository: Path, name: str) -> Promoted:
     strangers += [path for path in directory.glob("*") if path.name not in layout.VERSION_FILES]
     if strangers:
         raise Refused(f"{min(strangers)}: promotion did not write this; remove it")
-    verify(directory, directory)
+    if absent := [file for file in sorted(layout.VERSION_FILES) if not (directory / file).is_file()]:
+        raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; promote again")
+    if trust is None:
+        inspect(directory, directory)
+    else:
+        verify(directory, directory, trust, now)
     return Promoted(name, version, directory, read_manifest(directory).model_sha256)
 
 
@@ -76,7 +90,7 @@ def _belongs_to_model(path: Path) -> bool:
     return path.is_dir() and (path.name.isdecimal() or path.name == layout.SURROGATES or path.name.startswith(STAGING))
 
 
-def _commit(candidate: Path, evidence: Path, repository: Path, name: str, manifest: Manifest) -> Promoted:
+def _commit(repository: Path, name: str, manifest: Manifest, stage: Callable[[Path], None]) -> Promoted:
     model = repository / name
     served = layout.served_version(model)
     if served is None and model.exists():
@@ -90,7 +104,7 @@ def _commit(candidate: Path, evidence: Path, repository: Path, name: str, manife
     staged = Path(tempfile.mkdtemp(prefix=STAGING, dir=repository if served is None else model))
     try:
         directory = staged / str(version)
-        _stage_version(candidate, evidence, directory)
+        stage(directory)
         config = layout.config_pbtxt(manifest, name, version)
         layout.parse_config(config, model / layout.CONFIG)
         _write(staged / layout.CONFIG, config)
@@ -122,11 +136,11 @@ def _require_same_interface(new: Manifest, old: Manifest, name: str) -> None:
         )
 
 
-def _stage_version(candidate: Path, evidence: Path, directory: Path) -> None:
+def _stage_version(candidate: Path, evidence: Path, trust: Trust, now: datetime | None, directory: Path) -> None:
     """Copy what belongs into a version, and nothing else; then judge the copies, as the sources may have changed."""
     directory.mkdir()
     sources = [candidate / name for name in sorted({*FILES, MANIFEST})]
-    for source in [*sources, evidence / layout.REPORT, evidence / layout.PROBES]:
+    for source in [*sources, *(evidence / name for name in sorted(layout.EVIDENCE))]:
         if not source.is_file():
             raise BadInput(f"{source}: no such file; `dfmcl gate` writes it")
         with source.open("rb") as reader, (directory / source.name).open("xb") as writer:
@@ -135,7 +149,7 @@ def _stage_version(candidate: Path, evidence: Path, directory: Path) -> None:
             os.fsync(writer.fileno())
     _sync(directory)
     verify_files(directory)
-    verify(directory, directory)
+    verify(directory, directory, trust, now)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The model repository that Triton reads: names, layout, and the config.pbtxt of a promoted model.
 
 <repository>/<model>/config.pbtxt                      which version is served, and how
-<repository>/<model>/<N>/{model.onnx, labels.txt, manifest.json, report.json, probes.npz}    immutable
+<repository>/<model>/<N>/{model.onnx, labels.txt, manifest.json}                       immutable, as are
+<repository>/<model>/<N>/{report.json, probes.npz, attestation.intoto.jsonl}           what vouches for them
 <repository>/<model>/README.md                         model card, where `dfmcl card` wrote one
 <repository>/<model>/surrogates/<name>/                packed runs to attack it with, where some were shipped
 <repository>/aliases.json                              {"<model>": {"champion": N, "previous": M or null}}
@@ -16,16 +17,18 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from serving.candidate import INPUT, LABELS, MODEL, OUTPUT, Manifest
+from serving.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest
 from serving.errors import BadInput, Refused
 
 CONFIG = "config.pbtxt"
 ALIASES = "aliases.json"
 REPORT = "report.json"
 PROBES = "probes.npz"
+ATTESTATION = "attestation.intoto.jsonl"
 CARD = "README.md"
 SURROGATES = "surrogates"
-VERSION_FILES = frozenset({MODEL, LABELS, "manifest.json", REPORT, PROBES})
+EVIDENCE = frozenset({REPORT, PROBES, ATTESTATION})
+VERSION_FILES = EVIDENCE | {MODEL, LABELS, MANIFEST}
 
 MAX_BATCH_SIZE = 64
 PROBE_PRIORITY = 2  # users are priority 1 by default; probes give way

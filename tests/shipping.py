@@ -1,4 +1,4 @@
-"""A stand-in for the shipped model: really trained, exported as float16, gated, promoted, with surrogate and card."""
+"""A stand-in for the shipped model: trained, exported as float16, gated, signed, promoted, with surrogate and card."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from pathlib import Path
 
 from gating.gate import gate
 from gating.policy import Policy
+from gating.subject import open_subject
+from gating.trust import load_trust
 from serving.card import write_card
 from serving.export import export
 from serving.promotion import promote
+from tests.signing import VALID_DAYS, make_key, write_trust
 from training.pack import pack
 
 NAME = "stand-in"
 POLICY = Policy.model_validate(
     {
+        "statistics": "fixed",  # all 100 images
+        "valid_days": VALID_DAYS,
         "criteria": ["robust_accuracy >= 0.05 at 95 %", "clean_accuracy >= 0.5 at 95 %"],
         "threat": {"eps": "3/255"},
         "data": {"name": "digits", "images": 100},
@@ -23,15 +28,18 @@ POLICY = Policy.model_validate(
 
 
 def ship(run: Path, surrogate: Path) -> Path:
-    """A repository with one shipped model, made once beside its run; returns its path. Tests that change it copy it."""
+    """A repository with one shipped model, made once beside its run, and release.toml, which trusts it, beside it."""
     folder = run.parent / "shipped"
     repository = folder / "models"
     if repository.exists():
         return repository
+    key = make_key(folder)
     export(run, folder / "candidate", weights="float16")
-    report = gate(folder / "candidate", run, POLICY, folder / "evidence")
+    subject = open_subject(str(folder / "candidate"), run=run)
+    report = gate(subject, POLICY, folder / "evidence", keys=[key])
     assert (report["verdict"], report["findings"]) == ("passed", [])  # artefact_disagrees among the checks
-    promote(folder / "candidate", folder / "evidence", repository, name=NAME)
+    trust = load_trust(write_trust(key))
+    promote(folder / "candidate", folder / "evidence", repository, name=NAME, trust=trust)
     pack(surrogate, repository / NAME / "surrogates" / "other")
     write_card(run, repository, NAME)
     return repository

@@ -9,11 +9,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from gating.trust import load_trust
 from robustness.runs import load_run
 from robustness.statistics import clopper_pearson
 from serving.promotion import verify_release
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
+TRUST = Path(__file__).parents[1] / "deploy"
 MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
 
 
@@ -24,8 +26,8 @@ def test_there_is_a_model() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_release_holds_and_is_small(name: str) -> None:
-    """Verdict, digests and card fit; the ONNX file is under 6 MB, surrogates together under 5; no path of a machine."""
-    release = verify_release(REPOSITORY, name)
+    """Signature, verdict, digests and card fit; the ONNX file is under 6 MB, surrogates under 5; no local path."""
+    release = verify_release(REPOSITORY, name, load_trust(TRUST / name / "trust.toml"))
     assert release.sha256 in (REPOSITORY / name / "README.md").read_text()
     assert (release.path / "model.onnx").stat().st_size < 6e6
     surrogates = sorted((REPOSITORY / name / "surrogates").iterdir())

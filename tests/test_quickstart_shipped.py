@@ -28,13 +28,18 @@ def repository(standard_run: Path, other_run: Path) -> Path:
 def quickstart(repository: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "quickstart.py"), "--model", "shipped", "--exit"]
     return subprocess.run(
-        [*command, "--repository", str(repository)],
+        [*command, "--repository", str(repository), "--trust", str(trust_in(repository))],
         cwd=folder,
         env=os.environ | {"COLUMNS": "160"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def trust_in(repository: Path) -> Path:
+    """Trusts the key that signed what the stand-in ships."""
+    return repository.parent / "release.toml"
 
 
 def listing(directory: Path) -> dict[str, tuple[str, int]]:
@@ -65,13 +70,14 @@ def test_shipped_model_is_verified_served_and_attacked(repository: Path, tmp_pat
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda model: (model / "1" / "model.onnx").open("ab").write(b"\0"), "changed after export"),
+        (lambda model: (model / "1" / "model.onnx").open("ab").write(b"\0"), "is not what the gate judged"),
         (lambda model: (model / "1" / "probes.npz").open("ab").write(b"\0"), "is not what the gate wrote"),
+        (lambda model: (model / "1" / "report.json").open("ab").write(b"\n"), "is not the report that was signed"),
         (lambda model: (model / "README.md").write_text("about another"), "is not about the version that is served"),
         (lambda model: shutil.rmtree(model / "surrogates"), "no surrogates to attack it with"),
         (lambda model: shutil.rmtree(model), "holds 0 promoted models"),
     ],
-    ids=["model", "probes", "card", "surrogates", "nothing"],
+    ids=["model", "probes", "report", "card", "surrogates", "nothing"],
 )
 def test_a_release_that_does_not_hold_ends_with_1(
     repository: Path, tmp_path: Path, spoil: object, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -82,6 +88,7 @@ def test_a_release_that_does_not_hold_ends_with_1(
     monkeypatch.chdir(tmp_path)
     printed: list[str] = []
     monkeypatch.setattr(program.console, "print", lambda *values, **_: printed.append(str(values[0])))
-    assert program.main(["--model", "shipped", "--exit", "--repository", str(copy)]) == 1
+    trust = ["--trust", str(trust_in(repository))]
+    assert program.main(["--model", "shipped", "--exit", "--repository", str(copy), *trust]) == 1
     assert reason in printed[-1]
     assert not any(line.startswith("\n$ dfmcl serve") for line in printed)

@@ -23,7 +23,7 @@ from training.curriculum import attack_steps, draw, progress, strength
 from training.masking import DynamicFeatureMask, find_layer, running_statistics_kept
 from training.noise import Noise
 from training.objectives import OBJECTIVES, jensen_shannon, smoothed
-from training.parallel import Ranks
+from robustness.ranks import Ranks
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -26,7 +26,7 @@ from training.config import TrainConfig
 from training.learner import Learner
 from training.limits import Interrupted, Limits
 from training.masking import MaskStatistics
-from training.parallel import Ranks
+from robustness.ranks import Ranks
 from training.state import STATE, Epoch, read_state, write_history, write_run, write_state
 
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonschema
 import numpy as np
 import onnxruntime
 import pytest
+import torch
+import yaml
 
-from gating import gate as gate_module
-from gating.attestation import BadEvidence, NotAttested, verify
+from gating.attestation import BadEvidence
 from gating.gate import gate
-from gating.policy import Policy
-from gating.report import markdown
+from gating.keys import keygen
+from gating.markdown import markdown
+from gating.policy import Policy, load_policy
+from gating.subject import Subject, candidate_subject
 from robustness.attacks import Attack
 from robustness.data import load_dataset
 from robustness.errors import BadInput
 from robustness.evaluate import evaluate
+from robustness.models import exactly
 from robustness.runs import load_run
+from robustness.statistics import lower_bound, upper_bound
 from robustness.threat import Threat
 from serving.export import export
 
 
-def policy(robust: float, eps: str = "2/255", images: int = 120) -> Policy:
+ROOT = Path(__file__).parents[2]
+
+
+def policy(robust: float, eps: str = "2/255", images: int = 120, *criteria: str, **changes: Any) -> Policy:
     return Policy.model_validate(
         {
-            "criteria": [f"robust_accuracy >= {robust} at 95 %", "clean_accuracy >= 0.5 at 95 %"],
+            "criteria": [f"robust_accuracy >= {robust} at 95 %", "clean_accuracy >= 0.5 at 95 %", *criteria],
             "threat": {"eps": eps},
             "data": {"name": "digits", "images": images},
-            "attacks": {"suite": ["fgsm", "pgd-5"]},
+            "attacks": {"suite": ["fgsm", "pgd-5"], "block": 30},
+            "checks": {"images": 32},
+            **changes,
         }
     )
 
@@ -46,9 +61,14 @@ def candidate(standard_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def passed(candidate: Path, standard_run: Path) -> Path:
+def subject(candidate: Path, standard_run: Path) -> Subject:
+    return candidate_subject(candidate, standard_run)
+
+
+@pytest.fixture(scope="module")
+def passed(candidate: Path, subject: Subject) -> Path:
     out = candidate.parent / "passed"
-    assert gate(candidate, standard_run, policy(0.1), out)["verdict"] == "passed"
+    assert gate(subject, policy(0.1), out)["verdict"] == "passed"
     return out
 
 
@@ -61,12 +81,10 @@ def report_of(evidence: Path) -> dict[str, Any]:
     ("robust", "eps", "verdict", "code"),
     [(0.1, "2/255", "passed", 0), (0.5, "60/255", "failed", 1), (0.6, "1/255", "inconclusive", 3)],
 )
-def test_verdicts(
-    candidate: Path, standard_run: Path, tmp_path: Path, robust: float, eps: str, verdict: str, code: int
-) -> None:
+def test_verdicts(subject: Subject, tmp_path: Path, robust: float, eps: str, verdict: str, code: int) -> None:
     """A modest claim passes, an impossible one fails, a claim that 5 images cannot settle is inconclusive."""
     images = 5 if verdict == "inconclusive" else 120
-    report = gate(candidate, standard_run, policy(robust, eps, images), tmp_path / "evidence")
+    report = gate(subject, policy(robust, eps, images), tmp_path / "evidence")
     assert (report["verdict"], report["exit_code"]) == (verdict, code), report["criteria"]
 
 
@@ -103,9 +121,9 @@ def test_probes_replay_on_the_artefact(candidate: Path, passed: Path) -> None:
     assert held.sum() == report["evaluation"]["robust"]["k"] < report["evaluation"]["clean"]["k"]
 
 
-def test_gate_is_repeatable(candidate: Path, standard_run: Path, passed: Path, tmp_path: Path) -> None:
+def test_gate_is_repeatable(subject: Subject, passed: Path, tmp_path: Path) -> None:
     """The same bytes under the same policy give the same per-image record."""
-    again = gate(candidate, standard_run, policy(0.1), tmp_path / "evidence")
+    again = gate(subject, policy(0.1), tmp_path / "evidence")
     assert again["evaluation"]["per_image"] == report_of(passed)["evaluation"]["per_image"]
 
 
@@ -117,37 +135,35 @@ def test_tampered_candidate_is_not_judged(candidate: Path, standard_run: Path, t
     model[len(model) // 2] ^= 1
     (tampered / "model.onnx").write_bytes(model)
     with pytest.raises(BadEvidence, match=r"model\.onnx: SHA-256 is"):
-        gate(tampered, standard_run, policy(0.1), tmp_path / "evidence")
-    assert not (tmp_path / "evidence").exists()
+        candidate_subject(tampered, standard_run)
 
 
-def test_gradients_must_come_from_the_exported_run(candidate: Path, other_run: Path, tmp_path: Path) -> None:
+def test_gradients_must_come_from_the_exported_run(candidate: Path, other_run: Path) -> None:
     """Another run's gradients aim at another model: refused."""
     with pytest.raises(BadInput, match="name the run that the candidate was exported from"):
-        gate(candidate, other_run, policy(0.1), tmp_path / "evidence")
+        candidate_subject(candidate, other_run)
 
 
-def test_wrong_gradients_make_the_evidence_suspect(
-    candidate: Path, standard_run: Path, other_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Were the digests to match all the same, disagreement on adversarial images is noticed: exit code 4."""
-    monkeypatch.setattr(gate_module, "_same_run", lambda *arguments: None)
-    report = gate(candidate, other_run, policy(0.1), tmp_path / "evidence")
+def test_wrong_gradients_make_the_evidence_suspect(subject: Subject, other_run: Path, tmp_path: Path) -> None:
+    """Were another network's gradients used all the same, disagreement on adversarial images is noticed: exit 4."""
+    report = gate(replace(subject, model=load_run(other_run).model), policy(0.1), tmp_path / "evidence")
     assert (report["verdict"], report["exit_code"]) == ("suspect", 4)
-    assert report["findings"][0]["check"] == "artefact_disagrees"
+    assert "artefact_disagrees" in [finding["check"] for finding in report["findings"]]
 
 
-def test_data_that_does_not_fit_is_bad_input(candidate: Path, standard_run: Path, tmp_path: Path) -> None:
+def test_data_that_does_not_fit_is_bad_input(subject: Subject, tmp_path: Path) -> None:
     """More images than the test part has, or images of another shape: one line that names the key."""
     with pytest.raises(BadInput, match=r"data\.images is 5000"):
-        gate(candidate, standard_run, policy(0.1, images=5000), tmp_path / "evidence")
+        gate(subject, policy(0.1, images=5000), tmp_path / "evidence")
 
 
-def test_existing_directory_of_somebody_else_is_left_alone(candidate: Path, standard_run: Path, tmp_path: Path) -> None:
+def test_existing_directory_of_somebody_else_is_left_alone(
+    candidate: Path, subject: Subject, standard_run: Path, tmp_path: Path
+) -> None:
     """Evidence replaces evidence, an export an export, and neither a run, a release or anybody's files."""
     (tmp_path / "keep.txt").write_text("mine")
     with pytest.raises(BadInput, match=r"holds keep\.txt, which this command did not write"):
-        gate(candidate, standard_run, policy(0.1), tmp_path)
+        gate(subject, policy(0.1), tmp_path)
     assert (tmp_path / "keep.txt").read_text() == "mine"
     with pytest.raises(BadInput, match="did not write"):
         export(standard_run, standard_run)
@@ -157,31 +173,31 @@ def test_existing_directory_of_somebody_else_is_left_alone(candidate: Path, stan
     (release / "report.json").write_text("{}")
     for overwrite in (
         lambda: export(standard_run, release),
-        lambda: gate(candidate, standard_run, policy(0.1), release),
+        lambda: gate(subject, policy(0.1), release),
     ):
         with pytest.raises(BadInput, match="did not write"):
             overwrite()
 
 
-def test_evidence_replaces_evidence(candidate: Path, standard_run: Path, passed: Path, tmp_path: Path) -> None:
+def test_evidence_replaces_evidence(subject: Subject, passed: Path, tmp_path: Path) -> None:
     """The same directory can be judged into again; nothing staged stays beside it."""
     shutil.copytree(passed, tmp_path / "evidence")
     (tmp_path / "evidence" / "report.md").write_text("old")
-    gate(candidate, standard_run, policy(0.1), tmp_path / "evidence")
+    gate(subject, policy(0.1), tmp_path / "evidence")
     assert (tmp_path / "evidence" / "report.md").read_text().startswith("### PASSED")
     assert [path.name for path in tmp_path.iterdir()] == ["evidence"]
 
 
-def test_an_l2_gate_blocks_what_falls_in_float(candidate: Path, standard_run: Path, tmp_path: Path) -> None:
+def test_an_l2_gate_blocks_what_falls_in_float(subject: Subject, standard_run: Path, tmp_path: Path) -> None:
     """Going to bytes does not undo an L2 attack: what breaks the plain model in float breaks it as bytes."""
     wanted = policy(0.5, images=60).model_dump()
     wanted["threat"] = {"norm": "l2", "eps": "2.0"}
     for suite in (["cw-l2"], ["margin-pgd-20"]):
         wanted["attacks"] = {"suite": suite}
-        report = gate(candidate, standard_run, Policy.model_validate(wanted), tmp_path / "evidence")
+        report = gate(subject, Policy.model_validate(wanted), tmp_path / "evidence")
         trained, data = load_run(standard_run), load_dataset("digits")
         attacks = [Attack.parse(name) for name in suite]
-        chosen = np.random.default_rng(0).permutation(450)[:60]
+        chosen = report["per_image"]["index"]
         outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], Threat("l2", 2.0), attacks)
         assert outcome.evaluation.robust.value <= 0.05
         # Towards x instead of to the nearest byte, cw-l2 would leave 97 % standing; 3 of 60 images may differ.
@@ -189,41 +205,232 @@ def test_an_l2_gate_blocks_what_falls_in_float(candidate: Path, standard_run: Pa
         assert report["verdict"] == "failed"
 
 
-def test_tampered_probes_are_refused(candidate: Path, passed: Path, tmp_path: Path) -> None:
-    """probes.npz is bound to the report: production replays nothing that the gate did not write."""
-    changed = tmp_path / "evidence"
-    shutil.copytree(passed, changed)
-    (changed / "probes.npz").write_bytes(b"garbage")
-    with pytest.raises(NotAttested, match=r"probes\.npz: is not what the gate wrote"):
-        verify(candidate, changed)
+T = TypeVar("T")
 
 
-@pytest.mark.parametrize("change", [{"candidate": []}, {"files": None}, {"candidate": {"files": []}}])
-def test_malformed_report_is_bad_input(candidate: Path, passed: Path, tmp_path: Path, change: dict[str, Any]) -> None:
-    """A report of the right format but the wrong shape gives a message, never a traceback or a pass."""
-    changed = tmp_path / "evidence"
-    shutil.copytree(passed, changed)
-    (changed / "report.json").write_text(json.dumps({**report_of(passed), **change}))
-    with pytest.raises((BadEvidence, NotAttested)):
-        verify(candidate, changed)
+class Cut(Exception):
+    """Somebody pulls the plug."""
 
 
-def test_only_passing_evidence_for_these_bytes_attests(candidate: Path, passed: Path, tmp_path: Path) -> None:
-    """verify() returns the report for the right pair, and refuses another verdict, other bytes, or no report."""
-    assert verify(candidate, passed)["verdict"] == "passed"
-    changed = tmp_path / "evidence"
-    shutil.copytree(passed, changed)
+def cut_after(blocks: int) -> Any:
+    """A track that ends the gate after so many blocks, in the middle of an attack."""
+    begun: list[str] = []
+
+    def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        begun.append(label)
+        if sum(label.startswith("fgsm") for label in begun) > blocks:
+            raise Cut
+        yield from items
+
+    return track
+
+
+def without_time(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what no two runs share."""
+    kept = json.loads(json.dumps(report))
+    for evaluation in [kept["evaluation"], *kept["radii"], *kept["transfer"]]:
+        del evaluation["seconds"]
+        for attack in evaluation["attacks"]:
+            del attack["seconds"]
+    return {key: value for key, value in kept.items() if key not in ("created", "seconds", "files", "processes")}
+
+
+def test_it_stops_as_soon_as_the_bounds_decide(passed: Path) -> None:
+    """An easy claim needs a block or two of the 120 images it may look at, and says after how many it was met."""
     report = report_of(passed)
-    (changed / "report.json").write_text(json.dumps({**report, "verdict": "failed"}))
-    with pytest.raises(NotAttested, match="verdict is 'failed'"):
-        verify(candidate, changed)
-    files = {**report["candidate"]["files"], "model.onnx": "0" * 64}
-    (changed / "report.json").write_text(json.dumps({**report, "candidate": {"files": files}}))
-    with pytest.raises(NotAttested, match="made for other bytes"):
-        verify(candidate, changed)
-    (changed / "report.json").write_text("{")
-    with pytest.raises(BadEvidence, match="not readable as JSON"):
-        verify(candidate, changed)
-    (changed / "report.json").unlink()
-    with pytest.raises(BadEvidence, match="No such file"):
-        verify(candidate, changed)
+    assert report["statistics"]["attacked"] < 120 == report["statistics"]["cap"]
+    assert report["statistics"]["attacked"] % 30 == 0
+    robust = report["criteria"][0]
+    assert robust["decided_after"] <= report["statistics"]["attacked"]
+    assert report["progress"][-1]["images"] == report["statistics"]["attacked"]
+
+
+def test_nobody_chooses_the_order(subject: Subject, passed: Path, tmp_path: Path) -> None:
+    """Another policy, even another confidence, is met by other images."""
+    other = gate(subject, policy(0.1, "2/255", 120, "clean_accuracy >= 0.2 at 90 %"), tmp_path / "evidence")
+    assert other["per_image"]["index"][:20] != report_of(passed)["per_image"]["index"][:20]
+
+
+def test_a_cut_gate_goes_on_where_it_was(subject: Subject, tmp_path: Path) -> None:
+    """Blocks that were done are not attacked again, and the evidence is that of a gate that nobody cut."""
+    wanted = policy(0.1, images=90, statistics="fixed")
+    whole = gate(subject, wanted, tmp_path / "whole")
+    out = tmp_path / "evidence"
+    with pytest.raises(Cut):
+        gate(subject, wanted, out, track=cut_after(1))
+    assert not out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.partial", "whole"]
+    seen: list[str] = []
+
+    def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        seen.append(label)
+        yield from items
+
+    report = gate(subject, wanted, out, track=track)
+    assert without_time(report) == without_time(whole)
+    attacked = sum(label.startswith("fgsm at Linf 2/255") for label in seen)
+    assert attacked == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence", "whole"]
+
+
+def test_the_state_of_another_gate_is_refused(subject: Subject, tmp_path: Path) -> None:
+    """Another policy, another model: what was begun is not theirs, and stays."""
+    out, mine = tmp_path / "evidence", policy(0.1, images=90, statistics="fixed")
+    with pytest.raises(Cut):
+        gate(subject, mine, out, track=cut_after(1))
+    begun = sorted(path.name for path in (tmp_path / "evidence.partial").iterdir())
+    with pytest.raises(BadInput, match=r"evidence\.partial: belongs to a gate with another policy"):
+        gate(subject, policy(0.2), out)
+    with pytest.raises(BadInput, match="belongs to a gate with another subject"):
+        gate(replace(subject, digest="0" * 64), mine, out)
+    assert sorted(path.name for path in (tmp_path / "evidence.partial").iterdir()) == begun
+    path = next((tmp_path / "evidence.partial").glob("*.npz"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"block-00000\.npz: not readable"):
+        gate(subject, mine, out)
+
+
+@pytest.mark.parametrize(("robust", "code"), [(0.02, 0), (0.9, 1)])
+def test_two_processes_reach_the_verdict_of_one(
+    candidate: Path, standard_run: Path, subject: Subject, tmp_path: Path, robust: float, code: int
+) -> None:
+    """The Kubernetes job's own command, with two processes, writes the evidence of one, and ends with its code."""
+    text = f"""
+criteria = ["robust_accuracy >= {robust} at 95 %", "robust_accuracy(1/255) >= 0.05 at 95 %"]
+[threat]
+eps = "2/255"
+[data]
+name = "digits"
+images = 120
+[attacks]
+suite = ["fgsm", "pgd-5"]
+block = 30
+[checks]
+images = 32
+"""
+    path = tmp_path / "gate.toml"
+    path.write_text(text)
+    (tmp_path / "candidate").symlink_to(candidate)
+    (tmp_path / "run").symlink_to(standard_run)
+    alone = gate(subject, load_policy(path), tmp_path / "alone")
+    assert alone["exit_code"] == code
+    job = yaml.safe_load((ROOT / "deploy" / "gate" / "job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    keygen(tmp_path / "gate")
+    told = {"PROCESSES": "2", "DATA": str(tmp_path), "POLICY": str(path), "KEY": str(tmp_path / "gate.key")}
+    assert set(told) == {entry["name"] for entry in container["env"]}
+    environment = {
+        **os.environ,
+        **told,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [*container["command"], *container["args"]], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == code, done.stderr
+    both = report_of(tmp_path / "evidence")
+    assert both["processes"] == 2
+    assert both["criteria"] == alone["criteria"]
+    assert both["per_image"] == alone["per_image"]
+    assert both["evaluation"]["per_image"] == alone["evaluation"]["per_image"]
+    assert done.stdout.count("evidence: ") == 1
+    assert code in job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] or code == 0
+
+
+def test_radii_and_classes_are_claims_of_their_own(subject: Subject, tmp_path: Path) -> None:
+    """A claim at a smaller radius is met where the main one is open; a floor that one class misses blocks the model."""
+    more = ["robust_accuracy(1/255) >= 0.2 at 95 %"]
+    report = gate(subject, policy(0.6, "2/255", 60, *more), tmp_path / "radii")
+    assert [evaluation["threat"]["label"] for evaluation in report["radii"]] == ["1/255"]
+    assert report["radii"][0]["robust"]["k"] > report["evaluation"]["robust"]["k"]
+    assert report["criteria"][2]["eps"] == "1/255"
+    assert report["criteria"][2]["outcome"] == "met"
+    floor = policy(0.0, "2/255", 0, "class_robust_accuracy >= 0.9 at 95 %")
+    blocked = gate(subject, floor, tmp_path / "classes")
+    rows = [row for row in blocked["criteria"] if row["metric"] == "class_robust_accuracy"]
+    assert [row["class"] for row in rows] == list("0123456789")
+    assert blocked["verdict"] == "failed"
+    assert "missed" in {row["outcome"] for row in rows}
+
+
+def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path) -> None:
+    """Fixed statistics look once, at exactly the images that the policy names, by exact bounds."""
+    report = gate(subject, policy(0.1, images=90, statistics="fixed"), tmp_path / "evidence")
+    row = report["criteria"][0]
+    assert report["statistics"]["attacked"] == row["n"] == 90
+    assert row["lower"] == lower_bound(row["k"], 90, 0.95)
+    assert row["upper"] == upper_bound(row["k"], 90, 0.975)
+
+
+def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path) -> None:
+    """Against its own report a model has lost nothing; a worse one is blocked, by the images that it newly loses."""
+    wanted = policy(0.0, "1/255", 120, "no_regression at 95 %")
+    first = gate(subject, policy(0.0, "1/255", images=90, statistics="fixed"), tmp_path / "first")
+    same = gate(subject, wanted, tmp_path / "same", baseline=tmp_path / "first" / "report.json")
+    assert (same["verdict"], len(same["baseline"]["newly_broken"])) == ("passed", same["baseline"]["only_baseline"])
+    assert same["baseline"]["only_baseline"] <= 2  # other blocks, other random starts
+    assert same["baseline"]["images"] == 90
+    worse = load_run(other_run).model
+    with torch.no_grad():
+        worse.net.fc.weight.mul_(-1)  # wrong on almost every image
+    decide = exactly(worse)
+    turned = replace(subject, model=worse, decide=lambda x: decide(x), digest="f" * 64)
+    blocked = gate(
+        turned,
+        Policy.model_validate(
+            {**wanted.model_dump(), "criteria": ["robust_accuracy >= 0 at 95 %", wanted.criteria[2]]}
+        ),
+        tmp_path / "worse",
+        baseline=tmp_path / "first" / "report.json",
+    )
+    assert blocked["criteria"][-1]["outcome"] == "missed"
+    assert blocked["verdict"] == "failed"
+    broken = set(blocked["baseline"]["newly_broken"])
+    held = {
+        index
+        for index, bit in zip(first["per_image"]["index"], first["evaluation"]["per_image"]["robust"], strict=True)
+        if bit == "1"
+    }
+    assert broken <= held
+    assert len(broken) == blocked["baseline"]["only_baseline"] > 20
+
+
+def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path: Path) -> None:
+    """Another radius, other attacks, or no report at all: said in one line; and no_regression needs one."""
+    wanted = policy(0.0, "2/255", 120, "no_regression at 95 %")
+    with pytest.raises(BadInput, match="needs --baseline"):
+        gate(subject, wanted, tmp_path / "evidence")
+    with pytest.raises(BadInput, match="made with other threat"):
+        gate(subject, policy(0.1, "3/255"), tmp_path / "evidence", baseline=passed / "report.json")
+    other = policy(0.1, attacks={"suite": ["fgsm"], "block": 30})
+    with pytest.raises(BadInput, match="made with other attacks"):
+        gate(subject, other, tmp_path / "evidence", baseline=passed / "report.json")
+    with pytest.raises(BadInput, match="not a gate's report"):
+        gate(subject, wanted, tmp_path / "evidence", baseline=passed / "probes.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_path: Path) -> None:
+    """Black-box attacks alone: what they find is a fact, what they do not find proves nothing."""
+    blind = replace(subject, model=None)
+    modest = policy(0.05, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"]})
+    report = gate(blind, modest, tmp_path / "modest")
+    assert (report["verdict"], report["reasons"]) == ("inconclusive", ["no_gradients"])
+    assert [attack["name"] for attack in report["evaluation"]["attacks"]] == ["square-40"]
+    hard = policy(0.9, "40/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"]})
+    assert gate(blind, hard, tmp_path / "hard")["verdict"] == "failed"
+
+
+def test_transfer_is_recorded_and_named_an_upper_bound(
+    subject: Subject, other_run: Path, standard_run: Path, tmp_path: Path
+) -> None:
+    """Per image, what held against images crafted on a surrogate; the judged model itself is none."""
+    report = gate(subject, policy(0.1), tmp_path / "evidence", surrogates={"other": load_run(other_run)})
+    (transfer,) = report["transfer"]
+    assert transfer["about"]["kind"] == "transfer"
+    assert transfer["about"]["surrogate"] == "other"
+    assert len(transfer["per_image"]["robust"]) == report["statistics"]["attacked"]
+    assert transfer["robust"]["k"] >= report["evaluation"]["robust"]["k"]
+    with pytest.raises(BadInput, match="is the judged model itself"):
+        gate(subject, policy(0.1), tmp_path / "own", surrogates={"own": load_run(standard_run)})

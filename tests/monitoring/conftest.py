@@ -49,13 +49,15 @@ def write_report(directory: Path, checkpoint_sha256: str = "0" * 64, **changes: 
     """A gate report with what a watch reads of it; `changes` replace top-level entries."""
     directory.mkdir(parents=True, exist_ok=True)
     report = {
-        "format": "dfmcl.report/1",
+        "format": "dfmcl.report/2",
         "created": "2026-01-02T03:04:05+00:00",
         "verdict": "passed",
         "criteria": [
-            {"metric": "robust_accuracy", "threshold": 0.45},
-            {"metric": "robust_accuracy", "threshold": 0.40},
-            {"metric": "clean_accuracy", "threshold": 0.9},
+            {"metric": "robust_accuracy", "threshold": 0.45, "eps": None, "class": None},
+            {"metric": "robust_accuracy", "threshold": 0.40, "eps": "38/255", "class": None},
+            {"metric": "robust_accuracy", "threshold": 0.80, "eps": "8/255", "class": None},
+            {"metric": "robust_accuracy", "threshold": 0.70, "eps": None, "class": "7"},
+            {"metric": "clean_accuracy", "threshold": 0.9, "eps": None, "class": None},
         ],
         "run": {"checkpoint_sha256": checkpoint_sha256},
         "evaluation": {

@@ -10,6 +10,7 @@ import pytest
 
 from gating.gate import gate
 from gating.policy import load_policy
+from gating.subject import open_subject
 from monitoring.release import read_release
 from robustness.errors import BadInput
 from robustness.files import sha256_of
@@ -20,7 +21,7 @@ NO_COUNTS = {"k": 3, "n": 2}
 
 
 def test_the_figures_are_those_of_the_report(make_report: MakeReport) -> None:
-    """Verdict, strictest thresholds, counts, ball, run and time are read as the gate wrote them."""
+    """Verdict, strictest thresholds at the release's radius, counts, ball, run and time are read as written."""
     release = read_release(make_report("ab" * 32))
     assert (release.state, release.checkpoint_sha256) == ("passed", "ab" * 32)
     assert (release.robust_threshold, release.clean_threshold) == (0.45, 0.9)
@@ -35,6 +36,7 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
     policy.write_text(
         """
         criteria = ["robust_accuracy >= 0.4 at 95 %"]
+        statistics = "fixed"
         [threat]
         eps = "8.4/255"
         [data]
@@ -44,7 +46,7 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
         suite = ["fgsm"]
         """
     )
-    report = gate(candidate, run, load_policy(policy), tmp_path / "evidence")
+    report = gate(open_subject(str(candidate), run=run), load_policy(policy), tmp_path / "evidence")
     release = read_release(tmp_path / "evidence")
     assert release.state == report["verdict"] == "failed"  # its weights are random
     assert release.checkpoint_sha256 == sha256_of(run / "checkpoint.safetensors")
@@ -54,14 +56,14 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
 
 def test_a_policy_without_a_clean_criterion_has_no_clean_threshold(make_report: MakeReport) -> None:
     """What the policy does not ask for is not exported as 0."""
-    report = make_report(criteria=[{"metric": "robust_accuracy", "threshold": 0.4}])
+    report = make_report(criteria=[{"metric": "robust_accuracy", "threshold": 0.4, "eps": None, "class": None}])
     assert read_release(report).clean_threshold is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     {
-        "format": ({"format": "dfmcl.report/9"}, "format is 'dfmcl.report/9'; expected 'dfmcl.report/1'"),
+        "format": ({"format": "dfmcl.report/9"}, "format is 'dfmcl.report/9'; expected 'dfmcl.report/2'"),
         "no figures": ({"evaluation": {}}, "not a gate report (lacks 'threat'); run dfmcl gate again"),
         "time": ({"created": "today"}, "not a gate report (Invalid isoformat string: 'today'); run dfmcl gate again"),
         "verdict": (

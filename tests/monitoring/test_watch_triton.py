@@ -24,6 +24,7 @@ from robustness.files import sha256_of
 from serving import environment, promotion
 from serving.client import Answer
 from serving.errors import Broken
+from tests.signing import make_key, report_on, trusting, write_report
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -43,21 +44,16 @@ def needs_triton() -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, exported: tuple[Path, Path], make_report: Make) -> Path:
+def repository(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
     """A run of random weights, exported and promoted with evidence that says it passed."""
     run, candidate = exported
-    files = json.loads((candidate / "manifest.json").read_text())["files"]
-    evidence = make_report(
-        sha256_of(run / "checkpoint.safetensors"),
-        candidate={"files": files, "model_sha256": files["model.onnx"]},
-        policy={"sha256": "0" * 64},
-    )
+    evidence, key = tmp_path / "evidence", make_key(tmp_path)
+    evidence.mkdir()
     images = load_dataset("digits").x_test[:64]
     np.savez(evidence / "probes.npz", images=images, clean_logits=predictor(candidate / "model.onnx")(images).logits)
-    report = json.loads((evidence / "report.json").read_text())
-    report["files"] = {"probes.npz": sha256_of(evidence / "probes.npz")}
-    (evidence / "report.json").write_text(json.dumps(report))
-    promotion.promote(candidate, evidence, tmp_path / "models", name="digits")
+    checkpoint = {"checkpoint_sha256": sha256_of(run / "checkpoint.safetensors")}
+    write_report(evidence, report_on(candidate, evidence, run=checkpoint), key)
+    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trusting(key))
     return tmp_path / "models"
 
 

@@ -24,7 +24,7 @@ GOOD = {
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "float images": ({"x_train": np.zeros((4, 8, 8, 3))}, "images are float64"),
-    "grey images": ({"x_test": np.zeros((2, 8, 8), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
+    "grey images": ({"x_test": np.zeros((2, 8, 8), np.uint8)}, r"expected uint8 \(N, H, W, C\)"),
     "other sizes": ({"x_test": np.zeros((2, 9, 9, 3), np.uint8)}, "must be alike"),
     "too few labels": ({"y_train": np.arange(3)}, "expected one label an image"),
     "label out of range": ({"y_test": np.array([0, 7])}, "labels run from 0 to 7; expected 0 to 3"),

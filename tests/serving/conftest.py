@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from gating.attestation import Trust
 from serving import environment, promotion
 from serving.errors import Broken
 from serving.export import export
 from tests.serving.workshop import Served, write_evidence, write_run
+from tests.signing import make_key, trusting, write_trust
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +29,26 @@ def candidate(run_directory: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evidence(candidate: Path) -> Path:
-    return write_evidence(candidate.parent / "evidence", candidate)
+def key(run_directory: Path) -> Path:
+    """Signs the evidence of this room's tests."""
+    return make_key(run_directory.parent / "keys")
+
+
+@pytest.fixture(scope="session")
+def trust(key: Path) -> Trust:
+    """Trust in that key alone."""
+    return trusting(key)
+
+
+@pytest.fixture(scope="session")
+def trust_file(key: Path) -> Path:
+    """The same as a file."""
+    return write_trust(key)
+
+
+@pytest.fixture(scope="session")
+def evidence(candidate: Path, key: Path) -> Path:
+    return write_evidence(candidate.parent / "evidence", candidate, key)
 
 
 @pytest.fixture(scope="session")
@@ -41,17 +61,17 @@ def needs_triton() -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, candidate: Path, evidence: Path) -> Path:
+def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> Path:
     """A repository with one promoted version."""
-    promotion.promote(candidate, evidence, tmp_path / "models", name="digits")
+    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust)
     return tmp_path / "models"
 
 
 @pytest.fixture(scope="session")
-def served(needs_triton: None, candidate: Path, evidence: Path) -> Iterator[Served]:
+def served(needs_triton: None, candidate: Path, evidence: Path, trust: Trust) -> Iterator[Served]:
     """One Triton for all tests that only ask it questions."""
     models = candidate.parent / "models"
-    promotion.promote(candidate, evidence, models, name="digits")
+    promotion.promote(candidate, evidence, models, name="digits", trust=trust)
     server = Served(models, candidate.parent / "ready.json").start()
     yield server
     assert server.close() == 0

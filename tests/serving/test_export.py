@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,23 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from gating.attestation import Trust
+from gating.subject import candidate_subject, open_subject
+from robustness.contract import InputContract
 from robustness.data import load_dataset
 from robustness.errors import BadInput as RunError
-from robustness.models import to_float
+from robustness.graph import noise
+from robustness.models import to_bytes, to_float
 from robustness.runs import Run, load_run
 from serving import export as exporting
-from serving.candidate import FILES, read_manifest, sha256_of
+from serving import promotion
+from serving.candidate import FILES, Manifest, read_manifest, sha256_of
+from serving.client import Client
 from serving.errors import BadInput, Broken, Refused
-from tests.serving.workshop import ROOT, onnx_logits, write_run
+from tests.gating.test_subject import Tiny, Wired, graph_of, means, to_onnx, zeros
+from tests.serving.workshop import ROOT, Served, onnx_logits, write_evidence, write_run
 from training.pack import pack
 
 
@@ -272,3 +282,194 @@ def test_other_storage_is_bad_input(tmp_path: Path, run_directory: Path) -> None
     """A precision nobody wrote is refused with those that exist."""
     with pytest.raises(BadInput, match="weights are 'int8'; choose one of float32, float16"):
         exporting.export(run_directory, tmp_path / "candidate", weights="int8")
+
+
+LETTERS = ("a", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])
+@pytest.mark.parametrize(
+    "text", ["uint8 NHWC 12x10x3", "uint8 NCHW 9x9x1", "float32 NCHW 10x14x4", "float32 NHWC 8x8x3", "half"]
+)
+def test_wrapped_file_takes_images_as_they_come(tmp_path: Path, text: str, dynamo: bool) -> None:
+    """Whatever it took, the candidate takes uint8 (N, H, W, C) of any N and answers with the network's logits."""
+    contract = InputContract.parse("float32 NCHW 8x8x3" if text == "half" else text)
+    net = Tiny(contract.channels)
+    wired, example = Wired(net, contract), zeros(contract)
+    if text == "half":
+        wired, example = wired.half(), example.half()
+    path = to_onnx(tmp_path / "foreign.onnx", wired, example, dynamo=dynamo)
+    given = f"{contract.dtype} {contract.layout}"
+    manifest = exporting.wrap(path, tmp_path / "candidate", contract=given, labels=LETTERS)
+    read = read_manifest(tmp_path / "candidate")
+    assert manifest == read.to_json()
+    assert Manifest.from_json(json.loads(json.dumps(manifest))) == read
+    assert (read.input_shape, read.labels, read.checkpoint_sha256) == (contract.shape, LETTERS, None)
+    assert {path.name for path in (tmp_path / "candidate").iterdir()} == {*FILES, "manifest.json"}
+    model = tmp_path / "candidate" / "model.onnx"
+    (entry,), (answer,) = (
+        [(value.name, value.type, value.shape) for value in values]
+        for session in [ort.InferenceSession(model)]
+        for values in (session.get_inputs(), session.get_outputs())
+    )
+    assert entry == ("images", "tensor(uint8)", ["batch", *contract.shape])
+    assert answer == ("logits", "tensor(float)", ["batch", 5])
+    x = noise(contract, 5, seed=2)
+    expected = Tiny(contract.channels)(x).detach().numpy()
+    for images in (1, 5):
+        found = onnx_logits(model, to_bytes(x[:images]).numpy())
+        tolerance = (5e-3 if text == "half" else 1e-5) * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected[:images], atol=tolerance)
+
+
+def test_wrapped_manifest_names_the_original_and_no_run(tmp_path: Path) -> None:
+    """Its origin is the file's SHA-256, its parity is with that file; the gate reads it as any candidate."""
+    path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
+    manifest = exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=LETTERS)
+    assert manifest["origin"] == {"kind": "onnx", "sha256": sha256_of(path)}
+    assert "run" not in manifest
+    assert manifest["weights"] == "original"
+    parity = read_manifest(tmp_path / "candidate").parity
+    assert parity.images == exporting.PARITY_IMAGES
+    assert 0 <= parity.max_abs_difference == parity.checkpoint_max_abs_difference <= parity.tolerance
+    assert parity.label_agreement == 1
+    subject = candidate_subject(tmp_path / "candidate")
+    assert (subject.classes, subject.run, subject.no_gradients) == (LETTERS, {}, "")
+    assert subject.contract == InputContract(8, 8, 3)
+
+
+@pytest.mark.parametrize("change", [{"weights": "float32"}, {"run": {"checkpoint_sha256": "0"}}, {"origin": {}}])
+def test_manifest_of_two_origins_is_malformed(tmp_path: Path, change: dict) -> None:
+    """A candidate comes from a run or from a file, and says how that one keeps its weights."""
+    path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
+    manifest = exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=LETTERS)
+    with pytest.raises((KeyError, ValueError)):
+        Manifest.from_json({**manifest, **change})
+
+
+def test_file_in_our_own_wire_format_is_kept_byte_for_byte(tmp_path: Path, candidate: Path) -> None:
+    """What already takes and gives what we serve is not touched: the original's digest is the candidate's."""
+    labels = read_manifest(candidate).labels
+    manifest = exporting.wrap(candidate / "model.onnx", tmp_path / "same", contract="uint8 NHWC", labels=labels)
+    assert manifest["files"] == json.loads((candidate / "manifest.json").read_text())["files"]
+    assert manifest["origin"] == {"kind": "onnx", "sha256": sha256_of(candidate / "model.onnx")}
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])
+def test_fixed_batch_size_is_freed(tmp_path: Path, dynamo: bool) -> None:
+    """A file for single images is served in batches of any size."""
+    path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(1, 3, 8, 8), dynamo=dynamo, free=False)
+    exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=LETTERS)
+    x = noise(InputContract(8, 8, 3), 7)
+    found = onnx_logits(tmp_path / "candidate" / "model.onnx", to_bytes(x).numpy())
+    np.testing.assert_allclose(found, Tiny()(x).detach(), atol=1e-5)
+
+
+def test_our_own_wire_format_for_one_batch_size_is_freed_too(tmp_path: Path, candidate: Path) -> None:
+    """Names and types that fit are not enough to be kept: batches of any size are part of the format."""
+    model = onnx.load(candidate / "model.onnx")
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / "foreign.onnx")
+    labels = read_manifest(candidate).labels
+    exporting.wrap(tmp_path / "foreign.onnx", tmp_path / "wrapped", contract="uint8 NHWC", labels=labels)
+    images = load_dataset("digits").x_test[:5]
+    found, expected = (onnx_logits(folder / "model.onnx", images) for folder in (tmp_path / "wrapped", candidate))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+AXES = np.array([2, 3])
+NOISE = helper.make_node("RandomNormalLike", ["m"], ["noise"])
+RANDOM_GRAPH = graph_of(*means("x", "m"), NOISE, helper.make_node("Add", ["m", "noise"], ["y"]), axes=AXES)
+BUILT_IN = graph_of(
+    *means("x", "m"), helper.make_node("Add", ["m", "rows"], ["y"]), axes=AXES, rows=np.ones((2, 3), "f")
+)
+BUILT_IN.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+TOO_NEW = graph_of(*means("x"), axes=AXES)
+TOO_NEW.opset_import[0].version = exporting.OPSET + 1
+
+
+@pytest.mark.parametrize(
+    ("model", "labels", "error", "message"),
+    [
+        (RANDOM_GRAPH, "abc", Refused, "draws random numbers .RandomNormalLike."),
+        (BUILT_IN, "abc", Refused, "takes batches of 2 only, and cannot be freed; export it with a dynamic batch"),
+        (TOO_NEW, "abc", Refused, "opset 21 is not served everywhere; export it with opset 20"),
+        (graph_of(*means("x"), axes=AXES), "ab", BadInput, "answers with 3 logits, there are 2 labels"),
+        (graph_of(*means("x"), axes=AXES), "ab ", BadInput, "cannot stand on a line of its own"),
+        (model_with(helper.make_node("RandomNormal", [], ["y"], shape=[1])), "abc", RunError, "has 0 inputs"),
+    ],
+    ids=["random", "built-in", "too-new", "labels", "label", "inputs"],
+)
+def test_file_that_cannot_be_served_is_refused(
+    tmp_path: Path, model: onnx.ModelProto, labels: str, error: type[Exception], message: str
+) -> None:
+    """One line says why, and nothing is written."""
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(error, match=message):
+        exporting.wrap(tmp_path / "foreign.onnx", tmp_path / "out", contract="float32 NCHW", labels=tuple(labels))
+    assert [path.name for path in tmp_path.iterdir()] == ["foreign.onnx"]
+
+
+def test_wrapper_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels first where the file takes them last is noticed by its answers: exit code 5."""
+    path = to_onnx(tmp_path / "foreign.onnx", Tiny(8), torch.zeros(2, 8, 8, 8))
+    wire = exporting.with_wire_format
+
+    def transposed(*arguments: object) -> onnx.ModelProto:
+        model = wire(*arguments)
+        next(node for node in model.graph.node if node.op_type == "Transpose").attribute[0].ints[:] = [0, 1, 2, 3]
+        return model
+
+    monkeypatch.setattr(exporting, "with_wire_format", transposed)
+    with pytest.raises(Broken, match="wrapped, its logits differ by") as caught:
+        exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=LETTERS)
+    assert caught.value.exit_code == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["foreign.onnx"]
+
+
+def test_triton_serves_a_wrapped_file(tmp_path: Path, needs_triton: None, key: Path, trust: Trust) -> None:
+    """From a float NCHW file with softmax to an answer over gRPC, the network's own, which the gate can ask for."""
+    net = nn.Sequential(Tiny(3, 10), nn.Softmax(1)).eval()
+    path = to_onnx(tmp_path / "foreign.onnx", net, torch.zeros(1, 3, 16, 16), free=False)
+    labels = tuple(f"class {number}" for number in range(10))
+    exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=labels)
+    evidence = write_evidence(tmp_path / "evidence", tmp_path / "candidate", key)
+    promotion.promote(tmp_path / "candidate", evidence, tmp_path / "models", name="foreign", trust=trust)
+    server = Served(tmp_path / "models", tmp_path / "ready.json").start()
+    try:
+        x = noise(InputContract(16, 16, 3), 6)
+        with Client(server.ready["grpc"], "foreign") as client:
+            assert client.describe().labels == labels
+            found = client.predict(to_bytes(x).numpy()).logits
+            live = open_subject(
+                f"grpc://{server.ready['grpc']}/foreign",
+                connect=lambda url, model: (client.describe(), lambda images: client.predict(images).logits),
+                budget=6,
+            )
+            asked = live.decide(x)
+        np.testing.assert_allclose(found, net(x).detach(), atol=1e-5)
+        np.testing.assert_array_equal(asked.numpy(), found)
+        assert (live.contract, live.classes, live.model) == (InputContract(16, 16, 3), labels, None)
+    finally:
+        assert server.close() == 0
+
+
+def test_command_wraps_a_file(tmp_path: Path) -> None:
+    """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for what it lacks and refuses what it cannot do."""
+    path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
+    (tmp_path / "labels.txt").write_text("\n".join(LETTERS))
+    command = [sys.executable, "dfmcl.py", "export", str(path), "--out", str(tmp_path / "candidate")]
+    meant = ["--input", "float32 NCHW", "--labels", str(tmp_path / "labels.txt")]
+    for call, message in (
+        (command, "--input 'float32 NCHW' --labels FILE"),
+        ([*command, *meant, "--weights", "float16"], "an ONNX file keeps its weights as they are"),
+        ([*command[:3], str(tmp_path), *command[4:], *meant], "is no ONNX file; a run knows its --input and --labels"),
+    ):
+        refused = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+        assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+    command += meant
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "100.0 % equal labels" in done.stdout
+    assert read_manifest(tmp_path / "candidate").labels == LETTERS

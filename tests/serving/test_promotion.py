@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from gating.attestation import BadEvidence, NotAttested
+from gating.attestation import ATTESTATION, BadEvidence, NotAttested, Trust, candidate_files
 from serving.candidate import FILES, read_manifest, sha256_of
 from serving.errors import BadInput, Broken, Refused
 from serving.promotion import promote, verify_release
 from serving.repository import VERSION_FILES, model_names, parse_config
 from tests.serving.workshop import run_python, write_evidence
+from tests.signing import CREATED, make_key, sign_again, trusting
 
 # Dies, as if the power failed, before the K-th change of the repository: a file opened for writing, or a rename.
 CRASHING = """
 import os, sys
 from pathlib import Path
+from gating.trust import load_trust
 from serving.promotion import promote
-candidate, evidence, repository = map(Path, sys.argv[1:4])
-left = [int(sys.argv[4])]
+candidate, evidence, repository, trust = map(Path, sys.argv[1:5])
+left = [int(sys.argv[5])]
 def die(event, details):
     writes = event == "open" and isinstance(details[1], str) and details[1][0] in "wx"
     if (writes or event in ("os.rename", "os.mkdir")) and str(repository) in str(details[0]):
@@ -29,7 +33,7 @@ def die(event, details):
         if left[0] == 0:
             os._exit(9)
 sys.addaudithook(die)
-promote(candidate, evidence, repository, name="digits")
+promote(candidate, evidence, repository, name="digits", trust=load_trust(trust))
 """
 
 
@@ -50,9 +54,9 @@ def rewrite_manifest(candidate: Path, **entries: object) -> Path:
     return candidate
 
 
-def test_first_promotion_writes_version_1(tmp_path: Path, candidate: Path, evidence: Path) -> None:
+def test_first_promotion_writes_version_1(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """The version holds the candidate and its evidence; the config serves it; aliases name it."""
-    promoted = promote(candidate, evidence, tmp_path, name="digits")
+    promoted = promote(candidate, evidence, tmp_path, name="digits", trust=trust)
     assert (promoted.model, promoted.version, promoted.path) == ("digits", 1, tmp_path / "digits" / "1")
     assert promoted.sha256 == sha256_of(promoted.path / "model.onnx")
     assert {path.name for path in promoted.path.iterdir()} == VERSION_FILES
@@ -62,109 +66,135 @@ def test_first_promotion_writes_version_1(tmp_path: Path, candidate: Path, evide
 
 
 def test_second_promotion_writes_version_2_and_keeps_version_1(
-    repository: Path, candidate: Path, evidence: Path
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """Versions count up, old ones stay as they are, and the alias `previous` is the one served before."""
     before = listing(repository / "digits" / "1")
-    assert promote(candidate, evidence, repository, name="digits").version == 2
+    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
     assert listing(repository / "digits" / "1") == before
     assert json.loads((repository / "aliases.json").read_text()) == {"digits": {"champion": 2, "previous": 1}}
     config = parse_config((repository / "digits" / "config.pbtxt").read_text(), "config.pbtxt")
     assert list(config.version_policy.specific.versions) == [2]
 
 
-def test_version_number_is_not_used_again(repository: Path, candidate: Path, evidence: Path) -> None:
+def test_version_number_is_not_used_again(repository: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """A number whose directory somebody removed stays taken: dashboards and evidence refer to it."""
-    promote(candidate, evidence, repository, name="digits")
-    promote(candidate, evidence, repository, name="other")
+    promote(candidate, evidence, repository, name="digits", trust=trust)
+    promote(candidate, evidence, repository, name="other", trust=trust)
     shutil.rmtree(repository / "digits" / "1")
-    assert promote(candidate, evidence, repository, name="digits").version == 3
+    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 3
 
 
 @pytest.mark.parametrize("verdict", ["failed", "inconclusive", "suspect"])
-def test_verdict_other_than_passed_is_refused(tmp_path: Path, candidate: Path, verdict: str) -> None:
+def test_verdict_other_than_passed_is_refused(
+    tmp_path: Path, candidate: Path, key: Path, trust: Trust, verdict: str
+) -> None:
     """Exit code 1, and no repository appears."""
+    evidence = write_evidence(tmp_path / "evidence", candidate, key, verdict)
     with pytest.raises(NotAttested) as caught:
-        promote(
-            candidate, write_evidence(tmp_path / "evidence", candidate, verdict), tmp_path / "models", name="digits"
-        )
+        promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "models").exists()
 
 
-def test_evidence_for_other_bytes_is_refused(tmp_path: Path, candidate: Path, evidence: Path) -> None:
+def test_evidence_for_other_bytes_is_refused(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """A verdict on one model opens no door for another, however consistent that one is with its own manifest."""
     other = shutil.copytree(candidate, tmp_path / "candidate")
     with (other / "model.onnx").open("ab") as file:
         file.write(b"\x1a\x00")
     with pytest.raises(NotAttested):
-        promote(rewrite_manifest(other), evidence, tmp_path / "models", name="digits")
+        promote(rewrite_manifest(other), evidence, tmp_path / "models", name="digits", trust=trust)
     assert not (tmp_path / "models").exists()
 
 
-def test_tampered_model_is_bad_input(tmp_path: Path, candidate: Path, evidence: Path) -> None:
+def test_tampered_model_is_bad_input(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """A model that is not the one of its manifest ends with exit code 2."""
     tampered = shutil.copytree(candidate, tmp_path / "candidate")
     with (tampered / "model.onnx").open("r+b") as file:
         file.seek(1000)
         file.write(b"\xff")
     with pytest.raises(BadInput, match=r"model\.onnx: sha256") as caught:
-        promote(tampered, evidence, tmp_path / "models", name="digits")
+        promote(tampered, evidence, tmp_path / "models", name="digits", trust=trust)
     assert caught.value.exit_code == 2
 
 
-def test_extra_file_is_bad_input(tmp_path: Path, candidate: Path, evidence: Path) -> None:
+def test_extra_file_is_bad_input(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """A library beside the model would become Triton's backend; nothing unknown gets in."""
     extra = shutil.copytree(candidate, tmp_path / "candidate")
     (extra / "libtriton_onnxruntime.so").write_bytes(b"")
     with pytest.raises(BadInput, match=r"libtriton_onnxruntime\.so: not part of a candidate"):
-        promote(extra, evidence, tmp_path / "models", name="digits")
+        promote(extra, evidence, tmp_path / "models", name="digits", trust=trust)
+
+
+def test_nothing_but_a_trusted_signature_opens_the_door(
+    tmp_path: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """Unsigned evidence, another's signature, a policy that is not allowed, an expired attestation: exit code 1."""
+    unsigned, foreign = (shutil.copytree(evidence, tmp_path / name) for name in ("unsigned", "foreign"))
+    (unsigned / ATTESTATION).unlink()
+    sign_again(foreign, make_key(tmp_path, "foreign"))
+    late = datetime.fromisoformat(CREATED) + timedelta(days=200 * 365)
+    for refused, trusted, now in (
+        (unsigned, trust, None),
+        (foreign, trust, None),
+        (evidence, replace(trust, policies=frozenset()), None),
+        (evidence, trust, late),
+    ):
+        with pytest.raises(NotAttested) as caught:
+            promote(candidate, refused, tmp_path / "models", name="digits", trust=trusted, now=now)
+        assert caught.value.exit_code == 1
+    assert not (tmp_path / "models").exists()
 
 
 def test_evidence_without_probes_is_bad_input_and_changes_nothing(
-    tmp_path: Path, repository: Path, candidate: Path, evidence: Path
+    tmp_path: Path, repository: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """A promotion that fails while it stages leaves the repository as it was."""
     before = listing(repository)
     incomplete = shutil.copytree(evidence, tmp_path / "evidence")
     (incomplete / "probes.npz").unlink()
     with pytest.raises(BadEvidence, match=r"probes\.npz: No such file"):
-        promote(candidate, incomplete, repository, name="digits")
+        promote(candidate, incomplete, repository, name="digits", trust=trust)
     assert listing(repository) == before
 
 
-def test_other_interface_under_the_same_name_is_refused(tmp_path: Path, repository: Path, candidate: Path) -> None:
+def test_other_interface_under_the_same_name_is_refused(
+    tmp_path: Path, repository: Path, candidate: Path, key: Path, trust: Trust
+) -> None:
     """Clients of a name keep their input shape and labels."""
     renamed = shutil.copytree(candidate, tmp_path / "candidate")
     labels = [f"digit {label}" for label in read_manifest(candidate).labels]
     (renamed / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
     rewrite_manifest(renamed, labels=labels)
-    evidence = write_evidence(tmp_path / "evidence", renamed)
+    evidence = write_evidence(tmp_path / "evidence", renamed, key)
     with pytest.raises(Refused, match="promote it under another name"):
-        promote(renamed, evidence, repository, name="digits")
-    assert promote(renamed, evidence, repository, name="worded_digits").version == 1
+        promote(renamed, evidence, repository, name="digits", trust=trust)
+    assert promote(renamed, evidence, repository, name="worded_digits", trust=trust).version == 1
 
 
-def test_repository_that_cannot_be_written_is_broken(tmp_path: Path, candidate: Path, evidence: Path) -> None:
+def test_repository_that_cannot_be_written_is_broken(
+    tmp_path: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
     """Exit code 5 and the reason in one line."""
     (tmp_path / "file").write_text("")
     with pytest.raises(Broken, match="cannot be written") as caught:
-        promote(candidate, evidence, tmp_path / "file" / "models", name="digits")
+        promote(candidate, evidence, tmp_path / "file" / "models", name="digits", trust=trust)
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("promoted_before", [0, 1])
 def test_crash_at_any_point_leaves_the_old_or_the_new_version(
-    tmp_path: Path, candidate: Path, evidence: Path, promoted_before: int
+    tmp_path: Path, candidate: Path, evidence: Path, promoted_before: int, trust: Trust, trust_file: Path
 ) -> None:
     """Whatever change is the last one, what Triton would serve is whole, and the next promotion cleans up and works."""
-    crashes, processes = range(1, 19), []
+    crashes, processes = range(1, 20), []
     for crash in crashes:
         repository = tmp_path / str(crash)
         for _ in range(promoted_before):
-            promote(candidate, evidence, repository, name="digits")
-        processes.append(run_python(CRASHING, str(candidate), str(evidence), str(repository), str(crash)))
+            promote(candidate, evidence, repository, name="digits", trust=trust)
+        paths = [str(path) for path in (candidate, evidence, repository, trust_file)]
+        processes.append(run_python(CRASHING, *paths, str(crash)))
         processes[max(0, crash - 3)].wait()  # a few at a time
     codes = [process.wait() for process in processes]
     assert set(codes[:10]) == {9}
@@ -173,16 +203,19 @@ def test_crash_at_any_point_leaves_the_old_or_the_new_version(
         repository = tmp_path / str(crash)
         seen = [verify_release(repository, name).version for name in model_names(repository)]
         assert seen in ([promoted_before] * promoted_before, [promoted_before + 1])
-        promoted = promote(candidate, evidence, repository, name="digits")
+        promoted = promote(candidate, evidence, repository, name="digits", trust=trust)
         assert promoted.version > max([0, *seen])
         assert verify_release(repository, "digits") == promoted
         assert not list(repository.rglob(".staging-*"))
 
 
-def test_promotions_at_the_same_time_get_versions_of_their_own(tmp_path: Path, candidate: Path, evidence: Path) -> None:
+def test_promotions_at_the_same_time_get_versions_of_their_own(
+    tmp_path: Path, candidate: Path, evidence: Path, trust_file: Path
+) -> None:
     """The lock puts them in a row."""
-    code = CRASHING.replace("sys.argv[4]", "'0'")
-    processes = [run_python(code, str(candidate), str(evidence), str(tmp_path / "models")) for _ in range(3)]
+    code = CRASHING.replace("sys.argv[5]", "'0'")
+    paths = [str(path) for path in (candidate, evidence, tmp_path / "models", trust_file)]
+    processes = [run_python(code, *paths) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert verify_release(tmp_path / "models", "digits").version == 3
 
@@ -199,11 +232,46 @@ def test_changed_model_in_the_repository_is_refused(repository: Path) -> None:
     """What was swapped after the promotion is not what passed."""
     with (repository / "digits" / "1" / "model.onnx").open("ab") as file:
         file.write(b"\x1a\x00")
-    with pytest.raises(BadEvidence):
+    with pytest.raises(NotAttested, match=r"model\.onnx: is not what the gate judged"):
         verify_release(repository, "digits")
 
 
-def test_card_and_surrogates_stay_through_a_promotion(repository: Path, candidate: Path, evidence: Path) -> None:
+def test_a_version_carries_its_own_proof(repository: Path, evidence: Path, trust: Trust, tmp_path: Path) -> None:
+    """The attestation lies in the version as it was signed; one who trusts another key does not believe it."""
+    version = repository / "digits" / "1"
+    assert (version / ATTESTATION).read_bytes() == (evidence / ATTESTATION).read_bytes()
+    assert verify_release(repository, "digits", trust).version == 1
+    with pytest.raises(NotAttested, match="0 trusted keys signed"):
+        verify_release(repository, "digits", trusting(make_key(tmp_path, "another")))
+
+
+def test_a_swapped_release_is_refused_by_its_signature_only(
+    repository: Path, candidate: Path, trust: Trust, tmp_path: Path
+) -> None:
+    """Whoever can write the repository can make model and report fit each other, but cannot sign."""
+    version = repository / "digits" / "1"
+    with (version / "model.onnx").open("ab") as file:
+        file.write(b"\x1a\x00")
+    rewrite_manifest(version)
+    report = json.loads((version / "report.json").read_text())
+    report["candidate"]["files"] = candidate_files(version)
+    (version / "report.json").write_text(json.dumps(report))
+    assert verify_release(repository, "digits").version == 1
+    with pytest.raises(NotAttested, match=r"report\.json: is not the report that was signed"):
+        verify_release(repository, "digits", trust)
+
+
+@pytest.mark.parametrize("name", [ATTESTATION, "probes.npz", "labels.txt"])
+def test_a_version_that_lacks_a_file_is_refused(repository: Path, name: str) -> None:
+    """Promotion writes all of them, so that a version without one is not its work."""
+    (repository / "digits" / "1" / name).unlink()
+    with pytest.raises(Refused, match="promotion writes this, and it is missing"):
+        verify_release(repository, "digits")
+
+
+def test_card_and_surrogates_stay_through_a_promotion(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
     """What lies beside the versions of a shipped model is neither removed nor a reason to refuse it."""
     shipped = repository / "digits" / "surrogates" / "one"
     shipped.mkdir(parents=True)
@@ -211,7 +279,7 @@ def test_card_and_surrogates_stay_through_a_promotion(repository: Path, candidat
     (repository / "digits" / "README.md").write_text("card")
     assert verify_release(repository, "digits").version == 1
     before = listing(repository / "digits")
-    assert promote(candidate, evidence, repository, name="digits").version == 2
+    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
     assert verify_release(repository, "digits").version == 2
     after = listing(repository / "digits")
     assert {name for name in before if before[name] != after.get(name)} == {"config.pbtxt"}

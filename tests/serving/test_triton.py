@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gating.attestation import Trust
 from serving import environment, triton
 from serving.candidate import FILES, sha256_of
 from serving.client import Client
@@ -25,6 +26,7 @@ from serving.errors import BadInput, Broken, Refused, Unavailable
 from serving.promotion import promote
 from tests.processes import wait_until
 from tests.serving.workshop import Served, processes_of, run_python, write_evidence
+from tests.signing import report_on, write_report
 
 
 def post(url: str, body: object) -> int:
@@ -125,18 +127,18 @@ def test_repository_with_a_stranger_is_refused(repository: Path) -> None:
         triton.serve(repository)
 
 
-def test_model_that_triton_cannot_load_is_broken(tmp_path: Path, candidate: Path, needs_triton: None) -> None:
+def test_model_that_triton_cannot_load_is_broken(
+    tmp_path: Path, candidate: Path, key: Path, trust: Trust, needs_triton: None
+) -> None:
     """A server that does not come up ends with exit code 5 and Triton's own reason."""
     garbage = shutil.copytree(candidate, tmp_path / "candidate")
-    evidence = write_evidence(tmp_path / "evidence", candidate)
+    evidence = write_evidence(tmp_path / "evidence", candidate, key)
     (garbage / "model.onnx").write_bytes(b"no model")
     files = {name: sha256_of(garbage / name) for name in FILES}
     manifest = json.loads((garbage / "manifest.json").read_text()) | {"files": files}
     (garbage / "manifest.json").write_text(json.dumps(manifest))
-    report = json.loads((evidence / "report.json").read_text())
-    report["candidate"] = {"model_sha256": files["model.onnx"], "files": files}
-    (evidence / "report.json").write_text(json.dumps(report))
-    promote(garbage, evidence, tmp_path / "models", name="digits")
+    write_report(evidence, report_on(garbage, evidence), key)
+    promote(garbage, evidence, tmp_path / "models", name="digits", trust=trust)
     with pytest.raises(Broken, match=r"Triton ended with exit code .*digits") as caught:
         Served(tmp_path / "models", tmp_path / "ready.json").start()
     assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ from robustness.data import load_dataset
 from robustness.files import sha256_of
 from robustness.models import Classifier, ModelSpec
 from serving import triton
+from tests.signing import report_on, write_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,10 +44,9 @@ def write_run(directory: Path) -> Path:
     return directory
 
 
-def write_evidence(directory: Path, candidate: Path, verdict: str = "passed") -> Path:
-    """Evidence in the gate's format: a verdict for a candidate's bytes, and probes that ONNX Runtime answered."""
+def write_evidence(directory: Path, candidate: Path, key: Path, verdict: str = "passed") -> Path:
+    """Signed evidence in the gate's format: a verdict for a candidate's bytes, and probes ONNX Runtime answered."""
     directory.mkdir(parents=True)
-    files = json.loads((candidate / "manifest.json").read_text())["files"]
     data = load_dataset("digits")
     images, labels = data.x_test[:80], data.y_test[:80]
     logits = onnx_logits(candidate / "model.onnx", images)
@@ -58,16 +58,7 @@ def write_evidence(directory: Path, candidate: Path, verdict: str = "passed") ->
         clean_logits=logits,
         adversarial_logits=logits,
     )
-    report = {
-        "format": "dfmcl.report/1",
-        "verdict": verdict,
-        "candidate": {"model_sha256": files["model.onnx"], "files": files},
-        "files": {"probes.npz": sha256_of(directory / "probes.npz")},
-        "policy": {"sha256": "0" * 64},
-        "criteria": [],
-    }
-    (directory / "report.json").write_text(json.dumps(report))
-    return directory
+    return write_report(directory, report_on(candidate, directory, verdict=verdict), key)
 
 
 def onnx_logits(model: Path, images: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from tests.training.workshop import StopAfter, quiet
 from training.config import load_config
 from training.learner import Learner
 from training.limits import Interrupted, Limits
-from training.parallel import Ranks
+from robustness.ranks import Ranks
 from training.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ from robustness.data import load_dataset
 from tests.training.workshop import StopAfter, quiet
 from training.config import load_config
 from training.learner import Learner
-from training.parallel import Ranks
+from robustness.ranks import Ranks
 from training.train import build
 ranks, data = Ranks.join(), load_dataset("digits")
 config = load_config("quickstart", ["model.width=4", "optimization.batch_size=20", "curriculum.steps=1"])

@@ -14,7 +14,7 @@ from robustness.records import AttackRecord, Evaluation
 from robustness.threat import Threat
 from training.config import load_config
 from training.learner import Learner
-from training.parallel import Ranks
+from robustness.ranks import Ranks
 from training.record import Record
 from training.train import build
 

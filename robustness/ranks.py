@@ -1,4 +1,4 @@
-"""Several processes that train one network: each takes its part of every batch, and gradients are averaged.
+"""Several processes that share a job: a training, where gradients are averaged, or a gate, which gathers findings.
 
 One flat all-reduce after the backward pass, by hand: the attack passes, most of the work, need none, so overlapping it
 with the backward pass (as DistributedDataParallel does) would hide little, and weight perturbation, masks and several
@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from robustness.errors import BadInput
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,16 @@ class Ranks:
         told = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         dist.broadcast(told, 0)
         return [float(value) for value in told.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in order of rank, at every process."""
+        if self.world == 1:
+            return [value]
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    @staticmethod
+    def alone(device: torch.device | str = "cpu") -> Ranks:
+        """One process, whatever the environment says."""
+        return Ranks(0, 1, torch.device(device))

@@ -1,0 +1,118 @@
+"""A block of images, attacked together at every radius: the unit in which a gate works, saves itself and goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from robustness.attacks import Attack
+from robustness.data import Bytes, Labels
+from robustness.errors import BadInput
+from robustness.evaluate import Outcome, evaluate
+from robustness.files import write_bytes
+from robustness.gradients import AttackPass
+from robustness.progress import Track, silent
+from robustness.records import Evaluation, joined
+from robustness.seeds import derived_seed
+from robustness.threat import Threat
+
+ARRAYS = ("adversarial", "clean_logits", "adversarial_logits")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every block is put through. threats: ascending; purpose: what these images are attacked for, part of the
+    seed's address, so that no two blocks draw the same numbers.
+    """
+
+    model: AttackPass | None
+    decide: Callable[[Tensor], Tensor]
+    threats: tuple[Threat, ...]
+    attacks: tuple[Attack, ...]
+    grid: bool
+    seed: int
+    purpose: str = "block"
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What the evaluation's record says of how it was made."""
+        if self.model is None:
+            return {"kind": "black-box"}
+        return {"kind": "white-box", "gradients": self.model.precision}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Outcomes on the same images, one for each threat of the plan."""
+
+    outcomes: tuple[Outcome, ...]
+
+    def to_bytes(self) -> bytes:
+        """As an .npz file."""
+        evaluations = json.dumps([outcome.evaluation.to_json() for outcome in self.outcomes])
+        arrays = {f"{name}{i}": getattr(outcome, name) for i, outcome in enumerate(self.outcomes) for name in ARRAYS}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, evaluations=np.frombuffer(evaluations.encode(), np.uint8), **arrays)
+        return buffer.getvalue()
+
+    @staticmethod
+    def load(path: Path) -> Block:
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                evaluations = json.loads(archive["evaluations"].tobytes())
+                outcomes = [
+                    Outcome(Evaluation.from_json(value), *(archive[f"{name}{i}"] for name in ARRAYS))
+                    for i, value in enumerate(evaluations)
+                ]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadInput(f"{path}: not readable ({error}); remove it, the gate makes it again") from None
+        return Block(tuple(outcomes))
+
+    def save(self, path: Path) -> None:
+        write_bytes(path, self.to_bytes())
+
+
+def attack_block(plan: Plan, images: Bytes, labels: Labels, number: int, track: Track = silent) -> Block:
+    """Block `number` of the plan: images uint8 `(N, H, W, C)`, labels `(N,)`. Depends on nothing but its arguments."""
+    outcomes: list[Outcome] = []
+    for threat in plan.threats:
+        outcomes.append(
+            evaluate(
+                plan.model,
+                images,
+                labels,
+                threat,
+                plan.attacks,
+                decide=plan.decide,
+                grid=plan.grid,
+                cascade=True,
+                after=outcomes[-1] if outcomes else None,
+                seed=derived_seed(plan.seed, plan.purpose, number),
+                batch_size=len(images),
+                about=plan.about,
+                track=track,
+            )
+        )
+    return Block(tuple(outcomes))
+
+
+def joined_outcomes(blocks: Sequence[Block]) -> tuple[Outcome, ...]:
+    """All blocks as one, an outcome for each threat."""
+    return tuple(
+        Outcome(joined([outcome.evaluation for outcome in column]), *(_stacked(column, name) for name in ARRAYS))
+        for column in zip(*(block.outcomes for block in blocks), strict=True)
+    )
+
+
+def _stacked(outcomes: Sequence[Outcome], name: str) -> NDArray[Any]:
+    return np.concatenate([getattr(outcome, name) for outcome in outcomes])

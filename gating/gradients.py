@@ -1,0 +1,131 @@
+"""Gradients of a model that came as ONNX: the file as a torch module, proven equal to what ONNX Runtime answers.
+
+The way there: ONNX Runtime folds constants (float16 weights behind a Cast, weights behind an Identity), the uint8 input
+is widened to floats in [0, 255] so that its gradient is not lost in a cast, and onnx2pytorch builds the module. It
+converts what torch's exporters, old and new, make of torchvision's classifiers, convolutional and transformers, with
+logits within 3e-6. It cannot: int8 graphs, whose QuantizeLinear lets no gradient pass; whole-number arithmetic on
+pixels; operators from outside the standard, such as com.microsoft's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from robustness.contract import InputContract
+from robustness.errors import DfmclError
+from robustness.graph import FATAL, Graph, apart, first_line, freed, noise
+
+# Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a
+# sum may fall on the other side of a rounding, 5e-4. An operator that means something else is off by a tenth.
+TOLERANCE = 1e-3
+IMAGES = 8
+# Operators that move pixels and do not change them: behind them an image is still whole numbers from 0 to 255.
+MOVES = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split"})
+INTEGERS = frozenset({TensorProto.UINT8, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64})
+
+
+class NoGradients(Exception):
+    """Why a file cannot be differentiated: the operator, or what did not come out equal."""
+
+
+class Converted(nn.Module):
+    """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`, by an ONNX graph as torch operators."""
+
+    def __init__(self, net: nn.Module, contract: InputContract, batch: int | None, half: bool) -> None:
+        super().__init__()
+        self.net, self.contract, self.batch, self.half_input = net, contract, batch, half
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = self.contract.relaxed(x)
+        images = images.half() if self.half_input else images
+        if self.batch is None:
+            logits: Tensor = self.net(images)
+            return logits.float()
+        short = -len(images) % self.batch
+        filled = torch.cat([images, images[-1:].expand(short, *images.shape[1:])])
+        return torch.cat([self.net(part) for part in filled.split(self.batch)])[: len(x)].float()
+
+
+def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converted:
+    """The graph as a module, for gradients; `decide` gives the answers that it must equal. NoGradients says why not."""
+    from onnx2pytorch import ConvertModel
+
+    warnings.filterwarnings("ignore", "Using a non-tuple sequence", UserWarning)  # onnx2pytorch's Gather, each pass
+    free = freed(graph) or graph
+    half = graph.input.type.tensor_type.elem_type == TensorProto.FLOAT16
+    try:
+        model = folded(folded(free.model))  # twice: only after the first does ONNX Runtime cast weights of float16
+        if graph.contract.dtype == "uint8":
+            widen_input(model.graph, graph.input.name)
+        forget_defaults(model.graph)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of attributes it does not know: whether they matter, the answers tell
+            net = ConvertModel(model)
+            converted = Converted(net, graph.contract, free.batch, half).eval().requires_grad_(False)
+            _prove_equal(converted, decide)
+    except (NoGradients, DfmclError):
+        raise
+    except Exception as error:  # noqa: BLE001  # a converter of arbitrary graphs may fail in any way
+        raise NoGradients(f"onnx2pytorch cannot convert it: {first_line(error)}") from None
+    return converted
+
+
+def folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model after ONNX Runtime's basic optimizations, all in standard operators: constants are folded."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = FATAL
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath)
+
+
+def widen_input(graph: onnx.GraphProto, name: str) -> None:
+    """Let a uint8 input be floats, in place: what casts it to whole numbers on its way casts it to float instead."""
+    moved = {name}
+    for node in graph.node:  # in the order in which they run
+        if not node.input or node.input[0] not in moved:
+            continue
+        if node.op_type in MOVES:
+            moved |= set(node.output)
+        elif node.op_type == "Cast":
+            target = next(entry for entry in node.attribute if entry.name == "to")
+            if target.i in INTEGERS:
+                target.i = TensorProto.FLOAT
+                moved |= set(node.output)
+
+
+def forget_defaults(graph: onnx.GraphProto) -> None:
+    """Remove, in place, the training_mode of batch normalisations where it is off: onnx2pytorch does not know it."""
+    for node in graph.node:
+        if node.op_type == "BatchNormalization":
+            kept = [entry for entry in node.attribute if entry.name != "training_mode" or entry.i]
+            node.ClearField("attribute")
+            node.attribute.extend(kept)
+
+
+def _prove_equal(converted: Converted, decide: Callable[[Tensor], Tensor]) -> None:
+    """That it answers as `decide` does, in batches of several sizes, and that a gradient reaches the image."""
+    images = noise(converted.contract, IMAGES)
+    expected = decide(images)
+    with torch.no_grad():
+        found = torch.cat([converted(part) for part in images.split((1, 2, IMAGES - 3))])
+    if not (difference := apart(expected, found)) <= TOLERANCE:
+        raise NoGradients(
+            f"converted by onnx2pytorch its logits differ by {difference:.2g} of the largest, over {TOLERANCE:g}"
+        )
+    x = images[:2].requires_grad_()
+    logits = converted(x)
+    if not logits.requires_grad:
+        raise NoGradients("no gradient reaches the image: the graph casts to whole numbers on the way")
+    torch.autograd.grad(logits.sum(), x)

@@ -1,0 +1,178 @@
+"""The report as Markdown: a step summary on GitHub, a comment, a terminal. The verdict first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from gating import summary
+from gating.summary import Report, percent
+
+# GitHub drops a step's summary above 1 MiB; steps before ours have summaries of their own, and 64 KiB is for the cut.
+LIMIT = 960 * 1024
+NEWLY_BROKEN = 50
+
+
+def markdown(report: Report, *, details: bool = True) -> str:
+    """The page, below LIMIT bytes. Without details: what fits a terminal."""
+    page = "\n".join(_top(report)) + "\n"
+    if not details:
+        return page
+    for title, lines in _sections(report):
+        section = f"\n<details><summary>{title}</summary>\n\n" + "\n".join(lines) + "\n\n</details>\n"
+        if len((page + section).encode()) > LIMIT:
+            page += f"\n{title}: too long for this page; see report.html or report.json.\n"
+        else:
+            page += section
+    return page
+
+
+def _top(report: Report) -> Iterator[str]:
+    candidate, evaluation = report["candidate"], report["evaluation"]
+    yield f"### {summary.HEADLINES[report['verdict']]}"
+    yield ""
+    yield from (f"- {_text(sentence)}" for sentence in summary.decided(report))
+    yield ""
+    yield summary.ADVICE[report["verdict"]]
+    yield ""
+    yield (
+        f"Model {_code(candidate['name'])} {_short(candidate['model_sha256'])},"
+        f" policy {_short(report['policy']['sha256'])}, {summary.threat(evaluation)}."
+        f" {_text(summary.claim(report))}"
+    )
+    yield ""
+    yield from _table(
+        ("criterion", "measured", "bounds", "outcome"),
+        (
+            (
+                _code(row["criterion"]),
+                f"{percent(row['value'])} ({row['k']}/{row['n']})",
+                f"{percent(row['lower'])} to {percent(row['upper'])}",
+                row["outcome"],
+            )
+            for row in report["criteria"]
+        ),
+    )
+    yield ""
+    yield from _table(
+        ("attack, in order", "tried", "flipped", "still right", "time"),
+        (
+            (_code(row.name), row.tried, row.flipped, percent(row.left / row.images), summary.duration(row.seconds))
+            for row in summary.attack_rows(evaluation)
+        ),
+    )
+    if report["findings"]:
+        yield ""
+        yield from _table(
+            ("check raised", "why", "what to do"),
+            ((_code(row["check"]), _text(row["why"]), _text(row["do"])) for row in report["findings"]),
+        )
+    if report["baseline"] is not None:
+        yield ""
+        yield baseline(report["baseline"])
+
+
+def baseline(record: dict[str, Any]) -> str:
+    """How the candidate compares with the baseline on the images that both were shown."""
+    broken = record["newly_broken"]
+    named = f" Newly broken: images {summary.listed(broken, NEWLY_BROKEN)}." if broken else ""
+    return (
+        f"Against the baseline model {_short(record['model_sha256'])} on the same {record['images']:,} images:"
+        f" {record['only_baseline']} held only there, {record['only_candidate']} hold only now"
+        f" (exact one-sided McNemar p = {record['p']:.3g}).{named}"
+    )
+
+
+def _sections(report: Report) -> Iterator[tuple[str, list[str]]]:
+    yield "Radii and transfer", list(_radii(report))
+    yield "Classes", list(_classes(report))
+    yield "Checks", list(_checks(report))
+    yield "Provenance", list(_provenance(report))
+
+
+def _radii(report: Report) -> Iterator[str]:
+    main = report["evaluation"]
+    rows = [("clean", main["clean"]), *((summary.threat(one), one["robust"]) for one in (main, *report["radii"]))]
+    rows += [
+        (f"{summary.threat(one)}, transfer from {_code(one['about']['surrogate'])} (upper bound)", one["robust"])
+        for one in report["transfer"]
+    ]
+    yield from _table(
+        ("threat", "accuracy", "k/n", "95 % interval of one look"),
+        (
+            (
+                name,
+                percent(share["value"]),
+                f"{share['k']}/{share['n']}",
+                f"{percent(share['lower_95'])} to {percent(share['upper_95'])}",
+            )
+            for name, share in rows
+        ),
+    )
+
+
+def _classes(report: Report) -> Iterator[str]:
+    yield from _table(
+        ("class", "images", "right", "held", "95 % interval of held", "criterion"),
+        (
+            (
+                _code(row.name),
+                row.images,
+                row.right,
+                row.held,
+                f"{percent(row.lower)} to {percent(row.upper)}",
+                "" if row.outcome is None else f"at least {percent(row.threshold)}: {row.outcome}",
+            )
+            for row in summary.class_rows(report)
+        ),
+    )
+
+
+def _checks(report: Report) -> Iterator[str]:
+    yield from _table(
+        ("check", "outcome", "raised when", "found"),
+        (
+            (_code(row["check"]), row["outcome"].replace("_", " "), _text(row["when"]), _text(row["why"]))
+            for row in summary.checks_by_weight(report)
+        ),
+    )
+
+
+def _provenance(report: Report) -> Iterator[str]:
+    facts = {
+        "model": report["candidate"]["model_sha256"],
+        "policy": report["policy"]["sha256"],
+        "data": report["data"]["sha256"],
+        "order of the images": report["statistics"]["order_sha256"],
+        "created": report["created"],
+        "code": report["code"]["revision"],
+        "seed": report["evaluation"]["seed"],
+        "wall time": summary.duration(report["seconds"]),
+        "processes": report["processes"],
+        **{str(key): value for key, value in report["hardware"].items() if value is not None},
+        **report["versions"],
+    }
+    yield from _table(("what", "value"), ((_text(name), _code(value)) for name, value in facts.items()))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    yield from (f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
+
+
+def _code(name: object) -> str:
+    """A name from outside as a code span: nothing in it is markup."""
+    return "`" + " ".join(str(name).split()).replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _text(sentence: str) -> str:
+    """A sentence with names from outside in it: on one line, and what could begin markup escaped."""
+    text = " ".join(sentence.split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    for sign in "`*[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def _short(digest: str) -> str:
+    return f"`{digest[:12]}`"

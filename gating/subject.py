@@ -1,0 +1,316 @@
+"""What is judged, whatever it is: a candidate, an ONNX file, a module in Python, or an endpoint that is live."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gating.attestation import read_candidate
+from gating.gradients import NoGradients, differentiable
+from robustness.contract import InputContract
+from robustness.errors import BadInput, DfmclError
+from robustness.graph import artefact, count_classes, first_line, read_graph
+from robustness.models import exactly
+from robustness.runs import load_run
+
+MODEL = "model.onnx"
+MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+ENDPOINT = re.compile(r"grpc://(?P<url>[^/]+:\d+)/(?P<model>[^/]+)")
+ONE_OF = "a candidate's directory, an ONNX file, module:callable or grpc://HOST:PORT/MODEL"
+
+Decide = Callable[[Tensor], Tensor]
+Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+"""uint8 images (N, H, W, C) to logits (N, K), by asking somebody."""
+
+
+class Described(Protocol):
+    """What an endpoint says of itself; input_shape is (H, W, C) of uint8 images."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def input_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+
+Connect = Callable[[str, str], tuple[Described, Predict]]
+"""URL (host:port) and model to an endpoint's description and its `predict`."""
+
+
+class QueriesSpent(DfmclError):
+    """The next question would exceed the budget of queries; nothing of it was asked."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to judge.
+
+    kind: candidate, onnx, module or endpoint. name: as the user named it. digest: SHA-256 of what is judged: the bytes
+    of model.onnx, the state of a module, the metadata of an endpoint. files: SHA-256 by file name, of a candidate.
+    classes: K labels, or only K. decide: float images (N, C, H, W) in [0, 1] (on the uint8 grid where the contract is
+    uint8) to logits (N, K) float32 on the CPU: the answer that counts. model: the same, differentiable; None where
+    there is no way to gradients, and `no_gradients` says why. run: what is known of the training: checkpoint_sha256,
+    and data, the digest of the data set that it saw.
+    """
+
+    kind: str
+    name: str
+    digest: str
+    files: dict[str, str]
+    contract: InputContract
+    classes: tuple[str, ...] | int
+    decide: Decide
+    model: nn.Module | None
+    run: dict[str, Any] = field(default_factory=dict)
+    no_gradients: str = ""
+
+
+def open_subject(
+    text: str,
+    *,
+    run: Path | None = None,
+    contract: str | None = None,
+    labels: tuple[str, ...] | None = None,
+    connect: Connect | None = None,
+    budget: int | None = None,
+) -> Subject:
+    """The subject that a text names. run belongs to a candidate, budget to an endpoint, contract and labels to an ONNX
+    file or a module; the others know theirs."""
+    path = Path(text)
+    remote = ENDPOINT.fullmatch(text)
+    if remote:
+        kind = "endpoint"
+    elif path.exists():
+        kind = "candidate" if path.is_dir() else "onnx"
+    elif MODULE.fullmatch(text):
+        kind = "module"
+    else:
+        raise BadInput(f"{text}: names no model; expected {ONE_OF}")
+    takes = {
+        "candidate": {"run"},
+        "onnx": {"contract", "labels"},
+        "module": {"contract", "labels"},
+        "endpoint": {"budget"},
+    }
+    given = {"run": run, "contract": contract, "labels": labels, "budget": budget}
+    if strange := sorted(key for key, value in given.items() if value is not None and key not in takes[kind]):
+        raise BadInput(f"{text}: is of kind {kind}, which takes no {' or '.join(strange)}; leave it out")
+    if kind == "candidate":
+        return candidate_subject(path, run)
+    if remote:
+        if connect is None or budget is None:
+            raise BadInput(f"{text}: an endpoint is asked within a budget of queries; name one")
+        described, predict = connect(remote["url"], remote["model"])
+        return endpoint_subject(described, predict, name=text, budget=budget)
+    if contract is None:
+        raise BadInput(f"{text}: what images does it take? Say so, such as 'float32 NCHW 32x32x3'")
+    return onnx_subject(path, contract, labels) if kind == "onnx" else module_subject(text, contract, labels)
+
+
+def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
+    """A candidate as `dfmcl export` wrote it; its gradients come from the run, else from the file itself."""
+    manifest = read_candidate(candidate)
+    path = candidate / MODEL
+    contract = InputContract.from_json(manifest.get("input", {}))
+    labels = tuple(str(label) for label in manifest.get("labels", ()))
+    named = (manifest.get("run") or {}).get("checkpoint_sha256")
+    graph = read_graph(path, str(contract))
+    if graph.digest != manifest["files"][MODEL]:
+        raise BadInput(f"{path}: changed while it was read; export the candidate again")
+    decide = artefact(graph.model.SerializeToString(), path, contract)
+    model: nn.Module | None
+    if run is None:
+        model, why = _gradients(lambda: differentiable(graph, decide))
+        known = {"checkpoint_sha256": named} if named else {}
+    else:
+        trained = load_run(run)
+        if named != trained.checkpoint_sha256:
+            origin = f"from {str(named)[:12]}..." if named else "from no run"
+            raise BadInput(
+                f"{run}: its checkpoint is {trained.checkpoint_sha256[:12]}..., {candidate} was exported {origin};"
+                " name the run that the candidate was exported from"
+            )
+        if trained.input_shape != contract.shape or trained.classes != labels:
+            raise BadInput(
+                f"{candidate}: its manifest contradicts {run} on input or labels; export the candidate again"
+            )
+        model, why = trained.model, ""
+        known = {"checkpoint_sha256": trained.checkpoint_sha256, "data": trained.data.get("sha256")}
+    return Subject(
+        kind="candidate",
+        name=str(candidate),
+        digest=graph.digest,
+        files=dict(manifest["files"]),
+        contract=contract,
+        classes=_named(labels, count_classes(decide, contract, path), candidate),
+        decide=decide,
+        model=model,
+        run=known,
+        no_gradients=why,
+    )
+
+
+def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
+    """A bare ONNX classifier. contract: 'DTYPE LAYOUT [HxWxC]'; the size may be left out where the file gives it."""
+    graph = read_graph(path, contract)
+    decide = artefact(graph.model.SerializeToString(), path, graph.contract)
+    classes = count_classes(decide, graph.contract, path)
+    model, why = _gradients(lambda: differentiable(graph, decide))
+    return Subject(
+        kind="onnx",
+        name=str(path),
+        digest=graph.digest,
+        files={},
+        contract=graph.contract,
+        classes=_named(labels, classes, path),
+        decide=decide,
+        model=model,
+        no_gradients=why,
+    )
+
+
+def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
+    """What `module:callable` returns: an nn.Module from float images (N, C, H, W) in [0, 1] to logits (N, K).
+
+    It is judged in eval mode and float32. contract: its images' size and dtype; uint8 means that it is asked on the
+    uint8 grid only. The module is looked for beside the user first, in the current directory.
+    """
+    parsed = InputContract.parse(contract)
+    network = _imported(text)
+    network = network.eval().float()
+    answer = exactly(network)
+
+    def decide(x: Tensor) -> Tensor:
+        device = next((value.device for value in network.state_dict().values()), torch.device("cpu"))
+        with torch.no_grad():
+            logits = answer(parsed.rounded(x.to(device).float()))
+        if not isinstance(logits, Tensor):
+            raise BadInput(f"{text}: its module gives a {type(logits).__name__}, expected a tensor of logits (N, K)")
+        return logits.float().cpu()
+
+    try:
+        classes = count_classes(decide, parsed, text)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{text}: its module cannot take float32 NCHW {parsed.dims}: {first_line(error)}") from None
+    return Subject(
+        kind="module",
+        name=text,
+        digest=state_digest(network),
+        files={},
+        contract=parsed,
+        classes=_named(labels, classes, text),
+        decide=decide,
+        model=network,
+    )
+
+
+class Asked:
+    """The decider behind an endpoint: counts the images it was asked for, and never asks for more than its budget."""
+
+    def __init__(self, predict: Predict, contract: InputContract, budget: int, where: str) -> None:
+        self.budget, self.spent = budget, 0
+        self._predict, self._contract, self._where = predict, contract, where
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.spent + len(x) > self.budget:
+            raise QueriesSpent(
+                f"{self._where}: {self.spent} of {self.budget} queries are spent, {len(x)} more were wanted;"
+                " allow more, or fewer images"
+            )
+        self.spent += len(x)  # before the answer: a request that fails was made
+        return torch.from_numpy(np.asarray(self._predict(self._contract.wire(x.cpu()).numpy()), dtype=np.float32))
+
+
+def endpoint_subject(described: Described, predict: Predict, *, name: str, budget: int) -> Subject:
+    """A model behind an endpoint, by its answers alone. `decide` is an `Asked`, which knows how much it has spent.
+
+    The digest is of what the endpoint says of itself: its weights cannot be seen.
+    """
+    if budget < 1:
+        raise BadInput(f"{name}: a budget of {budget} queries; it needs at least one")
+    height, width, channels = described.input_shape
+    contract = InputContract(height, width, channels)
+    labels = tuple(described.labels)
+    metadata = {
+        "model": described.model,
+        "version": described.version,
+        "input": contract.to_json(),
+        "labels": list(labels),
+    }
+    return Subject(
+        kind="endpoint",
+        name=name,
+        digest=hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest(),
+        files={},
+        contract=contract,
+        classes=labels,
+        decide=Asked(predict, contract, budget, name),
+        model=None,
+        no_gradients="an endpoint gives answers only",
+    )
+
+
+def state_digest(network: nn.Module) -> str:
+    """SHA-256 of a module's state and of the classes it is made of: names, types, shapes and bytes, in sorted order.
+
+    Where the state lies, and what its memory looks like, makes no difference.
+    """
+    digest = hashlib.sha256()
+    for name, part in sorted(network.named_modules()):
+        digest.update(f"{name}\0{type(part).__module__}.{type(part).__qualname__}\0".encode())
+    for name, value in sorted(network.state_dict().items()):
+        held = value.detach().cpu()
+        digest.update(f"{name}\0{held.dtype}\0{tuple(held.shape)}\0".encode())
+        digest.update(held.reshape(-1).view(torch.uint8).numpy().data)  # in the order of its indices, as reshaped
+    return digest.hexdigest()
+
+
+def _gradients(convert: Callable[[], nn.Module]) -> tuple[nn.Module | None, str]:
+    try:
+        return convert(), ""
+    except NoGradients as why:
+        return None, str(why)
+
+
+def _imported(text: str) -> nn.Module:
+    module, _, name = text.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        network = found()
+    except Exception as error:  # noqa: BLE001  # the user's code may raise anything
+        raise BadInput(f"{text}: cannot be made: {type(error).__name__}: {first_line(error)}") from None
+    finally:
+        sys.path.remove(here)
+    if not isinstance(network, nn.Module):
+        raise BadInput(f"{text}: returned a {type(network).__name__}; it must return a torch.nn.Module")
+    return network
+
+
+def _named(labels: tuple[str, ...] | None, classes: int, where: object) -> tuple[str, ...] | int:
+    """The labels, if they are as many as the logits; else how many those are."""
+    if labels is None:
+        return classes
+    if len(labels) != classes:
+        raise BadInput(f"{where}: answers with {classes} logits, there are {len(labels)} labels; one belongs to each")
+    return labels

@@ -1,0 +1,199 @@
+"""A report in plain words and small tables: what every format says, said once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustness.statistics import Share
+
+Report = Mapping[str, Any]
+Probes = Mapping[str, NDArray[Any]]
+"""Arrays of probes.npz, in the order attacked: images, adversarial, labels, clean_logits, adversarial_logits."""
+
+HEADLINES = {
+    "passed": "PASSED: every criterion is met",
+    "failed": "BLOCKED: the model misses a criterion",
+    "suspect": "SUSPECT: the evidence cannot be believed",
+    "inconclusive": "INCONCLUSIVE: the images seen do not decide",
+}
+
+ADVICE = {
+    "passed": "Sign the evidence and promote the candidate.",
+    "failed": "Keep the released model. Harden this one (longer training, stronger attacks in it) or change what is"
+    " promised; the same images under the same policy will not pass it.",
+    "suspect": "Do not promote. Do what each raised check says, then run the gate again.",
+    "inconclusive": "Raise the policy's number of images, or promise less, and run the gate again. Until then the model"
+    " is not promoted.",
+}
+
+REASONS = {
+    "cap_reached": "the cap on images was reached before the bounds left the threshold",
+    "no_gradients": "the model gives no gradients, so that only black-box attacks ran: they can block it, not pass it",
+}
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class: images of it, how many are right and how many held; exact two-sided 95 % interval of the latter.
+
+    threshold, outcome: of the policy's criterion about this class, where there is one.
+    """
+
+    name: str
+    images: int
+    right: int
+    held: int
+    lower: float
+    upper: float
+    threshold: float | None = None
+    outcome: str | None = None
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """One attack of the suite, in the order in which they ran. left: images still right after it, of all."""
+
+    name: str
+    tried: int
+    flipped: int
+    left: int
+    images: int
+    seconds: float
+    forward: int
+    backward: int
+
+
+def percent(share: float | None) -> str:
+    """`45.0 %`, or a dash where nothing was measured."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """`38 s`, `12 min 5 s`, `2 h 3 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def threat(evaluation: Mapping[str, Any]) -> str:
+    """`Linf 8/255 as uint8`."""
+    norm = {"linf": "Linf", "l2": "L2"}.get(evaluation["threat"]["norm"], evaluation["threat"]["norm"])
+    return f"{norm} {evaluation['threat']['label']} as {evaluation['grid']}"
+
+
+def claim(report: Report) -> str:
+    """What the verdict speaks of: exactly these images, or what they were drawn from."""
+    statistics = report["statistics"]
+    part = f"{report['data']['name']} ({report['data']['part']} part)"
+    if statistics["kind"] == "sequential":
+        return (
+            f"The claim is about exactly the {statistics['population']:,} images of {part}, and this attack suite."
+            f" {statistics['attacked']:,} of them were attacked, in an order fixed beforehand; the bounds hold however"
+            " often one looks."
+        )
+    return (
+        f"The claim is about the population that the images of {part} were drawn from, and this attack suite."
+        f" {statistics['attacked']:,} images were attacked and looked at once, as fixed beforehand."
+    )
+
+
+def decided(report: Report) -> list[str]:
+    """One sentence for each criterion or check that made the verdict."""
+    verdict = report["verdict"]
+    if verdict == "suspect":
+        return [f"{finding['check']} was raised: {finding['why']}" for finding in report["findings"]]
+    wanted = {"failed": "missed", "inconclusive": "open", "passed": "met"}[verdict]
+    rows = [row for row in report["criteria"] if row["outcome"] == wanted]
+    sentences = [judged(row) for row in rows if row["class"] is None]
+    by_class: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["class"] is not None:
+            by_class.setdefault(row["criterion"].removesuffix(f", class {row['class']}"), []).append(row)
+    for criterion, same in by_class.items():
+        if len(same) == 1:
+            sentences.append(judged(same[0]))
+        else:
+            named = listed([row["class"] for row in same], 5)
+            sentences.append(f"{criterion}: {wanted} for {len(same)} classes, {named}")
+    return sentences + [REASONS.get(reason, reason) for reason in report["reasons"]]
+
+
+def judged(row: Mapping[str, Any]) -> str:
+    """A criterion with its counts, bounds and outcome in one sentence."""
+    after = row["decided_after"] if row["decided_after"] is not None else row["n"]
+    bounds = "" if row["lower"] is None else f", bounds {percent(row['lower'])} and {percent(row['upper'])}"
+    return f"{row['criterion']}: {row['outcome']} after {after:,} images; {row['k']:,} of {row['n']:,}{bounds}"
+
+
+def attack_rows(evaluation: Mapping[str, Any]) -> list[AttackRow]:
+    """The attacks as they thinned out what held."""
+    return [
+        AttackRow(
+            attack["name"],
+            attack["tried"],
+            attack["flipped"],
+            attack["accuracy"]["k"],
+            attack["accuracy"]["n"],
+            attack["seconds"],
+            sum(attack["per_image"]["forward"]),
+            sum(attack["per_image"]["backward"]),
+        )
+        for attack in evaluation["attacks"]
+    ]
+
+
+def class_rows(report: Report) -> list[ClassRow]:
+    """Per class of the data, at the main radius; classes without an image among those attacked have n = 0."""
+    bits = report["evaluation"]["per_image"]
+    labels, right, held = np.asarray(report["per_image"]["label"]), flags(bits["correct"]), flags(bits["robust"])
+    wanted = [row for row in report["criteria"] if row["metric"] == "class_robust_accuracy" and row["eps"] is None]
+    about = {row["class"]: row for row in wanted}
+    rows = []
+    for number, name in enumerate(report["data"]["classes"]):
+        chosen = labels == number
+        n, k = int(chosen.sum()), int(held[chosen].sum())
+        lower, upper = Share(k, n).bounds if n else (0.0, 1.0)
+        criterion = about.get(name, {})
+        rows.append(
+            ClassRow(
+                name,
+                n,
+                int(right[chosen].sum()),
+                k,
+                lower,
+                upper,
+                criterion.get("threshold"),
+                criterion.get("outcome"),
+            )
+        )
+    return rows
+
+
+def confusion(classes: int, probes: Probes) -> NDArray[np.int64]:
+    """Counts `(K, K)`: true class by the answer to the image as the attacks left it."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (probes["labels"], probes["adversarial_logits"].argmax(axis=1)), 1)
+    return counts
+
+
+def checks_by_weight(report: Report) -> list[Mapping[str, Any]]:
+    """All checks: raised ones first, then those that could not run."""
+    weight = {"raised": 0, "not_run": 1, "clear": 2}
+    return sorted(report["checks"], key=lambda check: weight[check["outcome"]])
+
+
+def flags(bits: str) -> NDArray[np.bool_]:
+    """`0110` as `(N,)` bool."""
+    return np.array([bit == "1" for bit in bits], dtype=np.bool_)
+
+
+def listed(items: Sequence[Any], limit: int) -> str:
+    """The first items, and how many more there are."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(str(item) for item in items[:limit]) + more

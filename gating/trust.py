@@ -1,0 +1,45 @@
+"""The trust file: whose signature lets a model pass, how many of them, by which policies and for how long (TOML)."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+
+from pydantic import Field
+
+from gating.attestation import Trust
+from gating.keys import read_public
+from gating.policy import load_policy
+from robustness.config import Section, read_toml, validated
+from robustness.errors import BadInput
+
+
+class TrustFile(Section):
+    """Paths are relative to the file. keys: public ones; list old and new while they rotate.
+
+    policies: files or SHA-256 digests of those that may let a model pass; without it any may.
+    """
+
+    threshold: int = Field(1, ge=1)
+    keys: list[str] = Field(min_length=1)
+    policies: list[str] | None = Field(None, min_length=1)
+    max_age_days: int | None = Field(None, ge=1)
+
+
+def load_trust(path: Path) -> Trust:
+    """A trust file with the keys and policies it names; BadInput names the file and what is wrong."""
+    parsed = validated(TrustFile, read_toml(path, "name a trust file (TOML)"), str(path))
+    keys = {key.keyid: key for key in (read_public(path.parent / name) for name in parsed.keys)}
+    if len(keys) < parsed.threshold:
+        raise BadInput(f"{path}: threshold is {parsed.threshold}, but {len(keys)} different keys are listed; list more")
+    return Trust(
+        keys=tuple(keys.values()),
+        threshold=parsed.threshold,
+        policies=None if parsed.policies is None else frozenset(_digest(path, name) for name in parsed.policies),
+        max_age=None if parsed.max_age_days is None else timedelta(days=parsed.max_age_days),
+    )
+
+
+def _digest(trust: Path, policy: str) -> str:
+    return policy if re.fullmatch(r"[0-9a-f]{64}", policy) else load_policy(trust.parent / policy).digest

@@ -1,0 +1,304 @@
+"""The work behind the checks: a few attacks and passes on a few images, each done once, and only if a check asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustness import losses
+from robustness.attacks import Attack, climb, fgsm
+from robustness.data import Bytes, Labels
+from robustness.evaluate import Decide, Outcome, evaluate
+from robustness.geometry import project, start, steepest, to_uint8
+from robustness.models import to_float
+from robustness.progress import Track, silent
+from robustness.records import Evaluation
+from robustness.seeds import generator
+from robustness.square import square
+from robustness.statistics import Flags
+from robustness.threat import Threat
+from robustness.trial import Trial
+
+IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
+STEPS = 20
+FEW_STEPS = 5
+QUERIES = 200
+LONE = 8  # images that are also asked one by one
+REPEATS = 4  # of the same question
+# Between the two points of a finite difference lies half a grey level: far above float32's rounding of logits, and
+# short enough that few ReLUs change sides.
+HALF_STEP = 0.25 / 255
+BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Gradients at random points of the ball around the M images that are right.
+
+    loss: of the cross-entropy, summed absolute values per image `(M,)`; NaN or inf where the gradient is not finite.
+    predicted, happened: by how much the margin should and does grow along its gradient's sign, over a grey level
+    `(M,)`; predicted is 0 where there is no gradient.
+    """
+
+    loss: Tensor
+    predicted: Tensor
+    happened: Tensor
+
+
+class Examination:
+    """A model and the first images of an evaluation; n images, of which M are right.
+
+    Attacks are counted as in every evaluation: by what `decide` says, on the grid as bytes. Flags `(M,)` are about the
+    images that are right, in their order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        decide: Decide,
+        images: Bytes,
+        labels: Labels,
+        threat: Threat,
+        *,
+        grid: bool,
+        seed: int,
+        evaluation: Evaluation | None = None,
+        transfer: Sequence[Evaluation] = (),
+        about: Mapping[str, Any] | None = None,
+        batch_size: int = 64,
+        track: Track = silent,
+    ) -> None:
+        self.model, self.threat, self.grid, self.seed = model, threat.on_grid() if grid else threat, grid, seed
+        self.evaluation, self.transfer, self.about = evaluation, transfer, about or {}
+        self._decide, self._batch_size, self._track = decide, batch_size, track
+        self._images, self._labels = images[:IMAGES], labels[:IMAGES]
+        device = _device(model)
+        self.x = to_float(torch.from_numpy(self._images)).to(device)
+        self.y = torch.from_numpy(self._labels).to(device)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """What the model answers, `(n, K)`."""
+        return self.answers(self.x)
+
+    @cached_property
+    def correct(self) -> Tensor:
+        """`(n,)` bool."""
+        return self.logits.argmax(dim=1) == self.y.cpu()
+
+    @cached_property
+    def right(self) -> int:
+        """M."""
+        return int(self.correct.sum())
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Logits `(N, K)` of the one whose answers count, batch by batch."""
+        with torch.no_grad():
+            return torch.cat([self._decide(part).detach().float().cpu() for part in x.split(self._batch_size)])
+
+    def own_answers(self, x: Tensor) -> Tensor:
+        """The same of the model that gives gradients."""
+        assert self.model is not None, "a check that needs a model does not run without one"
+        with torch.no_grad():
+            return torch.cat([self.model(part).detach().float().cpu() for part in x.split(self._batch_size)])
+
+    def right_under_noise(self, eps: float) -> Tensor:
+        """Which of all images are right after noise on the ball's surface, Linf or L2 of length eps: `(n,)` bool."""
+        threat = Threat(self.threat.norm, eps)
+        stream = generator(self.seed, "checks", "noise", eps_key(eps), device=self.x.device)
+        noise = torch.randn(self.x.shape, generator=stream, device=self.x.device)
+        return self._labelled_right(project(self.x + eps * steepest(noise, threat.norm), self.x, threat), threat)
+
+    @property
+    def beyond(self) -> float:
+        """A radius just outside the ball; on the grid at least one grey level more."""
+        wider = BEYOND * self.threat.eps
+        return max(wider, self.threat.eps + 1 / 255) if self.threat.norm == "linf" and self.grid else wider
+
+    @property
+    def everything(self) -> Threat:
+        """The ball that holds every image."""
+        return Threat(self.threat.norm, 1.0 if self.threat.norm == "linf" else math.sqrt(self.x[0].numel()))
+
+    @cached_property
+    def slopes(self) -> Slopes:
+        assert self.model is not None, "a check that needs a model does not run without one"
+        x, y = self.x[self.correct.to(self.x.device)], self.y[self.correct.to(self.y.device)]
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for number, (part, label) in enumerate(zip(x.split(self._batch_size), y.split(self._batch_size), strict=True)):
+            point = start(part, self.threat, generator(self.seed, "checks", "slopes", number, device=part.device))
+            _, gradient, _ = losses.value_and_gradient(self.model, point, losses.cross_entropy, (label,), True)
+            _, along, _ = losses.value_and_gradient(self.model, point, losses.margin, (label,), True)
+            with torch.no_grad():
+                ahead, behind = point + HALF_STEP * along.sign(), point - HALF_STEP * along.sign()
+                happened = losses.margin(self.model(ahead), label) - losses.margin(self.model(behind), label)
+            size = gradient.flatten(1).abs().sum(dim=1)
+            found.append((size, 2 * HALF_STEP * along.flatten(1).abs().sum(dim=1), happened))
+        return Slopes(*(torch.cat(column).double().cpu() for column in zip(*found, strict=True)))
+
+    @cached_property
+    def fgsm(self) -> Flags:
+        """Which of the images that are right one step breaks."""
+        return self._fell(fgsm, self.threat, "one step")
+
+    @cached_property
+    def few_steps(self) -> Flags:
+        return self._fell(partial(climb, steps=FEW_STEPS), self.threat, f"{FEW_STEPS} steps")
+
+    @cached_property
+    def pgd(self) -> Flags:
+        """PGD on the cross-entropy, as all that follow; random start."""
+        return self._fell_at(self._pgd)
+
+    @property
+    def adversarial(self) -> Bytes:
+        """What PGD made of all n images, uint8 `(n, H, W, C)`: adversarial where they fell."""
+        return self._pgd.adversarial
+
+    @cached_property
+    def adversarial_logits(self) -> Tensor:
+        """What the one whose answers count says of them, `(n, K)`."""
+        return self.answers(to_float(torch.from_numpy(self.adversarial)).to(self.x.device))
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """The margin at each of PGD's STEPS + 1 points `(STEPS + 1, M)`; NaN from where an image had fallen.
+
+        Not the cross-entropy that it climbs: that bends upwards as the margin closes, and looks steep to the end.
+        """
+        (record,) = self._pgd.evaluation.attacks
+        found = torch.full((STEPS + 1, len(self.y)), torch.nan)
+        if self._traces:
+            found[:, torch.tensor(record.tried)] = torch.cat(self._traces, dim=1)
+        return found[:, self.correct]
+
+    @cached_property
+    def wider(self) -> Flags:
+        """PGD at twice the eps."""
+        return self._fell(partial(climb, steps=STEPS), Threat(self.threat.norm, 2 * self.threat.eps), "twice the eps")
+
+    @cached_property
+    def unlimited(self) -> Flags:
+        """PGD in the whole box, from the image itself: a random start would be another image already."""
+        return self._fell(partial(climb, steps=STEPS, random_start=False), self.everything, "unlimited")
+
+    def rescaled(self, factor: float) -> Flags:
+        """PGD on the cross-entropy of logits times `factor`."""
+        assert self.model is not None, "a check that needs a model does not run without one"
+        return self._fell(
+            partial(climb, steps=STEPS), self.threat, f"logits x {factor:g}", source=_Rescaled(self.model, factor)
+        )
+
+    @cached_property
+    def square(self) -> tuple[int, int]:
+        """Of how many images that PGD left (second) a few black-box queries broke how many (first). Linf only."""
+        left = np.flatnonzero(self.correct.numpy())[~self.pgd]
+        if not len(left) or self.threat.norm != "linf":
+            return 0, 0
+        outcome = evaluate(
+            None,
+            self._images[left],
+            self._labels[left],
+            self.threat,
+            [Attack("check: square", square, {"queries": QUERIES})],
+            decide=lambda x: self._decide(x.to(self.x.device)),
+            grid=self.grid,
+            seed=self.seed,
+            batch_size=self._batch_size,
+            track=self._track,
+        )
+        return len(left) - outcome.evaluation.robust.k, len(left)
+
+    @cached_property
+    def _pgd(self) -> Outcome:
+        self._traces: list[Tensor] = []
+
+        def traced(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat: Threat, **rest: Any) -> Tensor:
+            trial = _Traced(rest.pop("trial"), y)
+            x_adv = climb(model, x, y, threat, steps=STEPS, trial=trial, **rest)
+            self._traces.append(trial.margins)
+            return x_adv
+
+        return self._attack(traced, self.threat, f"{STEPS} steps")
+
+    def _fell(
+        self, function: Callable[..., Tensor], threat: Threat, name: str, source: nn.Module | None = None
+    ) -> Flags:
+        return self._fell_at(self._attack(function, threat, name, source))
+
+    def _fell_at(self, outcome: Outcome) -> Flags:
+        held: Flags = np.array(outcome.evaluation.robust_images)[self.correct.numpy()]
+        return ~held
+
+    def _attack(
+        self, function: Callable[..., Tensor], threat: Threat, name: str, source: nn.Module | None = None
+    ) -> Outcome:
+        return evaluate(
+            self.model,
+            self._images,
+            self._labels,
+            threat,
+            [Attack(f"check: {name}", function)],
+            decide=self._decide,
+            source=source,
+            grid=self.grid,
+            seed=self.seed,
+            batch_size=self._batch_size,
+            track=self._track,
+        )
+
+    def _labelled_right(self, x: Tensor, threat: Threat) -> Tensor:
+        point = to_uint8(x, self.x, threat).float() / 255 if self.grid else x
+        return self.answers(point).argmax(dim=1) == self.y.cpu()
+
+
+class _Traced(Trial):
+    """A trial that also keeps the margin of every image at every point it was shown."""
+
+    def __init__(self, trial: Trial, y: Tensor) -> None:
+        super().__init__(y)
+        self._trial, self._margins = trial, list[Tensor]()
+
+    @property
+    def margins(self) -> Tensor:
+        """`(STEPS + 1, N)`, NaN where an image was not shown any more, on the CPU."""
+        short = STEPS + 1 - len(self._margins)
+        return torch.stack(self._margins + [torch.full_like(self._margins[0], torch.nan)] * short).cpu()
+
+    def spend(self, rows: Tensor, *, forward: int = 0, backward: int = 0) -> None:
+        self._trial.spend(rows, forward=forward, backward=backward)
+
+    def look(self, rows: Tensor, points: Tensor, logits: Tensor, *, gradient: bool) -> Tensor:
+        row = torch.full((len(self._y),), torch.nan, device=logits.device)
+        row[rows] = losses.margin(logits.float(), self._y[rows])
+        self._margins.append(row)
+        return self._trial.look(rows, points, logits, gradient=gradient)
+
+
+class _Rescaled(nn.Module):
+    """Logits times a factor: the same answers."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return self.factor * logits
+
+
+def eps_key(eps: float) -> str:
+    """A radius as part of a seed's address."""
+    return f"{eps:.9g}"
+
+
+def _device(model: nn.Module | None) -> torch.device:
+    parameter = next(model.parameters(), None) if model is not None else None
+    return parameter.device if parameter is not None else torch.device("cpu")

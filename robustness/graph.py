@@ -1,0 +1,242 @@
+"""An ONNX classifier as a file: one image input, a row of scores an image, weights inside; answers by ONNX Runtime."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+from torch import Tensor
+
+from robustness.contract import InputContract
+from robustness.errors import BadInput, Broken
+
+FREE = "batch"  # the name of a dimension of any size
+DOMAINS = ("", "ai.onnx")  # two names of the standard operators
+# What a declared type may be in the file: float16 inputs take floats in [0, 1] too, rounded.
+TYPES = {"uint8": (TensorProto.UINT8,), "float32": (TensorProto.FLOAT, TensorProto.FLOAT16)}
+# Two forms of one file sum float32 in the same order, or nearly; a wrong axis or a mixed batch is off by a tenth.
+SAME = 1e-4
+FATAL = 4  # ONNX Runtime's severity: what a trial reports as an error is an answer here, not news
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A classifier's file that was read and understood.
+
+    model: with all weights inside, also where the file keeps them beside itself. digest: SHA-256 of the file, or
+    of the model in whole where its weights lie elsewhere. batch: the only batch size it takes, None where it takes any.
+    """
+
+    path: Path
+    model: onnx.ModelProto
+    digest: str
+    contract: InputContract
+    batch: int | None
+
+    @property
+    def input(self) -> onnx.ValueInfoProto:
+        """Its only input: an initializer that older files list among them is none."""
+        return _inputs(self.model.graph)[0]
+
+    @property
+    def output(self) -> onnx.ValueInfoProto:
+        return self.model.graph.output[0]
+
+    @property
+    def opset(self) -> int:
+        return int(next(entry.version for entry in self.model.opset_import if entry.domain in DOMAINS))
+
+
+def read_graph(path: Path, contract: str) -> Graph:
+    """Read an ONNX classifier; contract: 'DTYPE LAYOUT [HxWxC]', see InputContract.parse. BadInput where it is none."""
+    data = _read(path)
+    try:
+        model = onnx.load_model_from_string(data)
+        outside = any(onnx.external_data_helper.uses_external_data(tensor) for tensor in model.graph.initializer)
+        model = onnx.load(path) if outside else model
+    except Exception as error:  # noqa: BLE001  # protobuf and onnx raise their own unrelated classes
+        raise BadInput(f"{path}: not readable as ONNX: {first_line(error)}") from None
+    if not model.graph.node or not any(entry.domain in DOMAINS for entry in model.opset_import):
+        raise BadInput(f"{path}: not readable as ONNX: no operators in it; export the model again")
+    inputs, outputs = _inputs(model.graph), model.graph.output
+    if len(inputs) != 1 or len(outputs) != 1:
+        names = ", ".join(value.name for value in (inputs if len(inputs) != 1 else outputs))
+        what = f"{len(inputs)} inputs" if len(inputs) != 1 else f"{len(outputs)} outputs"
+        raise BadInput(f"{path}: has {what} ({names}); export it with one image input and one output of logits (N, K)")
+    dims = _dims(inputs[0])
+    parsed = InputContract.parse(contract, dims or ())
+    held = inputs[0].type.tensor_type.elem_type
+    if held not in TYPES[parsed.dtype]:
+        name = TensorProto.DataType.Name(held).lower()
+        raise BadInput(f"{path}: its input {inputs[0].name!r} is {name}, not {parsed.dtype}; declare it as it is")
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True) if outside else data).hexdigest()
+    return Graph(path, model, digest, parsed, dims[0] if dims else None)
+
+
+def count_classes(answer: Callable[[Tensor], Tensor], contract: InputContract, where: object) -> int:
+    """K, found by asking for two images; BadInput where what comes back is not one row of scores an image."""
+    height, width, channels = contract.shape
+    scores = answer(torch.zeros(2, channels, height, width))
+    if scores.ndim != 2 or len(scores) != 2 or scores.shape[1] < 2 or not scores.is_floating_point():
+        found = f"{str(scores.dtype).removeprefix('torch.')} {tuple(scores.shape)}"
+        raise BadInput(f"{where}: 2 images gave {found}; a classifier gives one row of float logits an image, (N, K)")
+    return int(scores.shape[1])
+
+
+def artefact(
+    model: bytes, where: object, contract: InputContract, *, quiet: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The file as the decider: float images (N, C, H, W) in [0, 1], sent as it takes them through ONNX Runtime.
+
+    Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size. Broken where ONNX
+    Runtime cannot load it; BadInput where it cannot take these images.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = FATAL if quiet else 3
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001  # onnxruntime raises its own unrelated classes
+        raise Broken(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from None
+    (entry,), (answer,) = session.get_inputs(), session.get_outputs()
+    size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
+
+    def run(images: NDArray[Any]) -> NDArray[Any]:
+        try:
+            (logits,) = session.run([answer.name], {entry.name: images})
+        except Exception as error:  # noqa: BLE001  # as above
+            raise BadInput(f"{where}: cannot take {contract} x {len(images)}: {first_line(error)}") from None
+        return np.asarray(logits)
+
+    def decide(x: Tensor) -> Tensor:
+        images = _sent(session, contract, x)
+        if size is None:
+            logits = run(images)
+        else:
+            filled = np.concatenate([images, np.repeat(images[-1:], -len(images) % size, axis=0)])
+            parts = [run(filled[start : start + size]) for start in range(0, len(filled), size)]
+            logits = np.concatenate(parts)[: len(images)]
+        return torch.from_numpy(logits.astype(np.float32) if logits.dtype == np.float16 else logits)
+
+    return decide
+
+
+def freed(graph: Graph) -> Graph | None:
+    """The same classifier for batches of any size; None where its batch size is built into it.
+
+    Exporters write the example's batch size into the input, the output and the shapes of Reshape operators. That the
+    rewritten file answers batches as the old one does is proven with ONNX Runtime.
+    """
+    if graph.batch is None:
+        return graph
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer} | {
+        node.output[0]: node.attribute[0].t
+        for node in model.graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    reshapes = [node for node in model.graph.node if node.op_type == "Reshape" and node.input[1] in constants]
+    sizes = _sizes(graph, [node.input[0] for node in reshapes if node.input[0] not in constants])
+    for number, node in enumerate(reshapes):
+        shape = numpy_helper.to_array(constants[node.input[1]])
+        literal = any(flag.name == "allowzero" and flag.i for flag in node.attribute)  # a 0 then means no pixels
+        if len(shape) and shape[0] == graph.batch == sizes.get(node.input[0]) and not (literal and -1 in shape):
+            name = f"{node.input[1]}.free{number}"
+            # 0: as many as in the tensor that is reshaped; -1: what the others leave
+            first = np.full(1, -1 if literal else 0, np.int64)
+            model.graph.initializer.append(numpy_helper.from_array(np.concatenate([first, shape[1:]]), name))
+            node.input[1] = name
+    for value in (_inputs(model.graph)[0], model.graph.output[0]):
+        if value.type.tensor_type.shape.dim:
+            value.type.tensor_type.shape.dim[0].dim_param = FREE
+    model.graph.ClearField("value_info")
+    free = replace(graph, model=model, batch=None)
+    return free if _same_answers(graph, free) else None
+
+
+def noise(contract: InputContract, images: int, seed: int = 0) -> Tensor:
+    """Images to compare two forms of a model on, (N, C, H, W) on the uint8 grid: half are noise, half are smooth."""
+    height, width, channels = contract.shape
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(images, channels, 3, 3, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=True)
+    rough = torch.rand(images, channels, height, width, generator=generator)
+    mixed = torch.where(torch.arange(images).view(-1, 1, 1, 1) % 2 == 0, smooth, rough)
+    return (mixed * 255).round() / 255
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two sets of logits, as a share of the largest logit; infinite where one is not finite.
+
+    Not of 1 where all are smaller: a model may well answer in thousandths.
+    """
+    if one.shape != other.shape:
+        return float("inf")
+    difference = (one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return float(difference) if difference.isfinite() else float("inf")
+
+
+def _same_answers(graph: Graph, free: Graph) -> bool:
+    before, after = (
+        artefact(form.model.SerializeToString(), form.path, form.contract, quiet=True) for form in (graph, free)
+    )
+    images = noise(graph.contract, (graph.batch or 1) + 2)
+    expected = before(images)
+    try:
+        return all(apart(expected[:size], after(images[:size])) <= SAME for size in (1, len(images)))
+    except BadInput:
+        return False
+
+
+def _sent(session: ort.InferenceSession, contract: InputContract, x: Tensor) -> NDArray[Any]:
+    images = contract.wire(x.cpu()).numpy()
+    return images.astype(np.float16) if session.get_inputs()[0].type == "tensor(float16)" else images
+
+
+def _sizes(graph: Graph, names: list[str]) -> dict[str, int]:
+    """The first size of inner tensors, by name: as they are, for what exporters declare is full of gaps."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    inner = sorted(set(names) - {graph.output.name, graph.input.name})
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    images = _sent(session, graph.contract, noise(graph.contract, graph.batch or 1))
+    found = zip(session.get_outputs(), session.run(None, {graph.input.name: images}), strict=True)
+    first = {entry.name: value.shape[0] for entry, value in found if value.ndim}
+    return {**first, graph.input.name: graph.batch or 1}
+
+
+def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    held = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in held]
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
+    """The sizes a file declares, None where one is open; empty where it declares no shape."""
+    return [dim.dim_value if dim.dim_value > 0 else None for dim in value.type.tensor_type.shape.dim]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Of a message that fills a screen, what fits in one of ours."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

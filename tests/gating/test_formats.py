@@ -1,0 +1,268 @@
+"""report.json in its other forms: valid for whoever parses them, and the same figures in each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from junitparser import Error, Failure, JUnitXml, Skipped
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from gating.formats import FILES, FORMATS, write_formats
+from gating.github import MOST, commands, publish
+from gating.junit import junit
+from gating.markdown import LIMIT, markdown
+from gating.openmetrics import openmetrics
+from tests.gating.sample import probes, sample
+
+ROOT = Path(__file__).parents[2]
+VERDICTS = {
+    "passed": sample(),
+    "failed": sample(0.85),
+    "inconclusive": sample(0.64),
+    "suspect": sample(raised=("fgsm_beats_pgd", "scale_matters")),
+}
+verdicts = pytest.mark.parametrize("verdict", VERDICTS)
+
+
+def schema() -> dict[str, Any]:
+    text = (resources.files("gating") / "report.schema.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
+@verdicts
+def test_samples_follow_the_schema(verdict: str) -> None:
+    """What these tests look at is what the schema describes, with all four verdicts."""
+    report = VERDICTS[verdict]
+    assert report["verdict"] == verdict
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(json.loads(json.dumps(report)), schema())
+
+
+BREAKS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "unknown key": lambda report: report.update(extra=1),
+    "missing key": lambda report: report.pop("per_image"),
+    "unknown verdict": lambda report: report.update(verdict="fine"),
+    "share in per cent": lambda report: report["criteria"][0].update(lower=31.5),
+    "short digest": lambda report: report["policy"].update(sha256="abc"),
+    "unknown outcome": lambda report: report["checks"][0].update(outcome="fine"),
+    "bits that are none": lambda report: report["evaluation"]["per_image"].update(robust="012"),
+    "attack without passes": lambda report: report["radii"][0]["attacks"][0]["per_image"].pop("forward"),
+    "transfer without surrogate": lambda report: report["transfer"][0]["about"].pop("surrogate_sha256"),
+    "no baseline entry": lambda report: report.pop("baseline"),
+    "unknown reason": lambda report: report["reasons"].append("mood"),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_the_schema_refuses_what_is_no_report(broken: str) -> None:
+    """Each kind of mistake is seen."""
+    report = sample()
+    BREAKS[broken](report)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(report, schema())
+
+
+def test_all_forms_are_written(tmp_path: Path) -> None:
+    """write_formats leaves exactly the files that FILES names, each with the text of its function."""
+    report = sample()
+    arrays = probes(report)
+    write_formats(report, arrays, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES) == set(FORMATS)
+    assert set(FILES) == {"report.md", "report.html", "junit.xml", "robustness.prom"}
+    for name, render in FORMATS.items():
+        assert (tmp_path / name).read_text(encoding="utf-8") == render(report, arrays)
+
+
+@verdicts
+def test_junit_says_the_verdict_in_its_words(verdict: str) -> None:
+    """Read back by junitparser: missed fails, raised is an error, open and not run are skipped, the rest passes."""
+    report = VERDICTS[verdict]
+    criteria, checks = JUnitXml.fromstring(junit(report).encode())
+    kinds = {"met": [], "missed": [Failure], "open": [Skipped], "clear": [], "raised": [Error], "not_run": [Skipped]}
+    for suite, rows, key in ((criteria, report["criteria"], "criterion"), (checks, report["checks"], "check")):
+        assert [case.name for case in suite] == [row[key] for row in rows]
+        for case, row in zip(suite, rows, strict=True):
+            assert [type(result) for result in case.result] == kinds[row["outcome"]]
+        found = [kind for row in rows for kind in kinds[row["outcome"]]]
+        assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (
+            len(rows),
+            found.count(Failure),
+            found.count(Error),
+            found.count(Skipped),
+        )
+    facts = {one.name: one.value for one in criteria.properties()}
+    assert facts["verdict"] == verdict
+    assert facts["model_sha256"] == report["candidate"]["model_sha256"]
+    figures = {one.get("name"): one.get("value") for one in criteria._elem.iter("property")}
+    assert figures["threshold"] == str(report["criteria"][-2]["threshold"])
+
+
+def test_junit_is_xml_whatever_the_names_are() -> None:
+    """Markup and control characters in names do not break the file."""
+    report = sample(raised=("fgsm_beats_pgd",))
+    report["criteria"][0]["criterion"] = 'a < b & "c" \x00\x1b]]>'
+    report["checks"][1]["why"] = report["checks"][1]["do"] = "\ud800 <x>"
+    criteria, checks = JUnitXml.fromstring(junit(report).encode())
+    assert next(iter(criteria)).name == 'a < b & "c" \ufffd\ufffd]]>'
+    assert next(iter(next(case for case in checks if case.result).result)).message == "\ufffd <x>"
+
+
+@verdicts
+def test_markdown_begins_with_the_verdict(verdict: str) -> None:
+    """Headline, what decided it, what to do; then tables; long parts are folded, and left out for a terminal."""
+    report = VERDICTS[verdict]
+    page = markdown(report)
+    heads = {"passed": "PASSED", "failed": "BLOCKED", "inconclusive": "INCONCLUSIVE", "suspect": "SUSPECT"}
+    assert page.startswith(f"### {heads[verdict]}: ")
+    top, _, _ = page.partition("<details>")
+    assert top.strip() == markdown(report, details=False).strip()
+    for row in report["criteria"]:
+        assert f"| `{row['criterion']}` | {100 * row['value']:.1f} % ({row['k']}/{row['n']})" in top
+    for finding in report["findings"]:
+        assert f"| `{finding['check']}` | {finding['why']} | {finding['do']} |" in top
+    for summary in ("Radii and transfer", "Classes", "Checks", "Provenance"):
+        assert f"<details><summary>{summary}</summary>\n\n| " in page
+    assert "transfer from `surrogate-pgd` (upper bound)" in page
+
+
+def test_markdown_tables_hold_whatever_the_names_are() -> None:
+    """Pipes, backticks, line breaks and markup in names neither break a table nor become markup."""
+    report = sample(raised=("fgsm_beats_pgd",))
+    name = "a|b`c\n| d | <script>x</script> [l](http://probe.invalid)"
+    report["data"]["classes"][3] = report["evaluation"]["attacks"][0]["name"] = name
+    report["findings"][0]["why"] = report["checks"][1]["why"] = name
+    for line in markdown(report).splitlines():
+        if line.startswith("| `a\\|b"):
+            assert line.replace("\\|", "").count("|") in (6, 7)  # five columns of attacks, six of classes
+            assert line.count("`") == 2
+    (found,) = [line for line in markdown(report).splitlines() if line.startswith("| `fgsm_beats_pgd` | a")]
+    assert found.replace("\\|", "").count("|") == 4
+    assert "<script" not in found
+    assert "\\[l\\](" in found
+
+
+def test_markdown_stays_below_what_github_takes() -> None:
+    """With a class list of megabytes the page is cut, says so, and keeps its verdict and later parts."""
+    report = sample()
+    report["data"]["classes"] += [f"class {number} {'x' * 900}" for number in range(1500)]
+    page = markdown(report)
+    assert len(page.encode()) < LIMIT < 1 << 20
+    assert page.startswith("### PASSED")
+    assert "Classes: too long for this page" in page
+    assert "<summary>Provenance</summary>" in page
+
+
+def samples_of(report: dict[str, Any]) -> dict[tuple[str, frozenset[str]], float]:
+    """OpenMetrics text through prometheus_client's strict parser: name and label values to value."""
+    families = text_string_to_metric_families(openmetrics(report))
+    return {(one.name, frozenset(one.labels.values())): one.value for family in families for one in family.samples}
+
+
+@verdicts
+def test_metrics_carry_the_reports_figures(verdict: str) -> None:
+    """Under the sidecar's names: state, threshold, accuracy with bounds; criteria, attacks and checks beside them."""
+    report = VERDICTS[verdict]
+    found = samples_of(report)
+
+    def figure(name: str, *labels: str) -> float:
+        return found[f"robustness_gate_{name}", frozenset({"candidate", *labels})]
+
+    assert {state: figure("state", state) for state in VERDICTS} == {state: state == verdict for state in VERDICTS}
+    ball, robust = ("linf", "16/255"), report["evaluation"]["robust"]
+    for name, key in (("", "value"), ("_lower", "lower_95"), ("_upper", "upper_95")):
+        assert figure(f"accuracy{name}_ratio", *ball) == robust[key]
+    assert figure("accuracy_ratio", "linf", "8/255") == report["radii"][1]["robust"]["value"]
+    assert figure("threshold_ratio", *ball) == report["criteria"][0]["threshold"]
+    assert figure("threshold_ratio", "linf", "8/255") == 0.6
+    assert figure("clean_threshold_ratio") == 0.85
+    assert figure("transfer_accuracy_ratio", *ball, "surrogate-pgd") > robust["value"]
+    assert figure("evaluated_timestamp_seconds") == 1772600767
+    assert figure("criterion_lower_ratio", report["criteria"][0]["criterion"]) == report["criteria"][0]["lower"]
+    attack = report["evaluation"]["attacks"][3]
+    assert figure("attack_flipped_images", *ball, "square-1000") == attack["flipped"]
+    assert figure("attack_passes", *ball, "square-1000", "forward") == sum(attack["per_image"]["forward"])
+    for check in report["checks"]:
+        states = {state: figure("check_state", check["check"], state) for state in ("clear", "raised", "not_run")}
+        assert states == {state: state == check["outcome"] for state in states}
+
+
+def test_metrics_of_the_gate_have_the_sidecars_names() -> None:
+    """A dashboard reads the gate's figures from the sidecar or from this file: the same names and labels."""
+    source = (ROOT / "monitoring" / "metrics.py").read_text(encoding="utf-8")
+    names = {key[0] for key in samples_of(sample())}
+    for name in ("state", "threshold_ratio", "clean_threshold_ratio", "evaluated_timestamp_seconds"):
+        assert f'"robustness_gate_{name}"' in source
+        assert f"robustness_gate_{name}" in names
+    for name in ("accuracy", "clean_accuracy"):
+        assert f'"robustness_gate_{name}"' in source
+        assert {f"robustness_gate_{name}{bound}_ratio" for bound in ("", "_lower", "_upper")} <= names
+
+
+def test_metrics_take_any_name() -> None:
+    """Quotes, line breaks and backslashes in a name arrive as they are, and two equal rows make one sample."""
+    report = sample()
+    report["candidate"]["name"] = 'a"b\\c\nd'
+    report["criteria"].append(dict(report["criteria"][0]))
+    assert ("robustness_gate_duration_seconds", frozenset({'a"b\\c\nd'})) in samples_of(report)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool; apt-get install prometheus")
+def test_promtool_finds_nothing_to_say() -> None:
+    """The same file as Prometheus' older text format, as node exporter's textfile collector reads it."""
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=openmetrics(sample()).encode(), capture_output=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def test_annotations_point_at_the_policy(tmp_path: Path) -> None:
+    """One error for each missed criterion and raised check, at the criterion's line; a notice where all is met."""
+    policy = tmp_path / "gate.toml"
+    policy.write_text('seed = 0\n# robust_accuracy below\ncriteria = [\n  "robust_accuracy >= 0.85 at 95 %",\n]\n')
+    (line,) = commands(VERDICTS["failed"], policy)
+    assert line.startswith(f"::error file={policy},line=4,title=robust_accuracy >= 0.85 at 95 %25 is missed::")
+    assert "after 200 images" in line
+    assert [line.partition(" ")[0] for line in commands(VERDICTS["suspect"], policy)] == ["::error", "::error"]
+    assert commands(VERDICTS["inconclusive"], policy)[0].startswith("::warning ")
+    assert commands(VERDICTS["passed"], tmp_path / "none.toml")[0].startswith("::notice ")
+
+
+def test_annotations_are_few_and_each_is_one_command() -> None:
+    """At most ten; a line break, a colon or a comma in a name neither ends a command nor begins another."""
+    report = sample(0.85)
+    row = {**report["criteria"][0], "criterion": "a,b::c\n::error::x"}
+    report["criteria"] = [row] * 30
+    lines = commands(report, Path("x,y.toml"))
+    assert len(lines) == MOST
+    for line in lines:
+        assert "\n" not in line
+        assert line.startswith("::error file=x%2Cy.toml,line=1,title=a%2Cb%3A%3Ac%0A%3A%3Aerror%3A%3Ax is missed::")
+
+
+def test_publishing_happens_on_github_only(tmp_path: Path) -> None:
+    """Elsewhere nothing; there the annotations are said, and the summary is appended to what stands there already."""
+    said: list[str] = []
+    step = tmp_path / "summary.md"
+    step.write_text("before\n")
+    publish(sample(), Path("gate.toml"), {"GITHUB_STEP_SUMMARY": str(step)}, said.append)
+    assert (said, step.read_text()) == ([], "before\n")
+    publish(sample(), Path("gate.toml"), {"GITHUB_ACTIONS": "true"}, said.append)
+    assert said == commands(sample(), Path("gate.toml"))
+    publish(sample(), Path("gate.toml"), {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(step)}, said.append)
+    assert step.read_text() == f"before\n{markdown(sample())}\n"
+
+
+def test_formats_load_no_training_library() -> None:
+    """A report is rendered where neither torch nor ONNX Runtime is wanted."""
+    code = "import sys, gating.formats, gating.github; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"torch", "onnxruntime", "onnx", "matplotlib"} & set(loaded.stdout.split())

@@ -1,0 +1,240 @@
+"""Reasons to disbelieve: every check has been seen to fail, and none fails where there is nothing to see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+from torch import nn
+
+from robustness.attacks import Attack
+from robustness.checks import CHECKS, CLEARLY, LEVEL, Found, diagnose, repeated, surplus, too_many
+from robustness.data import Dataset, load_dataset
+from robustness.diagnosis import Examination
+from robustness.evaluate import Outcome, evaluate
+from robustness.models import Classifier, exactly, frozen, to_float
+from robustness.records import AttackRecord, Evaluation
+from robustness.runs import load_run
+from robustness.threat import Threat
+from tests.robustness.traps import TRAPS, sprung
+
+THREAT = Threat.parse("linf", "8/255")
+N = 64
+EVERY = (True,) * N
+BY_RECORD = {"found_and_dropped", "outside_ball", "seen_images", "artefact_disagrees"}
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def fragile(standard_run: Path) -> Classifier:
+    """Nearly all of its images fall at 8/255: whatever a trap around it seems to hold is deceit."""
+    return load_run(standard_run).model
+
+
+@pytest.fixture(scope="module")
+def other(other_run: Path) -> Classifier:
+    return load_run(other_run).model
+
+
+def examine(model: nn.Module | None, digits: Dataset, decider: nn.Module | None = None, **facts: Any) -> Examination:
+    decide = exactly(decider or model)  # type: ignore[arg-type]  # one of the two is there
+    return Examination(model, decide, digits.x_test[:N], digits.y_test[:N], THREAT, grid=True, seed=0, **facts)
+
+
+def run(check: str, model: nn.Module, digits: Dataset, decider: nn.Module | None = None, **facts: Any) -> Found:
+    with frozen(model):
+        return CHECKS[check].run(examine(model, digits, decider, **facts))
+
+
+def attacked(model: nn.Module | None, digits: Dataset, *names: str, **how: Any) -> Outcome:
+    suite = [Attack.parse(name) for name in names]
+    return evaluate(model, digits.x_test[:N], digits.y_test[:N], THREAT, suite, grid=True, batch_size=N, **how)
+
+
+def recorded(*records: AttackRecord) -> Evaluation:
+    return Evaluation(THREAT, True, 0, EVERY, records, 1.0)
+
+
+def record(name: str, held: tuple[bool, ...] = EVERY, **facts: Any) -> AttackRecord:
+    return AttackRecord(name, {}, held, EVERY, **{"outside": 0, "seconds": 1.0, "unconfirmed": 0, **facts})
+
+
+@pytest.mark.parametrize(("trap", "check"), [(name, check) for name, trap in TRAPS.items() for check in trap.caught])
+def test_a_trap_is_caught(fragile: Classifier, digits: Dataset, trap: str, check: str) -> None:
+    """What looks robust and is not raises the check that is about it."""
+    deceit = sprung(trap, fragile, digits.x_test[:N], digits.y_test[:N])
+    found = run(check, deceit, digits)
+    assert found.outcome == "raised", found.why
+
+
+def test_the_honest_twin_raises_nothing(fragile: Classifier, digits: Dataset) -> None:
+    """The network inside the traps, without a trap: no check is raised, and all that need no record run."""
+    how: dict[str, Any] = {"grid": True, "seed": 0}
+    results = diagnose(fragile, exactly(fragile), digits.x_test[:N], digits.y_test[:N], THREAT, **how)
+    assert {result.check: result.why for result in results if result.outcome == "raised"} == {}
+    assert {result.check for result in results if result.outcome == "not_run"} <= BY_RECORD | {"black_box_stronger"}
+
+
+def test_every_check_has_been_seen_to_fail() -> None:
+    """Each check is caught by a trap above or by a test below."""
+    assert set(CHECKS) == {check for trap in TRAPS.values() for check in trap.caught} | BY_RECORD
+
+
+def test_a_query_only_model_is_asked_what_needs_no_gradient(fragile: Classifier, digits: Dataset) -> None:
+    """Without gradients the checks that need them say so, and the others catch a softmax."""
+    softmax = sprung("softmax", fragile, digits.x_test[:N], digits.y_test[:N])
+    results = diagnose(
+        None, exactly(softmax), digits.x_test[:N], digits.y_test[:N], THREAT, grid=True, seed=0, evaluation=recorded()
+    )
+    outcomes = {result.check: result for result in results}
+    raised = {name for name, result in outcomes.items() if result.outcome == "raised"}
+    assert {"probabilities"} <= raised <= {"probabilities", "flat_outputs"}  # probabilities taken for logits are flat
+    assert "gradients" in outcomes["bad_gradients"].why
+    assert outcomes["outputs_differ"].outcome == outcomes["only_exact_images"].outcome == "clear"
+
+
+def test_a_model_that_is_never_right_is_no_finding(fragile: Classifier, digits: Dataset) -> None:
+    """Where no image is right there is nothing to attack, and the checks that attack say so."""
+    wrong = (digits.y_test[:8] + 1) % 10
+    with torch.no_grad():
+        answers = fragile(to_float(torch.from_numpy(digits.x_test[:8]))).argmax(dim=1).numpy()
+    images = digits.x_test[:8][answers != wrong]
+    results = diagnose(fragile, exactly(fragile), images, wrong[answers != wrong], THREAT, grid=True, seed=0)
+    assert [result.check for result in results if result.outcome == "raised"] == []
+    assert {"right on none" in result.why for result in results if "images" in CHECKS[result.check].needs} == {True}
+
+
+def test_a_result_is_a_row_of_the_report(fragile: Classifier, digits: Dataset) -> None:
+    """Results are strict JSON, infinite gradients too, and each says when it is raised and what to do."""
+    broken = sprung("exploding gradients", fragile, digits.x_test[:4], digits.y_test[:4])
+    results = diagnose(broken, exactly(fragile), digits.x_test[:4], digits.y_test[:4], THREAT, grid=True, seed=0)
+    rows = json.loads(json.dumps([result.to_json() for result in results], allow_nan=False))
+    assert [row["check"] for row in rows] == list(CHECKS)
+    assert all(set(row) == {"check", "outcome", "when", "why", "do", "figures"} for row in rows)
+    assert all(row["when"] and row["why"] and row["do"] for row in rows)
+
+
+def test_log_probabilities_are_logits(fragile: Classifier, digits: Dataset) -> None:
+    """A log-softmax changes neither the cross-entropy nor a margin, and is no reason to disbelieve."""
+    assert run("probabilities", nn.Sequential(fragile, nn.LogSoftmax(dim=1)), digits).outcome == "clear"
+
+
+def test_an_artefact_of_another_model_disagrees(fragile: Classifier, other: Classifier, digits: Dataset) -> None:
+    """Gradients of one model and answers of another are noticed by their labels; one model agrees with itself."""
+    assert run("artefact_disagrees", fragile, digits, other).outcome == "raised"
+    assert run("artefact_disagrees", fragile, digits).outcome == "clear"
+
+
+def test_what_was_found_and_dropped_is_noticed(fragile: Classifier, digits: Dataset) -> None:
+    """Where the model errs at points and the answer that counts never does, the record says so."""
+    memory = sprung("lookup table", fragile, digits.x_test[:N], digits.y_test[:N])
+    dropped = attacked(fragile, digits, "pgd-5", decide=exactly(memory)).evaluation
+    assert run("found_and_dropped", fragile, digits, evaluation=dropped).outcome == "raised"
+    honest = attacked(fragile, digits, "pgd-5").evaluation
+    assert run("found_and_dropped", fragile, digits, evaluation=honest).outcome == "clear"
+    uncounted = recorded(record("pgd-5", unconfirmed=None))
+    assert run("found_and_dropped", fragile, digits, evaluation=uncounted).outcome == "not_run"
+
+
+def test_an_image_outside_the_ball_is_noticed(fragile: Classifier, digits: Dataset) -> None:
+    """One is enough; an attack that looks for the nearest adversarial image may look outside."""
+    for name, outcome in (("pgd-5", "raised"), ("cw-l2-9", "clear")):
+        found = run("outside_ball", fragile, digits, evaluation=recorded(record("fgsm"), record(name, outside=1)))
+        assert found.outcome == outcome
+    assert run("outside_ball", fragile, digits, evaluation=recorded(record("pgd-5"))).outcome == "clear"
+
+
+@pytest.mark.parametrize(
+    ("facts", "outcome"),
+    [
+        ({"run": {"data": "a"}, "data": {"sha256": "a", "part": "train"}}, "raised"),
+        ({"run": {"data": "a", "parts": ["train", "test"]}, "data": {"sha256": "a", "part": "test"}}, "raised"),
+        ({"run": {"data": "a"}, "data": {"sha256": "a", "part": "test", "in_training": N}}, "raised"),
+        ({"run": {"data": "a"}, "data": {"sha256": "a", "part": "test", "in_training": 0}}, "clear"),
+        ({"run": {"data": "b"}, "data": {"sha256": "a", "part": "train"}}, "clear"),
+        ({"run": {}, "data": {"sha256": "a", "part": "test"}}, "not_run"),
+        ({}, "not_run"),
+    ],
+)
+def test_images_that_were_seen_are_noticed(
+    fragile: Classifier, digits: Dataset, facts: dict[str, Any], outcome: str
+) -> None:
+    """The manifest says which part of which data was trained on; what nobody says is not checked."""
+    assert run("seen_images", fragile, digits, about=facts).outcome == outcome
+
+
+def test_repeated_images_are_counted(digits: Dataset) -> None:
+    """Byte for byte: three training images among the tests are three, and one changed value makes another image."""
+    mixed = np.concatenate([digits.x_test[:5], digits.x_train[:3]])
+    assert repeated(mixed, digits.x_train) == 3
+    mixed[-1, 0, 0, 0] ^= 1
+    assert repeated(mixed, digits.x_train) == 2
+
+
+def test_square_in_the_suite_may_not_beat_its_white_box(fragile: Classifier, digits: Dataset) -> None:
+    """APGD-T against three-bit inputs leaves what Square breaks; on the honest twin nothing is left to break."""
+    deceit = sprung("3-bit input", fragile, digits.x_test[:N], digits.y_test[:N])
+    suite = ("apgd-t-5", "square-60")
+    for model, outcomes in ((deceit, ("raised",)), (fragile, ("clear", "not_run"))):
+        evaluation = attacked(model, digits, *suite, cascade=True).evaluation
+        found = CHECKS["black_box_stronger"].run(examine(None, digits, fragile, evaluation=evaluation))
+        assert found.outcome in outcomes
+
+
+def test_transfer_may_not_beat_the_white_box(fragile: Classifier, digits: Dataset) -> None:
+    """What the honest twin gave away breaks what APGD-T left of three-bit inputs: raised; not after PGD alone."""
+    deceit = sprung("3-bit input", fragile, digits.x_test[:N], digits.y_test[:N])
+    transfer = attacked(deceit, digits, "mi-fgsm-10", source=fragile).evaluation
+    for attack, outcome in (("apgd-t-5", "raised"), ("pgd-5", "not_run")):
+        white = attacked(deceit, digits, attack).evaluation
+        e = examine(None, digits, fragile, evaluation=white, transfer=[transfer])
+        assert CHECKS["black_box_stronger"].run(e).outcome == outcome
+
+
+def test_a_square_that_came_first_has_beaten_nobody(fragile: Classifier, digits: Dataset) -> None:
+    """In a cascade the first attack takes what the others would have taken as well: no comparison is made of that."""
+    evaluation = attacked(fragile, digits, "square-60", "apgd-t-5", cascade=True).evaluation
+    e = examine(None, digits, fragile, evaluation=evaluation)
+    assert CHECKS["black_box_stronger"].run(e).outcome in ("clear", "not_run")
+
+
+@given(st.integers(1, 128))
+def test_chance_raises_a_comparison_at_its_level(differing: int) -> None:
+    """If each attack is as likely to break an image alone, the weaker one is called stronger as often as allowed."""
+    chance = 0.0
+    for only in range(differing + 1):
+        weaker, stronger = np.arange(128) < only, (np.arange(128) >= only) & (np.arange(128) < differing)
+        if surplus("a", weaker, "b", stronger).outcome == "raised":
+            chance += float(binom.pmf(only, differing, 0.5))
+    assert chance <= LEVEL
+
+
+def test_a_comparison_has_to_be_sure_and_clear() -> None:
+    """Ten that only the weaker attack broke are not sure, eleven are; of 1,000 images they are no clear surplus."""
+    none = np.zeros(128, bool)
+    assert surplus("a", np.arange(128) < 10, "b", none).outcome == "clear"
+    assert surplus("a", np.arange(128) < 11, "b", none).outcome == "raised"
+    many = np.arange(1000)
+    assert surplus("a", many < 1000 * CLEARLY - 1, "b", many < 0).outcome == "clear"
+    assert surplus("a", many < 1000 * CLEARLY, "b", many < 0).outcome == "raised"
+
+
+@given(st.integers(1, 200), st.integers(1, 5))
+def test_chance_raises_a_count_at_its_level(n: int, ways: int) -> None:
+    """At the tolerated rate, in each of several ways, the chance of a finding is at most the level over all of them."""
+    first = next((k for k in range(n + 1) if too_many({"a": (k, n)}, "", 0.05).outcome == "raised"), n + 1)
+    assert binom.sf(first - 1, n, 0.05) <= LEVEL
+    others = {str(number): (0, n) for number in range(ways - 1)}
+    first = next((k for k in range(n + 1) if too_many({"a": (k, n), **others}, "", 0.05).outcome == "raised"), n + 1)
+    assert ways * binom.sf(first - 1, n, 0.05) <= LEVEL

@@ -1,0 +1,226 @@
+"""Models that look robust and are not, each as a wrapper around an honest network, in eval mode as in any other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustness.data import Bytes, Labels
+from robustness.models import Classifier, to_float
+
+
+@dataclass(frozen=True)
+class Trap:
+    """build: from an honest classifier and the images and labels it will be judged on. caught: checks that it raises,
+    among others.
+    """
+
+    build: Callable[[Classifier, Tensor, Tensor], nn.Module]
+    caught: tuple[str, ...]
+
+
+def sprung(name: str, model: Classifier, images: Bytes, labels: Labels) -> nn.Module:
+    """The trap of that name around a copy of `model`; images uint8 `(N, H, W, C)`, labels `(N,)`."""
+    twin = copy.deepcopy(model).eval()
+    return TRAPS[name].build(twin, to_float(torch.from_numpy(images)), torch.from_numpy(labels)).eval()
+
+
+def answer(model: Classifier, x: Tensor) -> Tensor:
+    logits: Tensor = model(x)
+    return logits
+
+
+class Around(nn.Module):
+    """The honest network inside a function of images and network."""
+
+    def __init__(self, model: Classifier, function: Callable[[Classifier, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.model, x)
+
+
+def around(function: Callable[[Classifier, Tensor], Tensor]) -> Callable[[Classifier, Tensor, Tensor], nn.Module]:
+    return lambda model, x, y: Around(model, function)
+
+
+def masked(model: Classifier, x: Tensor) -> Tensor:
+    """Each element of the last stage kept with probability one half: the literal rule's masks at alpha 0.1."""
+    features = model.features(x)
+    return model.head(features * torch.bernoulli(torch.full_like(features, 0.5)))
+
+
+def masked_by_position(model: Classifier, x: Tensor) -> Tensor:
+    """The same with one seed: every pass repeats, but an image's mask depends on its place in the batch."""
+    features = model.features(x)
+    uniform = torch.rand(features.shape, generator=torch.Generator().manual_seed(0))
+    return model.head(features * (uniform < 0.5))
+
+
+def quantised(model: Classifier, x: Tensor) -> Tensor:
+    """Three bits a pixel."""
+    return answer(model, (x * 7).round() / 7)
+
+
+def noisy(model: Classifier, x: Tensor) -> Tensor:
+    return answer(model, x + 0.02 * torch.randn_like(x))
+
+
+class Flipped(torch.autograd.Function):
+    """The identity, with minus the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return -gradients[0]
+
+
+class Dripping(torch.autograd.Function):
+    """The identity, with the gradient of one value in fifty, at random."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * (torch.rand_like(gradients[0]) < 0.02)
+
+
+class Exploding(torch.autograd.Function):
+    """The identity, with a gradient that is not a number where the image is dark."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * torch.nan
+
+
+class Turned(torch.autograd.Function):
+    """The identity, with the gradient of each image times a sign `(N,)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sign: Tensor) -> Tensor:
+        ctx.save_for_backward(sign)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (sign,) = ctx.saved_tensors
+        return gradients[0] * sign.view(-1, 1, 1, 1), None
+
+
+def honest_on_bytes(model: Classifier, x: Tensor) -> Tensor:
+    """Gradients are right at images as they come, in whole grey levels, and point backwards everywhere else."""
+    whole = ((255 * x - (255 * x).round()).abs() < 1e-3).flatten(1).all(dim=1)
+    return answer(model, Turned.apply(x, torch.where(whole, 1.0, -1.0)))
+
+
+class Lookup(nn.Module):
+    """Answers from a table of the nearest image it knows."""
+
+    def __init__(self, model: Classifier, known: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        self.model, self.known, self.labels = model, known.flatten(1), labels
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x.flatten(1), self.known).argmin(dim=1)
+        # Connected to the image, so that there is a gradient to take: zero.
+        return 10.0 * nn.functional.one_hot(self.labels[nearest], 10) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+
+class Memory(Lookup):
+    """The label it remembers for exactly these images; a network that has learnt nothing for all others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        distance, nearest = torch.cdist(x.flatten(1), self.known).min(dim=1)
+        remembered = nn.functional.one_hot(self.labels[nearest], 10) * (distance < 1e-4)[:, None]
+        logits: Tensor = self.model(x.flip(1, 2))
+        return logits + 20 * remembered
+
+
+class Shelter(Lookup):
+    """As robust as any table in a ball around the images that it knows, as fragile as its network outside."""
+
+    radius = 9 / 255
+
+    def forward(self, x: Tensor) -> Tensor:
+        distance, nearest = torch.cdist(x.flatten(1), self.known, p=torch.inf).min(dim=1)
+        remembered = nn.functional.one_hot(self.labels[nearest], 10) * (distance < self.radius)[:, None]
+        logits: Tensor = self.model(x)
+        return torch.where(remembered.any(dim=1, keepdim=True), logits / 100 + 20 * remembered, -logits)
+
+
+class Tether(Lookup):
+    """Gradients point backwards as soon as an image has left the ball that everybody looks at."""
+
+    radius = 8.5 / 255
+
+    def forward(self, x: Tensor) -> Tensor:
+        distance = torch.cdist(x.detach().flatten(1), self.known, p=torch.inf).amin(dim=1)
+        logits: Tensor = self.model(Turned.apply(x, torch.where(distance < self.radius, 1.0, -1.0)))
+        return logits
+
+
+class Moat(Lookup):
+    """Gradients point backwards where a few values have come to the border of the ball: only long steps get past."""
+
+    radius = 8 / 255
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.detach().flatten(1)
+        nearest = self.known[torch.cdist(flat, self.known, p=torch.inf).argmin(dim=1)]
+        share = ((flat - nearest).abs() > 0.999 * self.radius).float().mean(dim=1)
+        logits: Tensor = self.model(Turned.apply(x, torch.where((share > 0.005) & (share < 0.08), -1.0, 1.0)))
+        return logits
+
+
+class BatchNormed(nn.Module):
+    """Batch norm that never stopped training: an image's answer depends on its company."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.track_running_stats, module.running_mean, module.running_var = False, None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        return logits
+
+
+TRAPS: dict[str, Trap] = {
+    "logits x 1000": Trap(around(lambda model, x: 1000 * model(x)), ("bad_gradients",)),
+    "logits x 100": Trap(around(lambda model, x: 100 * model(x)), ("scale_hides",)),
+    "logits x 0.001": Trap(around(lambda model, x: 0.001 * model(x)), ("flat_outputs",)),
+    "softmax": Trap(around(lambda model, x: model(x).softmax(dim=1)), ("probabilities",)),
+    "masks left on": Trap(around(masked), ("outputs_differ",)),
+    "masks of one seed": Trap(around(masked_by_position), ("batch_dependent",)),
+    "3-bit input": Trap(around(quantised), ("bad_gradients", "unlimited_fails")),
+    "noise": Trap(around(noisy), ("outputs_differ",)),
+    "lookup table": Trap(Lookup, ("bad_gradients", "unlimited_fails")),
+    "memory": Trap(Memory, ("only_exact_images",)),
+    "shelter": Trap(Shelter, ("cliff_beyond_ball",)),
+    "flipped gradients": Trap(
+        around(lambda model, x: model(Flipped.apply(x))), ("gradients_mislead", "unlimited_fails", "black_box_stronger")
+    ),
+    "honest on bytes": Trap(around(honest_on_bytes), ("fgsm_beats_pgd",)),
+    "moat": Trap(Moat, ("weaker_with_steps",)),
+    "tether": Trap(Tether, ("weaker_with_eps",)),
+    "dripping gradients": Trap(around(lambda model, x: model(Dripping.apply(x))), ("loss_still_rising",)),
+    "exploding gradients": Trap(around(lambda model, x: model(Exploding.apply(x))), ("bad_gradients",)),
+    "batch norm in training": Trap(lambda model, x, y: BatchNormed(model), ("batch_dependent",)),
+}
