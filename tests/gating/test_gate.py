@@ -190,7 +190,7 @@ def test_evidence_replaces_evidence(subject: Subject, passed: Path, tmp_path: Pa
 
 def test_an_l2_gate_blocks_what_falls_in_float(subject: Subject, standard_run: Path, tmp_path: Path) -> None:
     """Going to bytes does not undo an L2 attack: what breaks the plain model in float breaks it as bytes."""
-    wanted = policy(0.5, images=60).model_dump()
+    wanted = policy(0.5, images=60, statistics="fixed").model_dump()
     wanted["threat"] = {"norm": "l2", "eps": "2.0"}
     for suite in (["cw-l2"], ["margin-pgd-20"]):
         wanted["attacks"] = {"suite": suite}

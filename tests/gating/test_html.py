@@ -101,6 +101,7 @@ def test_the_page_has_all_its_parts() -> None:
         assert check["check"] in text
         assert check["when"] in text
         assert check["do"] in text
+        assert check["why"] in text
     for name in CLASSES:
         assert name in text
     assert "transfer from surrogate-pgd" in text
