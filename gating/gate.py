@@ -408,7 +408,7 @@ def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return buffer.getvalue()
 
 
-if __name__ == "__main__":  # `torchrun -m gating.gate SUBJECT ...`, also where nothing is installed
+if __name__ == "__main__":  # `torchrun -m -- gating.gate SUBJECT ...`, also where nothing is installed
     import runpy
 
     sys.argv.insert(1, "gate")

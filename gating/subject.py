@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gating.attestation import read_candidate
+from gating.attestation import candidate_files, read_candidate
 from gating.gradients import NoGradients, differentiable
 from robustness.contract import InputContract
 from robustness.errors import BadInput, DfmclError
@@ -157,7 +157,7 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
         kind="candidate",
         name=str(candidate),
         digest=graph.digest,
-        files=dict(manifest["files"]),
+        files=candidate_files(candidate),
         contract=contract,
         classes=_named(labels, count_classes(decide, contract, path), candidate),
         decide=decide,

@@ -132,7 +132,7 @@ ATTACKS: dict[str, AttackFunction] = {
     "square": square,
 }
 
-# Names of suites, the cheapest killer first. `standard` is AutoAttack's protocol: four attacks, the worst case per image.
+# The cheapest killer first. `standard` is AutoAttack's protocol: four attacks, the worst case per image.
 SUITES: dict[str, tuple[str, ...]] = {
     "fast": ("apgd-ce", "apgd-t"),
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),

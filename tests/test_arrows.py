@@ -68,6 +68,7 @@ def test_a_forbidden_arrow_is_noticed(path: str, source: str) -> None:
 
 LIGHT = {
     "gating.policy, gating.verdict, gating.attestation, gating.report": {"torch", "onnxruntime"},
+    "gating.formats, gating.github": {"torch", "onnxruntime"},
     "serving.client": {"torch", "onnx", "onnxruntime", "robustness", "gating", "pydantic", "typer"},
     "gating.attestation": {"torch", "numpy", "scipy", "pydantic"},
     "dfmcl": {"torch", "numpy", "pydantic", "tritonclient", "rich.progress"},

@@ -15,6 +15,8 @@ import pytest
 import dfmcl
 from tests.processes import wait_until
 
+ROOT = Path(__file__).parents[1]
+
 COMMAND = Path(sys.executable).with_name("dfmcl")
 SUBCOMMANDS = ("train", "presets", "evaluate", "export", "gate", "promote", "serve", "watch")
 
@@ -62,13 +64,20 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
                 out,
             ],
             2,
-            "manifest.json: No such file or directory",
+            "names no model; expected a candidate",
         ),
         "nothing to promote": (
-            ["promote", f"{tmp_path}/no", "--evidence", f"{tmp_path}/no", "--repository", out, "--name", "m"],
+            ["promote", f"{tmp_path}/no", "--evidence", f"{tmp_path}/no", "--repository", out, "--name", "m"]
+            + ["--trust", str(ROOT / "deploy" / "resnet18w32-cifar10" / "trust.toml")],
             2,
             "manifest.json",
         ),
+        "promote without trust": (
+            ["promote", f"{tmp_path}/no", "--evidence", f"{tmp_path}/no", "--repository", out, "--name", "m"],
+            2,
+            "--trust",
+        ),
+        "no evidence": (["verdict", f"{tmp_path}/no"], 2, "report.json: no such file"),
         "empty repository": (["serve", "--repository", f"{tmp_path}/taken"], 2, "no promoted model"),
         "no watch config": (["watch", "--config", f"{tmp_path}/none.toml"], 2, "none.toml: No such file"),
     }
@@ -76,7 +85,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
 
 CASES = [
     "no such preset", "unknown key", "taken directory", "missing data", "out below a file", "no run",
-    "no run to export", "no candidate", "nothing to promote", "empty repository", "no watch config",
+    "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence", "empty repository", "no watch config",
 ]  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def evaluation(eps: int, gain: float = 1.0, about: dict[str, Any] | None = None)
     made = Evaluation(
         Threat.parse("linf", f"{eps}/255"), True, 0, tuple(correct.tolist()), tuple(records), 151.0, about or {}
     )
-    return {**made.to_json(), "format": "dfmcl.evaluation/1"}
+    return made.to_json()
 
 
 def sample(threshold: float = 0.3, *, kind: str = "sequential", raised: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def test_a_round_with_two_versions_is_thrown_away() -> None:
 def test_an_attack_that_leaves_the_ball_gains_nothing() -> None:
     """Images that an attack leaves outside the L2 ball are sent as they were."""
 
-    def rogue(model, x, y, threat, *, generator):
+    def rogue(model, x, y, threat, *, generator, trial):
         return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 0, 1 - x, (x + 0.01).clamp(0, 1))
 
     images = plan().images
