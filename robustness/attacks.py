@@ -7,6 +7,7 @@ images are done; nothing else is changed by a call.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,12 @@ from robustness import losses
 from robustness.apgd import apgd, apgd_targeted
 from robustness.cw import cw_l2
 from robustness.errors import BadInput
+from robustness.fab import fab_targeted
 from robustness.geometry import project, start, steepest
+from robustness.rays import rays
 from robustness.square import square
-from robustness.threat import Threat
+from robustness.threat import Threat, parse_eps
+from robustness.transfer import TRANSFORMS, Pass
 from robustness.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
@@ -44,21 +48,34 @@ def climb(
     random_start: bool = True,
     initial: Tensor | None = None,
     momentum: float = 0.0,
+    transforms: Sequence[str] = (),
     keep: str = "worst",
     trial: Trial | None = None,
 ) -> Tensor:
-    """Projected gradient ascent, the loop behind FGSM, PGD, margin-PGD and MI-FGSM.
+    """Projected gradient ascent, the loop behind FGSM, PGD, margin-PGD and the FGSMs made to transfer.
 
     keep="worst" returns, per image, the first iterate that fools the model, else the one of highest loss; an image
     that is fooled leaves the batch at once. keep="last" returns the last iterate, as adversarial training and
     transfer need it. initial `(N, C, H, W)` is where the first restart begins, instead of a random or the image's own
     place. step_size defaults to 2.5 eps / steps (Madry et al. 2018). Every step costs one forward and one
-    backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too.
+    backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too. transforms: names in
+    `transfer.TRANSFORMS`, the innermost first; with keep="last" only, as what they look at is not the iterate.
     """
     step_size = 2.5 * threat.eps / steps if step_size is None else step_size
+    if transforms and keep != "last":
+        raise BadInput(f"attack: transforms {', '.join(transforms)} need keep='last'; leave one of the two out")
     trial = trial or Trial(y)
+
+    def look(points: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if keep == "last":  # every image stays to the end
+            trial.spend(everyone, forward=1, backward=1)
+        return losses.value_and_gradient(model, points, loss, (labels,), with_gradient)
+
+    seen: Pass = look
+    for name in transforms:
+        seen = TRANSFORMS[name](seen, threat, generator)
     worst, highest = x.clone(), x.new_full((len(x),), float("-inf"))
-    alive = torch.arange(len(x), device=x.device)
+    alive = everyone = torch.arange(len(x), device=x.device)
     for restart in range(restarts):
         index, origin, velocity = alive, x[alive], torch.zeros_like(x[alive])
         x_adv = start(origin, threat, generator) if random_start else origin.clone()
@@ -67,10 +84,8 @@ def climb(
         for step in range(steps + 1):
             if step == steps and keep == "last":
                 break
-            value, gradient, logits = losses.value_and_gradient(model, x_adv, loss, (y[index],), step < steps)
-            if keep == "last":
-                trial.spend(index, forward=1, backward=1)
-            else:
+            value, gradient, logits = seen(x_adv, y[index], step < steps)
+            if keep == "worst":
                 fooled = trial.look(index, x_adv, logits, gradient=step < steps)
                 value = torch.where(fooled, torch.inf, value)
                 better = value > highest[index]
@@ -121,6 +136,15 @@ margin_pgd = partial(climb, loss=losses.margin)
 mi_fgsm = partial(climb, loss=losses.cross_entropy, momentum=1.0, random_start=False, keep="last")
 """Momentum iterative FGSM, made to transfer. Dong et al. 2018."""
 
+di_fgsm = partial(mi_fgsm, transforms=("di",))
+"""MI-FGSM on views of random size and place. Xie et al. 2019 (M-DI2-FGSM)."""
+
+ti_fgsm = partial(mi_fgsm, transforms=("ti",))
+"""MI-FGSM by smoothed gradients. Dong et al. 2019."""
+
+vmi_fgsm = partial(mi_fgsm, transforms=("vmi",))
+"""MI-FGSM by gradients tuned to those around. Wang & He 2021."""
+
 ATTACKS: dict[str, AttackFunction] = {
     "fgsm": fgsm,
     "pgd": pgd,
@@ -129,7 +153,12 @@ ATTACKS: dict[str, AttackFunction] = {
     "cw-l2": cw_l2,
     "apgd-ce": apgd,
     "apgd-t": apgd_targeted,
+    "fab-t": fab_targeted,
     "square": square,
+    "rays": rays,
+    "di-fgsm": di_fgsm,
+    "ti-fgsm": ti_fgsm,
+    "vmi-fgsm": vmi_fgsm,
 }
 
 # The cheapest killer first. `standard` is AutoAttack's protocol: four attacks, the worst case per image.
@@ -138,11 +167,11 @@ SUITES: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
 }
 
-# They ask for scores or labels only.
+# They ask for scores or labels only; the number in their name is that of queries.
 WITHOUT_GRADIENTS = ("square", "rays")
 
-# One run each: C&W searches from the image itself, MI-FGSM starts there, Square spends its queries on one search.
-WITHOUT_RESTARTS = ("cw-l2", "mi-fgsm", "square")
+# One run each: C&W searches from the image itself, the FGSMs start there, the others spend their queries on one search.
+WITHOUT_RESTARTS = ("cw-l2", "mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm", *WITHOUT_GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -155,23 +184,32 @@ class Attack:
 
     @staticmethod
     def parse(text: str) -> Attack:
-        """From a name: `fgsm`, `pgd-20` (steps), `pgd-50x5` (steps x restarts), `margin-pgd-20`, `cw-l2-100`, `apgd-t`.
+        """From a name: KIND, KIND-STEPS or KIND-STEPSxRESTARTS, and @STEP_SIZE where the attack has one.
 
-        For `square-1000` the number is that of queries. BadInput where the name or a number makes no sense.
+        `fgsm`, `pgd-20`, `pgd-50x5`, `apgd-t`, `pgd-40@2/255`, `pgd-200x5@eps/4`. For `square-1000` and `rays-1000` the
+        number is that of queries. BadInput where the name or a number makes no sense.
         """
-        match = re.fullmatch(r"(?P<kind>[a-z0-9-]*?[a-z2])(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?", text)
+        match = re.fullmatch(
+            r"(?P<kind>[a-z0-9-]*?[a-z2])(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?(?:@(?P<step_size>.*))?", text
+        )
         kind = match["kind"] if match else ""
         if match is None or kind not in ATTACKS:
             raise BadInput(
                 f"attack: {text!r} is unknown; choose from {', '.join(ATTACKS)}, with -STEPS or -STEPSxRESTARTS"
             )
-        parameters = {key: int(value) for key, value in match.groupdict().items() if key != "kind" and value}
+        parameters: dict[str, Any] = {key: int(match[key]) for key in ("steps", "restarts") if match[key]}
         if any(value < 1 for value in parameters.values()) or (kind == "fgsm" and parameters):
             raise BadInput(f"attack: {text!r}: steps and restarts must be at least 1, and fgsm takes none")
         if kind in WITHOUT_RESTARTS and "restarts" in parameters:
             raise BadInput(f"attack: {text!r}: {kind} takes no restarts")
-        if kind == "square" and "steps" in parameters:
+        if kind in WITHOUT_GRADIENTS and "steps" in parameters:
             parameters = {"queries": parameters["steps"]}
+        if match["step_size"] is not None:
+            if "step_size" not in inspect.signature(ATTACKS[kind]).parameters:
+                raise BadInput(f"attack: {text!r}: {kind} takes no step size")
+            if step_length(match["step_size"], Threat("linf", 1.0)) <= 0:
+                raise BadInput(f"attack: {text!r}: a step is longer than 0")
+            parameters["step_size"] = match["step_size"]
         return Attack(text, ATTACKS[kind], parameters)
 
     @staticmethod
@@ -188,7 +226,7 @@ class Attack:
     @property
     def needs_gradients(self) -> bool:
         """Whether the model must be differentiable."""
-        return self.function not in [ATTACKS[name] for name in WITHOUT_GRADIENTS if name in ATTACKS]
+        return self.function not in [ATTACKS[name] for name in WITHOUT_GRADIENTS]
 
     def __call__(
         self,
@@ -200,4 +238,17 @@ class Attack:
         generator: torch.Generator,
         trial: Trial | None = None,
     ) -> Tensor:
-        return self.function(model, x, y, threat, generator=generator, trial=trial, **self.parameters)
+        parameters = dict(self.parameters)
+        if isinstance(parameters.get("step_size"), str):
+            parameters["step_size"] = step_length(parameters["step_size"], threat)
+        return self.function(model, x, y, threat, generator=generator, trial=trial, **parameters)
+
+
+def step_length(text: str, threat: Threat) -> float:
+    """The step that `2/255` or `0.01`, or by the radius `eps/4`, stands for; BadInput for others."""
+    if not text.startswith("eps/"):
+        return parse_eps(text)
+    parts = parse_eps(text.removeprefix("eps/"))
+    if parts <= 0:
+        raise BadInput(f"step size: {text!r} is no step; write a number, a fraction such as 2/255, or eps/4")
+    return threat.eps / parts

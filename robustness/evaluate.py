@@ -63,7 +63,8 @@ def evaluate(
 
     decide: whose answers count (default: the model itself, in float32). source: where gradients come from (default:
     the model; a surrogate for a transfer attack), climbed as a fast copy, in bfloat16 where precision and hardware
-    allow it; an AttackPass is climbed as it is. Without model and source the attacks query `decide`, so only those that
+    allow it; an AttackPass is climbed as it is. Attacks
+    without gradients climb it in float32. Without model and source the attacks query `decide`, so only those that
     need no gradients can run. grid: count only bytes inside the ball, eps rounded down to the uint8 grid.
     cascade: an attack sees only what earlier ones left, which is the worst case at less cost. after: in a cascade, what
     was found in a smaller ball around the same images: what fell there has fallen here.
@@ -110,7 +111,8 @@ def evaluate(
                 stream = generator(seed, attack.name, number, device=device)
                 kept = _Kept(decide, x, y, threat, grid)
                 trial = Trial(y, kept.confirm if source is not None else None)  # a query decides itself
-                kept.conclude(attack(climbed, x, y, threat, generator=stream, trial=trial))
+                shown = climbed.exact if isinstance(climbed, AttackPass) and not attack.needs_gradients else climbed
+                kept.conclude(attack(shown, x, y, threat, generator=stream, trial=trial))
                 newest = index[kept.fooled | (~kept.outside & left[index])]
                 chosen = torch.isin(index, newest)
                 as_bytes = to_bytes(kept.points if grid else to_uint8(kept.points, x, threat)).cpu().numpy()

@@ -33,9 +33,23 @@ class AttackPass(nn.Module):
     It decides nothing: an image has fallen where the frame says so, in float32 on the artefact.
     """
 
-    def __init__(self, network: nn.Module, memory_format: torch.memory_format, precision: str, folded: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        memory_format: torch.memory_format,
+        precision: str,
+        folded: int,
+        exact: AttackPass | None = None,
+    ) -> None:
         super().__init__()
         self.network, self.memory_format, self.precision, self.folded = network, memory_format, precision, folded
+        self._exact = (exact,)  # in a tuple: a module of its own would be frozen, moved and counted twice
+
+    @property
+    def exact(self) -> AttackPass:
+        """The same in float32, for attacks without gradients: they compare scores that differ by less than bfloat16's
+        steps, which cost Square 2 points of its strength."""
+        return self._exact[0] or self
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.memory_format)
@@ -159,7 +173,7 @@ def _in_bfloat16(made: AttackPass, example: Tensor) -> AttackPass:
             module.to(torch.bfloat16)
     if linear:
         _replace(network, linear[-1], _Float32(linear[-1]))
-    return AttackPass(network, made.memory_format, "bfloat16", made.folded)
+    return AttackPass(network, made.memory_format, "bfloat16", made.folded, exact=made)
 
 
 class _Float32(nn.Module):
