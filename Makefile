@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench-training bench-gate clean
+.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -15,6 +15,9 @@ help:
 	@echo 'make lint                ruff, ruff format --check, mypy'
 	@echo 'make bench-training      training speed beside the usual loop; writes benchmarks/results/training.json, .md'
 	@echo 'make bench-gate          how often the sequential bounds err, and how many images they need; writes gate.json, .md'
+	@echo 'make bench-attacks       PGD and Square beside foolbox, torchattacks and ART; writes attacks.json, .md'
+	@echo 'make bench-strength      the standard suite beside torchattacks'"'"' AutoAttack; writes strength.json, .md'
+	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -48,6 +51,15 @@ bench-training: .venv/.installed
 
 bench-gate: .venv/.installed
 	$(BIN)/python -m benchmarks.gate
+
+bench-attacks: .venv/.installed
+	$(BIN)/python -m benchmarks.attacks
+
+bench-strength: .venv/.installed
+	$(BIN)/python -m benchmarks.strength
+
+bench-checks: .venv/.installed
+	$(BIN)/python -m benchmarks.checks
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

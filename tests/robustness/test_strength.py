@@ -24,7 +24,7 @@ ALLOWED = 1  # of 200 images: half a point
 # Ours, at a budget, and its twin at the same one. torchattacks' Square counts its first query apart.
 TWINS: dict[str, Callable[..., Any]] = {
     "apgd-ce-20": lambda model, **told: torchattacks.APGD(model, steps=20, **told),
-    "apgd-t-10": lambda model, **told: torchattacks.APGDT(model, steps=10, n_classes=10, **told),
+    "apgd-t-20": lambda model, **told: torchattacks.APGDT(model, steps=20, n_classes=10, **told),
     "fab-t-10": lambda model, **told: torchattacks.FAB(model, steps=10, n_classes=10, multi_targeted=True, **told),
     "square-300": lambda model, **told: torchattacks.Square(model, n_queries=299, **told),
 }
@@ -50,10 +50,9 @@ def theirs(model: Classifier, digits: tuple[Tensor, Tensor], attack: Any) -> Any
 def test_no_attack_is_weaker_than_its_twin(
     hardened: Classifier, digits: tuple[Tensor, Tensor], norm: str, name: str
 ) -> None:
-    """At the same budget no more images hold under ours, up to half a point; mean of three seeds where chance decides."""
-    seeds = range(3) if name.startswith("square") else range(1)
+    """At the same budget no more images hold under ours, up to half a point; mean of two seeds."""
     counts = []
-    for seed in seeds:
+    for seed in range(2):
         twin = TWINS[name](hardened, norm=NORMS[norm], eps=THREATS[norm].eps, seed=seed)
         mine = ours(hardened, digits, THREATS[norm], [name], seed)
         counts.append((mine.sum(), theirs(hardened, digits, twin).sum()))

@@ -1,0 +1,273 @@
+"""PGD-20 and Square beside foolbox, torchattacks and ART: `make bench-attacks`.
+
+One full-width ResNet-18, the same images, the same run, all libraries in turn. PGD-20: images a second and how
+many still hold, decided by the network in float32, whatever the library says. Square: queries an image, counted as
+images that went through the network, and how many fell. Peers are called as their documentation does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks.result import write_result
+from robustness.attacks import Attack
+from robustness.data import Dataset, load_dataset
+from robustness.evaluate import evaluate
+from robustness.geometry import contains
+from robustness.models import Classifier, frozen, to_bytes, to_float
+from robustness.runs import load_run
+from robustness.threat import Threat
+from training.config import load_config
+from training.train import train
+
+STEPS = 20
+OURS = "dfmcl"
+
+
+class Counted(nn.Module):
+    """The network, and how many images went through it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.images = network, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images += len(x)
+        logits: Tensor = self.network(x)
+        return logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, help="a run of full width; default: one is trained on digits, a minute")
+    parser.add_argument("--data", default="", help="where the run's data set lies")
+    parser.add_argument("--eps", default="", help="such as 4/255; default: what the run was trained for")
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--queries", type=int, default=200)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = load_run(arguments.run or small_run(Path(folder) / "run"))
+    entry = run.data
+    data = load_dataset(entry["name"], arguments.data or entry["path"], entry["image_size"])
+    threat = Threat.parse("linf", arguments.eps or run.manifest["config"]["curriculum"]["beta"])
+    x, y = right_images(run.model, data, arguments.images)
+    with frozen(run.model):
+        rows = pgd_rows(run.model, x, y, threat, arguments.rounds)
+        rows += square_rows(run.model, x, y, threat, arguments.queries)
+    ratios = ratios_of(rows)
+    conditions = {
+        "n": f"{len(x)} images that the network gets right, one batch; PGD: median of {arguments.rounds} rounds",
+        "seed": 0,
+        "note": f"{run.model.spec.arch} of width {run.model.spec.width} on {data.name}, {threat}; PGD-{STEPS}: steps of"
+        f" 2.5 eps / {STEPS} from a random start; ours with what it costs to make the fast copy, to prove it, and to"
+        " decide in float32; Square: queries until an image falls, at most those given; ours at ART's success:"
+        " queries that ours needed to break as many images as ART did",
+    }
+    write_result("attacks", "Attacks beside their peers", rows, ratios, conditions)
+
+
+def small_run(out: Path) -> Path:
+    """Full width on digits, for whoever has no run at hand."""
+    overrides = ["model.width=64", "optimization.epochs=2", "curriculum.steps=2", "curriculum.beta=16/255"]
+    train(load_config("quickstart_surrogate", [*overrides, "optimization.precision=bfloat16"]), out, log=print)
+    return out
+
+
+def right_images(model: Classifier, data: Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """The first test images `(N, C, H, W)` that the network gets right, and their labels."""
+    x, y = to_float(torch.from_numpy(data.x_test[: 4 * count])), torch.from_numpy(data.y_test[: 4 * count])
+    with frozen(model), torch.no_grad():
+        right = torch.cat([model(part).argmax(dim=1) for part in x.split(128)]) == y
+    return x[right][:count].contiguous(), y[right][:count]
+
+
+def pgd_rows(model: Classifier, x: Tensor, y: Tensor, threat: Threat, rounds: int) -> list[dict[str, Any]]:
+    """Images a second and robust accuracy of each library's PGD-20."""
+    step = 2.5 * threat.eps / STEPS
+    libraries: dict[str, Callable[[], Callable[[], Tensor] | None]] = {
+        OURS: lambda: our_pgd(model, x, y, threat),
+        "dfmcl, float32": lambda: our_pgd(model, x, y, threat, precision="float32"),
+        "foolbox": lambda: foolbox_pgd(model, x, y, threat, step),
+        "torchattacks": lambda: torchattacks_pgd(model, x, y, threat, step),
+        "ART": lambda: art_pgd(model, x, y, threat, step),
+    }
+    made = {name: make() for name, make in libraries.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    held: dict[str, float] = {}
+    for _ in track(range(rounds), description="PGD"):
+        for name, attack in made.items():
+            if attack is None:
+                continue
+            begun = time.perf_counter()
+            x_adv = attack()
+            seconds[name].append(time.perf_counter() - begun)
+            held[name] = share_that_holds(model, x_adv, x, y, threat)
+    return [
+        {
+            "attack": f"PGD-{STEPS}",
+            "library": name,
+            "images_per_s": len(x) / float(np.median(seconds[name])) if attack else "not installed",
+            "robust_accuracy": held.get(name),
+        }
+        for name, attack in made.items()
+    ]
+
+
+def share_that_holds(model: Classifier, x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat) -> float:
+    """In float32; what lies outside the ball counts as held."""
+    with torch.no_grad():
+        fooled = torch.cat([model(part).argmax(dim=1) for part in x_adv.split(128)]) != y
+    return 1 - float((fooled & contains(x_adv, x, threat)).float().mean())
+
+
+def our_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, precision: str = "auto") -> Callable[[], Tensor]:
+    images, labels = to_bytes(x).numpy(), y.numpy()
+
+    def attack() -> Tensor:
+        suite = [Attack.parse(f"pgd-{STEPS}")]
+        outcome = evaluate(model, images, labels, threat, suite, grid=True, batch_size=len(x), precision=precision)
+        return to_float(torch.from_numpy(outcome.adversarial))
+
+    return attack
+
+
+def foolbox_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float) -> Callable[[], Tensor] | None:
+    try:
+        import foolbox
+    except ModuleNotFoundError:
+        return None
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.LinfPGD(steps=STEPS, abs_stepsize=step, random_start=True)
+
+    def run() -> Tensor:
+        x_adv: Tensor = attack(wrapped, x, y, epsilons=threat.eps)[1]
+        return x_adv
+
+    return run
+
+
+def torchattacks_pgd(
+    model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float
+) -> Callable[[], Tensor] | None:
+    try:
+        import torchattacks
+    except ModuleNotFoundError:
+        return None
+    attack = torchattacks.PGD(model, eps=threat.eps, alpha=step, steps=STEPS, random_start=True)
+    return lambda: attack(x, y)
+
+
+def art_classifier(model: nn.Module, x: Tensor) -> Any:
+    from art.estimators.classification import PyTorchClassifier
+
+    classes = model(x[:1]).shape[1]
+    shape = tuple(x.shape[1:])
+    return PyTorchClassifier(
+        model, loss=nn.CrossEntropyLoss(), input_shape=shape, nb_classes=classes, clip_values=(0.0, 1.0)
+    )
+
+
+def art_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float) -> Callable[[], Tensor] | None:
+    try:
+        from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    except ModuleNotFoundError:
+        return None
+    attack = ProjectedGradientDescentPyTorch(
+        art_classifier(model, x),
+        norm=np.inf,
+        eps=threat.eps,
+        eps_step=step,
+        max_iter=STEPS,
+        num_random_init=1,
+        batch_size=len(x),
+        verbose=False,
+    )
+    return lambda: torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+
+def square_rows(model: Classifier, x: Tensor, y: Tensor, threat: Threat, queries: int) -> list[dict[str, Any]]:
+    """Queries an image and success of Square: ours, torchattacks', ART's; and ours stopped at ART's success."""
+    outcome = evaluate(
+        model, to_bytes(x).numpy(), y.numpy(), threat, [Attack.parse(f"square-{queries}")], batch_size=len(x)
+    )
+    (record,) = outcome.evaluation.attacks
+    costs, fell = np.array(record.forward), ~np.array(record.held)
+    rows = [square_row(OURS, float(fell.mean()), float(costs.mean()))]
+    for name, make in {"torchattacks": torchattacks_square, "ART": art_square}.items():
+        counted = Counted(model)
+        attack = make(counted, x, y, threat, queries)
+        if attack is None:
+            rows.append({"attack": "Square", "library": name, "queries_per_image": "not installed"})
+            continue
+        counted.images = 0
+        x_adv = next(iter(track([attack], description=f"Square, {name}")))()
+        made = counted.images / len(x)
+        rows.append(square_row(name, 1 - share_that_holds(model, x_adv, x, y, threat), made))
+        if name == "ART":
+            rows.append(square_row("dfmcl, at ART's success", *stopped(costs, fell, float(rows[-1]["success"]))))
+    return rows
+
+
+def square_row(library: str, success: float, queries: float) -> dict[str, Any]:
+    return {"attack": "Square", "library": library, "success": success, "queries_per_image": queries}
+
+
+def stopped(costs: Any, fell: Any, success: float) -> tuple[float, float]:
+    """Success and queries an image of a search that is stopped once `success` of the images have fallen."""
+    for limit in range(1, int(costs.max()) + 1):
+        reached = float((fell & (costs <= limit)).mean())
+        if reached >= success:
+            return reached, float(np.minimum(costs, limit).mean())
+    return float(fell.mean()), float(costs.mean())
+
+
+def torchattacks_square(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int
+) -> Callable[[], Tensor] | None:
+    try:
+        import torchattacks
+    except ModuleNotFoundError:
+        return None
+    attack = torchattacks.Square(model, norm="Linf", eps=threat.eps, n_queries=queries, seed=0)
+    return lambda: attack(x, y)
+
+
+def art_square(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int) -> Callable[[], Tensor] | None:
+    try:
+        from art.attacks.evasion import SquareAttack
+    except ModuleNotFoundError:
+        return None
+    attack = SquareAttack(
+        art_classifier(model, x), norm=np.inf, eps=threat.eps, max_iter=queries, batch_size=len(x), verbose=False
+    )
+    np.random.seed(0)  # ART draws from numpy's global stream
+    return lambda: torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+
+def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Ours over theirs, for the libraries that are installed."""
+    found = {}
+    pgd = {row["library"]: row["images_per_s"] for row in rows if row["attack"].startswith("PGD")}
+    for mine, name in ((OURS, "pgd20_images_per_s_vs"), ("dfmcl, float32", "pgd20_float32_images_per_s_vs")):
+        peers = {peer: pgd[peer] for peer in ("foolbox", "torchattacks", "ART") if isinstance(pgd[peer], float)}
+        if peers:
+            found[f"{name}_fastest_peer"] = pgd[mine] / max(peers.values())
+    square = {row["library"]: row["queries_per_image"] for row in rows if row["attack"] == "Square"}
+    if "dfmcl, at ART's success" in square:
+        found["square_queries_vs_art"] = square["dfmcl, at ART's success"] / square["ART"]
+    return found
+
+
+if __name__ == "__main__":
+    main()
