@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.result import write_result
 from robustness.models import Classifier, ModelSpec, to_float
+from robustness.ranks import Ranks
 from training.config import TrainConfig
 from training.learner import Learner
-from robustness.ranks import Ranks
 
 GFLOP_FORWARD = 1.11  # a full-width ResNet-18 on one image: 0.555 GMAC
 EPS, PGD_STEPS = 8 / 255, 10

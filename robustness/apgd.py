@@ -58,7 +58,8 @@ def apgd_targeted(
 ) -> Tensor:
     """APGD-T of AutoAttack: one run of the targeted DLR for each of the `targets` wrong classes likeliest at x.
 
-    All K - 1 wrong classes where there are fewer. K < 4 is BadInput, as the loss is not defined there.
+    All K - 1 wrong classes where there are fewer. The DLR is not defined for K < 4, where AutoAttack has no targeted
+    attack: there the bare difference of the two logits is climbed.
     """
     trial = trial or Trial(y)
     with torch.no_grad():
@@ -66,7 +67,8 @@ def apgd_targeted(
     trial.spend(torch.arange(len(x), device=x.device), forward=1)
     likeliest = wrong.topk(min(targets, wrong.shape[1] - 1), dim=1).indices
     runs = [target for _ in range(restarts) for target in likeliest.unbind(dim=1)]
-    return _strongest(model, x, y, threat, generator, losses.targeted_dlr, steps, runs, trial)
+    loss = losses.targeted_dlr if wrong.shape[1] >= 4 else losses.targeted_margin
+    return _strongest(model, x, y, threat, generator, loss, steps, runs, trial)
 
 
 def checkpoints(steps: int) -> list[int]:

@@ -57,9 +57,9 @@ def climb(
     keep="worst" returns, per image, the first iterate that fools the model, else the one of highest loss; an image
     that is fooled leaves the batch at once. keep="last" returns the last iterate, as adversarial training and
     transfer need it. initial `(N, C, H, W)` is where the first restart begins, instead of a random or the image's own
-    place. step_size defaults to 2.5 eps / steps (Madry et al. 2018). Every step costs one forward and one
-    backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too. transforms: names in
-    `transfer.TRANSFORMS`, the innermost first; with keep="last" only, as what they look at is not the iterate.
+    place. step_size defaults to 2.5 eps / steps (Madry et al. 2018). transforms: names in `transfer.TRANSFORMS`, the
+    innermost first; with keep="last" only, as what they look at is not the iterate. Every step costs one forward and
+    one backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too.
     """
     step_size = 2.5 * threat.eps / steps if step_size is None else step_size
     if transforms and keep != "last":

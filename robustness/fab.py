@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustness.geometry import norms, project, start
-from robustness.losses import value_and_gradient
+from robustness.losses import targeted_margin, value_and_gradient
 from robustness.threat import Threat
 from robustness.trial import Trial
 
@@ -61,8 +61,8 @@ def onto_plane(x: Tensor, w: Tensor, excess: Tensor, norm: str) -> Tensor:
     """The least step d `(M, D)` that stays in [0, 1] and undoes `excess` `(M,)`: w . d = -excess; exact.
 
     x, w `(M, D)`. Where the box does not allow it, the step that undoes most. Each coordinate moves against the excess,
-    up to its room: all equally far (Linf) or in proportion to |w| (L2). What they undo together grows piecewise linearly
-    in the common factor; its corners, sorted, give the factor. Appendix A of the paper.
+    up to its room: all equally far (Linf) or in proportion to |w| (L2). What they undo together grows piecewise
+    linearly in the common factor; its corners, sorted, give the factor. Appendix A of the paper.
     """
     direction = -torch.sign(w) * torch.sign(excess)[:, None]
     room = torch.where(direction > 0, 1 - x, x) * (direction != 0)
@@ -99,7 +99,7 @@ class _Search:
             if not len(index):
                 break
             labels = (self.y[index], self.target[index])
-            gap, gradient, logits = value_and_gradient(self.model, point[index], _gap, labels, True)
+            gap, gradient, logits = value_and_gradient(self.model, point[index], targeted_margin, labels, True)
             self._look(index, point[index], logits, gradient=True)
             point[index] = self._stepped(index, point[index], gap, gradient)
             index = index[~self.done[index]]
@@ -113,7 +113,7 @@ class _Search:
         return self.nearest, self.least
 
     def _stepped(self, index: Tensor, point: Tensor, gap: Tensor, gradient: Tensor) -> Tensor:
-        """Onto the plane where the classes' linearised logits are equal, from the point, and a little from the image."""
+        """Onto the plane where the two linearised logits are equal, from the point and a little from the image."""
         image, flat = self.x[index].flatten(1), point.flatten(1)
         w, norm = gradient.flatten(1), self.threat.norm
         gap_at_image = gap + (w * (image - flat)).sum(dim=1)
@@ -136,8 +136,3 @@ class _Search:
         self.done[chosen] = True
         self.nearest[chosen], self.least[chosen] = point[inside][fell], 0.0
         return crossed
-
-
-def _gap(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """z_target - z_y: negative where the image is still on its own side."""
-    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)

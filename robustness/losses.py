@@ -50,14 +50,18 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (first - third + TINY)
 
 
+def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """z_t - z_y, target `(N,)` a class other than y: negative where t is no nearer than y."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """(z_t - z_y) / (z_1st - (z_3rd + z_4th) / 2), target `(N,)` a class other than y. Croce & Hein 2020, eq. 7.
 
     Needs K >= 4, else BadInput.
     """
     first, _, third, fourth = _largest(logits, 4, "targeted DLR").unbind(dim=1)
-    gap = logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])
-    return gap.squeeze(1) / (first - (third + fourth) / 2 + TINY)
+    return targeted_margin(logits, y, target) / (first - (third + fourth) / 2 + TINY)
 
 
 def _largest(logits: Tensor, count: int, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustness.errors import BadInput
+from robustness.geometry import norms, project
 from robustness.losses import margin
 from robustness.threat import Threat
 from robustness.trial import Trial
@@ -29,16 +29,16 @@ def square(
     p_init: float = 0.8,
     trial: Trial | None = None,
 ) -> Tensor:
-    """Per image the first point that fools the model, else the one of highest margin. Linf only, else BadInput.
+    """Per image the first point that fools the model, else the one of highest margin.
 
-    Starts from vertical stripes of +-eps; each step proposes +-eps, one sign a channel, in a square of its own place
-    per image, and keeps what raises the margin. One query per live image and step, `queries` at most; an image that is
-    fooled leaves the batch at once. The gradient is never used, so that a masked one cannot mislead the attack.
+    Linf: starts from vertical stripes of +-eps; each step proposes +-eps, one sign a channel, in a square. L2: starts
+    from a tiling by bumps; each step takes what one square holds of the radius, and what the box left unused, to raise
+    a bump in another. Squares lie elsewhere in each image; what raises the margin is kept. One query per live image
+    and step, `queries` at most; an image that is fooled leaves the batch at once. The gradient is never used, so that
+    a masked one cannot mislead the attack.
     """
-    if threat.norm != "linf":
-        raise BadInput(f"square: knows Linf only, the threat is {threat}; take a Linf threat or leave square out")
+    begin, propose = SEARCHES[threat.norm]
     trial = trial or Trial(y)
-    low, high = (x - threat.eps).clamp(0, 1), (x + threat.eps).clamp(0, 1)
     best, highest = x.clone(), x.new_full((len(x),), float("-inf"))
     alive = torch.arange(len(x), device=x.device)
     for query in range(queries):
@@ -46,9 +46,9 @@ def square(
             break
         if query:
             side = patch_side(query - 1, queries, p_init, x.shape[2:])
-            proposed = _patched(best[alive], low[alive], high[alive], side, generator)
+            proposed = propose(best[alive], x[alive], threat, side, generator)
         else:
-            proposed = torch.where(_signs((len(x), x.shape[1], 1, x.shape[3]), x, generator), high, low)
+            proposed = begin(x, threat, generator)
         with torch.no_grad():
             logits = model(proposed)
         value = margin(logits, y[alive])
@@ -69,9 +69,16 @@ def patch_side(proposal: int, queries: int, p_init: float, size: tuple[int, ...]
     return min(max(1, round(math.sqrt(share * size[0] * size[1]))), *size)
 
 
-def _patched(current: Tensor, low: Tensor, high: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def _striped(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+    """Vertical stripes of +-eps, one sign a column and channel."""
+    up = _signs((len(x), x.shape[1], 1, x.shape[3]), x, generator)
+    return torch.where(up, x + threat.eps, x - threat.eps).clamp(0, 1)
+
+
+def _patched(current: Tensor, x: Tensor, threat: Threat, side: int, generator: torch.Generator) -> Tensor:
     """`current` with one square each at the ball's border, one sign a channel; never `current` itself."""
     count, channels, height, width = current.shape
+    low, high = (x - threat.eps).clamp(0, 1), (x + threat.eps).clamp(0, 1)
     inside = _span(count, height, side, current, generator)[:, None, :, None]
     inside = inside & _span(count, width, side, current, generator)[:, None, None, :]
     up = _signs((count, channels, 1, 1), current, generator)
@@ -79,6 +86,73 @@ def _patched(current: Tensor, low: Tensor, high: Tensor, side: int, generator: t
     same = (proposed == current).flatten(1).all(dim=1).view(-1, 1, 1, 1)
     # A query that changes nothing is wasted: half of all on one channel, once the patch is one pixel.
     return torch.where(inside & same, torch.where(up, low, high), proposed)
+
+
+def _tiled(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+    """Five by five bumps, each with a sign a channel, scaled to the radius; a rest at the border stays."""
+    count, channels, height, width = x.shape
+    delta = torch.zeros_like(x)
+    side = max(1, min(height, width) // 5)
+    for top in range(height % side // 2, height - side + 1, side):
+        for left in range(width % side // 2, width - side + 1, side):
+            bump = _bumps(count, channels, side, x, generator)
+            delta[:, :, top : top + side, left : left + side] = bump
+    return _at_radius(x, delta, threat)
+
+
+def _shifted(current: Tensor, x: Tensor, threat: Threat, side: int, generator: torch.Generator) -> Tensor:
+    """`current` with the radius moved from one square to another, where a bump is added. Algorithm 3 of the paper."""
+    count, channels, height, width = current.shape
+    side = min(side if side % 2 else side + 1, height, width)
+    side = max(side, min(3, height, width))
+    delta = current - x
+    (to_rows, to_columns), (from_rows, from_columns) = (
+        tuple(_span(count, length, side, x, generator) for length in (height, width)) for _ in range(2)
+    )
+    into = to_rows[:, None, :, None] & to_columns[:, None, None, :]
+    out_of = from_rows[:, None, :, None] & from_columns[:, None, None, :]
+    unused = (threat.eps**2 - norms(delta, "l2").square()).clamp_min(0).view(-1, 1, 1, 1)
+    there = (delta * (into | out_of)).square().sum(dim=(2, 3), keepdim=True)
+    radius = (there + unused / channels).sqrt()
+    old = delta[into.expand_as(delta)].view(count, channels, side, side)
+    new = _of_length(old, 1) + _bumps(count, channels, side, x, generator)
+    delta = delta.masked_fill(out_of, 0).masked_scatter(into, _of_length(new, radius))
+    return _at_radius(x, delta, threat)
+
+
+def _bumps(count: int, channels: int, side: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Two neighbouring pyramids of opposite sign, one above or beside the other, a sign a channel; of length 1.
+
+    `(count, channels, side, side)`. A pyramid falls off by squares, with the distance in the maximum norm.
+    """
+    halves = []
+    for height in (side // 2, side - side // 2):
+        rows = (torch.arange(height, device=like.device) - height // 2).abs()
+        columns = (torch.arange(side, device=like.device) - side // 2).abs()
+        layers = torch.arange(1, max(height, side) // 2 + 2, device=like.device, dtype=like.dtype).square().reciprocal()
+        height_at = layers.flip(0).cumsum(0).flip(0)  # of the layers that reach so far
+        half = height_at[torch.maximum(rows[:, None], columns)]
+        halves.append(_of_length(half[None, None], 1)[0, 0] if height else half)
+    bump = _of_length(torch.cat([halves[0], -halves[1]])[None, None], 1)
+    upright = _signs((count, 1, 1, 1), like, generator)
+    bump = torch.where(upright, bump, bump.transpose(2, 3))
+    return torch.where(_signs((count, channels, 1, 1), like, generator), bump, -bump)
+
+
+def _of_length(windows: Tensor, length: Tensor | float) -> Tensor:
+    """Each channel's window `(N, C, H, W)` scaled to an L2 norm; one that is all zero stays so."""
+    return windows * (length / windows.square().sum(dim=(2, 3), keepdim=True).sqrt().clamp_min(1e-12))
+
+
+def _at_radius(x: Tensor, delta: Tensor, threat: Threat) -> Tensor:
+    """x + delta with the length of delta stretched to the radius, in the box."""
+    factor = threat.eps / norms(delta, "l2").clamp_min(1e-12)
+    return project(x + delta * factor.view(-1, 1, 1, 1), x, threat)
+
+
+Begin = Callable[[Tensor, Threat, torch.Generator], Tensor]
+Propose = Callable[[Tensor, Tensor, Threat, int, torch.Generator], Tensor]
+SEARCHES: dict[str, tuple[Begin, Propose]] = {"linf": (_striped, _patched), "l2": (_tiled, _shifted)}
 
 
 def _span(count: int, length: int, side: int, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustness.errors import BadInput
 from robustness.geometry import start
 from robustness.threat import Threat
 
@@ -19,12 +20,11 @@ Pass = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 
 Transform = Callable[[Pass, Threat, torch.Generator], Pass]
 
-SMALLEST, CHANGED = (
-    0.9,
-    0.5,
-)  # the least size of a view, and how often there is one: 299 of 330 pixels and p of the paper
-KERNEL = 7  # pixels of its side; of 3, 5, 7 and 15 the paper's 15 of 299 pixels is the weakest on 32
-WITHIN, SAMPLES = 1.5, 20  # beta and N of the paper
+SMALLEST = 0.9  # size of a view, at least: 299 of 330 pixels in the paper
+CHANGED = 0.5  # p of the paper: how often there is a view, instead of the image
+REACH = 40  # a kernel reaches over this part of the side: 15 of 299 pixels in the paper; 5 at least, to do anything
+WITHIN = 1.5  # beta of the paper, in eps: how far around a point it is looked
+SAMPLES = 5  # the paper's 20 cost 3.5 times as much, and as many of 200 CIFAR-10 images held: 126
 
 
 class MeanLogits(nn.Module):
@@ -40,14 +40,20 @@ class MeanLogits(nn.Module):
 
 
 def ensemble(models: Sequence[nn.Module]) -> nn.Module:
-    """One model to craft on. Logits rather than losses are averaged: the stronger of the two in Dong et al. 2018."""
+    """One model to craft on; BadInput for none.
+
+    Logits rather than losses are averaged, the stronger of the two in Dong et al. 2018, section 3.3: the loss of a
+    network that is fooled already would have the largest gradient.
+    """
+    if not models:
+        raise BadInput("ensemble: no surrogates; name at least one")
     return models[0] if len(models) == 1 else MeanLogits(models)
 
 
 def diverse(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
     """Every other image, at random, is looked at smaller and elsewhere, on black: DI, Xie et al. 2019.
 
-    The paper enlarges and pads; a network for one size of images gets that size here. Bilinear, each image its own view.
+    The paper enlarges and pads; a network for one size of images gets that size here. Bilinear; each image has its own.
     """
 
     def changed(points: Tensor, y: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +80,8 @@ def diverse(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
 def smoothed(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
     """The gradient blurred, as if the image were looked at from places around it: TI, Dong et al. 2019.
 
-    By a Gaussian kernel that is cut at three of its standard deviations.
+    By a Gaussian kernel that is cut at three of its standard deviations. On images of 32 pixels it adds nothing: from
+    two surrogates at 8/255, the shipped ResNet-18 held on 128 of 200 images, with 15 pixels on 138, without it on 127.
     """
 
     def changed(points: Tensor, y: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,29 +93,34 @@ def smoothed(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
 
 def blurred(images: Tensor) -> Tensor:
     """Each channel of `(N, C, H, W)` under the Gaussian kernel; nothing beyond the border."""
-    line = torch.linspace(-3, 3, KERNEL, device=images.device, dtype=images.dtype).square().div(-2).exp()
-    line = (line / line.sum()).expand(images.shape[1], 1, 1, -1)
-    across = functional.conv2d(images, line, padding=(0, KERNEL // 2), groups=images.shape[1])
-    return functional.conv2d(across, line.transpose(2, 3), padding=(KERNEL // 2, 0), groups=images.shape[1])
+    channels, reach = images.shape[1], max(2, round(min(images.shape[2:]) / REACH))
+    line = torch.linspace(-3, 3, 2 * reach + 1, device=images.device, dtype=images.dtype).square().div(-2).exp()
+    line = (line / line.sum()).expand(channels, 1, 1, -1)
+    across = functional.conv2d(images, line, padding=(0, reach), groups=channels)
+    return functional.conv2d(across, line.transpose(2, 3), padding=(reach, 0), groups=channels)
 
 
 def tuned(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
     """The gradient, and by how much those around the point before differed from its own: VMI, Wang & He 2021.
 
-    A step costs SAMPLES + 1 passes. It remembers, so that a pass serves one climb of one batch.
+    They are asked when the next step needs them: T steps cost T + (T - 1) * SAMPLES passes. It remembers the point
+    before, so that a pass serves one climb of one batch.
     """
     around = Threat(threat.norm, WITHIN * threat.eps)
-    difference: Tensor | None = None
+    before: tuple[Tensor, Tensor] | None = None
 
     def changed(points: Tensor, y: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal difference
+        nonlocal before
         value, gradient, logits = look(points, y, with_gradient)
         if not with_gradient:
             return value, gradient, logits
-        seen = gradient if difference is None else gradient + difference
-        others = sum((look(start(points, around, generator), y, True)[1] for _ in range(SAMPLES)), -SAMPLES * gradient)
-        difference = others / SAMPLES
-        return value, seen, logits
+        difference = torch.zeros_like(gradient)
+        if before is not None:
+            point, there = before
+            for _ in range(SAMPLES):
+                difference += (look(start(point, around, generator), y, True)[1] - there) / SAMPLES
+        before = points, gradient
+        return value, gradient + difference, logits
 
     return changed
 

@@ -44,7 +44,7 @@ Written by `dfmcl card`; do not edit.
 | robust accuracy, {threat} | {robust} |
 
 Robust accuracy is the share of images that are right and that none of {attacks} flips within {threat} as uint8; the
-attacks had the checkpoint's gradients, the ONNX file decided. The gate {verdict} it on: {criteria}.
+attacks had the model's gradients, the ONNX file decided. The gate {verdict} it on: {criteria}.
 `{version}/` holds the report, every one of these images with its adversarial version, and an in-toto attestation that
 signs for all of it; `dfmcl verify` tells whether keys that you trust made the signature.
 

@@ -16,6 +16,7 @@ import dfmcl
 from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[1]
+TRUST = ["--trust", str(ROOT / "deploy" / "resnet18w32-cifar10" / "trust.toml")]
 
 COMMAND = Path(sys.executable).with_name("dfmcl")
 SUBCOMMANDS = ("train", "presets", "evaluate", "export", "gate", "promote", "serve", "watch")
@@ -67,8 +68,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
             "names no model; expected a candidate",
         ),
         "nothing to promote": (
-            ["promote", f"{tmp_path}/no", "--evidence", f"{tmp_path}/no", "--repository", out, "--name", "m"]
-            + ["--trust", str(ROOT / "deploy" / "resnet18w32-cifar10" / "trust.toml")],
+            ["promote", f"{tmp_path}/no", "--evidence", f"{tmp_path}/no", "--repository", out, "--name", "m", *TRUST],
             2,
             "manifest.json",
         ),
@@ -85,7 +85,8 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
 
 CASES = [
     "no such preset", "unknown key", "taken directory", "missing data", "out below a file", "no run",
-    "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence", "empty repository", "no watch config",
+    "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
+    "empty repository", "no watch config",
 ]  # fmt: skip
 
 

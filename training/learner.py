@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from robustness.errors import BadInput
 from robustness.models import Classifier, to_float
+from robustness.ranks import Ranks
 from robustness.seeds import generator
 from robustness.threat import parse_eps
 from training.adversary import CRAFTS
@@ -23,7 +24,6 @@ from training.curriculum import attack_steps, draw, progress, strength
 from training.masking import DynamicFeatureMask, find_layer, running_statistics_kept
 from training.noise import Noise
 from training.objectives import OBJECTIVES, jensen_shannon, smoothed
-from robustness.ranks import Ranks
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -19,6 +19,7 @@ from robustness.errors import BadInput, Broken
 from robustness.evaluate import evaluate
 from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
+from robustness.ranks import Ranks
 from robustness.runs import MANIFEST, load_run
 from robustness.seeds import generator
 from robustness.threat import Threat
@@ -26,7 +27,6 @@ from training.config import TrainConfig
 from training.learner import Learner
 from training.limits import Interrupted, Limits
 from training.masking import MaskStatistics
-from robustness.ranks import Ranks
 from training.state import STATE, Epoch, read_state, write_history, write_run, write_state
 
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit

@@ -36,7 +36,6 @@ from robustness.statistics import lower_bound, upper_bound
 from robustness.threat import Threat
 from serving.export import export
 
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -134,12 +134,48 @@ def test_restarts_only_help() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["pgd-0", "pdg-20", "fgsm-3", "pgd-20x0", "cw-l2-10x2", "square-9x2", "apgd", "", "pgd 20"]
+    "text",
+    [
+        *("pgd-0", "pdg-20", "fgsm-3", "pgd-20x0", "cw-l2-10x2", "square-9x2", "rays-9x2", "apgd", "", "pgd 20"),
+        *("vmi-fgsm-10x2", "fgsm@1/255", "apgd-t@eps/4", "square-9@1/255", "pgd-9@0", "pgd-9@-1/255"),
+    ],
 )
 def test_unknown_attack_is_refused(text: str) -> None:
     """A misspelt attack is bad input, never silently another one."""
     with pytest.raises(BadInput, match="attack"):
         Attack.parse(text)
+
+
+@pytest.mark.parametrize("text", ["pgd-9@", "pgd-9@eps", "pgd-9@eps/0", "pgd-9@eps/-4", "pgd-9@1/255@2/255"])
+def test_a_step_that_is_no_length_is_refused(text: str) -> None:
+    """A misspelt step is bad input, never the default."""
+    with pytest.raises(BadInput, match=r"eps|step"):
+        Attack.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "step"), [("@2/255", 2 / 255), ("@eps/4", 0.01), ("@0.003", 0.003), ("", 2.5 * 0.004)]
+)
+def test_a_name_can_say_how_long_a_step_is(text: str, step: float) -> None:
+    """In pixel units or by the radius; the record keeps what was written."""
+    model, x = Linear(SHAPE), images(3, SHAPE)
+    y, threat = model(x).argmax(dim=1), Threat("linf", 0.04)
+    attack = Attack.parse(f"pgd-10x2{text}")
+    by_name = attack(model, x, y, threat, generator=stream())
+    by_number = climb(model, x, y, threat, generator=stream(), steps=10, restarts=2, step_size=step)
+    assert torch.equal(by_name, by_number)
+    assert attack.parameters == {"steps": 10, "restarts": 2} | ({"step_size": text[1:]} if text else {})
+
+
+def test_a_suite_is_a_name_or_a_list() -> None:
+    """`standard` is AutoAttack's four, cheapest first; what is misspelt, empty or doubled is refused."""
+    assert [attack.name for attack in Attack.parse_suite("standard")] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert [attack.name for attack in Attack.parse_suite(["pgd-20", "rays-9"])] == ["pgd-20", "rays-9"]
+    for suite in ("strong", [], ["fgsm", "fgsm"], ["pdg-20"]):
+        with pytest.raises(BadInput, match="attack"):
+            Attack.parse_suite(suite)
+    without = {name for name in ATTACKS if not Attack.parse(name).needs_gradients}
+    assert without == {"square", "rays"}
 
 
 def test_every_attack_has_a_name() -> None:

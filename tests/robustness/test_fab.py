@@ -72,7 +72,7 @@ class Halfspaces(torch.nn.Module):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_it_finds_the_least_perturbation_of_a_linear_model(norm: str) -> None:
-    """At the middle of the box nothing limits the step, so the distance is |score| / dual norm of w, up to overshoot."""
+    """At the middle of the box nothing limits the step, so the distance is |score| / dual norm of w."""
     model, x, y = Halfspaces().eval(), torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, dtype=torch.long)
     dual = model.w.abs().sum(dim=1) if norm == "linf" else model.w.norm(dim=1)
     least = float((0.3 / dual).min())

@@ -456,7 +456,7 @@ def test_triton_serves_a_wrapped_file(tmp_path: Path, needs_triton: None, key: P
 
 
 def test_command_wraps_a_file(tmp_path: Path) -> None:
-    """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for what it lacks and refuses what it cannot do."""
+    """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for what it lacks."""
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
     (tmp_path / "labels.txt").write_text("\n".join(LETTERS))
     command = [sys.executable, "dfmcl.py", "export", str(path), "--out", str(tmp_path / "candidate")]

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from robustness.errors import BadInput
+from robustness.ranks import Ranks
 from robustness.runs import CHECKPOINT, load_run
 from tests.training.workshop import StopAfter, quiet
 from training.config import load_config
 from training.learner import Learner
 from training.limits import Interrupted, Limits
-from robustness.ranks import Ranks
 from training.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from robustness.data import Dataset
+from robustness.ranks import Ranks
 from robustness.records import AttackRecord, Evaluation
 from robustness.threat import Threat
 from training.config import load_config
 from training.learner import Learner
-from robustness.ranks import Ranks
 from training.record import Record
 from training.train import build
 

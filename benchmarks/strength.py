@@ -1,0 +1,149 @@
+"""The suite `standard` beside torchattacks' AutoAttack protocol, image by image: `make bench-strength`.
+
+Both attack in AutoAttack's order, each attack only what the ones before it left, at the same budgets: steps of a run,
+nine targets, queries. Whether an image fell is decided by the network in float32, and only inside the ball. Shares are
+those that hold after an attack and all before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchattacks
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor, nn
+
+from benchmarks.attacks import Counted
+from benchmarks.result import write_result
+from gating.subject import candidate_subject
+from robustness.attacks import SUITES, Attack
+from robustness.data import Bytes, Labels
+from robustness.errors import BadInput
+from robustness.evaluate import evaluate
+from robustness.geometry import contains
+from robustness.models import frozen, to_float
+from robustness.runs import load_run
+from robustness.statistics import PairedCounts
+from robustness.suite import parse_threat
+from robustness.threat import Threat
+
+SHIPPED = Path("model_repository/resnet18w32-cifar10")
+NETWORKS = (SHIPPED / "1", SHIPPED / "surrogates/surrogate-pgd", SHIPPED / "surrogates/surrogate-trades")
+BATCH = 100
+NORMS = {"linf": "Linf", "l2": "L2"}
+Flags = NDArray[np.bool_]
+
+# Attack to its budget and its twin. torchattacks' Square does not count its first query.
+TWINS: dict[str, Callable[..., Any]] = {
+    "apgd-ce": lambda model, steps, queries, **told: torchattacks.APGD(model, steps=steps, **told),
+    "apgd-t": lambda model, steps, queries, **told: torchattacks.APGDT(model, steps=steps, **told),
+    "fab-t": lambda model, steps, queries, **told: torchattacks.FAB(model, steps=steps, multi_targeted=True, **told),
+    "square": lambda model, steps, queries, **told: torchattacks.Square(model, n_queries=queries - 1, **told),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", type=Path, default=NETWORKS, help="runs or candidates")
+    parser.add_argument("--probes", type=Path, default=SHIPPED / "1/probes.npz", help="where images and labels lie")
+    parser.add_argument("--threat", nargs="+", default=["linf:4/255", "l2:0.5"], help="such as linf:8/255")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB; 100 is AutoAttack's")
+    parser.add_argument("--queries", type=int, default=5000, help="of Square; 5,000 is AutoAttack's")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with np.load(arguments.probes) as probes:
+        images, labels = probes["images"][: arguments.images], probes["labels"][: arguments.images]
+    rows: list[dict[str, Any]] = []
+    for folder in arguments.networks:
+        network = opened(folder)
+        for threat in map(parse_threat, arguments.threat):
+            budget = {"steps": arguments.steps, "queries": arguments.queries}
+            rows += compared(folder.name, network, images, labels, threat, budget, arguments.seed)
+    last = [row for row in rows if row["attack"] == SUITES["standard"][-1]]
+    ratios = {
+        "points_above_autoattack_mean": float(np.mean([row["ours"] - row["torchattacks"] for row in last])),
+        "points_above_autoattack_worst": float(max(row["ours"] - row["torchattacks"] for row in last)),
+        "forward_passes_vs_autoattack": sum(row["forward"] for row in rows)
+        / sum(row["forward_theirs"] for row in rows),
+        "seconds_vs_autoattack": sum(row["seconds"] for row in rows) / sum(row["seconds_theirs"] for row in rows),
+    }
+    note = (
+        f"{arguments.steps} steps, nine targets, {arguments.queries} queries, one run each; ours, torchattacks: % of"
+        " the images that hold after this attack and those above it; only_ours_holds: images that fell to theirs only; p:"
+        " McNemar's exact test on these two counts, two-sided; forward: images that went through the network"
+    )
+    conditions = {"n": f"{len(images)} images of {arguments.probes}", "seed": arguments.seed, "note": note}
+    write_result("strength", "The standard suite beside AutoAttack", rows, ratios, conditions)
+
+
+def opened(folder: Path) -> nn.Module:
+    """The network of a run, or of a candidate as it is differentiated by the gate."""
+    if not (folder / "model.onnx").exists():
+        return load_run(folder).model
+    subject = candidate_subject(folder)
+    if subject.model is None:
+        raise BadInput(f"{folder}: has no gradients ({subject.no_gradients}); take another network")
+    return subject.model
+
+
+def compared(
+    name: str, network: nn.Module, images: Bytes, labels: Labels, threat: Threat, budget: dict[str, int], seed: int
+) -> list[dict[str, Any]]:
+    """A row for each attack of the suite; both orders of attacks begin with the images that the network gets right."""
+    kinds, numbers = SUITES["standard"], {"square": budget["queries"]}
+    suite = [Attack.parse(f"{kind}-{numbers.get(kind, budget['steps'])}") for kind in kinds]
+    title = f"{name}, {threat}, ours"
+    found = evaluate(
+        network, images, labels, threat, suite, cascade=True, seed=seed, batch_size=BATCH,
+        track=lambda items, label, total=None: iter(track(items, f"{title} {label}", total)),
+    ).evaluation  # fmt: skip
+    x, y = to_float(torch.from_numpy(images)).contiguous(), torch.from_numpy(labels)
+    held: Flags = np.array(found.correct)
+    rows = []
+    with frozen(network):
+        for kind, record in zip(kinds, found.attacks, strict=True):
+            counted, begun = Counted(network).eval(), time.perf_counter()  # torchattacks restores the mode
+            twin = TWINS[kind](counted, **budget, norm=NORMS[threat.norm], eps=threat.eps, seed=seed)
+            held = left(network, twin, x, y, held, threat, f"{name}, {threat}, torchattacks {kind}")
+            pair = PairedCounts.of(np.array(record.held), held)
+            rows.append(
+                {
+                    "network": name,
+                    "threat": str(threat),
+                    "attack": kind,
+                    "ours": 100 * record.accuracy.value,
+                    "torchattacks": 100 * float(held.mean()),
+                    "only_ours_holds": pair.only_first,
+                    "only_theirs_holds": pair.only_second,
+                    "p": pair.p,
+                    "forward": sum(record.forward),
+                    "forward_theirs": counted.images,
+                    "seconds": record.seconds,
+                    "seconds_theirs": time.perf_counter() - begun,
+                }
+            )
+    return rows
+
+
+def left(network: nn.Module, twin: Any, x: Tensor, y: Tensor, held: Flags, threat: Threat, title: str) -> Flags:
+    """Which of the images that `held` `(N,)` still do after the twin: `(N,)`."""
+    after = held.copy()
+    where = np.flatnonzero(held)
+    for index in track(np.array_split(where, -(-len(where) // BATCH)) if len(where) else [], title):
+        x_adv = twin(x[index], y[index])
+        with torch.no_grad():
+            fooled = network(x_adv).argmax(dim=1) != y[index]
+        after[index] = ~(fooled & contains(x_adv, x[index], threat)).numpy()
+    return after
+
+
+if __name__ == "__main__":
+    main()
