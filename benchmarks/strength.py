@@ -77,8 +77,8 @@ def main() -> None:
     }
     note = (
         f"{arguments.steps} steps, nine targets, {arguments.queries} queries, one run each; ours, torchattacks: % of"
-        " the images that hold after this attack and those above it; only_ours_holds: images that fell to theirs only; p:"
-        " McNemar's exact test on these two counts, two-sided; forward: images that went through the network"
+        " the images that hold after this attack and those above it; only_ours_holds: images that fell to theirs only;"
+        " p: McNemar's exact test on these two counts, two-sided; forward: images that went through the network"
     )
     conditions = {"n": f"{len(images)} images of {arguments.probes}", "seed": arguments.seed, "note": note}
     write_result("strength", "The standard suite beside AutoAttack", rows, ratios, conditions)

@@ -23,6 +23,9 @@ TRANSFERABLE: dict[str, dict[str, Any]] = {
     "pgd": {"steps": 10, "keep": "last"},
     "margin-pgd": {"steps": 10, "keep": "last"},
     "mi-fgsm": {"steps": 10, "keep": "last"},
+    "di-fgsm": {"steps": 10, "keep": "last"},
+    "ti-fgsm": {"steps": 10, "keep": "last"},
+    "vmi-fgsm": {"steps": 10, "keep": "last"},  # 190 passes of the surrogates an image, the others 10
 }
 CRAFT_IMAGES = 64  # one backward pass of a wide ResNet-18 on 64 small images stays below 1 GB
 

@@ -198,9 +198,9 @@ class Examination:
 
     @cached_property
     def square(self) -> tuple[int, int]:
-        """Of how many images that PGD left (second) a few black-box queries broke how many (first). Linf only."""
+        """Of how many images that PGD left (second) a few black-box queries broke how many (first)."""
         left = np.flatnonzero(self.correct.numpy())[~self.pgd]
-        if not len(left) or self.threat.norm != "linf":
+        if not len(left):
             return 0, 0
         outcome = evaluate(
             None,

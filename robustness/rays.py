@@ -27,9 +27,9 @@ def rays(
     """Per image the first point of the ball that fools the model, else the ball's corner on the nearest ray found.
 
     A ray is a sign for each value of the image, and known by the radius at which it crosses the border. A proposal
-    turns the signs of one block: the whole image, its halves, its quarters and so on, in turn. Where the turned ray is across
-    at the known radius it is kept, and a binary search tells how much nearer it crosses; the search ends at eps, as
-    anything inside the ball will do. One query per live image and step, `queries` at most; an image that is fooled
+    turns the signs of one block: the whole image, its halves, its quarters and so on, in turn. Where the turned ray is
+    across at the known radius it is kept, and a binary search tells how much nearer it crosses; the search ends at eps,
+    as anything inside the ball will do. One query per live image and step, `queries` at most; an image that is fooled
     leaves the batch at once. Only the label of an answer is used. Deterministic; Linf only, else BadInput.
     """
     if threat.norm != "linf":

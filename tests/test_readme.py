@@ -51,12 +51,12 @@ def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
     server: subprocess.Popen[bytes] | None = None
     options = {"cwd": tmp_path, "env": shell, "capture_output": True, "text": True, "check": False}
     try:
-        for line in block("sh").splitlines():
+        for line in block("sh").replace("\\\n", " ").splitlines():
             if line.startswith("dfmcl serve"):
                 server = subprocess.Popen([*line.split(), "--ready-file", "ready.json"], cwd=tmp_path, env=shell)
                 wait_until((tmp_path / "ready.json").exists, server)
             else:
-                result = subprocess.run(line.split(), **options)
+                result = subprocess.run(["bash", "-c", line], **options)
                 assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
         answer = subprocess.run([sys.executable, "-c", block("python")], **options)
         found, labels = re.findall(r"\[([\d ]+)\]", answer.stdout)

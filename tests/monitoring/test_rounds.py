@@ -89,7 +89,9 @@ def failed(outcome: Round) -> RoundFailure:
     return outcome
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd-10", "mi-fgsm-10", "margin-pgd-10"])
+@pytest.mark.parametrize(
+    "attack", ["fgsm", "pgd-10", "mi-fgsm-10", "di-fgsm-10", "ti-fgsm-10", "vmi-fgsm-3", "margin-pgd-10"]
+)
 def test_figures_equal_those_counted_by_hand(attack: str) -> None:
     """Of eight grey images one is wrong already and four lie within eps of the border."""
     result = measured(run_round(plan(attacks=(attack,)), 1, predict=served, clock=Clock()))
@@ -252,7 +254,8 @@ def test_crafting_in_chunks_reaches_every_image(monkeypatch: pytest.MonkeyPatch)
 def test_transfer_keeps_the_last_iterate() -> None:
     """An attack that stops at the border of the surrogate would say little about the target."""
     assert transfer_attack("pgd-7").parameters == {"steps": 7, "keep": "last"}
-    assert transfer_attack("mi-fgsm").parameters == {"steps": 10, "keep": "last"}
+    for name in ("mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm"):
+        assert transfer_attack(name).parameters == {"steps": 10, "keep": "last"}
 
 
 def test_rounds_repeat_by_seed_and_differ_by_number() -> None:

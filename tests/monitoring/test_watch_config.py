@@ -50,8 +50,8 @@ MISTAKES = {
     ),
     "attack that does not transfer": (
         '[probe]\nattacks = ["cw-l2"]',
-        "probe.attacks.0: attack: 'cw-l2' does not transfer; choose one of fgsm, pgd, margin-pgd, mi-fgsm "
-        "(found 'cw-l2')",
+        "probe.attacks.0: attack: 'cw-l2' does not transfer; choose one of fgsm, pgd, margin-pgd, mi-fgsm, "
+        "di-fgsm, ti-fgsm, vmi-fgsm (found 'cw-l2')",
     ),
     "restarts": (
         '[probe]\nattacks = ["pgd-10x5"]',

@@ -106,7 +106,7 @@ def test_a_point_that_does_not_count_lets_the_search_go_on() -> None:
         assert contains(x_adv, x, threat).all()
     assert (never.forward == 200).all()
     assert torch.equal(never.unconfirmed, always.fooled)
-    assert always.fooled.sum() >= 4
+    assert always.fooled.sum() >= 3
 
 
 @settings(max_examples=15, deadline=None)
