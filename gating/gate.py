@@ -24,6 +24,7 @@ from gating.attestation import ATTESTATION, sign
 from gating.baseline import Baseline, compare
 from gating.block import Block, Plan, attack_block, joined_outcomes
 from gating.formats import FILES, write_formats
+from gating.keys import read_signer
 from gating.policy import NO_REGRESSION, Policy
 from gating.report import REPORT, build_report
 from gating.state import State
@@ -82,6 +83,8 @@ def gate(
     """
     started = time.perf_counter()
     ranks = ranks or Ranks.alone()
+    for key in keys:
+        read_signer(key)  # a key that cannot sign is found out before the attacks, not after
     suite, reasons = suite_of(subject, policy)
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
     require_fit(subject, data, policy)

@@ -35,9 +35,20 @@ def test_sequential_figures_on_the_page_are_the_records() -> None:
 
 
 def test_figures_of_the_shipped_model_are_the_reports() -> None:
-    """The gate's cascade, attack by attack, with its exact intervals."""
+    """The gate's cascade, attack by attack, and its bounds; and the earlier single look with its exact intervals."""
     folder = ROOT / "model_repository" / "resnet18w32-cifar10" / "1"
-    evaluation = json.loads((folder / "report.json").read_text(encoding="utf-8"))["evaluation"]
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    bounds = {row["metric"]: f"{100 * row['lower']:.1f} to {100 * row['upper']:.1f}" for row in report["criteria"]}
+    evaluation, attacks = report["evaluation"], report["evaluation"]["attacks"]
+    shares = [100 * share["value"] for share in (evaluation["clean"], *(attack["accuracy"] for attack in attacks))]
+    assert f"| clean | {shares[0]:.1f} | {bounds['clean_accuracy']} |" in PAGE
+    assert f"| APGD-CE | {shares[1]:.1f} | |" in PAGE
+    assert f"| and APGD-T | {shares[2]:.1f} | {bounds['robust_accuracy']} |" in PAGE
+    assert f"Of the {evaluation['images']} images" in PAGE
+    for row in report["criteria"]:
+        assert f"after {row['decided_after']}" in " ".join(PAGE.split())
+    earlier = json.loads((ROOT / "benchmarks" / "results" / "resnet18w32_500_images.json").read_text(encoding="utf-8"))
+    evaluation = earlier["evaluation"]
     for share in (evaluation["clean"], *(attack["accuracy"] for attack in evaluation["attacks"])):
         value, low, high = (100 * share[key] for key in ("value", "lower_95", "upper_95"))
         assert f"| {value:.1f} [{low:.1f}, {high:.1f}] |" in PAGE

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serving.card import write_card
+from serving.candidate import read_manifest
+from serving.card import card, write_card
 from serving.errors import BadInput
 from serving.promotion import verify_release
 from tests.shipping import NAME, ship
@@ -30,11 +31,11 @@ def read(path: Path) -> dict[str, Any]:
 def test_metadata_are_the_reports_figures(repository: Path) -> None:
     """A YAML reader finds the model-index with clean and robust accuracy, threat, suite and n."""
     _, metadata, _ = (repository / NAME / "README.md").read_text().split("---\n", 2)
-    card = yaml.safe_load(metadata)
+    written = yaml.safe_load(metadata)
     evaluation = read(repository / NAME / "1" / "report.json")["evaluation"]
-    (index,) = card["model-index"]
+    (index,) = written["model-index"]
     (result,) = index["results"]
-    assert (index["name"], result["dataset"]["type"], card["license"]) == (NAME, "digits", "apache-2.0")
+    assert (index["name"], result["dataset"]["type"], written["license"]) == (NAME, "digits", "apache-2.0")
     clean, robust = result["metrics"]
     assert (clean["value"], robust["value"]) == (evaluation["clean"]["value"], evaluation["robust"]["value"])
     assert robust["name"] == "robust accuracy, linf 3/255, worst case of fgsm, pgd-3, n = 100"
@@ -53,6 +54,18 @@ def test_text_holds_bounds_bytes_training_and_surrogates(repository: Path, stand
     assert settings == config
     assert "| other | resnet18, width 8, seed 1 |" in text
     assert str(standard_run.parent) not in text
+
+
+def test_a_gate_that_stopped_by_itself_gives_bounds_that_allow_it(repository: Path, standard_run: Path) -> None:
+    """Of sequential evidence the card shows the gate's bounds, which are wider than those of a fixed number."""
+    manifest, report = read_manifest(repository / NAME / "1"), read(repository / NAME / "1" / "report.json")
+    report["statistics"]["kind"] = "sequential"
+    (row,) = [row for row in report["criteria"] if row["metric"] == "robust_accuracy"]
+    row["lower"], row["upper"] = 0.0123, 0.9876
+    training = read(standard_run / "manifest.json")
+    text = card(verify_release(repository, NAME), manifest, report, training, {})
+    assert "| bounds that hold whenever it stops |" in text
+    assert "| 1.2 to 98.8 |" in text
 
 
 def test_card_does_not_keep_the_model_from_being_served(repository: Path) -> None:
