@@ -34,8 +34,9 @@ def fab_targeted(
     """FAB-T of AutoAttack: one search for each of the `targets` wrong classes likeliest at x, all K - 1 where fewer.
 
     Per image the first adversarial point inside the ball; else the nearest one outside, pulled back onto the ball; else
-    x. An image that fell leaves the batch. The first search of a class begins at x, further ones at random; a step
-    costs two forward passes and one backward pass. It looks at differences of logits only, never at a loss.
+    x. An image that fell leaves the batch. The first search of a class begins at x, further ones at random
+    within half the radius; a step costs two forward passes and one backward pass. It looks at differences of logits
+    only, never at a loss.
     """
     trial = trial or Trial(y)
     with torch.no_grad():
@@ -43,12 +44,12 @@ def fab_targeted(
     trial.spend(torch.arange(len(x), device=x.device), forward=1)
     likeliest = wrong.topk(min(targets, wrong.shape[1] - 1), dim=1).indices
     nearest, least = x.clone(), x.new_full((len(x),), float("inf"))
-    left = torch.arange(len(x), device=x.device)
+    left, around = torch.arange(len(x), device=x.device), Threat(threat.norm, threat.eps / 2)
     for restart in range(restarts):
         for target in likeliest.unbind(dim=1):
             if not len(left):
                 break
-            begin = x[left] if restart == 0 else start(x[left], threat, generator)
+            begin = x[left] if restart == 0 else start(x[left], around, generator)
             search = _Search(model, x[left], y[left], target[left], threat, trial, left)
             point, length = search.run(begin, steps)
             better = length < least[left]

@@ -49,7 +49,9 @@ def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) 
         "pack run --out out": "train",
         "export run --out out": "train",
         "gate c --run run --policy x.toml --out out": "train",
-        "promote c --evidence e --repository r --name m": "serve",
+        "keygen key": "train",
+        "verify c --evidence e --trust x.toml": "serve",
+        "promote c --evidence e --repository r --name m --trust x.toml": "serve",
         "serve --repository r": "serve",
         "watch --config x.toml": "monitor",
     }

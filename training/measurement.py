@@ -132,6 +132,7 @@ def attacked(
                 source=source,
                 seed=derived_seed(SHUFFLE_SEED, key, number),
                 batch_size=batch_size,
+                precision="float32",  # as in the literature that a campaign is compared with
             )
             (record,) = outcome.evaluation.attacks
             held[where - begin] = record.held
