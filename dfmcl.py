@@ -402,7 +402,14 @@ def connect(clients: ExitStack, url: str, model: str) -> tuple[Any, Callable[[An
 
 def read_labels(path: Path | None) -> tuple[str, ...] | None:
     """A file's lines, None where none is named."""
-    return tuple(path.read_text(encoding="utf-8").splitlines()) if path is not None else None
+    from robustness.errors import BadInput
+
+    if path is None:
+        return None
+    try:
+        return tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--labels {path}: not readable: {error}") from None
 
 
 @command
