@@ -170,6 +170,10 @@ SUITES: dict[str, tuple[str, ...]] = {
 # They ask for scores or labels only; the number in their name is that of queries.
 WITHOUT_GRADIENTS = ("square", "rays")
 
+# What they compare, scores of two proposals or the way to the border, differs by less than bfloat16's steps: that cost
+# Square 2 points of its strength and FAB-T 1 to 3.
+IN_FLOAT32 = ("fab-t", *WITHOUT_GRADIENTS)
+
 # One run each: C&W searches from the image itself, the FGSMs start there, the others spend their queries on one search.
 WITHOUT_RESTARTS = ("cw-l2", "mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm", *WITHOUT_GRADIENTS)
 
@@ -227,6 +231,11 @@ class Attack:
     def needs_gradients(self) -> bool:
         """Whether the model must be differentiable."""
         return self.function not in [ATTACKS[name] for name in WITHOUT_GRADIENTS]
+
+    @property
+    def needs_float32(self) -> bool:
+        """Whether a faster copy of the model in half precision would weaken it."""
+        return self.function in [ATTACKS[name] for name in IN_FLOAT32]
 
     def __call__(
         self,

@@ -111,7 +111,7 @@ def evaluate(
                 stream = generator(seed, attack.name, number, device=device)
                 kept = _Kept(decide, x, y, threat, grid)
                 trial = Trial(y, kept.confirm if source is not None else None)  # a query decides itself
-                shown = climbed.exact if isinstance(climbed, AttackPass) and not attack.needs_gradients else climbed
+                shown = climbed.exact if isinstance(climbed, AttackPass) and attack.needs_float32 else climbed
                 kept.conclude(attack(shown, x, y, threat, generator=stream, trial=trial))
                 newest = index[kept.fooled | (~kept.outside & left[index])]
                 chosen = torch.isin(index, newest)

@@ -58,8 +58,10 @@ def diverse(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
 
     def changed(points: Tensor, y: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
         count = len(points)
+        if not count:  # torch makes no grid for no images
+            return look(points, y, with_gradient)
         draw = torch.rand(4, count, generator=generator, device=points.device, dtype=points.dtype)
-        size = torch.where(draw[0] < CHANGED, 1 - (1 - SMALLEST) * draw[1], 1)
+        size = 1 - (1 - SMALLEST) * draw[1]
         across, down = (1 - size) * (2 * draw[2:] - 1)  # where the middle goes; the whole width is 2
         nought = torch.zeros_like(size)
         rows = [
@@ -69,6 +71,7 @@ def diverse(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
         with torch.set_grad_enabled(with_gradient):
             before = points.detach().requires_grad_(with_gradient)
             view = functional.grid_sample(before, grid, align_corners=False)
+            view = torch.where((draw[0] < CHANGED).view(-1, 1, 1, 1), view, before)
         value, gradient, logits = look(view.detach(), y, with_gradient)
         if with_gradient:
             (gradient,) = torch.autograd.grad(view, before, gradient)

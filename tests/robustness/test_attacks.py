@@ -12,6 +12,7 @@ from robustness.losses import cross_entropy, margin
 from robustness.models import frozen
 from robustness.threat import Threat
 from tests.linear import Linear, images
+from tests.robustness.test_apgd import network
 
 SHAPE = (3, 6, 6)
 GRADIENT_ATTACKS = ["fgsm", "pgd-20", "margin-pgd-20", "mi-fgsm-10", "pgd-10x3", "apgd-ce-20"]
@@ -158,7 +159,7 @@ def test_a_step_that_is_no_length_is_refused(text: str) -> None:
 )
 def test_a_name_can_say_how_long_a_step_is(text: str, step: float) -> None:
     """In pixel units or by the radius; the record keeps what was written."""
-    model, x = Linear(SHAPE), images(3, SHAPE)
+    model, x = network(), images(30, SHAPE)  # a curved loss: where an image comes to rest depends on the step
     y, threat = model(x).argmax(dim=1), Threat("linf", 0.04)
     attack = Attack.parse(f"pgd-10x2{text}")
     by_name = attack(model, x, y, threat, generator=stream())
@@ -176,6 +177,8 @@ def test_a_suite_is_a_name_or_a_list() -> None:
             Attack.parse_suite(suite)
     without = {name for name in ATTACKS if not Attack.parse(name).needs_gradients}
     assert without == {"square", "rays"}
+    exact = {name for name in ATTACKS if Attack.parse(name).needs_float32}
+    assert exact == {"fab-t", "square", "rays"}
 
 
 def test_every_attack_has_a_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import foolbox
@@ -26,10 +27,13 @@ ALLOWED = 1  # of 200 images: half a point
 # Ours, at a budget, and its twin at the same one. torchattacks' Square counts its first query apart.
 TWINS: dict[str, Callable[..., Any]] = {
     "apgd-ce-20": lambda model, **told: torchattacks.APGD(model, steps=20, **told),
-    "apgd-t-20": lambda model, **told: torchattacks.APGDT(model, steps=20, n_classes=10, **told),
-    "fab-t-10": lambda model, **told: torchattacks.FAB(model, steps=10, n_classes=10, multi_targeted=True, **told),
-    "square-300": lambda model, **told: torchattacks.Square(model, n_queries=299, **told),
+    "apgd-t-12": lambda model, **told: torchattacks.APGDT(model, steps=12, n_classes=10, **told),
+    "fab-t-6": lambda model, **told: torchattacks.FAB(model, steps=6, n_classes=10, multi_targeted=True, **told),
+    "square-150": lambda model, **told: torchattacks.Square(model, n_queries=149, **told),
 }
+# Compared one by one, by means over so many seeds: FAB draws nothing, and a seed of APGD-T is nine runs. Square is
+# compared in test_square.py, over eight seeds: torchattacks' spreads by 6 images, as all of them get the same patch.
+SEEDS = {"apgd-ce-20": 2, "apgd-t-12": 1, "fab-t-6": 1}
 
 # foolbox's by norm. A step of 2.5 eps / steps is the default of ours; its C&W takes ours' defaults.
 PEERS: dict[str, dict[str, Callable[[float], Any]]] = {
@@ -41,19 +45,18 @@ PEERS: dict[str, dict[str, Callable[[float], Any]]] = {
         "linf": lambda eps: foolbox.attacks.LinfPGD(steps=10, abs_stepsize=0.25 * eps),
         "l2": lambda eps: foolbox.attacks.L2PGD(steps=10, abs_stepsize=0.25 * eps),
     },
-    "cw-l2-20": {
+    "cw-l2-10": {
         "l2": lambda eps: foolbox.attacks.L2CarliniWagnerAttack(
-            binary_search_steps=6, steps=20, stepsize=0.05, initial_const=1.0, abort_early=False
+            binary_search_steps=6, steps=10, stepsize=0.05, initial_const=1.0, abort_early=False
         ),
     },
 }
 
 
-def ours(model: Classifier, digits: tuple[Tensor, Tensor], threat: Threat, names: list[str], seed: int = 0) -> Any:
-    """Per image whether it holds, in float32, worst case over the attacks."""
+def ours(model: Classifier, digits: tuple[Tensor, Tensor], threat: Threat, name: str, seed: int = 0) -> Any:
+    """Per image whether it holds, in float32."""
     x, y = digits
-    suite = [Attack.parse(name) for name in names]
-    found = evaluate(model, to_bytes(x).numpy(), y.numpy(), threat, suite, cascade=True, seed=seed)
+    found = evaluate(model, to_bytes(x).numpy(), y.numpy(), threat, [Attack.parse(name)], seed=seed)
     return np.array(found.evaluation.robust_images)
 
 
@@ -63,27 +66,30 @@ def theirs(model: Classifier, digits: tuple[Tensor, Tensor], threat: Threat, att
     x_adv = attack(x, y)
     with torch.no_grad():
         fooled = (model(x_adv).argmax(dim=1) != y) & contains(x_adv, x, threat)
-    return ~fooled.numpy() & (model(x).argmax(dim=1) == y).numpy()
+        return (~fooled & (model(x).argmax(dim=1) == y)).numpy()
 
 
-# Square in L2 is not among them: at 300 queries and this radius both break hardly a tenth of the images, and ours broke
-# 1.5 of 200 fewer (two seeds). What it adds in the suite is in the test below.
-PAIRS = [(name, norm) for name in TWINS for norm in THREATS if (name, norm) != ("square-300", "l2")]
+@pytest.fixture(scope="module")
+def held(hardened: Classifier, digits: tuple[Tensor, Tensor]) -> Callable[[str, str, int], Any]:
+    """Attack, norm and seed to which images hold, `(2, N)`: under ours and under its twin; each asked once."""
+
+    @cache
+    def asked(name: str, norm: str, seed: int) -> Any:
+        threat = THREATS[norm]
+        twin = TWINS[name](hardened, norm=NORMS[norm], eps=threat.eps, seed=seed)
+        return np.stack([ours(hardened, digits, threat, name, seed), theirs(hardened, digits, threat, twin)])
+
+    return asked
 
 
-@pytest.mark.parametrize(("name", "norm"), PAIRS)
-def test_no_attack_is_weaker_than_its_twin(
-    hardened: Classifier, digits: tuple[Tensor, Tensor], norm: str, name: str
-) -> None:
-    """At the same budget no more images hold under ours, up to half a point; mean of two seeds."""
-    counts = []
-    for seed in range(2):
-        twin = TWINS[name](hardened, norm=NORMS[norm], eps=THREATS[norm].eps, seed=seed)
-        mine = ours(hardened, digits, THREATS[norm], [name], seed)
-        counts.append((mine.sum(), theirs(hardened, digits, THREATS[norm], twin).sum()))
-    mean = np.mean(counts, axis=0)
-    assert mean[0] <= mean[1] + ALLOWED, counts
-    assert mean[0] < 200 * 0.9, "an attack that finds next to nothing proves nothing"
+@pytest.mark.parametrize("norm", THREATS)
+@pytest.mark.parametrize("name", SEEDS)
+def test_no_attack_is_weaker_than_its_twin(held: Callable[[str, str, int], Any], name: str, norm: str) -> None:
+    """At the same budget no more images hold under ours, up to half a point."""
+    counts = np.array([held(name, norm, seed).sum(axis=1) for seed in range(SEEDS[name])])
+    mine, twin = counts.mean(axis=0)
+    assert mine <= twin + ALLOWED, counts
+    assert twin < 200 * 0.95, "an attack that finds next to nothing proves nothing"
 
 
 @pytest.mark.parametrize(("name", "norm"), [(name, norm) for name, norms in PEERS.items() for norm in norms])
@@ -95,19 +101,15 @@ def test_no_simple_attack_is_weaker_than_foolbox(
     torch.manual_seed(0)  # foolbox draws from the global stream
     attack = PEERS[name][norm](threat.eps)
     peer = theirs(hardened, digits, threat, lambda x, y: attack(network, x, y, epsilons=threat.eps)[1])
-    mine = ours(hardened, digits, threat, [name])
+    mine = ours(hardened, digits, threat, name)
     assert mine.sum() <= peer.sum() + ALLOWED
     assert peer.sum() < 200 * 0.9, "an attack that finds next to nothing proves nothing"
 
 
 @pytest.mark.parametrize("norm", THREATS)
-def test_our_standard_suite_is_as_strong_as_autoattack(
-    hardened: Classifier, digits: tuple[Tensor, Tensor], norm: str
-) -> None:
-    """The worst case of the four attacks together, beside torchattacks' AutoAttack protocol at the same budgets."""
-    told = {"norm": NORMS[norm], "eps": THREATS[norm].eps, "seed": 0}
-    protocol = torchattacks.MultiAttack([make(hardened, **told) for make in TWINS.values()])
+def test_our_standard_suite_is_as_strong_as_autoattack(held: Callable[[str, str, int], Any], norm: str) -> None:
+    """Per image the worst case of the four attacks, beside that of torchattacks' four at the same budgets."""
     assert [name.rpartition("-")[0] for name in TWINS] == list(SUITES["standard"])
-    reference = theirs(hardened, digits, THREATS[norm], protocol)
+    mine, reference = np.all([held(name, norm, 0) for name in TWINS], axis=0)
     assert 0.2 <= reference.mean() <= 0.6, "no test asset: almost all images hold, or almost none"
-    assert ours(hardened, digits, THREATS[norm], list(TWINS)).sum() <= reference.sum() + ALLOWED
+    assert mine.sum() <= reference.sum() + ALLOWED

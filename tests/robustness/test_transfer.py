@@ -60,6 +60,8 @@ def test_half_of_the_images_are_seen_smaller_and_elsewhere() -> None:
     area = views[~same].flatten(1).mean(dim=1)
     assert (area >= SMALLEST**2 - 0.03).all()
     assert area.min() < SMALLEST**2 + 0.03
+    middle = (views * torch.arange(40.0)).sum(dim=(1, 2)) / views.sum(dim=(1, 2))
+    assert abs(middle[~same].mean().item() - 19.5) < 0.25, "no side is preferred"
     for border in (views[:, 0], views[:, -1], views[:, :, 0], views[:, :, -1]):
         assert (border.amax(dim=1) < 0.5).any(), "black on each side of some"
     assert ((views >= 0) & (views <= 1)).all()
