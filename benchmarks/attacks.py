@@ -66,13 +66,15 @@ def main() -> None:
         rows = pgd_rows(run.model, x, y, threat, arguments.rounds)
         rows += square_rows(run.model, x, y, threat, arguments.queries)
     ratios = ratios_of(rows)
+    network = f"{run.model.spec.arch} of width {run.model.spec.width} on {data.name}, {threat}"
+    rounds = f"median of {arguments.rounds} rounds after one to warm up"
     conditions = {
-        "n": f"{len(x)} images that the network gets right, one batch; PGD: median of {arguments.rounds} rounds",
+        "n": f"{len(x)} images that the network gets right, one batch; PGD: {rounds}",
         "seed": 0,
-        "note": f"{run.model.spec.arch} of width {run.model.spec.width} on {data.name}, {threat}; PGD-{STEPS}: steps of"
+        "note": f"{network}; all libraries get it with its weights frozen; foolbox has no Square; PGD-{STEPS}: steps of"
         f" 2.5 eps / {STEPS} from a random start; ours with what it costs to make the fast copy, to prove it, and to"
-        " decide in float32; Square: queries until an image falls, at most those given; ours at ART's success:"
-        " queries that ours needed to break as many images as ART did",
+        " decide in float32, as bytes; Square: queries until an image falls, at most those given; ours at ART's"
+        " success: queries that ours needed to break as many images as ART did",
     }
     write_result("attacks", "Attacks beside their peers", rows, ratios, conditions)
 
@@ -105,13 +107,14 @@ def pgd_rows(model: Classifier, x: Tensor, y: Tensor, threat: Threat, rounds: in
     made = {name: make() for name, make in libraries.items()}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     held: dict[str, float] = {}
-    for _ in track(range(rounds), description="PGD"):
+    for number in track(range(1 + rounds), description="PGD"):
         for name, attack in made.items():
             if attack is None:
                 continue
             begun = time.perf_counter()
             x_adv = attack()
-            seconds[name].append(time.perf_counter() - begun)
+            if number:  # the first warms up
+                seconds[name].append(time.perf_counter() - begun)
             held[name] = share_that_holds(model, x_adv, x, y, threat)
     return [
         {
