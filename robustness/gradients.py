@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from robustness.errors import BadInput
+from robustness.errors import BadInput, DfmclError
 from robustness.losses import margin, value_and_gradient
 from robustness.models import frozen
 
@@ -126,6 +126,8 @@ def _first(made: Iterable[Callable[[], AttackPass]], accepts: Callable[[AttackPa
             attempt = make()
             if accepts(attempt):
                 return attempt
+        except DfmclError:  # work that is told to end, not a copy that fails
+            raise
         except Exception:  # noqa: BLE001  # a foreign model may raise anything: `view` knows no channels_last
             continue
     return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustness import losses
 from robustness.attacks import Attack
-from robustness.errors import BadInput
+from robustness.errors import BadInput, DfmclError
 from robustness.evaluate import evaluate
 from robustness.gradients import AttackPass, attack_pass, has_bfloat16
 from robustness.models import Classifier, to_bytes
@@ -271,6 +271,26 @@ def test_a_model_that_cannot_be_copied_is_used_itself(example: Tensor) -> None:
     made = attack_pass(model, example)
     assert (made.network, made.precision) == (model, "float32")
     assert gradient(made, example).abs().sum() > 0
+
+
+@pytest.mark.parametrize("precision", BOTH)
+def test_work_that_is_told_to_end_ends(precision: str, example: Tensor) -> None:
+    """In whichever of the proof's passes that comes: it is no copy that fails, after which the next is tried."""
+    model, passes = small(nn.BatchNorm2d(8)), [0]
+    ends = 100
+
+    def end(module: nn.Module, inputs: Any) -> None:
+        passes[0] += 1
+        if passes[0] >= ends:
+            raise DfmclError("stopped")
+
+    model.register_forward_pre_hook(end)  # which its copies carry too
+    attack_pass(model, example, precision=precision)
+    for ends in range(1, passes[0] + 1):
+        passes[0] = 0
+        with pytest.raises(DfmclError):
+            attack_pass(model, example, precision=precision)
+        assert passes[0] == ends
 
 
 @pytest.mark.parametrize("precision", BOTH)
