@@ -19,7 +19,9 @@ import typer
 
 T = TypeVar("T")
 # What a subcommand needs, if not `train`.
-EXTRAS = {"promote": "serve", "verify": "serve", "card": "serve", "serve": "serve", "watch": "monitor"}
+SERVE = ("promote", "rollback", "status", "history", "prune", "retire", "verify", "card", "serve")
+EXTRAS = {**dict.fromkeys(SERVE, "serve"), "watch": "monitor"}
+EXTRAS |= {"gateway": "gateway", "apikey": "gateway"}
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
 BROKEN = 5
 
@@ -108,6 +110,13 @@ def stop_on_signals() -> threading.Event:
 def say(line: str) -> None:
     """Print a line at once, also into a pipe."""
     print(line, flush=True)
+
+
+def say_json(line: str) -> None:
+    """The same for machines: an object with the time (UTC) and the line."""
+    import json
+
+    say(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "message": line.strip()}))
 
 
 @app.callback()
@@ -458,20 +467,126 @@ def verify(
     say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")
 
 
+NAME = Annotated[str, typer.Option(help="The model's name in Triton.")]
+REPOSITORY = Annotated[Path, typer.Option(help="Triton's model repository.")]
+TRUST = Annotated[Path, typer.Option(help="Whose signature counts (TOML).")]
+LIVE = Annotated[str | None, typer.Option(help="HOST:PORT of the gRPC endpoint: wait until it answers as gated.")]
+WAIT = Annotated[float, typer.Option(help="Seconds to wait for that.", min=0.1)]
+
+
 @command
 def promote(
     candidate: Annotated[Path, typer.Argument(help="A candidate's directory.")],
     evidence: Annotated[Path, typer.Option(help="What the gate wrote about it.")],
-    repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
-    name: Annotated[str, typer.Option(help="The model's name in Triton.")],
-    trust: Annotated[Path, typer.Option(help="Whose signature counts (TOML).")],
+    repository: REPOSITORY,
+    name: NAME,
+    trust: TRUST,
+    threads: Annotated[
+        int | None, typer.Option(min=0, help="ONNX Runtime's per inference on a CPU; 0: one a core.")
+    ] = None,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Beside the served version, as NAME-shadow.")] = False,
+    live: LIVE = None,
+    wait: WAIT = 120,
 ) -> None:
     """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
     from gating.trust import load_trust
     from serving.promotion import promote as run_promote
 
-    promoted = run_promote(candidate, evidence, repository, name=name, trust=load_trust(trust))
+    promoted = run_promote(
+        candidate, evidence, repository, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
+    )
     say(f"{promoted.path}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    await_live(promoted, live, wait)
+
+
+@command
+def rollback(
+    repository: REPOSITORY,
+    name: NAME,
+    trust: TRUST,
+    version: Annotated[int | None, typer.Option(min=1, help="Default: the one that was served before.")] = None,
+    reason: Annotated[str, typer.Option(help="For the history.")] = "",
+    live: LIVE = None,
+    wait: WAIT = 120,
+) -> None:
+    """Serve an earlier version of a model again."""
+    from gating.trust import load_trust
+    from serving.promotion import rollback as run_rollback
+
+    promoted = run_rollback(repository, name, trust=load_trust(trust), version=version, reason=reason)
+    say(f"{promoted.path}: {promoted.model} is back at version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    await_live(promoted, live, wait)
+
+
+def await_live(promoted: Any, url: str | None, seconds: float) -> None:
+    """Wait until an endpoint answers with a version; at once where none is named."""
+    from serving.client import Client
+    from serving.supervisor import wait_until_live
+
+    if url is not None:
+        with Client(url, promoted.model) as client:
+            wait_until_live(client, promoted, seconds)
+        say(f"{url}: answers with version {promoted.version} as the gate saw it answer")
+
+
+@command
+def status(
+    repository: REPOSITORY,
+    trust: Annotated[Path | None, typer.Option(help="Whose signature counts (TOML). Default: digests only.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> int:
+    """What a repository serves, by which verdict, and for how long: 0, or 1 where something would not be served."""
+    import json
+
+    from gating.trust import load_trust
+    from serving.status import standings
+
+    found = standings(repository, None if trust is None else load_trust(trust))
+    if as_json:
+        say(json.dumps([row.to_json() for row in found], indent=2))
+    for row in [] if as_json else found:
+        roles = {"champion": row.champion, "previous": row.previous, "candidate": row.candidate}
+        held = ", ".join(f"{role} {version}" for role, version in roles.items() if version is not None)
+        say(f"{row.model}: {held}; on disk {', '.join(map(str, row.versions))}; model.onnx {row.sha256[:12] or '?'}")
+        until = f"; holds until {row.expires[:10]}" if row.expires else ""
+        say(f"  {row.trouble or '; '.join(row.criteria)}{until}")
+    return int(any(row.trouble for row in found))
+
+
+@command
+def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> None:
+    """Every change of what a repository serves, oldest first."""
+    from serving.ledger import read_history
+
+    for change in read_history(repository, name):
+        version = "nothing" if change.version is None else f"version {change.version}"
+        before = "" if change.before is None else f", before {change.before}"
+        why = f"; {change.reason}" if change.reason else ""
+        say(f"{change.time}  {change.model}  {change.event}  {version}{before}, by {change.actor}{why}")
+
+
+@command
+def prune(
+    repository: REPOSITORY,
+    name: NAME,
+    keep: Annotated[int, typer.Option(min=1, help="So many of the newest stay, and what serves or served last.")] = 3,
+) -> None:
+    """Remove old versions of a model; their numbers stay taken."""
+    from serving.promotion import prune as run_prune
+
+    removed = run_prune(repository, name, keep=keep)
+    say(f"{name}: removed {', '.join(f'version {number}' for number in removed) or 'nothing'}")
+
+
+@command
+def retire(
+    repository: REPOSITORY, name: NAME, reason: Annotated[str, typer.Option(help="For the history.")] = ""
+) -> None:
+    """Take a model out of service, all its versions with it."""
+    from serving.promotion import retire as run_retire
+
+    run_retire(repository, name, reason=reason)
+    say(f"{name}: retired")
 
 
 @command
@@ -488,27 +603,65 @@ def card(
 
 @command
 def serve(
-    repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
+    repository: REPOSITORY,
     http_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="0 picks a free one.")] = 8002,
+    trust: Annotated[Path | None, typer.Option(help="Serve only what these keys signed (TOML).")] = None,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="Serve what is there now, and nothing that comes later.")
+    ] = False,
     triton_python: Annotated[Path | None, typer.Option(help="Python of the environment that holds Triton.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="JSON with the URLs, there while it answers.")] = None,
     log: Annotated[Path | None, typer.Option(help="Triton's own log.")] = None,
+    json_lines: Annotated[
+        bool, typer.Option("--json-lines", help="Say what happens as JSON, one object a line.")
+    ] = False,
+    print_docker: Annotated[bool, typer.Option("--print-docker", help="Print the command for NVIDIA's image.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="With --print-docker: on a GPU.")] = False,
 ) -> int:
-    """Serve the repository with Triton on 127.0.0.1 until SIGTERM or Ctrl-C."""
-    from serving.triton import serve as run_server
+    """Serve the repository with Triton on 127.0.0.1 until SIGTERM or Ctrl-C, and follow its promotions."""
+    from gating.trust import load_trust
+    from serving.docker import docker_command
+    from serving.supervisor import serve as run_server
 
+    if print_docker:
+        say(docker_command(repository, {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}, gpu=gpu))
+        return 0
     return run_server(
         repository,
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        trust=None if trust is None else load_trust(trust),
+        fixed=fixed,
         triton_python=triton_python,
         ready_file=ready_file,
         log=log,
-        say=say,
+        say=say_json if json_lines else say,
     )
+
+
+@command
+def gateway(
+    config: Annotated[Path, typer.Option(help="The gateway's configuration (TOML).")],
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Instead of listen.port; 0 picks one.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="JSON with the URL, there while a Triton answers.")] = None,
+) -> int:
+    """Answer HTTP with what Triton computes: images in, labels out, keys, limits, metrics; until SIGTERM or Ctrl-C."""
+    from serving.gateway import serve as run_gateway
+    from serving.gateway_config import load_config
+
+    return run_gateway(load_config(config), stop=stop_on_signals(), port=port, ready_file=ready_file)
+
+
+@command
+def apikey(name: Annotated[str, typer.Argument(help="Whose key it is; it stands in logs.")]) -> None:
+    """Make an API key for the gateway: the key, shown only now, and the table that lets it in."""
+    from serving.gateway_config import new_key
+
+    key, table = new_key(name)
+    say(f"{key}\n\n{table}")
 
 
 @command
@@ -521,6 +674,29 @@ def watch(
     from monitoring.sidecar import watch as run_watch
 
     return run_watch(load_config(config), rounds=rounds, stop=stop_on_signals(), log=say, track=track)
+
+
+@command
+def capacity(
+    requests_per_second: Annotated[list[float], typer.Option(min=0.001, help="Of users; repeatable, a line each.")],
+    images_per_second_per_replica: Annotated[
+        float | None, typer.Option(min=0.001, help="When it is saturated. Default: as the serving benchmark measured.")
+    ] = None,
+    images_per_request: Annotated[int, typer.Option(min=1)] = 1,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=0.99, help="How busy a replica may be planned.")] = 0.6,
+    probe_images_per_second: Annotated[float, typer.Option(min=0, help="What the sidecar adds.")] = 0.64,
+    ready_seconds: Annotated[float, typer.Option(min=1, help="From a new pod to a ready one.")] = 30,
+    hourly: Annotated[float | None, typer.Option(min=0, help="A replica's price an hour, in any currency.")] = None,
+) -> None:
+    """Say how many replicas a load needs, what probes take of them, and how long a promotion lasts."""
+    from serving.capacity import MEASURED, Load, Replica, measured_images_per_second, table
+    from serving.capacity import capacity as plan
+
+    speed = images_per_second_per_replica or measured_images_per_second(MEASURED)
+    replica = Replica(speed, utilisation, ready_seconds, hourly)
+    loads = [Load(requests, images_per_request, probe_images_per_second) for requests in requests_per_second]
+    say(table(plan(load, replica) for load in loads))
+    say(f"\nA replica answers {speed:,.0f} images a second; {1e6 / speed:,.0f} s of one for a million images.")
 
 
 def main() -> None:

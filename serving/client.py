@@ -51,14 +51,61 @@ class Served:
 
 
 @dataclass(frozen=True)
-class _Contract:
-    """The parts of the model's configuration that requests must fit."""
+class Contract:
+    """The parts of a model's configuration that requests must fit, and what requests and answers that do look like.
 
+    where: model and endpoint, for messages.
+    """
+
+    where: str
     input_name: str
     input_shape: tuple[int, int, int]
     output_name: str
     classes: int
     max_batch_size: int
+
+    @classmethod
+    def of(cls, config: Any, where: str) -> Contract:
+        """From Triton's ModelConfig; Rejected where it is no image classifier."""
+        image, logits = config.input, config.output
+        if len(image) != 1 or len(logits) != 1 or len(image[0].dims) != 3 or len(logits[0].dims) != 1:
+            raise Rejected(f"{where}: not one image in and one row of logits out", "invalid")
+        height, width, channels = image[0].dims
+        return cls(
+            where,
+            image[0].name,
+            (height, width, channels),
+            logits[0].name,
+            logits[0].dims[0],
+            max(config.max_batch_size, 1),
+        )
+
+    def question(self, images: npt.NDArray[np.uint8], *, ranked: bool = False) -> dict[str, Any]:
+        """What `infer` is called with for images (N, H, W, C): logits are asked for, or all classes with their labels,
+        best first."""
+        tensor = triton.InferInput(self.input_name, images.shape, "UINT8")
+        tensor.set_data_from_numpy(images)
+        output = triton.InferRequestedOutput(self.output_name, class_count=self.classes if ranked else 0)
+        return {"inputs": [tensor], "outputs": [output]}
+
+    def logits(self, response: Any, images: int) -> npt.NDArray[np.float32]:
+        """Float32 (N, K) of a response; Rejected where that is not in it, or not finite."""
+        logits, expected = response.as_numpy(self.output_name), (images, self.classes)
+        if logits is None or logits.shape != expected or logits.dtype != np.float32:
+            found = "nothing" if logits is None else f"{logits.dtype} {logits.shape}"
+            raise Rejected(f"{self.where}: expected float32 logits {expected}, received {found}", "bad_output")
+        if not np.isfinite(logits).all():
+            raise Rejected(f"{self.where}: its logits are not all finite", "bad_output")
+        return np.asarray(logits)
+
+    def labels(self, response: Any) -> tuple[str, ...]:
+        """K names in logit order, of the response to a ranked question; the index where a class has no name."""
+        entries = response.as_numpy(self.output_name).reshape(-1)  # b"score:index:label", best first
+        labels = [""] * self.classes
+        for entry in entries:
+            _, index, *label = entry.decode().split(":", 2)
+            labels[int(index)] = label[0] if label else index
+        return tuple(labels)
 
 
 class Client:
@@ -76,8 +123,8 @@ class Client:
             raise BadInput(f"timeout_seconds is {timeout_seconds}, must be above 0")
         self.url, self.model, self.version = url, model, version
         self.timeout_seconds, self.priority = timeout_seconds, priority
-        self._triton = triton.InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
-        self._contract: _Contract | None = None
+        self.triton = triton.InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
+        self._contract: Contract | None = None
 
     def __enter__(self) -> Client:
         return self
@@ -89,7 +136,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; the client cannot be used afterwards."""
-        self._triton.close()
+        self.triton.close()
 
     def predict(self, images: npt.NDArray[np.uint8]) -> Answer:
         """Logits of images, uint8 (N, H, W, C), N >= 1, sent in parts of at most the model's max_batch_size.
@@ -120,90 +167,58 @@ class Client:
     def describe(self) -> Served:
         """What the endpoint serves now. Labels come with an inference of one black image, which proves life."""
         contract = self._fetch_contract()
-        ranking = triton.InferRequestedOutput(contract.output_name, class_count=contract.classes)
         black = np.zeros((1, *contract.input_shape), np.uint8)
-        response = self._request(contract, black, ranking)
-        entries = response.as_numpy(contract.output_name).reshape(-1)  # b"score:index:label", best first
-        labels = [""] * contract.classes
-        for entry in entries:
-            _, index, *label = entry.decode().split(":", 2)
-            labels[int(index)] = label[0] if label else index
-        return Served(
-            self.model,
-            response.get_response().model_version,
-            contract.input_shape,
-            contract.classes,
-            tuple(labels),
-        )
+        response = self._request(contract.question(black, ranked=True))
+        version = response.get_response().model_version
+        return Served(self.model, version, contract.input_shape, contract.classes, contract.labels(response))
 
     @property
     def _where(self) -> str:
         return f"model {self.model!r} at {self.url}"
 
-    def _fetch_contract(self) -> _Contract:
+    def _fetch_contract(self) -> Contract:
         if self._contract is None:
             try:
-                config = self._triton.get_model_config(
+                config = self.triton.get_model_config(
                     self.model, self.version, client_timeout=self.timeout_seconds
                 ).config
             except InferenceServerException as error:
-                raise self._translated(error) from None
-            self._contract = self._checked_contract(config)
+                raise answer_error(error, self._where, self.timeout_seconds) from None
+            self._contract = Contract.of(config, self._where)
         return self._contract
 
-    def _checked_contract(self, config: Any) -> _Contract:
-        image, logits = config.input, config.output
-        if len(image) != 1 or len(logits) != 1 or len(image[0].dims) != 3 or len(logits[0].dims) != 1:
-            raise Rejected(f"{self._where}: not one image in and one row of logits out", "invalid")
-        height, width, channels = image[0].dims
-        return _Contract(
-            image[0].name,
-            (height, width, channels),
-            logits[0].name,
-            logits[0].dims[0],
-            max(config.max_batch_size, 1),
-        )
+    def _infer(self, contract: Contract, images: npt.NDArray[np.uint8]) -> Answer:
+        response = self._request(contract.question(images))
+        return Answer(contract.logits(response, len(images)), response.get_response().model_version)
 
-    def _infer(self, contract: _Contract, images: npt.NDArray[np.uint8]) -> Answer:
-        response = self._request(contract, images, triton.InferRequestedOutput(contract.output_name))
-        logits = response.as_numpy(contract.output_name)
-        expected = (len(images), contract.classes)
-        if logits is None or logits.shape != expected or logits.dtype != np.float32:
-            found = "nothing" if logits is None else f"{logits.dtype} {logits.shape}"
-            raise Rejected(f"{self._where}: expected float32 logits {expected}, received {found}", "bad_output")
-        if not np.isfinite(logits).all():
-            raise Rejected(f"{self._where}: its logits are not all finite", "bad_output")
-        return Answer(logits, response.get_response().model_version)
-
-    def _request(self, contract: _Contract, images: npt.NDArray[np.uint8], output: Any) -> Any:
-        tensor = triton.InferInput(contract.input_name, images.shape, "UINT8")
-        tensor.set_data_from_numpy(images)
+    def _request(self, question: dict[str, Any]) -> Any:
         try:
-            return self._triton.infer(
+            return self.triton.infer(
                 self.model,
-                [tensor],
+                **question,
                 model_version=self.version,
-                outputs=[output],
                 priority=self.priority,
                 timeout=int(self.timeout_seconds * 1e6),  # in the queue, so that nobody computes for a client that left
                 client_timeout=self.timeout_seconds,
             )
         except InferenceServerException as error:
-            raise self._translated(error) from None
+            raise answer_error(error, self._where, self.timeout_seconds) from None
 
-    def _translated(self, error: Any) -> AnswerError:
-        status, detail = (
-            str(error.status()).removeprefix("StatusCode."),
-            " ".join(str(error.message()).split()),
-        )
-        if status == "DEADLINE_EXCEEDED" or "timeout expired" in detail:
-            return DeadlineExceeded(f"{self._where}: no answer within {self.timeout_seconds:g} s", "timeout")
-        if "unknown model" in detail or status == "NOT_FOUND":
-            return Rejected(f"{self._where}: not served there: {detail}", "unknown_model")
-        if "maximum queue size" in detail:
-            return Unavailable(f"{self._where}: its queue is full: {detail}", "queue_full")
-        if status == "UNAVAILABLE":
-            return Unavailable(f"{self._where}: no connection, or the server is stopping: {detail}", "unavailable")
-        if status in ("INTERNAL", "UNKNOWN", "CANCELLED"):
-            return Unavailable(f"{self._where}: the server failed: {detail}", "internal")
-        return Rejected(f"{self._where}: refused ({status}): {detail}", "invalid")
+
+def answer_error(error: Any, where: str, timeout_seconds: float) -> AnswerError:
+    """What an InferenceServerException means. where: model and endpoint; timeout_seconds: what the request had."""
+    status, detail = (
+        str(error.status()).removeprefix("StatusCode."),
+        " ".join(str(error.message()).split()),
+    )
+    if status == "DEADLINE_EXCEEDED" or "timeout expired" in detail:
+        return DeadlineExceeded(f"{where}: no answer within {timeout_seconds:g} s", "timeout")
+    if "unknown model" in detail or status == "NOT_FOUND":
+        return Rejected(f"{where}: not served there: {detail}", "unknown_model")
+    if "maximum queue size" in detail:
+        return Unavailable(f"{where}: its queue is full: {detail}", "queue_full")
+    if status == "UNAVAILABLE":
+        return Unavailable(f"{where}: no connection, or the server is stopping: {detail}", "unavailable")
+    if status in ("INTERNAL", "UNKNOWN", "CANCELLED"):
+        return Unavailable(f"{where}: the server failed: {detail}", "internal")
+    return Rejected(f"{where}: refused ({status}): {detail}", "invalid")

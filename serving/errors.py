@@ -4,6 +4,7 @@ ServingError
  ├─ BadInput          2  the caller's file, name, array or argument
  ├─ Refused           1  understood and denied: what was not promoted is not served
  ├─ Broken            5  disk, port, process
+ ├─ WrongAnswer       5  an endpoint does not answer as the gate saw the model answer
  └─ AnswerError       5  no answer came back; `reason` is a closed set, fit for a metric label
      ├─ Unavailable       unavailable, queue_full, internal
      ├─ DeadlineExceeded  timeout
@@ -33,6 +34,12 @@ class Refused(ServingError):
 
 class Broken(ServingError):
     """The surroundings failed: disk, port, process."""
+
+    exit_code = 5
+
+
+class WrongAnswer(ServingError):
+    """An endpoint answers, but not as the gate saw the model answer."""
 
     exit_code = 5
 

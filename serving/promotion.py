@@ -1,9 +1,8 @@
-"""From a passing verdict to a version that Triton serves: all of it or nothing, and only what passed."""
+"""From a passing verdict to a version that Triton serves, and back: all of it or nothing, and only what passed."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import tempfile
@@ -13,14 +12,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gating.attestation import Trust, inspect, verify
+from serving import ledger
 from serving import repository as layout
 from serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_files
 from serving.errors import BadInput, Broken, Refused
 
-STAGING = ".staging-"
 LOCK = ".promotion.lock"
 
 
@@ -35,11 +33,21 @@ class Promoted:
 
 
 def promote(
-    candidate: Path, evidence: Path, repository: Path, *, name: str, trust: Trust, now: datetime | None = None
+    candidate: Path,
+    evidence: Path,
+    repository: Path,
+    *,
+    name: str,
+    trust: Trust,
+    threads: int | None = None,
+    shadow: bool = False,
+    now: datetime | None = None,
 ) -> Promoted:
     """Add a candidate that passed the gate as the next version of model `name`, and make it the one that is served.
 
     A crash at any point leaves the old version served, or the new one; nothing in between is visible to Triton.
+    threads: of ONNX Runtime per inference on a CPU; default: as the served version has it, else its own choice.
+    shadow: beside the served version, as a model NAME-shadow of its own; promoting the same bytes later retires it.
     BadInput or BadEvidence (2): a file that is missing, malformed or not what the candidate's manifest says. Refused
     or NotAttested (1): no passing verdict for exactly these bytes that keys of `trust` have signed and that holds at
     `now` (default: now), or another interface than the version that is served. Broken (5): the repository cannot be
@@ -50,11 +58,83 @@ def promote(
     if extra := sorted({path.name for path in candidate.iterdir()} - FILES - {MANIFEST}):
         raise BadInput(f"{candidate / extra[0]}: not part of a candidate; remove it or export again")
     verify(candidate, evidence, trust, now)
-    try:
-        with _only_writer(repository):
-            return _commit(repository, name, manifest, partial(_stage_version, candidate, evidence, trust, now))
-    except OSError as error:
-        raise Broken(f"{repository}: cannot be written: {error.strerror or error}") from None
+    stage = partial(_stage_version, candidate, evidence, trust, now)
+    with _only_writer(repository):
+        _require_same_interface(repository, manifest, name)
+        if not shadow:
+            promoted = _commit(repository, name, manifest, stage, threads)
+            _retire_shadow(repository, promoted)
+            return promoted
+        if layout.served_version(repository / name) is None:
+            raise BadInput(
+                f"model {name!r}: is not served, so that nothing can stand in its shadow; promote without it"
+            )
+        return _commit(repository, layout.checked_name(f"{name}{layout.SHADOW}"), manifest, stage, threads)
+
+
+def rollback(
+    repository: Path,
+    name: str,
+    *,
+    trust: Trust,
+    version: int | None = None,
+    reason: str = "",
+    now: datetime | None = None,
+) -> Promoted:
+    """Serve an earlier version of model `name` again; default: the one before. Twice is where one began.
+
+    BadInput (2): no such version. Refused or NotAttested (1): there was none before, or its attestation does not hold
+    at `now`: an expired one needs a new verdict. Broken (5): the repository cannot be written.
+    """
+    with _only_writer(repository):
+        served = _require_served(repository, name)
+        if version is None and (version := ledger.aliases(repository)[name].previous) is None:
+            raise Refused(f"model {name!r}: nothing was served before version {served}; name one with --version")
+        directory = repository / name / str(version)
+        if not directory.is_dir():
+            on_disk = ", ".join(map(str, layout.version_numbers(repository / name)))
+            raise BadInput(f"model {name!r}: has no version {version}; on disk are {on_disk}")
+        _require_whole(directory)
+        verify(directory, directory, trust, now)
+        return _switch(repository, name, version, "rolled_back", reason)
+
+
+def give_back(repository: Path, name: str, version: int, reason: str) -> Promoted:
+    """Return to a version that was live a moment ago, as the one after it does not answer as it should."""
+    with _only_writer(repository):
+        _require_served(repository, name)
+        return _switch(repository, name, version, "returned", reason)
+
+
+def given_up(repository: Path, promoted: Promoted) -> str:
+    """Why a version is no longer what the repository serves; empty while it is."""
+    if layout.served_version(repository / promoted.model) == promoted.version:
+        return ""
+    changes = [change for change in ledger.read_history(repository, promoted.model) if change.event != "pruned"]
+    last = changes[-1] if changes and changes[-1].before == promoted.version else None
+    return (last and last.reason) or "another version is served"
+
+
+def retire(repository: Path, name: str, *, reason: str = "") -> None:
+    """Take a model out of service, all its versions with it; its numbers stay taken. BadInput where there is none."""
+    with _only_writer(repository):
+        _retire(repository, name, _require_served(repository, name), reason)
+
+
+def prune(repository: Path, name: str, *, keep: int = 3) -> list[int]:
+    """Remove old versions beyond the newest `keep`, never what is served or was before it; the numbers removed."""
+    with _only_writer(repository):
+        served = _require_served(repository, name)
+        previous = ledger.aliases(repository)[name].previous
+        versions = layout.version_numbers(repository / name)
+        old = [number for number in versions[: len(versions) - keep] if number not in (served, previous)]
+        for number in old:
+            # Out of Triton's sight at once; the lock's next holder removes what a crash leaves.
+            removed = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository / name))
+            (repository / name / str(number)).rename(removed / str(number))
+            ledger.record(repository, [ledger.event(name, "pruned", number, None, None)])
+            shutil.rmtree(removed)
+        return old
 
 
 def verify_release(repository: Path, name: str, trust: Trust | None = None, now: datetime | None = None) -> Promoted:
@@ -67,68 +147,137 @@ def verify_release(repository: Path, name: str, trust: Trust | None = None, now:
     version = layout.served_version(model)
     if version is None:
         raise Refused(f"{model}: has no {layout.CONFIG}; `dfmcl promote` writes it")
-    config_path, directory = model / layout.CONFIG, model / str(version)
-    layout.require_plain(layout.parse_config(config_path.read_text(encoding="utf-8"), config_path), config_path)
+    served = {version}
+    for path in [model / layout.CONFIG, *model.glob(layout.GPU_CONFIG)]:
+        config = layout.parse_config(path.read_text(encoding="utf-8"), path)
+        layout.require_plain(config, path)
+        served |= set(config.version_policy.specific.versions)  # the GPU's is older where a promotion was cut short
     # A library beside the model would replace the backend itself: docs of triton-inference-server/backend. Triton reads
     # neither the card nor the surrogates, as it takes only numbered directories for versions.
     strangers = [path for path in model.iterdir() if not _belongs_to_model(path)]
-    strangers += [path for path in directory.glob("*") if path.name not in layout.VERSION_FILES]
-    if strangers:
-        raise Refused(f"{min(strangers)}: promotion did not write this; remove it")
-    if absent := [file for file in sorted(layout.VERSION_FILES) if not (directory / file).is_file()]:
-        raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; promote again")
-    if trust is None:
-        inspect(directory, directory)
-    else:
-        verify(directory, directory, trust, now)
+    for number in sorted(served):
+        directory = model / str(number)
+        strangers += [path for path in directory.glob("*") if path.name not in layout.VERSION_FILES]
+        if strangers:
+            raise Refused(f"{min(strangers)}: promotion did not write this; remove it")
+        _require_whole(directory)
+        if trust is None:
+            inspect(directory, directory)
+        else:
+            verify(directory, directory, trust, now)
+    directory = model / str(version)
     return Promoted(name, version, directory, read_manifest(directory).model_sha256)
 
 
 def _belongs_to_model(path: Path) -> bool:
     if path.name in (layout.CONFIG, layout.CARD):
         return path.is_file()
-    return path.is_dir() and (path.name.isdecimal() or path.name == layout.SURROGATES or path.name.startswith(STAGING))
+    if path.name == Path(layout.GPU_CONFIG).parent.name:
+        return path.is_dir() and [file.name for file in path.iterdir() if not file.name.startswith(layout.STAGING)] == [
+            Path(layout.GPU_CONFIG).name
+        ]
+    if path.name.startswith(layout.STAGING):  # what a promotion left that died; Triton reads no such name
+        return True
+    return path.is_dir() and (path.name.isdecimal() or path.name == layout.SURROGATES)
 
 
-def _commit(repository: Path, name: str, manifest: Manifest, stage: Callable[[Path], None]) -> Promoted:
+def _require_whole(directory: Path) -> None:
+    if absent := [file for file in sorted(layout.VERSION_FILES) if not (directory / file).is_file()]:
+        raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; promote again")
+
+
+def _require_served(repository: Path, name: str) -> int:
+    version = layout.served_version(repository / layout.checked_name(name))
+    if version is None:
+        known = ", ".join(layout.model_names(repository)) or "none"
+        raise BadInput(f"{repository / name}: is not served; models there: {known}")
+    return version
+
+
+def _commit(
+    repository: Path, name: str, manifest: Manifest, stage: Callable[[Path], None], threads: int | None
+) -> Promoted:
     model = repository / name
     served = layout.served_version(model)
     if served is None and model.exists():
         raise BadInput(f"{model}: exists without {layout.CONFIG}, so promotion did not write it; remove it")
-    if served is not None:
-        _require_same_interface(manifest, read_manifest(model / str(served)), name)
-    aliases = _read_aliases(repository)
-    version = 1 + max([0, *layout.version_numbers(model), *_versions_named(aliases.get(name, {}))])
+    if threads is None:
+        threads = 0 if served is None else layout.threads_of(model)
+    version = 1 + max([0, *layout.version_numbers(model), *ledger.versions_remembered(repository, name)])
+    configs = layout.configs(manifest, name, version, threads=threads)
     # A first version is staged where it appears. Later ones inside the model's directory, as Triton without explicit
     # model control takes every directory of the repository for a model.
-    staged = Path(tempfile.mkdtemp(prefix=STAGING, dir=repository if served is None else model))
+    staged = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository if served is None else model))
     try:
-        directory = staged / str(version)
-        stage(directory)
-        config = layout.config_pbtxt(manifest, name, version)
-        layout.parse_config(config, model / layout.CONFIG)
-        _write(staged / layout.CONFIG, config)
-        aliases[name] = {"champion": version, "previous": served}
-        _write(repository / f"{STAGING}{layout.ALIASES}", json.dumps(aliases, indent=2, sort_keys=True) + "\n")
-        staged.chmod(0o755)  # mkdtemp makes 0700; Triton may run as another user
-        _sync(staged)
-        if served is not None:
-            directory.rename(model / str(version))
-            _sync(model)
-        (repository / f"{STAGING}{layout.ALIASES}").replace(repository / layout.ALIASES)
-        # The commit. The first version becomes visible with its model directory, a later one with its config.
+        stage(staged / str(version))
         if served is None:
-            staged.rename(model)
+            for path, text in configs.items():
+                (staged / path).parent.mkdir(exist_ok=True)
+                ledger.write(staged / path, text)
+            staged.chmod(0o755)  # mkdtemp makes 0700; Triton may run as another user
+            ledger.sync(staged)
+            staged.rename(model)  # the commit
+            ledger.sync(repository)
         else:
-            (staged / layout.CONFIG).replace(model / layout.CONFIG)
-            _sync(model)
-        _sync(repository)
+            (staged / str(version)).rename(model / str(version))
+            ledger.sync(model)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Promoted(name, version, model / str(version), manifest.model_sha256)
+    if served is None:
+        change = ledger.event(name, "promoted", version, None, manifest.model_sha256)
+        ledger.record(repository, [change])
+        return Promoted(name, version, model / str(version), manifest.model_sha256)
+    return _switch(repository, name, version, "promoted", threads=threads)
 
 
-def _require_same_interface(new: Manifest, old: Manifest, name: str) -> None:
+def _switch(
+    repository: Path, name: str, version: int, kind: ledger.Kind, reason: str = "", threads: int | None = None
+) -> Promoted:
+    """Make a version that lies there the one that is served."""
+    model = repository / name
+    manifest = read_manifest(model / str(version))
+    promoted = Promoted(name, version, model / str(version), manifest.model_sha256)
+    if (served := layout.served_version(model)) == version:
+        return promoted
+    threads = layout.threads_of(model) if threads is None else threads
+    for path, text in layout.configs(manifest, name, version, threads=threads).items():
+        (model / path).parent.mkdir(exist_ok=True)
+        ledger.replace(model / path, text)  # the last of them is the commit
+    ledger.record(repository, [ledger.event(name, kind, version, served, manifest.model_sha256, reason)])
+    return promoted
+
+
+def _let_gpu_follow(model: Path) -> None:
+    """Where a writer died between the two configs, the one that is the commit decides."""
+    version, path = layout.served_version(model), model / layout.GPU_CONFIG
+    texts = layout.configs(read_manifest(model / str(version)), model.name, int(version or 0))
+    if not path.is_file() or path.read_text(encoding="utf-8") != texts[layout.GPU_CONFIG]:
+        path.parent.mkdir(exist_ok=True)
+        ledger.replace(path, texts[layout.GPU_CONFIG])
+
+
+def _retire_shadow(repository: Path, promoted: Promoted) -> None:
+    """The same bytes need no shadow once they are served; other bytes stay there."""
+    shadow = f"{promoted.model}{layout.SHADOW}"
+    version = layout.served_version(repository / shadow)
+    if version is None or read_manifest(repository / shadow / str(version)).model_sha256 != promoted.sha256:
+        return
+    _retire(repository, shadow, version, f"{promoted.model} serves it as version {promoted.version}")
+
+
+def _retire(repository: Path, name: str, served: int, reason: str) -> None:
+    removed = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository))
+    (repository / name).rename(removed / name)
+    ledger.sync(repository)
+    ledger.record(repository, [ledger.event(name, "retired", None, served, None, reason)])
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _require_same_interface(repository: Path, new: Manifest, name: str) -> None:
+    served = layout.served_version(repository / name)
+    if served is None:
+        return
+    old = read_manifest(repository / name / str(served))
     if new.interface != old.interface:
         raise Refused(
             f"model {name!r} takes {old.input_shape} and has {len(old.labels)} labels; this candidate takes "
@@ -147,54 +296,28 @@ def _stage_version(candidate: Path, evidence: Path, trust: Trust, now: datetime 
             shutil.copyfileobj(reader, writer)
             writer.flush()
             os.fsync(writer.fileno())
-    _sync(directory)
+    ledger.sync(directory)
     verify_files(directory)
     verify(directory, directory, trust, now)
 
 
 @contextmanager
 def _only_writer(repository: Path) -> Iterator[None]:
-    """Hold the repository's lock, and clear what promotions that died left in staging."""
-    repository.mkdir(parents=True, exist_ok=True)
-    with (repository / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in [*repository.glob(f"{STAGING}*"), *repository.glob(f"*/{STAGING}*")]:
-            if stale.is_dir():
-                shutil.rmtree(stale)
-            else:
-                stale.unlink()
-        yield
-
-
-def _read_aliases(repository: Path) -> dict[str, Any]:
-    path = repository / layout.ALIASES
-    if not path.exists():
-        return {}
+    """Hold the repository's lock, and make good what writers that died left behind."""
     try:
-        aliases = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(entry, dict) for entry in aliases.values()):
-            raise ValueError("expected an object for each model")
-    except (ValueError, AttributeError) as error:
-        raise BadInput(f"{path}: not readable: {error}; remove it, promotion writes it again") from None
-    return dict(aliases)
-
-
-def _versions_named(entry: dict[str, Any]) -> list[int]:
-    """Versions that aliases.json remembers, so that a number is not used again although its directory was removed."""
-    return [version for version in entry.values() if isinstance(version, int)]
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    """Make renames in a directory survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        repository.mkdir(parents=True, exist_ok=True)
+        with (repository / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for stale in [
+                path for depth in ("", "*/", "*/*/") for path in repository.glob(f"{depth}{layout.STAGING}*")
+            ]:
+                if stale.is_dir():
+                    shutil.rmtree(stale)
+                else:
+                    stale.unlink()
+            for name in layout.model_names(repository):
+                _let_gpu_follow(repository / name)
+            ledger.settle(repository)
+            yield
+    except OSError as error:
+        raise Broken(f"{repository}: cannot be written: {error.strerror or error}") from None

@@ -1,11 +1,13 @@
 """The model repository that Triton reads: names, layout, and the config.pbtxt of a promoted model.
 
-<repository>/<model>/config.pbtxt                      which version is served, and how
+<repository>/<model>/config.pbtxt                      which version is served, and how: on CPUs
+<repository>/<model>/configs/gpu.pbtxt                 the same on a GPU, for --model-config-name=gpu
 <repository>/<model>/<N>/{model.onnx, labels.txt, manifest.json}                       immutable, as are
 <repository>/<model>/<N>/{report.json, probes.npz, attestation.intoto.jsonl}           what vouches for them
 <repository>/<model>/README.md                         model card, where `dfmcl card` wrote one
 <repository>/<model>/surrogates/<name>/                packed runs to attack it with, where some were shipped
-<repository>/aliases.json                              {"<model>": {"champion": N, "previous": M or null}}
+<repository>/aliases.json                              {"<model>": {"champion": N, "previous": M, "candidate": K}}
+<repository>/history.jsonl                             every change, one a line
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from serving.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest
 from serving.errors import BadInput, Refused
 
 CONFIG = "config.pbtxt"
+GPU_CONFIG = "configs/gpu.pbtxt"
 ALIASES = "aliases.json"
+HISTORY = "history.jsonl"
+STAGING = ".staging-"
+SHADOW = "-shadow"
 REPORT = "report.json"
 PROBES = "probes.npz"
 ATTESTATION = "attestation.intoto.jsonl"
@@ -44,11 +50,37 @@ def checked_name(name: str) -> str:
     return name
 
 
-def config_pbtxt(manifest: Manifest, name: str, version: int, *, threads: int = 1) -> str:
-    """The config.pbtxt that serves exactly `version`; the same text for NVIDIA's image and for the pip runtime.
+def configs(manifest: Manifest, name: str, version: int, *, threads: int = 0) -> dict[str, str]:
+    """The files, by path in the model's directory, that serve exactly `version`; config.pbtxt, the commit, comes last.
 
-    threads: ONNX Runtime's threads per inference, a whole number >= 1; the container's CPU limit is the best value.
+    threads: ONNX Runtime's threads per inference on a CPU; 0: one a core, its own choice, which sees no container's CPU
+    limit: name the limit there.
     """
+    return {
+        GPU_CONFIG: _config(manifest, name, version, 0, GPU),
+        CONFIG: _config(manifest, name, version, threads, CPU),
+    }
+
+
+# The count is always written: without it the python backend starts two instances on a CPU.
+CPU = "instance_group [ { count: 1 kind: KIND_CPU } ]"
+# Two, so that one copies while the other computes. FP32, as half precision is another model with another robustness:
+# `dfmcl parity` measures it.
+GPU = """\
+instance_group [ { count: 2 kind: KIND_GPU } ]
+optimization { execution_accelerators { gpu_execution_accelerator : [
+  {
+    name: "tensorrt"
+    parameters { key: "precision_mode" value: "FP32" }
+    parameters { key: "trt_engine_cache_enable" value: "1" }
+    parameters { key: "trt_engine_cache_path" value: "/cache" }
+  },
+  { name: "cuda" parameters { key: "cudnn_conv_use_max_workspace" value: "1" } }
+] } }"""
+
+
+def _config(manifest: Manifest, name: str, version: int, threads: int, instances: str) -> str:
+    """The same text for NVIDIA's image and for the pip runtime."""
     dims = ", ".join(str(size) for size in manifest.input_shape)
     warmup = "\n".join(_warmup(size, dims) for size in (1, MAX_BATCH_SIZE))
     return f"""\
@@ -62,8 +94,7 @@ output [
   {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ {len(manifest.labels)} ] label_filename: "{version}/{LABELS}" }}
 ]
 version_policy {{ specific {{ versions: [ {version} ] }} }}
-# The count is always written: without it the python backend starts two instances on a CPU.
-instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+{instances}
 # No queue delay: batches form behind a running one. Users are priority 1; probes send {PROBE_PRIORITY}, and give way.
 dynamic_batching {{
   priority_levels: 2
@@ -116,6 +147,12 @@ def served_version(model: Path) -> int | None:
     return int(versions[0])
 
 
+def threads_of(model: Path) -> int:
+    """The threads per inference that a model directory's config.pbtxt asks for."""
+    path = model / CONFIG
+    return int(parse_config(path.read_text(encoding="utf-8"), path).parameters["intra_op_thread_count"].string_value)
+
+
 def require_plain(config: Any, where: str | Path) -> None:
     """Refuse a config.pbtxt that makes Triton run anything but an ONNX file of this repository."""
     unusual = [
@@ -126,11 +163,19 @@ def require_plain(config: Any, where: str | Path) -> None:
             f"default_model_filename {config.default_model_filename!r}": config.default_model_filename != MODEL,
             "model_operations": bool(config.model_operations.op_library_filename),
             "parameters": not set(config.parameters) <= {"intra_op_thread_count", "inter_op_thread_count"},
+            # An engine cache elsewhere could hold another network, or plugins.
+            "execution_accelerators": config.optimization.execution_accelerators
+            not in (known.execution_accelerators for known in _optimizations()),
         }.items()
         if found
     ]
     if unusual:
         raise Refused(f"{where}: has {unusual[0]}, which promotion never writes; promote again")
+
+
+def _optimizations() -> list[Any]:
+    """What promotion writes: nothing for CPUs, accelerators for GPUs."""
+    return [parse_config(text, "").optimization for text in (CPU, GPU)]
 
 
 def version_numbers(model: Path) -> list[int]:

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[Any], seconds: float = 120) -> None:
-    """Until the condition holds; an error once the process has ended, or after so many seconds."""
+def wait_until(
+    condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, seconds: float = 120
+) -> None:
+    """Until the condition holds; an error once the process, if one is named, has ended, or after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
-        assert time.monotonic() < deadline, f"{process.args}: nothing after {seconds} s"
+        if process is not None:
+            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        assert time.monotonic() < deadline, f"nothing after {seconds} s"
         time.sleep(0.01)  # what is waited for lies in another process's hands: a file, a signal handler

@@ -29,7 +29,7 @@ from tests.signing import make_key, report_on, trusting, write_report
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 SERVE = (
-    "import sys; from pathlib import Path; from serving.triton import serve;"
+    "import sys; from pathlib import Path; from serving.supervisor import serve;"
     "serve(Path(sys.argv[1]), http_port=0, grpc_port=int(sys.argv[2]), metrics_port=0, ready_file=Path(sys.argv[3]))"
 )
 

@@ -13,28 +13,42 @@ import pytest
 from gating.attestation import ATTESTATION, BadEvidence, NotAttested, Trust, candidate_files
 from serving.candidate import FILES, read_manifest, sha256_of
 from serving.errors import BadInput, Broken, Refused
-from serving.promotion import promote, verify_release
+from serving.ledger import Aliases, aliases, read_history
+from serving.promotion import give_back, promote, prune, retire, rollback, verify_release
 from serving.repository import VERSION_FILES, model_names, parse_config
 from tests.serving.workshop import run_python, write_evidence
 from tests.signing import CREATED, make_key, sign_again, trusting
 
-# Dies, as if the power failed, before the K-th change of the repository: a file opened for writing, or a rename.
+# In a process of its own for each repository: dies, as if the power failed, before the K-th change of it: a file
+# opened for writing, a rename, a new directory.
 CRASHING = """
 import os, sys
 from pathlib import Path
 from gating.trust import load_trust
-from serving.promotion import promote
-candidate, evidence, repository, trust = map(Path, sys.argv[1:5])
-left = [int(sys.argv[5])]
-def die(event, details):
-    writes = event == "open" and isinstance(details[1], str) and details[1][0] in "wx"
-    if (writes or event in ("os.rename", "os.mkdir")) and str(repository) in str(details[0]):
-        left[0] -= 1
-        if left[0] == 0:
-            os._exit(9)
-sys.addaudithook(die)
-promote(candidate, evidence, repository, name="digits", trust=load_trust(trust))
+from serving.promotion import promote, prune, retire, rollback
+code, candidate, evidence, trust = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), load_trust(Path(sys.argv[4]))
+for crash, path in enumerate(sys.argv[5:], start=1):
+    repository, left = Path(path), [crash]
+    def die(event, details):
+        writes = event == "open" and isinstance(details[1], str) and details[1][0] in "wx"
+        if (writes or event in ("os.rename", "os.mkdir")) and path in str(details[0]):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+    if not os.fork():
+        sys.addaudithook(die)
+        exec(code)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
+PROMOTE = "promote(candidate, evidence, repository, name='digits', trust=trust)"
+
+
+def crashed(code: str, candidate: Path, evidence: Path, trust: Path, repositories: list[Path]) -> list[int]:
+    """Exit codes of a change that died before its first step in the first repository, its second in the second, ..."""
+    paths = [str(path) for path in (candidate, evidence, trust, *repositories)]
+    output, _ = run_python(CRASHING, code, *paths).communicate(timeout=120)
+    return [int(line) for line in output.splitlines()]
 
 
 def listing(directory: Path) -> dict[str, bytes]:
@@ -60,7 +74,8 @@ def test_first_promotion_writes_version_1(tmp_path: Path, candidate: Path, evide
     assert (promoted.model, promoted.version, promoted.path) == ("digits", 1, tmp_path / "digits" / "1")
     assert promoted.sha256 == sha256_of(promoted.path / "model.onnx")
     assert {path.name for path in promoted.path.iterdir()} == VERSION_FILES
-    assert json.loads((tmp_path / "aliases.json").read_text()) == {"digits": {"champion": 1, "previous": None}}
+    aliases = {"champion": 1, "previous": None, "candidate": None}
+    assert json.loads((tmp_path / "aliases.json").read_text()) == {"digits": aliases}
     assert verify_release(tmp_path, "digits") == promoted
     assert (tmp_path / "digits").stat().st_mode & 0o777 == 0o755
 
@@ -72,7 +87,8 @@ def test_second_promotion_writes_version_2_and_keeps_version_1(
     before = listing(repository / "digits" / "1")
     assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
     assert listing(repository / "digits" / "1") == before
-    assert json.loads((repository / "aliases.json").read_text()) == {"digits": {"champion": 2, "previous": 1}}
+    aliases = {"champion": 2, "previous": 1, "candidate": None}
+    assert json.loads((repository / "aliases.json").read_text()) == {"digits": aliases}
     config = parse_config((repository / "digits" / "config.pbtxt").read_text(), "config.pbtxt")
     assert list(config.version_policy.specific.versions) == [2]
 
@@ -188,23 +204,21 @@ def test_crash_at_any_point_leaves_the_old_or_the_new_version(
     tmp_path: Path, candidate: Path, evidence: Path, promoted_before: int, trust: Trust, trust_file: Path
 ) -> None:
     """Whatever change is the last one, what Triton would serve is whole, and the next promotion cleans up and works."""
-    crashes, processes = range(1, 20), []
-    for crash in crashes:
-        repository = tmp_path / str(crash)
+    repositories = [tmp_path / str(number) for number in range(30)]
+    for repository in repositories:
         for _ in range(promoted_before):
             promote(candidate, evidence, repository, name="digits", trust=trust)
-        paths = [str(path) for path in (candidate, evidence, repository, trust_file)]
-        processes.append(run_python(CRASHING, *paths, str(crash)))
-        processes[max(0, crash - 3)].wait()  # a few at a time
-    codes = [process.wait() for process in processes]
-    assert set(codes[:10]) == {9}
+    codes = crashed(PROMOTE, candidate, evidence, trust_file, repositories)
+    assert set(codes[:15]) == {9}
     assert codes[-1] == 0  # so every change was the last one once
-    for crash in crashes:
-        repository = tmp_path / str(crash)
+    for repository in repositories:
         seen = [verify_release(repository, name).version for name in model_names(repository)]
         assert seen in ([promoted_before] * promoted_before, [promoted_before + 1])
         promoted = promote(candidate, evidence, repository, name="digits", trust=trust)
         assert promoted.version > max([0, *seen])
+        changes = read_history(repository, "digits")
+        assert [change.version for change in changes][-len(seen) - 1 :] == [*seen, promoted.version]
+        assert aliases(repository)["digits"] == Aliases(promoted.version, seen[0] if seen else None, None)
         assert verify_release(repository, "digits") == promoted
         assert not list(repository.rglob(".staging-*"))
 
@@ -213,9 +227,9 @@ def test_promotions_at_the_same_time_get_versions_of_their_own(
     tmp_path: Path, candidate: Path, evidence: Path, trust_file: Path
 ) -> None:
     """The lock puts them in a row."""
-    code = CRASHING.replace("sys.argv[5]", "'0'")
-    paths = [str(path) for path in (candidate, evidence, tmp_path / "models", trust_file)]
-    processes = [run_python(code, *paths) for _ in range(3)]
+    code = CRASHING.replace("[crash]", "[0]")
+    paths = [str(path) for path in (candidate, evidence, trust_file, tmp_path / "models")]
+    processes = [run_python(code, PROMOTE, *paths) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     assert verify_release(tmp_path / "models", "digits").version == 3
 
@@ -282,7 +296,7 @@ def test_card_and_surrogates_stay_through_a_promotion(
     assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
     assert verify_release(repository, "digits").version == 2
     after = listing(repository / "digits")
-    assert {name for name in before if before[name] != after.get(name)} == {"config.pbtxt"}
+    assert {name for name in before if before[name] != after.get(name)} == {"config.pbtxt", "configs/gpu.pbtxt"}
 
 
 @pytest.mark.parametrize(("name", "directory"), [("surrogates", False), ("README.md", True), ("3", False)])
@@ -291,4 +305,130 @@ def test_card_and_surrogates_are_what_they_are_called(repository: Path, name: st
     path = repository / "digits" / name
     path.mkdir() if directory else path.write_bytes(b"")
     with pytest.raises(Refused, match="promotion did not write this"):
+        verify_release(repository, "digits")
+
+
+CHANGES = {
+    "rollback": ("rollback(repository, 'digits', trust=trust)", {3, 2}),
+    "prune": ("prune(repository, 'digits', keep=1)", {3}),
+    "retire": ("retire(repository, 'digits')", {3, None}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_crash_in_a_change_leaves_the_old_or_the_new_state(
+    tmp_path: Path, repository: Path, candidate: Path, evidence: Path, change: str, trust: Trust, trust_file: Path
+) -> None:
+    """As for a promotion: what is served is whole after each crash, and what comes next finds nothing in its way."""
+    for _ in range(2):
+        promote(candidate, evidence, repository, name="digits", trust=trust)
+    code, allowed = CHANGES[change]
+    copies = [shutil.copytree(repository, tmp_path / str(number)) for number in range(16)]
+    codes = crashed(code, candidate, evidence, trust_file, copies)
+    assert set(codes[:3]) == {9}
+    assert codes[-1] == 0  # so every step was the last one once
+    found = set()
+    for copy in copies:
+        served = [verify_release(copy, name).version for name in model_names(copy)]
+        found.add(served[0] if served else None)
+        promoted = promote(candidate, evidence, copy, name="digits", trust=trust)
+        assert promoted.version == 4
+        assert verify_release(copy, "digits") == promoted
+        assert not list(copy.rglob(".staging-*"))
+    assert found == allowed
+
+
+def test_rollback_serves_what_was_served_before(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """With its bytes and threads; doing it twice is where one began, and the history says who and why."""
+    first = verify_release(repository, "digits")
+    promote(candidate, evidence, repository, name="digits", trust=trust, threads=3)
+    assert rollback(repository, "digits", trust=trust, reason="p99 doubled") == first
+    assert verify_release(repository, "digits", trust) == first
+    assert aliases(repository)["digits"] == Aliases(champion=1, previous=2)
+    config = parse_config((repository / "digits" / "config.pbtxt").read_text(), "")
+    assert config.parameters["intra_op_thread_count"].string_value == "3"
+    assert rollback(repository, "digits", trust=trust).version == 2
+    last = read_history(repository)[-2]
+    assert (last.event, last.version, last.before, last.reason) == ("rolled_back", 1, 2, "p99 doubled")
+    assert last.actor
+
+
+def test_rollback_to_where_nothing_is_is_told(repository: Path, trust: Trust) -> None:
+    """There may be no earlier version, or none of that number, or no such model."""
+    with pytest.raises(Refused, match="nothing was served before version 1"):
+        rollback(repository, "digits", trust=trust)
+    with pytest.raises(BadInput, match="has no version 7; on disk are 1"):
+        rollback(repository, "digits", trust=trust, version=7)
+    with pytest.raises(BadInput, match="models there: digits"):
+        rollback(repository, "other", trust=trust)
+
+
+def test_rollback_needs_a_signature_that_holds(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust, tmp_path: Path
+) -> None:
+    """An old version is judged as a new one is: it may have expired, or been changed where it lies."""
+    promote(candidate, evidence, repository, name="digits", trust=trust)
+    late = datetime.fromisoformat(CREATED) + timedelta(days=200 * 365)
+    with pytest.raises(NotAttested, match="expired"):
+        rollback(repository, "digits", trust=trust, now=late)
+    with (repository / "digits" / "1" / "model.onnx").open("ab") as file:
+        file.write(b"\x1a\x00")
+    with pytest.raises(NotAttested):
+        rollback(repository, "digits", trust=trust)
+    assert verify_release(repository, "digits").version == 2
+
+
+def test_what_was_returned_from_is_not_previous(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """A rollback must not lead to a version that never worked."""
+    for _ in range(2):
+        promote(candidate, evidence, repository, name="digits", trust=trust)
+    give_back(repository, "digits", 2, "it does not load")
+    assert aliases(repository)["digits"] == Aliases(champion=2, previous=1)
+    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 4
+    assert aliases(repository)["digits"] == Aliases(champion=4, previous=2)
+
+
+def test_prune_keeps_what_serves_and_what_served_last(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """However old they are; numbers that are gone stay taken."""
+    for _ in range(4):
+        promote(candidate, evidence, repository, name="digits", trust=trust)
+    rollback(repository, "digits", trust=trust, version=1)
+    assert prune(repository, "digits", keep=2) == [2, 3]
+    assert {path.name for path in (repository / "digits").iterdir() if path.name.isdecimal()} == {"1", "4", "5"}
+    assert prune(repository, "digits", keep=2) == []
+    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 6
+
+
+def test_a_shadow_stands_beside_the_champion_until_its_bytes_are_served(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """Under its own name, with its own versions; a retired name keeps its numbers."""
+    with pytest.raises(BadInput, match="nothing can stand in its shadow"):
+        promote(candidate, evidence, repository, name="other", trust=trust, shadow=True)
+    assert promote(candidate, evidence, repository, name="digits", trust=trust, shadow=True).model == "digits-shadow"
+    assert aliases(repository)["digits"] == Aliases(champion=1, candidate=1)
+    assert verify_release(repository, "digits-shadow", trust).version == 1
+    promote(candidate, evidence, repository, name="digits", trust=trust)
+    assert model_names(repository) == ["digits"]
+    assert aliases(repository) == {"digits": Aliases(champion=2, previous=1)}
+    assert promote(candidate, evidence, repository, name="digits", trust=trust, shadow=True).version == 2
+    retire(repository, "digits-shadow", reason="slower")
+    assert aliases(repository)["digits"].candidate is None
+    assert [change.event for change in read_history(repository, "digits-shadow")] == ["promoted", "retired"] * 2
+
+
+def test_a_config_for_gpus_that_promotion_did_not_write_is_refused(repository: Path) -> None:
+    """It is another way to make Triton run something else."""
+    path = repository / "digits" / "configs" / "gpu.pbtxt"
+    path.write_text(path.read_text().replace('backend: "onnxruntime"', 'backend: "python"'))
+    with pytest.raises(Refused, match="backend 'python'"):
+        verify_release(repository, "digits")
+    (path.parent / "other.pbtxt").write_text("")
+    with pytest.raises(Refused):
         verify_release(repository, "digits")

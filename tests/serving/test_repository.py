@@ -8,13 +8,13 @@ import pytest
 
 from serving.candidate import read_manifest
 from serving.errors import BadInput, Refused
-from serving.repository import checked_name, config_pbtxt, parse_config, require_plain
+from serving.repository import checked_name, configs, parse_config, require_plain
 
 
 def test_config_says_what_triton_needs(candidate: Path) -> None:
     """Triton's protobuf reads the config as one version on one CPU instance, with two priorities and no cache."""
     manifest = read_manifest(candidate)
-    config = parse_config(config_pbtxt(manifest, "digits", 7, threads=3), "config.pbtxt")
+    config = parse_config(configs(manifest, "digits", 7, threads=3)["config.pbtxt"], "config.pbtxt")
     assert (config.name, config.backend, config.default_model_filename) == ("digits", "onnxruntime", "model.onnx")
     assert list(config.input[0].dims) == [16, 16, 3]
     assert (
@@ -58,7 +58,31 @@ def test_unsafe_name_is_bad_input(name: str) -> None:
 )
 def test_config_that_runs_something_else_is_refused(candidate: Path, addition: str) -> None:
     """A config that was edited to run other code is not served."""
-    text = config_pbtxt(read_manifest(candidate), "digits", 1)
+    text = configs(read_manifest(candidate), "digits", 1)["config.pbtxt"]
     lines = [line for line in text.splitlines() if line.split(":")[0] != addition.split(":")[0]]
     with pytest.raises(Refused, match=r"promotion never writes"):
         require_plain(parse_config("\n".join([*lines, addition]), "x"), "x")
+
+
+def test_the_config_for_gpus_differs_in_its_instances_only(candidate: Path) -> None:
+    """Two instances, CUDA and TensorRT in FP32; promotion's own text passes its own check."""
+    texts = configs(read_manifest(candidate), "digits", 7)
+    assert list(texts) == ["configs/gpu.pbtxt", "config.pbtxt"], "the commit comes last"
+    cpu, gpu = (parse_config(texts[name], name) for name in ("config.pbtxt", "configs/gpu.pbtxt"))
+    for config in (cpu, gpu):
+        require_plain(config, "config.pbtxt")
+    assert [(group.count, group.kind) for group in gpu.instance_group] == [(2, gpu.instance_group[0].KIND_GPU)]
+    accelerators = gpu.optimization.execution_accelerators.gpu_execution_accelerator
+    assert [entry.name for entry in accelerators] == ["tensorrt", "cuda"]
+    assert accelerators[0].parameters["precision_mode"] == "FP32"
+    for config in (cpu, gpu):
+        config.ClearField("instance_group")
+        config.ClearField("optimization")
+    assert cpu == gpu
+
+
+def test_an_engine_cache_elsewhere_is_refused(candidate: Path) -> None:
+    """It could hold the engine of another network."""
+    text = configs(read_manifest(candidate), "digits", 1)["configs/gpu.pbtxt"].replace('"/cache"', '"/tmp"')
+    with pytest.raises(Refused, match="execution_accelerators"):
+        require_plain(parse_config(text, "gpu.pbtxt"), "gpu.pbtxt")

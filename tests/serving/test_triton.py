@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from gating.attestation import Trust
-from serving import environment, triton
+from serving import environment, supervisor, triton
 from serving.candidate import FILES, sha256_of
 from serving.client import Client
-from serving.errors import BadInput, Broken, Refused, Unavailable
+from serving.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
 from serving.promotion import promote
 from tests.processes import wait_until
 from tests.serving.workshop import Served, processes_of, run_python, write_evidence
@@ -70,8 +70,8 @@ def test_ungated_model_cannot_be_loaded(served: Served, candidate: Path) -> None
     assert post(f"{served.ready['http']}/v2/systemsharedmemory/region/x/register", {}) == 403
     with Client(served.ready["grpc"], "digits") as client:
         with pytest.raises(Exception, match="restricted"):
-            client._triton.load_model("evil", config=config, files={"file:1/model.onnx": b"x"})
-        assert not client._triton.is_model_ready("evil")
+            client.triton.load_model("evil", config=config, files={"file:1/model.onnx": b"x"})
+        assert not client.triton.is_model_ready("evil")
         assert client.describe().version == "1"
 
 
@@ -80,14 +80,14 @@ def test_port_in_use_is_broken(repository: Path, needs_triton: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(Broken, match=f"--grpc-port {port}: cannot listen") as caught:
-            triton.serve(repository, http_port=0, grpc_port=port, metrics_port=0)
+            supervisor.serve(repository, http_port=0, grpc_port=port, metrics_port=0)
     assert caught.value.exit_code == 5
 
 
 def test_missing_environment_is_broken(repository: Path, tmp_path: Path) -> None:
     """The message says how to get one."""
     with pytest.raises(Broken, match=r"make quickstart.*DFMCL_TRITON_PYTHON") as caught:
-        triton.serve(repository, triton_python=tmp_path / "python")
+        supervisor.serve(repository, triton_python=tmp_path / "python")
     assert caught.value.exit_code == 5
 
 
@@ -95,7 +95,7 @@ def test_environment_without_triton_is_broken(repository: Path, monkeypatch: pyt
     """The project's own interpreter is not Triton's."""
     monkeypatch.setenv("DFMCL_TRITON_PYTHON", sys.executable)
     with pytest.raises(Broken, match="not a Triton environment"):
-        triton.serve(repository)
+        supervisor.serve(repository)
 
 
 def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None, tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None,
     log = tmp_path / "log"
     with environment.footprint() as runtime:
         environment.install_backends(found, runtime)
-        command = triton.server_command(found, repository, runtime, ports, ["digits"])
-        with triton._running(command, variables, log) as process:
+        command = triton.server_command(found, repository, runtime, ports, ["digits"], "token")
+        with triton._process(command, variables, log) as process:
             assert process.wait(30) != 0
     assert f"numpy {np.__version__} corrupts tensors" in log.read_text()
 
@@ -117,14 +117,14 @@ def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None,
 def test_empty_repository_is_bad_input(tmp_path: Path) -> None:
     """There is nothing to serve, and the message says how to change that."""
     with pytest.raises(BadInput, match="dfmcl promote"):
-        triton.serve(tmp_path)
+        supervisor.serve(tmp_path)
 
 
 def test_repository_with_a_stranger_is_refused(repository: Path) -> None:
     """A library that would replace the backend keeps the server from starting."""
     (repository / "digits" / "libtriton_onnxruntime.so").write_bytes(b"")
     with pytest.raises(Refused, match="promotion did not write this"):
-        triton.serve(repository)
+        supervisor.serve(repository)
 
 
 def test_model_that_triton_cannot_load_is_broken(
@@ -154,7 +154,7 @@ def test_server_that_answers_otherwise_than_the_gate_saw_is_broken(repository: P
     report = json.loads(path.with_name("report.json").read_text())
     report["files"]["probes.npz"] = sha256_of(path)
     path.with_name("report.json").write_text(json.dumps(report))
-    with pytest.raises(Broken, match="off those the gate recorded"):
+    with pytest.raises(WrongAnswer, match="off those the gate recorded"):
         Served(repository, repository.parent / "ready.json").start()
 
 
@@ -187,7 +187,7 @@ def test_signal_stops_the_server_and_leaves_nothing(
     code = """
 import sys
 from pathlib import Path
-from serving.triton import serve
+from serving.supervisor import serve
 ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
 """
@@ -230,4 +230,4 @@ def test_stop_before_ready_is_no_error(repository: Path, needs_triton: None) -> 
     """A server that is stopped while it starts ends quietly."""
     stop = threading.Event()
     stop.set()
-    assert triton.serve(repository, http_port=0, grpc_port=0, metrics_port=0, stop=stop) == 0
+    assert supervisor.serve(repository, http_port=0, grpc_port=0, metrics_port=0, stop=stop) == 0

@@ -16,19 +16,20 @@ import onnxruntime as ort
 import torch
 from safetensors.torch import save_file
 
+from gating.attestation import Trust
 from robustness.data import load_dataset
 from robustness.files import sha256_of
 from robustness.models import Classifier, ModelSpec
-from serving import triton
+from serving import supervisor
 from tests.signing import report_on, write_report
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_run(directory: Path) -> Path:
+def write_run(directory: Path, seed: int = 0) -> Path:
     """A run in the training room's format, with seeded random weights: width 4, on the digits."""
     directory.mkdir(parents=True)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     spec = ModelSpec("resnet18", 4, 10, (16, 16, 3), (0.3, 0.3, 0.3), (0.4, 0.4, 0.4))
     save_file(Classifier(spec).state_dict(), directory / "checkpoint.safetensors")
     data = load_dataset("digits")
@@ -74,6 +75,10 @@ class Served:
     repository: Path
     ready_file: Path
     liveness_seconds: float = 60.0
+    trust: Trust | None = None
+    fixed: bool = False
+    restarts: int = 0
+    said: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     ready: dict = field(default_factory=dict)
     outcome: list = field(default_factory=list)
@@ -91,14 +96,17 @@ class Served:
 
     def _serve(self) -> None:
         try:
-            code = triton.serve(
+            code = supervisor.serve(
                 self.repository,
                 http_port=0,
                 grpc_port=0,
                 metrics_port=0,
                 ready_file=self.ready_file,
                 stop=self.stop,
-                say=lambda line: None,
+                say=self.said.append,
+                fixed=self.fixed,
+                trust=self.trust,
+                restarts=self.restarts,
                 liveness_seconds=self.liveness_seconds,
             )
             self.outcome.append(code)

@@ -1,0 +1,328 @@
+"""`dfmcl serve`: keeps a Triton answering with what the repository holds, as the gate saw it answer.
+
+It follows the repository. Where a promotion changes what a model serves, the new version is verified, loaded beside the
+old one, and asked the known answers; where that fails, the repository returns to the version that was live. A server
+that dies, or lives but no longer answers, is replaced, with growing pauses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from gating.attestation import BadEvidence, NotAttested, Trust
+from serving import promotion
+from serving import repository as layout
+from serving.client import Client
+from serving.environment import Environment, find_environment
+from serving.errors import AnswerError, BadInput, Broken, Refused, WrongAnswer
+from serving.known_answers import known_answers, require_known_answers
+from serving.promotion import Promoted, verify_release
+from serving.triton import HOST, Server, claim_ports, hide_token, last_meaningful_line, running
+
+STARTUP_SECONDS = 120.0
+TICK_SECONDS = 0.5  # how soon a promotion or a dead process is noticed
+LIVENESS_SECONDS = 5.0
+LIVENESS_FAILURES = 3
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+RESTARTS = 5  # in a row; a server that lived a minute begins a new row
+LIVED_SECONDS = 60.0
+UNTRUSTED = (Refused, NotAttested, BadEvidence, BadInput)
+
+
+def serve(
+    repository: Path,
+    *,
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    trust: Trust | None = None,
+    fixed: bool = False,
+    triton_python: Path | None = None,
+    ready_file: Path | None = None,
+    log: Path | None = None,
+    stop: threading.Event | None = None,
+    say: Callable[[str], None] = print,
+    liveness_seconds: float = LIVENESS_SECONDS,
+    restarts: int = RESTARTS,
+) -> int:
+    """Serve every promoted model until SIGTERM, SIGINT or `stop`; returns 0 then, and leaves no process behind.
+
+    A port of 0 means any free one. trust: whose signatures must vouch for each model, at the start and at each change;
+    without it only digests and verdicts are judged. fixed: serve what is there now, and nothing that comes later.
+    ready_file: JSON {http, grpc, metrics, pid, models}, there only while the server answers. log: where Triton's own
+    log goes (default: a file that vanishes with the server). stop: for callers outside the main thread, which get no
+    signals. restarts: how often in a row a server that was up is replaced.
+    Raises Refused or NotAttested (1) for a model that promotion did not write, BadInput (2) for a repository without
+    models, Broken (5) for a missing environment, a port in use, a server that does not come up, or keeps dying;
+    WrongAnswer (5) where it gives other answers than the gate recorded.
+    """
+    releases = _releases(repository, trust)
+    environment = find_environment(triton_python)
+    ports = claim_ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
+    pauses = _Pauses(restarts)
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(_stop_on_signals())
+        post = _Post(repository, trust, fixed, ports, ready_file, stop, say, liveness_seconds)
+        while not stop.is_set():
+            begun = time.monotonic()
+            try:
+                _serve_once(post, environment, releases, log)
+            except Broken as error:
+                if not post.was_up:
+                    raise
+                pause = pauses.after(time.monotonic() - begun, error)
+                say(f"{error}; starting it again in {pause:.0f} s")
+                stop.wait(pause)
+                releases = _releases(repository, trust)
+    return 0
+
+
+@dataclass
+class _Pauses:
+    """How long to wait before a server is started again."""
+
+    most: int
+    in_a_row: int = 0
+
+    def after(self, lived: float, error: Broken) -> float:
+        """Seconds to wait; raises `error` where too many servers in a row died young."""
+        self.in_a_row = 1 if lived >= LIVED_SECONDS else self.in_a_row + 1
+        if self.in_a_row > self.most:
+            raise Broken(f"{error}; started {self.most} times in a row, which did not help")
+        return min(FIRST_PAUSE * 2.0 ** (self.in_a_row - 1), LONGEST_PAUSE)
+
+
+@dataclass
+class _Post:
+    """What the loop around a server was told, and what it knows of what is live."""
+
+    repository: Path
+    trust: Trust | None
+    fixed: bool
+    ports: dict[str, int]
+    ready_file: Path | None
+    stop: threading.Event
+    say: Callable[[str], None]
+    liveness_seconds: float
+    live: dict[str, Promoted] = field(default_factory=dict)
+    seen: dict[str, str] = field(default_factory=dict)  # each model's config.pbtxt, as it was last acted upon
+    was_up: bool = False
+
+    def configs(self) -> dict[str, str]:
+        """What the repository says now, by model."""
+        names = layout.model_names(self.repository)
+        return {name: (self.repository / name / layout.CONFIG).read_text(encoding="utf-8") for name in names}
+
+
+def _releases(repository: Path, trust: Trust | None) -> list[Promoted]:
+    names = layout.model_names(repository)
+    if not names:
+        raise BadInput(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+    return [verify_release(repository, name, trust) for name in names]
+
+
+def _serve_once(post: _Post, environment: Environment, releases: list[Promoted], log: Path | None) -> None:
+    """One life of a server: until `stop`, or Broken."""
+    post.live = {release.model: release for release in releases}
+    post.seen = post.configs()
+    with running(environment, post.repository, post.ports, list(post.live), log, post.fixed) as server:
+        deadline = time.monotonic() + STARTUP_SECONDS
+        if not all(_comes_up(server, release, post.stop, deadline) for release in releases):
+            return
+        if not hide_token(server):
+            post.say("the kernel does not let Triton's arguments be changed: other users here can read its load token")
+        with _announced(post):
+            post.was_up = True
+            _watch(server, post)
+
+
+def _comes_up(server: Server, release: Promoted, stop: threading.Event, deadline: float) -> bool:
+    """Wait until a model gives the answers that the gate recorded: Triton's own health says ready when it is not.
+
+    False where `stop` came first. Raises Broken where it does not answer until the deadline, WrongAnswer at once.
+    """
+    with server.client(release.model) as client:
+        while not stop.is_set():
+            server.require_running()
+            try:
+                require_known_answers(client, release)
+            except AnswerError as error:
+                if time.monotonic() > deadline:
+                    last = last_meaningful_line(server.log)
+                    raise Broken(f"Triton did not come up: {error}; its log: {last}") from None
+                stop.wait(0.2)
+                continue
+            return True
+    return False
+
+
+@contextmanager
+def _announced(post: _Post) -> Iterator[None]:
+    """Say where the server is, and keep it in the ready file for as long as it is there."""
+    for release in post.live.values():
+        post.say(f"serving {release.model} version {release.version} (sha256 {release.sha256[:12]})")
+    for label, url in _urls(post).items():
+        post.say(f"{label:>9}  {url}")
+    _write_ready(post)
+    try:
+        yield
+    finally:
+        if post.ready_file is not None:
+            post.ready_file.unlink(missing_ok=True)
+
+
+def _urls(post: _Post) -> dict[str, str]:
+    return {
+        "http": f"http://{HOST}:{post.ports['http']}",
+        "grpc": f"{HOST}:{post.ports['grpc']}",
+        "metrics": f"http://{HOST}:{post.ports['metrics']}/metrics",
+    }
+
+
+def _write_ready(post: _Post) -> None:
+    if post.ready_file is None:
+        return
+    models = {name: release.version for name, release in post.live.items()}
+    staged = post.ready_file.with_name(f".{post.ready_file.name}.{os.getpid()}.part")
+    try:
+        post.ready_file.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps({**_urls(post), "pid": os.getpid(), "models": models}, indent=2) + "\n")
+        staged.replace(post.ready_file)
+    except OSError as error:
+        raise Broken(f"{post.ready_file}: cannot be written: {error.strerror}") from None
+
+
+def _watch(server: Server, post: _Post) -> None:
+    """Until `stop`: follow the repository; Broken when the process ends, or a model fails inferences in a row."""
+    failures: dict[str, int] = {}
+    due = time.monotonic() + post.liveness_seconds
+    while not post.stop.wait(min(TICK_SECONDS, post.liveness_seconds)):
+        server.require_running()
+        if not post.fixed:
+            _follow(server, post)
+        if time.monotonic() < due:
+            continue
+        for name, release in post.live.items():
+            failures[name] = _failures_after(server, release, failures.get(name, 0))
+        due = time.monotonic() + post.liveness_seconds
+
+
+def _failures_after(server: Server, release: Promoted, failures: int) -> int:
+    """Inferences of a model that failed in a row, after one more; Broken where they are too many."""
+    try:
+        with server.client(release.model) as client:
+            client.predict(_one_image(release))
+    except AnswerError as error:
+        failures += error.reason != "queue_full"  # a full queue is a busy server, not a dead one
+        if failures >= LIVENESS_FAILURES:
+            last = last_meaningful_line(server.log)
+            raise Broken(f"{error}; {LIVENESS_FAILURES} times in a row; its log: {last}") from None
+        return failures
+    return 0
+
+
+def _one_image(release: Promoted) -> npt.NDArray[np.uint8]:
+    return known_answers(release)[0][:1]
+
+
+def _follow(server: Server, post: _Post) -> None:
+    """Bring the server to what the repository says now, where that has changed."""
+    wanted = post.configs()
+    for name in sorted({*wanted, *post.live}):
+        if wanted.get(name) == post.seen.get(name):
+            continue
+        if name in wanted:
+            _take_over(server, post, name)
+        else:
+            server.unload(name)
+            del post.live[name]
+            post.say(f"{name} was retired, and is unloaded")
+        post.seen = {**post.seen, name: wanted[name]} if name in wanted else post.seen
+        _write_ready(post)
+    post.seen = {name: text for name, text in post.seen.items() if name in wanted}
+
+
+def _take_over(server: Server, post: _Post, name: str) -> None:
+    """Serve what was promoted, or go on with what is live."""
+    try:
+        release = verify_release(post.repository, name, post.trust)
+    except UNTRUSTED as error:
+        post.say(f"{error}; {_goes_on(post, name)}")
+        return
+    try:
+        server.load(name)
+        with server.client(name) as client:
+            require_known_answers(client, release)
+    except (AnswerError, WrongAnswer) as error:
+        _return(server, post, release, str(error))
+        return
+    post.live[name] = release
+    post.say(f"serving {name} version {release.version} (sha256 {release.sha256[:12]})")
+
+
+def _goes_on(post: _Post, name: str) -> str:
+    return f"version {post.live[name].version} goes on" if name in post.live else "it is not served"
+
+
+def _return(server: Server, post: _Post, failed: Promoted, reason: str) -> None:
+    """Give up a version that cannot be served: back to the live one on disk too, or without one out of service."""
+    post.say(f"{reason}; {failed.model} version {failed.version} is given up, {_goes_on(post, failed.model)}")
+    live = post.live.get(failed.model)
+    try:
+        if live is None:
+            promotion.retire(post.repository, failed.model, reason=reason)
+            return
+        promotion.give_back(post.repository, failed.model, live.version, reason)
+    except Broken as error:
+        post.say(f"{error}: the repository still names version {failed.version}; roll it back")
+        return
+    server.require_running()
+    server.load(live.model)
+    with server.client(live.model) as client:
+        require_known_answers(client, live)
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        # In a thread: the signal may interrupt stop.wait() while that holds the lock which set() needs.
+        threading.Thread(target=stop.set).start()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) -> None:
+    """Wait until an endpoint answers with a promoted version as the gate saw it answer.
+
+    Refused where the repository has returned from it meanwhile; Broken at the timeout, with what was missing.
+    """
+    repository, deadline = promoted.path.parents[1], time.monotonic() + timeout_seconds
+    while True:
+        try:
+            require_known_answers(client, promoted)
+            return
+        except (AnswerError, WrongAnswer) as error:
+            missing = str(error)
+        if reason := promotion.given_up(repository, promoted):
+            raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")
+        if time.monotonic() > deadline:
+            raise Broken(f"not live after {timeout_seconds:g} s: {missing}; `dfmcl rollback` returns")
+        time.sleep(0.2)
