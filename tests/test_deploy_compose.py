@@ -1,0 +1,153 @@
+"""The stack for one host: valid for compose, hardened, verified before it serves; and what Prometheus is told."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploying import DEPLOY, OVERLAYS, pods, rendered, tool
+
+COMPOSE = DEPLOY / "compose.yaml"
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
+PROMETHEUS = DEPLOY / "prometheus"
+
+
+def test_compose_file_is_valid(tmp_path: Path) -> None:
+    """By the schema of the compose specification; a misspelt key is noticed."""
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
+    made = subprocess.run([*command, str(COMPOSE)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text(COMPOSE.read_text().replace("read_only: true", "readonly: true"))
+    assert subprocess.run([*command, str(wrong)], capture_output=True, check=False).returncode == 1
+
+
+def weaknesses(service: dict[str, Any]) -> set[str]:
+    """What a service lacks, in a word each."""
+    found = set()
+    if str(service.get("user", "0")).partition(":")[0] == "0" or service.get("privileged"):
+        found.add("root")
+    if service.get("read_only") is not True:
+        found.add("writable root")
+    if service.get("cap_drop") != ["ALL"] or service.get("cap_add"):
+        found.add("capabilities")
+    if "no-new-privileges:true" not in service.get("security_opt", []):
+        found.add("escalation")
+    if "mem_limit" not in service:
+        found.add("resources")
+    tag = service["image"].rpartition("/")[2].partition(":")[2]
+    if tag in ("", "latest"):
+        found.add("latest")
+    if any(not str(port).startswith("127.0.0.1:") for port in service.get("ports", [])):
+        found.add("open port")
+    for volume in service.get("volumes", []):
+        if volume[0] in "./$" and not volume.endswith(":ro"):
+            found.add("writable mount")
+    if any("token=" in word and "=${TRITON_ADMIN_TOKEN" not in word for word in service.get("command", [])):
+        found.add("literal secret")
+    return found
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_hardened(name: str) -> None:
+    """Non-root, read-only, no capability, no new privilege, bounded memory, a version, ports on loopback only."""
+    assert weaknesses(SERVICES[name]) == set()
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "root": lambda service: service.pop("user"),
+    "writable root": lambda service: service.update(read_only=False),
+    "capabilities": lambda service: service.update(cap_add=["NET_ADMIN"]),
+    "escalation": lambda service: service.pop("security_opt"),
+    "resources": lambda service: service.pop("mem_limit"),
+    "latest": lambda service: service.update(image="nvcr.io:5000/tritonserver"),
+    "open port": lambda service: service.update(ports=["8001:8001"]),
+    "writable mount": lambda service: service["volumes"].append("../model_repository:/models"),
+    "literal secret": lambda service: service["command"].append("--http-restricted-api=trace:x-admin-token=abc"),
+}
+
+
+@pytest.mark.parametrize("weakness", CHANGES)
+def test_each_weakness_is_noticed(weakness: str) -> None:
+    """The check above can fail, by each of its words."""
+    service = copy.deepcopy(SERVICES["triton"])
+    CHANGES[weakness](service)
+    assert weaknesses(service) == {weakness}
+
+
+def test_nothing_is_served_before_it_is_verified() -> None:
+    """Triton waits for `verify` to end with 0, the others for a Triton that serves the model; the same bytes."""
+    verify, triton = SERVICES["verify"], SERVICES["triton"]
+    assert triton["depends_on"] == {"verify": {"condition": "service_completed_successfully"}}
+    assert verify["restart"] == "no"
+    assert verify["network_mode"] == "none"
+    (model,) = triton["volumes"]
+    assert model in verify["volumes"]
+    assert model.endswith(":ro")
+    mounted = model.split(":")[1]
+    assert verify["command"][:3] == ["dfmcl", "verify", mounted]
+    assert triton["healthcheck"]["test"][-1].endswith(f"/v2/models/{Path(mounted).name}/ready")
+    for name in ("gateway", "watch"):
+        assert SERVICES[name]["depends_on"] == {"triton": {"condition": "service_healthy"}}
+    assert "ports" not in triton
+    assert triton["networks"] == ["inside"]
+
+
+def test_triton_has_the_clusters_arguments() -> None:
+    """One list of flags in two places: they must not part."""
+    (pod,) = [pod for pod in pods(rendered(OVERLAYS[0])) if pod.where == "Deployment triton"]
+    (container,) = pod.spec["containers"]
+    ours = [word.partition("${")[0] for word in SERVICES["triton"]["command"]]
+    assert ours == [word.partition("$(")[0] for word in [*container["command"], *container["args"]]]
+    assert SERVICES["triton"]["image"] == container["image"]
+    exit_seconds = next(int(word.partition("=")[2]) for word in ours if word.startswith("--exit-timeout-secs"))
+    assert int(SERVICES["triton"]["stop_grace_period"].removesuffix("s")) >= exit_seconds + 10
+
+
+def test_files_that_are_mounted_exist() -> None:
+    """Every path of the project that a service mounts is there, and so is every target that is built."""
+    for service in SERVICES.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if source.startswith("."):
+                assert (DEPLOY / source).exists(), source
+        if build := service.get("build"):
+            assert (DEPLOY / build["context"] / build["dockerfile"]).is_file()
+
+
+def test_prometheus_accepts_what_it_is_told() -> None:
+    """`promtool check config` and the rules' own tests; every service that has metrics is scraped where it listens."""
+    for command in (["check", "config", "prometheus.yml"], ["test", "rules", "serving.test.yaml"]):
+        made = subprocess.run([tool("promtool"), *command], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stdout + made.stderr
+    jobs = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    assert {job["job_name"] for job in jobs} == {"triton", "gateway", "watch"}
+    for job in jobs:
+        (target,) = job["static_configs"][0]["targets"]
+        assert target.partition(":")[0] == job["job_name"]
+        assert job["job_name"] in SERVICES
+
+
+def test_every_alert_of_ours_has_a_test_that_fires_it() -> None:
+    """An alert that has never been seen to fire is not an alert."""
+    rules = yaml.safe_load((PROMETHEUS / "rules" / "serving.yaml").read_text())
+    alerts = {rule["alert"]: rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
+    tests = yaml.safe_load((PROMETHEUS / "serving.test.yaml").read_text())["tests"]
+    rows = [row for test in tests for row in test["alert_rule_test"]]
+    assert {row["alertname"] for row in rows if row.get("exp_alerts")} == set(alerts)
+    assert {row["alertname"] for row in rows if not row.get("exp_alerts")} == set(alerts)
+    assert {rule["labels"]["severity"] for rule in alerts.values()} <= {"critical", "warning"}
+    assert all(rule["annotations"]["summary"].endswith(".") for rule in alerts.values())
+
+
+def test_alertmanager_routes_to_receivers_that_exist() -> None:
+    """The file of the stack, by hand: Debian's amtool is not everywhere."""
+    config = yaml.safe_load((PROMETHEUS / "alertmanager.yml").read_text())
+    receivers = {entry["name"] for entry in config["receivers"]}
+    assert {config["route"]["receiver"], *(route["receiver"] for route in config["route"]["routes"])} == receivers
