@@ -2,7 +2,8 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks clean
+.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks \
+	kubernetes-rules sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -18,6 +19,8 @@ help:
 	@echo 'make bench-attacks       PGD and Square beside foolbox, torchattacks and ART; writes attacks.json, .md'
 	@echo 'make bench-strength      the standard suite beside torchattacks'"'"' AutoAttack; writes strength.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
+	@echo 'make sbom, make audit    what the serving image brings along (CycloneDX), and what is known against it'
+	@echo 'make kubernetes-rules    the Prometheus rules as an object of the operator'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -25,7 +28,7 @@ setup: .venv/.installed .venv-triton/.installed
 .venv/.installed: pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12; name one with PYTHON=...'; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --editable '.[train,serve,monitor,dev]'
+	$(BIN)/pip install --editable '.[train,serve,gateway,monitor,dev]'
 	@touch $@
 
 # Triton's pip runtime needs numpy < 2, so it lives apart, as it would in its own container.
@@ -61,9 +64,30 @@ bench-strength: .venv/.installed
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks
 
+# The serving rules once more, as an object of the Prometheus operator.
+kubernetes-rules:
+	sed -i '/^spec:/q' deploy/kubernetes/base/rules.yaml
+	grep -v '^#' deploy/prometheus/rules/serving.yaml | sed 's/^/  /' >> deploy/kubernetes/base/rules.yaml
+
+# What a release brings along, and what is known against it. Both tools live apart, so that neither is in its own list.
+.audit/.installed: pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12; name one with PYTHON=...'; exit 2; }
+	$(PYTHON) -m venv .audit/tools && $(PYTHON) -m venv .audit/release
+	.audit/tools/bin/pip install --quiet cyclonedx-bom pip-audit
+	.audit/release/bin/pip install --quiet '.[serve]'
+	@touch $@
+
+sbom: .audit/.installed
+	.audit/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json .audit/release/bin/python
+	@echo 'sbom.json: the serving image'"'"'s packages, CycloneDX'
+
+audit: .audit/.installed
+	@.audit/tools/bin/pip-audit --skip-editable --path .audit/release/lib/python3.*/site-packages \
+		|| { echo 'make audit: not clean, or the database of vulnerabilities could not be reached (see above): not audited'; exit 1; }
+
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-triton .quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-triton .audit .quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
