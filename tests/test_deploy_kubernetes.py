@@ -123,13 +123,15 @@ def test_selectors_and_ports_meet_pods() -> None:
         elif entry["kind"] == "PodMonitor":
             offered = ports(selected(objects, spec["selector"]["matchLabels"]))
             assert {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]} <= set(offered)
+        elif entry["kind"] == "HorizontalPodAutoscaler":
+            target = named(objects, spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"])
+            assert "replicas" not in target["spec"]  # `kubectl apply` would undo what the autoscaler did
+            assert spec["minReplicas"] >= 2
+            assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 300
         elif entry["kind"] == "PodDisruptionBudget":
             assert selected(objects, spec["selector"]["matchLabels"])
             assert spec["maxUnavailable"] == 1
     scaler = named(objects, "HorizontalPodAutoscaler", "triton")["spec"]
-    target = named(objects, scaler["scaleTargetRef"]["kind"], scaler["scaleTargetRef"]["name"])
-    assert "replicas" not in target["spec"]  # `kubectl apply` would undo what the autoscaler did
-    assert scaler["behavior"]["scaleDown"]["stabilizationWindowSeconds"] >= 300
     adapter = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())
     metric = scaler["metrics"][0]["pods"]["metric"]["name"]
     assert [rule["seriesQuery"].partition("{")[0] for rule in adapter["rules"]["custom"]] == [metric]
