@@ -1,0 +1,429 @@
+"""The public door: HTTP in, images checked and decoded, Triton asked over gRPC, JSON out.
+
+    client --HTTP(S)--> Gateway --gRPC--> Triton, Triton, ...
+
+A request passes, in this order: key, rate, parameters, a place among those at work, body, decoder, Triton. Whatever
+stops it is a Problem with a reason from a closed set. Every request is one JSON line in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
+
+from serving import images, pages
+from serving.client import Contract
+from serving.endpoints import CANARY_PRIORITY, Pool, Reply, Security
+from serving.errors import AnswerError, Broken
+from serving.gateway_config import GatewayConfig, Tritons
+from serving.gateway_metrics import Metrics
+from serving.keys import Caller
+from serving.listener import Listener, bind, require_tls_files, url_of
+from serving.openapi import describe
+from serving.problems import RETRY_SECONDS, Problem
+
+CLASSIFY = "/v1/classify"
+QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds; logged only where they fail
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Decoded on the spot, in well under a millisecond; what is larger goes to a thread and lets others pass.
+SPOT_PIXELS, SPOT_BYTES = 65_536, 65_536
+STOP_POLL_SECONDS = 0.05
+
+Log = Callable[[dict[str, Any]], None]
+
+
+def say(entry: dict[str, Any]) -> None:
+    """Print an entry as one line of JSON, at once."""
+    print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}), flush=True)
+
+
+def serve(
+    config: GatewayConfig,
+    *,
+    stop: threading.Event,
+    port: int | None = None,
+    ready_file: Path | None = None,
+    log: Log = say,
+) -> int:
+    """Answer HTTP until `stop`, finish what was begun, and return 0.
+
+    port: in place of the configured one; 0 means any free one. ready_file: JSON {http, pid, models}, there from the
+    first moment that a Triton answers until `stop`. log: told of requests, endpoints and where it listens.
+    Raises BadInput (2) for certificates that cannot be used, Broken (5) for a port in use.
+    """
+    require_tls_files(config.listen)
+    with bind(config.listen, config.listen.port if port is None else port) as listener:
+        asyncio.run(_serve(config, listener, stop, ready_file, log))
+    return 0
+
+
+async def _serve(
+    config: GatewayConfig, listener: Any, stop: threading.Event, ready_file: Path | None, log: Log
+) -> None:
+    triton, url = config.triton, url_of(listener, config.listen)
+    pool = Pool(triton.endpoints, triton.model, security=_security(triton), check_seconds=triton.check_seconds, log=log)
+    async with pool:
+        gateway = Gateway(config, pool, log)
+        server = Listener(gateway, config, gateway.metrics.cut_off)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            log({"event": "listening", "url": url, "model": triton.model})
+            if await _until(stop, serving, lambda: gateway.ready):
+                with _announced(url, pool, ready_file):
+                    await _until(stop, serving, lambda: False)
+        finally:
+            gateway.stopping = True
+            log({"event": "stopping"})
+            if not serving.done():
+                await asyncio.sleep(config.listen.notice_seconds)
+            server.should_exit = True
+            await serving
+
+
+async def _until(stop: threading.Event, serving: asyncio.Task[None], condition: Callable[[], bool]) -> bool:
+    """Wait for a condition; False where it is time to stop first. `stop` is set by other threads, so it is polled."""
+    while not stop.is_set() and not serving.done():
+        if condition():
+            return True
+        await asyncio.sleep(STOP_POLL_SECONDS)
+    return False
+
+
+@contextmanager
+def _announced(url: str, pool: Pool, ready_file: Path | None) -> Iterator[None]:
+    """Keep in ready_file where the gateway is, for as long as the block runs."""
+    if ready_file is None:
+        yield
+        return
+    models = {endpoint.served.model: endpoint.served.version for endpoint in pool.endpoints if endpoint.served}
+    staged = ready_file.with_name(f".{ready_file.name}.{os.getpid()}.part")
+    try:
+        ready_file.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps({"http": url, "pid": os.getpid(), "models": models}, indent=2) + "\n")
+        staged.replace(ready_file)
+    except OSError as error:
+        raise Broken(f"{ready_file}: cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        ready_file.unlink(missing_ok=True)
+
+
+def _security(triton: Tritons) -> Security | None:
+    return Security(triton.tls_ca, triton.tls_certificate, triton.tls_key) if triton.tls else None
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request on its way: what its line in the log will say. begun: time.monotonic()."""
+
+    id: str
+    path: str
+    begun: float
+    caller: Caller | None = None
+    status: int = 0
+    reason: str | None = None
+    detail: str = ""
+    bytes: int = 0
+    images: int = 0
+    version: str | None = None
+    endpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request asks for, besides the images. deadline: time.monotonic()."""
+
+    resize: bool
+    logits: bool
+    deadline: float
+
+
+class Gateway:
+    """The ASGI application."""
+
+    def __init__(self, config: GatewayConfig, pool: Pool, log: Log = say) -> None:
+        self.stopping = False
+        self.metrics = Metrics(metadata.version("dfmcl"), pool, lambda: self.ready)
+        self._config, self._pool, self._log = config, pool, log
+        self._keyring, self._at_work = config.keyring, 0
+        description = describe(config, metadata.version("dfmcl"))
+        self._openapi, self._docs = json.dumps(description).encode(), pages.docs(description)
+        self._index = pages.index(config.triton.model, needs_key=not config.open)
+        routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
+            CLASSIFY: ("POST", self._classify),
+            "/healthz": ("GET", self._healthz),
+            "/readyz": ("GET", self._readyz),
+            "/metrics": ("GET", self._metrics),
+            "/openapi.json": ("GET", self._describe),
+            "/docs": ("GET", self._show_docs),
+            "/": ("GET", self._show_index),
+        }
+        self._paths = frozenset(routes)
+        self._router = Router(
+            [Route(path, handler, methods=[method]) for path, (method, handler) in routes.items()],
+            redirect_slashes=False,
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return self._pool.ready and not self.stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("x-request-id", "")
+        exchange = Exchange(
+            given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16), scope["path"], time.monotonic()
+        )
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message["headers"] += self._common_headers(exchange)
+            await send(message)
+
+        # Starlette raises what it cannot route only inside of what it takes for an application.
+        scope["app"], scope["exchange"] = self, exchange
+        try:
+            await self._router(scope, receive, answer)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - a request ends with an answer
+            problem = _problem(error)
+            exchange.reason, exchange.detail = problem.reason, problem.detail
+            if exchange.status == 0:
+                headers = problem.headers | (getattr(error, "headers", None) or {})
+                response = _json(problem.to_json(exchange.id), problem.status, headers)
+                await response(scope, receive, answer)
+        finally:
+            self._record(exchange)
+
+    def _common_headers(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
+        headers = [(b"x-request-id", exchange.id.encode()), (b"x-content-type-options", b"nosniff")]
+        # A client that is about to lose this server goes elsewhere for its next request; one that dawdled has to.
+        if self.stopping or exchange.reason == "slow_client":
+            headers.append((b"connection", b"close"))
+        return headers
+
+    def _record(self, exchange: Exchange) -> None:
+        seconds = time.monotonic() - exchange.begun
+        caller = exchange.caller
+        if exchange.path == CLASSIFY:
+            self.metrics.ended(
+                exchange.status,
+                exchange.reason,
+                seconds,
+                images=exchange.images,
+                canary=caller is not None and caller.canary,
+            )
+        elif exchange.path in QUIET and exchange.status < 400:
+            return
+        entry = {
+            "event": "request",
+            "id": exchange.id,
+            "path": exchange.path if exchange.path in self._paths else None,  # a stranger's text may hold anything
+            "key": caller.name if caller else None,
+            "status": exchange.status,
+            "reason": exchange.reason,
+            "ms": round(1000 * seconds, 2),
+            "bytes": exchange.bytes,
+            "version": exchange.version,
+            "endpoint": exchange.endpoint,
+        }
+        self._log(entry | ({"detail": exchange.detail} if exchange.detail else {}))
+
+    async def _classify(self, request: Request) -> Response:
+        exchange: Exchange = request.scope["exchange"]
+        caller = exchange.caller = self._keyring.caller(request.headers)
+        caller.spend()
+        wish = self._wish(request, exchange, caller)
+        with self._place():
+            try:
+                async with asyncio.timeout(wish.deadline - time.monotonic()):
+                    body = await self._body(request, exchange)
+                    contract = self._pool.contract
+                    batch, single = await self._decoded(request, body, contract, wish)
+                    reply = await self._pool.infer(
+                        batch, deadline=wish.deadline, priority=CANARY_PRIORITY if caller.canary else 0
+                    )
+            except TimeoutError:
+                raise Problem("deadline", "no answer before the deadline; X-Request-Timeout-Ms asks for more") from None
+        exchange.images, exchange.version, exchange.endpoint = len(batch), reply.version, reply.endpoint
+        return _json(self._answer(reply, wish, exchange.id, single=single))
+
+    def _wish(self, request: Request, exchange: Exchange, caller: Caller) -> Wish:
+        query = request.query_params
+        flags = {"resize": False, "logits": False}
+        for name, text in query.multi_items():
+            if name not in flags or text not in ("true", "false"):
+                raise Problem("bad_request", f"query: may hold {' and '.join(flags)}, each true or false")
+            flags[name] = text == "true"
+        if flags["logits"] and not caller.logits:
+            raise Problem("forbidden", f"key {caller.name!r} may not see logits")
+        limits = self._config.limits
+        text = request.headers.get("x-request-timeout-ms", str(limits.timeout_ms))
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+            raise Problem("bad_request", "X-Request-Timeout-Ms: expected a whole number of milliseconds above 0")
+        milliseconds = min(int(text), limits.max_timeout_ms)
+        return Wish(flags["resize"], flags["logits"], exchange.begun + milliseconds / 1000)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place among the requests at work; a Problem where all are taken."""
+        if self._at_work >= self._config.limits.concurrency:
+            raise Problem("overloaded", "too many requests at work; try again later", retry_seconds=RETRY_SECONDS)
+        self._at_work += 1
+        self.metrics.in_flight.set(self._at_work)
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+            self.metrics.in_flight.set(self._at_work)
+
+    async def _body(self, request: Request, exchange: Exchange) -> bytes:
+        """The whole body, not one byte more than allowed, from a client that does not dawdle."""
+        limits, headers = self._config.limits, request.headers
+        if headers.get("content-encoding", "identity") != "identity":
+            raise Problem("unsupported_type", "body: send it without Content-Encoding")
+        most = limits.body_bytes
+        too_large = Problem("too_large", f"body: may have up to {most} bytes")
+        if int(headers.get("content-length", 0)) > most:
+            raise too_large
+        parts = []
+        try:
+            async with asyncio.timeout(limits.read_seconds):
+                async for part in request.stream():
+                    exchange.bytes += len(part)
+                    if exchange.bytes > most:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise Problem("slow_client", f"body: not there within {limits.read_seconds:g} s") from None
+        return b"".join(parts)
+
+    async def _decoded(
+        self, request: Request, body: bytes, contract: Contract, wish: Wish
+    ) -> tuple[npt.NDArray[np.uint8], bool]:
+        """The body as uint8 (N, H, W, C), and whether it is one image, rather than a tensor."""
+        kind = images.media_type(request.headers.get("content-type", ""))
+        if kind == images.TENSOR:
+            return await _worked(len(body) <= SPOT_BYTES, images.tensor, body, contract), False
+        if kind == images.FORM:
+            body, kind = images.form_field(body, request.headers["content-type"])
+        if kind not in images.FORMATS and kind not in images.UNTOLD:
+            known = ", ".join([*images.FORMATS, images.FORM, images.TENSOR])
+            raise Problem("unsupported_type", f"Content-Type: expected one of {known}")
+        image = images.open_image(body, kind, self._config.limits.pixels)
+        if not wish.resize:
+            images.require_size(image, contract)
+        small = image.width * image.height <= SPOT_PIXELS and len(body) <= SPOT_BYTES
+        return await _worked(small, images.pixels, image, contract, resize=wish.resize), True
+
+    def _answer(self, reply: Reply, wish: Wish, request_id: str, *, single: bool) -> dict[str, Any]:
+        about = {"model": self._config.triton.model, "version": reply.version, "request_id": request_id}
+        shares = softmax(reply.logits)
+        predictions = [
+            self._prediction(row, share, reply.labels, logits=wish.logits)
+            for row, share in zip(reply.logits, shares, strict=True)
+        ]
+        return {**predictions[0], **about} if single else {"predictions": predictions, **about}
+
+    def _prediction(
+        self, row: npt.NDArray[np.float32], share: npt.NDArray[np.float64], labels: tuple[str, ...], *, logits: bool
+    ) -> dict[str, Any]:
+        """Of one image: the label, the best few classes, and where wished the logits, in class order."""
+        answers = self._config.answers
+        best = np.argsort(-row, kind="stable")[: answers.top].tolist()
+        top = [
+            {"label": labels[index], "index": index, "probability": round(float(share[index]), answers.decimals)}
+            for index in best
+        ]
+        found = {"label": labels[best[0]], "index": best[0], "top": top}
+        return {**found, "logits": row.tolist()} if logits else found
+
+    async def _healthz(self, request: Request) -> Response:
+        return _json({"status": "alive"})
+
+    async def _readyz(self, request: Request) -> Response:
+        if self.ready:
+            return _json({"status": "ready"})
+        why = "this gateway is stopping" if self.stopping else "no Triton answers"
+        raise Problem("unavailable", why, retry_seconds=RETRY_SECONDS)
+
+    async def _metrics(self, request: Request) -> Response:
+        if not self._config.listen.public_metrics:
+            self._keyring.caller(request.headers)
+        return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _describe(self, request: Request) -> Response:
+        return Response(self._openapi, media_type="application/json")
+
+    async def _show_docs(self, request: Request) -> Response:
+        return _page(self._docs)
+
+    async def _show_index(self, request: Request) -> Response:
+        return _page(self._index)
+
+
+def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Probabilities (N, K) of logits (N, K); rows sum to 1."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+async def _worked(spot: bool, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The result of some work: done on the spot, or in a thread."""
+    if spot:
+        return work(*arguments, **options)
+    return await asyncio.to_thread(work, *arguments, **options)
+
+
+def _problem(error: BaseException) -> Problem:
+    """What an exception means to whoever asked."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, AnswerError):
+        return Problem.of(error)
+    if isinstance(error, HTTPException):
+        reason = "method_not_allowed" if error.status_code == 405 else "not_found"
+        return Problem(reason, "see /docs for what there is")
+    if isinstance(error, asyncio.CancelledError):  # drain_seconds were not enough for it
+        return Problem("unavailable", "this gateway has stopped; try again", retry_seconds=RETRY_SECONDS)
+    if isinstance(error, ClientDisconnect):
+        return Problem("client_left", "the client left before its request was whole")
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    detail = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return Problem("internal", "something broke in here; the log knows what", detail=detail)
+
+
+def _json(content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        json.dumps(content, ensure_ascii=False, separators=(",", ":")),
+        status,
+        {"cache-control": "no-store", **(headers or {})},
+        "application/json",
+    )
+
+
+def _page(page: pages.Page) -> Response:
+    return HTMLResponse(page.html, headers={"content-security-policy": page.policy, "referrer-policy": "no-referrer"})

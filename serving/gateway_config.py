@@ -1,0 +1,198 @@
+"""What a gateway is told, as TOML (deploy/gateway.toml is a complete example): defaults are the values below.
+
+Relative paths are relative to the file they stand in.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from serving.errors import BadInput
+from serving.keys import Bucket, Caller, Keyring, digest_of, make_key
+from serving.repository import MODEL_NAME
+
+
+class Section(BaseModel):
+    """A table of the file; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _is_endpoint(url: str) -> str:
+    host, _, port = url.rpartition(":")
+    if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("write host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001")
+    return url
+
+
+def _is_set(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("names something twice")
+    return names
+
+
+Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+Pause = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
+
+
+class Listen(Section):
+    """Where the gateway is. With tls_certificate and tls_key (PEM files) it speaks HTTPS, and with tls_client_ca it
+    asks clients for a certificate too. After SIGTERM it says at /readyz that it is going, answers for notice_seconds
+    more, until load balancers have seen that, and then finishes what it has begun within drain_seconds."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    port: int = Field(8080, ge=0, le=65535)  # 0 means any free one
+    tls_certificate: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    public_metrics: bool = True  # else /metrics asks for an API key too
+    notice_seconds: Pause = 5.0
+    drain_seconds: Pause = 20.0
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Listen:
+        if bool(self.tls_certificate) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_key):
+            raise ValueError("tls_certificate and tls_key go together, and tls_client_ca needs both")
+        return self
+
+
+class Tritons(Section):
+    """Who computes. With tls, gRPC is encrypted: tls_ca names who is believed (default: the system's authorities),
+    tls_certificate and tls_key are shown to a Triton that asks. An endpoint that nobody asks is asked for one
+    inference every check_seconds."""
+
+    endpoints: Annotated[
+        list[Annotated[str, AfterValidator(_is_endpoint)]], Field(min_length=1), AfterValidator(_is_set)
+    ]
+    model: str = Field(pattern=f"^{MODEL_NAME.pattern}$")
+    tls: bool = False
+    tls_ca: str = ""
+    tls_certificate: str = ""
+    tls_key: str = ""
+    check_seconds: Seconds = 5.0
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Tritons:
+        if not self.tls and (self.tls_ca or self.tls_certificate or self.tls_key):
+            raise ValueError("tls_ca, tls_certificate and tls_key need tls = true")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate and tls_key go together")
+        return self
+
+
+class Limits(Section):
+    """What a request may cost. timeout_ms holds where a request names no X-Request-Timeout-Ms, which may go up to
+    max_timeout_ms. Bodies need up to concurrency * body_bytes of memory, and those at work (one a thread) more: up to
+    4 bytes a pixel, and for JSON up to 25 times the body."""
+
+    body_bytes: int = Field(4_000_000, ge=1)
+    pixels: int = Field(16_000_000, ge=1)  # of an image before it is resized
+    read_seconds: Seconds = 10.0  # for the headers, and again for the body
+    timeout_ms: int = Field(2_000, ge=1)
+    max_timeout_ms: int = Field(10_000, ge=1, le=600_000)
+    concurrency: int = Field(64, ge=1)  # requests at work at the same time
+    connections: int = Field(1_000, ge=1)
+
+    @model_validator(mode="after")
+    def _default_is_allowed(self) -> Limits:
+        if self.timeout_ms > self.max_timeout_ms:
+            raise ValueError(f"timeout_ms is {self.timeout_ms}, above max_timeout_ms {self.max_timeout_ms}")
+        return self
+
+
+class Answers(Section):
+    """How much an answer tells: so many classes, best first, with so many decimals of their probability."""
+
+    top: int = Field(5, ge=1)
+    decimals: int = Field(4, ge=0, le=8)
+
+
+class Key(Section):
+    """An API key, as `dfmcl apikey` makes one. rate: requests a second in the long run; burst: at once."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")  # it stands in logs
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    logits: bool = False
+    canary: bool = False
+    rate: float = Field(10.0, gt=0, allow_inf_nan=False)
+    burst: int = Field(20, ge=1)
+
+
+class GatewayConfig(Section):
+    """A whole gateway. open: anyone may ask, without a key; else at least one [[keys]] is needed."""
+
+    open: bool = False
+    listen: Listen = Listen()
+    triton: Tritons
+    limits: Limits = Limits()
+    answers: Answers = Answers()
+    keys: list[Key] = []
+
+    @model_validator(mode="after")
+    def _door_is_decided(self) -> GatewayConfig:
+        if self.open == bool(self.keys):
+            raise ValueError("either list [[keys]] (`dfmcl apikey NAME` makes one), or write open = true, not both")
+        if any(len({getattr(key, part) for key in self.keys}) < len(self.keys) for part in ("name", "sha256")):
+            raise ValueError("two [[keys]] have the same name or the same sha256")
+        return self
+
+    @property
+    def keyring(self) -> Keyring:
+        """The keys, with full buckets."""
+        callers = [
+            (key.sha256, Caller(key.name, key.logits, key.canary, Bucket(key.rate, key.burst))) for key in self.keys
+        ]
+        return Keyring(callers, open_to_all=self.open)
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """A random key, and the TOML table that lets it in; BadInput for a name that no table may have."""
+    secret = make_key()
+    try:
+        key = Key(name=name, sha256=digest_of(secret))
+    except ValidationError as error:
+        raise BadInput(f"NAME {_first_complaint(error)}") from None
+    values = key.model_dump().items()  # JSON's strings, numbers and booleans are TOML's too
+    return secret, "\n".join(["[[keys]]", *(f"{field} = {json.dumps(value)}" for field, value in values)])
+
+
+def load_config(path: Path | str) -> GatewayConfig:
+    """A gateway from a TOML file, its paths made independent of the working directory. BadInput names file and key."""
+    path = Path(path)
+    try:
+        config = GatewayConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise BadInput(f"{path}: {reason}; name a TOML file such as deploy/gateway.toml") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path}: not TOML: {error}") from None
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_first_complaint(error)}") from None
+    return config.model_copy(
+        update={
+            "listen": _anchored(config.listen, path.parent, "tls_certificate", "tls_key", "tls_client_ca"),
+            "triton": _anchored(config.triton, path.parent, "tls_ca", "tls_certificate", "tls_key"),
+        }
+    )
+
+
+def _first_complaint(error: ValidationError) -> str:
+    """One line: the key, and what is wrong with it. Values are left out: one of them may be a key by mistake."""
+    first = error.errors(include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}; see deploy/gateway.toml for those that are known"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _anchored(section: Any, folder: Path, *names: str) -> Any:
+    """The same section with every path that is set joined to `folder` (absolute ones stay as they are)."""
+    return section.model_copy(
+        update={name: str(folder / getattr(section, name)) for name in names if getattr(section, name)}
+    )

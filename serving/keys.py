@@ -1,0 +1,89 @@
+"""API keys: who asks, what they may see, and how often they may ask. Only digests of keys are kept anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from serving.problems import Problem
+
+PREFIX = "dfmcl_"  # lets secret scanners find a key that was committed somewhere
+
+
+def make_key() -> str:
+    """A random key of 256 bits."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def digest_of(key: str) -> str:
+    """What the configuration keeps of a key. A plain SHA-256 is enough: nobody can guess 256 random bits."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class Bucket:
+    """A token bucket: `burst` requests at once, `rate` a second in the long run."""
+
+    def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._tokens, self._seen = float(burst), clock()
+
+    def take(self) -> float:
+        """Take a token and return 0, or leave all as it is and return the seconds until there is one."""
+        now = self._clock()
+        self._tokens = min(self._burst, self._tokens + (now - self._seen) * self._rate)
+        self._seen = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) / self._rate
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks. logits: may see raw ones; canary: our own probe, which gives way and counts apart."""
+
+    name: str
+    logits: bool = False
+    canary: bool = False
+    bucket: Bucket | None = field(default=None, compare=False)
+
+    def spend(self) -> None:
+        """Count a request; a Problem where there were too many."""
+        if self.bucket and (wait := self.bucket.take()):
+            raise Problem(
+                "rate_limited",
+                f"key {self.name!r} may not ask more often; see Retry-After",
+                retry_seconds=math.ceil(wait),
+            )
+
+
+ANYONE = Caller("anyone")
+
+
+class Keyring:
+    """The callers by the digest of their key; an open one knows only `ANYONE`, and asks for nothing."""
+
+    def __init__(self, callers: Sequence[tuple[str, Caller]], *, open_to_all: bool = False) -> None:
+        """callers: (SHA-256 of the key in hex, caller)."""
+        self._callers, self._open = tuple(callers), open_to_all
+
+    def caller(self, headers: Mapping[str, str]) -> Caller:
+        """Whose key the headers carry; a Problem where they carry none that is known."""
+        if self._open:
+            return ANYONE
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        if not key:
+            raise Problem("unauthorized", "send an API key as Authorization: Bearer KEY, or as X-API-Key")
+        digest, found = digest_of(key), None
+        for known, caller in self._callers:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(digest, known):
+                found = caller
+        if found is None:
+            raise Problem("unauthorized", "this API key is not known here")
+        return found
