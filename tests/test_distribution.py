@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import venv
@@ -16,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(ROOT)]
-    subprocess.run(command, check=True)
+    # By way of the source distribution, as a release is built: what that lacks, the wheel lacks.
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)], check=True, capture_output=True)
     (built,) = out.glob("dfmcl-*.whl")
     return built
 
@@ -53,6 +54,8 @@ def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) 
         "verify c --evidence e --trust x.toml": "serve",
         "promote c --evidence e --repository r --name m --trust x.toml": "serve",
         "serve --repository r": "serve",
+        "gateway --config x.toml": "gateway",
+        "apikey shop": "gateway",
         "watch --config x.toml": "monitor",
     }
     for call, extra in calls.items():
@@ -61,3 +64,60 @@ def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) 
         assert result.returncode == 2, (call, result.stderr)
         assert f"pip install 'dfmcl[{extra}]'" in result.stderr, call
     assert sorted(path.name for path in tmp_path.iterdir()) == ["env", "x.toml"]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where no package index can be reached."""
+    out = tmp_path_factory.mktemp("index")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(out), "typer"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip("no package index can be reached")
+
+
+def test_each_large_extra_can_be_resolved_alone(wheel: Path, index: None, tmp_path: Path) -> None:
+    """Its requirements fit together; nothing is downloaded but descriptions. Side by side, as each takes a while."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    reports = {extra: tmp_path / f"{extra}.json" for extra in ("train", "monitor")}
+    processes = [
+        subprocess.Popen([*command, "--report", str(report), f"{wheel}[{extra}]"]) for extra, report in reports.items()
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    for report in reports.values():
+        assert "torch" in {entry["metadata"]["name"] for entry in json.loads(report.read_text())["install"]}
+
+
+def installed(wheel: Path, extra: str, where: Path) -> Path:
+    """The commands of a fresh environment with one extra; it must not hold what only training needs."""
+    venv.create(where)
+    pip = [sys.executable, "-m", "pip", "--python", str(where / "bin" / "python")]
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", f"{wheel}[{extra}]"], check=True, cwd=where)
+    listed = subprocess.run([*pip, "list", "--format", "json"], capture_output=True, text=True, check=True)
+    names = {entry["name"].lower() for entry in json.loads(listed.stdout)}
+    assert "dfmcl" in names
+    assert names & {"torch", "torchvision", "scipy", "onnx", "onnxruntime", "scikit-learn"} == set()
+    return where / "bin"
+
+
+def test_serving_needs_its_extra_alone(wheel: Path, index: None, tmp_path: Path) -> None:
+    """The image's `serve` target, in effect: the shipped model is verified, anything else is not, without torch."""
+    binaries = installed(wheel, "serve", tmp_path / "env")
+    model, trust = ROOT / "model_repository" / "resnet18w32-cifar10", ROOT / "deploy" / "resnet18w32-cifar10"
+    command = [binaries / "dfmcl", "verify", model, "--trust", trust / "trust.toml"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    command[2] = model / "surrogates"
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode in (1, 2)
+    words = ["capacity", "--requests-per-second", "1", "--images-per-second-per-replica", "100"]
+    assert subprocess.run([binaries / "dfmcl", *words], cwd=tmp_path, capture_output=True, check=False).returncode == 0
+
+
+def test_the_gateway_needs_its_extra_alone(wheel: Path, index: None, tmp_path: Path) -> None:
+    """The image's `gateway` target, in effect: it loads its program and its configuration."""
+    binaries = installed(wheel, "gateway", tmp_path / "env")
+    config = ROOT / "deploy" / "resnet18w32-cifar10" / "gateway.toml"
+    code = f"import serving.gateway, serving.gateway_config as c; c.load_config({str(config)!r})"
+    for command in ([binaries / "python", "-c", code], [binaries / "dfmcl", "apikey", "someone"]):
+        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr
