@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploying import DEPLOY, OVERLAYS, pods, rendered, tool
+from serving import gateway_metrics
+from tests.deploying import DEPLOY, OVERLAYS, ROOT, pods, rendered, tool
 
 COMPOSE = DEPLOY / "compose.yaml"
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
@@ -132,6 +134,18 @@ def test_prometheus_accepts_what_it_is_told() -> None:
         (target,) = job["static_configs"][0]["targets"]
         assert target.partition(":")[0] == job["job_name"]
         assert job["job_name"] in SERVICES
+
+
+def test_rules_speak_of_metrics_that_the_gateway_has() -> None:
+    """Names by its source, the latency objective by its buckets: a renamed metric would silence an alert for good."""
+    rules = (PROMETHEUS / "rules" / "serving.yaml").read_text()
+    source = (ROOT / "serving" / "gateway_metrics.py").read_text()
+    named = {re.sub(r"_(count|bucket)$", "", name) for name in re.findall(r"\bgateway_\w+", rules) if ":" not in name}
+    named -= {"gateway_requests_failed", "gateway_requests_slow"}  # these are recorded by the rules themselves
+    assert named == {"gateway_request_duration_seconds", "gateway_endpoint_up"}
+    assert {name for name in named if f'"{name}"' not in source} == set()
+    assert {float(bound) for bound in re.findall(r'le="([\d.]+)"', rules)} <= set(gateway_metrics.SECONDS)
+    assert set(re.findall(r'outcome!?="(\w+)"', rules)) <= set(gateway_metrics.OUTCOMES)
 
 
 def test_every_alert_of_ours_has_a_test_that_fires_it() -> None:
