@@ -187,14 +187,32 @@ def triton(environment: Environment, models: Path, log: Path) -> Iterator[dict[s
         )
         stack.callback(process.wait, 60)
         stack.callback(process.terminate)
-        wait_until(lambda: status(ports, "v2/health/ready") == 200, process)
+        wait_until(lambda: status(f"http://127.0.0.1:{ports['http']}/v2/health/ready") == 200, process)
         yield ports
 
 
-def status(ports: dict[str, int], path: str, headers: dict[str, str] | None = None, data: bytes | None = None) -> int:
-    request = urllib.request.Request(f"http://127.0.0.1:{ports['http']}/{path}", headers=headers or {}, data=data)
+@contextmanager
+def gateway(config: Path, triton_port: int) -> Iterator[str]:
+    """The gateway's command with its mounted configuration, towards that Triton; its URL."""
+    ready, text = config.with_name("ready.json"), (DEPLOY / MODEL / "gateway.toml").read_text()
+    text = text.replace("triton:8001", f"127.0.0.1:{triton_port}").replace('"0.0.0.0"', '"127.0.0.1"')
+    config.write_text(text.replace("notice_seconds = 10.0", "notice_seconds = 0.0"))  # no load balancer here
+    words = next(words for where, words in commands() if where.startswith(OVERLAYS[0]) and words[1] == "gateway")
+    words = [str(config) if word == "/etc/dfmcl/gateway.toml" else word for word in words[1:]]
+    command = [str(Path(sys.executable).with_name("dfmcl")), *words, "--port", "0", "--ready-file", str(ready)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        wait_until(ready.exists, process)
+        yield json.loads(ready.read_text())["http"]
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def status(url: str, headers: dict[str, str] | None = None, data: bytes | None = None) -> int:
+    """The HTTP status of a GET, or a POST where there is data; 0 where nobody answers."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}, data=data), timeout=5) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -202,30 +220,46 @@ def status(ports: dict[str, int], path: str, headers: dict[str, str] | None = No
         return 0
 
 
+def probed(name: str) -> set[str]:
+    """The paths that the kubelet asks of a Deployment."""
+    (pod,) = [pod for pod in pods(rendered(OVERLAYS[0])) if pod.where == f"Deployment {name}"]
+    (container,) = pod.spec["containers"]
+    return {container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+
+
 def test_triton_with_the_manifests_arguments(environment: Environment, volumes: Path, tmp_path: Path) -> None:
-    """It gets ready by its probe, answers as the gate recorded, and tells and takes nothing without the token."""
+    """It gets ready by its probes, answers as the gate recorded, and tells and takes nothing without the token.
+
+    The gateway with its own command and configuration gets ready before it, and lets nobody in.
+    """
     probes = np.load(ROOT / "model_repository" / MODEL / "1" / "probes.npz")
     with triton(environment, volumes / "models", tmp_path / "triton.log") as ports:
-        assert status(ports, "v2/health/live") == 200
-        assert status(ports, f"v2/models/{MODEL}/ready") == 200
+        url = f"http://127.0.0.1:{ports['http']}"
+        asked = {*probed("triton"), f"/v2/models/{MODEL}/ready"}
+        assert {path: status(url + path) for path in asked} == dict.fromkeys(asked, 200)
         with Client(f"127.0.0.1:{ports['grpc']}", MODEL, timeout_seconds=60) as client:
             logits = client.predict(probes["images"][:16]).logits
         assert np.abs(logits - probes["clean_logits"][:16]).max() < 1e-2
         evil = json.dumps({"parameters": {"config": "{}", "file:1/model.onnx": "AAAA"}}).encode()
         closed = {
-            "v2/repository/models/evil/load": evil,
-            "v2/repository/index": b"{}",
-            f"v2/models/{MODEL}/stats": None,
-            "v2/systemsharedmemory/status": None,
-            "v2/trace/setting": None,
-            "v2/logging": None,
+            "/v2/repository/models/evil/load": evil,
+            "/v2/repository/index": b"{}",
+            f"/v2/models/{MODEL}/stats": None,
+            "/v2/systemsharedmemory/status": None,
+            "/v2/trace/setting": None,
+            "/v2/logging": None,
         }
-        assert {path: status(ports, path, data=data) for path, data in closed.items()} == dict.fromkeys(closed, 403)
-        assert status(ports, f"v2/models/{MODEL}/stats", {"x-admin-token": "secret"}) == 200
+        assert {path: status(url + path, data=data) for path, data in closed.items()} == dict.fromkeys(closed, 403)
+        token = {"x-admin-token": "secret"}
+        assert status(f"{url}/v2/models/{MODEL}/stats", token) == 200
         # With the token too, nothing can be loaded: that is what control mode none is for.
-        assert status(ports, "v2/repository/models/evil/load", {"x-admin-token": "secret"}, evil) == 503
-        assert status(ports, "v2/models/evil/ready") != 200
+        assert status(f"{url}/v2/repository/models/evil/load", token, evil) == 503
+        assert status(f"{url}/v2/models/evil/ready") != 200
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{ports['metrics']}/metrics", timeout=5).read().decode()
+        with gateway(tmp_path / "gateway.toml", ports["grpc"]) as entrance:
+            asked = {*probed("gateway"), "/metrics"}
+            assert {path: status(entrance + path) for path in asked} == dict.fromkeys(asked, 200)
+            assert status(f"{entrance}/v1/classify", data=b"x") == 401
     rules = (DEPLOY / "prometheus" / "rules" / "serving.yaml").read_text()
     for name in ("nv_inference_queue_duration_us", "nv_inference_request_success"):
         assert name in metrics
