@@ -1,7 +1,8 @@
 """`dfmcl serve`: keeps a Triton answering with what the repository holds, as the gate saw it answer.
 
-It follows the repository. Where a promotion changes what a model serves, the new version is verified, loaded beside the
-old one, and asked the known answers; where that fails, the repository returns to the version that was live. A server
+It follows the repository. Where a promotion changes what a model serves, the new version is verified, asked the known
+answers on a Triton of its own, and only then loaded; where that fails, the repository returns to the version that is
+live. A server
 that dies, or lives but no longer answers, is replaced, with growing pauses.
 """
 
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -73,11 +76,11 @@ def serve(
     pauses = _Pauses(restarts)
     with ExitStack() as stack:
         stop = stop or stack.enter_context(_stop_on_signals())
-        post = _Post(repository, trust, fixed, ports, ready_file, stop, say, liveness_seconds)
+        post = _Post(repository, environment, trust, fixed, ports, ready_file, stop, say, liveness_seconds)
         while not stop.is_set():
             begun = time.monotonic()
             try:
-                _serve_once(post, environment, releases, log)
+                _serve_once(post, releases, log)
             except Broken as error:
                 if not post.was_up:
                     raise
@@ -108,6 +111,7 @@ class _Post:
     """What the loop around a server was told, and what it knows of what is live."""
 
     repository: Path
+    environment: Environment
     trust: Trust | None
     fixed: bool
     ports: dict[str, int]
@@ -117,6 +121,7 @@ class _Post:
     liveness_seconds: float
     live: dict[str, Promoted] = field(default_factory=dict)
     seen: dict[str, str] = field(default_factory=dict)  # each model's config.pbtxt, as it was last acted upon
+    unsure: set[str] = field(default_factory=set)  # loaded, and then not found to answer as the gate saw
     was_up: bool = False
 
     def configs(self) -> dict[str, str]:
@@ -132,11 +137,11 @@ def _releases(repository: Path, trust: Trust | None) -> list[Promoted]:
     return [verify_release(repository, name, trust) for name in names]
 
 
-def _serve_once(post: _Post, environment: Environment, releases: list[Promoted], log: Path | None) -> None:
+def _serve_once(post: _Post, releases: list[Promoted], log: Path | None) -> None:
     """One life of a server: until `stop`, or Broken."""
-    post.live = {release.model: release for release in releases}
+    post.live, post.unsure = {release.model: release for release in releases}, set()
     post.seen = post.configs()
-    with running(environment, post.repository, post.ports, list(post.live), log, post.fixed) as server:
+    with running(post.environment, post.repository, post.ports, list(post.live), log, post.fixed) as server:
         deadline = time.monotonic() + STARTUP_SECONDS
         if not all(_comes_up(server, release, post.stop, deadline) for release in releases):
             return
@@ -150,7 +155,8 @@ def _serve_once(post: _Post, environment: Environment, releases: list[Promoted],
 def _comes_up(server: Server, release: Promoted, stop: threading.Event, deadline: float) -> bool:
     """Wait until a model gives the answers that the gate recorded: Triton's own health says ready when it is not.
 
-    False where `stop` came first. Raises Broken where it does not answer until the deadline, WrongAnswer at once.
+    False where `stop` came first. Raises Broken where it does not answer until the deadline; WrongAnswer or Rejected at
+    once, where its answer is not the gate's or none at all.
     """
     with server.client(release.model) as client:
         while not stop.is_set():
@@ -158,6 +164,8 @@ def _comes_up(server: Server, release: Promoted, stop: threading.Event, deadline
             try:
                 require_known_answers(client, release)
             except AnswerError as error:
+                if error.reason == "bad_output":
+                    raise
                 if time.monotonic() > deadline:
                     last = last_meaningful_line(server.log)
                     raise Broken(f"Triton did not come up: {error}; its log: {last}") from None
@@ -246,51 +254,66 @@ def _follow(server: Server, post: _Post) -> None:
             _take_over(server, post, name)
         else:
             server.unload(name)
-            del post.live[name]
+            post.live.pop(name, None)
             post.say(f"{name} was retired, and is unloaded")
-        post.seen = {**post.seen, name: wanted[name]} if name in wanted else post.seen
         _write_ready(post)
-    post.seen = {name: text for name, text in post.seen.items() if name in wanted}
+    post.seen = wanted
 
 
 def _take_over(server: Server, post: _Post, name: str) -> None:
-    """Serve what was promoted, or go on with what is live."""
+    """Serve what was promoted; or go on with what is live, and bring the repository back to it."""
     try:
         release = verify_release(post.repository, name, post.trust)
     except UNTRUSTED as error:
         post.say(f"{error}; {_goes_on(post, name)}")
         return
+    if release == post.live.get(name) and name not in post.unsure:
+        return  # back from a version that never was live
     try:
+        _rehearse(post, release)
+        post.unsure.add(name)
         server.load(name)
         with server.client(name) as client:
             require_known_answers(client, release)
-    except (AnswerError, WrongAnswer) as error:
-        _return(server, post, release, str(error))
+    except (AnswerError, WrongAnswer, Broken) as error:
+        _give_up(post, release, str(error))
+        server.require_running()
         return
+    post.unsure.discard(name)
     post.live[name] = release
     post.say(f"serving {name} version {release.version} (sha256 {release.sha256[:12]})")
+
+
+def _rehearse(post: _Post, release: Promoted) -> None:
+    """Serve a version once with a Triton of its own: a model whose warm-up fails can take its server with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / release.model
+        shutil.copytree(release.path, model / str(release.version))
+        shutil.copy(release.path.parent / layout.CONFIG, model)
+        ports = claim_ports(http=0, grpc=0, metrics=0)
+        with running(post.environment, Path(folder), ports, [release.model], None, True) as server:
+            _comes_up(server, release, post.stop, time.monotonic() + STARTUP_SECONDS)
 
 
 def _goes_on(post: _Post, name: str) -> str:
     return f"version {post.live[name].version} goes on" if name in post.live else "it is not served"
 
 
-def _return(server: Server, post: _Post, failed: Promoted, reason: str) -> None:
-    """Give up a version that cannot be served: back to the live one on disk too, or without one out of service."""
+def _give_up(post: _Post, failed: Promoted, reason: str) -> None:
+    """Bring the repository back to the version that is live, or where none is, retire the model; `_follow` sees it."""
     post.say(f"{reason}; {failed.model} version {failed.version} is given up, {_goes_on(post, failed.model)}")
     live = post.live.get(failed.model)
+    if live == failed:
+        raise Broken(
+            f"model {failed.model!r}: version {failed.version}, which was live, cannot be loaded again: {reason}"
+        )
     try:
         if live is None:
             promotion.retire(post.repository, failed.model, reason=reason)
-            return
-        promotion.give_back(post.repository, failed.model, live.version, reason)
+        else:
+            promotion.give_back(post.repository, failed.model, live.version, reason)
     except Broken as error:
         post.say(f"{error}: the repository still names version {failed.version}; roll it back")
-        return
-    server.require_running()
-    server.load(live.model)
-    with server.client(live.model) as client:
-        require_known_answers(client, live)
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def _process(command: list[str], variables: dict[str, str], log: Path) -> Iterat
     libc = ctypes.CDLL(None)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        sink = log.open("wb")
+        sink = log.open("ab")  # the one before it may have died, and said why
     except OSError as error:
         raise Broken(f"{log}: cannot be written: {error.strerror}") from None
     with sink:

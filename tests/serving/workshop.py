@@ -103,6 +103,7 @@ class Served:
                 metrics_port=0,
                 ready_file=self.ready_file,
                 stop=self.stop,
+                log=self.ready_file.with_name("triton.log"),
                 say=self.said.append,
                 fixed=self.fixed,
                 trust=self.trust,
