@@ -94,7 +94,8 @@ def test_nothing_is_served_before_it_is_verified() -> None:
     assert model.endswith(":ro")
     mounted = model.split(":")[1]
     assert verify["command"][:3] == ["dfmcl", "verify", mounted]
-    assert triton["healthcheck"]["test"][-1].endswith(f"/v2/models/{Path(mounted).name}/ready")
+    assert f'/v2/models/{Path(mounted).name}/ready"' in triton["healthcheck"]["test"][-1]
+    compile(triton["healthcheck"]["test"][-1], "healthcheck", "exec")
     for name in ("gateway", "watch"):
         assert SERVICES[name]["depends_on"] == {"triton": {"condition": "service_healthy"}}
     assert "ports" not in triton
