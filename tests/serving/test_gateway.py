@@ -1,0 +1,620 @@
+"""The gateway before a real Triton: what it answers, what it refuses, and what it tells about itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.grpc import service_pb2
+
+from robustness.data import load_dataset
+from serving.gateway import softmax
+from serving.gateway_config import Listen
+from serving.gateway_metrics import OUTCOMES
+from serving.keys import Bucket, digest_of
+from serving.listener import bind
+from serving.problems import STATUSES
+from tests.serving.doors import CANARY, KEY, KEYS, PRIVILEGED, Door, Relay, encoded, opened, settings
+from tests.serving.workshop import ROOT, Served, onnx_logits
+
+IMAGES = load_dataset("digits").x_test[:8]
+PNG = encoded(IMAGES[0])
+LOGITS = "?logits=true"
+
+
+@pytest.fixture(scope="module")
+def door(served: Served) -> Iterator[Door]:
+    """One gateway for all tests that only ask it questions."""
+    with opened(settings([served.ready["grpc"]], limits={"body_bytes": 300_000, "pixels": 1_000_000})) as door:
+        yield door
+
+
+def tensor(data: object, shape: list[int], **changes: object) -> bytes:
+    entry = {"name": "images", "shape": shape, "datatype": "UINT8", "data": data}
+    return json.dumps({"inputs": [entry | changes]}).encode()
+
+
+def assert_answers(found: dict, image: np.ndarray, candidate: Path) -> None:
+    """An answer says about one image what ONNX Runtime computes of the same pixels."""
+    logits = onnx_logits(candidate / "model.onnx", image[None])
+    shares = softmax(logits)[0]
+    np.testing.assert_allclose(found["logits"], logits[0], atol=1e-5)
+    assert found["index"] == logits[0].argmax()
+    assert found["label"] == str(found["index"])
+    assert [row["index"] for row in found["top"]] == np.argsort(-logits[0])[:5].tolist()
+    for row in found["top"]:
+        assert row["probability"] == pytest.approx(shares[row["index"]], abs=0.51e-4)
+        assert row["probability"] == round(row["probability"], 4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("told", [True, False], ids=["told", "sniffed"])
+def test_image_file_is_answered_as_onnx_runtime_does(door: Door, candidate: Path, kind: str, told: bool) -> None:
+    """Whether or not the request says what it is; JPEG loses something, so the oracle sees what Pillow decodes."""
+    body = encoded(IMAGES[1], kind)
+    answer = door.classify(body, query=LOGITS, **({"Content_Type": f"image/{kind.lower()}"} if told else {}))
+    assert answer.status == 200, answer.body
+    assert_answers(answer.json, np.asarray(Image.open(io.BytesIO(body)).convert("RGB")), candidate)
+    assert (answer.json["model"], answer.json["version"]) == ("digits", "1")
+    assert answer.json["request_id"] == answer.headers["x-request-id"]
+
+
+def test_form_is_answered_like_its_image(door: Door, candidate: Path) -> None:
+    """As a browser's form or `curl -F image=@file` sends it."""
+    body = b"\r\n".join(
+        [
+            b"--edge",
+            b'Content-Disposition: form-data; name="note"',
+            b"",
+            b"hello",
+            b"--edge",
+            b'Content-Disposition: form-data; name="image"; filename="a.png"',
+            b"Content-Type: image/png",
+            b"",
+            PNG,
+            b"--edge--",
+            b"",
+        ]
+    )
+    kind = "multipart/form-data; boundary=edge"
+    answer = door.classify(body, query=LOGITS, Content_Type=kind)
+    assert_answers(answer.json, IMAGES[0], candidate)
+    assert door.classify(body[:-40], Content_Type=kind).reason == "bad_request"
+    assert door.classify(body.replace(b'"image"', b'"photo"'), Content_Type=kind).reason == "bad_request"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tensor_is_answered_image_by_image(door: Door, candidate: Path, nested: bool) -> None:
+    """A KServe v2 request, its data flat or nested, gives one prediction per image, in order."""
+    data = IMAGES.tolist() if nested else IMAGES.reshape(-1).tolist()
+    answer = door.classify(tensor(data, list(IMAGES.shape)), query=LOGITS, Content_Type="application/json")
+    assert answer.status == 200, answer.body
+    assert len(answer.json["predictions"]) == len(IMAGES)
+    for found, image in zip(answer.json["predictions"], IMAGES, strict=True):
+        assert_answers(found, image, candidate)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_every_kind_of_pixel_becomes_rgb(door: Door, candidate: Path, mode: str) -> None:
+    """Grey, palette and alpha are answered as Pillow's conversion of them is."""
+    image, file = Image.fromarray(IMAGES[2]).convert(mode), io.BytesIO()
+    image.save(file, "JPEG" if mode == "CMYK" else "PNG")
+    expected = np.asarray(Image.open(file).convert("RGB"))
+    assert_answers(door.classify(file.getvalue(), query=LOGITS).json, expected, candidate)
+
+
+def test_orientation_is_applied(door: Door, candidate: Path) -> None:
+    """A picture that lies on its side, and says so, is answered upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    answer = door.classify(encoded(np.rot90(IMAGES[3]).copy(), exif=exif.tobytes()), query=LOGITS)
+    assert_answers(answer.json, IMAGES[3], candidate)
+
+
+def test_other_size_is_resized_only_on_request(door: Door, candidate: Path) -> None:
+    """Without a word it is refused, and both sizes are named; with resize=true it is Pillow's bilinear."""
+    large = np.asarray(Image.fromarray(IMAGES[4]).resize((400, 300), Image.Resampling.NEAREST))
+    body = encoded(large)
+    refused = door.classify(body)
+    assert (refused.status, refused.reason) == (422, "wrong_input")
+    assert {"400 x 300", "16 x 16"} <= set(re.findall(r"\d+ x \d+", refused.json["error"]["message"]))
+    expected = np.asarray(Image.fromarray(large).resize((16, 16), Image.Resampling.BILINEAR))
+    assert_answers(door.classify(body, query="?resize=true&logits=true").json, expected, candidate)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it is huge; its data would not even have to follow."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+def sixteen_bit() -> bytes:
+    return encoded(np.full((16, 16), 40_000, np.uint16))
+
+
+FLAT = IMAGES[:1].reshape(-1).tolist()
+SHAPE = [1, 16, 16, 3]
+JSON = {"Content-Type": "application/json"}
+BAD: dict[str, tuple[bytes, str, dict[str, str], int, str]] = {
+    "nothing": (b"", "", {}, 400, "bad_image"),
+    "text": (b"hello", "", {}, 400, "bad_image"),
+    "cut off": (PNG[: len(PNG) // 2], "", {}, 400, "bad_image"),
+    "cut off webp": (encoded(IMAGES[0], "WEBP")[:-30], "", {}, 400, "bad_image"),
+    "another than it says": (PNG, "", {"Content-Type": "image/jpeg"}, 400, "bad_image"),
+    "gif": (encoded(IMAGES[0], "GIF"), "", {}, 400, "bad_image"),
+    "bomb": (bomb(60_000, 60_000), "?resize=true", {}, 413, "too_large"),
+    "small bomb": (bomb(1_001, 1_000), "?resize=true", {}, 413, "too_large"),
+    "16 bit": (sixteen_bit(), "", {}, 422, "wrong_input"),
+    "pdf": (b"%PDF", "", {"Content-Type": "application/pdf"}, 415, "unsupported_type"),
+    "compressed": (PNG, "", {"Content-Encoding": "gzip"}, 415, "unsupported_type"),
+    "flag": (PNG, "?resize=yes", {}, 400, "bad_request"),
+    "parameter": (PNG, "?resise=true", {}, 400, "bad_request"),
+    "timeout 0": (PNG, "", {"X-Request-Timeout-Ms": "0"}, 400, "bad_request"),
+    "timeout word": (PNG, "", {"X-Request-Timeout-Ms": "soon"}, 400, "bad_request"),
+    "form without boundary": (PNG, "", {"Content-Type": "multipart/form-data"}, 400, "bad_request"),
+    "no json": (b"{", "", JSON, 400, "bad_request"),
+    "deep json": (b"[" * 100_000, "", JSON, 400, "bad_request"),
+    "json of another kind": (b"[1]", "", JSON, 400, "bad_request"),
+    "no inputs": (b'{"inputs": []}', "", JSON, 400, "bad_request"),
+    "shape": (tensor(FLAT, [1, 3, 16, 16]), "", JSON, 422, "wrong_input"),
+    "no images": (tensor([], [0, 16, 16, 3]), "", JSON, 422, "wrong_input"),
+    "shape of text": (tensor(FLAT, ["1", 16, 16, 3]), "", JSON, 400, "bad_request"),
+    "name": (tensor(FLAT, SHAPE, name="pictures"), "", JSON, 422, "wrong_input"),
+    "datatype": (tensor(FLAT, SHAPE, datatype="FP32"), "", JSON, 422, "wrong_input"),
+    "too few numbers": (tensor(FLAT[:-1], SHAPE), "", JSON, 400, "bad_request"),
+    "256": (tensor([*FLAT[:-1], 256], SHAPE), "", JSON, 400, "bad_request"),
+    "-1": (tensor([*FLAT[:-1], -1], SHAPE), "", JSON, 400, "bad_request"),
+    "a huge number": (tensor([*FLAT[:-1], 10**40], SHAPE), "", JSON, 400, "bad_request"),
+    "half a number": (tensor([*FLAT[:-1], 0.5], SHAPE), "", JSON, 400, "bad_request"),
+    "a word": (tensor([*FLAT[:-1], "a"], SHAPE), "", JSON, 400, "bad_request"),
+    "a count": (tensor(768, SHAPE), "", JSON, 400, "bad_request"),
+    "too many images": (tensor([], [65, 16, 16, 3]), "", JSON, 413, "too_large"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_request_is_refused_with_its_reason(door: Door, case: str) -> None:
+    """Status, reason and one line that says what is wrong; and the next good request is answered."""
+    body, query, headers, status, reason = BAD[case]
+    answer = door.classify(body, query=query, **{name.replace("-", "_"): value for name, value in headers.items()})
+    assert (answer.status, answer.reason) == (status, reason), answer.body
+    assert "\n" not in answer.json["error"]["message"]
+    assert answer.json["error"]["request_id"] == answer.headers["x-request-id"]
+    assert door.classify(PNG).status == 200
+
+
+def test_strings_in_a_tensor_cost_nothing(door: Door) -> None:
+    """One long string among many short ones, as numpy would pad each of them to the longest."""
+    body = tensor(["x" * 100_000, *[""] * 40_000], SHAPE)
+    begun = time.monotonic()
+    assert door.classify(body, Content_Type="application/json").reason == "bad_request"
+    assert time.monotonic() - begun < 1
+
+
+@pytest.mark.parametrize("given", [None, "", "dfmcl_wrong", KEY[:-1], f"{KEY}x", "ü", digest_of(KEY)])
+def test_wrong_key_is_refused(door: Door, given: str | None) -> None:
+    """None, another, a part of one, more than one, and its digest, which the configuration shows."""
+    headers = {} if given is None else {"Authorization": f"Bearer {given}"}
+    answer = door.ask("POST", "/v1/classify", PNG, headers)
+    assert (answer.status, answer.reason) == (401, "unauthorized")
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_key_goes_in_either_header(door: Door) -> None:
+    """Authorization: Bearer, however it is written, or X-API-Key; Basic is no way."""
+    for headers, status in (
+        ({"Authorization": f"Bearer {KEY}"}, 200),
+        ({"authorization": f"bearer {KEY}"}, 200),
+        ({"X-API-Key": KEY}, 200),
+        ({"Authorization": f"Basic {KEY}"}, 401),
+    ):
+        assert door.ask("POST", "/v1/classify", PNG, headers).status == status
+
+
+def test_logits_are_for_those_who_may(door: Door) -> None:
+    """Another key gets 403; and nobody gets them without asking."""
+    assert door.classify(PNG, key=KEY, query=LOGITS).reason == "forbidden"
+    assert door.classify(PNG, key=KEY, query=LOGITS).status == 403
+    assert "logits" not in door.classify(PNG, key=KEY).json
+    assert "logits" not in door.classify(PNG, key=PRIVILEGED).json
+
+
+def test_request_id_comes_back(door: Door) -> None:
+    """A sane one is kept; anything else is replaced."""
+    assert door.classify(PNG, X_Request_Id="order-17.a").headers["x-request-id"] == "order-17.a"
+    for insane in ("", "a b", "x" * 65, "../etc", "ü"):
+        made = door.classify(PNG, X_Request_Id=insane).headers["x-request-id"]
+        assert re.fullmatch(r"[0-9a-f]{32}", made)
+    assert "x-request-id" in door.get("/nowhere").headers
+
+
+def test_paths_and_methods(door: Door) -> None:
+    """What is not there is 404, what is called wrongly 405, in the same form as every other problem."""
+    assert (door.get("/nowhere").status, door.get("/nowhere").reason) == (404, "not_found")
+    wrong = door.get("/v1/classify")
+    assert (wrong.status, wrong.reason, wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+    assert door.get("/healthz").status == 200
+
+
+def test_too_large_body_is_refused_before_it_is_read(door: Door) -> None:
+    """By what Content-Length says, when not one byte of it has come."""
+    connection = door.connection()
+    connection.putrequest("POST", "/v1/classify")
+    connection.putheader("X-API-Key", KEY)
+    connection.putheader("Content-Length", "300001")
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_too_large_body_is_refused_while_it_comes(door: Door) -> None:
+    """Chunked, it says nothing in advance; no more than the limit is kept, and the connection ends in time."""
+    connection = door.connection()
+    pieces = (b"x" * 50_000 for _ in range(7))
+    connection.request("POST", "/v1/classify", pieces, {"X-API-Key": KEY}, encode_chunked=True)
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["reason"]) == (413, "too_large")
+    connection.close()
+    last = door.lines()[-1]
+    assert 300_000 < last["bytes"] <= 300_000 + 2 * 65_536
+
+
+def test_rate_is_kept(served: Served) -> None:
+    """The burst is answered, then 429 says when to come back, and then there is an answer again."""
+    keys = [KEYS[0] | {"rate": 5.0, "burst": 3}, KEYS[1]]
+    with opened(settings([served.ready["grpc"]], keys=keys)) as door:
+        answers = [door.classify(PNG, key=KEY) for _ in range(5)]
+        assert [answer.status for answer in answers][:3] == [200, 200, 200]
+        assert (answers[-1].status, answers[-1].reason) == (429, "rate_limited")
+        assert door.classify(PNG, key=PRIVILEGED).status == 200  # one key's haste is not another's
+        time.sleep(int(answers[-1].headers["retry-after"]))
+        assert door.classify(PNG, key=KEY).status == 200
+
+
+@hypothesis.given(
+    rate=st.floats(0.1, 100),
+    burst=st.integers(1, 50),
+    waits=st.lists(st.floats(0, 3), min_size=1, max_size=200),
+)
+def test_bucket_never_gives_more_than_it_has(rate: float, burst: int, waits: list[float]) -> None:
+    """Whenever it is asked; and after the seconds that it names there is a token."""
+    now, taken = 0.0, 0
+    bucket = Bucket(rate, burst, lambda: now)
+    for wait in waits:
+        now += wait
+        pause = bucket.take()
+        taken += pause == 0
+        assert taken <= burst + rate * now + 1e-6
+    if pause:
+        now += pause + 1e-9
+        assert bucket.take() == 0
+
+
+def test_deadline_is_kept_and_passed_on(served: Served) -> None:
+    """A Triton that does not answer costs the deadline, not more; a longer one than allowed is cut to that."""
+    with Relay(served.ready["grpc"]) as relay:
+        config = settings([relay.url], triton={"check_seconds": 60}, limits={"timeout_ms": 300, "max_timeout_ms": 600})
+        with opened(config) as door:
+            relay.freeze()
+            for headers, least, most in (({}, 0.29, 0.55), ({"X_Request_Timeout_Ms": "999999"}, 0.59, 0.9)):
+                begun = time.monotonic()
+                answer = door.classify(PNG, **headers)
+                assert (answer.status, answer.reason) == (504, "deadline")
+                assert least < time.monotonic() - begun < most
+            relay.thaw()
+            assert door.classify(PNG).status == 200
+
+
+def test_flood_is_turned_away_at_once(served: Served) -> None:
+    """With all places taken a request is told to come back; when there is room again, it is answered."""
+    with Relay(served.ready["grpc"]) as relay:
+        config = settings([relay.url], triton={"check_seconds": 60}, limits={"concurrency": 4})
+        with opened(config) as door:
+            relay.freeze()
+            with ThreadPoolExecutor(4) as others:
+                waiting = [others.submit(door.classify, PNG) for _ in range(4)]
+                while door.metric("gateway_in_flight") < 4:
+                    time.sleep(0.01)
+                begun = time.monotonic()
+                answers = [door.classify(PNG) for _ in range(20)]
+                assert time.monotonic() - begun < 1
+                assert {(answer.status, answer.reason) for answer in answers} == {(503, "overloaded")}
+                assert answers[0].headers["retry-after"] == "1"
+                relay.thaw()
+                assert {future.result().status for future in waiting} == {200}
+            assert door.classify(PNG).status == 200
+            assert door.metric("gateway_in_flight") == 0
+
+
+def send_on(sock: socket.socket, seconds: float) -> None:
+    """Bytes that nobody asked for, for so long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        sock.sendall(b"x" * 1000)
+        time.sleep(0.01)
+
+
+def test_slow_clients_are_let_go(served: Served) -> None:
+    """Whoever takes too long over headers or body, sends nothing, or sends on after a refusal, is cut off."""
+    with opened(settings([served.ready["grpc"]], limits={"read_seconds": 0.3})) as door:
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\n"
+        for sent, status in (
+            (head, b"408"),  # no end of headers
+            (f"{head}Content-Length: 99\r\n\r\nabc", b"408"),
+            ("", b""),  # a browser that only made a connection is owed nothing
+        ):
+            connection = door.connection()
+            connection.connect()
+            begun = time.monotonic()
+            connection.sock.sendall(sent.encode())
+            received = connection.sock.makefile("rb").read()  # ends when the server closes
+            assert received[9:12] == status
+            assert 0.25 < time.monotonic() - begun < 1.5
+            connection.close()
+        connection = door.connection()
+        connection.connect()
+        connection.sock.sendall(b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n")
+        assert connection.sock.recv(65536)[9:12] == b"401"
+        begun = time.monotonic()
+        with pytest.raises(OSError, match=r"reset|Broken pipe"):
+            send_on(connection.sock, 3)
+        assert door.classify(PNG).status == 200
+        reasons = [line["reason"] for line in door.lines()]
+        assert reasons.count("slow_client") == 1  # the other had no request yet: that is in the metrics alone
+        assert door.metric('gateway_errors_total{reason="slow_client"}') == 2
+
+
+def test_slow_sender_within_the_limit_is_answered(served: Served) -> None:
+    """Piece by piece, but in time."""
+    with opened(settings([served.ready["grpc"]], limits={"read_seconds": 2})) as door:
+        connection = door.connection()
+
+        def pieces() -> Iterator[bytes]:
+            for start in range(0, len(PNG), 100):
+                time.sleep(0.02)
+                yield PNG[start : start + 100]
+
+        headers = {"X-API-Key": KEY, "Content-Length": str(len(PNG))}
+        assert door.ask("POST", "/v1/classify", pieces(), headers, connection).status == 200
+        connection.close()
+
+
+def test_connections_and_headers_are_bounded(served: Served) -> None:
+    """One connection too many is told so; endless headers end."""
+    with opened(settings([served.ready["grpc"]], limits={"connections": 5})) as door:
+        held = [door.connection() for _ in range(5)]
+        for connection in held:
+            connection.connect()
+        time.sleep(0.1)
+        assert door.get("/healthz").reason == "overloaded"
+        for connection in held:
+            connection.close()
+        deadline = time.monotonic() + 5
+        while door.get("/healthz").status != 200:
+            assert time.monotonic() < deadline
+        connection = door.connection()
+        connection.connect()
+        connection.sock.sendall(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000)
+        assert connection.sock.recv(65536)[9:12] == b"400"
+        connection.close()
+
+
+def test_no_triton_is_503_and_the_process_lives(served: Served) -> None:
+    """/healthz speaks of the process, /readyz of the way to an answer; a request is told at once."""
+    with Relay("127.0.0.1:9") as nowhere:
+        nowhere.break_off()
+        with opened(settings([nowhere.url]), ready=False) as door:
+            assert (door.get("/healthz").status, door.get("/readyz").status) == (200, 503)
+            begun = time.monotonic()
+            answer = door.classify(PNG)
+            assert (answer.status, answer.reason, answer.headers["retry-after"]) == (503, "unavailable", "1")
+            assert time.monotonic() - begun < 1
+            assert nowhere.url not in answer.body.decode()  # where servers are is nobody's business
+            assert door.metric(f'gateway_endpoint_up{{endpoint="{nowhere.url}"}}') == 0
+            assert door.metric("gateway_ready") == 0
+
+
+def test_canary_counts_apart(served: Served) -> None:
+    """Its answers and its errors are in metrics of their own, and change none of the users'."""
+    with opened(settings([served.ready["grpc"]])) as door:
+
+        def business() -> list[str]:
+            text = door.get("/metrics").body.decode()
+            return re.findall(r"^gateway_(?:request|errors|images).*", text, flags=re.MULTILINE)
+
+        before = business()
+        assert door.classify(PNG, key=CANARY).status == 200
+        assert door.classify(b"junk", key=CANARY).status == 400
+        assert business() == before
+        assert door.metric('gateway_canary_requests_total{outcome="ok"}') == 1
+        assert door.metric('gateway_canary_requests_total{outcome="refused"}') == 1
+        assert door.metric('gateway_canary_errors_total{reason="bad_image"}') == 1
+        assert door.classify(PNG).status == 200
+        assert business() != before
+        assert door.metric("gateway_images_total") == 1
+
+
+def test_canary_gives_way_and_deadlines_are_passed_on(served: Served) -> None:
+    """What reaches Triton: priority 2 with the canary's key and none with a user's; and each request's own timeout."""
+    with Relay(served.ready["grpc"]) as relay, opened(settings([relay.url], triton={"check_seconds": 60})) as door:
+        for key, parameters in ((KEY, {b"timeout"}), (CANARY, {b"timeout", b"priority"})):
+            relay.passed.clear()
+            assert door.classify(PNG, key=key, X_Request_Timeout_Ms="1234").status == 200
+            sent = service_pb2.ModelInferRequest.FromString(message(relay.passed))
+            assert {name.encode() for name in sent.parameters} == parameters
+            assert 1_000_000 < sent.parameters["timeout"].int64_param < 1_234_000
+            assert sent.parameters["priority"].uint64_param == (2 if key == CANARY else 0)
+
+
+def message(stream: bytes) -> bytes:
+    """The first gRPC message in an HTTP/2 stream, which comes in DATA frames (type 0) after a prefix of 5 bytes."""
+    data, at = b"", 0
+    while at < len(stream):
+        size, kind = int.from_bytes(stream[at : at + 3]), stream[at + 3]
+        data += stream[at + 9 : at + 9 + size] if kind == 0 else b""
+        at += 9 + size
+        if len(data) >= 5 and len(data) >= (total := 5 + int.from_bytes(data[1:5])):
+            return data[5:total]
+    raise AssertionError("no whole message came through")
+
+
+def test_metrics_are_sound(door: Door, tmp_path: Path) -> None:
+    """promtool has no complaint, and every series that may come is there from the start."""
+    text = door.get("/metrics").body.decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert {s.labels["reason"] for s in families["gateway_errors"].samples if s.name.endswith("_total")} == set(
+        STATUSES
+    )
+    durations = families["gateway_request_duration_seconds"].samples
+    assert {sample.labels["outcome"] for sample in durations} == set(OUTCOMES)
+    assert "0.5" in {sample.labels.get("le") for sample in durations}  # the latency alert's threshold
+    count = len(re.findall(r"^gateway_", text, flags=re.MULTILINE))
+    door.classify(b"junk", key="nobody", X_Request_Id="new", query="?new=1")
+    door.get("/new/path")
+    again = door.get("/metrics").body.decode()
+    assert len(re.findall(r"^gateway_", again, flags=re.MULTILINE)) == count
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed; apt-get install prometheus")
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    complaints = [line for line in checked.stderr.splitlines() if line.startswith("gateway_")]
+    assert complaints == []
+    assert checked.returncode in (0, 3)  # 3: complaints, of the process metrics that the library makes
+
+
+def test_every_request_is_one_line(door: Door) -> None:
+    """Who, what came of it, how long, how much, by which model and which server."""
+    door.classify(PNG, key=KEY, X_Request_Id="fine")
+    door.classify(b"junk", key=KEY, X_Request_Id="junk")
+    door.classify(PNG, key="nobody", X_Request_Id="stranger")
+    lines = {line["id"]: line for line in door.lines()}
+    fine = lines["fine"]
+    assert {name: fine[name] for name in ("path", "key", "status", "reason", "bytes", "version", "endpoint")} == {
+        "path": "/v1/classify",
+        "key": "shop",
+        "status": 200,
+        "reason": None,
+        "bytes": len(PNG),
+        "version": "1",
+        "endpoint": door.config.triton.endpoints[0],
+    }
+    assert 0 < fine["ms"] < 5000
+    assert (lines["junk"]["status"], lines["junk"]["reason"]) == (400, "bad_image")
+    assert (lines["stranger"]["key"], lines["stranger"]["reason"]) == (None, "unauthorized")
+
+
+def test_keys_are_nowhere(served: Served) -> None:
+    """Not in the log, the metrics or an answer: neither a known key nor a stranger's, wherever it is put."""
+    secret = "dfmcl_a-strangers-secret"
+    with opened(settings([served.ready["grpc"]])) as door:
+        answers = [
+            door.classify(PNG, key=KEY),
+            door.classify(PNG, key=KEY, query=LOGITS),
+            door.classify(b"junk", key=secret),
+            door.classify(PNG, key=KEY, query=f"?key={secret}"),
+            door.get(f"/{secret}"),
+            door.get("/metrics", Authorization=f"Bearer {secret}"),
+            door.ask("POST", "/v1/classify", PNG, {"Authorization": secret}),
+            door.get("/openapi.json"),
+            door.get("/"),
+        ]
+        assert len(door.lines()) >= 7
+        told = json.dumps(door.log) + "".join(answer.body.decode() + str(answer.headers) for answer in answers)
+        assert not [text for text in (KEY, secret, digest_of(KEY), digest_of(secret)) if text in told]
+
+
+def test_metrics_can_be_private(served: Served) -> None:
+    """With public_metrics = false they ask for a key."""
+    with opened(settings([served.ready["grpc"]], listen={"public_metrics": False})) as door:
+        assert door.get("/metrics").reason == "unauthorized"
+        assert door.get("/metrics", Authorization=f"Bearer {KEY}").status == 200
+
+
+def test_open_gateway_asks_for_no_key(served: Served) -> None:
+    """Who writes open = true gets one; logits stay with those who can be told apart."""
+    with opened(settings([served.ready["grpc"]], open=True, keys=[])) as door:
+        assert door.classify(PNG, key=None).status == 200
+        assert door.classify(PNG, key=None, query=LOGITS).reason == "forbidden"
+        assert door.lines()[-1]["key"] == "anyone"
+
+
+def test_bug_is_500_and_the_next_request_is_answered(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever breaks: a reason, no trace of it for the client, and where it was for the log."""
+    with opened(settings([served.ready["grpc"]])) as door:
+        with monkeypatch.context() as broken:
+            broken.setattr("serving.gateway.softmax", lambda logits: 1 / 0)
+            answer = door.classify(PNG)
+        assert (answer.status, answer.reason) == (500, "internal")
+        assert "ZeroDivision" not in answer.body.decode()
+        assert "ZeroDivisionError" in door.lines()[-1]["detail"]
+        assert door.classify(PNG).status == 200
+
+
+def test_responses_are_not_held_back() -> None:
+    """Without this option on a connection, a response's body waits 40 ms for the client to acknowledge its headers."""
+    with bind(Listen(), 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_many_clients_at_once_get_their_own_answers(door: Door, candidate: Path) -> None:
+    """Answers do not get mixed up: each client's logits are those of its image."""
+    expected = onnx_logits(candidate / "model.onnx", IMAGES)
+
+    def client(index: int) -> float:
+        connection, worst = door.connection(), 0.0
+        for _ in range(20):
+            answer = door.ask(
+                "POST", f"/v1/classify{LOGITS}", encoded(IMAGES[index]), {"X-API-Key": PRIVILEGED}, connection
+            )
+            worst = max(worst, float(np.abs(np.asarray(answer.json["logits"]) - expected[index]).max()))
+        connection.close()
+        return worst
+
+    with ThreadPoolExecutor(len(IMAGES)) as clients:
+        assert max(clients.map(client, range(len(IMAGES)))) < 1e-4
+
+
+def test_gateway_needs_no_training_library() -> None:
+    """What is installed for it: `pip install 'dfmcl[gateway]'`."""
+    code = "import sys, serving.gateway; print({'torch', 'onnxruntime', 'robustness', 'gating'} & set(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert output.strip() == "set()"
+
+
+def test_threads_end_with_the_gateway(served: Served) -> None:
+    """A gateway that was closed leaves no thread that serves."""
+    before = threading.active_count()
+    with opened(settings([served.ready["grpc"]])) as door:
+        assert door.classify(PNG).status == 200
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.05)
