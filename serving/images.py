@@ -68,7 +68,9 @@ def pixels(image: Image.Image, contract: Contract, *, resize: bool) -> Batch:
     if image.mode.startswith(("I", "F")):  # a conversion would clip most of it to white
         raise Problem("wrong_input", f"image: has more than 8 bits a channel (mode {image.mode}); save it with 8")
     try:
-        image = ImageOps.exif_transpose(image).convert(MODES[channels])
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
     except Exception:  # noqa: BLE001 - as above
         raise Problem("bad_image", "image: is cut off or broken") from None
     if image.size != (width, height):
