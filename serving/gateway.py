@@ -9,14 +9,17 @@ stops it is a Problem with a reason from a closed set. Every request is one JSON
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import re
 import secrets
+import socket
 import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,7 +50,7 @@ from serving.problems import RETRY_SECONDS, Problem
 CLASSIFY = "/v1/classify"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds; logged only where they fail
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Decoded on the spot, in well under a millisecond; what is larger goes to a thread and lets others pass.
+# Decoded on the spot, in about a millisecond at most; what is larger goes to a thread and lets others pass.
 SPOT_PIXELS, SPOT_BYTES = 65_536, 65_536
 STOP_POLL_SECONDS = 0.05
 
@@ -74,18 +77,26 @@ def serve(
     Raises BadInput (2) for certificates that cannot be used, Broken (5) for a port in use.
     """
     require_tls_files(config.listen)
-    with bind(config.listen, config.listen.port if port is None else port) as listener:
-        asyncio.run(_serve(config, listener, stop, ready_file, log))
+    with (
+        bind(config.listen, config.listen.port if port is None else port) as listener,
+        ThreadPoolExecutor(config.limits.decoders, "decoder") as decoders,
+    ):
+        asyncio.run(_serve(config, listener, decoders, stop, ready_file, log))
     return 0
 
 
 async def _serve(
-    config: GatewayConfig, listener: Any, stop: threading.Event, ready_file: Path | None, log: Log
+    config: GatewayConfig,
+    listener: socket.socket,
+    decoders: Executor,
+    stop: threading.Event,
+    ready_file: Path | None,
+    log: Log,
 ) -> None:
     triton, url = config.triton, url_of(listener, config.listen)
     pool = Pool(triton.endpoints, triton.model, security=_security(triton), check_seconds=triton.check_seconds, log=log)
     async with pool:
-        gateway = Gateway(config, pool, log)
+        gateway = Gateway(config, pool, decoders, log)
         server = Listener(gateway, config, gateway.metrics.cut_off)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
@@ -164,10 +175,11 @@ class Wish:
 class Gateway:
     """The ASGI application."""
 
-    def __init__(self, config: GatewayConfig, pool: Pool, log: Log = say) -> None:
+    def __init__(self, config: GatewayConfig, pool: Pool, decoders: Executor, log: Log = say) -> None:
+        """decoders: the threads that work on large bodies; so few at a time, and with so much memory."""
         self.stopping = False
         self.metrics = Metrics(metadata.version("dfmcl"), pool, lambda: self.ready)
-        self._config, self._pool, self._log = config, pool, log
+        self._config, self._pool, self._decoders, self._log = config, pool, decoders, log
         self._keyring, self._at_work = config.keyring, 0
         description = describe(config, metadata.version("dfmcl"))
         self._openapi, self._docs = json.dumps(description).encode(), pages.docs(description)
@@ -325,19 +337,26 @@ class Gateway:
         self, request: Request, body: bytes, contract: Contract, wish: Wish
     ) -> tuple[npt.NDArray[np.uint8], bool]:
         """The body as uint8 (N, H, W, C), and whether it is one image, rather than a tensor."""
-        kind = images.media_type(request.headers.get("content-type", ""))
+        kind, spot = images.media_type(request.headers.get("content-type", "")), len(body) <= SPOT_BYTES
         if kind == images.TENSOR:
-            return await _worked(len(body) <= SPOT_BYTES, images.tensor, body, contract), False
+            return await self._worked(spot, images.tensor, body, contract), False
         if kind == images.FORM:
-            body, kind = images.form_field(body, request.headers["content-type"])
+            body, kind = await self._worked(spot, images.form_field, body, request.headers["content-type"])
         if kind not in images.FORMATS and kind not in images.UNTOLD:
             known = ", ".join([*images.FORMATS, images.FORM, images.TENSOR])
             raise Problem("unsupported_type", f"Content-Type: expected one of {known}")
-        image = images.open_image(body, kind, self._config.limits.pixels)
+        image = await self._worked(spot, images.open_image, body, kind, self._config.limits.pixels)
         if not wish.resize:
             images.require_size(image, contract)
-        small = image.width * image.height <= SPOT_PIXELS and len(body) <= SPOT_BYTES
-        return await _worked(small, images.pixels, image, contract, resize=wish.resize), True
+        spot = spot and image.width * image.height <= SPOT_PIXELS
+        return await self._worked(spot, images.pixels, image, contract, resize=wish.resize), True
+
+    async def _worked(self, spot: bool, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The result of some work on a stranger's bytes: done on the spot, or by one of a few threads."""
+        if spot:
+            return work(*arguments, **options)
+        call = functools.partial(work, *arguments, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
 
     def _answer(self, reply: Reply, wish: Wish, request_id: str, *, single: bool) -> dict[str, Any]:
         about = {"model": self._config.triton.model, "version": reply.version, "request_id": request_id}
@@ -389,13 +408,6 @@ def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Probabilities (N, K) of logits (N, K); rows sum to 1."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
-async def _worked(spot: bool, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The result of some work: done on the spot, or in a thread."""
-    if spot:
-        return work(*arguments, **options)
-    return await asyncio.to_thread(work, *arguments, **options)
 
 
 def _problem(error: BaseException) -> Problem:

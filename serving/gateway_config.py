@@ -87,8 +87,8 @@ class Tritons(Section):
 
 class Limits(Section):
     """What a request may cost. timeout_ms holds where a request names no X-Request-Timeout-Ms, which may go up to
-    max_timeout_ms. Bodies need up to concurrency * body_bytes of memory, and those at work (one a thread) more: up to
-    4 bytes a pixel, and for JSON up to 25 times the body."""
+    max_timeout_ms. Bodies need up to concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for
+    JSON 25 times the body."""
 
     body_bytes: int = Field(4_000_000, ge=1)
     pixels: int = Field(16_000_000, ge=1)  # of an image before it is resized
@@ -96,6 +96,7 @@ class Limits(Section):
     timeout_ms: int = Field(2_000, ge=1)
     max_timeout_ms: int = Field(10_000, ge=1, le=600_000)
     concurrency: int = Field(64, ge=1)  # requests at work at the same time
+    decoders: int = Field(2, ge=1)  # threads for large bodies; more than cores are of no use
     connections: int = Field(1_000, ge=1)
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -26,12 +27,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
 from robustness.data import load_dataset
+from serving import images
+from serving.client import Contract
 from serving.gateway import softmax
 from serving.gateway_config import Listen
 from serving.gateway_metrics import OUTCOMES
 from serving.keys import Bucket, digest_of
 from serving.listener import bind
-from serving.problems import STATUSES
+from serving.problems import STATUSES, Problem
 from tests.serving.doors import CANARY, KEY, KEYS, PRIVILEGED, Door, Relay, encoded, opened, settings
 from tests.serving.workshop import ROOT, Served, onnx_logits
 
@@ -138,6 +141,21 @@ def test_other_size_is_resized_only_on_request(door: Door, candidate: Path) -> N
     assert {"400 x 300", "16 x 16"} <= set(re.findall(r"\d+ x \d+", refused.json["error"]["message"]))
     expected = np.asarray(Image.fromarray(large).resize((16, 16), Image.Resampling.BILINEAR))
     assert_answers(door.classify(body, query="?resize=true&logits=true").json, expected, candidate)
+
+
+def test_image_on_its_side_fits_only_if_it_says_so() -> None:
+    """For a model that takes 16 x 24 pixels, 24 x 16 of them are another size, unless EXIF turns them."""
+    contract, lying = Contract("", "images", (24, 16, 3), "logits", 10, 64), np.zeros((16, 24, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for file, fits in ((encoded(lying), False), (encoded(lying, exif=exif.tobytes()), True)):
+        image = images.open_image(file, "", 1000)
+        images.require_size(image, contract)
+        if fits:
+            assert images.pixels(image, contract, resize=False).shape == (1, 24, 16, 3)
+        else:
+            with pytest.raises(Problem, match="24 x 16 pixels, the model takes 16 x 24"):
+                images.pixels(image, contract, resize=False)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -351,6 +369,27 @@ def test_flood_is_turned_away_at_once(served: Served) -> None:
                 assert {future.result().status for future in waiting} == {200}
             assert door.classify(PNG).status == 200
             assert door.metric("gateway_in_flight") == 0
+
+
+def test_large_images_hold_up_nobody_else(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wait for each other where there is one decoder; small ones and the rest of the gateway do not wait."""
+    done, decode = threading.Event(), images.pixels
+
+    def slowly(image: Image.Image, *arguments: Any, **options: Any) -> np.ndarray:
+        assert image.width == 16 or done.wait(20)
+        return decode(image, *arguments, **options)
+
+    monkeypatch.setattr(images, "pixels", slowly)
+    large = encoded(np.asarray(Image.fromarray(IMAGES[0]).resize((500, 500))))
+    with opened(settings([served.ready["grpc"]], limits={"decoders": 1})) as door, ThreadPoolExecutor(2) as clients:
+        late = [
+            clients.submit(door.classify, large, query="?resize=true", X_Request_Timeout_Ms="10000") for _ in range(2)
+        ]
+        while door.metric("gateway_in_flight") < 2:
+            time.sleep(0.01)
+        assert door.classify(PNG).status == 200
+        done.set()
+        assert [future.result().status for future in late] == [200, 200]
 
 
 def send_on(sock: socket.socket, seconds: float) -> None:
