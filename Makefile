@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks \
+.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks bench-serving \
 	kubernetes-rules sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
@@ -18,6 +18,7 @@ help:
 	@echo 'make bench-gate          how often the sequential bounds err, and how many images they need; writes gate.json, .md'
 	@echo 'make bench-attacks       PGD and Square beside foolbox, torchattacks and ART; writes attacks.json, .md'
 	@echo 'make bench-strength      the standard suite beside torchattacks'"'"' AutoAttack; writes strength.json, .md'
+	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as an object of the operator'
@@ -60,6 +61,9 @@ bench-attacks: .venv/.installed
 
 bench-strength: .venv/.installed
 	$(BIN)/python -m benchmarks.strength
+
+bench-serving: .venv/.installed .venv-triton/.installed
+	$(BIN)/python -m benchmarks.serving
 
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks

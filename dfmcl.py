@@ -20,8 +20,7 @@ import typer
 T = TypeVar("T")
 # What a subcommand needs, if not `train`.
 SERVE = ("promote", "rollback", "status", "history", "prune", "retire", "verify", "card", "serve")
-EXTRAS = {**dict.fromkeys(SERVE, "serve"), "watch": "monitor"}
-EXTRAS |= {"gateway": "gateway", "apikey": "gateway"}
+EXTRAS = {**dict.fromkeys(SERVE, "serve"), "gateway": "gateway", "apikey": "gateway", "watch": "monitor"}
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
 BROKEN = 5
 
@@ -587,6 +586,24 @@ def retire(
 
     run_retire(repository, name, reason=reason)
     say(f"{name}: retired")
+
+
+@command
+def parity(
+    version: Annotated[Path, typer.Argument(help="A promoted version, such as models/digits/1.")],
+) -> int:
+    """Compare every execution provider and precision present with what the gate recorded: 0, or 1 where one differs."""
+    from serving.parity import compare
+
+    equal = True
+    for row in compare(version):
+        equal = equal and row.equal
+        found = row.trouble or (
+            f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
+            f" {100 * row.adversarial_agreement:.1f} % of adversarial images, {100 * row.held:.1f} % of those right"
+        )
+        say(f"{'equal' if row.equal else 'DIFFERS'}  {row.provider}, {row.setting}: {found}")
+    return int(not equal)
 
 
 @command

@@ -20,7 +20,7 @@ def docker_command(repository: Path, ports: dict[str, int], *, gpu: bool = False
     inside = {"http": 8000, "grpc": 8001, "metrics": 8002}
     published = [f"--publish=127.0.0.1:{ports[name]}:{port}" for name, port in inside.items()]
     words = [
-        *("docker", "run", "--rm", "--user=1000:1000", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL"),
+        *("--rm", "--user=1000:1000", "--read-only", "--tmpfs=/tmp", "--cap-drop=ALL"),
         *("--security-opt=no-new-privileges", f"--stop-timeout={STOP_SECONDS}"),
         *(["--gpus=1", "--tmpfs=/cache"] if gpu else []),
         *published,
@@ -28,7 +28,7 @@ def docker_command(repository: Path, ports: dict[str, int], *, gpu: bool = False
         IMAGE,
         *triton_arguments(gpu=gpu),
     ]
-    return " \\\n  ".join(shlex.join([word]) for word in words)
+    return " \\\n  ".join(["docker run", *map(shlex.quote, words)])
 
 
 def triton_arguments(*, gpu: bool = False) -> list[str]:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,14 +120,18 @@ class _Post:
     say: Callable[[str], None]
     liveness_seconds: float
     live: dict[str, Promoted] = field(default_factory=dict)
+    images: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)  # kept: files may go
     seen: dict[str, str] = field(default_factory=dict)  # each model's config.pbtxt, as it was last acted upon
     unsure: set[str] = field(default_factory=set)  # loaded, and then not found to answer as the gate saw
     was_up: bool = False
 
     def configs(self) -> dict[str, str]:
         """What the repository says now, by model."""
-        names = layout.model_names(self.repository)
-        return {name: (self.repository / name / layout.CONFIG).read_text(encoding="utf-8") for name in names}
+        found = {}
+        for name in layout.model_names(self.repository):
+            with suppress(FileNotFoundError):  # retired this very moment
+                found[name] = (self.repository / name / layout.CONFIG).read_text(encoding="utf-8")
+        return found
 
 
 def _releases(repository: Path, trust: Trust | None) -> list[Promoted]:
@@ -140,6 +144,7 @@ def _releases(repository: Path, trust: Trust | None) -> list[Promoted]:
 def _serve_once(post: _Post, releases: list[Promoted], log: Path | None) -> None:
     """One life of a server: until `stop`, or Broken."""
     post.live, post.unsure = {release.model: release for release in releases}, set()
+    post.images = {release.model: _one_image(release) for release in releases}
     post.seen = post.configs()
     with running(post.environment, post.repository, post.ports, list(post.live), log, post.fixed) as server:
         deadline = time.monotonic() + STARTUP_SECONDS
@@ -221,16 +226,16 @@ def _watch(server: Server, post: _Post) -> None:
             _follow(server, post)
         if time.monotonic() < due:
             continue
-        for name, release in post.live.items():
-            failures[name] = _failures_after(server, release, failures.get(name, 0))
+        for name in post.live:
+            failures[name] = _failures_after(server, name, post.images[name], failures.get(name, 0))
         due = time.monotonic() + post.liveness_seconds
 
 
-def _failures_after(server: Server, release: Promoted, failures: int) -> int:
+def _failures_after(server: Server, name: str, image: npt.NDArray[np.uint8], failures: int) -> int:
     """Inferences of a model that failed in a row, after one more; Broken where they are too many."""
     try:
-        with server.client(release.model) as client:
-            client.predict(_one_image(release))
+        with server.client(name) as client:
+            client.predict(image)
     except AnswerError as error:
         failures += error.reason != "queue_full"  # a full queue is a busy server, not a dead one
         if failures >= LIVENESS_FAILURES:
@@ -270,17 +275,18 @@ def _take_over(server: Server, post: _Post, name: str) -> None:
     if release == post.live.get(name) and name not in post.unsure:
         return  # back from a version that never was live
     try:
+        image = _one_image(release)
         _rehearse(post, release)
         post.unsure.add(name)
         server.load(name)
         with server.client(name) as client:
             require_known_answers(client, release)
-    except (AnswerError, WrongAnswer, Broken) as error:
+    except (AnswerError, WrongAnswer, Broken, BadInput, OSError) as error:
         _give_up(post, release, str(error))
         server.require_running()
         return
     post.unsure.discard(name)
-    post.live[name] = release
+    post.live[name], post.images[name] = release, image
     post.say(f"serving {name} version {release.version} (sha256 {release.sha256[:12]})")
 
 
@@ -312,7 +318,7 @@ def _give_up(post: _Post, failed: Promoted, reason: str) -> None:
             promotion.retire(post.repository, failed.model, reason=reason)
         else:
             promotion.give_back(post.repository, failed.model, live.version, reason)
-    except Broken as error:
+    except (Broken, BadInput) as error:
         post.say(f"{error}: the repository still names version {failed.version}; roll it back")
 
 

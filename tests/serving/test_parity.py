@@ -1,0 +1,54 @@
+"""Every way of computing that is present answers as the gate recorded; one that does not is told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from serving.errors import BadInput
+from serving.parity import ELSEWHERE, compare
+
+
+def test_each_way_of_computing_is_compared(repository: Path) -> None:
+    """On the CPU with and without graph optimisation; both are the gate's answers up to rounding."""
+    found = [row for row in compare(repository / "digits" / "1") if row.provider == "CPUExecutionProvider"]
+    assert [row.setting for row in found] == ["float32", "float32, graph as it is"]
+    assert all(row.equal for row in found)
+    assert {row.provider for row in compare(repository / "digits" / "1")} == (
+        set(ort.get_available_providers()) - ELSEWHERE
+    )
+
+
+@pytest.mark.parametrize("part", ["clean_logits", "adversarial_logits"])
+def test_other_answers_are_seen(repository: Path, part: str) -> None:
+    """A provider that decides one image in eighty otherwise, clean or adversarial, is not the one that was judged."""
+    version = repository / "digits" / "1"
+    with np.load(version / "probes.npz") as probes:
+        arrays = dict(probes)
+    row = arrays[part][0]
+    row[[row.argmax(), row.argmin()]] = row[[row.argmin(), row.argmax()]]
+    np.savez(version / "probes.npz", **arrays)
+    rows = list(compare(version))
+    assert not any(row.equal for row in rows)
+    agreement = "clean_agreement" if part == "clean_logits" else "adversarial_agreement"
+    assert getattr(rows[-1], agreement) == pytest.approx(79 / 80)
+
+
+def test_a_provider_that_cannot_run_is_no_agreement(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed, with its reason."""
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    if "CUDAExecutionProvider" in ort.get_available_providers() and ort.get_device() == "GPU":
+        pytest.skip("has a GPU")
+    rows = list(compare(repository / "digits" / "1"))
+    assert len(rows) == 2
+    assert all(row.trouble and not row.equal for row in rows)
+
+
+def test_a_version_without_probes_is_bad_input(repository: Path) -> None:
+    """There is nothing to compare with."""
+    (repository / "digits" / "1" / "probes.npz").unlink()
+    with pytest.raises(BadInput, match="promote again"):
+        list(compare(repository / "digits" / "1"))

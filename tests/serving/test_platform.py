@@ -1,0 +1,83 @@
+"""docs/platform.md: its commands, run as they stand there, on real evidence and a real Triton."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serving.client import Client
+from serving.export import export
+from tests.processes import wait_until
+from tests.serving.workshop import ROOT, write_evidence, write_run
+
+PAGE = (ROOT / "docs" / "platform.md").read_text(encoding="utf-8")
+LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, candidate: Path, evidence: Path, key: Path, needs_triton: None) -> Path:
+    """A directory with what the page takes for granted."""
+    if any(socket.socket().connect_ex(("127.0.0.1", port)) == 0 for port in (8000, 8001, 8002)):
+        pytest.skip("something listens on Triton's ports 8000 to 8002, which the page's commands use")
+    shutil.copytree(candidate, tmp_path / "candidate")
+    shutil.copytree(evidence, tmp_path / "evidence")
+    export(write_run(tmp_path / "run", seed=1), tmp_path / "next" / "candidate")
+    write_evidence(tmp_path / "next" / "evidence", tmp_path / "next" / "candidate", key)
+    (tmp_path / "trust.toml").write_text(f'keys = ["{key.with_suffix(".pub")}"]\n')
+    return tmp_path
+
+
+def test_the_commands_run_as_written(desk: Path) -> None:
+    """Promote, serve, promote the next, roll back, and all the rest; what is served is what they say."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "DFMCL_TRITON_PYTHON": str(ROOT / ".venv-triton" / "bin" / "python")}
+    said: dict[str, str] = {}
+    [serving] = [line for line in LINES if line.startswith("dfmcl serve") and "--print-docker" not in line]
+    before = LINES.index(serving)
+    assert len(LINES) >= 10
+    server: subprocess.Popen[bytes] | None = None
+    try:
+        for number, line in enumerate(LINES):
+            if number == before:
+                server = subprocess.Popen([*line.split(), "--ready-file", "ready.json"], cwd=desk, env=environment)
+                wait_until((desk / "ready.json").exists, server)
+                continue
+            done = subprocess.run(
+                line, shell=True, cwd=desk, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            said[line] = done.stdout
+        with Client("127.0.0.1:8001", "digits") as client:
+            assert client.describe().version == "1", "it was rolled back"
+    finally:
+        if server is not None:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=40) == 0
+    [live] = [text for line, text in said.items() if "next/candidate" in line and "--live" in line]
+    assert "127.0.0.1:8001: answers with version 2" in live
+    [history] = [text for line, text in said.items() if line.startswith("dfmcl history")]
+    assert "rolled_back  version 1, before 2" in history
+    assert "p99 doubled" in history
+    [status] = [text for line, text in said.items() if line.startswith("dfmcl status")]
+    assert "champion 2, previous 1" in status
+
+
+def test_the_command_for_docker_is_a_hardened_one(desk: Path) -> None:
+    """Not root, read-only, without capabilities, on this machine's address only, and Triton takes nothing later."""
+    [line] = [line for line in LINES if "--print-docker" in line]
+    printed = subprocess.run(
+        [str(Path(sys.executable).with_name("dfmcl")), *line.split()[1:]],
+        cwd=desk, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    words = printed.replace("\\\n", " ").split()
+    assert {"--user=1000:1000", "--read-only", "--cap-drop=ALL", "--model-control-mode=none"} <= set(words)
+    assert all(word.startswith("--publish=127.0.0.1:") for word in words if word.startswith("--publish"))
+    assert f"--volume={desk / 'models'}:/models:ro" in words
