@@ -148,11 +148,16 @@ def _security(triton: Tritons) -> Security | None:
 
 @dataclass(slots=True)
 class Exchange:
-    """A request on its way: what its line in the log will say. begun: time.monotonic()."""
+    """A request on its way: what its line in the log will say.
+
+    begun, heard: time.monotonic() when its headers were there, and when it was whole. Between the two we wait for the
+    client: that is neither our latency nor taken from the time to answer.
+    """
 
     id: str
     path: str
     begun: float
+    heard: float | None = None
     caller: Caller | None = None
     status: int = 0
     reason: str | None = None
@@ -165,11 +170,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a request asks for, besides the images. deadline: time.monotonic()."""
+    """What a request asks for, besides the images. seconds: until its deadline, once it is whole."""
 
     resize: bool
     logits: bool
-    deadline: float
+    seconds: float
 
 
 class Gateway:
@@ -238,13 +243,12 @@ class Gateway:
         return headers
 
     def _record(self, exchange: Exchange) -> None:
-        seconds = time.monotonic() - exchange.begun
-        caller = exchange.caller
+        now, caller = time.monotonic(), exchange.caller
         if exchange.path == CLASSIFY:
             self.metrics.ended(
                 exchange.status,
                 exchange.reason,
-                seconds,
+                now - (exchange.heard or exchange.begun),
                 images=exchange.images,
                 canary=caller is not None and caller.canary,
             )
@@ -257,7 +261,7 @@ class Gateway:
             "key": caller.name if caller else None,
             "status": exchange.status,
             "reason": exchange.reason,
-            "ms": round(1000 * seconds, 2),
+            "ms": round(1000 * (now - exchange.begun), 2),
             "bytes": exchange.bytes,
             "version": exchange.version,
             "endpoint": exchange.endpoint,
@@ -268,22 +272,24 @@ class Gateway:
         exchange: Exchange = request.scope["exchange"]
         caller = exchange.caller = self._keyring.caller(request.headers)
         caller.spend()
-        wish = self._wish(request, exchange, caller)
+        wish = self._wish(request, caller)
         with self._place():
+            body = await self._body(request, exchange)
+            exchange.heard = time.monotonic()
             try:
-                async with asyncio.timeout(wish.deadline - time.monotonic()):
-                    body = await self._body(request, exchange)
-                    contract = self._pool.contract
-                    batch, single = await self._decoded(request, body, contract, wish)
+                async with asyncio.timeout(wish.seconds):
+                    batch, single = await self._decoded(request, body, self._pool.contract, wish)
                     reply = await self._pool.infer(
-                        batch, deadline=wish.deadline, priority=CANARY_PRIORITY if caller.canary else 0
+                        batch,
+                        deadline=exchange.heard + wish.seconds,
+                        priority=CANARY_PRIORITY if caller.canary else 0,
                     )
             except TimeoutError:
                 raise Problem("deadline", "no answer before the deadline; X-Request-Timeout-Ms asks for more") from None
         exchange.images, exchange.version, exchange.endpoint = len(batch), reply.version, reply.endpoint
         return _json(self._answer(reply, wish, exchange.id, single=single))
 
-    def _wish(self, request: Request, exchange: Exchange, caller: Caller) -> Wish:
+    def _wish(self, request: Request, caller: Caller) -> Wish:
         query = request.query_params
         flags = {"resize": False, "logits": False}
         for name, text in query.multi_items():
@@ -297,7 +303,7 @@ class Gateway:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
             raise Problem("bad_request", "X-Request-Timeout-Ms: expected a whole number of milliseconds above 0")
         milliseconds = min(int(text), limits.max_timeout_ms)
-        return Wish(flags["resize"], flags["logits"], exchange.begun + milliseconds / 1000)
+        return Wish(flags["resize"], flags["logits"], milliseconds / 1000)
 
     @contextmanager
     def _place(self) -> Iterator[None]:

@@ -27,7 +27,7 @@ class Metrics:
         self.in_flight = Gauge("gateway_in_flight", "Classifications at work now.", registry=self.registry)
         self._seconds = Histogram(
             "gateway_request_duration_seconds",
-            "Time of a classification by outcome, the canary's left out. In seconds.",
+            "Time from a request that is whole to its answer, by outcome, the canary's left out. In seconds.",
             ["outcome"],
             buckets=SECONDS,
             registry=self.registry,
