@@ -43,7 +43,7 @@ quickstart: setup
 	@$(BIN)/python quickstart.py $(if $(MODEL),--model $(MODEL)) $(if $(EXIT),--exit)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

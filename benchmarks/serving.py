@@ -93,7 +93,7 @@ def candidate(folder: Path, width: int) -> Path:
     run.mkdir()
     evidence.mkdir()
     pictures, labels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8), np.arange(64) % 10
-    split = {
+    split: dict[str, Any] = {
         f"{kind}_{part}": array for part in ("train", "test") for kind, array in {"x": pictures, "y": labels}.items()
     }
     np.savez(folder / "random.npz", **split)

@@ -19,8 +19,19 @@ import torch
 from training.config import load_config
 from training.train import train
 
-# As many as CI has: results that depend on the order of float sums are then the same everywhere.
-torch.set_num_threads(2)
+# The same everywhere, as results depend on the order of float sums. `make test` runs two processes.
+torch.set_num_threads(1)
+
+# Their commands are run as they stand on a page, on Triton's own ports.
+FIXED_PORTS = {"test_readme.py", "test_platform.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay in one process, for its fixtures; so do those that need the same ports."""
+    for item in items:
+        group = "ports" if item.path.name in FIXED_PORTS else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 TINY = ["model.width=8", "data.train_images=600", "optimization.epochs=3"]
 
