@@ -35,6 +35,7 @@ from serving.gateway_metrics import OUTCOMES
 from serving.keys import Bucket, digest_of
 from serving.listener import bind
 from serving.problems import STATUSES, Problem
+from tests.processes import wait_until
 from tests.serving.doors import CANARY, KEY, KEYS, PRIVILEGED, Door, Relay, encoded, opened, settings
 from tests.serving.workshop import ROOT, Served, onnx_logits
 
@@ -445,6 +446,22 @@ def test_slow_sender_within_the_limit_is_answered(served: Served) -> None:
         connection.close()
         assert door.lines()[-1]["ms"] > 900
         assert door.metric('gateway_request_duration_seconds_sum{outcome="ok"}') < 0.8
+
+
+def test_client_that_leaves_is_no_failure_of_ours(served: Served) -> None:
+    """Half a body and then nothing: it is counted as what it is, and its place is free again."""
+    with opened(settings([served.ready["grpc"]], limits={"concurrency": 1})) as door:
+        connection = door.connection()
+        connection.connect()
+        connection.sock.sendall(
+            f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\nContent-Length: 99\r\n\r\nhalf".encode()
+        )
+        wait_until(lambda: door.metric("gateway_in_flight") == 1, seconds=5)
+        connection.close()
+        wait_until(lambda: door.metric("gateway_in_flight") == 0, seconds=5)
+        assert (door.lines()[-1]["reason"], door.lines()[-1]["bytes"]) == ("client_left", 4)
+        assert door.metric('gateway_request_duration_seconds_count{outcome="failed"}') == 0
+        assert door.classify(PNG).status == 200
 
 
 def test_connections_and_headers_are_bounded(served: Served) -> None:
