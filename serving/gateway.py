@@ -39,7 +39,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serving import images, pages
 from serving.client import Contract
 from serving.endpoints import CANARY_PRIORITY, Pool, Reply, Security
-from serving.errors import AnswerError, Broken
+from serving.errors import AnswerError, BadInput, Broken
 from serving.gateway_config import GatewayConfig, Tritons
 from serving.gateway_metrics import Metrics
 from serving.keys import Caller
@@ -143,7 +143,11 @@ def _announced(url: str, pool: Pool, ready_file: Path | None) -> Iterator[None]:
 
 
 def _security(triton: Tritons) -> Security | None:
-    return Security(triton.tls_ca, triton.tls_certificate, triton.tls_key) if triton.tls else None
+    """TLS towards Triton, where it is asked for; BadInput where one of its files is not there."""
+    files = (triton.tls_ca, triton.tls_certificate, triton.tls_key)
+    if missing := [name for name in files if name and not Path(name).is_file()]:
+        raise BadInput(f"triton: TLS needs {missing[0]}, which is no file")
+    return Security(*files) if triton.tls else None
 
 
 @dataclass(slots=True)

@@ -164,11 +164,16 @@ def test_port_in_use_is_5_and_wrong_certificates_are_2(tmp_path: Path) -> None:
         )
     assert (result.returncode, result.stdout) == (5, "")
     assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
-    config = written(tmp_path / "gateway.toml", "127.0.0.1:1", "tls_certificate = 'no.pem'\ntls_key = 'no.key'")
-    result = subprocess.run([COMMAND, "gateway", "--config", config], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert f"{tmp_path / 'no.pem'}" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    for listen, towards in (
+        ("tls_certificate = 'no.pem'\ntls_key = 'no.key'", ""),
+        ("", "tls = true\ntls_ca = 'no.pem'"),
+    ):
+        config = written(tmp_path / "gateway.toml", "127.0.0.1:1", listen)
+        config.write_text(config.read_text().replace("[triton]", f"[triton]\n{towards}"))
+        result = subprocess.run([COMMAND, "gateway", "--config", config], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert f"{tmp_path / 'no.pem'}" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_apikey_makes_a_key_that_opens(served: Served, tmp_path: Path) -> None:
