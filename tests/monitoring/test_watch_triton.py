@@ -22,15 +22,17 @@ from monitoring.surrogates import load_surrogates
 from robustness.data import load_dataset
 from robustness.files import sha256_of
 from serving import environment, promotion
-from serving.client import Answer
+from serving.client import Answer, Client
 from serving.errors import Broken
+from tests.serving.traffic import Traffic
 from tests.signing import make_key, report_on, trusting, write_report
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 SERVE = (
     "import sys; from pathlib import Path; from serving.supervisor import serve;"
-    "serve(Path(sys.argv[1]), http_port=0, grpc_port=int(sys.argv[2]), metrics_port=0, ready_file=Path(sys.argv[3]))"
+    "serve(Path(sys.argv[1]), http_port=0, grpc_port=int(sys.argv[2]), metrics_port=0, ready_file=Path(sys.argv[3]),"
+    "restarts=0)"
 )
 
 
@@ -50,7 +52,9 @@ def repository(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
     evidence, key = tmp_path / "evidence", make_key(tmp_path)
     evidence.mkdir()
     images = load_dataset("digits").x_test[:64]
-    np.savez(evidence / "probes.npz", images=images, clean_logits=predictor(candidate / "model.onnx")(images).logits)
+    logits = predictor(candidate / "model.onnx")(images).logits
+    probes = {"images": images, "adversarial": images, "clean_logits": logits, "adversarial_logits": logits}
+    np.savez(evidence / "probes.npz", **probes)
     checkpoint = {"checkpoint_sha256": sha256_of(run / "checkpoint.safetensors")}
     write_report(evidence, report_on(candidate, evidence, run=checkpoint), key)
     promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trusting(key))
@@ -127,6 +131,38 @@ def test_metrics_while_triton_is_up_killed_and_back(
     until(lambda: metric("target_up") == 1)
     assert metric("probe_last_success_timestamp_seconds") > stood
     assert watching.close() == 0
+
+
+def test_a_sidecar_that_is_killed_costs_users_nothing(
+    serve: Make, repository: Path, write_config: Make, until: Make, tmp_path: Path
+) -> None:
+    """In the middle of a round, with its requests on the way: all that users ask is answered, and rightly."""
+    _, ready = serve(0)
+    write_config(int(ready["grpc"].rpartition(":")[2]), images=64, interval=0.05)
+    images = load_dataset("digits").x_test[:8]
+    expected = {"1": predictor(repository / "digits" / "1" / "model.onnx")(images).logits}
+
+    def make() -> Callable[[], tuple[str, np.ndarray]]:
+        client = Client(ready["grpc"], "digits", timeout_seconds=10)
+
+        def ask() -> tuple[str, np.ndarray]:
+            answer = client.predict(images)
+            return answer.version, answer.logits
+
+        return ask
+
+    command = [Path(sys.executable).with_name("dfmcl"), "watch", "--config", tmp_path / "watch.toml"]
+    log = tmp_path / "watch.log"
+    with log.open("w") as said, Traffic(make, expected) as traffic:
+        watching = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+        try:
+            until(lambda: watching.poll() is not None or "round" in log.read_text(), 60)
+            traffic.mark("it attacks")
+        finally:
+            watching.kill()
+        assert watching.wait() == -signal.SIGKILL
+        traffic.mark("it is gone")
+    assert traffic.failures == []
 
 
 def failures(watching: Any) -> float:

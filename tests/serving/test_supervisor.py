@@ -24,7 +24,9 @@ from serving.export import export
 from serving.ledger import Aliases, aliases, read_history
 from serving.promotion import promote, retire, rollback
 from serving.supervisor import wait_until_live
+from serving.triton import claim_ports
 from tests.processes import wait_until
+from tests.serving.doors import PRIVILEGED, Door, settings
 from tests.serving.traffic import Ask, Traffic
 from tests.serving.workshop import Served, onnx_logits, processes_of, write_evidence, write_run
 from tests.signing import report_on, write_report
@@ -141,6 +143,46 @@ def test_no_request_is_lost_through_promotions_and_returns(
     assert [(change.before, change.version) for change in returned] == [(3, 1), (4, 1), (5, 1)]
     assert all(change.reason for change in returned)
     assert json.loads(server.ready_file.read_text())["models"] == {"digits": 6}
+
+
+def test_no_request_is_lost_in_a_rollout_between_two_servers(
+    repository: Path, candidate: Path, another: tuple[Path, Path], tmp_path: Path, trust: Trust, needs_triton: None
+) -> None:
+    """Control mode none, as on a cluster: the new server comes up beside the old one, which is then stopped."""
+    expected = {"1": onnx_logits(candidate / "model.onnx", IMAGES), "2": onnx_logits(another[0] / "model.onnx", IMAGES)}
+    old = Served(repository, tmp_path / "old.json", fixed=True).start()
+    port = claim_ports(grpc=0)["grpc"]
+    door = Door(settings([old.ready["grpc"], f"127.0.0.1:{port}"])).start().until_ready()
+    body = {"name": "images", "shape": list(IMAGES.shape), "datatype": "UINT8", "data": IMAGES.ravel().tolist()}
+    request = json.dumps({"inputs": [body]})
+
+    def make() -> Ask:
+        connection = door.connection()
+
+        def ask() -> tuple[str, npt.NDArray[np.float32]]:
+            headers = {"Content-Type": "application/json", "X-API-Key": PRIVILEGED}
+            answer = door.ask("POST", "/v1/classify?logits=true", request, headers, connection)
+            assert answer.status == 200, answer.body
+            logits = [prediction["logits"] for prediction in answer.json["predictions"]]
+            return answer.json["version"], np.array(logits, np.float32)
+
+        return ask
+
+    try:
+        with Traffic(make, expected) as traffic:
+            promote(*another, repository, name="digits", trust=trust)
+            new = Served(repository, tmp_path / "new.json", fixed=True, grpc_port=port).start()
+            wait_until(lambda: traffic.answers["2"] > 10)
+            traffic.mark("both answer")
+            assert old.close() == 0
+            before = traffic.answers["1"]
+            traffic.mark("the old one is gone")
+            assert traffic.answers["1"] == before
+    finally:
+        door.close()
+        assert new.close() == 0
+    assert traffic.failures == []
+    assert traffic.answers["1"] > 10
 
 
 @pytest.mark.parametrize("victim", ["tritonserver", "triton_python_backend_stub"])

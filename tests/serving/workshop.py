@@ -77,6 +77,7 @@ class Served:
     liveness_seconds: float = 60.0
     trust: Trust | None = None
     fixed: bool = False
+    grpc_port: int = 0
     restarts: int = 0
     said: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -99,7 +100,7 @@ class Served:
             code = supervisor.serve(
                 self.repository,
                 http_port=0,
-                grpc_port=0,
+                grpc_port=self.grpc_port,
                 metrics_port=0,
                 ready_file=self.ready_file,
                 stop=self.stop,
