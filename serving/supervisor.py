@@ -269,7 +269,7 @@ def _take_over(server: Server, post: _Post, name: str) -> None:
     """Serve what was promoted; or go on with what is live, and bring the repository back to it."""
     try:
         release = verify_release(post.repository, name, post.trust)
-    except UNTRUSTED as error:
+    except (*UNTRUSTED, OSError) as error:
         post.say(f"{error}; {_goes_on(post, name)}")
         return
     if release == post.live.get(name) and name not in post.unsure:
@@ -277,17 +277,25 @@ def _take_over(server: Server, post: _Post, name: str) -> None:
     try:
         image = _one_image(release)
         _rehearse(post, release)
+        if post.stop.is_set() or _overtaken(post, release):
+            return
         post.unsure.add(name)
         server.load(name)
         with server.client(name) as client:
             require_known_answers(client, release)
     except (AnswerError, WrongAnswer, Broken, BadInput, OSError) as error:
-        _give_up(post, release, str(error))
+        if not _overtaken(post, release):
+            _give_up(post, release, str(error))
         server.require_running()
         return
     post.unsure.discard(name)
     post.live[name], post.images[name] = release, image
     post.say(f"serving {name} version {release.version} (sha256 {release.sha256[:12]})")
+
+
+def _overtaken(post: _Post, release: Promoted) -> bool:
+    """Whether the repository says otherwise by now: then the next tick decides."""
+    return layout.served_version(post.repository / release.model) != release.version
 
 
 def _rehearse(post: _Post, release: Promoted) -> None:
@@ -319,6 +327,8 @@ def _give_up(post: _Post, failed: Promoted, reason: str) -> None:
         else:
             promotion.give_back(post.repository, failed.model, live.version, reason)
     except (Broken, BadInput) as error:
+        if failed.model in post.unsure:
+            raise Broken(f"{error}; nothing is served rather than answers that the gate did not see") from None
         post.say(f"{error}: the repository still names version {failed.version}; roll it back")
 
 

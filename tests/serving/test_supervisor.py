@@ -243,6 +243,19 @@ def test_shadows_come_and_go(
             client.predict(IMAGES)
 
 
+def test_the_last_of_many_promotions_is_served(
+    server: Served, repository: Path, candidate: Path, evidence: Path, another: tuple[Path, Path], trust: Trust
+) -> None:
+    """Changes that come while one is tried are not lost, and none is given up for another's sake."""
+    for _ in range(3):
+        promote(*another, repository, name="digits", trust=trust)
+        last = promote(candidate, evidence, repository, name="digits", trust=trust)
+    with Client(server.ready["grpc"], "digits") as client:
+        wait_until_live(client, last, 60)
+    assert not any("given up" in line for line in server.said)
+    assert {change.event for change in read_history(repository)} == {"promoted"}
+
+
 def test_a_fixed_server_takes_nothing_later(
     repository: Path, tmp_path: Path, another: tuple[Path, Path], trust: Trust, needs_triton: None
 ) -> None:
