@@ -323,7 +323,7 @@ def test_rate_is_kept(served: Served) -> None:
     waits=st.lists(st.floats(0, 3), min_size=1, max_size=200),
 )
 def test_bucket_never_gives_more_than_it_has(rate: float, burst: int, waits: list[float]) -> None:
-    """Whenever it is asked; and after the seconds that it names there is a token."""
+    """Whenever it is asked; after the seconds that it names there is a token; and a long rest fills it, no more."""
     now, taken = 0.0, 0
     bucket = Bucket(rate, burst, lambda: now)
     for wait in waits:
@@ -334,6 +334,8 @@ def test_bucket_never_gives_more_than_it_has(rate: float, burst: int, waits: lis
     if pause:
         now += pause + 1e-9
         assert bucket.take() == 0
+    now += 1e6
+    assert sum(bucket.take() == 0 for _ in range(burst + 5)) == burst
 
 
 def test_deadline_is_kept_and_passed_on(served: Served) -> None:

@@ -69,7 +69,7 @@ def door_of(ready: Path) -> Door:
 def test_sigterm_finishes_what_was_begun(served: Served, tmp_path: Path) -> None:
     """Not ready at once but answering; then the request under way is finished; then exit code 0 and no ready file."""
     with Relay(served.ready["grpc"]) as relay:
-        config = written(tmp_path / "gateway.toml", relay.url, "notice_seconds = 0.6\ndrain_seconds = 10")
+        config = written(tmp_path / "gateway.toml", relay.url, "notice_seconds = 1.5\ndrain_seconds = 10")
         with running(config, tmp_path) as (process, ready):
             door = door_of(ready)
             assert json.loads(ready.read_text())["models"] == {"digits": "1"}
@@ -77,6 +77,7 @@ def test_sigterm_finishes_what_was_begun(served: Served, tmp_path: Path) -> None
             assert door.ask("POST", "/v1/classify", PNG, {"X-API-Key": KEY}, connection).status == 200
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: not ready.exists(), process, 5)
+            time.sleep(0.4)  # well within the notice, and long enough to have stopped without one
             assert door.get("/readyz").status == 503
             noticed = door.classify(PNG, key=KEY)
             assert (noticed.status, noticed.headers["connection"]) == (200, "close")
