@@ -198,7 +198,7 @@ def test_gateway_keeps_to_its_own_document(door: Door, tmp_path: Path) -> None:
     command = [
         *(Path(sys.executable).with_name("st"), "--config-file", "st.toml", "run", f"{door.url}/openapi.json"),
         *("--header", f"X-API-Key: {KEY}", "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing"),
-        *("--max-examples", "30", "--seed", "0", "--max-time", "15", "--generation-database", "none", "--no-color"),
+        *("--max-examples", "30", "--seed", "0", "--max-time", "10", "--generation-database", "none", "--no-color"),
     ]
     before = len(door.lines())
     made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
