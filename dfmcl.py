@@ -44,8 +44,8 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
             raise SystemExit(130) from None
         except SystemExit as error:
             if error.code not in (130, 143):  # a signal's; any other is a model's own code that wants to end us
-                called = RuntimeError(f"something called sys.exit({error.code!r})")
-                raise SystemExit(explain(called, function.__name__)) from None
+                print(f"dfmcl: a model's code called sys.exit({error.code!r}), which decides nothing", file=sys.stderr)
+                raise SystemExit(BROKEN) from None
             raise
         except BrokenPipeError:  # whoever read our output has left; nobody is there to be told
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
