@@ -42,6 +42,11 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+        except SystemExit as error:
+            if error.code not in (130, 143):  # a signal's; any other is a model's own code that wants to end us
+                print(f"dfmcl: a model's code called sys.exit({error.code!r}), which decides nothing", file=sys.stderr)
+                raise SystemExit(BROKEN) from None
+            raise
         except BrokenPipeError:  # whoever read our output has left; nobody is there to be told
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(BROKEN) from None
@@ -556,7 +561,9 @@ def status(
 def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> None:
     """Every change of what a repository serves, oldest first."""
     from serving.ledger import read_history
+    from serving.promotion import require_repository
 
+    require_repository(repository)
     for change in read_history(repository, name):
         version = "nothing" if change.version is None else f"version {change.version}"
         before = "" if change.before is None else f", before {change.before}"

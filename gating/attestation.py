@@ -51,12 +51,14 @@ class Trust:
     """Whose word counts. `threshold` distinct keys must have signed both statements.
 
     policies: digests of the policies that may let a model pass; None: any. max_age: since the gate ran; None: any.
+    data: digests of the data sets that may be judged on, as a policy names a place and not its content; None: any.
     """
 
     keys: tuple[SSlibKey, ...]
     threshold: int = 1
     policies: frozenset[str] | None = None
     max_age: timedelta | None = None
+    data: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,10 @@ def _require_current(attestation: Attestation, trust: Trust, now: datetime, path
     policy = robustness["policy"]["sha256"]
     if trust.policies is not None and policy not in trust.policies:
         raise NotAttested(f"{path}: policy {policy[:12]}... is none that the trust file allows; gate by one of those")
+    if trust.data is not None and robustness["data"]["sha256"] not in trust.data:
+        raise NotAttested(
+            f"{path}: was judged on data {robustness['data']['sha256'][:12]}..., which the trust file does not list"
+        )
     if attestation.created > now + CLOCK_SKEW:
         raise NotAttested(f"{path}: was made on {attestation.created:%Y-%m-%d %H:%M}, in the future; check the clocks")
     if now >= attestation.expires:

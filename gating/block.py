@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +14,7 @@ from torch import Tensor
 
 from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
-from robustness.errors import BadInput
 from robustness.evaluate import Outcome, evaluate
-from robustness.files import write_bytes
 from robustness.gradients import AttackPass
 from robustness.progress import Track, silent
 from robustness.records import Evaluation, joined
@@ -66,20 +61,15 @@ class Block:
         return buffer.getvalue()
 
     @staticmethod
-    def load(path: Path) -> Block:
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                evaluations = json.loads(archive["evaluations"].tobytes())
-                outcomes = [
-                    Outcome(Evaluation.from_json(value), *(archive[f"{name}{i}"] for name in ARRAYS))
-                    for i, value in enumerate(evaluations)
-                ]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadInput(f"{path}: not readable ({error}); remove it, the gate makes it again") from None
+    def from_bytes(data: bytes) -> Block:
+        """The inverse of `to_bytes`."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            evaluations = json.loads(archive["evaluations"].tobytes())
+            outcomes = [
+                Outcome(Evaluation.from_json(value), *(archive[f"{name}{i}"] for name in ARRAYS))
+                for i, value in enumerate(evaluations)
+            ]
         return Block(tuple(outcomes))
-
-    def save(self, path: Path) -> None:
-        write_bytes(path, self.to_bytes())
 
 
 def attack_block(plan: Plan, images: Bytes, labels: Labels, number: int, track: Track = silent) -> Block:

@@ -27,7 +27,7 @@ from gating.formats import FILES, write_formats
 from gating.keys import read_signer
 from gating.policy import NO_REGRESSION, Policy
 from gating.report import REPORT, build_report
-from gating.state import State
+from gating.state import State, secret_of
 from gating.subject import Subject
 from gating.verdict import Judgement, Standing, claims, one_look
 from robustness import checks
@@ -105,7 +105,7 @@ def gate(
         "revision": provenance()["code"]["revision"],
         **{f"version of {name}": version for name, version in provenance()["versions"].items()},
     }
-    with State.at(out, identity, ranks) as state:
+    with State.at(out, identity, secret_of(keys), ranks) as state:
         work = Work(plan, data, state, ranks, track)
         standings, blocks, trail = run(work, order[:cap], policy, watch)
         outcomes = joined_outcomes(blocks)
@@ -201,12 +201,12 @@ class Work:
             yield [found for found in self.ranks.gather(block) if found is not None]
 
     def _block(self, index: NDArray[np.int64], purpose: str, number: int) -> Block:
-        path = self.state.path(purpose, number)
-        if path.exists():
-            return Block.load(path)
+        done = self.state.load(purpose, number)
+        if done is not None:
+            return Block.from_bytes(done)
         plan = Plan(**{**vars(self.plan), "purpose": purpose})
         block = attack_block(plan, self.data.x_test[index], self.data.y_test[index], number, self.track)
-        block.save(path)
+        self.state.save(purpose, number, block.to_bytes())
         return block
 
 

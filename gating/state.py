@@ -1,35 +1,68 @@
-"""What an interrupted gate has done so far: blocks on disk, bound to everything that they depend on."""
+"""What an interrupted gate has done so far: blocks on disk, bound to everything that they depend on.
+
+They decide a verdict, and lie where a pipeline's caches and checkouts bring in files. So each is sealed with a secret
+that whoever brings them does not have; what was not sealed with it is attacked again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import os
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gating.keys import read_signer
 from robustness.errors import BadInput, Broken
-from robustness.files import dump_json, read_json, write_text
+from robustness.files import dump_json, read_json, write_bytes, write_text
 from robustness.ranks import Ranks
 
 FORMAT = "dfmcl.gate-state/1"
 IDENTITY = "state.json"
+SEAL_BYTES = 32
+
+
+def secret_of(keys: Sequence[Path]) -> bytes:
+    """What seals the state: from the first signing key, else of this user; a new one where that cannot be kept."""
+    if keys:
+        return hashlib.sha256(b"dfmcl gate state\0" + read_signer(keys[0]).private_bytes).digest()
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = home / "dfmcl" / "seal"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(SEAL_BYTES))
+    except OSError:  # it is there, or cannot be
+        pass
+    try:
+        return path.read_bytes() or secrets.token_bytes(SEAL_BYTES)
+    except OSError:
+        return secrets.token_bytes(SEAL_BYTES)
 
 
 @dataclass(frozen=True)
 class State:
-    """A directory beside the evidence. It is there from the first block to the evidence, and after an interruption."""
+    """A directory beside the evidence. It is there from the first block to the evidence, and after an interruption.
+
+    seal: the secret of this gate's blocks.
+    """
 
     directory: Path
+    seal: bytes
 
     @staticmethod
     @contextmanager
-    def at(out: Path, identity: Mapping[str, str], ranks: Ranks) -> Iterator[State]:
+    def at(out: Path, identity: Mapping[str, str], secret: bytes, ranks: Ranks) -> Iterator[State]:
         """The state of the gate that writes to `out`; BadInput where there is one of another gate.
 
         An empty one is removed when the gate ends before its first block, by an error or not.
         """
-        state = State(out.with_name(f"{out.name}.partial"))
+        seal = hmac.digest(ranks.gather(secret)[0], dump_json(dict(identity)).encode(), "sha256")
+        state = State(out.with_name(f"{out.name}.partial"), seal)
         try:
             if ranks.first:
                 state._claim(identity)
@@ -39,9 +72,25 @@ class State:
             if ranks.first and state.directory.is_dir() and not any(state.directory.glob("*.npz")):
                 state.done()
 
-    def path(self, purpose: str, number: int) -> Path:
-        """Where block `number` lies, once it is done."""
+    def load(self, purpose: str, number: int) -> bytes | None:
+        """Block `number`; None where it is not done, or not by this gate."""
+        path = self._path(purpose, number)
+        if not path.is_file():
+            return None
+        found = path.read_bytes()
+        data, seal = found[:-SEAL_BYTES], found[-SEAL_BYTES:]
+        return data if hmac.compare_digest(seal, self._sealed(path, data)) else None
+
+    def save(self, purpose: str, number: int, data: bytes) -> None:
+        """Keep block `number`."""
+        path = self._path(purpose, number)
+        write_bytes(path, data + self._sealed(path, data))
+
+    def _path(self, purpose: str, number: int) -> Path:
         return self.directory / f"{purpose}-{number:05d}.npz"
+
+    def _sealed(self, path: Path, data: bytes) -> bytes:
+        return hmac.digest(self.seal, path.name.encode() + b"\0" + data, "sha256")
 
     def done(self) -> None:
         """The evidence is written: what led to it can go."""

@@ -21,8 +21,8 @@ from gating.attestation import candidate_files, read_candidate
 from gating.gradients import NoGradients, differentiable
 from robustness.contract import InputContract
 from robustness.errors import BadInput, DfmclError
-from robustness.graph import artefact, count_classes, first_line, read_graph
-from robustness.models import exactly
+from robustness.graph import apart, artefact, count_classes, first_line, noise, read_graph
+from robustness.models import exactly, frozen
 from robustness.runs import load_run
 
 MODEL = "model.onnx"
@@ -56,6 +56,10 @@ class QueriesSpent(DfmclError):
     """The next question would exceed the budget of queries; nothing of it was asked."""
 
     exit_code = 3
+
+
+# Of the largest logit, on noise: weights stored as float16 move it by less than 0.01, another network by far more.
+SAME_NETWORK = 0.05
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
                 f"{candidate}: its manifest contradicts {run} on input or labels; export the candidate again"
             )
         model, why = trained.model, ""
+        _require_same_network(candidate, run, decide, model, contract)
         known = {"checkpoint_sha256": trained.checkpoint_sha256, "data": trained.data.get("sha256")}
     return Subject(
         kind="candidate",
@@ -165,6 +170,20 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
         run=known,
         no_gradients=why,
     )
+
+
+def _require_same_network(
+    candidate: Path, run: Path, decide: Decide, model: nn.Module, contract: InputContract
+) -> None:
+    """Gradients of another network than the one that is judged would be no attack at all; BadInput then."""
+    images = noise(contract, 8)
+    with frozen(model), torch.no_grad():
+        found = apart(decide(images), exactly(model)(images).cpu())
+    if not found <= SAME_NETWORK:
+        raise BadInput(
+            f"{candidate}: on random images its logits are {found:.2g} of the largest away from those of {run};"
+            " export the candidate again"
+        )
 
 
 def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
@@ -298,7 +317,7 @@ def _imported(text: str) -> nn.Module:
         for part in name.split("."):
             found = getattr(found, part)
         network = found()
-    except Exception as error:  # noqa: BLE001  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's code may raise anything, and exit with 0
         raise BadInput(f"{text}: cannot be made: {type(error).__name__}: {first_line(error)}") from None
     finally:
         sys.path.remove(here)

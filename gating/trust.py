@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -18,13 +19,15 @@ from robustness.errors import BadInput
 class TrustFile(Section):
     """Paths are relative to the file. keys: public ones; list old and new while they rotate.
 
-    policies: files or SHA-256 digests of those that may let a model pass; without it any may.
+    policies: files or SHA-256 digests of those that may let a model pass; without it any may. data: SHA-256 of the data
+    sets that may be judged on, as reports give it; without it any may.
     """
 
     threshold: int = Field(1, ge=1)
     keys: list[str] = Field(min_length=1)
     policies: list[str] | None = Field(None, min_length=1)
     max_age_days: int | None = Field(None, ge=1)
+    data: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] | None = Field(None, min_length=1)
 
 
 def load_trust(path: Path) -> Trust:
@@ -37,6 +40,7 @@ def load_trust(path: Path) -> Trust:
         keys=tuple(keys.values()),
         threshold=parsed.threshold,
         policies=None if parsed.policies is None else frozenset(_digest(path, name) for name in parsed.policies),
+        data=None if parsed.data is None else frozenset(parsed.data),
         max_age=None if parsed.max_age_days is None else timedelta(days=parsed.max_age_days),
     )
 

@@ -321,6 +321,8 @@ def seen_images(e: Examination) -> Found:
         )
     if trained == judged and repeated > REPEATED * count:
         return Found("raised", f"{repeated} of {count} images are training images as well", figures)
+    if trained != judged:
+        return Found("not_run", "the model was trained on other data, which nobody compared with these images")
     return Found("clear", f"the model was trained on other images than these {count}", figures)
 
 

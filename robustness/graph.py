@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,12 @@ def read_graph(path: Path, contract: str) -> Graph:
         model = onnx.load_model_from_string(data)
         outside = any(onnx.external_data_helper.uses_external_data(tensor) for tensor in model.graph.initializer)
         model = onnx.load(path) if outside else model
+        if any(map(onnx.external_data_helper.uses_external_data, all_tensors(model))):
+            raise BadInput(
+                f"{path}: a node's value lies in another file, which is read from elsewhere when it is served"
+            )
+    except BadInput:
+        raise
     except Exception as error:  # noqa: BLE001  # protobuf and onnx raise their own unrelated classes
         raise BadInput(f"{path}: not readable as ONNX: {first_line(error)}") from None
     if not model.graph.node or not any(entry.domain in DOMAINS for entry in model.opset_import):
@@ -80,6 +86,18 @@ def read_graph(path: Path, contract: str) -> Graph:
         raise BadInput(f"{path}: its input {inputs[0].name!r} is {name}, not {parsed.dtype}; declare it as it is")
     digest = hashlib.sha256(model.SerializeToString(deterministic=True) if outside else data).hexdigest()
     return Graph(path, model, digest, parsed, dims[0] if dims else None)
+
+
+def all_tensors(message: Any) -> Iterator[TensorProto]:
+    """Every tensor inside a protobuf message: initializers, attributes, subgraphs, functions, sparse ones."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in value if hasattr(value, "add") else [value]:  # repeated, or one
+            if isinstance(part, TensorProto):
+                yield part
+            else:
+                yield from all_tensors(part)
 
 
 def count_classes(answer: Callable[[Tensor], Tensor], contract: InputContract, where: object) -> int:
@@ -237,6 +255,6 @@ def _read(path: Path) -> bytes:
         raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Of a message that fills a screen, what fits in one of ours."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -162,4 +162,8 @@ def verify_files(directory: Path) -> Manifest:
             raise BadInput(f"{path}: missing or no regular file; export the candidate again")
         if (found := sha256_of(path)) != expected:
             raise BadInput(f"{path}: sha256 {found[:12]} is not the manifest's {expected[:12]}; export it again")
+    if (directory / LABELS).read_bytes() != labels_text(manifest.labels).encode():
+        raise BadInput(
+            f"{directory / LABELS}: names other labels than {MANIFEST}, or in another order; export it again"
+        )
     return manifest

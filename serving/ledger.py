@@ -10,6 +10,7 @@ import getpass
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Literal
 from serving import repository as layout
 from serving.errors import BadInput
 
-Kind = Literal["promoted", "rolled_back", "returned", "retired", "pruned", "recovered"]
+Kind = Literal["promoted", "rolled_back", "returned", "retired", "pruned", "failed", "recovered"]
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,34 @@ class Event:
 
 def aliases(repository: Path) -> dict[str, Aliases]:
     """The aliases by model, from what is served and the history."""
-    names, history = layout.model_names(repository), read_history(repository)
-    served = {name: layout.served_version(repository / name) for name in names}
+    history = read_history(repository)
+    served = _served(repository)
     return {
         name: Aliases(
             served[name], _previous(repository, name, served[name], history), served.get(f"{name}{layout.SHADOW}")
         )
-        for name in names
+        for name in served
     }
+
+
+def _served(repository: Path) -> dict[str, int | None]:
+    """What each model serves; without those whose config cannot be read: `status` tells of them."""
+    found: dict[str, int | None] = {}
+    for name in layout.model_names(repository):
+        with suppress(BadInput):
+            found[name] = layout.served_version(repository / name)
+    return found
 
 
 def _previous(repository: Path, name: str, champion: int | None, history: list[Event]) -> int | None:
     """What was served last before the champion, lies there still, and was not returned from."""
     changes = [change for change in history if change.model == name and change.event != "pruned"]
-    passed_over = {champion, None, *(change.before for change in changes if change.event == "returned")}
+    returned: set[int | None] = set()  # and not served since
+    for change in changes:
+        returned.discard(change.version)
+        if change.event == "returned":
+            returned.add(change.before)
+    passed_over = {champion, None, *returned}
     for change in reversed(changes):
         for version in (change.version, change.before):
             if version not in passed_over and (repository / name / str(version)).is_dir():
@@ -101,7 +116,16 @@ def event(
     model: str, kind: Kind, version: int | None, before: int | None, sha256: str | None, reason: str = ""
 ) -> Event:
     """A change that happens now, by the user of this process."""
-    return Event(datetime.now(UTC).isoformat(timespec="seconds"), model, kind, version, before, sha256, _user(), reason)
+    return Event(
+        datetime.now(UTC).isoformat(timespec="seconds"),
+        model,
+        kind,
+        version,
+        before,
+        sha256,
+        _user(),
+        " ".join(reason.split()),
+    )
 
 
 def settle(repository: Path) -> None:
@@ -110,7 +134,9 @@ def settle(repository: Path) -> None:
     for change in read_history(repository):
         if change.event != "pruned":
             last[change.model] = change.version
-    served = {name: layout.served_version(repository / name) for name in last}
+    served = _served(repository)
+    served |= {name: None for name in last if not (repository / name).exists()}
+    last = {name: version for name, version in last.items() if name in served}
     reason = "found when the next change began: whoever made it did not write it down"
     missing = [
         event(name, "recovered", served[name], last[name], None, reason) for name in last if served[name] != last[name]
@@ -136,6 +162,7 @@ def replace(path: Path, text: str) -> None:
 def write(path: Path, text: str) -> None:
     """Write a file and wait until it is on disk."""
     with path.open("w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o644)  # Triton may run as another user than the one who promotes
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -6,12 +6,14 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from gating.attestation import Trust, inspect, verify
 from serving import ledger
@@ -20,6 +22,7 @@ from serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_f
 from serving.errors import BadInput, Broken, Refused
 
 LOCK = ".promotion.lock"
+LOCK_SECONDS = 30.0  # a promotion holds it for a second or two
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def promote(
     `now` (default: now), or another interface than the version that is served. Broken (5): the repository cannot be
     written.
     """
-    layout.checked_name(name)
+    if layout.checked_name(name).endswith(layout.SHADOW):
+        raise BadInput(f"model name {name!r}: ends as the shadow of another model; name that one and --shadow")
     manifest = verify_files(candidate)
     if extra := sorted({path.name for path in candidate.iterdir()} - FILES - {MANIFEST}):
         raise BadInput(f"{candidate / extra[0]}: not part of a candidate; remove it or export again")
@@ -86,6 +90,7 @@ def rollback(
     BadInput (2): no such version. Refused or NotAttested (1): there was none before, or its attestation does not hold
     at `now`: an expired one needs a new verdict. Broken (5): the repository cannot be written.
     """
+    require_repository(repository)
     with _only_writer(repository):
         served = _require_served(repository, name)
         if version is None and (version := ledger.aliases(repository)[name].previous) is None:
@@ -106,23 +111,37 @@ def give_back(repository: Path, name: str, version: int, reason: str) -> Promote
         return _switch(repository, name, version, "returned", reason)
 
 
+def note_failure(repository: Path, promoted: Promoted, reason: str) -> None:
+    """Write down that a version cannot be served, where nothing else is there to return to."""
+    with _only_writer(repository):
+        change = ledger.event(promoted.model, "failed", promoted.version, promoted.version, promoted.sha256, reason)
+        ledger.record(repository, [change])
+
+
 def given_up(repository: Path, promoted: Promoted) -> str:
-    """Why a version is no longer what the repository serves; empty while it is."""
+    """Why a version will not be served; empty while it may."""
+    changes = [change for change in ledger.read_history(repository, promoted.model) if change.event != "pruned"]
+    about = [change for change in changes if change.before == promoted.version]
+    if about and about[-1].event == "failed" and about[-1] == changes[-1]:
+        return about[-1].reason
     if layout.served_version(repository / promoted.model) == promoted.version:
         return ""
-    changes = [change for change in ledger.read_history(repository, promoted.model) if change.event != "pruned"]
-    last = changes[-1] if changes and changes[-1].before == promoted.version else None
-    return (last and last.reason) or "another version is served"
+    return (about[-1].reason if about else "") or "another version is served"
 
 
 def retire(repository: Path, name: str, *, reason: str = "") -> None:
     """Take a model out of service, all its versions with it; its numbers stay taken. BadInput where there is none."""
+    require_repository(repository)
     with _only_writer(repository):
         _retire(repository, name, _require_served(repository, name), reason)
+        shadow = f"{name}{layout.SHADOW}"
+        if (version := layout.served_version(repository / shadow)) is not None:
+            _retire(repository, shadow, version, f"{name} was retired")
 
 
 def prune(repository: Path, name: str, *, keep: int = 3) -> list[int]:
     """Remove old versions beyond the newest `keep`, never what is served or was before it; the numbers removed."""
+    require_repository(repository)
     with _only_writer(repository):
         served = _require_served(repository, name)
         previous = ledger.aliases(repository)[name].previous
@@ -147,15 +166,12 @@ def verify_release(repository: Path, name: str, trust: Trust | None = None, now:
     version = layout.served_version(model)
     if version is None:
         raise Refused(f"{model}: has no {layout.CONFIG}; `dfmcl promote` writes it")
-    served = {version}
-    for path in [model / layout.CONFIG, *model.glob(layout.GPU_CONFIG)]:
-        config = layout.parse_config(path.read_text(encoding="utf-8"), path)
-        layout.require_plain(config, path)
-        served |= set(config.version_policy.specific.versions)  # the GPU's is older where a promotion was cut short
     # A library beside the model would replace the backend itself: docs of triton-inference-server/backend. Triton reads
     # neither the card nor the surrogates, as it takes only numbered directories for versions.
     strangers = [path for path in model.iterdir() if not _belongs_to_model(path)]
-    for number in sorted(served):
+    for path in [model / layout.CONFIG, *model.glob(layout.GPU_CONFIG)]:
+        # The GPU's may still be an older version's, where a promotion was cut short.
+        number = layout.served_version(model, str(path.relative_to(model)))
         directory = model / str(number)
         strangers += [path for path in directory.glob("*") if path.name not in layout.VERSION_FILES]
         if strangers:
@@ -165,8 +181,8 @@ def verify_release(repository: Path, name: str, trust: Trust | None = None, now:
             inspect(directory, directory)
         else:
             verify(directory, directory, trust, now)
-    directory = model / str(version)
-    return Promoted(name, version, directory, read_manifest(directory).model_sha256)
+        layout.require_ours(path, verify_files(directory), name, int(number or 0))
+    return Promoted(name, version, model / str(version), read_manifest(model / str(version)).model_sha256)
 
 
 def _belongs_to_model(path: Path) -> bool:
@@ -184,6 +200,12 @@ def _belongs_to_model(path: Path) -> bool:
 def _require_whole(directory: Path) -> None:
     if absent := [file for file in sorted(layout.VERSION_FILES) if not (directory / file).is_file()]:
         raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; promote again")
+
+
+def require_repository(repository: Path) -> None:
+    """BadInput where there is no such directory: a typing error must not look like an empty repository."""
+    if not repository.is_dir():
+        raise BadInput(f"{repository}: no such directory; name a model repository that `dfmcl promote` wrote")
 
 
 def _require_served(repository: Path, name: str) -> int:
@@ -214,11 +236,12 @@ def _commit(
             for path, text in configs.items():
                 (staged / path).parent.mkdir(exist_ok=True)
                 ledger.write(staged / path, text)
-            staged.chmod(0o755)  # mkdtemp makes 0700; Triton may run as another user
+            _let_all_read(staged)
             ledger.sync(staged)
             staged.rename(model)  # the commit
             ledger.sync(repository)
         else:
+            _let_all_read(staged / str(version))
             (staged / str(version)).rename(model / str(version))
             ledger.sync(model)
     finally:
@@ -230,6 +253,17 @@ def _commit(
     return _switch(repository, name, version, "promoted", threads=threads)
 
 
+def _let_all_read(directory: Path) -> None:
+    """Triton may run as another user than the one who promotes, whatever that one's umask is."""
+    for path in [directory, *directory.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _make_readable(directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o755)
+
+
 def _switch(
     repository: Path, name: str, version: int, kind: ledger.Kind, reason: str = "", threads: int | None = None
 ) -> Promoted:
@@ -237,11 +271,10 @@ def _switch(
     model = repository / name
     manifest = read_manifest(model / str(version))
     promoted = Promoted(name, version, model / str(version), manifest.model_sha256)
-    if (served := layout.served_version(model)) == version:
-        return promoted
+    served = layout.served_version(model)
     threads = layout.threads_of(model) if threads is None else threads
     for path, text in layout.configs(manifest, name, version, threads=threads).items():
-        (model / path).parent.mkdir(exist_ok=True)
+        _make_readable((model / path).parent)
         ledger.replace(model / path, text)  # the last of them is the commit
     ledger.record(repository, [ledger.event(name, kind, version, served, manifest.model_sha256, reason)])
     return promoted
@@ -252,7 +285,7 @@ def _let_gpu_follow(model: Path) -> None:
     version, path = layout.served_version(model), model / layout.GPU_CONFIG
     texts = layout.configs(read_manifest(model / str(version)), model.name, int(version or 0))
     if not path.is_file() or path.read_text(encoding="utf-8") != texts[layout.GPU_CONFIG]:
-        path.parent.mkdir(exist_ok=True)
+        _make_readable(path.parent)
         ledger.replace(path, texts[layout.GPU_CONFIG])
 
 
@@ -307,7 +340,7 @@ def _only_writer(repository: Path) -> Iterator[None]:
     try:
         repository.mkdir(parents=True, exist_ok=True)
         with (repository / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _take(lock, repository)
             for stale in [
                 path for depth in ("", "*/", "*/*/") for path in repository.glob(f"{depth}{layout.STAGING}*")
             ]:
@@ -316,8 +349,24 @@ def _only_writer(repository: Path) -> Iterator[None]:
                 else:
                     stale.unlink()
             for name in layout.model_names(repository):
-                _let_gpu_follow(repository / name)
+                with suppress(BadInput):  # a model that somebody damaged is no reason to hold up the others
+                    _let_gpu_follow(repository / name)
             ledger.settle(repository)
             yield
     except OSError as error:
-        raise Broken(f"{repository}: cannot be written: {error.strerror or error}") from None
+        raise Broken(f"{error.filename or repository}: {error.strerror or error}; nothing was changed") from None
+
+
+def _take(lock: IO[str], repository: Path) -> None:
+    """Wait for whoever is changing the repository, but not for ever."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Broken(
+                    f"{repository}: is being changed for {LOCK_SECONDS:g} s by another process; try later"
+                ) from None
+            time.sleep(0.05)

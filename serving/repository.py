@@ -136,46 +136,45 @@ def parse_config(text: str, where: str | Path) -> Any:
     return config
 
 
-def served_version(model: Path) -> int | None:
+def read_config(path: Path) -> Any:
+    """A config.pbtxt of a repository, as a ModelConfig; BadInput where it cannot be read."""
+    try:
+        return parse_config(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"{path}: not readable ({getattr(error, 'strerror', None) or 'not text'}); promote again"
+        ) from None
+
+
+def served_version(model: Path, config: str = CONFIG) -> int | None:
     """The one version that a model directory's config.pbtxt serves; None where there is no config."""
-    path = model / CONFIG
-    if not path.is_file():
+    path = model / config
+    if not path.exists():
         return None
-    versions = parse_config(path.read_text(encoding="utf-8"), path).version_policy.specific.versions
+    versions = read_config(path).version_policy.specific.versions
     if len(versions) != 1:
         raise BadInput(f"{path}: serves versions {list(versions)}, expected exactly one; promote again")
     return int(versions[0])
 
 
 def threads_of(model: Path) -> int:
-    """The threads per inference that a model directory's config.pbtxt asks for."""
-    path = model / CONFIG
-    return int(parse_config(path.read_text(encoding="utf-8"), path).parameters["intra_op_thread_count"].string_value)
+    """The threads per inference that a model directory's config.pbtxt asks for; 0 where it says nothing of them."""
+    text = read_config(model / CONFIG).parameters["intra_op_thread_count"].string_value
+    return int(text) if text.isdecimal() else 0
 
 
-def require_plain(config: Any, where: str | Path) -> None:
-    """Refuse a config.pbtxt that makes Triton run anything but an ONNX file of this repository."""
-    unusual = [
-        label
-        for label, found in {
-            f"backend {config.backend!r}": config.backend != "onnxruntime",
-            f"runtime {config.runtime!r}": bool(config.runtime),
-            f"default_model_filename {config.default_model_filename!r}": config.default_model_filename != MODEL,
-            "model_operations": bool(config.model_operations.op_library_filename),
-            "parameters": not set(config.parameters) <= {"intra_op_thread_count", "inter_op_thread_count"},
-            # An engine cache elsewhere could hold another network, or plugins.
-            "execution_accelerators": config.optimization.execution_accelerators
-            not in (known.execution_accelerators for known in _optimizations()),
-        }.items()
-        if found
-    ]
-    if unusual:
-        raise Refused(f"{where}: has {unusual[0]}, which promotion never writes; promote again")
+def require_ours(path: Path, manifest: Manifest, name: str, version: int) -> None:
+    """Refuse a config that is not, letter for letter, what promotion writes for that version.
 
-
-def _optimizations() -> list[Any]:
-    """What promotion writes: nothing for CPUs, accelerators for GPUs."""
-    return [parse_config(text, "").optimization for text in (CPU, GPU)]
+    What else Triton may be told to run, to load or to answer from is too much to list.
+    """
+    kind = CONFIG if path.name == CONFIG else GPU_CONFIG
+    threads = read_config(path).parameters["intra_op_thread_count"].string_value
+    expected = configs(manifest, name, version, threads=int(threads) if threads.isdecimal() else 0)[kind]
+    if path.read_text(encoding="utf-8") != expected:
+        raise Refused(
+            f"{path}: is not what promotion writes for version {version}; dfmcl rollback --version {version} mends it"
+        )
 
 
 def version_numbers(model: Path) -> list[int]:

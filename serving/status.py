@@ -12,7 +12,7 @@ from gating.attestation import BadEvidence, NotAttested, Trust, inspect, read_at
 from serving import ledger
 from serving import repository as layout
 from serving.errors import ServingError
-from serving.promotion import verify_release
+from serving.promotion import require_repository, verify_release
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Standing:
 
 def standings(repository: Path, trust: Trust | None = None, now: datetime | None = None) -> list[Standing]:
     """Every model of a repository, by name. trust: whose signatures count; None: digests and verdicts only."""
+    require_repository(repository)
     aliases = ledger.aliases(repository)
-    return [_standing(repository, name, aliases[name], trust, now) for name in sorted(aliases)]
+    names = layout.model_names(repository)
+    return [_standing(repository, name, aliases.get(name, ledger.Aliases()), trust, now) for name in names]
 
 
 def _standing(

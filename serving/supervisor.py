@@ -16,8 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,24 +70,31 @@ def serve(
     models, Broken (5) for a missing environment, a port in use, a server that does not come up, or keeps dying;
     WrongAnswer (5) where it gives other answers than the gate recorded.
     """
-    releases = _releases(repository, trust)
+    names = layout.model_names(repository)
+    if not names:
+        raise BadInput(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
     environment = find_environment(triton_python)
     ports = claim_ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
     pauses = _Pauses(restarts)
     with ExitStack() as stack:
+        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfmcl-serve-")))
         stop = stop or stack.enter_context(_stop_on_signals())
-        post = _Post(repository, environment, trust, fixed, ports, ready_file, stop, say, liveness_seconds)
+        post = _Post(repository, private, environment, trust, fixed, ports, ready_file, stop, say, liveness_seconds)
+        post.seen = post.configs()
+        for name in names:
+            release = _adopted(post, name, post.models)
+            post.live[name], post.images[name] = release, known_answers(release)[0][:1]
         while not stop.is_set():
-            begun = time.monotonic()
+            post.up_since = None
             try:
-                _serve_once(post, releases, log)
+                _serve_once(post, log)
             except Broken as error:
                 if not post.was_up:
                     raise
-                pause = pauses.after(time.monotonic() - begun, error)
+                lived = 0.0 if post.up_since is None else time.monotonic() - post.up_since
+                pause = pauses.after(lived, error)
                 say(f"{error}; starting it again in {pause:.0f} s")
                 stop.wait(pause)
-                releases = _releases(repository, trust)
     return 0
 
 
@@ -111,6 +118,7 @@ class _Post:
     """What the loop around a server was told, and what it knows of what is live."""
 
     repository: Path
+    private: Path  # where nobody else writes: Triton reads what was verified, not what lies in the repository by then
     environment: Environment
     trust: Trust | None
     fixed: bool
@@ -120,40 +128,51 @@ class _Post:
     say: Callable[[str], None]
     liveness_seconds: float
     live: dict[str, Promoted] = field(default_factory=dict)
-    images: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)  # kept: files may go
-    seen: dict[str, str] = field(default_factory=dict)  # each model's config.pbtxt, as it was last acted upon
-    unsure: set[str] = field(default_factory=set)  # loaded, and then not found to answer as the gate saw
+    images: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)  # one of each, to ask whether it lives
+    seen: dict[str, bytes] = field(default_factory=dict)  # each model's config.pbtxt, as it was last acted upon
+    up_since: float | None = None
     was_up: bool = False
 
-    def configs(self) -> dict[str, str]:
+    @property
+    def models(self) -> Path:
+        """The repository that Triton reads."""
+        return self.private / "models"
+
+    def configs(self) -> dict[str, bytes]:
         """What the repository says now, by model."""
         found = {}
         for name in layout.model_names(self.repository):
-            with suppress(FileNotFoundError):  # retired this very moment
-                found[name] = (self.repository / name / layout.CONFIG).read_text(encoding="utf-8")
+            try:
+                found[name] = (self.repository / name / layout.CONFIG).read_bytes()
+            except FileNotFoundError:  # retired this very moment
+                continue
+            except OSError as error:  # whatever it is, it differs from what was there
+                found[name] = repr(error).encode()
         return found
 
 
-def _releases(repository: Path, trust: Trust | None) -> list[Promoted]:
-    names = layout.model_names(repository)
-    if not names:
-        raise BadInput(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
-    return [verify_release(repository, name, trust) for name in names]
+def _adopted(post: _Post, name: str, into: Path) -> Promoted:
+    """A private copy, below `into`, of what the repository says of a model; verified there, and where it came from."""
+    source, target = post.repository / name, into / name
+    version = verify_release(post.repository, name, post.trust).version
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / layout.CONFIG, target / layout.CONFIG)
+    (target / str(version)).mkdir(exist_ok=True)
+    for file in layout.VERSION_FILES:
+        shutil.copy(source / str(version) / file, target / str(version) / file)
+    return verify_release(into, name, post.trust)
 
 
-def _serve_once(post: _Post, releases: list[Promoted], log: Path | None) -> None:
+def _serve_once(post: _Post, log: Path | None) -> None:
     """One life of a server: until `stop`, or Broken."""
-    post.live, post.unsure = {release.model: release for release in releases}, set()
-    post.images = {release.model: _one_image(release) for release in releases}
-    post.seen = post.configs()
-    with running(post.environment, post.repository, post.ports, list(post.live), log, post.fixed) as server:
+    with running(post.environment, post.models, post.ports, list(post.live), log, post.fixed) as server:
         deadline = time.monotonic() + STARTUP_SECONDS
-        if not all(_comes_up(server, release, post.stop, deadline) for release in releases):
+        if not all(_comes_up(server, release, post.stop, deadline) for release in post.live.values()):
             return
         if not hide_token(server):
             post.say("the kernel does not let Triton's arguments be changed: other users here can read its load token")
         with _announced(post):
-            post.was_up = True
+            post.was_up, post.up_since = True, time.monotonic()
             _watch(server, post)
 
 
@@ -245,10 +264,6 @@ def _failures_after(server: Server, name: str, image: npt.NDArray[np.uint8], fai
     return 0
 
 
-def _one_image(release: Promoted) -> npt.NDArray[np.uint8]:
-    return known_answers(release)[0][:1]
-
-
 def _follow(server: Server, post: _Post) -> None:
     """Bring the server to what the repository says now, where that has changed."""
     wanted = post.configs()
@@ -258,55 +273,83 @@ def _follow(server: Server, post: _Post) -> None:
         if name in wanted:
             _take_over(server, post, name)
         else:
-            server.unload(name)
-            post.live.pop(name, None)
-            post.say(f"{name} was retired, and is unloaded")
+            _let_go(server, post, name)
         _write_ready(post)
     post.seen = wanted
 
 
+def _let_go(server: Server, post: _Post, name: str) -> None:
+    post.live.pop(name, None)
+    post.images.pop(name, None)
+    shutil.rmtree(post.models / name, ignore_errors=True)
+    try:
+        server.unload(name)
+    except AnswerError as error:
+        raise Broken(str(error)) from None
+    post.say(f"{name} was retired, and is unloaded")
+
+
 def _take_over(server: Server, post: _Post, name: str) -> None:
     """Serve what was promoted; or go on with what is live, and bring the repository back to it."""
-    try:
-        release = verify_release(post.repository, name, post.trust)
-    except (*UNTRUSTED, OSError) as error:
-        post.say(f"{error}; {_goes_on(post, name)}")
-        return
-    if release == post.live.get(name) and name not in post.unsure:
-        return  # back from a version that never was live
-    try:
-        image = _one_image(release)
-        _rehearse(post, release)
-        if post.stop.is_set() or _overtaken(post, release):
+    with tempfile.TemporaryDirectory(dir=post.private) as folder:
+        try:
+            release = _adopted(post, name, Path(folder))
+            image = known_answers(release)[0][:1]
+            ports = claim_ports(http=0, grpc=0, metrics=0)
+        except (*UNTRUSTED, Broken, OSError) as error:
+            post.say(f"{error}; {_goes_on(post, name)}")
             return
-        post.unsure.add(name)
-        server.load(name)
-        with server.client(name) as client:
-            require_known_answers(client, release)
-    except (AnswerError, WrongAnswer, Broken, BadInput, OSError) as error:
-        if not _overtaken(post, release):
+        live = post.live.get(name)
+        if live is not None and (live.version, live.sha256) == (release.version, release.sha256):
+            return  # back from a version that never was live
+        try:
+            _rehearse(post, release, ports)
+        except (AnswerError, WrongAnswer, Broken) as error:
             _give_up(post, release, str(error))
-        server.require_running()
-        return
-    post.unsure.discard(name)
-    post.live[name], post.images[name] = release, image
-    post.say(f"serving {name} version {release.version} (sha256 {release.sha256[:12]})")
+            return
+        if not post.stop.is_set() and not _overtaken(post, release):
+            _load(server, post, release, image)
+
+
+def _rehearse(post: _Post, release: Promoted, ports: dict[str, int]) -> None:
+    """Serve a version once with a Triton of its own: a model whose warm-up fails can take its server with it."""
+    with running(post.environment, release.path.parents[1], ports, [release.model], None, True) as server:
+        _comes_up(server, release, post.stop, time.monotonic() + STARTUP_SECONDS)
+
+
+def _load(server: Server, post: _Post, release: Promoted, image: npt.NDArray[np.uint8]) -> None:
+    """Load a version that was rehearsed; where it fails all the same, load the live one again."""
+    model, live = post.models / release.model, post.live.get(release.model)
+    config = model / layout.CONFIG
+    before = config.read_bytes() if live is not None else None
+    model.mkdir(parents=True, exist_ok=True)
+    for old in layout.version_numbers(model):
+        if live is None or old != live.version:
+            shutil.rmtree(model / str(old))
+    shutil.copytree(release.path, model / str(release.version))
+    shutil.copy(release.path.parent / layout.CONFIG, config)
+    release = replace(release, path=model / str(release.version))
+    try:
+        server.load(release.model)
+        with server.client(release.model) as client:
+            require_known_answers(client, release)
+    except (AnswerError, WrongAnswer) as error:
+        if live is None or before is None:
+            shutil.rmtree(model)
+        else:
+            config.write_bytes(before)
+        _give_up(post, release, str(error))
+        raise Broken(f"{error}; a server that failed to load is not trusted any more") from None
+    post.live[release.model], post.images[release.model] = release, image
+    post.say(f"serving {release.model} version {release.version} (sha256 {release.sha256[:12]})")
 
 
 def _overtaken(post: _Post, release: Promoted) -> bool:
     """Whether the repository says otherwise by now: then the next tick decides."""
-    return layout.served_version(post.repository / release.model) != release.version
-
-
-def _rehearse(post: _Post, release: Promoted) -> None:
-    """Serve a version once with a Triton of its own: a model whose warm-up fails can take its server with it."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / release.model
-        shutil.copytree(release.path, model / str(release.version))
-        shutil.copy(release.path.parent / layout.CONFIG, model)
-        ports = claim_ports(http=0, grpc=0, metrics=0)
-        with running(post.environment, Path(folder), ports, [release.model], None, True) as server:
-            _comes_up(server, release, post.stop, time.monotonic() + STARTUP_SECONDS)
+    try:
+        return layout.served_version(post.repository / release.model) != release.version
+    except BadInput:
+        return True
 
 
 def _goes_on(post: _Post, name: str) -> str:
@@ -314,21 +357,17 @@ def _goes_on(post: _Post, name: str) -> str:
 
 
 def _give_up(post: _Post, failed: Promoted, reason: str) -> None:
-    """Bring the repository back to the version that is live, or where none is, retire the model; `_follow` sees it."""
+    """Bring the repository back to the version that is live; where none is, write down that it failed."""
+    if _overtaken(post, failed):
+        return
     post.say(f"{reason}; {failed.model} version {failed.version} is given up, {_goes_on(post, failed.model)}")
     live = post.live.get(failed.model)
-    if live == failed:
-        raise Broken(
-            f"model {failed.model!r}: version {failed.version}, which was live, cannot be loaded again: {reason}"
-        )
     try:
         if live is None:
-            promotion.retire(post.repository, failed.model, reason=reason)
+            promotion.note_failure(post.repository, failed, reason)
         else:
             promotion.give_back(post.repository, failed.model, live.version, reason)
     except (Broken, BadInput) as error:
-        if failed.model in post.unsure:
-            raise Broken(f"{error}; nothing is served rather than answers that the gate did not see") from None
         post.say(f"{error}: the repository still names version {failed.version}; roll it back")
 
 
@@ -358,7 +397,7 @@ def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) 
         try:
             require_known_answers(client, promoted)
             return
-        except (AnswerError, WrongAnswer) as error:
+        except (AnswerError, WrongAnswer, BadInput) as error:
             missing = str(error)
         if reason := promotion.given_up(repository, promoted):
             raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")

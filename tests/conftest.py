@@ -9,6 +9,8 @@ from pathlib import Path
 # Before torch loads: OpenMP threads that spin while they wait make a forward pass up to 100 times slower beside a busy
 # process, and tests start servers. 3,000 spins cost 15 % on an idle machine, sleeping at once would cost 50 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# `make test` runs two processes; what they start must not want two cores each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that runs us in the background lets us ignore SIGINT, and so would every server that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,15 +21,18 @@ import torch
 from training.config import load_config
 from training.train import train
 
-# The same everywhere, as results depend on the order of float sums. `make test` runs two processes.
+# The same everywhere, as results depend on the order of float sums.
 torch.set_num_threads(1)
 
 # Their commands are run as they stand on a page, on Triton's own ports.
 FIXED_PORTS = {"test_readme.py", "test_platform.py"}
+# They take minutes; begun last, they would leave the other process with nothing to do.
+LONG = {*FIXED_PORTS, "test_pipelines.py", "test_page.py", "test_supervisor.py", "test_strength.py", "test_gate.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, for its fixtures; so do those that need the same ports."""
+    """A file's tests stay in one process, for its fixtures; so do those that need the same ports. Long ones first."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         group = "ports" if item.path.name in FIXED_PORTS else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

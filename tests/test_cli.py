@@ -151,6 +151,14 @@ def test_an_uncaught_exception_is_never_1(error: Exception, code: int, capsys: p
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(("called", "code"), [(0, 5), (1, 5), (None, 5), (143, 143)])
+def test_code_that_exits_decides_nothing(called: int | None, code: int) -> None:
+    """A model's own code may call sys.exit(0), which would read as passed; a signal's code stays."""
+    with pytest.raises(SystemExit) as caught:
+        dfmcl.guarded(lambda: sys.exit(called))()
+    assert caught.value.code == code
+
+
 def test_interrupted_evaluation_is_130_not_1(tmp_path: Path, standard_run: Path) -> None:
     """Ctrl-C in a command without state ends it with 130."""
     arguments = ["evaluate", str(standard_run), "--attack", "pgd-1000000"]

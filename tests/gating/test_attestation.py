@@ -459,6 +459,13 @@ def test_only_allowed_policies_let_pass(pair: tuple[Path, Path], key: Path) -> N
         verify(*pair, trusting(key, policies=frozenset({"b" * 64})), NOW)
 
 
+def test_only_listed_data_let_pass(pair: tuple[Path, Path], key: Path) -> None:
+    """A policy names a place; what lay there is in the attestation."""
+    assert verify(*pair, trusting(key, data=frozenset({"d" * 64})), NOW)
+    with pytest.raises(NotAttested, match=r"was judged on data dddddddddddd\.\.\., which the trust file does not list"):
+        verify(*pair, trusting(key, data=frozenset({"e" * 64})), NOW)
+
+
 def test_time_runs_out(pair: tuple[Path, Path], key: Path) -> None:
     """Believed until the policy's days are over or the trust file's, and not before the gate ran."""
     candidate, evidence = pair

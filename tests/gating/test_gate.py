@@ -35,6 +35,7 @@ from robustness.runs import load_run
 from robustness.statistics import lower_bound, upper_bound
 from robustness.threat import Threat
 from serving.export import export
+from tests.signing import make_key
 
 ROOT = Path(__file__).parents[2]
 
@@ -283,10 +284,35 @@ def test_the_state_of_another_gate_is_refused(subject: Subject, tmp_path: Path) 
     with pytest.raises(BadInput, match="belongs to a gate with another subject"):
         gate(replace(subject, digest="0" * 64), mine, out)
     assert sorted(path.name for path in (tmp_path / "evidence.partial").iterdir()) == begun
-    path = next((tmp_path / "evidence.partial").glob("*.npz"))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(BadInput, match=r"block-00000\.npz: not readable"):
-        gate(subject, mine, out)
+
+
+@pytest.mark.parametrize("damage", ["torn", "exchanged", "of another key"])
+def test_a_block_that_this_gate_did_not_seal_is_attacked_again(subject: Subject, tmp_path: Path, damage: str) -> None:
+    """Whoever brings a file into the state's directory, with a cache or a commit, decides nothing."""
+    wanted = policy(0.1, images=90, statistics="fixed")
+    whole = gate(subject, wanted, tmp_path / "whole")
+    out, state = tmp_path / "evidence", tmp_path / "evidence.partial"
+    with pytest.raises(Cut):
+        gate(subject, wanted, out, track=cut_after(2), keys=[make_key(tmp_path, "one")])
+    first, second = sorted(state.glob("*.npz"))
+    keys = [tmp_path / "one.key"]
+    if damage == "torn":
+        first.write_bytes(first.read_bytes()[:100])
+    elif damage == "exchanged":
+        first.write_bytes(second.read_bytes())
+    else:
+        keys = [make_key(tmp_path, "another")]
+    seen: list[str] = []
+
+    def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        seen.append(label)
+        yield from items
+
+    report = gate(subject, wanted, out, track=track, keys=keys)
+    assert report["per_image"] == whole["per_image"]
+    assert report["evaluation"]["robust"] == whole["evaluation"]["robust"]
+    attacked = sum(label.startswith("fgsm at Linf 2/255") for label in seen)
+    assert attacked == (3 if damage == "of another key" else 2)
 
 
 @pytest.mark.parametrize(("robust", "code"), [(0.02, 0), (0.9, 1)])

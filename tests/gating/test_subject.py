@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -250,6 +252,22 @@ def test_digest_of_a_file_is_its_own_and_covers_weights_beside_it(tmp_path: Path
     )
 
 
+def test_a_value_in_another_file_is_bad_input(tmp_path: Path) -> None:
+    """A node's own tensor is looked for where the reader stands, not beside the file: two readers, two models."""
+    outside = TensorProto(name="c", data_type=TensorProto.FLOAT, dims=[3], data_location=TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="labels.txt")
+    model = graph_of(
+        helper.make_node("Constant", [], ["c"], value=outside),
+        *means("x", "m"),
+        helper.make_node("Add", ["m", "c"], ["y"]),
+        axes=np.array([2, 3]),
+    )
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "labels.txt").write_bytes(bytes(12))
+    with pytest.raises(BadInput, match="a node's value lies in another file"):
+        read_graph(tmp_path / "model.onnx", "float32 NCHW")
+
+
 def graph_of(*nodes: onnx.NodeProto, dtype: int = TensorProto.FLOAT, **constants: np.ndarray) -> onnx.ModelProto:
     """A graph from "x" (N, 3, 4, 4) to "y" by hand."""
     graph = helper.make_graph(
@@ -440,7 +458,19 @@ def test_candidate_of_another_run_is_bad_input(shipped: Shipped, standard_run: P
         candidate_subject(shipped.plain, standard_run)
 
 
+def test_a_run_whose_network_is_another_is_bad_input(shipped: Shipped, tmp_path: Path) -> None:
+    """A manifest can be edited; attacks on another network than the judged one would prove nothing."""
+    other = write_run(tmp_path / "other", seed=1)
+    candidate = shutil.copytree(shipped.plain, tmp_path / "candidate")
+    manifest = json.loads((candidate / "manifest.json").read_text())
+    manifest["run"]["checkpoint_sha256"] = load_run(other).checkpoint_sha256
+    (candidate / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match="of the largest away from those of"):
+        candidate_subject(candidate, other)
+
+
 MADE = """
+import sys
 import torch
 from torch import nn
 
@@ -457,6 +487,7 @@ def make(): return Net().double()
 def other(): return Net(2.0)
 def number(): return 7
 def broken(): raise RuntimeError("no weights here")
+def leaves(): sys.exit(0)
 def pair():
     class Pair(Net):
         def forward(self, x): return super().forward(x), x
@@ -522,6 +553,7 @@ def test_module_digest_is_of_weights_and_classes(made: str) -> None:
     [
         ("number", "float32 NCHW 2x2x3", "returned a int; it must return a torch.nn.Module"),
         ("broken", "float32 NCHW 2x2x3", "cannot be made: RuntimeError: no weights here"),
+        ("leaves", "float32 NCHW 2x2x3", "cannot be made: SystemExit: 0"),
         ("absent", "float32 NCHW 2x2x3", "cannot be made: AttributeError"),
         ("make", "float32 NCHW 2x2x4", "cannot take float32 NCHW"),
         ("make", "float32 NCHW", "the size is open"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -11,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from gating.attestation import ATTESTATION, BadEvidence, NotAttested, Trust, candidate_files
+from serving import promotion
 from serving.candidate import FILES, read_manifest, sha256_of
 from serving.errors import BadInput, Broken, Refused
 from serving.ledger import Aliases, aliases, read_history
 from serving.promotion import give_back, promote, prune, retire, rollback, verify_release
-from serving.repository import VERSION_FILES, model_names, parse_config
+from serving.repository import VERSION_FILES, configs, model_names, parse_config
+from serving.status import standings
 from tests.serving.workshop import run_python, write_evidence
 from tests.signing import CREATED, make_key, sign_again, trusting
 
@@ -193,7 +197,7 @@ def test_repository_that_cannot_be_written_is_broken(
 ) -> None:
     """Exit code 5 and the reason in one line."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(Broken, match="cannot be written") as caught:
+    with pytest.raises(Broken, match="nothing was changed") as caught:
         promote(candidate, evidence, tmp_path / "file" / "models", name="digits", trust=trust)
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
@@ -270,6 +274,8 @@ def test_a_swapped_release_is_refused_by_its_signature_only(
     report = json.loads((version / "report.json").read_text())
     report["candidate"]["files"] = candidate_files(version)
     (version / "report.json").write_text(json.dumps(report))
+    for path, text in configs(read_manifest(version), "digits", 1).items():
+        (repository / "digits" / path).write_text(text)
     assert verify_release(repository, "digits").version == 1
     with pytest.raises(NotAttested, match=r"report\.json: is not the report that was signed"):
         verify_release(repository, "digits", trust)
@@ -427,8 +433,106 @@ def test_a_config_for_gpus_that_promotion_did_not_write_is_refused(repository: P
     """It is another way to make Triton run something else."""
     path = repository / "digits" / "configs" / "gpu.pbtxt"
     path.write_text(path.read_text().replace('backend: "onnxruntime"', 'backend: "python"'))
-    with pytest.raises(Refused, match="backend 'python'"):
+    with pytest.raises(Refused, match="is not what promotion writes"):
         verify_release(repository, "digits")
     (path.parent / "other.pbtxt").write_text("")
     with pytest.raises(Refused):
         verify_release(repository, "digits")
+
+
+def test_an_edited_config_is_mended_by_a_rollback_to_its_version(repository: Path, trust: Trust) -> None:
+    """Promotion's texts may change with the program; what is served stays what it was."""
+    path = repository / "digits" / "config.pbtxt"
+    text = path.read_text()
+    path.write_text(text.replace("max_queue_size: 8", "max_queue_size: 9"))
+    with pytest.raises(Refused, match="dfmcl rollback --version 1 mends it"):
+        verify_release(repository, "digits")
+    rollback(repository, "digits", trust=trust, version=1)
+    assert path.read_text() == text
+    assert verify_release(repository, "digits", trust).version == 1
+
+
+def test_labels_in_another_order_are_refused(tmp_path: Path, candidate: Path, key: Path, trust: Trust) -> None:
+    """Triton would answer with the wrong names, though every digest fits."""
+    other = shutil.copytree(candidate, tmp_path / "candidate")
+    labels = (other / "labels.txt").read_text().splitlines()
+    (other / "labels.txt").write_text("".join(f"{label}\n" for label in reversed(labels)))
+    rewrite_manifest(other)
+    evidence = write_evidence(tmp_path / "evidence", other, key)
+    with pytest.raises(BadInput, match="names other labels than"):
+        promote(other, evidence, tmp_path / "models", name="digits", trust=trust)
+
+
+def test_a_damaged_model_does_not_hold_up_the_others(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """Its own trouble stands in `status`; others are promoted, and it can be retired."""
+    promote(candidate, evidence, repository, name="other", trust=trust)
+    for damage in (b"\xff", b"name: 1"):
+        (repository / "other" / "config.pbtxt").write_bytes(damage)
+        promote(candidate, evidence, repository, name="digits", trust=trust)
+        first, second = standings(repository, trust)
+        assert (first.model, first.trouble) == ("digits", "")
+        assert "config.pbtxt" in second.trouble
+    shutil.rmtree(repository / "other" / "1")
+
+
+def test_status_says_what_is_served_and_for_how_long(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust, tmp_path: Path
+) -> None:
+    """Roles, versions, verdict; the expiry only where signatures are judged; trouble where it would not be served."""
+    promote(candidate, evidence, repository, name="digits", trust=trust)
+    (row,) = standings(repository, trust)
+    assert (row.champion, row.previous, row.versions, row.trouble) == (2, 1, [1, 2], "")
+    assert row.expires is not None
+    assert row.criteria[0].startswith("robust_accuracy >= 0.45")
+    assert standings(repository)[0].expires is None
+    assert "0 trusted keys" in standings(repository, trusting(make_key(tmp_path, "another")))[0].trouble
+    with pytest.raises(BadInput, match="no such directory"):
+        standings(tmp_path / "typo")
+
+
+def test_whatever_the_umask_triton_can_read(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
+    """It runs as another user."""
+    before = os.umask(0o077)
+    try:
+        for _ in range(2):
+            promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "models" / "digits").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_a_lock_that_is_held_is_not_waited_for_forever(
+    repository: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 5: whoever holds it may hang."""
+    monkeypatch.setattr(promotion, "LOCK_SECONDS", 0.2)
+    with (repository / ".promotion.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with pytest.raises(Broken, match="is being changed"):
+            retire(repository, "digits")
+
+
+def test_a_name_that_ends_as_a_shadow_is_refused(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """It would be taken away when the other model takes its bytes; and a shadow goes with its model."""
+    with pytest.raises(BadInput, match="the shadow of another model"):
+        promote(candidate, evidence, repository, name="digits-shadow", trust=trust)
+    promote(candidate, evidence, repository, name="digits", trust=trust, shadow=True)
+    retire(repository, "digits", reason="gone\nfor good")
+    assert model_names(repository) == []
+    assert "gone for good" in {change.reason for change in read_history(repository)}
+
+
+def test_what_was_returned_from_may_serve_later(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """Somebody found out why, and served it: then it is what was before the next."""
+    promote(candidate, evidence, repository, name="digits", trust=trust)
+    give_back(repository, "digits", 1, "no memory")
+    rollback(repository, "digits", trust=trust, version=2)
+    promote(candidate, evidence, repository, name="digits", trust=trust)
+    assert aliases(repository)["digits"] == Aliases(champion=3, previous=2)

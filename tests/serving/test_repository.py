@@ -8,7 +8,7 @@ import pytest
 
 from serving.candidate import read_manifest
 from serving.errors import BadInput, Refused
-from serving.repository import checked_name, configs, parse_config, require_plain
+from serving.repository import checked_name, configs, parse_config, require_ours
 
 
 def test_config_says_what_triton_needs(candidate: Path) -> None:
@@ -36,7 +36,6 @@ def test_config_says_what_triton_needs(candidate: Path) -> None:
     assert not config.response_cache.enable
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, config.max_batch_size]
     assert dict(config.metric_tags) == {"sha": manifest.model_sha256[:12]}
-    require_plain(config, "config.pbtxt")
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-flag", "a/b", "..", "a b", 'a"b', "1st", "ä", "x" * 65])
@@ -46,31 +45,41 @@ def test_unsafe_name_is_bad_input(name: str) -> None:
         checked_name(name)
 
 
+@pytest.mark.parametrize("kind", ["config.pbtxt", "configs/gpu.pbtxt"])
 @pytest.mark.parametrize(
-    "addition",
+    ("old", "new"),
     [
-        'runtime: "model.py"',
-        'backend: "python"',
-        'default_model_filename: "other.onnx"',
-        'model_operations { op_library_filename: "evil.so" }',
-        'parameters { key: "EXECUTION_ENV_PATH" value { string_value: "/evil" } }',
+        ('backend: "onnxruntime"', 'backend: "python"'),
+        ('"model.onnx"', '"other.onnx"'),
+        ('"1/labels.txt"', '".staging-x/labels.txt"'),
+        ("enable: false", "enable: true"),
+        ("priority_levels: 2", "priority_levels: 1"),
+        ('name: "digits"', 'name: "digits"\nruntime: "model.py"'),
+        ('name: "digits"', 'name: "digits"\nmodel_operations { op_library_filename: "evil.so" }'),
+        ('name: "digits"', 'name: "digits"\ncc_model_filenames { key: "9.0" value: "../.staging-x/evil.onnx" }'),
+        ('name: "digits"', 'name: "digits"\nparameters { key: "EXECUTION_ENV_PATH" value { string_value: "/evil" } }'),
     ],
 )
-def test_config_that_runs_something_else_is_refused(candidate: Path, addition: str) -> None:
-    """A config that was edited to run other code is not served."""
-    text = configs(read_manifest(candidate), "digits", 1)["config.pbtxt"]
-    lines = [line for line in text.splitlines() if line.split(":")[0] != addition.split(":")[0]]
-    with pytest.raises(Refused, match=r"promotion never writes"):
-        require_plain(parse_config("\n".join([*lines, addition]), "x"), "x")
+def test_config_that_promotion_did_not_write_is_refused(
+    candidate: Path, tmp_path: Path, kind: str, old: str, new: str
+) -> None:
+    """A config that was edited to run, to load or to answer otherwise is not served; as it was written it is."""
+    manifest = read_manifest(candidate)
+    text, path = configs(manifest, "digits", 1, threads=3)[kind], tmp_path / kind
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    require_ours(path, manifest, "digits", 1)
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(Refused, match="is not what promotion writes for version 1"):
+        require_ours(path, manifest, "digits", 1)
 
 
 def test_the_config_for_gpus_differs_in_its_instances_only(candidate: Path) -> None:
-    """Two instances, CUDA and TensorRT in FP32; promotion's own text passes its own check."""
+    """Two instances, CUDA and TensorRT in FP32."""
     texts = configs(read_manifest(candidate), "digits", 7)
     assert list(texts) == ["configs/gpu.pbtxt", "config.pbtxt"], "the commit comes last"
     cpu, gpu = (parse_config(texts[name], name) for name in ("config.pbtxt", "configs/gpu.pbtxt"))
-    for config in (cpu, gpu):
-        require_plain(config, "config.pbtxt")
     assert [(group.count, group.kind) for group in gpu.instance_group] == [(2, gpu.instance_group[0].KIND_GPU)]
     accelerators = gpu.optimization.execution_accelerators.gpu_execution_accelerator
     assert [entry.name for entry in accelerators] == ["tensorrt", "cuda"]
@@ -79,10 +88,3 @@ def test_the_config_for_gpus_differs_in_its_instances_only(candidate: Path) -> N
         config.ClearField("instance_group")
         config.ClearField("optimization")
     assert cpu == gpu
-
-
-def test_an_engine_cache_elsewhere_is_refused(candidate: Path) -> None:
-    """It could hold the engine of another network."""
-    text = configs(read_manifest(candidate), "digits", 1)["configs/gpu.pbtxt"].replace('"/cache"', '"/tmp"')
-    with pytest.raises(Refused, match="execution_accelerators"):
-        require_plain(parse_config(text, "gpu.pbtxt"), "gpu.pbtxt")

@@ -188,22 +188,23 @@ def test_no_request_is_lost_in_a_rollout_between_two_servers(
 @pytest.mark.parametrize("victim", ["tritonserver", "triton_python_backend_stub"])
 def test_a_server_that_dies_is_replaced(server: Served, repository: Path, victim: str) -> None:
     """On the same ports, with all that the first one left cleared away; meanwhile the ready file is not there."""
-    url, before = server.ready["grpc"], set(processes_of(str(repository)))
+    url, before = server.ready["grpc"], set(processes_of(str(server.private)))
     [process] = [pid for pid in before if victim in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]]
     os.kill(process, signal.SIGKILL)
     wait_until(lambda: not server.ready_file.exists())
     wait_until(server.ready_file.exists)
     with Client(url, "digits") as client:
         assert client.describe().version == "1"
-    assert not before & set(processes_of(str(repository)))
+    assert not before & set(processes_of(str(server.private)))
     assert any("starting it again in 1 s" in line for line in server.said)
 
 
 def test_a_server_that_cannot_be_kept_alive_is_given_up(repository: Path, tmp_path: Path, needs_triton: None) -> None:
     """Exit code 5, and nothing is left."""
     server = Served(repository, tmp_path / "ready.json", liveness_seconds=0.2, restarts=1).start()
+    private = str(server.private)
     for alive in (True, False):
-        for process in processes_of(str(repository)):
+        for process in processes_of(private):
             os.kill(process, signal.SIGKILL)
         wait_until(lambda: not server.ready_file.exists())
         if alive:
@@ -212,7 +213,7 @@ def test_a_server_that_cannot_be_kept_alive_is_given_up(repository: Path, tmp_pa
     assert isinstance(error, Broken)
     assert error.exit_code == 5
     assert "started 1 times in a row, which did not help" in str(error)
-    assert processes_of(str(repository)) == []
+    assert processes_of(private) == []
 
 
 def test_what_nobody_trusted_signed_is_not_taken_over(
@@ -224,6 +225,37 @@ def test_what_nobody_trusted_signed_is_not_taken_over(
     config = repository / "digits" / "config.pbtxt"
     config.write_text(config.read_text().replace("[ 1 ]", "[ 2 ]").replace('"1/labels.txt"', '"2/labels.txt"'))
     wait_until(lambda: any("version 1 goes on" in line for line in server.said))
+    with Client(server.ready["grpc"], "digits") as client:
+        assert client.describe().version == "1"
+
+
+def test_a_dead_server_comes_back_as_it_was(
+    server: Served, repository: Path, another: tuple[Path, Path], candidate: Path
+) -> None:
+    """With what was live and proven, whatever lies in the repository by then: here no config."""
+    version = shutil.copytree(repository / "digits" / "1", repository / "digits" / "2")
+    shutil.copy(another[0] / "model.onnx", version)
+    (repository / "digits" / "config.pbtxt").write_bytes(b"\xff")
+    wait_until(lambda: any("version 1 goes on" in line for line in server.said))
+    for process in processes_of(str(server.private)):
+        os.kill(process, signal.SIGKILL)
+    wait_until(lambda: not server.ready_file.exists())
+    wait_until(server.ready_file.exists)
+    with Client(server.ready["grpc"], "digits") as client:
+        answer = client.predict(IMAGES)
+    assert answer.version == "1"
+    assert np.allclose(answer.logits, onnx_logits(candidate / "model.onnx", IMAGES), rtol=1e-3, atol=1e-4)
+
+
+def test_a_first_version_that_cannot_be_served_is_told_and_kept(
+    server: Served, repository: Path, candidate: Path, evidence: Path, tmp_path: Path, key: Path, trust: Trust
+) -> None:
+    """There is nothing to return to: `promote --live` says why, the files stay, the other model goes on."""
+    made = broken(tmp_path / "made", candidate, evidence, key, BROKEN["no ONNX file"])
+    failing = promote(made / "candidate", made / "evidence", repository, name="other", trust=trust)
+    with Client(server.ready["grpc"], "other") as client, pytest.raises(Refused, match="Triton ended with exit code"):
+        wait_until_live(client, failing, 60)
+    assert failing.path.is_dir()
     with Client(server.ready["grpc"], "digits") as client:
         assert client.describe().version == "1"
 
@@ -276,7 +308,7 @@ def test_a_fixed_server_takes_nothing_later(
 def test_the_token_of_the_load_api_is_hidden(server: Served, repository: Path) -> None:
     """The arguments of a process are readable for everyone; there the token is overwritten."""
     commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of("tritonserver")]
-    [command] = [text for text in commands if str(repository) in text]
+    [command] = [text for text in commands if str(server.private) in text]
     assert command.count(f"dfmcl={'*' * 32}") == 2
     with Client(server.ready["grpc"], "digits") as client, pytest.raises(Exception, match="restricted"):
         client.triton.load_model("digits", headers={"triton-grpc-protocol-dfmcl": "*" * 32})

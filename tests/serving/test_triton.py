@@ -25,7 +25,7 @@ from serving.client import Client
 from serving.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
 from serving.promotion import promote
 from tests.processes import wait_until
-from tests.serving.workshop import Served, processes_of, run_python, write_evidence
+from tests.serving.workshop import Served, command_of, private_of, processes_of, run_python, write_evidence
 from tests.signing import report_on, write_report
 
 
@@ -162,7 +162,7 @@ def test_server_that_answers_otherwise_than_the_gate_saw_is_broken(repository: P
 def test_killed_server_is_noticed(repository: Path, tmp_path: Path, needs_triton: None, victim: str) -> None:
     """Triton calls itself ready when its stub is dead; a real inference does not. Both deaths end with exit code 5."""
     server = Served(repository, tmp_path / "ready.json", liveness_seconds=0.2).start()
-    marker = str(repository)
+    marker = str(server.private)
     [process] = [
         pid for pid in processes_of(marker) if victim in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[0]
     ]
@@ -195,7 +195,8 @@ sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Pat
     process = run_python(code, str(repository), str(ready), str(log))
     request.addfinalizer(process.kill)
     wait_until(ready.exists, process)
-    commands = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_of(str(repository)))
+    private = str(private_of(json.loads(ready.read_text())["grpc"]))
+    commands = "".join(map(command_of, processes_of(private)))
     [runtime] = {Path(path) for path in re.findall(r"--backend-directory=([^\0]+)", commands)}
     assert len(list(environment.SHARED_MEMORY.glob(f"{runtime.name}*"))) >= 2  # else this test proves nothing
     assert runtime.is_dir()
@@ -203,7 +204,8 @@ sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Pat
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output
     assert "serving digits version 1" in output
-    assert processes_of(str(repository)) == []
+    assert processes_of(private) == []
+    assert not Path(private).exists()
     assert not list(environment.SHARED_MEMORY.glob(f"{runtime.name}*"))
     assert not runtime.exists()
     assert not ready.exists()

@@ -95,6 +95,11 @@ class Served:
         self.ready = json.loads(self.ready_file.read_text())
         return self
 
+    @property
+    def private(self) -> Path:
+        """Where its Triton reads; in the arguments of every process that it has."""
+        return private_of(self.ready["grpc"])
+
     def _serve(self) -> None:
         try:
             code = supervisor.serve(
@@ -136,6 +141,21 @@ def processes_of(marker: str) -> list[int]:
         except OSError:  # it ended meanwhile
             continue
     return found
+
+
+def command_of(process: int) -> str:
+    """Its command line, words between zero bytes; empty where it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def private_of(url: str) -> Path:
+    """The private directory of the server that answers at a gRPC address."""
+    port = f"--grpc-port={url.rpartition(':')[2]}"
+    [command] = [text for text in map(command_of, processes_of(port)) if "tritonserver" in text]
+    return Path(command.partition("--model-repository=")[2].partition("\0")[0]).parent
 
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
