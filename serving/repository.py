@@ -37,7 +37,7 @@ EVIDENCE = frozenset({REPORT, PROBES, ATTESTATION})
 VERSION_FILES = EVIDENCE | {MODEL, LABELS, MANIFEST}
 
 MAX_BATCH_SIZE = 64
-PROBE_PRIORITY = 2  # users are priority 1 by default; probes give way
+PROBE_PRIORITY = 2  # for a Triton whose config has priority levels: there users go first; ours ignores it
 
 # A letter first: what starts with a dot or a dash is a hidden file or a flag to other programs.
 MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
@@ -95,20 +95,9 @@ output [
 ]
 version_policy {{ specific {{ versions: [ {version} ] }} }}
 {instances}
-# No queue delay: batches form behind a running one. Users are priority 1; probes send {PROBE_PRIORITY}, and give way.
-dynamic_batching {{
-  priority_levels: 2
-  default_priority_level: 1
-  default_queue_policy {{
-    timeout_action: REJECT default_timeout_microseconds: 1000000 allow_timeout_override: true max_queue_size: 512
-  }}
-  priority_queue_policy {{
-    key: {PROBE_PRIORITY}
-    value {{
-      timeout_action: REJECT default_timeout_microseconds: 5000000 allow_timeout_override: true max_queue_size: 8
-    }}
-  }}
-}}
+# No queue delay: batches form behind a running one. And no queue policy or priority levels: with either, Triton 2.51
+# lets one request in some hundred wait 500 ms for its batcher to wake up, and a client alone lost half its throughput.
+dynamic_batching {{ }}
 parameters {{ key: "intra_op_thread_count" value {{ string_value: "{threads}" }} }}
 parameters {{ key: "inter_op_thread_count" value {{ string_value: "1" }} }}
 # Probes must reach the model, not a cache of its answers.

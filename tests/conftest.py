@@ -9,8 +9,8 @@ from pathlib import Path
 # Before torch loads: OpenMP threads that spin while they wait make a forward pass up to 100 times slower beside a busy
 # process, and tests start servers. 3,000 spins cost 15 % on an idle machine, sleeping at once would cost 50 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-# `make test` runs two processes; what they start must not want two cores each. Where it must equal a run in here bit for
-# bit, a test starts it with two threads.
+# `make test` runs two processes; what they start must not want two cores each. Where it must equal a run in here bit
+# for bit, a test starts it with two threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that runs us in the background lets us ignore SIGINT, and so would every server that a test interrupts.

@@ -444,7 +444,7 @@ def test_an_edited_config_is_mended_by_a_rollback_to_its_version(repository: Pat
     """Promotion's texts may change with the program; what is served stays what it was."""
     path = repository / "digits" / "config.pbtxt"
     text = path.read_text()
-    path.write_text(text.replace("max_queue_size: 8", "max_queue_size: 9"))
+    path.write_text(text.replace("enable: false", "enable: true"))
     with pytest.raises(Refused, match="dfmcl rollback --version 1 mends it"):
         verify_release(repository, "digits")
     rollback(repository, "digits", trust=trust, version=1)
