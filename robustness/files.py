@@ -72,10 +72,10 @@ def whole_directory(out: Path, names: Collection[str]) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-        staged.chmod(0o755)  # mkdtemp makes 0700; servers that read this run under other users
     except OSError as error:
         raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
     try:
+        staged.chmod(0o755)  # mkdtemp makes 0700; servers that read this run under other users
         yield staged
         try:
             _swap(staged, out)

@@ -265,7 +265,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     chosen = config.optimization
     at, warm = (step - 1) / total_steps, chosen.lr_warmup
     if at < warm:
-        return chosen.lr * (step / (warm * total_steps))
+        return chosen.lr * min(1.0, step / (warm * total_steps))  # a share below one step is no warm-up
     done = (at - warm) / (1 - warm) if warm < 1 else 0.0
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return chosen.lr * shapes[chosen.lr_schedule]

@@ -70,14 +70,14 @@ def test_the_commands_run_as_written(desk: Path) -> None:
     assert "champion 2, previous 1" in status
 
 
-def test_the_command_for_docker_is_a_hardened_one(desk: Path) -> None:
+def test_the_command_for_docker_is_a_hardened_one(tmp_path: Path) -> None:
     """Not root, read-only, without capabilities, on this machine's address only, and Triton takes nothing later."""
     [line] = [line for line in LINES if "--print-docker" in line]
     printed = subprocess.run(
         [str(Path(sys.executable).with_name("dfmcl")), *line.split()[1:]],
-        cwd=desk, capture_output=True, text=True, check=True,
+        cwd=tmp_path, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     words = printed.replace("\\\n", " ").split()
     assert {"--user=1000:1000", "--read-only", "--cap-drop=ALL", "--model-control-mode=none"} <= set(words)
     assert all(word.startswith("--publish=127.0.0.1:") for word in words if word.startswith("--publish"))
-    assert f"--volume={desk / 'models'}:/models:ro" in words
+    assert f"--volume={tmp_path / 'models'}:/models:ro" in words
