@@ -130,7 +130,7 @@ def served(folder: Path) -> Iterator[Server]:
                     client.describe()
                     break
                 except Exception:  # noqa: BLE001  # it is starting
-                    time.sleep(0.2)
+                    time.sleep(0.2)  # Triton calls itself ready before it answers
         yield server
 
 
@@ -149,7 +149,7 @@ def before(grpc_port: int) -> Iterator[int]:
     thread = threading.Thread(target=lambda: gateway.serve(config, stop=stop, port=0, ready_file=ready, log=quiet))
     thread.start()
     while not ready.exists():
-        time.sleep(0.05)
+        time.sleep(0.05)  # it announces itself by a file
     try:
         yield int(json.loads(ready.read_text())["http"].rpartition(":")[2])
     finally:

@@ -369,4 +369,4 @@ def _take(lock: IO[str], repository: Path) -> None:
                 raise Broken(
                     f"{repository}: is being changed for {LOCK_SECONDS:g} s by another process; try later"
                 ) from None
-            time.sleep(0.05)
+            time.sleep(0.05)  # flock has no deadline of its own

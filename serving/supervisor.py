@@ -403,4 +403,4 @@ def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) 
             raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")
         if time.monotonic() > deadline:
             raise Broken(f"not live after {timeout_seconds:g} s: {missing}; `dfmcl rollback` returns")
-        time.sleep(0.2)
+        time.sleep(0.2)  # whoever serves there can only be asked

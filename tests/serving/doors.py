@@ -81,7 +81,7 @@ class Door:
         while not (said := [entry["url"] for entry in self.log if entry["event"] == "listening"]):
             if self.outcome:
                 raise self.outcome[0]
-            time.sleep(0.01)
+            time.sleep(0.01)  # it says so in its log
         self.url = said[0]
         self.port = urlsplit(self.url).port
         return self
@@ -97,7 +97,7 @@ class Door:
         deadline = time.monotonic() + seconds
         while self.get("/readyz").status != 200:
             assert time.monotonic() < deadline, self.log
-            time.sleep(0.01)
+            time.sleep(0.01)  # asked over HTTP, as a load balancer does
         return self
 
     def connection(self, timeout: float = 20) -> http.client.HTTPConnection:

@@ -313,7 +313,7 @@ def test_rate_is_kept(served: Served) -> None:
         assert [answer.status for answer in answers][:3] == [200, 200, 200]
         assert (answers[-1].status, answers[-1].reason) == (429, "rate_limited")
         assert door.classify(PNG, key=PRIVILEGED).status == 200  # one key's haste is not another's
-        time.sleep(int(answers[-1].headers["retry-after"]))
+        time.sleep(int(answers[-1].headers["retry-after"]))  # what the answer tells a client
         assert door.classify(PNG, key=KEY).status == 200
 
 
@@ -362,7 +362,7 @@ def test_flood_is_turned_away_at_once(served: Served) -> None:
             with ThreadPoolExecutor(4) as others:
                 waiting = [others.submit(door.classify, PNG) for _ in range(4)]
                 while door.metric("gateway_in_flight") < 4:
-                    time.sleep(0.01)
+                    time.sleep(0.01)  # seen in its metrics only
                 begun = time.monotonic()
                 answers = [door.classify(PNG) for _ in range(20)]
                 assert time.monotonic() - begun < 1
@@ -389,7 +389,7 @@ def test_large_images_hold_up_nobody_else(served: Served, monkeypatch: pytest.Mo
             clients.submit(door.classify, large, query="?resize=true", X_Request_Timeout_Ms="10000") for _ in range(2)
         ]
         while door.metric("gateway_in_flight") < 2:
-            time.sleep(0.01)
+            time.sleep(0.01)  # seen in its metrics only
         assert door.classify(PNG).status == 200
         done.set()
         assert [future.result().status for future in late] == [200, 200]
@@ -400,7 +400,7 @@ def send_on(sock: socket.socket, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         sock.sendall(b"x" * 1000)
-        time.sleep(0.01)
+        time.sleep(0.01)  # a slow client
 
 
 def test_slow_clients_are_let_go(served: Served) -> None:
@@ -440,7 +440,7 @@ def test_slow_sender_within_the_limit_is_answered(served: Served) -> None:
 
         def pieces() -> Iterator[bytes]:
             for start in range(0, len(PNG), 50):
-                time.sleep(0.1)
+                time.sleep(0.1)  # a slow client
                 yield PNG[start : start + 50]
 
         headers = {"X-API-Key": KEY, "Content-Length": str(len(PNG))}
@@ -472,7 +472,7 @@ def test_connections_and_headers_are_bounded(served: Served) -> None:
         held = [door.connection() for _ in range(5)]
         for connection in held:
             connection.connect()
-        time.sleep(0.1)
+        time.sleep(0.1)  # connections reach it one by one
         assert door.get("/healthz").reason == "overloaded"
         for connection in held:
             connection.close()
@@ -677,4 +677,4 @@ def test_threads_end_with_the_gateway(served: Served) -> None:
     deadline = time.monotonic() + 5
     while threading.active_count() > before:
         assert time.monotonic() < deadline, threading.enumerate()
-        time.sleep(0.05)
+        time.sleep(0.05)  # threads end by themselves

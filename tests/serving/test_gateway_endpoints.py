@@ -115,7 +115,7 @@ def test_request_that_was_under_way_is_sent_again(served: Served) -> None:
             with ThreadPoolExecutor(2) as clients:
                 asked = [clients.submit(door.classify, PNG, X_Request_Timeout_Ms="5000") for _ in range(2)]
                 wait_until(lambda: sum(future.done() for future in asked) == 1, seconds=5)  # the other's turn
-                time.sleep(0.1)
+                time.sleep(0.1)  # time in which it could be asked again
                 relay.break_off()
                 assert [future.result().status for future in asked] == [200, 200]
             assert door.metric("gateway_resent_total") == 1

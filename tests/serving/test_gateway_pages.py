@@ -66,7 +66,7 @@ class Browser:
         deadline = time.monotonic() + seconds
         while not (value := self.value(expression)):
             assert time.monotonic() < deadline, expression
-            time.sleep(0.05)
+            time.sleep(0.05)  # the browser can only be asked
         return value
 
     def open(self, url: str) -> None:

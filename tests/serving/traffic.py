@@ -47,7 +47,7 @@ class Traffic:
         wanted, deadline = self.answers.total() + requests, time.monotonic() + seconds
         while self.answers.total() < wanted:
             assert time.monotonic() < deadline, f"no traffic flows: {self.failures[-3:]}"
-            time.sleep(0.01)
+            time.sleep(0.01)  # other threads ask
 
     def mark(self, what: str) -> None:
         """Something was done; traffic flows on for a while."""
@@ -61,7 +61,7 @@ class Traffic:
                 version, logits = ask()
             except Exception as error:  # noqa: BLE001  # each is a request that a user lost
                 self.failures.append(f"after {self.answers.total()} answers: {error}")
-                time.sleep(0.05)
+                time.sleep(0.05)  # a user tries again
                 continue
             if np.abs(logits - self.expected[version]).max() > 1e-3 * np.abs(self.expected[version]).max():
                 self.failures.append(f"version {version} answered with the logits of another")
