@@ -5,12 +5,13 @@ Relative paths are relative to the file they stand in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from monitoring.probes import transfer_attack
+from monitoring.probes import query_attack, transfer_attack
 from robustness.config import Radius, Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat
@@ -25,12 +26,21 @@ def _is_endpoint(url: str) -> str:
     return url
 
 
-def _is_attack(name: str) -> str:
-    try:
-        transfer_attack(name)
-    except BadInput as error:
-        raise ValueError(str(error)) from None
-    return name
+def _is_http(url: str) -> str:
+    if url and not url.startswith(("http://", "https://")):
+        raise ValueError("write a URL that begins with http:// or https://")
+    return url.rstrip("/")
+
+
+def _is(parse: Callable[[str], Any]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        try:
+            parse(name)
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return check
 
 
 def _is_set(names: list[str]) -> list[str]:
@@ -39,7 +49,9 @@ def _is_set(names: list[str]) -> list[str]:
     return names
 
 
-AttackNames = Annotated[list[Annotated[str, AfterValidator(_is_attack)]], AfterValidator(_is_set)]
+AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(transfer_attack))]], AfterValidator(_is_set)]
+Url = Annotated[str, AfterValidator(_is_http)]
+Seconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 
 
 class Target(Section):
@@ -71,12 +83,49 @@ class Ball(Section):
 
 
 class Probe(Section):
-    """How often, how many images, which attacks, and the seed of both images and attacks."""
+    """How often, how many fresh images and replayed ones, which attacks, and the seed of both images and attacks.
 
-    interval_seconds: float = Field(300.0, gt=0, le=WEEK_SECONDS, allow_inf_nan=False)
-    images: int = Field(64, ge=1)
-    attacks: AttackNames = Field(["mi-fgsm-10", "pgd-10"], min_length=1)
+    While the file `pause_file` exists, nothing is asked. threads: of crafting.
+    """
+
+    interval_seconds: Seconds = 60.0
+    images: int = Field(32, ge=1)
+    replay: int = Field(16, ge=0)
+    attacks: AttackNames = Field(["mi-fgsm-10", "di-fgsm-10"], min_length=1)
     seed: int = Field(0, ge=0)
+    threads: int = Field(1, ge=1)
+    pause_file: str = ""
+
+
+class Query(Section):
+    """Search by queries through the gateway, every so many rounds; without a gateway there is none.
+
+    key_file: holds the API key of the canary that attacks, which for scores must see logits; clean_key_file: of the one
+    that asks about clean images (default: the same). ca: who is believed where the gateway speaks HTTPS.
+    """
+
+    gateway: Url = ""
+    key_file: str = ""
+    clean_key_file: str = ""
+    ca: str = ""
+    attack: Annotated[str, AfterValidator(_is(query_attack))] = "square-100"
+    images: int = Field(8, ge=1)
+    every: int = Field(5, ge=1)
+    timeout_seconds: float = Field(5.0, gt=0, le=600, allow_inf_nan=False)
+
+
+class Budget(Section):
+    """What probing may cost: images in a window, and the share of time in which its requests may be under way."""
+
+    images: int = Field(20_000, ge=1)
+    window_seconds: Seconds = 3600.0
+    duty: float = Field(0.1, gt=0, le=1)
+
+
+class Abort(Section):
+    """A round ends when answers take so many times as long as usual."""
+
+    latency_factor: float = Field(5.0, ge=1.5, allow_inf_nan=False)
 
 
 class Surrogates(Section):
@@ -86,9 +135,40 @@ class Surrogates(Section):
 
 
 class Release(Section):
-    """The gate's evidence for what is served; without it no gate figures are exported."""
+    """The gate's evidence for what is served; without it nothing stands beside the live figures.
 
+    repository: what promotion writes; the version that answers is looked up there, and with trust (a trust file) its
+    signature is verified. evidence: one directory of the gate's, for whatever answers. tolerance: of a replayed logit,
+    as a share of the largest one; a GPU with TF32 or TensorRT needs more than a CPU.
+    """
+
+    repository: str = ""
     evidence: str = ""
+    trust: str = ""
+    tolerance: float = Field(1e-3, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Release:
+        if self.repository and self.evidence:
+            raise ValueError("name repository or evidence, not both")
+        if self.trust and not self.repository:
+            raise ValueError("trust needs repository: a signature is about promoted files")
+        return self
+
+
+class Record(Section):
+    """Where finished rounds are written down, one JSON line each, and read again at the next start; "" for nowhere."""
+
+    path: str = ""
+    max_bytes: int = Field(64_000_000, ge=100_000)
+
+
+class Mitigation(Section):
+    """What is done once when a loss is proven for a version: a POST of JSON, a command; by default nothing."""
+
+    webhook: Url = ""
+    command: list[str] = Field(default=[])
+    timeout_seconds: float = Field(30.0, gt=0, le=600, allow_inf_nan=False)
 
 
 class Listen(Section):
@@ -105,8 +185,13 @@ class WatchConfig(Section):
     data: Data
     threat: Ball
     probe: Probe = Probe()
+    query: Query = Query()
+    budget: Budget = Budget()
+    abort: Abort = Abort()
     surrogates: Surrogates
     release: Release = Release()
+    record: Record = Record()
+    mitigation: Mitigation = Mitigation()
     listen: Listen = Listen()
 
 
@@ -116,7 +201,18 @@ def load_config(path: Path | str) -> WatchConfig:
     config = validated(WatchConfig, read_toml(path, "name a TOML file such as deploy/watch.toml"), str(path))
     if config.threat.norm == "linf" and config.threat.threat.eps == 0:
         raise BadInput(f"{path}: threat.eps: {config.threat.eps} is below one grey level; bytes need at least 1/255")
+    if config.query.attack.startswith("rays") and config.threat.norm != "linf":
+        raise BadInput(f"{path}: query.attack: {config.query.attack} knows Linf only; take square")
     return _anchored(config, path.parent)
+
+
+PATHS = {
+    "data": ("path",),
+    "probe": ("pause_file",),
+    "query": ("key_file", "clean_key_file", "ca"),
+    "release": ("repository", "evidence", "trust"),
+    "record": ("path",),
+}
 
 
 def _anchored(config: WatchConfig, folder: Path) -> WatchConfig:
@@ -125,10 +221,10 @@ def _anchored(config: WatchConfig, folder: Path) -> WatchConfig:
     def join(text: str) -> str:
         return str(folder / text) if text else ""
 
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"path": join(config.data.path)}),
-            "surrogates": Surrogates(runs=[join(run) for run in config.surrogates.runs]),
-            "release": Release(evidence=join(config.release.evidence)),
-        }
-    )
+    def section(name: str, keys: tuple[str, ...]) -> Section:
+        old: Section = getattr(config, name)
+        return old.model_copy(update={key: join(getattr(old, key)) for key in keys})
+
+    surrogates = Surrogates(runs=[join(run) for run in config.surrogates.runs])
+    anchored = {name: section(name, keys) for name, keys in PATHS.items()}
+    return config.model_copy(update={**anchored, "surrogates": surrogates})

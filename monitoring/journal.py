@@ -9,10 +9,26 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from monitoring.rounds import REASONS, Query, Round, RoundFailure, RoundResult
+from monitoring.bounds import Bounds
+from monitoring.results import (
+    PATHS,
+    REASONS,
+    SKIPS,
+    TRITON,
+    Example,
+    Query,
+    Round,
+    RoundFailure,
+    RoundResult,
+    RoundSkipped,
+)
+from robustness.statistics import Share
 
-RECENT = 20  # rounds of any outcome
+RECENT = 20  # rounds of any outcome; live shares are over the measured ones among them
 KEPT_FAILURES = 50  # failures outlive successes, as one looks for them after the fact
+KEPT_EXAMPLES = 12
+POINTS = 720  # of the page's curve: half a day of a round a minute
+OUTAGES = ("unavailable", "server_error", "timeout")
 # Two versions exist side by side only while one replaces the other; the series of older ones vanish.
 VERSIONS = 2
 # A request of 32 small images takes milliseconds on a CPU; 10 s is twice the default deadline.
@@ -42,26 +58,44 @@ class Histogram:
 
 @dataclass(frozen=True)
 class AttackTotals:
-    """samples: images the attack is judged on; attempts: right before it; successes: flipped; correct: still right."""
+    """samples: images the attack is judged on; attempts: right before it; successes: flipped; correct: still right.
+
+    queries: images asked about, in all.
+    """
 
     samples: int = 0
     correct: int = 0
     attempts: int = 0
     successes: int = 0
+    queries: int = 0
 
 
 @dataclass(frozen=True)
 class VersionTotals:
-    """Of one served version."""
+    """Of one served version. bounds: by `clean`, `worst_case` or attack; recent: its last measured rounds.
+
+    integrity: whether every replayed answer of the last round that replayed any was the gate's; None before it.
+    difference: the largest of them, in units of what is tolerated.
+    """
 
     version: str
     samples: int = 0
     correct: int = 0
     attacks: Mapping[str, AttackTotals] = field(default_factory=dict)
+    replayed: int = 0
+    mismatches: int = 0
+    integrity: bool | None = None
+    difference: float = 0.0
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+    recent: tuple[RoundResult, ...] = ()
 
-    def after(self, result: RoundResult) -> VersionTotals:
-        """With the counts of one more round."""
-        attacks = dict(self.attacks)
+    def after(self, result: RoundResult, limit: float) -> VersionTotals:
+        """With the counts of one more round. limit: of a new bound, see bounds.limit."""
+        attacks, bounds = dict(self.attacks), dict(self.bounds)
+
+        def bet(name: str, share: Share) -> None:
+            bounds[name] = (bounds.get(name) or Bounds.none(limit)).after(share.k, share.n)
+
         for attack in result.attacks:
             old, held = attacks.get(attack.name, AttackTotals()), sum(attack.held)
             attacks[attack.name] = AttackTotals(
@@ -69,68 +103,82 @@ class VersionTotals:
                 correct=old.correct + held,
                 attempts=old.attempts + sum(result.correct),
                 successes=old.successes + sum(result.correct) - held,
+                queries=old.queries + attack.queries,
             )
-        samples, correct = self.samples + len(result.correct), self.correct + sum(result.correct)
-        return VersionTotals(self.version, samples, correct, attacks)
+            bet(attack.name, result.under(attack))
+        totals = replace(self, attacks=attacks, bounds=bounds, recent=(*self.recent, result)[-RECENT:])
+        if result.via != TRITON:
+            return totals
+        bet("clean", result.clean)
+        bet("worst_case", result.worst_case)
+        totals = replace(totals, samples=self.samples + len(result.correct), correct=self.correct + sum(result.correct))
+        if result.replay is None:
+            return totals
+        return replace(
+            totals,
+            replayed=self.replayed + result.replay.images,
+            mismatches=self.mismatches + result.replay.mismatches,
+            integrity=result.replay.mismatches == 0,
+            difference=result.replay.difference,
+        )
+
+    def lately(self, name: str) -> Share:
+        """Of the recent rounds together: `clean`, `worst_case` or an attack; 0 of 0 where there was none."""
+        rounds = self.recent if name in self.attacks else [one for one in self.recent if one.via == TRITON]
+        shares = [share for one in rounds if (share := _share(one, name)) is not None]
+        return Share(sum(share.k for share in shares), sum(share.n for share in shares))
+
+    def success(self, name: str) -> float | None:
+        """Share of recent images that were right and that an attack flipped; None where none was attacked."""
+        rounds = [(one, attack) for one in self.recent for attack in one.attacks if attack.name == name]
+        attempts = sum(sum(one.correct) for one, _ in rounds)
+        return 1 - sum(sum(attack.held) for _, attack in rounds) / attempts if attempts else None
+
+
+def _share(result: RoundResult, name: str) -> Share | None:
+    if name == "clean":
+        return result.clean
+    if name == "worst_case":
+        return result.worst_case
+    return next((result.under(attack) for attack in result.attacks if attack.name == name), None)
 
 
 @dataclass(frozen=True)
-class Journal:
-    """up: whether the endpoint answered the last round (None: no round yet). last_attempt, last_success: unix time."""
+class PathTotals:
+    """Of one way to the model. up: whether it answered the last round (None: none yet). Times are unix seconds."""
 
     rounds: int = 0
     failures: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    skips: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SKIPS, 0))
     queries: int = 0
     query_failures: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     images: int = 0
     query_seconds: Histogram = field(default_factory=lambda: Histogram.empty(QUERY_SECONDS))
     round_seconds: Histogram = field(default_factory=lambda: Histogram.empty(ROUND_SECONDS))
-    versions: tuple[VersionTotals, ...] = ()
     up: bool | None = None
     last_attempt: float = 0.0
     last_success: float = 0.0
-    last_result: RoundResult | None = None
     last_seconds: float = 0.0
-    recent: tuple[Round, ...] = ()
-    kept_failures: tuple[RoundFailure, ...] = ()
 
-    def begun(self, now: float) -> Journal:
-        """With a round that starts now."""
-        return replace(self, rounds=self.rounds + 1, last_attempt=now)
-
-    def after(self, outcome: Round) -> Journal:
-        """With the outcome of the round that had begun."""
-        journal = replace(
-            self._with_queries(outcome.queries),
-            round_seconds=self.round_seconds.observe(outcome.seconds),
+    def after(self, outcome: Round) -> PathTotals:
+        """With one more round, begun or left out."""
+        totals = self._with_queries(outcome.queries)
+        if isinstance(outcome, RoundSkipped):
+            return replace(totals, skips=_increased(self.skips, outcome.reason))
+        totals = replace(
+            totals,
+            rounds=self.rounds + 1,
+            last_attempt=outcome.started,
             last_seconds=outcome.seconds,
-            recent=(*self.recent, outcome)[-RECENT:],
+            round_seconds=self.round_seconds.observe(outcome.seconds),
         )
-        if isinstance(outcome, RoundFailure):
-            return replace(
-                journal,
-                failures=_increased(self.failures, outcome.reason),
-                # Only silence is an outage: nonsense and refusals are answers, and our own bugs say nothing about it.
-                up=self.up if outcome.reason == "internal" else outcome.reason not in ("unavailable", "timeout"),
-                kept_failures=(*self.kept_failures, outcome)[-KEPT_FAILURES:],
-            )
-        old = {totals.version: totals for totals in self.versions}
-        newest = old.pop(outcome.version, VersionTotals(outcome.version)).after(outcome)
-        return replace(
-            journal,
-            versions=(*old.values(), newest)[-VERSIONS:],
-            up=True,
-            last_success=outcome.started + outcome.seconds,
-            last_result=outcome,
-        )
+        if isinstance(outcome, RoundResult):
+            return replace(totals, up=True, last_success=outcome.started + outcome.seconds)
+        # Nonsense and refusals are answers, and our own bugs say nothing about the server.
+        up = self.up if outcome.reason == "internal" else outcome.reason not in OUTAGES
+        return replace(totals, up=up, failures=_increased(self.failures, outcome.reason))
 
-    @property
-    def history(self) -> tuple[Round, ...]:
-        """The recent rounds and the failures before them, oldest first."""
-        recent = {outcome.number for outcome in self.recent}
-        return (*(failure for failure in self.kept_failures if failure.number not in recent), *self.recent)
-
-    def _with_queries(self, queries: tuple[Query, ...]) -> Journal:
+    def _with_queries(self, queries: tuple[Query, ...]) -> PathTotals:
         seconds, failures = self.query_seconds, self.query_failures
         for query in queries:
             seconds = seconds.observe(query.seconds)
@@ -142,6 +190,66 @@ class Journal:
             query_seconds=seconds,
             query_failures=failures,
         )
+
+
+@dataclass(frozen=True)
+class Point:
+    """Of the page's curve: live worst case after a round, with its bounds. time: unix seconds."""
+
+    time: float
+    version: str
+    value: float
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Journal:
+    """limit: of bounds, see bounds.limit. last: the newest result through Triton."""
+
+    limit: float
+    paths: Mapping[str, PathTotals] = field(default_factory=lambda: dict.fromkeys(PATHS, PathTotals()))
+    versions: tuple[VersionTotals, ...] = ()
+    recent: tuple[Round, ...] = ()
+    kept_failures: tuple[RoundFailure, ...] = ()
+    examples: tuple[Example, ...] = ()
+    points: tuple[Point, ...] = ()
+
+    def after(self, outcome: Round) -> Journal:
+        """With one more round."""
+        journal = replace(
+            self,
+            paths={**self.paths, outcome.via: self.paths[outcome.via].after(outcome)},
+            recent=(*self.recent, outcome)[-RECENT:],
+        )
+        if isinstance(outcome, RoundSkipped):
+            return journal
+        if isinstance(outcome, RoundFailure):
+            return replace(journal, kept_failures=(*self.kept_failures, outcome)[-KEPT_FAILURES:])
+        old = {totals.version: totals for totals in self.versions}
+        newest = old.pop(outcome.version, VersionTotals(outcome.version)).after(outcome, self.limit)
+        journal = replace(
+            journal,
+            versions=(*old.values(), newest)[-VERSIONS:],
+            examples=(*self.examples, *outcome.examples)[-KEPT_EXAMPLES:],
+        )
+        if outcome.via != TRITON:
+            return journal
+        bounds = newest.bounds["worst_case"]
+        point = Point(outcome.started, outcome.version, newest.lately("worst_case").value, bounds.lower, bounds.upper)
+        return replace(journal, points=(*self.points, point)[-POINTS:])
+
+    @property
+    def current(self) -> VersionTotals | None:
+        """Of the version that answered last; None before the first result."""
+        return self.versions[-1] if self.versions else None
+
+    @property
+    def history(self) -> tuple[Round, ...]:
+        """The recent rounds and the failures before them, oldest first."""
+        recent = {(outcome.via, outcome.number) for outcome in self.recent}
+        kept = (one for one in self.kept_failures if (one.via, one.number) not in recent)
+        return (*kept, *self.recent)
 
 
 def _increased(counts: Mapping[str, int], key: str) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""The journal as Prometheus metrics: one collector that translates a snapshot at each scrape.
+"""What a sidecar knows as Prometheus metrics: one collector that translates a snapshot at each scrape.
 
 Labels come from closed sets: names of the configuration, reasons, states, and the last two served versions.
 """
@@ -18,17 +18,24 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from monitoring.journal import AttackTotals, Histogram, Journal
-from monitoring.release import STATES, Attested
+from monitoring.budget import Budget
+from monitoring.journal import AttackTotals, Histogram, Journal, VersionTotals
+from monitoring.losses import LOSSES
+from monitoring.mitigation import ACTIONS, OUTCOMES
+from monitoring.release import STATES, Attested, Release
 from robustness.statistics import Share
 
-BOUND = "Upper bound of robust accuracy: the attack knows only surrogates."
+BOUND = "Upper bound of robust accuracy: the attack does not know the weights."
+ANYTIME = "wrong at most once in 100 months with all others together, however often one looks, 0 to 1."
 Labels = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class AttackInfo:
-    """An attack's definition. surrogate: names of the runs; params_sha256: of all that fixes what it does."""
+    """An attack's definition. steps: or queries an image; surrogate: names of the runs, "" for a search by queries.
+
+    params_sha256: of all that fixes what it does.
+    """
 
     name: str
     steps: int
@@ -38,7 +45,10 @@ class AttackInfo:
 
 @dataclass(frozen=True)
 class Identity:
-    """What does not change while a watch runs. version, revision: of this program; epsilon such as `8/255`."""
+    """What does not change while a watch runs. version, revision: of this program; epsilon such as `8/255`.
+
+    interval_seconds: planned between rounds, by path.
+    """
 
     version: str
     revision: str
@@ -46,23 +56,40 @@ class Identity:
     norm: str
     epsilon: str
     attacks: tuple[AttackInfo, ...]
-    release: Attested | None = None
+    surrogates_sha256: str
+    interval_seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a sidecar knows at one moment. releases, losses: by version; mitigations: by (action, outcome)."""
+
+    journal: Journal
+    releases: Mapping[str, Release]
+    losses: Mapping[str, frozenset[str]]
+    budget: Budget
+    paused: bool = False
+    low_priority: bool = False
+    prepared: int = 0
+    record_failures: int = 0
+    mitigations: Mapping[tuple[str, str], int] | None = None
 
 
 class RoundsCollector(Collector):
-    """Metrics of the journal that `read` returns at that moment."""
+    """Metrics of what `read` returns at that moment."""
 
-    def __init__(self, identity: Identity, read: Callable[[], Journal]) -> None:
+    def __init__(self, identity: Identity, read: Callable[[], Snapshot]) -> None:
         self._identity, self._read = identity, read
 
     def collect(self) -> Iterator[Metric]:
-        journal = self._read()
+        now = self._read()
         yield from _about(self._identity)
-        yield from _gate(self._identity)
-        yield from _probing(self._identity, journal)
-        yield from _clean(self._identity, journal)
-        yield from _attacks(self._identity, journal)
-        yield from _last_round(self._identity, journal)
+        yield from _gate(self._identity, now)
+        yield from _paths(self._identity, now.journal)
+        yield from _manners(self._identity, now)
+        yield from _counted(self._identity, now.journal)
+        yield from _replayed(self._identity, now.journal)
+        yield from _live(self._identity, now)
 
 
 def _about(identity: Identity) -> Iterator[Metric]:
@@ -81,72 +108,143 @@ def _about(identity: Identity) -> Iterator[Metric]:
     yield _info("robustness_attack", "What stands behind the label attack; epsilon in units of [0, 1].", definitions)
 
 
-def _gate(identity: Identity) -> Iterator[Metric]:
-    release, model = identity.release, {"model": identity.model}
-    state = release.state if release else "missing"
+def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
+    """What the gate said of the versions that answered."""
+    found = [({"model": identity.model, "version": v}, release) for v, release in now.releases.items()]
     yield _gauge(
         "robustness_gate_state",
-        "1 for the verdict in the evidence this watch was given; missing where it was given none.",
-        [({**model, "state": name}, float(name == state)) for name in STATES],
+        "1 for the state of the evidence for this version: the gate's verdict, or why there is none that holds.",
+        [({**labels, "state": name}, float(name == one.state)) for labels, one in found for name in STATES],
     )
-    if release is None:
-        return
-    ball = {**model, "norm": release.norm, "epsilon": release.epsilon}
     yield _gauge(
-        "robustness_gate_evaluated_timestamp_seconds", "When the gate ran, unix time.", [(model, release.evaluated)]
+        "robustness_gate_verified",
+        "1 if trusted keys say that these bytes passed, and it has not expired.",
+        [(labels, float(release.verified)) for labels, release in found],
     )
-    if release.robust_threshold is not None:
-        yield _gauge(
-            "robustness_gate_threshold_ratio",
-            "Robust accuracy that the gate's policy asks for, 0 to 1.",
-            [(ball, release.robust_threshold)],
-        )
-    if release.clean_threshold is not None:
-        yield _gauge(
-            "robustness_gate_clean_threshold_ratio",
-            "Clean accuracy that the gate's policy asks for, 0 to 1.",
-            [(model, release.clean_threshold)],
-        )
-    yield from _shares(
+    yield _gauge(
+        "robustness_gate_expires_timestamp_seconds",
+        "Until when the attestation holds, unix time.",
+        [(labels, release.expires) for labels, release in found if release.expires is not None],
+    )
+    gated = [(labels, release.attested) for labels, release in found if release.attested is not None]
+    yield _info(
+        "robustness_target",
+        "What should answer under this version, as it was promoted.",
+        [{**labels, "sha256": one.model_sha256, "policy_sha256": one.policy_sha256} for labels, one in gated],
+    )
+    yield _gauge(
+        "robustness_gate_evaluated_timestamp_seconds",
+        "When the gate ran, unix time.",
+        [(labels, one.evaluated) for labels, one in gated],
+    )
+    yield _gauge(
+        "robustness_gate_threshold_ratio",
+        "Robust accuracy that the gate's policy asks for, 0 to 1.",
+        [(labels | _its_ball(one), one.robust_threshold) for labels, one in gated if one.robust_threshold is not None],
+    )
+    yield _gauge(
+        "robustness_gate_clean_threshold_ratio",
+        "Clean accuracy that the gate's policy asks for, 0 to 1.",
+        [(labels, one.clean_threshold) for labels, one in gated if one.clean_threshold is not None],
+    )
+    yield from _attested(
         "robustness_gate_accuracy",
         "Robust accuracy that the gate measured with the model's own gradients, worst case per image",
-        [(ball, release.robust)],
+        [(labels | _its_ball(one), one.robust) for labels, one in gated],
     )
-    yield from _shares(
-        "robustness_gate_clean_accuracy", "Clean accuracy that the gate measured", [(model, release.clean)]
+    yield from _attested(
+        "robustness_gate_clean_accuracy",
+        "Clean accuracy that the gate measured",
+        [(labels, one.clean) for labels, one in gated],
+    )
+    yield from _attested(
+        "robustness_gate_transfer_accuracy",
+        "Accuracy that the gate measured under this attack, crafted on the surrogates of this watch",
+        [
+            (labels | _its_ball(one) | {"attack": attack}, share)
+            for labels, one in gated
+            for (source, attack), share in one.transfer.items()
+            if source == identity.surrogates_sha256
+        ],
     )
 
 
-def _probing(identity: Identity, journal: Journal) -> Iterator[Metric]:
-    model = {"model": identity.model}
-    up = [] if journal.up is None else [(model, float(journal.up))]
-    yield _gauge("robustness_target_up", "1 if the endpoint answered the last round, else 0.", up)
-    for name, documentation, total in (
-        ("rounds", "Rounds started.", journal.rounds),
-        ("queries", "Inference requests sent.", journal.queries),
-        ("images", "Images sent: the load that probing adds.", journal.images),
+def _paths(identity: Identity, journal: Journal) -> Iterator[Metric]:
+    """Rounds, requests and times, by the way they went."""
+    paths = [({"model": identity.model, "via": via}, journal.paths[via]) for via in identity.interval_seconds]
+    yield _gauge(
+        "robustness_target_up",
+        "1 if the model answered the last round, else 0.",
+        [(labels, float(path.up)) for labels, path in paths if path.up is not None],
+    )
+    yield _gauge(
+        "robustness_probe_interval_seconds",
+        "Planned time between two rounds.",
+        [({"model": identity.model, "via": via}, seconds) for via, seconds in identity.interval_seconds.items()],
+    )
+    for name, documentation in (
+        ("rounds", "Rounds begun."),
+        ("queries", "Inference requests sent."),
+        ("images", "Images sent: the load that probing adds."),
     ):
-        yield _counter(f"robustness_probe_{name}", documentation, [(model, total)])
-    for name, documentation, totals in (
-        ("round_failures", "Rounds without figures, by reason.", journal.failures),
-        ("query_failures", "Inference requests without a usable answer, by reason.", journal.query_failures),
+        yield _counter(
+            f"robustness_probe_{name}", documentation, [(labels, getattr(path, name)) for labels, path in paths]
+        )
+    for name, field, documentation in (
+        ("round_failures", "failures", "Rounds without figures, by reason."),
+        ("rounds_skipped", "skips", "Rounds left out or broken off without an opinion, by reason."),
+        ("query_failures", "query_failures", "Inference requests without a usable answer, by reason."),
     ):
-        rows = [({**model, "reason": reason}, count) for reason, count in totals.items()]
+        rows = [
+            ({**labels, "reason": reason}, count)
+            for labels, path in paths
+            for reason, count in getattr(path, field).items()
+        ]
         yield _counter(f"robustness_probe_{name}", documentation, rows)
-    for name, documentation, histogram in (
-        ("query_duration", "Time of an inference request seen from here, failed ones too.", journal.query_seconds),
-        ("round_duration", "Time of a whole round with crafting, failed ones too.", journal.round_seconds),
+    for name, field, documentation in (
+        ("query_duration", "query_seconds", "Time of an inference request seen from here, failed ones too."),
+        ("round_duration", "round_seconds", "Time of a whole round, failed ones too."),
     ):
-        yield _histogram(f"robustness_probe_{name}_seconds", f"{documentation} In seconds.", model, histogram)
+        histograms = [(labels, getattr(path, field)) for labels, path in paths]
+        yield _histogram(f"robustness_probe_{name}_seconds", f"{documentation} In seconds.", histograms)
+    for name, field, documentation in (
+        ("last_round_duration_seconds", "last_seconds", "Time of the last finished round in seconds."),
+        ("last_success_timestamp_seconds", "last_success", "End of the last successful round, unix time."),
+        ("last_attempt_timestamp_seconds", "last_attempt", "Start of the last round, unix time."),
+    ):
+        yield _gauge(
+            f"robustness_probe_{name}", documentation, [(labels, getattr(path, field)) for labels, path in paths]
+        )
+
+
+def _manners(identity: Identity, now: Snapshot) -> Iterator[Metric]:
+    model, budget = {"model": identity.model}, now.budget
     for name, documentation, value in (
-        ("last_round_duration_seconds", "Time of the last finished round in seconds.", journal.last_seconds),
-        ("last_success_timestamp_seconds", "End of the last successful round, unix time.", journal.last_success),
-        ("last_attempt_timestamp_seconds", "Start of the last round, unix time.", journal.last_attempt),
+        ("query_budget", "Images that may be asked about in a window.", budget.images),
+        ("query_budget_used", "Images asked about in this window.", budget.used),
+        ("query_budget_window_seconds", "Length of a window.", budget.window_seconds),
+        ("paused", "1 while the kill switch is on.", now.paused),
+        (
+            "low_priority",
+            "1 if the server lets users overtake probes; 0 if the budget alone keeps them small.",
+            now.low_priority,
+        ),
+        ("prepared_rounds", "Rounds whose adversarial images lie ready.", now.prepared),
     ):
-        yield _gauge(f"robustness_probe_{name}", documentation, [(model, value)])
+        yield _gauge(f"robustness_probe_{name}", documentation, [(model, float(value))])
+    yield _counter(
+        "robustness_probe_record_failures", "Rounds that could not be written to disk.", [(model, now.record_failures)]
+    )
+    done = now.mitigations or {}
+    rows = [
+        ({**model, "action": action, "outcome": outcome}, done.get((action, outcome), 0))
+        for action in ACTIONS
+        for outcome in OUTCOMES
+    ]
+    yield _counter("robustness_mitigations", "What was done about proven losses.", rows)
 
 
-def _clean(identity: Identity, journal: Journal) -> Iterator[Metric]:
+def _counted(identity: Identity, journal: Journal) -> Iterator[Metric]:
     rows = [({"model": identity.model, "version": totals.version}, totals) for totals in journal.versions]
     for name, documentation in {
         "samples": "Clean images sent in whole rounds.",
@@ -154,10 +252,7 @@ def _clean(identity: Identity, journal: Journal) -> Iterator[Metric]:
     }.items():
         counts = [(labels, getattr(totals, name)) for labels, totals in rows]
         yield _counter(f"robustness_clean_{name}", documentation, counts)
-
-
-def _attacks(identity: Identity, journal: Journal) -> Iterator[Metric]:
-    rows = [
+    attacks = [
         (_ball(identity, totals.version) | {"attack": attack.name}, totals.attacks.get(attack.name, AttackTotals()))
         for totals in journal.versions
         for attack in identity.attacks
@@ -167,45 +262,81 @@ def _attacks(identity: Identity, journal: Journal) -> Iterator[Metric]:
         "correct": f"Images that were right before and after the attack. {BOUND}",
         "attempts": "Images attacked: those that were right before.",
         "successes": "Images that the attack flipped.",
+        "queries": "Questions asked about images: one an image for transfer, many for a search.",
     }.items():
-        counts = [(labels, getattr(totals, name)) for labels, totals in rows]
-        yield _counter(f"robustness_attack_{name}", documentation, counts)
+        yield _counter(
+            f"robustness_attack_{name}", documentation, [(labels, getattr(totals, name)) for labels, totals in attacks]
+        )
 
 
-def _last_round(identity: Identity, journal: Journal) -> Iterator[Metric]:
-    """Gauges of the last successful round; nothing before it."""
-    result = journal.last_result
-    if result is None:
-        return
-    ball = _ball(identity, result.version)
-    attacks = [(ball | {"attack": attack.name}, attack) for attack in result.attacks]
-    yield from _shares(
+def _replayed(identity: Identity, journal: Journal) -> Iterator[Metric]:
+    rows = [({"model": identity.model, "version": totals.version}, totals) for totals in journal.versions]
+    seen = [(labels, totals) for labels, totals in rows if totals.integrity is not None]
+    yield _counter(
+        "robustness_replay_samples",
+        "The gate's images asked about again.",
+        [(labels, totals.replayed) for labels, totals in rows],
+    )
+    yield _counter(
+        "robustness_replay_mismatches",
+        "Of these, how many got other logits than the gate recorded.",
+        [(labels, totals.mismatches) for labels, totals in rows],
+    )
+    yield _gauge(
+        "robustness_replay_difference_ratio",
+        "Largest difference of a replayed logit in the last round, in units of what is tolerated: 1 is the limit.",
+        [(labels, totals.difference) for labels, totals in seen],
+    )
+    yield _gauge(
+        "robustness_target_integrity",
+        "1 if every replayed answer of the last round was the one that the gate recorded.",
+        [(labels, float(bool(totals.integrity))) for labels, totals in seen],
+    )
+
+
+def _live(identity: Identity, now: Snapshot) -> Iterator[Metric]:
+    """Shares of recent rounds, and what all rounds prove."""
+    versions = now.journal.versions
+    yield from _bounded(
         "robustness_clean_accuracy",
-        "Clean accuracy in the last successful round",
-        [({"model": identity.model, "version": result.version}, result.clean)],
+        "Clean accuracy in recent rounds",
+        [({"model": identity.model, "version": totals.version}, totals, "clean") for totals in versions],
     )
-    yield from _shares(
+    yield from _bounded(
         "robustness_robust_accuracy",
-        "Accuracy under this transfer attack in the last successful round",
-        [(labels, result.under(attack)) for labels, attack in attacks],
+        "Accuracy under this attack in recent rounds",
+        [
+            (_ball(identity, totals.version) | {"attack": attack.name}, totals, attack.name)
+            for totals in versions
+            for attack in identity.attacks
+        ],
         BOUND,
     )
-    yield from _shares(
+    yield from _bounded(
         "robustness_worst_case_accuracy",
-        "Share of images that are right and that no attack of the last successful round flipped",
-        [(ball, result.worst_case)],
+        "Share of images of recent rounds that are right and that no transfer attack flipped",
+        [(_ball(identity, totals.version), totals, "worst_case") for totals in versions],
         BOUND,
     )
-    attempts = sum(result.correct)
+    rates = [
+        (_ball(identity, totals.version) | {"attack": attack.name}, totals.success(attack.name))
+        for totals in versions
+        for attack in identity.attacks
+    ]
     yield _gauge(
         "robustness_attack_success_ratio",
-        "Share of clean-correct images that the attack flipped in the last successful round, 0 to 1. Lower bound.",
-        [(labels, 1 - sum(attack.held) / attempts) for labels, attack in attacks if attempts],
+        "Share of clean-correct images that the attack flipped in recent rounds, 0 to 1. Lower bound.",
+        [(labels, rate) for labels, rate in rates if rate is not None],
     )
     yield _gauge(
-        "robustness_round_samples",
-        "Images of the last successful round.",
-        [(labels, len(attack.held)) for labels, attack in attacks],
+        "robustness_loss_proven",
+        "1 if this loss is a fact, or shown by bounds that are wrong once in 100 months.",
+        [
+            ({"model": identity.model, "version": totals.version, "reason": reason}, float(reason in lost))
+            for totals in versions
+            for lost in [now.losses.get(totals.version, frozenset())]
+            for reason in LOSSES
+        ],
     )
 
 
@@ -213,14 +344,28 @@ def _ball(identity: Identity, version: str) -> dict[str, str]:
     return {"model": identity.model, "version": version, "norm": identity.norm, "epsilon": identity.epsilon}
 
 
-def _shares(name: str, documentation: str, rows: Iterable[tuple[Labels, Share]], remark: str = "") -> Iterator[Metric]:
+def _its_ball(attested: Attested) -> dict[str, str]:
+    return {"norm": attested.norm, "epsilon": attested.epsilon}
+
+
+def _bounded(
+    name: str, documentation: str, rows: Iterable[tuple[Labels, VersionTotals, str]], remark: str = ""
+) -> Iterator[Metric]:
     """Three metrics, as a label for the bound would make sums meaningless."""
+    known = [(labels, totals.lately(of).value, totals.bounds[of]) for labels, totals, of in rows if of in totals.bounds]
+    yield _gauge(
+        f"{name}_ratio", f"{documentation}, 0 to 1. {remark}".strip(), [(labels, value) for labels, value, _ in known]
+    )
+    yield _gauge(f"{name}_lower_ratio", f"It is no lower now: {ANYTIME}", [(row, one.lower) for row, _, one in known])
+    yield _gauge(f"{name}_upper_ratio", f"It is no higher now: {ANYTIME}", [(row, one.upper) for row, _, one in known])
+
+
+def _attested(name: str, documentation: str, rows: Iterable[tuple[Labels, Share]]) -> Iterator[Metric]:
+    """The gate's figures, with the exact 95 % interval of their images."""
     rows = list(rows)
     bounds = [(labels, *share.bounds) for labels, share in rows]
     of = f"of {name}_ratio, exact 95 % (Clopper-Pearson), 0 to 1."
-    yield _gauge(
-        f"{name}_ratio", f"{documentation}, 0 to 1. {remark}".strip(), [(labels, share.value) for labels, share in rows]
-    )
+    yield _gauge(f"{name}_ratio", f"{documentation}, 0 to 1.", [(labels, share.value) for labels, share in rows])
     yield _gauge(f"{name}_lower_ratio", f"Lower bound {of}", [(labels, lower) for labels, lower, _ in bounds])
     yield _gauge(f"{name}_upper_ratio", f"Upper bound {of}", [(labels, upper) for labels, _, upper in bounds])
 
@@ -237,11 +382,12 @@ def _info(name: str, documentation: str, rows: Iterable[Labels]) -> Metric:
     return _filled(InfoMetricFamily(name, documentation), f"{name}_info", [(labels, 1) for labels in rows])
 
 
-def _histogram(name: str, documentation: str, labels: Labels, histogram: Histogram) -> Metric:
-    family = HistogramMetricFamily(name, documentation, labels=list(labels))
-    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-    buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
-    family.add_metric(list(labels.values()), buckets, histogram.sum)
+def _histogram(name: str, documentation: str, rows: Iterable[tuple[Labels, Histogram]]) -> Metric:
+    family = HistogramMetricFamily(name, documentation, labels=["model", "via"])
+    for labels, histogram in rows:
+        bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        family.add_metric(list(labels.values()), buckets, histogram.sum)
     return family
 
 

@@ -1,33 +1,213 @@
-"""One small page for a human who opens the sidecar in a browser."""
+"""The page for a human who opens the sidecar in a browser: one file, no script, readable without the network."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from monitoring.rounds import Round, RoundResult
+import numpy as np
+from PIL import Image
+
+from monitoring.journal import Journal, Point, VersionTotals
+from monitoring.metrics import Identity, Snapshot
+from monitoring.release import Release
+from monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
+from robustness.data import Bytes
 
 LINKS = {"/metrics": "for Prometheus", "/rounds.json": "the rounds below, per image", "/-/healthy": "liveness"}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 44, 14, 12, 30
+SIDE = 64  # pixels of an example
+AMPLIFIED = 8
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1f24;--paper:#fff;--soft:#667;--line:#0b62c4;--band:#0b62c433;--bad:#b3261e;
+--good:#156f3b;--rule:#8886}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8eb;--paper:#15181c;--soft:#9aa3ad;--line:#6cb0ff;--band:#6cb0ff33;
+--bad:#ff8a80;--good:#7bd69a}}
+body{font:16px/1.45 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em;color:var(--ink);
+background:var(--paper)}h1{font-size:1.3em}h2{font-size:1.05em;margin-top:2em}
+.verdict{font-size:1.25em;font-weight:600;padding:.6em .8em;border-left:.4em solid var(--soft);margin:1em 0}
+.verdict.bad{border-color:var(--bad);color:var(--bad)}.verdict.good{border-color:var(--good)}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
+td,th{padding:.25em 1.2em .25em 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
+tr.failed td{color:var(--bad)}tr.skipped td{color:var(--soft)}p,figcaption,small{color:var(--soft)}
+svg{width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}.band{fill:var(--band)}
+.curve{fill:none;stroke:var(--line);stroke-width:2}.axis{stroke:var(--rule)}
+.asked{stroke:var(--bad);stroke-dasharray:6 4}.gated{stroke:var(--soft);stroke-dasharray:2 4}
+.examples{display:flex;flex-wrap:wrap;gap:1.2em}figure{margin:0}
+figure img{width:64px;height:64px;image-rendering:pixelated}
+"""
 
 
-def render(target: str, history: Sequence[Round]) -> str:
-    """HTML: the links, the target, and the rounds of the history, newest first."""
-    links = "".join(f'<li><a href="{path}">{path}</a> {escape(what)}</li>' for path, what in LINKS.items())
-    rows = "".join(_row(outcome) for outcome in reversed(history)) or '<tr><td colspan="4">none yet</td></tr>'
+def render(target: str, identity: Identity, now: Snapshot) -> str:
+    """HTML: what is known of the version that answers, how it came to be known, and the rounds, newest first."""
+    journal = now.journal
+    links = " · ".join(f'<a href="{path}">{path}</a> {escape(what)}' for path, what in LINKS.items())
+    parts = [
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f'<title>dfmcl watch</title><link rel="icon" href="data:,"><style>{STYLE}</style>',
+        f"<h1>{escape(target)}</h1>",
+        "<p>Attacked round after round by somebody who does not know its weights. What is found is an upper bound of "
+        "robust accuracy: the gate, which knows them, finds less.</p>",
+        _state(identity, now),
+    ]
+    if journal.current is not None:
+        release = now.releases.get(journal.current.version, Release())
+        parts += [_figures(identity, journal.current, release), _curve(journal, release), _examples(journal.examples)]
+    rows = "".join(_row(outcome) for outcome in reversed(journal.history)) or '<tr><td colspan="5">none yet</td></tr>'
+    parts += [
+        "<h2>Rounds</h2><p>Failures stay longer than successes.</p>",
+        '<div class="scroll"><table><tr><th>round<th>by<th>begun (UTC)<th>outcome<th>what was found</tr>',
+        f"{rows}</table></div><p>{links}</p></html>\n",
+    ]
+    return "".join(parts)
+
+
+def _state(identity: Identity, now: Snapshot) -> str:
+    """One sentence that answers the question for which the page was opened."""
+    totals = now.journal.current
+    if totals is None:
+        return '<p class="verdict">No round has been measured yet.</p>'
+    lost = sorted(now.losses.get(totals.version, ()))
+    release = now.releases.get(totals.version, Release())
+    why = f": {escape(release.why)}" if release.why else ""
+    if lost:
+        kind, text = "bad", f"Robustness is lost for certain: {', '.join(lost)}."
+    elif release.state != "passed":
+        kind, text = "bad", f"What answers has not passed the gate: {release.state}{why}."
+    elif now.paused:
+        kind, text = "", "Paused: the kill switch is on, and nothing is known of now."
+    else:
+        kind, text = "good", "Nothing speaks against what the gate found."
+    signed = "signature verified" if release.verified else "signature not verified"
+    return f'<p class="verdict {kind}">Version {escape(totals.version)}. {text} <small>({signed})</small></p>'
+
+
+def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str:
+    attested = release.attested
+    gated: dict[str, str] = {}
+    if attested is not None:
+        gated = {
+            attack: str(one)
+            for (source, attack), one in attested.transfer.items()
+            if source == identity.surrogates_sha256
+        }
+        gated["clean"] = str(attested.clean) + _asked(attested.clean_threshold)
+        gated["worst_case"] = f"{attested.robust}, with the weights{_asked(attested.robust_threshold)}"
+    names = {"clean": "clean", "worst_case": f"worst case, {identity.norm} {identity.epsilon}"}
+    names |= {
+        attack.name: f"{attack.name} {'transfer' if attack.surrogate else 'query'}" for attack in identity.attacks
+    }
+    rows = [
+        f"<tr><td>{escape(name)}<td>{_percent(totals.lately(of).value)}<td>{_percent(totals.bounds[of].lower)} to "
+        f"{_percent(totals.bounds[of].upper)}<td>{escape(gated.get(of, 'not recorded'))}</tr>"
+        for of, name in names.items()
+        if of in totals.bounds
+    ]
+    replayed = (
+        f"<p>Of the gate's images {totals.replayed - totals.mismatches} of {totals.replayed} were answered as there; "
+        f"largest difference in the last round {totals.difference:.2g} of what is tolerated.</p>"
+        if totals.integrity is not None
+        else "<p>Nothing is replayed: there is no evidence with the gate's answers.</p>"
+    )
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>dfmcl watch</title>'
-        "<style>body{font:16px sans-serif;margin:2em}td,th{padding:.2em 1em .2em 0;text-align:left}"
-        "tr.failed{color:#b00}</style>"
-        f"<h1>dfmcl watch</h1><p>Attacks {escape(target)} with adversarial images crafted on surrogates. "
-        f"The accuracies are upper bounds of robust accuracy.</p><ul>{links}</ul>"
-        "<h2>Last rounds</h2><table><tr><th>round<th>started (UTC)<th>outcome<th>what was found</tr>"
-        f"{rows}</table></html>\n"
+        '<h2>Accuracy</h2><div class="scroll"><table><tr><th><th>live, recent rounds<th>proven now'
+        f"<th>at the gate [95 %]</tr>{''.join(rows)}</table></div>{replayed}"
     )
 
 
+def _asked(threshold: float | None) -> str:
+    return "" if threshold is None else f", asked for {_percent(threshold)}"
+
+
+def _curve(journal: Journal, release: Release) -> str:
+    """Live worst case over time with its bounds, the policy's threshold and the gate's own figure."""
+    points = journal.points
+    if len(points) < 2:
+        return ""
+    first, span = points[0].time, max(points[-1].time - points[0].time, 1e-9)
+
+    def x(point: Point) -> float:
+        return round(LEFT + (WIDTH - LEFT - RIGHT) * min(max((point.time - first) / span, 0.0), 1.0), 1)
+
+    def y(share: float) -> float:
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - share), 1)
+
+    def line(kind: str, share: float, text: str) -> str:
+        return (
+            f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share)}" y2="{y(share)}"/>'
+            f'<text x="{WIDTH - RIGHT}" y="{y(share) - 4}" text-anchor="end">{escape(text)}</text>'
+        )
+
+    around = [*((x(p), y(p.upper)) for p in points), *((x(p), y(p.lower)) for p in reversed(points))]
+    parts = [
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(s)}" y2="{y(s)}"/>'
+        f'<text x="{LEFT - 6}" y="{y(s) + 4}" text-anchor="end">{round(100 * s)}</text>'
+        for s in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    parts.append(f'<polygon class="band" points="{_joined(around)}"/>')
+    parts.append(f'<polyline class="curve" points="{_joined([(x(p), y(p.value)) for p in points])}"/>')
+    if (attested := release.attested) is not None:
+        if attested.robust_threshold is not None:
+            parts.append(line("asked", attested.robust_threshold, "the policy's threshold"))
+        parts.append(line("gated", attested.robust.value, "the gate, with the weights"))
+    times = [(LEFT, "start", points[0]), (WIDTH - RIGHT, "end", points[-1])]
+    parts += [f'<text x="{at}" y="{HEIGHT - 8}" text-anchor="{how}">{_date(p.time)}</text>' for at, how, p in times]
+    return (
+        '<h2>Worst case over time, %</h2><figure><svg viewBox="0 0 '
+        f'{WIDTH} {HEIGHT}" role="img" aria-label="worst case over time">{"".join(parts)}</svg><figcaption>'
+        "An upper bound of robust accuracy. Line: recent rounds; band: what all rounds prove of now."
+        "</figcaption></figure>"
+    )
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    shown = "".join(
+        f"<figure>{_img(one.image)} {_img(one.adversarial)} {_img(_difference(one))}<figcaption>{escape(one.attack)}: "
+        f"class {one.label} taken for {one.answer if one.answer >= 0 else 'another'}</figcaption></figure>"
+        for one in reversed(examples)
+    )
+    return (
+        "<h2>What got through</h2><p>An image that was right, the version that was not, and "
+        f'{AMPLIFIED} times their difference.</p><div class="examples">{shown}</div>'
+    )
+
+
+def _difference(one: Example) -> Bytes:
+    moved = one.adversarial.astype(np.int16) - one.image
+    shown: Bytes = np.clip(128 + AMPLIFIED * moved, 0, 255).astype(np.uint8)
+    return shown
+
+
+def _img(image: Bytes) -> str:
+    buffer = io.BytesIO()
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    picture.thumbnail((4 * SIDE, 4 * SIDE))
+    picture.save(buffer, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
 def _row(outcome: Round) -> str:
-    label = "measured" if isinstance(outcome, RoundResult) else "failed"
-    started = datetime.fromtimestamp(outcome.started, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    label = "measured" if isinstance(outcome, RoundResult) else "skipped"
+    if isinstance(outcome, RoundFailure):
+        label = "failed"
     _, _, found = str(outcome).partition(": ")
-    return f'<tr class="{label}"><td>{outcome.number}<td>{started}<td>{label}<td>{escape(found)}</tr>'
+    by = "gateway" if outcome.via == GATEWAY else "gRPC"
+    begun = _date(outcome.started)
+    return f'<tr class="{label}"><td>{outcome.number}<td>{by}<td>{begun}<td>{label}<td>{escape(found)}</tr>'
+
+
+def _joined(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x},{y}" for x, y in points)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

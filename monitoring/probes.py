@@ -1,4 +1,4 @@
-"""What can be asked of a live endpoint: one function type, one dict. The round owns time, counting and judgement."""
+"""What can be asked of a live endpoint: one function type, one dict. The endpoint's frame owns time and counting."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from monitoring.endpoint import Logits
 from robustness.attacks import ATTACKS, Attack, Model
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
@@ -16,6 +18,7 @@ from robustness.geometry import contains_uint8, to_uint8
 from robustness.models import to_bytes, to_float
 from robustness.seeds import generator
 from robustness.threat import Threat
+from robustness.trial import Trial
 
 # What an attack needs to transfer: its last iterate; one that fools the surrogate early says little about the target.
 TRANSFERABLE: dict[str, dict[str, Any]] = {
@@ -25,69 +28,134 @@ TRANSFERABLE: dict[str, dict[str, Any]] = {
     "mi-fgsm": {"steps": 10, "keep": "last"},
     "di-fgsm": {"steps": 10, "keep": "last"},
     "ti-fgsm": {"steps": 10, "keep": "last"},
-    "vmi-fgsm": {"steps": 10, "keep": "last"},  # 190 passes of the surrogates an image, the others 10
+    "vmi-fgsm": {"steps": 10, "keep": "last"},  # 55 passes of the surrogates an image, the others 10
 }
-CRAFT_IMAGES = 64  # one backward pass of a wide ResNet-18 on 64 small images stays below 1 GB
+# What an outsider with nothing but answers can do: scores for one, labels for the other.
+BY_QUERIES = ("square", "rays")
+NEEDS_SCORES = ("square",)
 
-Ask = Callable[[Bytes], Labels]
-"""uint8 images (N, H, W, C) to the labels (N,) that the endpoint gives them."""
+Ask = Callable[[Bytes], Logits]
+"""uint8 images (N, H, W, C) to the logits (N, K) that the endpoint gives them."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a probe works with. images: uint8 (N, H, W, C); labels: (N,); source: the surrogate's logits."""
+    """What a probe works with. images: uint8 (N, H, W, C); labels: (N,); adversarial: crafted before, by attack."""
 
     images: Bytes
     labels: Labels
-    source: Model
     threat: Threat
     seed: int
     number: int
+    adversarial: dict[str, Bytes]
 
     def only(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Scene:
         """The scene with the chosen images."""
-        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+        crafted = {name: images[chosen] for name, images in self.adversarial.items()}
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], adversarial=crafted)
 
 
-Probe = Callable[[Scene, Attack, Ask], Labels]
-"""Ask the endpoint about a scene's images, changed by an attack or not; returns its labels (N,)."""
+@dataclass(frozen=True)
+class Found:
+    """What a probe saw, of N images: answers (N,), the bytes (N, H, W, C) they are about, and how often it asked."""
+
+    answers: Labels
+    images: Bytes
+    queries: int
+
+
+Probe = Callable[[Scene, Attack, Ask], Found]
+"""Ask the endpoint about a scene's images, changed by an attack or not."""
 
 NO_ATTACK = Attack("none", lambda model, x, y, threat, generator, trial: x)
 
 
-def clean(scene: Scene, attack: Attack, ask: Ask) -> Labels:
+def clean(scene: Scene, attack: Attack, ask: Ask) -> Found:
     """The images as they are."""
-    return ask(scene.images)
+    return Found(_labels(ask(scene.images)), scene.images, len(scene.images))
 
 
-def transfer(scene: Scene, attack: Attack, ask: Ask) -> Labels:
-    """Adversarial images crafted on the surrogates, each asked about once."""
-    return ask(craft(scene, attack))
+def transfer(scene: Scene, attack: Attack, ask: Ask) -> Found:
+    """Adversarial images that were crafted on the surrogates, each asked about once."""
+    images = scene.adversarial[attack.name]
+    return Found(_labels(ask(images)), images, len(images))
 
 
-PROBES: dict[str, Probe] = {"clean": clean, "transfer": transfer}
+def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
+    """Search by asking: one question per image and step while it holds, within the attack's own budget.
+
+    What counts is what was asked, bytes, and only inside the ball; attacks look outside of it too.
+    """
+    if not len(scene.images):
+        return Found(scene.labels, scene.images, 0)
+    x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
+    answers, shown = scene.labels.copy(), scene.images.copy()
+
+    def model(points: Tensor) -> Tensor:
+        return torch.from_numpy(ask(_bytes(points)))
+
+    def confirm(rows: Tensor, points: Tensor) -> Tensor:
+        asked = torch.from_numpy(_bytes(points)).permute(0, 3, 1, 2)
+        originals = (x[rows] * 255).round().to(torch.uint8)
+        inside: Tensor = contains_uint8(asked, originals, scene.threat)
+        shown[rows[inside].numpy()] = _bytes(points[inside])
+        return inside
+
+    trial = Trial(y, confirm)
+    stream = generator(scene.seed, attack.name, scene.number)
+    attack(model, x, y, scene.threat, generator=stream, trial=trial)
+    answers[trial.fooled.numpy()] = -1  # some other class: which one, nobody kept
+    return Found(answers, shown, int(trial.forward.sum()))
 
 
-def craft(scene: Scene, attack: Attack) -> Bytes:
-    """Adversarial bytes (N, H, W, C) inside the ball; what an attack leaves outside is sent as the image it was."""
-    crafted = scene.images.copy()
-    for chunk, begin in enumerate(range(0, len(crafted), CRAFT_IMAGES)):
-        part = slice(begin, begin + CRAFT_IMAGES)
-        x, y = to_float(torch.from_numpy(scene.images[part])), torch.from_numpy(scene.labels[part])
-        stream = generator(scene.seed, attack.name, scene.number, chunk)
-        x_adv = attack(scene.source, x, y, scene.threat, generator=stream).detach().clamp(0, 1)
-        adversarial = to_uint8(x_adv, x, scene.threat)
-        inside = contains_uint8(adversarial, (x * 255).round().to(torch.uint8), scene.threat).numpy()
-        crafted[part][inside] = to_bytes(adversarial).numpy()[inside]
-    return crafted
+PROBES: dict[str, Probe] = {"clean": clean, "transfer": transfer, "query": query}
+
+
+def craft(source: Model, scene: Scene, attack: Attack) -> Bytes:
+    """Adversarial bytes (N, H, W, C) inside the ball, by the gradients of `source` (logits of [0, 1] images).
+
+    What an attack leaves outside is sent as the image it was.
+    """
+    x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
+    stream = generator(scene.seed, attack.name, scene.number)
+    x_adv = attack(source, x, y, scene.threat, generator=stream).detach().clamp(0, 1)
+    adversarial = to_uint8(x_adv, x, scene.threat)
+    inside = contains_uint8(adversarial, (x * 255).round().to(torch.uint8), scene.threat).numpy()
+    return np.where(inside[:, None, None, None], to_bytes(adversarial).numpy(), scene.images)
 
 
 def transfer_attack(name: str) -> Attack:
     """An attack by name, as it is used for transfer: `mi-fgsm-10`, `pgd-10`, `fgsm`; BadInput for others."""
     attack = Attack.parse(name)
-    kind = next(kind for kind, function in ATTACKS.items() if function is attack.function)
+    kind = kind_of(attack)
     if kind not in TRANSFERABLE:
         raise BadInput(f"attack: {name!r} does not transfer; choose one of {', '.join(TRANSFERABLE)}")
     if "restarts" in attack.parameters:
         raise BadInput(f"attack: {name!r}: restarts are chosen by looking at the target; leave them out")
     return replace(attack, parameters=TRANSFERABLE[kind] | dict(attack.parameters))
+
+
+def query_attack(name: str) -> Attack:
+    """An attack by name, as it is used through answers alone, with its budget: `square-100`, `rays-200`."""
+    attack = Attack.parse(name)
+    if kind_of(attack) not in BY_QUERIES:
+        raise BadInput(f"attack: {name!r} is no search by queries; choose one of {', '.join(BY_QUERIES)}")
+    if "queries" not in attack.parameters:
+        raise BadInput(f"attack: {name!r}: a live endpoint needs a budget; write {name}-100 for 100 queries an image")
+    return attack
+
+
+def kind_of(attack: Attack) -> str:
+    """The attack's name without its number."""
+    return next(kind for kind, function in ATTACKS.items() if function is attack.function)
+
+
+def _labels(logits: Logits) -> Labels:
+    labels: Labels = logits.argmax(axis=1).astype(np.int64)
+    return labels
+
+
+def _bytes(points: Tensor) -> Bytes:
+    """What of points (N, C, H, W) in [0, 1] goes over the wire: (N, H, W, C)."""
+    sent: Bytes = to_bytes(points.clamp(0, 1)).numpy()
+    return sent

@@ -1,29 +1,51 @@
-"""What the gate measured on the release that is watched: the figures the live ones stand beside."""
+"""What the gate said of the version that answers, and the answers it recorded: what live figures stand beside.
+
+The version is the server's word; what lies in the repository under that number is looked up, and its replayed answers
+prove whether it is what answers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from gating.attestation import REPORT_FORMAT
+import numpy as np
+import numpy.typing as npt
+
+from gating.attestation import (
+    PROBES,
+    REPORT_FORMAT,
+    BadEvidence,
+    NotAttested,
+    Trust,
+    read_attestation,
+    verify,
+)
+from robustness.data import Bytes
 from robustness.errors import BadInput
 from robustness.files import read_json
 from robustness.statistics import Share
 
 REPORT = "report.json"
-# Of a release; "missing" where the watch was given no evidence. The others are the gate's verdicts.
-STATES = ("passed", "failed", "inconclusive", "suspect", "missing")
+# missing: there is no evidence for this version; invalid: it is not believable; expired: it was, until a date that has
+# passed. The others are the gate's verdicts.
+STATES = ("passed", "failed", "inconclusive", "suspect", "missing", "invalid", "expired")
 
 
 @dataclass(frozen=True)
 class Attested:
     """The gate's report in numbers, at the policy's own radius. A threshold is None where it has no criterion there.
 
-    checkpoint_sha256: of the run the release was exported from, "" where it came as a file; evaluated: unix seconds.
+    checkpoint_sha256: of the run the release was exported from, "" where it came as a file; evaluated: unix seconds;
+    transfer: by (SHA-256 of the surrogates, attack), what held against images crafted on them.
     """
 
     state: str
+    model_sha256: str
+    policy_sha256: str
     checkpoint_sha256: str
     norm: str
     epsilon: str
@@ -32,9 +54,98 @@ class Attested:
     clean_threshold: float | None
     robust_threshold: float | None
     evaluated: float
+    transfer: Mapping[tuple[str, str], Share] = field(default_factory=dict)
 
 
-def read_release(evidence: Path) -> Attested:
+@dataclass(frozen=True)
+class Replay:
+    """The gate's own images (N, H, W, C), clean and adversarial, and the logits (N, K) that decided there."""
+
+    images: Bytes
+    logits: npt.NDArray[np.float32]
+
+    def part(self, number: int, count: int) -> Replay:
+        """`count` of them, of round `number` (from 1): all of them in turn, and again from the start."""
+        chosen = (np.arange(count) + (number - 1) * count) % len(self.images)
+        return Replay(self.images[chosen], self.logits[chosen])
+
+
+@dataclass(frozen=True)
+class Release:
+    """One version's evidence. verified: trusted keys say that exactly these bytes passed; expires: unix seconds.
+
+    attested and replay are None where there is nothing to read them from; why: what is wrong, for a human.
+    """
+
+    state: str = "missing"
+    attested: Attested | None = None
+    replay: Replay | None = None
+    verified: bool = False
+    expires: float | None = None
+    why: str = ""
+
+    def at(self, now: float) -> Release:
+        """The release at a later time (unix seconds): attestations expire."""
+        if self.expires is None or now < self.expires or self.state != "passed":
+            return self
+        return replace(self, state="expired", verified=False, why=f"expired on {_date(self.expires)}")
+
+
+Find = Callable[[str], Release]
+"""The release behind a version number, as the server gives it."""
+
+
+def always(evidence: Path) -> Find:
+    """One evidence directory, whatever version answers; nobody has verified it. BadInput where it is none."""
+    attested = read_report(evidence)
+    release = Release(attested.state, attested, read_replay(evidence / PROBES))
+    return lambda version: release
+
+
+def follow(repository: Path, model: str, trust: Trust | None) -> Find:
+    """What lies in a model repository under the version that answers; read again when a file of it changes."""
+    known: dict[Any, Release] = {}
+
+    def find(version: str) -> Release:
+        directory = repository / model / version
+        stamp = version, _stamp(directory)
+        if stamp not in known:
+            found = _read(directory, trust)
+            known.clear()  # the one before is not asked for again
+            known[stamp] = found
+        return known[stamp]
+
+    return find
+
+
+def nothing(version: str) -> Release:
+    """For a watch without evidence."""
+    return Release(why="this watch was given no evidence (release.repository)")
+
+
+def _read(directory: Path, trust: Trust | None) -> Release:
+    if not (directory / REPORT).is_file():
+        return Release(why=f"{directory}: there is no {REPORT}")
+    try:
+        attested, replay = read_report(directory), read_replay(directory / PROBES)
+    except BadInput as error:
+        return Release("invalid", why=str(error))
+    release = Release(attested.state, attested, replay)
+    if trust is None:
+        return release
+    try:
+        attestation = read_attestation(directory, trust)
+        # At the time it was made, so that what has expired is told apart from what was never true.
+        verify(directory, directory, trust, attestation.created)
+    except (NotAttested, BadEvidence) as error:
+        return replace(release, state="invalid", why=str(error))
+    expires = attestation.expires
+    if trust.max_age is not None:
+        expires = min(expires, attestation.created + trust.max_age)
+    return replace(release, verified=True, expires=expires.timestamp())
+
+
+def read_report(evidence: Path) -> Attested:
     """The report of an evidence directory (a promoted version holds one too); BadInput where it is none."""
     path = evidence / REPORT
     report = read_json(path)
@@ -42,29 +153,72 @@ def read_release(evidence: Path) -> Attested:
         raise BadInput(f"{path}: format is {report.get('format')!r}; expected {REPORT_FORMAT!r}")
     try:
         evaluation = report["evaluation"]
+        norm, epsilon = str(evaluation["threat"]["norm"]), str(evaluation["threat"]["label"])
         attested = Attested(
             state=str(report["verdict"]),
+            model_sha256=str(report["candidate"]["model_sha256"]),
+            policy_sha256=str(report["policy"]["sha256"]),
             checkpoint_sha256=str(report["run"].get("checkpoint_sha256", "")),
-            norm=str(evaluation["threat"]["norm"]),
-            epsilon=str(evaluation["threat"]["label"]),
-            clean=Share(int(evaluation["clean"]["k"]), int(evaluation["clean"]["n"])),
-            robust=Share(int(evaluation["robust"]["k"]), int(evaluation["robust"]["n"])),
-            clean_threshold=_strictest(report["criteria"], "clean_accuracy", evaluation["threat"]["label"]),
-            robust_threshold=_strictest(report["criteria"], "robust_accuracy", evaluation["threat"]["label"]),
+            norm=norm,
+            epsilon=epsilon,
+            clean=_share(evaluation["clean"]),
+            robust=_share(evaluation["robust"]),
+            clean_threshold=_strictest(report["criteria"], "clean_accuracy", epsilon),
+            robust_threshold=_strictest(report["criteria"], "robust_accuracy", epsilon),
             evaluated=datetime.fromisoformat(report["created"]).timestamp(),
+            transfer={
+                (str(one["about"]["surrogate_sha256"]), str(attack["name"])): _share(attack["accuracy"])
+                for one in report["transfer"]
+                if (one["threat"]["norm"], one["threat"]["label"]) == (norm, epsilon)
+                for attack in one["attacks"]
+            },
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise BadInput(f"{path}: not a gate report ({reason}); run dfmcl gate again") from None
-    if attested.state not in STATES or not all(
-        0 <= share.k <= share.n and share.n for share in (attested.clean, attested.robust)
-    ):
+    shares = (attested.clean, attested.robust, *attested.transfer.values())
+    if attested.state not in STATES or not all(0 <= share.k <= share.n and share.n for share in shares):
         raise BadInput(f"{path}: not a gate report (its verdict or counts are impossible); run dfmcl gate again")
     return attested
 
 
-def _strictest(criteria: list[dict[str, object]], metric: str, radius: str) -> float | None:
+def read_replay(path: Path) -> Replay | None:
+    """The gate's adversarial images, then its clean ones, with their logits; None where there are none to replay.
+
+    BadInput for a file that is no such archive. Adversarial first: they lie at the border, where a difference shows.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as probes:
+            images = np.concatenate([probes["adversarial"], probes["images"]])
+            logits = np.concatenate([probes["adversarial_logits"], probes["clean_logits"]])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None
+    if images.ndim != 4 or images.dtype != np.uint8 or logits.shape[:1] != images.shape[:1] or logits.ndim != 2:
+        raise BadInput(f"{path}: images {images.shape} and logits {logits.shape} do not fit; promote again")
+    return Replay(images, logits.astype(np.float32)) if len(images) else None
+
+
+def _stamp(directory: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a file of the directory does."""
+    try:
+        found = sorted((path.name, path.stat()) for path in directory.iterdir())
+    except OSError:
+        return ()
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+
+
+def _share(value: Mapping[str, Any]) -> Share:
+    return Share(int(value["k"]), int(value["n"]))
+
+
+def _strictest(criteria: Sequence[Mapping[str, Any]], metric: str, radius: str) -> float | None:
     """Of the criteria about all classes at the policy's own radius, which need not be named."""
     own = [row for row in criteria if row["metric"] == metric and row["eps"] in (None, radius) and not row["class"]]
-    thresholds = [float(str(row["threshold"])) for row in own]
+    thresholds = [float(row["threshold"]) for row in own]
     return max(thresholds, default=None)
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")

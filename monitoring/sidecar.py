@@ -1,4 +1,4 @@
-"""The loop around rounds, and the small HTTP server that tells Prometheus and humans about them."""
+"""The loop around rounds: when one is due, whether it may be, what becomes of it, and who is told."""
 
 from __future__ import annotations
 
@@ -6,39 +6,48 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
-from prometheus_client.exposition import ThreadingWSGIServer
+import torch
+from prometheus_client import CollectorRegistry, ProcessCollector
 
-from monitoring import page
+from gating.trust import load_trust
+from monitoring import mitigation, page, release
+from monitoring.bounds import MONTH_SECONDS, limit
+from monitoring.budget import BackOff, Budget
 from monitoring.config import WatchConfig
+from monitoring.crafting import Crafter, Pool, require_fit, scenes
+from monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from monitoring.journal import Journal
-from monitoring.metrics import AttackInfo, Identity, RoundsCollector
-from monitoring.probes import transfer_attack
-from monitoring.release import Attested, read_release
-from monitoring.rounds import Clock, Plan, Round, RoundFailure, RoundResult, run_round
+from monitoring.losses import losses
+from monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
+from monitoring.mitigation import Mitigation
+from monitoring.probes import NEEDS_SCORES, kind_of, query_attack, transfer_attack
+from monitoring.record import Record
+from monitoring.release import REPORT, Find, Release
+from monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
+from monitoring.rounds import Plan, run_query_round, run_round
+from monitoring.server import application, served
 from monitoring.surrogates import Surrogates, load_surrogates
 from robustness.attacks import Attack
 from robustness.data import load_dataset
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput
+from robustness.gradients import attack_pass
+from robustness.models import to_float
 from robustness.progress import Track, silent
 from robustness.provenance import revision, versions
 from serving.client import Client
+from serving.errors import Rejected
+from serving.gateway_client import GatewayClient
 
-PROBE_PRIORITY = 2  # of Triton's queue: users are 1 by default, so probes wait behind them
 HEALTHY_INTERVALS = 3
 
 A = TypeVar("A")
 R = TypeVar("R")
-
-
-class Stopped(Exception):
-    """The watch was asked to end in the middle of a round, which is then dropped."""
 
 
 def say(line: str) -> None:
@@ -57,151 +66,364 @@ def watch(
 ) -> int:
     """Run rounds until `stop`, with /metrics beside them; returns 0. A failed round is a result and ends nothing.
 
-    With `rounds`, run that many, serve no HTTP, and return 0 if all succeeded, else 5. One line a round goes to `log`.
-    Raises BadInput (2) for data, surrogates or evidence that cannot be used, Broken (5) for a port in use.
+    With `rounds`, run that many, serve no HTTP, and return 0 if all were measured, else 5. One line a round goes to
+    `log`. Raises BadInput (2) for data, surrogates, keys or evidence that cannot be used, Broken (5) for a port in use.
     """
-    release = read_release(Path(config.release.evidence)) if config.release.evidence else None
-    plan, surrogates = _prepare(config, release, stop, track)
-    sidecar = Sidecar(config, plan, clock, stop)
-    if rounds is not None:
-        log(f"watching {sidecar.target}: {rounds} round{'s' * (rounds > 1)}, no HTTP")
-        return 0 if all(isinstance(outcome, RoundResult) for outcome in sidecar.run(rounds, log)) else 5
-    with _served(sidecar.application(_identity(plan, surrogates, release)), config) as url:
-        log(f"watching {sidecar.target} every {config.probe.interval_seconds:g} s; metrics at {url}/metrics")
-        for _ in sidecar.run(None, log):
-            pass
-    return 0
+    work = prepare(config, stop, track)
+    sidecar = Sidecar(config, work, clock, stop, log)
+    made = scenes(
+        work.pool,
+        work.source,
+        work.direct.threat,
+        work.direct.attacks,
+        seed=config.probe.seed,
+        count=config.probe.images,
+        first=sidecar.begun + 1,
+    )
+    http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
+    with http as url, Crafter(made, stop) as crafter:
+        sidecar.crafter = crafter
+        every = f"every {config.probe.interval_seconds:g} s; metrics at {url}/metrics"
+        log(f"watching {sidecar.target} {every if url else f'{rounds} times, no HTTP'}")
+        measured = True
+        for outcome in sidecar.run(rounds):
+            measured = measured and isinstance(outcome, RoundResult)
+    return 0 if measured or rounds is None else 5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a watch prepares once. direct, outside: plans of rounds through Triton and through the gateway."""
+
+    pool: Pool
+    direct: Plan
+    outside: Plan | None
+    keys: tuple[str, str]
+    surrogates: Surrogates
+    source: Callable[..., Any]
+    find: Find
+
+
+def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -> Work:
+    """Data, surrogates, keys and evidence of a watch; BadInput for what cannot be used."""
+    dataset = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
+    pool = Pool(dataset.x_test, dataset.y_test, len(dataset.classes))
+    require_fit(pool, config.probe.images, "probe.images")
+    require_fit(pool, config.query.images, "query.images")
+    surrogates = load_surrogates(config.surrogates.runs, dataset)
+    direct = Plan(
+        model=config.target.model,
+        classes=pool.classes,
+        threat=config.threat.threat,
+        attacks=tuple(transfer_attack(name) for name in config.probe.attacks),
+        images=config.probe.images,
+        replay=config.probe.replay,
+        tolerance=config.release.tolerance,
+    )
+    attack = query_attack(config.query.attack)
+    outside = replace(direct, attacks=(attack,), images=config.query.images, replay=0) if config.query.gateway else None
+    for plan, what in ((direct, "probe"), (outside, "query")):
+        if plan is not None and plan.cost > config.budget.images:
+            raise BadInput(f"budget.images is {config.budget.images}, a {what} round may need {plan.cost}; raise it")
+    key = _key(config.query.key_file)
+    keys = key, _key(config.query.clean_key_file) or key
+    fast = attack_pass(surrogates.model, to_float(torch.from_numpy(pool.images[:8])))
+    return Work(pool, direct, outside, keys, surrogates, _unless_stopped(fast, stop), _find(config, surrogates))
 
 
 class Sidecar:
-    """The loop and what it has seen. The loop's thread writes `journal`, all others only read it."""
+    """The loop and what it has seen. The loop's thread writes, all others read snapshots."""
 
-    def __init__(self, config: WatchConfig, plan: Plan, clock: Clock, stop: threading.Event) -> None:
-        self.journal = Journal()
+    def __init__(
+        self, config: WatchConfig, work: Work, clock: Clock, stop: threading.Event, log: Callable[[str], None]
+    ) -> None:
         self.target = f"{config.target.model} at {config.target.url}"
-        self._config, self._plan, self._clock, self._stop = config, plan, clock, stop
+        self.crafter: Crafter | None = None
+        self._config, self._work, self._clock, self._stop, self._log = config, work, clock, stop, log
+        self._identity = _identity(config, work)
+        month = MONTH_SECONDS / config.probe.interval_seconds
+        statistics = 2 + len(work.direct.attacks) + (work.outside is not None)
+        self.journal = Journal(limit(month, statistics))
+        self.begun = self._asked = 0
+        self._record = _record(config, work)
+        self._restore()
+        self._releases: Mapping[str, Release] = {}
+        self._budget = Budget(config.budget.images, config.budget.window_seconds, clock.monotonic())
+        self._back_off = {TRITON: BackOff(), GATEWAY: BackOff()}
+        self._latencies = {via: Latencies(config.abort.latency_factor) for via in (TRITON, GATEWAY)}
+        self._low_priority = False
         self._last_attempt = clock.monotonic()
+        self._mitigation = Mitigation(_actions(config), log)
 
-    def run(self, rounds: int | None, log: Callable[[str], None]) -> Iterator[Round | None]:
+    def run(self, rounds: int | None) -> Iterator[Round | None]:
         """Rounds in their rhythm, each yielded as it ends; None for one that `stop` cut off."""
-        number = 0
-        while not self._stop.is_set() and number != rounds:
-            number += 1
-            self._last_attempt = self._clock.monotonic()
-            self.journal = self.journal.begun(self._clock.time())
+        done = 0
+        while not self._stop.is_set() and done != rounds:
+            done += 1
+            begun = self._last_attempt = self._clock.monotonic()
             try:
-                outcome = self._attempt(number)
+                yield self._concluded(self._due(TRITON, self._work.direct, self._direct))
+                outside = self._work.outside
+                if outside is not None and done % self._config.query.every == 0:
+                    yield self._concluded(self._due(GATEWAY, outside, self._outside))
             except Stopped:
                 yield None
                 return
-            self.journal = self.journal.after(outcome)
-            log(str(outcome))
-            yield outcome
-            if number != rounds:
-                spare = self._config.probe.interval_seconds - (self._clock.monotonic() - self._last_attempt)
+            if done != rounds:
+                spare = self._config.probe.interval_seconds - (self._clock.monotonic() - begun)
                 if spare < 0:
-                    log("that took longer than probe.interval_seconds; raise it, or lower probe.images")
+                    self._log("that took longer than probe.interval_seconds; raise it, or ask for less")
                 self._stop.wait(max(0.0, spare))
+
+    def snapshot(self) -> Snapshot:
+        """What is known now, for a reader in another thread."""
+        now, journal = self._clock.time(), self.journal
+        releases = {version: found.at(now) for version, found in self._releases.items()}
+        return Snapshot(
+            journal=journal,
+            releases=releases,
+            losses={totals.version: self._losses(totals.version) for totals in journal.versions},
+            budget=self._budget.at(self._clock.monotonic()),
+            paused=self._paused(),
+            low_priority=self._low_priority,
+            prepared=self.crafter.ready if self.crafter else 0,
+            record_failures=self._record.failures if self._record else 0,
+            mitigations=dict(self._mitigation.counts),
+        )
 
     def healthy(self) -> bool:
         """Whether rounds still begin: the last one at most three intervals and a deadline ago."""
-        patience = HEALTHY_INTERVALS * self._config.probe.interval_seconds + self._config.target.timeout_seconds
+        probe = self._config.probe
+        patience = HEALTHY_INTERVALS * probe.interval_seconds + self._config.target.timeout_seconds
         return self._clock.monotonic() - self._last_attempt <= patience
 
-    def application(self, identity: Identity) -> Callable[..., Any]:
+    def application(self) -> Callable[..., Any]:
         """The WSGI application: /metrics, /-/healthy, /rounds.json and the page."""
         registry = CollectorRegistry()
-        registry.register(RoundsCollector(identity, lambda: self.journal))
+        registry.register(RoundsCollector(self._identity, self.snapshot))
         ProcessCollector(registry=registry)
-        metrics = make_wsgi_app(registry)
-        routes: dict[str, Callable[[], tuple[str, str, str]]] = {
-            "/": lambda: ("200 OK", "text/html", page.render(self.target, self.journal.history)),
-            "/rounds.json": lambda: ("200 OK", "application/json", self._rounds_json()),
-            "/-/healthy": lambda: (
-                ("200 OK", "text/plain", "healthy\n")
-                if self.healthy()
-                else ("503 Service Unavailable", "text/plain", "no round has begun for too long\n")
-            ),
-        }
+        well, ill = ("200 OK", "healthy\n"), ("503 Service Unavailable", "no round has begun for too long\n")
 
-        def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-            path = environ["PATH_INFO"]
-            if path == "/metrics":
-                return metrics(environ, start_response)
-            if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-                status, kind, text = "405 Method Not Allowed", "text/plain", "use GET\n"
-            elif path in routes:
-                status, kind, text = routes[path]()
-            else:
-                status, kind, text = "404 Not Found", "text/plain", f"try {', '.join(['/metrics', *routes])}\n"
-            body = text.encode()
-            start_response(status, [("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body)))])
-            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+        def health() -> tuple[str, str, str]:
+            status, text = well if self.healthy() else ill
+            return status, "text/plain", text
 
-        return application
+        return application(
+            registry,
+            {
+                "/": lambda: ("200 OK", "text/html", page.render(self.target, self._identity, self.snapshot())),
+                "/rounds.json": lambda: ("200 OK", "application/json", self._rounds_json()),
+                "/-/healthy": health,
+            },
+        )
 
-    def _attempt(self, number: int) -> Round:
-        """One round over a connection of its own, so that it meets the server as any newcomer would."""
-        target, started = self._config.target, self._clock.time()
+    def _due(self, via: str, plan: Plan, attempt: Callable[[int], Round]) -> Round:
+        """The next round of a path, or why it is left out."""
+        started = self._clock.time()
+        number = self.begun + 1 if via == TRITON else self._asked + 1
+
+        def skipped(reason: str, message: str) -> RoundSkipped:
+            return RoundSkipped(number, via, plan.model, reason, message, started)
+
+        self._budget = self._budget.at(self._clock.monotonic())
+        if self._paused():
+            return skipped("paused", f"{self._config.probe.pause_file} is there")
+        if self._back_off[via].waits:
+            self._back_off[via] = self._back_off[via].skipped()
+            return skipped("backpressure", "the server had no room; it is left alone for a while")
+        if not self._budget.has(plan.cost):
+            used = f"{self._budget.used} of {self._budget.images} images are used"
+            return skipped("budget", f"{used}, this round may need {plan.cost}")
+        begun = self._clock.monotonic()
         try:
-            with Client(
-                target.url, target.model, timeout_seconds=target.timeout_seconds, priority=PROBE_PRIORITY
-            ) as client:
-                return run_round(
-                    self._plan, number, predict=_unless_stopped(client.predict, self._stop), clock=self._clock
-                )
+            outcome = attempt(number)
         except Stopped:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a round dies of, the next one may live; it is counted
-            seconds = self._clock.monotonic() - self._last_attempt
             message = " ".join(f"{type(error).__name__}: {error}".split())
-            return RoundFailure(number, target.model, "internal", message, started, seconds, ())
+            seconds = max(0.0, self._clock.monotonic() - begun)
+            outcome = RoundFailure(number, via, plan.model, "internal", message, started, seconds, ())
+        if via == TRITON:
+            self.begun = number
+        else:
+            self._asked = number
+        reason = outcome.reason if isinstance(outcome, RoundFailure) else ""
+        self._back_off[via] = self._back_off[via].after(reason)
+        self._budget = self._budget.spent(sum(query.images for query in outcome.queries))
+        return outcome
+
+    def _direct(self, number: int) -> Round:
+        """Over a connection of its own, so that it meets the server as any newcomer would."""
+        target = self._config.target
+        assert self.crafter is not None
+        scene = self.crafter.take()
+        with Client(target.url, target.model, timeout_seconds=target.timeout_seconds) as client:
+
+            def predict(images: Any) -> Any:
+                self._low_priority = client.give_way()
+                return client.predict(images)
+
+            return run_round(
+                self._work.direct, number, scene, predict, self._release, self._clock, self._manners(TRITON)
+            )
+
+    def _outside(self, number: int) -> Round:
+        """As any customer would ask; what is crafted is crafted while asking."""
+        query, plan = self._config.query, self._work.outside
+        assert plan is not None
+        scene = self._work.pool.scene(plan.threat, self._config.probe.seed, -number, plan.images)
+        clients = [
+            GatewayClient(
+                query.gateway,
+                plan.model,
+                classes=plan.classes,
+                key=key,
+                logits=kind_of(plan.attacks[0]) in NEEDS_SCORES and attacks,
+                timeout_seconds=query.timeout_seconds,
+                ca=query.ca,
+            )
+            for key, attacks in zip(self._work.keys, (True, False), strict=True)
+        ]
+        with clients[0] as attacker, clients[1] as harmless:
+            return run_query_round(
+                plan, number, scene, attacker.predict, harmless.predict, self._clock, self._manners(GATEWAY)
+            )
+
+    def _manners(self, via: str) -> Manners:
+        def wait(seconds: float) -> None:
+            if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
+                raise Stopped
+
+        return Manners(wait, self._paused, self._config.budget.duty, self._latencies[via])
+
+    def _release(self, version: str) -> Release:
+        """The evidence of the version that answers now; Rejected where its own weights are among the surrogates."""
+        found = self._work.find(version)
+        kept = {totals.version for totals in self.journal.versions} | {version}
+        self._releases = {name: one for name, one in {**self._releases, version: found}.items() if name in kept}
+        if found.attested is not None:
+            try:
+                self._work.surrogates.require_apart(found.attested.checkpoint_sha256, f"version {version}")
+            except BadInput as error:
+                raise Rejected(str(error), "rejected") from None
+        return found
+
+    def _concluded(self, outcome: Round) -> Round:
+        """A finished round: in the journal, on disk, in the log; and what follows from it."""
+        self.journal = self.journal.after(outcome)
+        if self._record is not None:
+            self._record.append(outcome)
+        self._log(str(outcome))
+        if isinstance(outcome, RoundResult):
+            lost = self._losses(outcome.version)
+            for reason in sorted(lost):
+                self._log(f"robustness of version {outcome.version} is lost for certain: {reason}; see docs/sre.md")
+            self._mitigation.consider(outcome.model, outcome.version, lost)
+        return outcome
+
+    def _losses(self, version: str) -> frozenset[str]:
+        totals = next((totals for totals in self.journal.versions if totals.version == version), None)
+        found = self._releases.get(version)
+        if totals is None:
+            return frozenset()
+        threat = self._work.direct.threat
+        return losses(
+            totals, found.attested if found else None, threat.norm, threat.label, self._work.surrogates.sha256
+        )
+
+    def _paused(self) -> bool:
+        return bool(self._config.probe.pause_file) and Path(self._config.probe.pause_file).exists()
+
+    def _restore(self) -> None:
+        """What an earlier process wrote down: the same plan's figures go on, and no round is drawn twice."""
+        if self._record is None:
+            return
+        for same, outcome in self._record.rounds():
+            if outcome.via == TRITON:
+                self.begun = max(self.begun, outcome.number)
+            else:
+                self._asked = max(self._asked, outcome.number)
+            if same:
+                self.journal = self.journal.after(outcome)
 
     def _rounds_json(self) -> str:
         return json.dumps([outcome.to_json() for outcome in self.journal.history], indent=2) + "\n"
 
 
-def _prepare(
-    config: WatchConfig, release: Attested | None, stop: threading.Event, track: Track
-) -> tuple[Plan, Surrogates]:
-    dataset = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
-    if config.probe.images > len(dataset.x_test):
-        raise BadInput(f"probe.images is {config.probe.images}; {dataset.name} has {len(dataset.x_test)} test images")
-    served = {release.checkpoint_sha256} if release else set()
-    surrogates = load_surrogates(config.surrogates.runs, dataset, served)
-    plan = Plan(
-        model=config.target.model,
-        images=dataset.x_test,
-        labels=dataset.y_test,
-        classes=len(dataset.classes),
-        source=_unless_stopped(surrogates.model, stop),
-        threat=config.threat.threat,
-        attacks=tuple(transfer_attack(name) for name in config.probe.attacks),
-        images_per_round=config.probe.images,
-        seed=config.probe.seed,
-    )
-    return plan, surrogates
+def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
+    """Where the evidence is looked up; BadInput where a surrogate holds the weights of a release that lies there."""
+    chosen = config.release
+    if chosen.evidence:
+        attested = release.read_report(Path(chosen.evidence))
+        surrogates.require_apart(attested.checkpoint_sha256, chosen.evidence)
+        return release.always(Path(chosen.evidence))
+    if not chosen.repository:
+        return release.nothing
+    trust = load_trust(Path(chosen.trust)) if chosen.trust else None
+    model = Path(chosen.repository) / config.target.model
+    if not model.is_dir():
+        raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes")
+    for report in sorted(model.glob(f"*/{REPORT}")):
+        surrogates.require_apart(release.read_report(report.parent).checkpoint_sha256, str(report.parent))
+    return release.follow(Path(chosen.repository), config.target.model, trust)
 
 
-def _identity(plan: Plan, surrogates: Surrogates, release: Attested | None) -> Identity:
-    def info(attack: Attack) -> AttackInfo:
-        definition = [attack.name, dict(attack.parameters), plan.threat.norm, plan.threat.eps, surrogates.sha256]
+def _identity(config: WatchConfig, work: Work) -> Identity:
+    intervals = {TRITON: config.probe.interval_seconds}
+    if work.outside:
+        intervals[GATEWAY] = config.probe.interval_seconds * config.query.every
+    plans = [(work.direct, work.surrogates), *([(work.outside, None)] if work.outside else [])]
+
+    def info(attack: Attack, surrogates: Surrogates | None) -> AttackInfo:
+        threat, source = work.direct.threat, surrogates.sha256 if surrogates else ""
+        definition = [attack.name, dict(attack.parameters), threat.norm, threat.eps, source]
         digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
-        return AttackInfo(attack.name, attack.parameters.get("steps", 1), surrogates.name, digest)
+        steps = attack.parameters.get("steps", attack.parameters.get("queries", 1))
+        return AttackInfo(attack.name, steps, surrogates.name if surrogates else "", digest)
 
+    attacks = tuple(info(attack, surrogates) for plan, surrogates in plans for attack in plan.attacks)
     return Identity(
         version=versions().get("dfmcl", "unknown"),
         revision=revision() or "unknown",
-        model=plan.model,
-        norm=plan.threat.norm,
-        epsilon=plan.threat.label,
-        attacks=tuple(info(attack) for attack in plan.attacks),
-        release=release,
+        model=work.direct.model,
+        norm=work.direct.threat.norm,
+        epsilon=work.direct.threat.label,
+        attacks=attacks,
+        surrogates_sha256=work.surrogates.sha256,
+        interval_seconds=intervals,
     )
 
 
+def _record(config: WatchConfig, work: Work) -> Record | None:
+    if not config.record.path:
+        return None
+    identity = _identity(config, work)
+    about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.pool.images.shape]
+    plan = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return Record(Path(config.record.path), config.record.max_bytes, plan)
+
+
+def _actions(config: WatchConfig) -> dict[str, mitigation.Act]:
+    chosen, actions = config.mitigation, {}
+    if chosen.webhook:
+        actions["webhook"] = mitigation.webhook(chosen.webhook, chosen.timeout_seconds)
+    if chosen.command:
+        actions["command"] = mitigation.command(chosen.command, chosen.timeout_seconds)
+    return actions
+
+
+def _key(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise BadInput(f"{path}: {reason}; it should hold an API key, as `dfmcl apikey NAME` prints one") from None
+
+
 def _unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callable[[A], R]:
-    """The same function, which raises Stopped once `stop` is set: a round ends within one query or one forward pass."""
+    """The same function, which raises Stopped once `stop` is set: crafting ends within one forward pass."""
 
     def guarded(argument: A) -> R:
         if stop.is_set():
@@ -209,35 +431,3 @@ def _unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callab
         return function(argument)
 
     return guarded
-
-
-class _QuietServer(ThreadingWSGIServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves in the middle, or never asks, is no news."""
-
-
-class _QuietHandler(WSGIRequestHandler):
-    timeout = 10  # seconds that a client may take to send its request; each holds a thread
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes are no news."""
-
-
-@contextmanager
-def _served(application: Callable[..., Any], config: WatchConfig) -> Iterator[str]:
-    """Serve HTTP in threads for as long as the block runs; yields the URL. Broken where the port cannot be had."""
-    host, port = config.listen.host, config.listen.port
-    try:
-        server = make_server(host, port, application, server_class=_QuietServer, handler_class=_QuietHandler)
-    except OSError as error:
-        raise Broken(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another listen.port, or 0 for any"
-        ) from None
-    thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
-    thread.start()
-    try:
-        yield f"http://{host}:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -35,6 +35,11 @@ class Run:
         """How the run's data set was named: name, path, image_size, sha256."""
         return dict(self.manifest["data"])
 
+    @property
+    def origin_sha256(self) -> str:
+        """Of the checkpoint that was trained: a packed run names the one it was rounded from."""
+        return str(self.manifest.get("origin", {}).get("checkpoint_sha256", self.checkpoint_sha256))
+
 
 def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
     """Read a run and prove that its weights are the ones its manifest names."""

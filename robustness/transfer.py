@@ -5,6 +5,7 @@ Each transform takes the pass that an attack climbs by, and returns another one;
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,6 +49,13 @@ def ensemble(models: Sequence[nn.Module]) -> nn.Module:
     if not models:
         raise BadInput("ensemble: no surrogates; name at least one")
     return models[0] if len(models) == 1 else MeanLogits(models)
+
+
+def ensemble_sha256(checkpoints: Sequence[str]) -> str:
+    """What names an ensemble: a checkpoint's own SHA-256 where it is alone, else one of all, in whatever order."""
+    if len(checkpoints) == 1:
+        return checkpoints[0]
+    return hashlib.sha256("".join(sorted(checkpoints)).encode()).hexdigest()
 
 
 def diverse(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:

@@ -17,6 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 
+LOWEST = 2  # priority of whoever gives way; users are 1 by default
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),  # the model's max_batch_size bounds a message
     ("grpc.max_receive_message_length", -1),
@@ -63,6 +64,7 @@ class Contract:
     output_name: str
     classes: int
     max_batch_size: int
+    priority_levels: int = 0
 
     @classmethod
     def of(cls, config: Any, where: str) -> Contract:
@@ -78,6 +80,7 @@ class Contract:
             logits[0].name,
             logits[0].dims[0],
             max(config.max_batch_size, 1),
+            config.dynamic_batching.priority_levels,
         )
 
     def question(self, images: npt.NDArray[np.uint8], *, ranked: bool = False) -> dict[str, Any]:
@@ -171,6 +174,14 @@ class Client:
         response = self._request(contract.question(black, ranked=True))
         version = response.get_response().model_version
         return Served(self.model, version, contract.input_shape, contract.classes, contract.labels(response))
+
+    def give_way(self) -> bool:
+        """Ask behind all others from now on, where the model's configuration has levels for that; returns whether.
+
+        Where it has none, Triton would take any priority for the default one, silently.
+        """
+        self.priority = LOWEST if self._fetch_contract().priority_levels >= LOWEST else 0
+        return self.priority > 0
 
     @property
     def _where(self) -> str:

@@ -1,0 +1,143 @@
+"""Rounds' images and their adversarial versions, made before the round by one thread: a round only asks.
+
+An image that comes again needs no second crafting as long as the pool's adversarial versions fit into memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from monitoring.endpoint import Stopped
+from monitoring.probes import Scene, craft
+from robustness.attacks import Attack, Model
+from robustness.data import Bytes, Labels
+from robustness.errors import BadInput
+from robustness.seeds import derived_seed
+from robustness.threat import Threat
+
+AHEAD = 2  # rounds that lie ready; more would only be older when they are used
+CRAFT_IMAGES = 64  # one backward pass of a wide ResNet-18 on 64 small images stays below 1 GB
+REMEMBERED_BYTES = 256 * 2**20
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Labelled images that the model was not trained on. images: uint8 (M, H, W, C); labels: (M,) of `classes`."""
+
+    images: Bytes
+    labels: Labels
+    classes: int
+
+    def scene(self, threat: Threat, seed: int, number: int, count: int) -> Scene:
+        """`count` different images of round `number`, drawn anew from all of them: rounds are independent."""
+        chosen = draw(len(self.images), count, seed, number)
+        return Scene(self.images[chosen], self.labels[chosen], threat, seed, number, {})
+
+
+def draw(pool: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]:
+    """Indices of round `number`, none twice in a round."""
+    order = np.random.default_rng(derived_seed(seed, "images", number))
+    chosen: npt.NDArray[np.int64] = order.choice(pool, count, replace=False)
+    return chosen
+
+
+def scenes(
+    pool: Pool, source: Model, threat: Threat, attacks: tuple[Attack, ...], *, seed: int, count: int, first: int = 1
+) -> Iterator[Scene]:
+    """Scenes of rounds `first`, `first` + 1, ... with adversarial images by attack, crafted when they are asked for."""
+    remembers = pool.images.nbytes * len(attacks) <= REMEMBERED_BYTES
+    known = {attack.name: np.zeros(len(pool.images), bool) for attack in attacks}
+    crafted = {attack.name: np.zeros_like(pool.images) for attack in attacks} if remembers else {}
+    number = first
+    while True:
+        scene, chosen = pool.scene(threat, seed, number, count), draw(len(pool.images), count, seed, number)
+        for attack in attacks:
+            if not remembers:
+                scene.adversarial[attack.name] = _crafted(source, scene, attack)
+                continue
+            new = ~known[attack.name][chosen]
+            crafted[attack.name][chosen[new]] = _crafted(source, scene.only(new), attack)
+            known[attack.name][chosen] = True
+            scene.adversarial[attack.name] = crafted[attack.name][chosen]
+        yield scene
+        number += 1
+
+
+def _crafted(source: Model, scene: Scene, attack: Attack) -> Bytes:
+    parts = [scene.images[:0]]
+    for begin in range(0, len(scene.images), CRAFT_IMAGES):
+        part = np.zeros(len(scene.images), bool)
+        part[begin : begin + CRAFT_IMAGES] = True
+        parts.append(craft(source, scene.only(part), attack))
+    return np.concatenate(parts)
+
+
+class Crafter:
+    """Takes scenes from an iterator in a thread of its own, and keeps `AHEAD` of them ready. A context manager."""
+
+    def __init__(self, made: Iterator[Scene], stop: threading.Event) -> None:
+        self._made, self._stop, self._left = made, stop, threading.Event()
+        self._ready: Queue[Scene | Exception] = Queue(AHEAD)
+        self._thread = threading.Thread(target=self._run, name="crafter", daemon=True)
+
+    @property
+    def ready(self) -> int:
+        """Scenes that lie ready."""
+        return self._ready.qsize()
+
+    def take(self) -> Scene:
+        """The next scene; waits for it. Stopped where it is time to end; what crafting died of, where it died."""
+        while not self._stop.is_set():
+            try:
+                item = self._ready.get(timeout=POLL_SECONDS)
+            except Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise RuntimeError("the crafting thread has ended; see the first failure") from None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            return item
+        raise Stopped
+
+    def __enter__(self) -> Crafter:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._thread.join(60)
+
+    def _run(self) -> None:
+        try:
+            for scene in self._made:
+                if not self._put(scene):
+                    return
+        except Stopped:
+            return
+        except Exception as error:  # noqa: BLE001 - told to the round that waits for it
+            self._put(error)
+
+    def _put(self, item: Scene | Exception) -> bool:
+        while not (self._left.is_set() or self._stop.is_set()):
+            try:
+                self._ready.put(item, timeout=POLL_SECONDS)
+                return True
+            except Full:
+                continue
+        return False
+
+
+def require_fit(pool: Pool, images: int, where: str) -> None:
+    """BadInput where a round asks for more images than there are."""
+    if images > len(pool.images):
+        raise BadInput(f"{where} is {images}; the data have {len(pool.images)} test images")

@@ -1,0 +1,62 @@
+"""Finished rounds on disk, one JSON line each: evidence that outlives the process, and what it starts from again.
+
+Whatever the disk does, probing goes on: what could not be written is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from monitoring.results import Round, round_from_json
+from robustness.errors import BadInput
+
+
+class Record:
+    """Appends to `path`; what would grow beyond `max_bytes` becomes PATH.1 first, in place of the one before.
+
+    plan: a digest of what figures depend on; rounds of another plan are not continued.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, plan: str) -> None:
+        self._path, self._old, self._max_bytes, self._plan = path, path.with_name(f"{path.name}.1"), max_bytes, plan
+        self.failures = 0
+
+    def append(self, outcome: Round) -> None:
+        """Write a round down, whole or not at all, as far as the disk allows."""
+        entry = {"plan": self._plan, "round": outcome.to_json()}
+        line = (json.dumps(entry, separators=(",", ":")) + "\n").encode()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists() and self._path.stat().st_size + len(line) > self._max_bytes:
+                self._path.replace(self._old)
+            with self._path.open("ab", buffering=0) as file:
+                begin = file.tell()
+                try:
+                    written = file.write(line)
+                    if written != len(line):
+                        raise OSError(f"{written} of {len(line)} bytes fit")
+                except OSError:
+                    os.ftruncate(file.fileno(), begin)  # half a line would swallow the next one
+                    raise
+        except OSError:
+            self.failures += 1
+
+    def rounds(self) -> Iterator[tuple[bool, Round]]:
+        """What was written before, oldest first, and whether it is of this plan; other lines are left out."""
+        for path in (self._old, self._path):
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except FileNotFoundError:
+                continue
+            except OSError:
+                self.failures += 1
+                continue
+            for line in text.splitlines():
+                try:
+                    entry = json.loads(line)
+                    yield entry["plan"] == self._plan, round_from_json(entry["round"])
+                except (ValueError, KeyError, TypeError, RecursionError, BadInput):
+                    continue

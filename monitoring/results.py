@@ -1,0 +1,205 @@
+"""What a round found: figures of one version, or the reason why there are none. One JSON form each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from robustness.data import Bytes
+from robustness.errors import BadInput
+from robustness.statistics import Share
+
+FORMAT = "dfmcl.round/2"
+# Which way a round went: by gRPC straight to Triton, or by HTTP through the gateway as any customer's request.
+TRITON, GATEWAY = "triton", "gateway"
+PATHS = (TRITON, GATEWAY)
+# server_error: the server failed inside; internal: we did.
+REASONS = (
+    *("unavailable", "server_error", "queue_full", "timeout", "slow"),
+    *("rejected", "bad_output", "version_changed", "internal"),
+)
+SKIPS = ("budget", "backpressure", "paused")
+
+
+@dataclass(frozen=True)
+class Query:
+    """One request. reason: why it failed, from REASONS; empty where it was answered."""
+
+    images: int
+    seconds: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Of one attack: held[i] where image i was right before and after it. queries: images asked about, all together."""
+
+    name: str
+    held: tuple[bool, ...]
+    queries: int
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """The gate's images asked about again. mismatches: with a logit that differs by more than is tolerated.
+
+    difference: the largest of a logit, in units of what is tolerated.
+    """
+
+    images: int
+    mismatches: int
+    difference: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image (H, W, C) that was right, and its adversarial version that got through; classes by index."""
+
+    attack: str
+    image: Bytes
+    adversarial: Bytes
+    label: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """A round in which one version answered everything. correct[i]: clean image i was right. started: unix seconds.
+
+    examples are kept in memory only.
+    """
+
+    number: int
+    via: str
+    model: str
+    version: str
+    norm: str
+    epsilon: str
+    started: float
+    seconds: float
+    correct: tuple[bool, ...]
+    attacks: tuple[AttackResult, ...]
+    queries: tuple[Query, ...]
+    replay: ReplayResult | None = None
+    examples: tuple[Example, ...] = field(default=(), compare=False)
+
+    @property
+    def clean(self) -> Share:
+        """Clean accuracy."""
+        return Share(sum(self.correct), len(self.correct))
+
+    def under(self, attack: AttackResult) -> Share:
+        """Accuracy under one attack: an upper bound of robust accuracy."""
+        return Share(sum(attack.held), len(self.correct))
+
+    @property
+    def worst_case(self) -> Share:
+        """Share of images that were right and that no attack flipped: still an upper bound of robust accuracy."""
+        columns = [self.correct, *(attack.held for attack in self.attacks)]
+        return Share(sum(all(column) for column in zip(*columns, strict=True)), len(self.correct))
+
+    def __str__(self) -> str:
+        kind = "transfer" if self.via == TRITON else "query"
+        figures = [f"{kind} {attack.name} at {self.epsilon} {self.under(attack)}" for attack in self.attacks]
+        if len(self.attacks) > 1:
+            figures.append(f"worst case {self.worst_case}")
+        if self.replay:
+            figures.insert(
+                0, f"{self.replay.images - self.replay.mismatches} of {self.replay.images} replayed as gated"
+            )
+        return (
+            f"round {self.number} by {self.via}: model {self.model} v{self.version}, {len(self.correct)} images, "
+            f"clean {100 * self.clean.value:.1f} %, {', '.join(figures)}, {self.seconds:.1f} s"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        value = {"format": FORMAT, "outcome": "measured", **asdict(replace(self, examples=()))}
+        del value["examples"]
+        attacks = [{"name": a.name, "held": _bits(a.held), "queries": a.queries} for a in self.attacks]
+        return value | {"correct": _bits(self.correct), "attacks": attacks}
+
+
+@dataclass(frozen=True)
+class RoundFailure:
+    """A round without figures. reason: from REASONS; message: one line for a human."""
+
+    number: int
+    via: str
+    model: str
+    reason: str
+    message: str
+    started: float
+    seconds: float
+    queries: tuple[Query, ...]
+
+    def __str__(self) -> str:
+        return f"round {self.number} by {self.via}: failed ({self.reason}): {self.message}, {self.seconds:.1f} s"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "outcome": "failed", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class RoundSkipped:
+    """A round that was not begun, or broken off without an opinion. reason: from SKIPS; queries: asked before that."""
+
+    number: int
+    via: str
+    model: str
+    reason: str
+    message: str
+    started: float
+    seconds: float = 0.0
+    queries: tuple[Query, ...] = ()
+
+    def __str__(self) -> str:
+        return f"round {self.number} by {self.via}: skipped ({self.reason}): {self.message}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "outcome": "skipped", **asdict(self)}
+
+
+Round = RoundResult | RoundFailure | RoundSkipped
+
+
+def round_from_json(value: Mapping[str, Any]) -> Round:
+    """The inverse of `to_json`; BadInput where the value is not a round's record."""
+    if not isinstance(value, Mapping) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
+        raise BadInput(f"round: format is {found!r}; expected {FORMAT!r}")
+    fields = {key: item for key, item in value.items() if key not in ("format", "outcome")}
+    try:
+        fields["queries"] = tuple(Query(**query) for query in value["queries"])
+        if value["outcome"] != "measured":
+            without: Round = {"failed": RoundFailure, "skipped": RoundSkipped}[value["outcome"]](**fields)
+            return without
+        fields["attacks"] = tuple(AttackResult(a["name"], _flags(a["held"]), a["queries"]) for a in value["attacks"])
+        fields["replay"] = ReplayResult(**value["replay"]) if value["replay"] else None
+        result = RoundResult(**fields | {"correct": _flags(value["correct"])})
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"round: malformed record: {error!r}") from None
+    if any(len(attack.held) != len(result.correct) for attack in result.attacks):
+        raise BadInput("round: malformed record: not every attack has one flag an image")
+    return result
+
+
+def compared(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], tolerance: float) -> ReplayResult:
+    """Logits (N, K) beside those the gate recorded; tolerance is a share of the largest logit there."""
+    if found.shape != expected.shape:
+        return ReplayResult(len(expected), len(expected), float(np.finfo(np.float32).max))
+    allowed = tolerance * max(1.0, float(np.abs(expected).max()))
+    off = np.abs(found - expected).max(axis=1)
+    # Logits decide: the gate's adversarial images lie at the border, where a label turns within any tolerance, and a
+    # label that turns elsewhere took its logits with it.
+    return ReplayResult(len(expected), int((off > allowed).sum()), float(off.max() / allowed))
+
+
+def _bits(flags: tuple[bool, ...]) -> str:
+    return "".join("01"[flag] for flag in flags)
+
+
+def _flags(bits: str) -> tuple[bool, ...]:
+    return tuple(bit == "1" for bit in bits)
