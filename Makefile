@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks bench-serving \
-	kubernetes-rules sbom audit clean
+	kubernetes-rules dashboards sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -21,7 +21,8 @@ help:
 	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
-	@echo 'make kubernetes-rules    the Prometheus rules as an object of the operator'
+	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
+	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -68,10 +69,16 @@ bench-serving: .venv/.installed .venv-triton/.installed
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks
 
-# The serving rules once more, as an object of the Prometheus operator.
+# The rules once more, as objects of the Prometheus operator.
 kubernetes-rules:
-	sed -i '/^spec:/q' deploy/kubernetes/base/rules.yaml
-	grep -v '^#' deploy/prometheus/rules/serving.yaml | sed 's/^/  /' >> deploy/kubernetes/base/rules.yaml
+	@for rules in serving robustness; do \
+		sed -i '/^spec:/q' deploy/kubernetes/base/rules-$$rules.yaml; \
+		grep -v '^#' deploy/prometheus/rules/$$rules.yaml | sed '/./s/^/  /' >> deploy/kubernetes/base/rules-$$rules.yaml; \
+	done
+
+# Grafana's dashboards as JSON, of deploy/grafana/dashboards.py.
+dashboards: .venv/.installed
+	$(BIN)/python deploy/grafana/dashboards.py
 
 # What faces the network (images `serve` and `gateway`) brings along, and what is known against it. The tools live apart.
 .audit/.installed: pyproject.toml

@@ -217,9 +217,10 @@ def test_the_gateway_may_finish(tmp_path: Path) -> None:
 
 
 def test_a_changed_configuration_is_a_rollout() -> None:
-    """ConfigMaps carry a hash of what they hold, and pods name them by it, also KServe's."""
+    """ConfigMaps that pods mount carry a hash of what they hold, and pods name them by it, also KServe's."""
     for overlay in OVERLAYS:
-        names = [entry["metadata"]["name"] for entry in rendered(overlay) if entry["kind"] == "ConfigMap"]
+        names = {entry["metadata"]["name"] for entry in rendered(overlay) if entry["kind"] == "ConfigMap"}
+        names -= {"dashboards"}  # read by Grafana, mounted by nobody
         assert {re.sub(r"-[a-z0-9]{10}$", "", name) for name in names} == {"trust", "gateway", "watch"}
         assert all(re.search(r"-[a-z0-9]{10}$", name) for name in names)
 
@@ -269,7 +270,18 @@ def test_the_namespace_enforces_it_too() -> None:
     assert {entry["metadata"]["namespace"] for entry in others} == {namespace["metadata"]["name"]}
 
 
-def test_the_operators_rules_are_prometheus_rules() -> None:
-    """One text, two wrappings; `make kubernetes-rules` writes the second."""
-    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules" / "serving.yaml").read_text())
-    assert yaml.safe_load((DEPLOY / "kubernetes" / "base" / "rules.yaml").read_text())["spec"] == rules
+@pytest.mark.parametrize("name", ["serving", "robustness"])
+def test_the_operators_rules_are_prometheus_rules(name: str) -> None:
+    """One text, two wrappings; `make kubernetes-rules` writes the second, and an overlay brings it."""
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules" / f"{name}.yaml").read_text())
+    assert yaml.safe_load((DEPLOY / "kubernetes" / "base" / f"rules-{name}.yaml").read_text())["spec"] == rules
+    assert named(rendered(OVERLAYS[0]), "PrometheusRule", name)["spec"] == rules
+
+
+def test_grafanas_sidecar_finds_the_dashboards() -> None:
+    """All that are committed, byte for byte, by the label that Grafana's chart looks for; small enough to be applied."""
+    found = named(rendered(OVERLAYS[0]), "ConfigMap", "dashboards")
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    files = {path.name: path.read_text() for path in (DEPLOY / "grafana" / "dashboards").iterdir()}
+    assert found["data"] == files
+    assert sum(map(len, files.values())) < 250_000  # the annotation of `kubectl apply` repeats it, in 262144 bytes at most
