@@ -42,9 +42,10 @@ from robustness.models import to_float
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
 from robustness.ranks import Ranks
-from robustness.records import Evaluation
+from robustness.records import Evaluation, joined
 from robustness.runs import Run
 from robustness.statistics import Flags
+from robustness.transfer import ensemble, ensemble_sha256
 
 PROBES = "probes.npz"
 
@@ -121,6 +122,11 @@ def gate(
             ]
             images, labels = data.x_test[index], data.y_test[index]
             transfer = transferred(subject, policy, surrogates or {}, images, labels, track)
+            more = order[len(index) : policy.attacks.transfer_images]
+            recorded = transfer
+            if surrogates and len(more):
+                rest = transferred(subject, policy, surrogates, data.x_test[more], data.y_test[more], track)
+                recorded = [joined(pair) for pair in zip(transfer, rest, strict=True)]
             looked = order[: policy.checks.images]
             results = checks.diagnose(
                 subject.model,
@@ -162,7 +168,7 @@ def gate(
                     data={**data.describe(), "part": "test", "images": len(data.x_test), "classes": list(data.classes)},
                     evaluations=[outcome.evaluation for outcome in outcomes],
                     main=main.evaluation,
-                    transfer=transfer,
+                    transfer=recorded,
                     per_image={"index": index.tolist(), "label": labels.tolist()},
                     files={PROBES: sha256_of(staged / PROBES)},
                     provenance={
@@ -359,12 +365,16 @@ def transferred(
     labels: Labels,
     track: Track,
 ) -> list[Evaluation]:
-    """What holds against images crafted on each surrogate: an upper bound, which production compares itself with."""
+    """What holds against images crafted on each surrogate, and on all of them as one: upper bounds, which production
+    compares itself with."""
     attacks = Attack.parse_suite(policy.attacks.transfer)
-    found = []
-    for name, surrogate in surrogates.items():
-        if surrogate.checkpoint_sha256 == subject.run.get("checkpoint_sha256"):
+    for surrogate in surrogates.values():
+        if surrogate.origin_sha256 == subject.run.get("checkpoint_sha256"):
             raise BadInput(f"{surrogate.path}: is the judged model itself; a surrogate must be another one")
+    groups = [{name: surrogate} for name, surrogate in surrogates.items()]
+    found = []
+    for group in [*groups, *([surrogates] if len(surrogates) > 1 else [])]:
+        digest = ensemble_sha256([surrogate.origin_sha256 for surrogate in group.values()])
         outcome = evaluate(
             subject.model,
             images,
@@ -372,10 +382,10 @@ def transferred(
             policy.parsed_threat,
             attacks,
             decide=subject.decide,
-            source=surrogate.model,
+            source=ensemble([surrogate.model for surrogate in group.values()]),
             grid=subject.contract.dtype == "uint8",
             seed=policy.seed,
-            about={"kind": "transfer", "surrogate": name, "surrogate_sha256": surrogate.checkpoint_sha256},
+            about={"kind": "transfer", "surrogate": "+".join(group), "surrogate_sha256": digest},
             track=track,
         )
         found.append(outcome.evaluation)

@@ -122,12 +122,14 @@ class AttackSection(Section):
 
     suite: the name of a suite (`fast`, `standard`) or a list of attacks. black_box: what is left where the model gives
     no gradients, beside the suite's own attacks that need none. transfer: crafted on each surrogate that the gate is
-    given, recorded for production to compare itself with. block: images that are attacked together.
+    given and on all of them, recorded for production to compare itself with, on as many images as were attacked, or on
+    the first transfer_images of the order, where those are more. block: images that are attacked together.
     """
 
     suite: str | list[str]
     black_box: list[str] = Field(default=["square-1000"])
     transfer: list[str] = Field(default=["mi-fgsm-10"])
+    transfer_images: int = Field(0, ge=0)
     block: int = Field(32, ge=1)
 
 

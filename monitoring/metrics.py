@@ -47,7 +47,7 @@ class AttackInfo:
 class Identity:
     """What does not change while a watch runs. version, revision: of this program; epsilon such as `8/255`.
 
-    interval_seconds: planned between rounds, by path.
+    interval_seconds: planned between rounds, by path; labels: names of the classes, by index.
     """
 
     version: str
@@ -58,6 +58,7 @@ class Identity:
     attacks: tuple[AttackInfo, ...]
     surrogates_sha256: str
     interval_seconds: Mapping[str, float]
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ STYLE = """
 --bad:#ff8a80;--good:#7bd69a}}
 body{font:16px/1.45 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em;color:var(--ink);
 background:var(--paper)}h1{font-size:1.3em}h2{font-size:1.05em;margin-top:2em}
-.verdict{font-size:1.25em;font-weight:600;padding:.6em .8em;border-left:.4em solid var(--soft);margin:1em 0}
+.verdict{color:var(--ink);font-size:1.25em;font-weight:600;padding:.6em .8em;border-left:.4em solid var(--soft);margin:1em 0}
 .verdict.bad{border-color:var(--bad);color:var(--bad)}.verdict.good{border-color:var(--good)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
 td,th{padding:.25em 1.2em .25em 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
@@ -55,7 +55,8 @@ def render(target: str, identity: Identity, now: Snapshot) -> str:
     ]
     if journal.current is not None:
         release = now.releases.get(journal.current.version, Release())
-        parts += [_figures(identity, journal.current, release), _curve(journal, release), _examples(journal.examples)]
+        parts += [_figures(identity, journal.current, release), _curve(journal, release)]
+        parts.append(_examples(journal.examples, identity.labels))
     rows = "".join(_row(outcome) for outcome in reversed(journal.history)) or '<tr><td colspan="5">none yet</td></tr>'
     parts += [
         "<h2>Rounds</h2><p>Failures stay longer than successes.</p>",
@@ -107,8 +108,9 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
         if of in totals.bounds
     ]
     replayed = (
-        f"<p>Of the gate's images {totals.replayed - totals.mismatches} of {totals.replayed} were answered as there; "
-        f"largest difference in the last round {totals.difference:.2g} of what is tolerated.</p>"
+        f"<p>Asked about {totals.replayed} times, the gate's own images got the recorded answer "
+        f"{totals.replayed - totals.mismatches} times; in the last round logits were off by {totals.difference:.2g} of what "
+        "is tolerated.</p>"
         if totals.integrity is not None
         else "<p>Nothing is replayed: there is no evidence with the gate's answers.</p>"
     )
@@ -163,12 +165,13 @@ def _curve(journal: Journal, release: Release) -> str:
     )
 
 
-def _examples(examples: Sequence[Example]) -> str:
+def _examples(examples: Sequence[Example], labels: Sequence[str]) -> str:
     if not examples:
         return ""
     shown = "".join(
         f"<figure>{_img(one.image)} {_img(one.adversarial)} {_img(_difference(one))}<figcaption>{escape(one.attack)}: "
-        f"class {one.label} taken for {one.answer if one.answer >= 0 else 'another'}</figcaption></figure>"
+        f"{escape(labels[one.label])}, taken for {escape(labels[one.answer]) if one.answer >= 0 else 'another'}"
+        "</figcaption></figure>"
         for one in reversed(examples)
     )
     return (

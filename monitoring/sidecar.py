@@ -96,6 +96,7 @@ class Work:
     """What a watch prepares once. direct, outside: plans of rounds through Triton and through the gateway."""
 
     pool: Pool
+    labels: tuple[str, ...]
     direct: Plan
     outside: Plan | None
     keys: tuple[str, str]
@@ -128,7 +129,16 @@ def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -
     key = _key(config.query.key_file)
     keys = key, _key(config.query.clean_key_file) or key
     fast = attack_pass(surrogates.model, to_float(torch.from_numpy(pool.images[:8])))
-    return Work(pool, direct, outside, keys, surrogates, _unless_stopped(fast, stop), _find(config, surrogates))
+    return Work(
+        pool,
+        tuple(map(str, dataset.classes)),
+        direct,
+        outside,
+        keys,
+        surrogates,
+        _unless_stopped(fast, stop),
+        _find(config, surrogates),
+    )
 
 
 class Sidecar:
@@ -391,6 +401,7 @@ def _identity(config: WatchConfig, work: Work) -> Identity:
         attacks=attacks,
         surrogates_sha256=work.surrogates.sha256,
         interval_seconds=intervals,
+        labels=work.labels,
     )
 
 
