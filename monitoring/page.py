@@ -28,7 +28,8 @@ STYLE = """
 --bad:#ff8a80;--good:#7bd69a}}
 body{font:16px/1.45 system-ui,sans-serif;margin:2em auto;max-width:60em;padding:0 1em;color:var(--ink);
 background:var(--paper)}h1{font-size:1.3em}h2{font-size:1.05em;margin-top:2em}
-.verdict{color:var(--ink);font-size:1.25em;font-weight:600;padding:.6em .8em;border-left:.4em solid var(--soft);margin:1em 0}
+.verdict{color:var(--ink);font-size:1.25em;font-weight:600;padding:.6em .8em;margin:1em 0;
+border-left:.4em solid var(--soft)}
 .verdict.bad{border-color:var(--bad);color:var(--bad)}.verdict.good{border-color:var(--good)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
 td,th{padding:.25em 1.2em .25em 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
@@ -109,8 +110,8 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
     ]
     replayed = (
         f"<p>Asked about {totals.replayed} times, the gate's own images got the recorded answer "
-        f"{totals.replayed - totals.mismatches} times; in the last round logits were off by {totals.difference:.2g} of what "
-        "is tolerated.</p>"
+        f"{totals.replayed - totals.mismatches} times; in the last round logits were off by {totals.difference:.2g} of "
+        "what is tolerated.</p>"
         if totals.integrity is not None
         else "<p>Nothing is replayed: there is no evidence with the gate's answers.</p>"
     )
