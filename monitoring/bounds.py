@@ -32,7 +32,6 @@ RATIOS: Floats = np.exp(-0.08 * 2 ** (np.arange(9) / 2))
 # A gambler stops at so many times what rejects: a model that is well again must not wait as long as it was not.
 ENOUGH = 10.0
 GRID: Floats = np.linspace(0, 1, 501)  # accuracies that are tested; a bound is rounded outwards to the next one
-_SHRUNK: Floats = np.log1p(-GRID[:, None] * (1 - RATIOS))
 
 
 def limit(rounds: float, bounds: int, risk: float = RISK) -> float:
@@ -62,12 +61,8 @@ class Bounds:
         """With a round in which `right` of `images` were right; one of no images changes nothing."""
         if not images:
             return self
-        most = np.log(self.limit * len(RATIOS) * ENOUGH)
-        return replace(
-            self,
-            below=np.minimum(_bet(self.below, right, images), most),
-            above=np.minimum(_bet(self.above, images - right, images), most),
-        )
+        below = bet(self.below, right, images, PRICES, self.limit)
+        return replace(self, below=below, above=bet(self.above, images - right, images, PRICES, self.limit))
 
     @property
     def upper(self) -> float:
@@ -87,12 +82,26 @@ def after_all(bounds: Bounds, rounds: Iterable[tuple[int, int]]) -> Bounds:
     return bounds
 
 
-def _bet(owned: Floats, successes: int, images: int) -> Floats:
-    """What is owned after a round: everything that was, and a new stake, bet on it."""
-    return np.asarray(np.logaddexp(owned, 0.0) + successes * np.log(RATIOS) - images * _SHRUNK)
+def prices(accuracies: Floats) -> Floats:
+    """Log of what a bet pays on average for an image of accuracy `(P,)`: what it costs, `(P, len(RATIOS))`."""
+    return np.asarray(np.log1p(-accuracies[:, None] * (1 - RATIOS)))
+
+
+PRICES = prices(GRID)
+
+
+def bet(owned: Floats, successes: int | Floats, images: int, prices: Floats, limit: float) -> Floats:
+    """Log of what is owned after a round: everything that was, and a new stake, bet on it, `(..., P, len(RATIOS))`."""
+    won = np.logaddexp(owned, 0.0) + successes * np.log(RATIOS) - images * prices
+    return np.asarray(np.minimum(won, np.log(limit * len(RATIOS) * ENOUGH)))
+
+
+def rejected(owned: Floats, limit: float) -> NDArray[np.bool_]:
+    """Which accuracies `(..., P)` the model cannot have."""
+    won = np.logaddexp.reduce(owned, axis=-1) - np.log(len(RATIOS))
+    return np.asarray(won >= np.log(limit))
 
 
 def _least_rejected(owned: Floats, limit: float) -> float:
-    won = np.logaddexp.reduce(owned, axis=1) - np.log(len(RATIOS))
-    rejected = np.flatnonzero(won >= np.log(limit))
-    return float(GRID[rejected[0]]) if len(rejected) else 1.0
+    places = np.flatnonzero(rejected(owned, limit))
+    return float(GRID[places[0]]) if len(places) else 1.0

@@ -1,0 +1,124 @@
+"""How often the sidecar's bounds page for nothing, and how soon they page for something: `make bench-paging`.
+
+Months of rounds of a model whose accuracies are exactly those that the gate recorded, and days in which one falls,
+judged as `monitoring.bounds` judges them: a page is a look at which the upper bound lies below the recorded accuracy.
+Images of a round are drawn without replacement from a pool, as the sidecar draws them. No model is involved. Beside it,
+what looking at a 95 % interval of the last six hours every minute would do, which is no such bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+from scipy.stats import norm
+
+from benchmarks.result import write_result
+from monitoring.bounds import GRID, MONTH_SECONDS, RATIOS, RISK, bet, limit, prices, rejected
+
+POOL = 10_000
+INTERVAL_SECONDS = 60.0
+BUDGETS = (8, 32, 128)  # fresh images a round
+BOUNDS = 5  # of a watch with two transfer attacks and a query attack: clean, worst case, and theirs
+DROPS = (0.05, 0.10, 0.20)
+WARM_UP = 24 * 60  # rounds before an accuracy falls: old stakes must not make the new slower
+LONGEST = 7 * 24 * 60
+WINDOW = 6 * 60  # rounds of the interval that is looked at for comparison
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--months", type=int, default=1000, help="simulated months at the recorded accuracy")
+    parser.add_argument("--falls", type=int, default=400, help="simulated falls of each size")
+    parser.add_argument("--recorded", type=float, default=0.75, help="accuracy that the gate recorded")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    month = round(MONTH_SECONDS / INTERVAL_SECONDS)
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    for number, images in enumerate(BUDGETS):
+        stream = np.random.default_rng([arguments.seed, number])
+        false, naive = false_pages(stream, arguments.recorded, images, arguments.months, month)
+        row: dict[str, Any] = {
+            "images_a_round": images,
+            "images_a_day": images * round(86_400 / INTERVAL_SECONDS),
+            "false_pages_a_month": false,
+            "false_pages_a_month_of_an_interval": naive,
+        }
+        ratios[f"false_pages_a_month_{images}_images"] = false
+        for drop in DROPS:
+            minutes = delays(stream, arguments.recorded, drop, images, arguments.falls) * INTERVAL_SECONDS / 60
+            points = round(100 * drop)
+            row[f"minutes_to_page_{points}_points"] = float(np.median(minutes))
+            row[f"p90_{points}_points"] = float(np.quantile(minutes, 0.9))
+            ratios[f"median_minutes_to_page_{points}_points_{images}_images"] = float(np.median(minutes))
+        rows.append(row)
+    months = f"{arguments.months} months of {month:,} rounds with {BOUNDS} bounds"
+    conditions = {
+        "n": f"{months}, {arguments.falls} falls of each size",
+        "seed": arguments.seed,
+        "note": f"a round a minute, recorded accuracy {arguments.recorded}, pool of {POOL:,}; at most {RISK} false pages"
+        f" a month are allowed, all {BOUNDS} bounds together (simulated as independent, which is the worst); falls come"
+        " after a day at the recorded accuracy; a delay of more than a week counts as a week; _of_an_interval: the upper"
+        " end of a two-sided 95 % Wilson interval over the last six hours, looked at every ten minutes, one figure",
+    }
+    write_result("paging", "False pages and delays of the sidecar", rows, ratios, conditions)
+
+
+def false_pages(
+    stream: np.random.Generator, recorded: float, images: int, months: int, rounds: int
+) -> tuple[float, float]:
+    """Share of months with a page although nothing changed, of all bounds together, and of the naive interval."""
+    most, cost = limit(rounds, BOUNDS), prices(below(recorded))
+    owned = np.full((months * BOUNDS, 1, len(RATIOS)), -np.inf)
+    paged, naively = np.zeros(months * BOUNDS, bool), np.zeros(months * BOUNDS, bool)
+    recent = np.zeros((WINDOW, months * BOUNDS), np.int32)
+    for number in track(range(rounds), f"{months} months, {images} images a round"):
+        right = drawn(stream, recorded, images, months * BOUNDS)
+        owned = bet(owned, right[:, None, None], images, cost, most)
+        paged |= rejected(owned, most)[:, 0]
+        recent[number % WINDOW] = right
+        if number + 1 >= WINDOW and number % 10 == 0:  # every tenth minute is enough to show it
+            naively |= wilson_upper(recent.sum(axis=0), WINDOW * images) < recorded
+    return float(paged.reshape(months, BOUNDS).any(axis=1).mean()), float(naively.mean())
+
+
+def delays(stream: np.random.Generator, recorded: float, drop: float, images: int, falls: int) -> NDArray[np.int64]:
+    """Rounds from the fall to the page, `(falls,)`."""
+    most, cost = limit(MONTH_SECONDS / INTERVAL_SECONDS, BOUNDS), prices(below(recorded))
+    owned = np.full((falls, 1, len(RATIOS)), -np.inf)
+    for _ in range(WARM_UP):
+        owned = bet(owned, drawn(stream, recorded, images, falls)[:, None, None], images, cost, most)
+    waited = np.full(falls, LONGEST)
+    for number in range(1, LONGEST + 1):
+        owned = bet(owned, drawn(stream, recorded - drop, images, falls)[:, None, None], images, cost, most)
+        now = rejected(owned, most)[:, 0]
+        waited[now & (waited == LONGEST)] = number
+        if (waited < LONGEST).all():
+            break
+    return waited
+
+
+def below(recorded: float) -> NDArray[np.float64]:
+    """The accuracy that must be rejected for a page: the largest of the grid below the recorded one, `(1,)`."""
+    return GRID[recorded - 1e-9 > GRID][-1:]
+
+
+def drawn(stream: np.random.Generator, accuracy: float, images: int, count: int) -> NDArray[np.float64]:
+    """How many of a round's images are right, `(count,)`."""
+    good = round(accuracy * POOL)
+    return stream.hypergeometric(good, POOL - good, images, count).astype(np.float64)
+
+
+def wilson_upper(right: NDArray[Any], images: int, confidence: float = 0.95) -> NDArray[np.float64]:
+    """Upper end of the two-sided interval. Wilson 1927."""
+    z, share = norm.ppf((1 + confidence) / 2), right / images
+    spread = z * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    return np.asarray((share + z**2 / (2 * images) + spread) / (1 + z**2 / images))
+
+
+if __name__ == "__main__":
+    main()
