@@ -62,8 +62,8 @@ def main() -> None:
         "seed": arguments.seed,
         "note": f"a round a minute, recorded accuracy {arguments.recorded}, pool of {POOL:,}; at most {RISK} false"
         f" pages a month are allowed, all {BOUNDS} bounds together (simulated as independent, the worst); falls"
-        " come after a day at the recorded accuracy; a delay of more than a week counts as a week; _of_an_interval: upper"
-        " end of a two-sided 95 % Wilson interval over the last six hours, looked at every ten minutes, one of them",
+        " come after a day at the recorded accuracy; a delay of more than a week counts as a week; _of_an_interval:"
+        " upper end of a two-sided 95 % Wilson interval over the last six hours, looked at every ten minutes, of one",
     }
     write_result("paging", "False pages and delays of the sidecar", rows, ratios, conditions)
 
