@@ -279,9 +279,11 @@ def test_the_operators_rules_are_prometheus_rules(name: str) -> None:
 
 
 def test_grafanas_sidecar_finds_the_dashboards() -> None:
-    """All that are committed, byte for byte, by the label that Grafana's chart looks for; small enough to be applied."""
+    """All that are committed, byte for byte, by the label that Grafana's chart looks for; small enough to apply."""
     found = named(rendered(OVERLAYS[0]), "ConfigMap", "dashboards")
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
     files = {path.name: path.read_text() for path in (DEPLOY / "grafana" / "dashboards").iterdir()}
     assert found["data"] == files
-    assert sum(map(len, files.values())) < 250_000  # the annotation of `kubectl apply` repeats it, in 262144 bytes at most
+    assert (
+        sum(map(len, files.values())) < 250_000
+    )  # the annotation of `kubectl apply` repeats it, in 262144 bytes at most

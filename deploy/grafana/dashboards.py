@@ -457,9 +457,8 @@ def health() -> models.Dashboard:
         ),
         fact(
             "Low priority",
-            "Whether crafting runs at the lowest priority of the machine.",
+            "Whether the server lets users overtake the sidecar's requests. If not, the budget alone keeps them small.",
             (f"min by (model) (robustness_probe_low_priority{{{MODEL}}})", "{{model}}"),
-            steps=[(None, NOTICE), (1, GOOD)],
             words={0: "no", 1: "yes"},
         ),
         fact(
@@ -536,7 +535,7 @@ def health() -> models.Dashboard:
         ),
         course(
             "Images examined, and not",
-            "Users' and the canary's. Dropped: the queue was full; failed: the examination broke off. Answers are not affected.",
+            "Users' and the canary's. Dropped: the queue was full; failed: a bug. Answers are not affected.",
             ("sum(rate(gateway_detection_images_total[$__rate_interval]))", "users"),
             ("sum(rate(gateway_detection_canary_images_total[$__rate_interval]))", "canary"),
             ("sum(rate(gateway_detection_dropped_total[$__rate_interval]))", "dropped"),
@@ -563,11 +562,12 @@ def health() -> models.Dashboard:
         ),
         course(
             "Share of the canary's images that are recognised",
-            "attack: the sidecar's own attacks by queries, of which most should be. benign: its harmless images, of which none "
-            "should be.",
+            "attack: the sidecar's own attacks by queries, of which most should be. benign: its harmless images, of "
+            "which none should be.",
             (
                 "sum by (probe, detector) (rate(gateway_detection_canary_matches_total[$__rate_interval])) "
-                "/ on (probe) group_left () (sum by (probe) (rate(gateway_detection_canary_images_total[$__rate_interval])) "
+                "/ on (probe) group_left () "
+                "(sum by (probe) (rate(gateway_detection_canary_images_total[$__rate_interval])) "
                 "- sum by (probe) (rate(gateway_detection_canary_repeats_total[$__rate_interval])))",
                 "{{probe}}: {{detector}}",
             ),
