@@ -708,7 +708,7 @@ def capacity(
     ] = None,
     images_per_request: Annotated[int, typer.Option(min=1)] = 1,
     utilisation: Annotated[float, typer.Option(min=0.01, max=0.99, help="How busy a replica may be planned.")] = 0.6,
-    probe_images_per_second: Annotated[float, typer.Option(min=0, help="What the sidecar adds.")] = 0.64,
+    probe_images_per_second: Annotated[float, typer.Option(min=0, help="What the sidecar adds.")] = 1.9,
     ready_seconds: Annotated[float, typer.Option(min=1, help="From a new pod to a ready one.")] = 30,
     hourly: Annotated[float | None, typer.Option(min=0, help="A replica's price an hour, in any currency.")] = None,
 ) -> None:

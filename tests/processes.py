@@ -15,6 +15,6 @@ def wait_until(
     deadline = time.monotonic() + seconds
     while not condition():
         if process is not None:
-            assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+            assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
         assert time.monotonic() < deadline, f"nothing after {seconds} s"
         time.sleep(0.01)  # what is waited for lies in another process's hands: a file, a signal handler

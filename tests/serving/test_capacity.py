@@ -47,7 +47,7 @@ def test_a_trickle_still_has_two() -> None:
     """One request a minute: as many as the autoscaler's minimum, and probes are most of what comes in."""
     found = capacity(Load(1 / 60), Replica(1000))
     assert found.replicas == MIN_REPLICAS == 2
-    assert found.probe_share == pytest.approx(0.64 / 2000)
+    assert found.probe_share == pytest.approx(1.9 / 2000)
 
 
 @given(
@@ -84,7 +84,8 @@ def test_the_plan_is_the_manifests() -> None:
     from monitoring.config import load_config
 
     probe = load_config(ROOT / "deploy" / "resnet18w32-cifar10" / "watch.toml").probe
-    assert Load(1).probes == probe.images * (1 + len(probe.attacks)) / probe.interval_seconds
+    images = 1 + probe.replay + probe.images * (1 + len(probe.attacks))
+    assert Load(1).probes == pytest.approx(images / probe.interval_seconds, rel=0.01)
 
 
 def test_the_measured_figure_comes_from_the_record(tmp_path: Path) -> None:
