@@ -32,8 +32,10 @@ class Record:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and self._path.stat().st_size + len(line) > self._max_bytes:
                 self._path.replace(self._old)
-            with self._path.open("ab", buffering=0) as file:
-                begin = file.tell()
+            with self._path.open("a+b", buffering=0) as file:
+                begin = file.seek(0, os.SEEK_END)
+                if begin and os.pread(file.fileno(), 1, begin - 1) != b"\n":
+                    line = b"\n" + line  # a process that was killed left half a line, which ends here
                 try:
                     written = file.write(line)
                     if written != len(line):

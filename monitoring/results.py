@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -174,16 +175,38 @@ def round_from_json(value: Mapping[str, Any]) -> Round:
     try:
         fields["queries"] = tuple(Query(**query) for query in value["queries"])
         if value["outcome"] != "measured":
-            without: Round = {"failed": RoundFailure, "skipped": RoundSkipped}[value["outcome"]](**fields)
-            return without
-        fields["attacks"] = tuple(AttackResult(a["name"], _flags(a["held"]), a["queries"]) for a in value["attacks"])
-        fields["replay"] = ReplayResult(**value["replay"]) if value["replay"] else None
-        result = RoundResult(**fields | {"correct": _flags(value["correct"])})
-    except (KeyError, TypeError) as error:
+            outcome: Round = {"failed": RoundFailure, "skipped": RoundSkipped}[value["outcome"]](**fields)
+        else:
+            fields["attacks"] = tuple(
+                AttackResult(a["name"], _flags(a["held"]), a["queries"]) for a in value["attacks"]
+            )
+            fields["replay"] = ReplayResult(**value["replay"]) if value["replay"] else None
+            outcome = RoundResult(**fields | {"correct": _flags(value["correct"])})
+        if not _is_sound(outcome):
+            raise BadInput("round: malformed record: unknown words, numbers that are none, or flags that do not fit")
+    except (KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"round: malformed record: {error!r}") from None
-    if any(len(attack.held) != len(result.correct) for attack in result.attacks):
-        raise BadInput("round: malformed record: not every attack has one flag an image")
-    return result
+    return outcome
+
+
+def _is_sound(outcome: Round) -> bool:
+    """Whether its words are from closed sets, as they become labels, and its numbers are such."""
+    queries = outcome.queries
+    counts = [outcome.number, *(query.images for query in queries)]
+    numbers = [outcome.started, outcome.seconds, *(query.seconds for query in queries)]
+    words = outcome.via in PATHS and all(query.reason in ("", *REASONS) for query in queries)
+    if isinstance(outcome, RoundResult):
+        words = words and outcome.version.isascii() and outcome.version.isdecimal()
+        fits = bool(outcome.correct) and all(len(attack.held) == len(outcome.correct) for attack in outcome.attacks)
+        counts += [attack.queries for attack in outcome.attacks]
+        if outcome.replay is not None:
+            counts += [outcome.replay.images, outcome.replay.mismatches]
+            numbers.append(outcome.replay.difference)
+    else:
+        fits, known = True, SKIPS if isinstance(outcome, RoundSkipped) else REASONS
+        words = words and outcome.reason in known
+    whole = all(type(count) is int and count >= 0 for count in counts)
+    return words and fits and whole and all(math.isfinite(number) for number in numbers)
 
 
 def compared(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], tolerance: float) -> ReplayResult:
@@ -191,7 +214,7 @@ def compared(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], tolera
     if found.shape != expected.shape:
         return ReplayResult(len(expected), len(expected), float(np.finfo(np.float32).max))
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))
-    off = np.abs(found - expected).max(axis=1)
+    off = np.abs(found.astype(np.float64) - expected).max(axis=1)  # float32 could overflow
     # Logits decide: the gate's adversarial images lie at the border, where a label turns within any tolerance, and a
     # label that turns elsewhere took its logits with it.
     return ReplayResult(len(expected), int((off > allowed).sum()), float(off.max() / allowed))
