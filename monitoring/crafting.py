@@ -5,6 +5,7 @@ An image that comes again needs no second crafting as long as the pool's adversa
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from monitoring.endpoint import Stopped
 from monitoring.probes import Scene, craft
@@ -35,6 +37,14 @@ class Pool:
     images: Bytes
     labels: Labels
     classes: int
+
+    @property
+    def digest(self) -> str:
+        """Of all images and labels: what figures are about."""
+        digest = hashlib.sha256(str((self.images.shape, self.classes)).encode())
+        for array in (self.images, self.labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def scene(self, threat: Threat, seed: int, number: int, count: int) -> Scene:
         """`count` different images of round `number`, drawn anew from all of them: rounds are independent."""
@@ -81,9 +91,13 @@ def _crafted(source: Model, scene: Scene, attack: Attack) -> Bytes:
 
 
 class Crafter:
-    """Takes scenes from an iterator in a thread of its own, and keeps `AHEAD` of them ready. A context manager."""
+    """Takes scenes from an iterator in a thread of its own, and keeps `AHEAD` of them ready. A context manager.
 
-    def __init__(self, made: Iterator[Scene], stop: threading.Event) -> None:
+    threads: that this one may compute with.
+    """
+
+    def __init__(self, made: Iterator[Scene], stop: threading.Event, threads: int = 1) -> None:
+        self._threads = threads
         self._made, self._stop, self._left = made, stop, threading.Event()
         self._ready: Queue[Scene | Exception] = Queue(AHEAD)
         self._thread = threading.Thread(target=self._run, name="crafter", daemon=True)
@@ -92,6 +106,11 @@ class Crafter:
     def ready(self) -> int:
         """Scenes that lie ready."""
         return self._ready.qsize()
+
+    @property
+    def behind(self) -> bool:
+        """Whether it is still at work on the scene that a round would have to wait for."""
+        return self._thread.is_alive() and self._ready.empty()
 
     def take(self) -> Scene:
         """The next scene; waits for it. Stopped where it is time to end; what crafting died of, where it died."""
@@ -118,6 +137,7 @@ class Crafter:
         self._thread.join(60)
 
     def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # of this thread
         try:
             for scene in self._made:
                 if not self._put(scene):

@@ -1,0 +1,234 @@
+"""Images and their adversarial versions, made ahead of the rounds: which, how often, by whom, and until when."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monitoring import crafting
+from monitoring.crafting import AHEAD, Crafter, Pool, draw, require_fit, scenes
+from monitoring.endpoint import Stopped
+from monitoring.probes import Scene, craft, transfer_attack
+from monitoring.sidecar import _unless_stopped
+from robustness.attacks import Attack
+from robustness.errors import BadInput
+from robustness.threat import Threat
+from tests.monitoring.conftest import wait_for
+from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
+
+FGSM = transfer_attack("fgsm")
+
+
+class Source:
+    """A surrogate that counts the images it is asked about."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.images += len(x)
+        return brightness(x)
+
+
+def many(count: int = 40) -> Pool:
+    """Different greys."""
+    return pool(np.arange(count, dtype=np.uint8) + 20, np.zeros(count, np.int64))
+
+
+def made(source: Any = brightness, images: Pool | None = None, **options: Any) -> Iterator[Scene]:
+    """Scenes under FGSM."""
+    return scenes(images or many(), source, BALL, (FGSM,), **{"seed": 0, "count": 8, **options})
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 200), st.floats(0.01, 1), st.integers(0, 99), st.integers(-(10**6), 10**6))
+def test_no_image_is_drawn_twice_in_a_round(size: int, share: float, seed: int, number: int) -> None:
+    """A round's images are different ones of the pool, and the same each time it is drawn."""
+    count = max(1, int(size * share))
+    chosen = draw(size, count, seed, number)
+    assert len(set(chosen.tolist())) == count
+    assert set(chosen.tolist()) <= set(range(size))
+    assert np.array_equal(chosen, draw(size, count, seed, number))
+
+
+def test_rounds_are_drawn_independently() -> None:
+    """Images of one round return in the next as often as chance has it, which the bounds build on."""
+    drawn = [set(draw(100, 20, 0, number).tolist()) for number in range(1, 401)]
+    common = [len(one & two) for one, two in itertools.pairwise(drawn)]
+    # Hypergeometric: mean 4, variance 2.586.
+    assert abs(np.mean(common) - 4) < 4 * (2.586 / 399) ** 0.5
+    counts = np.bincount(np.concatenate([list(one) for one in drawn]), minlength=100)
+    assert counts.min() > 80 - 5 * 8
+    assert counts.max() < 80 + 5 * 8
+
+
+def test_scenes_repeat_by_seed_and_differ_by_number() -> None:
+    """The same seed and number give the same bytes; another number or seed gives others."""
+
+    def content(seed: int, first: int) -> bytes:
+        scene = next(made(seed=seed, first=first))
+        return scene.images.tobytes() + scene.adversarial["fgsm"].tobytes()
+
+    assert content(0, 1) == content(0, 1)
+    assert content(0, 1) != content(0, 2)
+    assert content(0, 1) != content(1, 1)
+    one, two = itertools.islice(made(), 2)
+    assert (one.number, two.number) == (1, 2)
+    assert two.images.tobytes() + two.adversarial["fgsm"].tobytes() == content(0, 2)
+
+
+def test_crafted_bytes_lie_inside_the_ball() -> None:
+    """Every image is moved, none farther than eps, in whole grey levels."""
+    for scene in itertools.islice(made(), 5):
+        distance = np.abs(scene.adversarial["fgsm"].astype(int) - scene.images).max(axis=(1, 2, 3))
+        assert scene.adversarial["fgsm"].dtype == np.uint8
+        assert (distance == EPS).all()
+
+
+def test_an_image_that_returns_is_not_crafted_again() -> None:
+    """Over many rounds the surrogates see each image of the pool once, and it returns with the same bytes."""
+    source, seen = Source(), dict[bytes, bytes]()
+    for scene in itertools.islice(made(source), 60):
+        for image, changed in zip(scene.images, scene.adversarial["fgsm"], strict=True):
+            assert seen.setdefault(image.tobytes(), changed.tobytes()) == changed.tobytes()
+    assert len(seen) == 40
+    assert source.images == 40
+
+
+def test_each_attack_is_remembered_apart() -> None:
+    """Two attacks share a scene's images, not their adversarial versions."""
+    attacks = (FGSM, transfer_attack("pgd-2"))
+    scene = next(scenes(many(), lambda x: brightness(torch.sin(60 * x)), BALL, attacks, seed=0, count=8))
+    assert set(scene.adversarial) == {"fgsm", "pgd-2"}
+    assert not np.array_equal(scene.adversarial["fgsm"], scene.adversarial["pgd-2"])
+
+
+def test_a_pool_too_large_to_remember_is_crafted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory for it each round is crafted, with the round's own randomness, and nothing is kept."""
+    monkeypatch.setattr(crafting, "REMEMBERED_BYTES", 40 * 4 * 4 * 3 - 1)
+    source = Source()
+    for scene in itertools.islice(made(source), 10):
+        distance = np.abs(scene.adversarial["fgsm"].astype(int) - scene.images).max(axis=(1, 2, 3))
+        assert (distance == EPS).all()
+    assert source.images == 10 * 8
+
+
+def test_an_attacks_randomness_belongs_to_the_round() -> None:
+    """The same number starts from the same point, another one from another."""
+
+    def rugged(x: torch.Tensor) -> torch.Tensor:
+        return brightness(torch.sin(60 * x))
+
+    images = pool().images
+    every = [Scene(images, LABELS, BALL, 0, number, {}) for number in (1, 1, 2)]
+    first, again, other = (craft(rugged, scene, transfer_attack("pgd-3")) for scene in every)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_crafting_in_chunks_reaches_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image is attacked wherever its chunk ends, and no chunk is larger than memory allows."""
+    monkeypatch.setattr(crafting, "CRAFT_IMAGES", 3)
+    sizes: list[int] = []
+    source = lambda x: (sizes.append(len(x)), brightness(x))[1]  # noqa: E731
+    scene = next(made(source))
+    assert (np.abs(scene.adversarial["fgsm"].astype(int) - scene.images).max(axis=(1, 2, 3)) == EPS).all()
+    assert sizes == [3, 3, 2]
+
+
+def test_an_attack_that_leaves_the_ball_gains_nothing() -> None:
+    """Images that an attack leaves outside the L2 ball are sent as they were."""
+
+    def rogue(model, x, y, threat, *, generator, trial=None):
+        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 0, 1 - x, (x + 0.01).clamp(0, 1))
+
+    images = pool().images
+    changed = craft(brightness, Scene(images, LABELS, Threat("l2", 0.5), 0, 1, {}), Attack("rogue", rogue))
+    assert np.array_equal(changed[0], images[0])
+    assert (changed[1:] != images[1:]).any(axis=(1, 2, 3)).all()
+
+
+def test_scenes_lie_ready_before_anybody_asks() -> None:
+    """Two, no more; one that is taken is made up for, and they come in order."""
+    source = Source()
+    with Crafter(made(source, count=1), threading.Event()) as crafter:
+        wait_for(lambda: crafter.ready == AHEAD)
+        assert not crafter.behind
+        assert [crafter.take().number for _ in range(5)] == [1, 2, 3, 4, 5]
+        wait_for(lambda: crafter.ready == AHEAD)
+    assert source.images <= 5 + AHEAD + 1
+
+
+def test_the_crafter_computes_with_its_own_threads() -> None:
+    """As many as it is told, whatever others have."""
+    seen: list[int] = []
+
+    def source(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return brightness(x)
+
+    for threads in (1, 2):
+        with Crafter(itertools.islice(made(source), 1), threading.Event(), threads) as crafter:
+            crafter.take()
+    assert seen == [1, 2]
+
+
+def test_an_error_in_the_thread_reaches_the_round() -> None:
+    """The first one to wait learns what it was; later ones that there will be no more."""
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("of a surrogate")
+
+    with Crafter(made(broken), threading.Event()) as crafter:
+        with pytest.raises(ZeroDivisionError, match="of a surrogate"):
+            crafter.take()
+        with pytest.raises(RuntimeError, match="the crafting thread has ended"):
+            crafter.take()
+        assert not crafter.behind
+
+
+def test_stop_ends_crafting_within_a_forward_pass() -> None:
+    """However long an attack would take: the thread ends, and whoever waits is told to stop."""
+    stop, begun, passes = threading.Event(), threading.Event(), Source()
+
+    def source(x: torch.Tensor) -> torch.Tensor:
+        begun.set()
+        stop.wait(30)
+        return passes(x)
+
+    endless = scenes(many(), _unless_stopped(source, stop), BALL, (transfer_attack("pgd-100000"),), seed=0, count=8)
+    with Crafter(endless, stop) as crafter:
+        begun.wait(30)
+        assert crafter.behind
+        stop.set()
+        with pytest.raises(Stopped):
+            crafter.take()
+    assert not crafter._thread.is_alive()
+    assert passes.images == 8
+
+
+def test_a_pool_is_known_by_its_bytes() -> None:
+    """Other images, labels or classes are another pool."""
+    one = many()
+    others = [
+        Pool(one.images + 1, one.labels, 2),
+        Pool(one.images, one.labels + 1, 2),
+        Pool(one.images, one.labels, 3),
+    ]
+    assert one.digest == many().digest
+    assert len({one.digest, *(other.digest for other in others)}) == 4
+
+
+def test_a_round_that_asks_for_more_than_there_is_is_bad_input() -> None:
+    """41 of 40 images cannot be different ones."""
+    require_fit(many(), 40, "probe.images")
+    with pytest.raises(BadInput, match=r"probe\.images is 41; the data have 40 test images"):
+        require_fit(many(), 41, "probe.images")
