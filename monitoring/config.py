@@ -29,7 +29,7 @@ def _is_endpoint(url: str) -> str:
 def _is_http(url: str) -> str:
     if url and not url.startswith(("http://", "https://")):
         raise ValueError("write a URL that begins with http:// or https://")
-    return url.rstrip("/")
+    return url
 
 
 def _is(parse: Callable[[str], Any]) -> Callable[[str], str]:

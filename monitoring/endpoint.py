@@ -97,10 +97,11 @@ class Endpoint:
         self._manners.wait(self._rest)
         if self._manners.paused():
             raise Paused
-        begun, reason = self._clock.monotonic(), ""
+        begun, reason = self._clock.monotonic(), "internal"
         try:
             answer = predict(images)
             _require_sense(answer, (len(images), self._classes))
+            reason = ""
         except ServingError as error:
             reason = reason_of(error)
             raise

@@ -353,9 +353,11 @@ def _bounded(
     name: str, documentation: str, rows: Iterable[tuple[Labels, VersionTotals, str]], remark: str = ""
 ) -> Iterator[Metric]:
     """Three metrics, as a label for the bound would make sums meaningless."""
-    known = [(labels, totals.lately(of).value, totals.bounds[of]) for labels, totals, of in rows if of in totals.bounds]
+    known = [(labels, totals.lately(of), totals.bounds[of]) for labels, totals, of in rows if of in totals.bounds]
     yield _gauge(
-        f"{name}_ratio", f"{documentation}, 0 to 1. {remark}".strip(), [(labels, value) for labels, value, _ in known]
+        f"{name}_ratio",
+        f"{documentation}, 0 to 1. {remark}".strip(),
+        [(labels, lately.value) for labels, lately, _ in known if lately.n],
     )
     yield _gauge(f"{name}_lower_ratio", f"It is no lower now: {ANYTIME}", [(row, one.lower) for row, _, one in known])
     yield _gauge(f"{name}_upper_ratio", f"It is no higher now: {ANYTIME}", [(row, one.upper) for row, _, one in known])
