@@ -73,12 +73,15 @@ def _state(identity: Identity, now: Snapshot) -> str:
     if totals is None:
         return '<p class="verdict">No round has been measured yet.</p>'
     lost = sorted(now.losses.get(totals.version, ()))
+    down = [via for via in identity.interval_seconds if now.journal.paths[via].up is False]
     release = now.releases.get(totals.version, Release())
     why = f": {escape(release.why)}" if release.why else ""
     if lost:
         kind, text = "bad", f"Robustness is lost for certain: {', '.join(lost)}."
     elif release.state != "passed":
         kind, text = "bad", f"What answers has not passed the gate: {release.state}{why}."
+    elif down:
+        kind, text = "bad", f"No answer in the last round by {' and by '.join(down)}."
     elif now.paused:
         kind, text = "", "Paused: the kill switch is on, and nothing is known of now."
     else:
@@ -103,7 +106,7 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
         attack.name: f"{attack.name} {'transfer' if attack.surrogate else 'query'}" for attack in identity.attacks
     }
     rows = [
-        f"<tr><td>{escape(name)}<td>{_percent(totals.lately(of).value)}<td>{_percent(totals.bounds[of].lower)} to "
+        f"<tr><td>{escape(name)}<td>{_lately(totals, of)}<td>{_percent(totals.bounds[of].lower)} to "
         f"{_percent(totals.bounds[of].upper)}<td>{escape(gated.get(of, 'not recorded'))}</tr>"
         for of, name in names.items()
         if of in totals.bounds
@@ -119,6 +122,11 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
         '<h2>Accuracy</h2><div class="scroll"><table><tr><th><th>live, recent rounds<th>proven now'
         f"<th>at the gate [95 %]</tr>{''.join(rows)}</table></div>{replayed}"
     )
+
+
+def _lately(totals: VersionTotals, of: str) -> str:
+    share = totals.lately(of)
+    return _percent(share.value) if share.n else "not in recent rounds"
 
 
 def _asked(threshold: float | None) -> str:

@@ -75,7 +75,8 @@ def run_round(
 
     def measure() -> Measured:
         ask(scene.images[:1])  # tells the version, and with it what to replay
-        replay = _replayed(plan, number, scene, ask, find(endpoint.version)) if plan.replay else None
+        release = find(endpoint.version)  # looked up even if nothing is replayed: figures stand beside it
+        replay = _replayed(plan, number, scene, ask, release) if plan.replay else None
         correct = PROBES["clean"](scene, NO_ATTACK, ask).answers == scene.labels
         return _attacked(plan, scene, correct, "transfer", ask, replay)
 

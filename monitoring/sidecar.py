@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +24,7 @@ from monitoring.budget import BackOff, Budget
 from monitoring.config import WatchConfig
 from monitoring.crafting import Crafter, Pool, require_fit, scenes
 from monitoring.endpoint import Clock, Latencies, Manners, Stopped
-from monitoring.journal import Journal
+from monitoring.journal import VERSIONS, Journal
 from monitoring.losses import losses
 from monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
 from monitoring.mitigation import Mitigation
@@ -81,7 +83,8 @@ def watch(
         first=sidecar.begun + 1,
     )
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
-    with http as url, Crafter(made, stop) as crafter:
+    # With a number of rounds, none is crafted that nobody will ask about.
+    with http as url, Crafter(islice(made, rounds), stop, config.probe.threads) as crafter:
         sidecar.crafter = crafter
         every = f"every {config.probe.interval_seconds:g} s; metrics at {url}/metrics"
         log(f"watching {sidecar.target} {every if url else f'{rounds} times, no HTTP'}")
@@ -152,8 +155,8 @@ class Sidecar:
         self._config, self._work, self._clock, self._stop, self._log = config, work, clock, stop, log
         self._identity = _identity(config, work)
         month = MONTH_SECONDS / config.probe.interval_seconds
-        statistics = 2 + len(work.direct.attacks) + (work.outside is not None)
-        self.journal = Journal(limit(month, statistics))
+        figures = 2 + len(work.direct.attacks) + (work.outside is not None)
+        self.journal = Journal(limit(month, 2 * figures))  # each has an upper and a lower bound
         self.begun = self._asked = 0
         self._record = _record(config, work)
         self._restore()
@@ -202,8 +205,10 @@ class Sidecar:
         )
 
     def healthy(self) -> bool:
-        """Whether rounds still begin: the last one at most three intervals and a deadline ago."""
+        """Whether rounds still begin: the last at most three intervals and a deadline ago, or images are being made."""
         probe = self._config.probe
+        if self.crafter is not None and self.crafter.behind:
+            return True  # a restart would throw away what is crafted, and begin again
         patience = HEALTHY_INTERVALS * probe.interval_seconds + self._config.target.timeout_seconds
         return self._clock.monotonic() - self._last_attempt <= patience
 
@@ -257,8 +262,9 @@ class Sidecar:
             self.begun = number
         else:
             self._asked = number
-        reason = outcome.reason if isinstance(outcome, RoundFailure) else ""
-        self._back_off[via] = self._back_off[via].after(reason)
+        if not isinstance(outcome, RoundSkipped):  # the kill switch says nothing about the server
+            reason = outcome.reason if isinstance(outcome, RoundFailure) else ""
+            self._back_off[via] = self._back_off[via].after(reason)
         self._budget = self._budget.spent(sum(query.images for query in outcome.queries))
         return outcome
 
@@ -309,7 +315,8 @@ class Sidecar:
     def _release(self, version: str) -> Release:
         """The evidence of the version that answers now; Rejected where its own weights are among the surrogates."""
         found = self._work.find(version)
-        kept = {totals.version for totals in self.journal.versions} | {version}
+        others = [totals.version for totals in self.journal.versions if totals.version != version]
+        kept = {*others[1 - VERSIONS :], version}
         self._releases = {name: one for name, one in {**self._releases, version: found}.items() if name in kept}
         if found.attested is not None:
             try:
@@ -374,7 +381,11 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
     if not model.is_dir():
         raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes")
     for report in sorted(model.glob(f"*/{REPORT}")):
-        surrogates.require_apart(release.read_report(report.parent).checkpoint_sha256, str(report.parent))
+        try:
+            checkpoint = release.read_report(report.parent).checkpoint_sha256
+        except BadInput:
+            continue  # it is said to be invalid when its version answers
+        surrogates.require_apart(checkpoint, str(report.parent))
     return release.follow(Path(chosen.repository), config.target.model, trust)
 
 
@@ -409,7 +420,7 @@ def _record(config: WatchConfig, work: Work) -> Record | None:
     if not config.record.path:
         return None
     identity = _identity(config, work)
-    about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.pool.images.shape]
+    about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.pool.digest]
     plan = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     return Record(Path(config.record.path), config.record.max_bytes, plan)
 
@@ -427,10 +438,14 @@ def _key(path: str) -> str:
     if not path:
         return ""
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        key = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise BadInput(f"{path}: {reason}; it should hold an API key, as `dfmcl apikey NAME` prints one") from None
+    else:
+        if re.fullmatch(r"[!-~]+", key):
+            return key
+        reason = "not one word"  # an HTTP library would quote it where it complains
+    raise BadInput(f"{path}: {reason}; it should hold an API key, as `dfmcl apikey NAME` prints one")
 
 
 def _unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callable[[A], R]:

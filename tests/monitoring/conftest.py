@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import struct
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families as parse
 from safetensors.torch import save_file
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from monitoring.config import WatchConfig, load_config
+from monitoring.results import Round, round_from_json
 from monitoring.sidecar import watch
 from robustness.data import load_dataset
 from robustness.files import sha256_of
@@ -25,6 +30,14 @@ from robustness.models import Classifier, ModelSpec
 from serving.export import export
 
 SHAPE, CLASSES = (16, 16, 3), 10
+FULL = "inference request exceeds maximum queue size"  # what Triton says
+
+
+@pytest.fixture(autouse=True)
+def the_suites_threads() -> Iterator[None]:
+    """A crafter sets the number of threads; other tests are calibrated with two."""
+    yield
+    torch.set_num_threads(2)
 
 
 def write_run(directory: Path, seed: int, width: int = 4, classes: int = CLASSES) -> Path:
@@ -45,10 +58,9 @@ def write_run(directory: Path, seed: int, width: int = 4, classes: int = CLASSES
     return directory
 
 
-def write_report(directory: Path, checkpoint_sha256: str = "0" * 64, **changes: object) -> Path:
-    """A gate report with what a watch reads of it; `changes` replace top-level entries."""
-    directory.mkdir(parents=True, exist_ok=True)
-    report = {
+def gate_report(checkpoint_sha256: str = "0" * 64, **changes: object) -> dict[str, Any]:
+    """What a watch reads of a gate's report; `changes` replace top-level entries."""
+    return {
         "format": "dfmcl.report/2",
         "created": "2026-01-02T03:04:05+00:00",
         "verdict": "passed",
@@ -60,13 +72,29 @@ def write_report(directory: Path, checkpoint_sha256: str = "0" * 64, **changes: 
             {"metric": "clean_accuracy", "threshold": 0.9, "eps": None, "class": None},
         ],
         "run": {"checkpoint_sha256": checkpoint_sha256},
+        "candidate": {"model_sha256": "e" * 64},
+        "policy": {"sha256": "f" * 64},
+        "transfer": [],
         "evaluation": {
             "threat": {"norm": "linf", "label": "38/255"},
             "clean": {"k": 97, "n": 100},
             "robust": {"k": 55, "n": 100},
         },
+        **changes,
     }
-    (directory / "report.json").write_text(json.dumps(report | changes))
+
+
+def write_report(directory: Path, *arguments: str, **changes: object) -> Path:
+    """An evidence directory that holds no more than such a report."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "report.json").write_text(json.dumps(gate_report(*arguments, **changes)))
+    return directory
+
+
+def write_probes(directory: Path, images: np.ndarray, logits: np.ndarray) -> Path:
+    """The gate's own images and answers, the adversarial ones being the clean ones."""
+    arrays = {"images": images, "adversarial": images, "clean_logits": logits, "adversarial_logits": logits}
+    np.savez(directory / "probes.npz", **arrays)
     return directory
 
 
@@ -74,10 +102,16 @@ Answerer = Callable[[np.ndarray], np.ndarray]
 
 
 class Endpoint(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A real gRPC server that speaks Triton's protocol. answer: uint8 (N, H, W, C) to logits (N, K)."""
+    """A real gRPC server that speaks Triton's protocol. answer: uint8 (N, H, W, C) to logits (N, K).
+
+    refusal: status and text of what it answers instead. asked: images of each request; priorities: of each.
+    """
 
     def __init__(self, answer: Answerer, port: int = 0) -> None:
-        self.answer, self.version, self.requests = answer, "1", 0
+        self.answer, self.version, self.requests, self.levels = answer, "1", 0, 0
+        self.refusal: tuple[grpc.StatusCode, str] | None = None
+        self.asked: list[int] = []
+        self.priorities: list[int] = []
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
@@ -89,15 +123,25 @@ class Endpoint(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelConfig(self, request, context):
         response = service_pb2.ModelConfigResponse()
         response.config.max_batch_size = 64
+        response.config.dynamic_batching.priority_levels = self.levels
         response.config.input.add(name="images", dims=SHAPE)
         response.config.output.add(name="logits", dims=[CLASSES])
         return response
 
     def ModelInfer(self, request, context):
         self.requests += 1
+        if self.refusal:
+            context.abort(*self.refusal)
         shape = tuple(request.inputs[0].shape)
+        self.asked.append(shape[0])
+        self.priorities.append(request.parameters["priority"].uint64_param if "priority" in request.parameters else 0)
         logits = self.answer(np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(shape))
         response = service_pb2.ModelInferResponse(model_name=request.model_name, model_version=self.version)
+        if request.outputs[0].parameters["classification"].int64_param:
+            entries = [f"{row[i]}:{i}:{i}".encode() for row in logits for i in np.argsort(-row)]
+            response.outputs.add(name="logits", datatype="BYTES", shape=logits.shape)
+            response.raw_output_contents.append(b"".join(struct.pack("<I", len(e)) + e for e in entries))
+            return response
         response.outputs.add(name="logits", datatype="FP32", shape=logits.shape)
         response.raw_output_contents.append(logits.astype(np.float32).tobytes())
         return response
@@ -174,40 +218,49 @@ def endpoint(start_endpoint: Callable[..., Endpoint]) -> Endpoint:
 
 
 WriteConfig = Callable[..., WatchConfig]
+# Quick rounds that never rest, and that a busy machine's hiccups do not end.
+QUICK: dict[str, dict[str, Any]] = {
+    "target": {"model": "digits"},
+    "data": {"name": "digits"},
+    "threat": {"eps": "38/255"},
+    "probe": {"interval_seconds": 0.05, "images": 8, "replay": 8, "attacks": ["mi-fgsm-2", "pgd-2"]},
+    "budget": {"images": 1_000_000, "duty": 1.0},
+    "abort": {"latency_factor": 1000.0},
+    "listen": {"port": 0},
+}
 
 
 @pytest.fixture
 def write_config(tmp_path: Path, surrogate: Path) -> WriteConfig:
-    """Writes watch.toml for an endpoint's port and loads it."""
+    """`write_config(port, probe={"images": 4}, ...)` writes watch.toml for an endpoint's port and loads it."""
 
-    def write(port: int, **values: object) -> WatchConfig:
-        fields = {"interval": 0.05, "timeout": 5.0, "images": 8, "evidence": "", "listen": 0} | values
+    def write(port: int, **sections: dict[str, Any]) -> WatchConfig:
+        tables = {**QUICK, "surrogates": {"runs": [str(surrogate)]}}
+        tables["target"] = tables["target"] | {"url": f"127.0.0.1:{port}"}
+        for name, values in sections.items():
+            tables[name] = tables.get(name, {}) | values
+        lines = []
+        for name, values in tables.items():
+            lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
         path = tmp_path / "watch.toml"
-        path.write_text(
-            f"""
-            [target]
-            url = "127.0.0.1:{port}"
-            model = "digits"
-            timeout_seconds = {fields["timeout"]}
-            [data]
-            name = "digits"
-            [threat]
-            eps = "38/255"
-            [probe]
-            interval_seconds = {fields["interval"]}
-            images = {fields["images"]}
-            attacks = ["mi-fgsm-2", "pgd-2"]
-            [surrogates]
-            runs = ["{surrogate}"]
-            [release]
-            evidence = "{fields["evidence"]}"
-            [listen]
-            port = {fields["listen"]}
-            """
-        )
+        path.write_text("\n".join(lines))
         return load_config(path)
 
     return write
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+def series(text: str) -> dict[str, float]:
+    """Samples of an exposition by name and what tells them apart: reason, attack, state, action or way."""
+    found = {}
+    for family in parse(text):
+        for sample in family.samples:
+            kinds = (sample.labels.get(name, "") for name in ("via", "reason", "attack", "state", "action", "outcome"))
+            found[" ".join([sample.name, *filter(None, kinds)])] = sample.value
+    return found
 
 
 @dataclass
@@ -215,6 +268,7 @@ class Watching:
     """A sidecar in a thread, as the command line would run it."""
 
     config: WatchConfig
+    clock: Any = time
     stop: threading.Event = field(default_factory=threading.Event)
     lines: list[str] = field(default_factory=list)
     outcome: list[object] = field(default_factory=list)
@@ -233,6 +287,18 @@ class Watching:
         with urllib.request.urlopen(request, timeout=10) as response:
             return response.read().decode(), response.headers["Content-Type"]
 
+    def metric(self, name: str) -> float:
+        """A sample's value, such as `target_up triton`."""
+        return self.metrics()[f"robustness_{name}"]
+
+    def metrics(self) -> dict[str, float]:
+        """All samples."""
+        return series(self.get("/metrics")[0])
+
+    def rounds(self) -> list[Round]:
+        """What /rounds.json says."""
+        return [round_from_json(entry) for entry in json.loads(self.get("/rounds.json")[0])]
+
     def close(self) -> object:
         """What `watch` returned."""
         self.stop.set()
@@ -241,18 +307,18 @@ class Watching:
 
     def _run(self) -> None:
         try:
-            self.outcome.append(watch(self.config, stop=self.stop, log=self.lines.append))
+            self.outcome.append(watch(self.config, stop=self.stop, log=self.lines.append, clock=self.clock))
         except Exception as error:  # noqa: BLE001 - handed to the test's own thread
             self.outcome.append(error)
 
 
 @pytest.fixture
-def start_watch() -> Iterator[Callable[[WatchConfig], Watching]]:
-    """Starts sidecars and ends them with the test."""
+def start_watch() -> Iterator[Callable[..., Watching]]:
+    """`start_watch(config, clock=time)` starts sidecars and ends them with the test."""
     running: list[Watching] = []
 
-    def start(config: WatchConfig) -> Watching:
-        running.append(Watching(config))
+    def start(config: WatchConfig, **options: Any) -> Watching:
+        running.append(Watching(config, **options))
         return running[-1].start()
 
     yield start
@@ -268,3 +334,24 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
             return
         pause.wait(0.02)
     raise AssertionError(f"did not come true within {seconds:g} s")
+
+
+class Still:
+    """A clock that stands where it is put. time: unix seconds; monotonic: since it was made."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def time(self) -> float:
+        return 1000.0 + self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Ticking(Still):
+    """A clock that counts a second a look."""
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now

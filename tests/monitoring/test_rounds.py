@@ -1,92 +1,55 @@
-"""One round against outcomes counted by hand, and every way in which an endpoint can spoil it."""
+"""One round against outcomes counted by hand: what is asked in which order, and a whole result or none."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from monitoring import probes
-from monitoring.probes import Scene, craft, transfer_attack
-from monitoring.rounds import (
-    QUERY_IMAGES,
-    REASONS,
-    AttackResult,
-    Plan,
-    Query,
-    Round,
-    RoundFailure,
-    RoundResult,
-    draw,
-    round_from_json,
-    run_round,
-)
-from robustness.attacks import Attack
-from robustness.errors import BadInput
-from robustness.threat import Threat
+from monitoring.crafting import scenes
+from monitoring.endpoint import Latencies, Stopped
+from monitoring.probes import query_attack
+from monitoring.release import Release, Replay
+from monitoring.results import GATEWAY, AttackResult, RoundResult
+from monitoring.rounds import EXAMPLES, run_query_round
 from serving.client import Answer
-from serving.errors import AnswerError, DeadlineExceeded, Rejected, ServingError, Unavailable
-from serving.errors import BadInput as Misfit
-
-GREYS = np.array([10, 100, 110, 120, 135, 145, 155, 250], np.uint8)
-LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 0], np.int64)  # the last one is wrong: bright is class 1
-EPS = 20  # flips greys within 20 of 127.5: 110, 120, 135, 145
-
-
-class Clock:
-    """A clock that counts a second a look."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def time(self) -> float:
-        return 1000.0 + self.monotonic()
-
-    def monotonic(self) -> float:
-        self.now += 1.0
-        return self.now
-
-
-def brightness(x: torch.Tensor) -> torch.Tensor:
-    """Logits of a linear model: class 1 where the mean is above one half."""
-    mean = x.flatten(1).mean(dim=1)
-    return torch.stack([0.5 - mean, mean - 0.5], dim=1)
+from serving.errors import Unavailable
+from tests.monitoring.conftest import Still, Ticking
+from tests.monitoring.greys import (
+    BALL,
+    EPS,
+    GREYS,
+    LABELS,
+    brightness,
+    crafted,
+    failed,
+    manners,
+    measured,
+    one_round,
+    order,
+    plan,
+    pool,
+    served,
+    skipped,
+    stopping,
+)
 
 
-def served(images: np.ndarray, version: str = "1") -> Answer:
-    """The same model behind the endpoint."""
-    return Answer(brightness(torch.from_numpy(images).float().permute(0, 3, 1, 2) / 255).numpy(), version)
+class Served:
+    """The model, and what it was sent."""
 
+    def __init__(self, predict: Callable[[np.ndarray], Answer] = served) -> None:
+        self.predict, self.sent = predict, list[np.ndarray]()
 
-def plan(greys: np.ndarray = GREYS, labels: np.ndarray = LABELS, attacks: tuple[str, ...] = ("fgsm",)) -> Plan:
-    images = np.broadcast_to(greys[:, None, None, None], (len(greys), 4, 4, 3)).copy()
-    return Plan(
-        model="bright",
-        images=images,
-        labels=labels,
-        classes=2,
-        source=brightness,
-        threat=Threat("linf", EPS / 255),
-        attacks=tuple(transfer_attack(name) for name in attacks),
-        images_per_round=len(greys),
-        seed=0,
-    )
+    def __call__(self, images: np.ndarray) -> Answer:
+        self.sent.append(images)
+        return self.predict(images)
 
-
-def measured(outcome: Round) -> RoundResult:
-    assert isinstance(outcome, RoundResult), outcome
-    return outcome
-
-
-def failed(outcome: Round) -> RoundFailure:
-    assert isinstance(outcome, RoundFailure), outcome
-    return outcome
+    @property
+    def sizes(self) -> list[int]:
+        return [len(images) for images in self.sent]
 
 
 @pytest.mark.parametrize(
@@ -94,23 +57,21 @@ def failed(outcome: Round) -> RoundFailure:
 )
 def test_figures_equal_those_counted_by_hand(attack: str) -> None:
     """Of eight grey images one is wrong already and four lie within eps of the border."""
-    result = measured(run_round(plan(attacks=(attack,)), 1, predict=served, clock=Clock()))
-    chosen = draw(8, 8, 0, 1)
-    assert result.correct == tuple(GREYS[chosen] != 250)
-    assert result.attacks[0].held == tuple(np.isin(GREYS[chosen], [10, 100, 155]))
+    result = measured(one_round(plan((attack,))))
+    assert result.correct == tuple(order() != 250)
+    assert result.attacks[0].held == tuple(np.isin(order(), [10, 100, 155]))
     assert (result.clean.k, result.under(result.attacks[0]).k, result.worst_case.k) == (7, 3, 3)
-    assert result.version == "1"
-    assert result.epsilon == "20/255"
+    assert (result.version, result.epsilon, result.via, result.attacks[0].queries) == ("1", "20/255", "triton", 7)
 
 
 def test_worst_case_is_per_image() -> None:
     """Two attacks that flip different images leave only the images that neither flips."""
     result = RoundResult(
-        *(1, "m", "1", "linf", "8/255", 0.0, 1.0),
+        *(1, "triton", "m", "1", "linf", "8/255", 0.0, 1.0),
         correct=(True, True, True, False),
         attacks=(
-            AttackResult("fgsm", (True, False, True, False)),
-            AttackResult("pgd-10", (False, True, True, False)),
+            AttackResult("fgsm", (True, False, True, False), 3),
+            AttackResult("pgd-10", (False, True, True, False), 3),
         ),
         queries=(),
     )
@@ -119,227 +80,215 @@ def test_worst_case_is_per_image() -> None:
 
 
 def test_the_log_line_says_what_was_found() -> None:
-    """Model, version, size, clean and attacked accuracy with bounds, and the time, on one line."""
-    result = measured(run_round(plan(), 12, predict=served, clock=Clock()))
+    """Way, model, version, size, replay, clean and attacked accuracy with bounds, and the time, on one line."""
+    images = pool().images
+    evidence = Release("passed", replay=Replay(images, served(images).logits))
+    result = measured(one_round(plan(("fgsm", "pgd-3"), replay=4), number=12, find=lambda version: evidence))
+    share = "37.5 % [8.5, 75.5]"
     assert str(result) == (
-        "round 12: model bright v1, 8 images, clean 87.5 %, transfer fgsm at 20/255 37.5 % [8.5, 75.5], "
-        f"worst case 37.5 % [8.5, 75.5], {result.seconds:.1f} s"
+        "round 12 by triton: model bright v1, 8 images, clean 87.5 %, 4 of 4 replayed as gated, "
+        f"transfer fgsm at 20/255 {share}, transfer pgd-3 at 20/255 {share}, worst case {share}, "
+        f"{result.seconds:.1f} s"
     )
 
 
-def test_clean_comes_first_and_each_image_is_sent_once_an_attack() -> None:
-    """Clean images, then one version an attack of those that were right, none twice, all inside the ball."""
-    sent: list[np.ndarray] = []
-
-    def predict(images: np.ndarray) -> Answer:
-        sent.append(images)
-        return served(images)
-
-    settings = plan(attacks=("fgsm", "pgd-3"))
-    run_round(settings, 1, predict=predict, clock=Clock())
-    clean = settings.images[draw(8, 8, 0, 1)]
-    right = clean[clean[:, 0, 0, 0] != 250]
-    assert np.array_equal(sent[0], clean)
-    assert [len(images) for images in sent] == [8, 7, 7]
-    for adversarial in sent[1:]:
-        distance = np.abs(adversarial.astype(int) - right)
-        assert distance.max() == EPS
-
-
-def test_queries_are_bounded_and_counted() -> None:
-    """A round of 70 images asks in requests of at most 32, and records each with its time."""
-    settings = plan(np.full(70, 10, np.uint8), np.zeros(70, np.int64))
-    result = measured(run_round(settings, 1, predict=served, clock=Clock()))
-    assert [query.images for query in result.queries] == [32, 32, 6, 32, 32, 6]
-    assert {query.seconds for query in result.queries} == {1.0}
-    assert QUERY_IMAGES == 32
+def test_the_order_of_questions() -> None:
+    """One image that tells the version, then clean images, then those that were right, once an attack, inside the
+    ball; none twice."""
+    server, settings = Served(), plan(("fgsm", "pgd-3"))
+    scene = crafted(settings)
+    one_round(settings, server, scene=scene)
+    right = scene.images[scene.images[:, 0, 0, 0] != 250]
+    assert server.sizes == [1, 8, 7, 7]
+    assert np.array_equal(server.sent[0], scene.images[:1])
+    assert np.array_equal(server.sent[1], scene.images)
+    for adversarial in server.sent[2:]:
+        assert np.abs(adversarial.astype(int) - right).max() == EPS
 
 
 def test_a_round_in_which_every_clean_image_is_wrong_has_nothing_to_attack() -> None:
     """Accuracy is 0 of n, and no adversarial image is sent."""
-    settings = plan(labels=(GREYS < 128).astype(np.int64))  # every label is the other one
-    result = measured(run_round(settings, 1, predict=served, clock=Clock()))
-    assert result.clean.k == 0
-    assert result.worst_case.k == 0
-    assert sum(query.images for query in result.queries) == 8
+    images = pool(labels=(GREYS < 128).astype(np.int64))  # every label is the other one
+    server = Served()
+    result = measured(one_round(plan(), server, scene=crafted(plan(), images=images)))
+    assert (result.clean.k, result.worst_case.k, result.attacks[0].queries) == (0, 0, 0)
+    assert server.sizes == [1, 8]
 
 
-FAILURES: dict[str, tuple[ServingError, str]] = {
-    "no connection": (Unavailable("gone", "unavailable"), "unavailable"),
-    "queue full": (Unavailable("full", "queue_full"), "queue_full"),
-    "server failed": (Unavailable("oops", "internal"), "internal"),
-    "deadline": (DeadlineExceeded("late", "timeout"), "timeout"),
-    "refused": (Rejected("no", "invalid"), "rejected"),
-    "no such model": (Rejected("who", "unknown_model"), "rejected"),
-    "nonsense": (Rejected("nan", "bad_output"), "bad_output"),
-    "version changed inside a request": (Rejected("2", "version_changed"), "version_changed"),
-    "other images": (Misfit("takes (8, 8, 3)"), "rejected"),
-    "a reason from the future": (AnswerError("?", "novel"), "internal"),
-    "another error of the client": (ServingError("?"), "internal"),
-}
+def test_the_cost_is_what_a_round_asks_at_most() -> None:
+    """By transfer one question an image and attack, by queries as many as the attack's budget; one for the version."""
+    assert plan(("fgsm", "pgd-3"), images=10, replay=4).cost == 1 + 4 + 10 * 3
+    assert replace(plan(images=10), attacks=(query_attack("square-100"),)).cost == 1 + 10 * 101
+    result = measured(one_round(plan(("fgsm", "pgd-3"))))
+    assert sum(query.images for query in result.queries) <= plan(("fgsm", "pgd-3")).cost
 
 
-@pytest.mark.parametrize(("error", "reason"), FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize("spared", [0, 1, 2])
-def test_every_failure_has_a_reason_and_nothing_is_retried(error: ServingError, reason: str, spared: int) -> None:
-    """Whichever query fails, the round is a counted failure without figures, and no query follows."""
-    calls = 0
+def test_what_got_through_is_kept_for_the_page() -> None:
+    """At most two images an attack, each with the version that fooled the model, and both classes."""
+    result = measured(one_round(plan(("fgsm", "pgd-3"))))
+    assert [one.attack for one in result.examples] == ["fgsm"] * EXAMPLES + ["pgd-3"] * EXAMPLES
+    for one in result.examples:
+        assert np.abs(one.adversarial.astype(int) - one.image).max() <= EPS
+        assert served(one.image[None]).logits.argmax() == one.label
+        assert served(one.adversarial[None]).logits.argmax() == one.answer != one.label
+
+
+RECORDED = pool(np.arange(10, dtype=np.uint8) * 25, np.zeros(10, np.int64)).images
+
+
+def gated(shift: float = 0.0, rows: int = 10) -> Release:
+    """Evidence whose logits are those of the model; from row `rows` on they are shifted."""
+    logits = served(RECORDED).logits.copy()
+    logits[rows:] += shift
+    return Release("passed", replay=Replay(RECORDED, logits))
+
+
+def test_recorded_answers_are_asked_for_in_turn() -> None:
+    """Three a round, the next three in the next, and again from the start; right after the version is known."""
+    for number, expected in ((1, [0, 1, 2]), (2, [3, 4, 5]), (4, [9, 0, 1])):
+        server = Served()
+        result = measured(one_round(plan(replay=3), server, number, find=lambda version: gated()))
+        assert np.array_equal(server.sent[1], RECORDED[expected])
+        assert server.sizes[:3] == [1, 3, 8]
+        assert result.replay is not None
+        assert (result.replay.images, result.replay.mismatches) == (3, 0)
+        assert result.replay.difference < 0.1
+
+
+def test_a_recorded_answer_that_differs_is_counted() -> None:
+    """Two of four with a logit farther off than is tolerated; the distance is said in units of that."""
+    result = measured(one_round(plan(replay=4, tolerance=0.01), find=lambda version: gated(0.025, rows=2)))
+    assert result.replay is not None
+    assert (result.replay.images, result.replay.mismatches) == (4, 2)
+    assert result.replay.difference == pytest.approx(2.5, rel=1e-3)
+
+
+def test_the_release_is_that_of_the_version_that_answers() -> None:
+    """It is looked up once a round, also where nothing is replayed."""
+    for replay in (0, 2):
+        versions: list[str] = []
+        find = lambda version, seen=versions: (seen.append(version), Release())[1]  # noqa: E731
+        assert measured(one_round(plan(replay=replay), lambda x: served(x, "7"), find=find)).replay is None
+        assert versions == ["7"]
+
+
+def test_evidence_about_other_images_is_a_failure() -> None:
+    """It names another model than the watch was given data for."""
+    other = Release("passed", replay=Replay(np.zeros((4, 8, 8, 3), np.uint8), np.zeros((4, 2), np.float32)))
+    failure = failed(one_round(plan(replay=2), find=lambda version: other))
+    assert failure.reason == "rejected"
+    assert failure.message == "the gate's images or classes are not those of the watch's data"
+
+
+@pytest.mark.parametrize("spared", range(4))
+def test_the_kill_switch_ends_a_round_without_an_opinion(spared: int) -> None:
+    """Wherever it is thrown: skipped, with the questions that had been asked; nothing is asked after it."""
+    server, looks = Served(), iter([False] * spared + [True])
+    outcome = skipped(one_round(plan(("fgsm", "pgd-3")), server, manners=manners(paused=lambda: next(looks))))
+    assert outcome.reason == "paused"
+    assert len(outcome.queries) == len(server.sent) == spared
+
+
+@pytest.mark.parametrize("spared", range(4))
+def test_stop_leaves_no_round(spared: int) -> None:
+    """Stopped goes through: whoever runs the rounds drops this one."""
+    server = Served()
+    with pytest.raises(Stopped):
+        one_round(plan(("fgsm", "pgd-3")), server, manners=manners(wait=stopping(spared)))
+    assert len(server.sent) == spared
+
+
+def test_a_server_that_becomes_slow_is_left_alone() -> None:
+    """The round ends at the second slow answer in a row."""
+    clock, latencies = Still(), Latencies(5.0)
+    for images in (1, 8, 7):
+        for _ in range(10):
+            latencies.is_slow(images, 0.1)
 
     def predict(images: np.ndarray) -> Answer:
-        nonlocal calls
-        calls += 1
-        if calls > spared:
-            raise error
+        clock.now += 0.1 if len(images) == 1 else 2.0
         return served(images)
 
-    failure = failed(run_round(plan(attacks=("fgsm", "pgd-3")), 1, predict=predict, clock=Clock()))
-    assert failure.reason == reason
-    assert failure.reason in REASONS
-    assert [query.reason for query in failure.queries] == [""] * spared + [reason]
-    assert calls == spared + 1
+    outcome = failed(one_round(plan(), predict, clock=clock, manners=manners(latencies=latencies)))
+    assert (outcome.reason, len(outcome.queries), outcome.seconds) == ("slow", 3, pytest.approx(4.1))
 
 
-def logits(rows: Callable[[int], np.ndarray], version: str = "1") -> Callable[[np.ndarray], Answer]:
-    return lambda images: Answer(rows(len(images)), version)
+class Jumping(Ticking):
+    """A wall clock that falls back by a day while a round is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks = 0
+
+    def time(self) -> float:
+        self.looks += 1
+        return 1_700_000_000.0 - (86_400.0 if self.looks > 1 else 0.0)
 
 
-NONSENSE = {
-    "too few rows": logits(lambda n: np.zeros((n - 1, 2), np.float32)),
-    "too many classes": logits(lambda n: np.zeros((n, 3), np.float32)),
-    "not a number": logits(lambda n: np.full((n, 2), np.nan, np.float32)),
-    "infinite": logits(lambda n: np.full((n, 2), np.inf, np.float32)),
-    "version that is no number": logits(lambda n: np.zeros((n, 2), np.float32), "<b>1</b>"),
-    "version that is too long": logits(lambda n: np.zeros((n, 2), np.float32), "1" * 20),
-    "no version": logits(lambda n: np.zeros((n, 2), np.float32), ""),
-}
+def test_a_clock_that_falls_back_leaves_no_negative_duration() -> None:
+    """Durations are of the clock that cannot jump."""
+    clock = Jumping()
+    first, second = (measured(one_round(clock=clock, number=number)) for number in (1, 2))
+    assert second.started - first.started == -86_400.0
+    assert first.seconds > 0
+    assert second.seconds > 0
+    assert all(query.seconds > 0 for one in (first, second) for query in one.queries)
 
 
-@pytest.mark.parametrize("predict", NONSENSE.values(), ids=NONSENSE)
-def test_nonsense_is_not_believed(predict: Callable[[np.ndarray], Answer]) -> None:
-    """An answer that cannot be logits of this model, or whose version cannot be a label, fails the round."""
-    assert failed(run_round(plan(), 1, predict=predict, clock=Clock())).reason == "bad_output"
+def test_rounds_follow_from_scenes() -> None:
+    """Two rounds send what two scenes in a row hold."""
+    settings = plan(("pgd-3",), images=4)
+    made = scenes(pool(), brightness, BALL, settings.attacks, seed=0, count=4)
+    for number in (1, 2):
+        server, scene = Served(), next(made)
+        result = measured(one_round(settings, server, number, scene=scene))
+        right = np.array(result.correct)
+        assert np.array_equal(server.sent[-1], scene.adversarial["pgd-3"][right])
 
 
-def test_a_round_with_two_versions_is_thrown_away() -> None:
-    """Where the version changes between queries no figure belongs to either; the queries themselves were answered."""
-    versions = iter(["1", "1", "2"])
-    settings = plan(attacks=("fgsm", "pgd-3"))
-    failure = failed(run_round(settings, 1, predict=lambda x: served(x, next(versions)), clock=Clock()))
-    assert failure.reason == "version_changed"
-    assert [query.reason for query in failure.queries] == ["", "", ""]
+def through_gateway(
+    predict: Callable[[np.ndarray], Answer], harmless: Callable[[np.ndarray], Answer] = served, attack: str = "rays-40"
+) -> object:
+    """A round of queries about all eight greys."""
+    settings = replace(plan(), attacks=(query_attack(attack),))
+    scene = replace(pool().scene(BALL, 0, -1, 8), adversarial={})
+    return run_query_round(settings, 1, scene, predict, harmless, Ticking(), manners())
 
 
-def test_an_attack_that_leaves_the_ball_gains_nothing() -> None:
-    """Images that an attack leaves outside the L2 ball are sent as they were."""
-
-    def rogue(model, x, y, threat, *, generator, trial):
-        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 0, 1 - x, (x + 0.01).clamp(0, 1))
-
-    images = plan().images
-    scene = Scene(images, LABELS, brightness, Threat("l2", 0.5), 0, 1)
-    crafted = craft(scene, Attack("rogue", rogue))
-    assert np.array_equal(crafted[0], images[0])
-    assert (crafted[1:] != images[1:]).any(axis=(1, 2, 3)).all()
-
-
-def test_crafting_in_chunks_reaches_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image is attacked wherever its chunk ends."""
-    monkeypatch.setattr(probes, "CRAFT_IMAGES", 3)
-    settings = plan()
-    scene = Scene(settings.images, settings.labels, brightness, settings.threat, 0, 1)
-    distance = np.abs(craft(scene, transfer_attack("fgsm")).astype(int) - settings.images).max(axis=(1, 2, 3))
-    assert distance.tolist() == [EPS] * 7 + [5]  # 250 is pushed on to 255, where the box ends
+def test_a_query_round_asks_as_two_customers() -> None:
+    """Clean images with the key of the harmless one, the search about those that were right with the other."""
+    attacker, harmless = Served(), Served()
+    result = measured(through_gateway(attacker, harmless))
+    assert harmless.sizes == [8]
+    assert attacker.sizes[0] == 7
+    assert (result.via, result.clean.k, result.attacks[0].name) == (GATEWAY, 7, "rays-40")
+    assert result.attacks[0].queries == sum(attacker.sizes) <= 7 * 40
+    held = dict(zip(scene_greys(), result.attacks[0].held, strict=True))
+    assert {grey for grey, kept in held.items() if not kept} == {110, 120, 135, 145, 250}
+    assert str(result).startswith(
+        "round 1 by gateway: model bright v1, 8 images, clean 87.5 %, query rays-40 at 20/255"
+    )
 
 
-def test_transfer_keeps_the_last_iterate() -> None:
-    """An attack that stops at the border of the surrogate would say little about the target."""
-    assert transfer_attack("pgd-7").parameters == {"steps": 7, "keep": "last"}
-    for name in ("mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm"):
-        assert transfer_attack(name).parameters == {"steps": 10, "keep": "last"}
+def scene_greys() -> list[int]:
+    scene = pool().scene(BALL, 0, -1, 8)
+    assert sorted(scene.labels) == sorted(LABELS)
+    return scene.images[:, 0, 0, 0].tolist()
 
 
-def test_rounds_repeat_by_seed_and_differ_by_number() -> None:
-    """The same seed and number send the same bytes; another number or seed sends others."""
+def test_a_query_round_that_fails_says_which_way() -> None:
+    """A gateway that refuses in the middle of a search: no figures, and all questions counted."""
+    calls = iter(range(100))
 
-    def sent(settings: Plan, number: int) -> bytes:
-        seen: list[bytes] = []
-        run_round(settings, number, predict=lambda x: (seen.append(x.tobytes()), served(x))[1], clock=Clock())
-        return b"".join(seen)
+    def predict(images: np.ndarray) -> Answer:
+        if next(calls) == 3:
+            raise Unavailable("full", "queue_full")
+        return served(images)
 
-    settings = plan(np.arange(0, 80, dtype=np.uint8), np.zeros(80, np.int64), ("pgd-3",))
-    settings = replace(settings, images_per_round=16)
-    assert sent(settings, 1) == sent(settings, 1)
-    assert sent(settings, 1) != sent(settings, 2)
-    assert sent(settings, 1) != sent(replace(settings, seed=1), 1)
+    failure = failed(through_gateway(predict))
+    assert (failure.via, failure.reason, len(failure.queries)) == (GATEWAY, "queue_full", 5)
 
 
-def test_an_image_that_returns_is_attacked_anew() -> None:
-    """The attack's randomness belongs to the round, not to the image: another round starts from another point."""
-
-    def rugged(x: torch.Tensor) -> torch.Tensor:
-        return brightness(torch.sin(60 * x))
-
-    settings = plan()
-    scenes = [Scene(settings.images, settings.labels, rugged, settings.threat, 0, number) for number in (1, 1, 2)]
-    first, again, other = (craft(scene, transfer_attack("pgd-3")) for scene in scenes)
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-@given(pool=st.integers(1, 60), share=st.floats(0.01, 1), seed=st.integers(0, 2**40), epoch=st.integers(0, 5))
-def test_no_image_returns_before_the_pool_is_exhausted(pool: int, share: float, seed: int, epoch: int) -> None:
-    """The rounds of one shuffle share no image, and leave fewer than one round's worth."""
-    count = max(1, int(pool * share))
-    rounds = pool // count
-    drawn = [draw(pool, count, seed, epoch * rounds + i + 1) for i in range(rounds)]
-    seen = np.concatenate(drawn)
-    assert all(len(indices) == count for indices in drawn)
-    assert len(set(seen.tolist())) == len(seen) > pool - count
-    assert set(seen.tolist()) <= set(range(pool))
-
-
-def test_the_pool_is_reshuffled() -> None:
-    """The second pass over the pool has another order."""
-    assert not np.array_equal(draw(100, 100, 0, 1), draw(100, 100, 0, 2))
-
-
-finite = st.floats(0, 1e12, allow_nan=False)
-queries = st.lists(st.builds(Query, st.integers(0, 64), finite, st.sampled_from(["", *REASONS])), max_size=4).map(tuple)
-words = st.text(max_size=20)
-
-
-@st.composite
-def results(draw_value: st.DrawFn) -> RoundResult:
-    size = draw_value(st.integers(1, 12))
-    flags = st.lists(st.booleans(), min_size=size, max_size=size).map(tuple)
-    attacks = st.lists(st.builds(AttackResult, words, flags), max_size=3).map(tuple)
-    fields = [st.integers(1, 10**9), words, st.integers(1, 99).map(str), st.just("linf"), words, finite, finite]
-    return RoundResult(*(draw_value(field) for field in [*fields, flags, attacks, queries]))
-
-
-failures = st.builds(RoundFailure, st.integers(1), words, st.sampled_from(REASONS), words, finite, finite, queries)
-
-
-@given(st.one_of(results(), failures))
-def test_a_round_survives_json(outcome: Round) -> None:
-    """What is read back equals what was written, through real JSON text."""
-    assert round_from_json(json.loads(json.dumps(outcome.to_json(), allow_nan=False))) == outcome
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"format": "dfmcl.round/2"},
-        {"correct": "0101"},
-        {"surprise": 1},
-        {"attacks": [{"name": "fgsm"}]},
-        {"queries": [{"images": 1}]},
-        {"outcome": "failed"},
-    ],
-    ids=lambda damage: next(iter(damage)),
-)
-def test_a_damaged_record_is_bad_input(damage: dict[str, object]) -> None:
-    """A record of another format, with missing, unknown or contradictory entries, is refused."""
-    whole = measured(run_round(plan(), 1, predict=served, clock=Clock())).to_json()
-    with pytest.raises(BadInput, match=r"^round: "):
-        round_from_json(whole | damage)
+def test_a_version_that_differs_between_keys_is_no_round() -> None:
+    """Both keys must be answered by one version."""
+    assert failed(through_gateway(lambda x: served(x, "2"))).reason == "version_changed"
