@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -333,6 +334,31 @@ def test_every_panel_shows_something(prometheus: str) -> None:
     observing.every_panel_returns_data(prometheus)
     assert observing.query(prometheus, observing.filled('robustness_target_up{model=~"$model",via="grpc"}')) == []
     assert len(observing.panels()) > 60
+
+
+@pytest.mark.xdist_group("prometheus")
+def test_a_rollback_ends_the_page(tmp_path: Path) -> None:
+    """By a real Prometheus, where a minute is a second: version 2 is lost and pages, 1 answers again and silence falls.
+
+    What is proven of version 2 stays proven; only that it no longer answers ends the page.
+    """
+    text, rolled_back = observing.growing(sidecar_exposition()), threading.Event()
+    lost = 'robustness_loss_proven{model="digits",reason="transfer",version="2"}'
+    idle = re.compile(r'^(robustness_clean_samples_total{model="digits",version="(\d)"}) \S+$', flags=re.MULTILINE)
+
+    def exposition() -> str:
+        silent = "2" if rolled_back.is_set() else "1"
+        return idle.sub(lambda m: f"{m[1]} 1000" if m[2] == silent else m[0], text()).replace(f"{lost} 0", f"{lost} 1")
+
+    rules = observing.hastened(tmp_path)
+    with (
+        observing.exposed(exposition) as watch,
+        observing.start_prometheus(tmp_path, {"watch": watch}, rules=rules) as url,
+    ):
+        wait_until(lambda: "RobustnessLost" in observing.firing(url), seconds=30)
+        rolled_back.set()
+        wait_until(lambda: "RobustnessLost" not in observing.firing(url), seconds=60)
+        assert observing.query(url, f"{lost} == 1")
 
 
 @pytest.mark.xdist_group("prometheus")
