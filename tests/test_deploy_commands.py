@@ -122,9 +122,14 @@ def test_configurations_that_are_mounted_load(volumes: Path) -> None:
         load(volumes / f"{name}.toml")
     assert load_trust(volumes / "etc" / "dfmcl" / "trust.toml").policies
     watch = load_watch(volumes / "watch.toml")
-    for path in (*watch.surrogates.runs, watch.release.evidence):
+    for path in (*watch.surrogates.runs, watch.release.repository):
         assert Path(f"{volumes}{path}").is_dir(), path
-    assert (Path(f"{volumes}{watch.release.evidence}") / "report.json").is_file()
+    assert (Path(f"{volumes}{watch.release.repository}") / watch.target.model / "1" / "report.json").is_file()
+    beside = named(objects, "ConfigMap", "watch")["data"]
+    assert {name: text for name, text in beside.items() if name != "watch.toml"} == {
+        path.name: path.read_text() for path in (volumes / "etc" / "dfmcl").iterdir()
+    }
+    assert Path(watch.release.trust).name in beside
 
 
 def test_the_training_jobs_overrides_are_keys_of_the_preset() -> None:
