@@ -6,6 +6,8 @@ prove whether it is what answers.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -193,7 +195,7 @@ def read_replay(path: Path) -> Replay | None:
         with np.load(path, allow_pickle=False) as probes:
             images = np.concatenate([probes["adversarial"], probes["images"]])
             logits = np.concatenate([probes["adversarial_logits"], probes["clean_logits"]])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None
     if images.ndim != 4 or images.dtype != np.uint8 or logits.shape[:1] != images.shape[:1] or logits.ndim != 2:
         raise BadInput(f"{path}: images {images.shape} and logits {logits.shape} do not fit; promote again")

@@ -14,6 +14,7 @@ from robustness.data import Dataset, load_dataset
 from robustness.errors import BadInput
 from robustness.files import sha256_of
 from robustness.runs import load_run
+from robustness.transfer import ensemble_sha256
 from training.pack import pack
 
 MakeRun = Callable[..., Path]
@@ -39,13 +40,17 @@ def test_the_ensemble_is_the_mean_of_the_logits(make_run: MakeRun, digits: Datas
 
 
 def test_the_served_weights_are_refused(make_run: MakeRun, digits: Dataset) -> None:
-    """A surrogate that is the release itself is bad input, exit 2."""
+    """A surrogate that is the release itself is bad input, exit 2; one of another run is not, nor an unknown run."""
     run, other = make_run(1), make_run(2)
     served = sha256_of(run / "checkpoint.safetensors")
+    surrogates = load_surrogates([other, run], digits)
     with pytest.raises(BadInput) as caught:
-        load_surrogates([other, run], digits, {served})
-    assert str(caught.value) == f"{run}: holds the weights that are served; a surrogate must be another run"
+        surrogates.require_apart(served, "version 3")
+    expected = f"version 3: is one of the surrogates ({other.name}+{run.name}); a surrogate must be another run"
+    assert str(caught.value) == expected
     assert caught.value.exit_code == 2
+    surrogates.require_apart("0" * 64, "version 3")
+    surrogates.require_apart("", "version 3")
 
 
 def test_a_packed_copy_of_the_served_weights_is_refused(make_run: MakeRun, digits: Dataset, tmp_path: Path) -> None:
@@ -55,11 +60,20 @@ def test_a_packed_copy_of_the_served_weights_is_refused(make_run: MakeRun, digit
     packed = sha256_of(tmp_path / "packed" / "checkpoint.safetensors")
     served = sha256_of(run / "checkpoint.safetensors")
     assert packed != served
-    with pytest.raises(BadInput, match="holds the weights that are served"):
-        load_surrogates([tmp_path / "packed"], digits, {served})
+    surrogates = load_surrogates([tmp_path / "packed"], digits)
+    with pytest.raises(BadInput, match=r"is one of the surrogates \(packed\)"):
+        surrogates.require_apart(served, "version 1")
     with pytest.raises(BadInput, match="holds the same weights as another surrogate"):
         load_surrogates([run, tmp_path / "packed"], digits)
-    assert load_surrogates([tmp_path / "packed"], digits, {"0" * 64}).name == "packed"
+
+
+def test_an_ensemble_is_known_by_its_runs(make_run: MakeRun, digits: Dataset) -> None:
+    """As the gate knows it: its transfer figures are found by this digest."""
+    runs = [make_run(1), make_run(2)]
+    both, one = load_surrogates(runs, digits), load_surrogates(runs[:1], digits)
+    assert both.sha256 == ensemble_sha256(both.checkpoints)
+    assert both.sha256 != one.sha256
+    assert both.checkpoints == tuple(sha256_of(run / "checkpoint.safetensors") for run in runs)
 
 
 def test_the_same_weights_twice_are_refused(make_run: MakeRun, digits: Dataset) -> None:

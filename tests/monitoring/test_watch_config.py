@@ -25,7 +25,8 @@ MISTAKES = {
     "unknown key": ("[listen]\nprot = 1", "unknown key listen.prot; known are host, port"),
     "unknown section": (
         "[sniff]\nx = 1",
-        "unknown key sniff; known are target, data, threat, probe, surrogates, release, listen",
+        "unknown key sniff; known are target, data, threat, probe, query, budget, abort, surrogates, release, record, "
+        "mitigation, listen",
     ),
     "not TOML": ("[probe", "not TOML: Expected ']' at the end of a table declaration (at end of document)"),
     "port": ("[listen]\nport = 70000", "listen.port: Input should be less than or equal to 65535 (found 70000)"),
@@ -63,6 +64,48 @@ MISTAKES = {
         '[probe]\nattacks = ["fgsm", "fgsm"]',
         "probe.attacks: names something twice (found ['fgsm', 'fgsm'])",
     ),
+    "gateway": (
+        '[query]\ngateway = "localhost:8080"',
+        "query.gateway: write a URL that begins with http:// or https:// (found 'localhost:8080')",
+    ),
+    "search that needs gradients": (
+        '[query]\nattack = "pgd-10"',
+        "query.attack: attack: 'pgd-10' is no search by queries; choose one of square, rays (found 'pgd-10')",
+    ),
+    "search without a budget": (
+        '[query]\nattack = "rays"',
+        "query.attack: attack: 'rays': a live endpoint needs a budget; write rays-100 for 100 queries an image"
+        " (found 'rays')",
+    ),
+    "every": ("[query]\nevery = 0", "query.every: Input should be greater than or equal to 1 (found 0)"),
+    "budget": ("[budget]\nimages = 0", "budget.images: Input should be greater than or equal to 1 (found 0)"),
+    "window": (
+        "[budget]\nwindow_seconds = 1e9",
+        "budget.window_seconds: Input should be less than or equal to 604800 (found 1000000000.0)",
+    ),
+    "duty": ("[budget]\nduty = 1.5", "budget.duty: Input should be less than or equal to 1 (found 1.5)"),
+    "no duty": ("[budget]\nduty = 0", "budget.duty: Input should be greater than 0 (found 0)"),
+    "factor": (
+        "[abort]\nlatency_factor = 1.0",
+        "abort.latency_factor: Input should be greater than or equal to 1.5 (found 1.0)",
+    ),
+    "endless factor": (
+        "[abort]\nlatency_factor = inf",
+        "abort.latency_factor: Input should be a finite number (found inf)",
+    ),
+    "tolerance": ("[release]\ntolerance = 0", "release.tolerance: Input should be greater than 0 (found 0)"),
+    "record": (
+        "[record]\nmax_bytes = 10",
+        "record.max_bytes: Input should be greater than or equal to 100000 (found 10)",
+    ),
+    "webhook": (
+        '[mitigation]\nwebhook = "ftp://x"',
+        "mitigation.webhook: write a URL that begins with http:// or https:// (found 'ftp://x')",
+    ),
+    "command as one text": (
+        '[mitigation]\ncommand = "dfmcl rollback"',
+        "mitigation.command: Input should be a valid list (found 'dfmcl rollback')",
+    ),
 }
 CHANGES = {
     "url": (
@@ -95,6 +138,11 @@ CHANGES = {
         '"38/255"',
         '"38"',
         "threat.eps: '38' is 38; a radius in pixel units lies in (0, 1] (found '38')",
+    ),
+    "search that knows one norm": (
+        'eps = "38/255"',
+        'norm = "l2"\neps = "1.0"\n[query]\nattack = "rays-100"',
+        "query.attack: rays-100 knows Linf only; take square",
     ),
     "eps below a grey level": (
         '"38/255"',
@@ -141,11 +189,43 @@ def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     """Relative paths are joined to the file's folder, absolute and empty ones are not."""
     path = tmp_path / "watch.toml"
-    path.write_text(GOOD.replace('["a"]', '["a", "/b"]') + '[release]\nevidence = "e"')
+    sections = {
+        "release": 'repository = "models"\ntrust = "keys/trust.toml"',
+        "query": 'key_file = "k"\nclean_key_file = "c"\nca = "/ca.pem"',
+        "record": 'path = "rounds.jsonl"',
+        "probe": 'pause_file = "pause"',
+    }
+    more = "".join(f"[{name}]\n{text}\n" for name, text in sections.items())
+    path.write_text(GOOD.replace('["a"]', '["a", "/b"]') + more)
     config = load_config(path)
     assert config.surrogates.runs == [str(tmp_path / "a"), "/b"]
-    assert config.release.evidence == str(tmp_path / "e")
-    assert config.data.path == ""
+    assert config.release.repository == str(tmp_path / "models")
+    assert config.release.trust == str(tmp_path / "keys/trust.toml")
+    assert config.query.key_file == str(tmp_path / "k")
+    assert config.query.clean_key_file == str(tmp_path / "c")
+    assert config.query.ca == "/ca.pem"
+    assert config.record.path == str(tmp_path / "rounds.jsonl")
+    assert config.probe.pause_file == str(tmp_path / "pause")
+    assert (config.data.path, config.release.evidence) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ('repository = "m"\nevidence = "e"', "name repository or evidence, not both"),
+        ('evidence = "e"\ntrust = "t"', "trust needs repository: a signature is about promoted files"),
+    ],
+)
+def test_evidence_is_looked_for_in_one_place(tmp_path: Path, section: str, reason: str) -> None:
+    """Two sources might disagree, and an unpromoted report is signed about other files."""
+    assert refusal(tmp_path, f"{GOOD}[release]\n{section}").startswith(f"release: {reason}")
+
+
+def test_a_webhook_is_kept_letter_for_letter(tmp_path: Path) -> None:
+    """A slash at its end may be part of the path."""
+    path = tmp_path / "watch.toml"
+    path.write_text(GOOD + '[mitigation]\nwebhook = "https://x/hook/"')
+    assert load_config(path).mitigation.webhook == "https://x/hook/"
 
 
 def test_eps_is_rounded_down_to_the_grid(tmp_path: Path) -> None:
