@@ -180,6 +180,8 @@ def test_grafana_is_provisioned() -> None:
     assert set(kinds) == {"datasources", "dashboards"}
     (source,) = yaml.safe_load(kinds["datasources"].read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
+    scrapes = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    assert source["jsonData"]["timeInterval"] in {job.get("scrape_interval") for job in scrapes}
     (provider,) = yaml.safe_load(kinds["dashboards"].read_text())["providers"]
     folder = found[provider["options"]["path"]]
     assert {path.suffix for path in folder.iterdir()} == {".json"}

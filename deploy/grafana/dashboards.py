@@ -23,6 +23,7 @@ SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 MODEL = 'model=~"$model"'
 VERSION = 'model=~"$model",version=~"$version"'
 OURS = "Robustness.+|QueryAttack.+|Detector.+|ResponseCacheHit"  # alerts, in rules/robustness.yaml
+ROUNDS = "10m"  # rates are of this long at least, as the sidecar counts by rounds: a minute each, searches five
 GOOD, BAD, NOTICE, PLAIN = "green", "red", "orange", "blue"
 
 
@@ -109,6 +110,8 @@ def course(
         panel.stacking(common.StackingConfig().mode(shapes.StackingMode.NORMAL))
     if unit == "percentunit":
         panel.axis_soft_max(1)
+    if any("robustness_" in query and "$__rate_interval" in query for query, _ in queries):
+        panel.interval(ROUNDS)
     panel.override_by_regexp("/(lower|upper)$/", [models.DynamicConfigValue("custom.lineWidth", 1)])
     dashes = {"fill": "dash", "dash": [8, 8]}
     panel.override_by_regexp("/^gate/", [models.DynamicConfigValue("custom.lineStyle", dashes)])
