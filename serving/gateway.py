@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -38,10 +38,11 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serving import images, pages
 from serving.client import Contract
+from serving.detection import Worker
 from serving.endpoints import CANARY_PRIORITY, Pool, Reply, Security
 from serving.errors import AnswerError, BadInput, Broken
 from serving.gateway_config import GatewayConfig, Tritons
-from serving.gateway_metrics import Metrics
+from serving.gateway_metrics import DetectionMetrics, Metrics
 from serving.keys import Caller
 from serving.listener import Listener, bind, require_tls_files, url_of
 from serving.openapi import describe
@@ -59,7 +60,8 @@ Log = Callable[[dict[str, Any]], None]
 
 def say(entry: dict[str, Any]) -> None:
     """Print an entry as one line of JSON, at once."""
-    print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}), flush=True)
+    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry})
+    print(f"{line}\n", end="", flush=True)  # written at once: two threads may have something to say
 
 
 def serve(
@@ -99,18 +101,19 @@ async def _serve(
         gateway = Gateway(config, pool, decoders, log)
         server = Listener(gateway, config, gateway.metrics.cut_off)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            log({"event": "listening", "url": url, "model": triton.model})
-            if await _until(stop, serving, lambda: gateway.ready):
-                with _announced(url, pool, ready_file):
-                    await _until(stop, serving, lambda: False)
-        finally:
-            gateway.stopping = True
-            log({"event": "stopping"})
-            if not serving.done():
-                await asyncio.sleep(config.listen.notice_seconds)
-            server.should_exit = True
-            await serving
+        with gateway.detection or nullcontext():
+            try:
+                log({"event": "listening", "url": url, "model": triton.model})
+                if await _until(stop, serving, lambda: gateway.ready):
+                    with _announced(url, pool, ready_file):
+                        await _until(stop, serving, lambda: False)
+            finally:
+                gateway.stopping = True
+                log({"event": "stopping"})
+                if not serving.done():
+                    await asyncio.sleep(config.listen.notice_seconds)
+                server.should_exit = True
+                await serving
 
 
 async def _until(stop: threading.Event, serving: asyncio.Task[None], condition: Callable[[], bool]) -> bool:
@@ -170,6 +173,7 @@ class Exchange:
     images: int = 0
     version: str | None = None
     endpoint: str | None = None
+    asked: npt.NDArray[np.uint8] | None = None  # what was answered, as the model saw it
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,10 @@ class Gateway:
         """decoders: the threads that work on large bodies; so few at a time, and with so much memory."""
         self.stopping = False
         self.metrics = Metrics(metadata.version("dfmcl"), pool, lambda: self.ready)
+        self.detection: Worker | None = None
+        if config.detection.enabled:
+            salt, found = secrets.token_bytes(32), DetectionMetrics(self.metrics.registry)
+            self.detection = Worker(config.detection, salt, found, log)
         self._config, self._pool, self._decoders, self._log = config, pool, decoders, log
         self._keyring, self._at_work = config.keyring, 0
         description = describe(config, metadata.version("dfmcl"))
@@ -238,6 +246,8 @@ class Gateway:
                 await response(scope, receive, answer)
         finally:
             self._record(exchange)
+            if self.detection and exchange.caller and exchange.asked is not None:
+                self.detection.offer(exchange.caller, exchange.asked)
 
     def _common_headers(self, exchange: Exchange) -> list[tuple[bytes, bytes]]:
         headers = [(b"x-request-id", exchange.id.encode()), (b"x-content-type-options", b"nosniff")]
@@ -291,6 +301,7 @@ class Gateway:
             except TimeoutError:
                 raise Problem("deadline", "no answer before the deadline; X-Request-Timeout-Ms asks for more") from None
         exchange.images, exchange.version, exchange.endpoint = len(batch), reply.version, reply.endpoint
+        exchange.asked = batch
         return _json(self._answer(reply, wish, exchange.id, single=single))
 
     def _wish(self, request: Request, caller: Caller) -> Wish:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serving.errors import BadInput
+from serving.fingerprints import DETECTORS, DetectorName
 from serving.keys import Bucket, Caller, Keyring, digest_of, make_key
 from serving.repository import MODEL_NAME
 
@@ -37,6 +39,7 @@ def _is_set(names: list[str]) -> list[str]:
 
 
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+Horizon = Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False)]
 Pause = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 
@@ -113,15 +116,60 @@ class Answers(Section):
     decimals: int = Field(4, ge=0, le=8)
 
 
+def _is_web(url: str) -> str:
+    parts = urlsplit(url)
+    if url and (parts.scheme not in ("http", "https") or not parts.hostname):
+        raise ValueError("write a URL that begins with http:// or https://")
+    return url
+
+
+class Detection(Section):
+    """Attacks by queries, noticed: of each key the last `queries` different images are remembered for `seconds`, and of
+    so many keys, those that asked last: up to keys * queries * 190 bytes. `matches` near-duplicates among them are a
+    campaign, which ends when there was none for quiet_seconds. Up to `queue` images wait to be looked at.
+
+    Answers stay as they are unless throttle_rate is above 0: then a key with a campaign may ask only so often, until
+    throttle_seconds after its last match. A webhook gets each campaign as JSON, within webhook_seconds."""
+
+    enabled: bool = True
+    detectors: Annotated[list[DetectorName], Field(min_length=1), AfterValidator(_is_set)] = list(DETECTORS)
+    queries: int = Field(2_000, ge=2, le=100_000)
+    seconds: Horizon = 3600.0
+    keys: int = Field(64, ge=1)
+    matches: int = Field(50, ge=1)
+    quiet_seconds: Horizon = 300.0
+    queue: int = Field(256, ge=1)
+    throttle_rate: float = Field(0.0, ge=0, allow_inf_nan=False)
+    throttle_seconds: Horizon = 600.0
+    webhook: Annotated[str, AfterValidator(_is_web)] = ""
+    webhook_seconds: Seconds = 5.0
+
+    @model_validator(mode="after")
+    def _campaign_can_begin(self) -> Detection:
+        if self.matches >= self.queries:
+            raise ValueError(f"matches is {self.matches}, must be below queries, {self.queries}")
+        return self
+
+
 class Key(Section):
-    """An API key, as `dfmcl apikey` makes one. rate: requests a second in the long run; burst: at once."""
+    """An API key, as `dfmcl apikey` makes one. rate: requests a second in the long run; burst: at once. detect: whether
+    its images are looked at for attacks. A canary's are only where `probe` says what it sends: "benign", images that
+    are all different, or "attack"."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")  # it stands in logs
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     logits: bool = False
     canary: bool = False
+    detect: bool = True
+    probe: Literal["", "benign", "attack"] = ""
     rate: float = Field(10.0, gt=0, allow_inf_nan=False)
     burst: int = Field(20, ge=1)
+
+    @model_validator(mode="after")
+    def _probe_is_a_canary(self) -> Key:
+        if self.probe and not (self.canary and self.detect):
+            raise ValueError(f"probe = {self.probe!r} needs canary = true, and detect")
+        return self
 
 
 class GatewayConfig(Section):
@@ -132,6 +180,7 @@ class GatewayConfig(Section):
     triton: Tritons
     limits: Limits = Limits()
     answers: Answers = Answers()
+    detection: Detection = Detection()
     keys: list[Key] = []
 
     @model_validator(mode="after")
@@ -140,13 +189,19 @@ class GatewayConfig(Section):
             raise ValueError("either list [[keys]] (`dfmcl apikey NAME` makes one), or write open = true, not both")
         if any(len({getattr(key, part) for key in self.keys}) < len(self.keys) for part in ("name", "sha256")):
             raise ValueError("two [[keys]] have the same name or the same sha256")
+        if self.open and self.detection.throttle_rate:
+            raise ValueError("detection.throttle_rate needs [[keys]]: with open = true there is nobody to slow down")
         return self
 
     @property
     def keyring(self) -> Keyring:
         """The keys, with full buckets."""
         callers = [
-            (key.sha256, Caller(key.name, key.logits, key.canary, Bucket(key.rate, key.burst))) for key in self.keys
+            (
+                key.sha256,
+                Caller(key.name, key.logits, key.canary, key.detect, key.probe, Bucket(key.rate, key.burst)),
+            )
+            for key in self.keys
         ]
         return Keyring(callers, open_to_all=self.open)
 

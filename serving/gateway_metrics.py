@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from serving.endpoints import Pool
+from serving.fingerprints import DETECTORS
 from serving.problems import STATUSES
 
 OUTCOMES = ("ok", "refused", "failed")  # 2xx; 4xx, the asker's; 5xx, ours
@@ -67,6 +68,84 @@ class Metrics:
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+PROBES = ("benign", "attack")
+WEBHOOK_OUTCOMES = ("sent", "failed")
+# From half of what a 32 x 32 image takes to a webhook that is waited for.
+EXAMINATION_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 1.0, 10.0)
+
+
+class DetectionMetrics:
+    """What the detectors of attacks saw: users' images, and the canary's apart, by what it says that it sends."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"gateway_detection_{name}", what, labels, registry=registry)
+
+        def gauge(name: str, what: str, *labels: str) -> Gauge:
+            return Gauge(f"gateway_detection_{name}", what, labels, registry=registry)
+
+        self.dropped = counter("dropped", "Images not examined, as the queue was full.")
+        self.failed = counter("failures", "Images whose examination broke off: a bug.")
+        self.webhooks = counter("webhooks", "Campaigns told to the webhook, by outcome.", "outcome")
+        self.queue = gauge("queue", "Images that wait to be examined.")
+        self.remembered = gauge("remembered", "Fingerprints in memory.")
+        self.seconds = Histogram(
+            "gateway_detection_seconds",
+            "Time to examine an image. In seconds.",
+            buckets=EXAMINATION_SECONDS,
+            registry=registry,
+        )
+        self._images = counter("images", "Users' images examined.")
+        self._repeats = counter("repeats", "Of them those whose very bytes their key had sent before.")
+        self._matches = counter("matches", "Of them near-duplicates of an earlier one, by detector.", "detector")
+        self._campaigns = counter("campaigns", "Campaigns that began, by detector.", "detector")
+        self._active = gauge("campaigns_active", "Campaigns now, by detector.", "detector")
+        self._canary_images = counter("canary_images", "The canary's images examined, by probe.", "probe")
+        self._canary_repeats = counter("canary_repeats", "Of them exact repeats, by probe.", "probe")
+        self._canary_matches = counter(
+            "canary_matches", "Of them near-duplicates, by probe and detector.", "probe", "detector"
+        )
+        self._canary_campaigns = counter(
+            "canary_campaigns", "The canary's campaigns that began, by probe and detector.", "probe", "detector"
+        )
+        for outcome in WEBHOOK_OUTCOMES:
+            self.webhooks.labels(outcome)
+        for probe in PROBES:
+            self._canary_images.labels(probe)
+            self._canary_repeats.labels(probe)
+        for detector in DETECTORS:
+            for family in (self._matches, self._campaigns, self._active):
+                family.labels(detector)
+            for probe in PROBES:
+                self._canary_matches.labels(probe, detector)
+                self._canary_campaigns.labels(probe, detector)
+
+    def examined(self, probe: str, *, repeat: bool) -> None:
+        """Count an image. probe: "" for a user's, else one of PROBES. repeat: its key had sent the same bytes."""
+        (self._canary_images.labels(probe) if probe else self._images).inc()
+        if repeat:
+            (self._canary_repeats.labels(probe) if probe else self._repeats).inc()
+
+    def matched(self, probe: str, detector: str) -> None:
+        """Count a near-duplicate."""
+        _of(self._matches, self._canary_matches, probe, detector).inc()
+
+    def begun(self, probe: str, detector: str) -> None:
+        """Count a campaign."""
+        _of(self._campaigns, self._canary_campaigns, probe, detector).inc()
+        if not probe:
+            self._active.labels(detector).inc()
+
+    def ended(self, probe: str, detector: str) -> None:
+        """A campaign is over."""
+        if not probe:
+            self._active.labels(detector).dec()
+
+
+def _of(users: Counter, canary: Counter, probe: str, detector: str) -> Counter:
+    return canary.labels(probe, detector) if probe else users.labels(detector)
 
 
 class _PoolCollector(Collector):

@@ -31,25 +31,37 @@ class Bucket:
     def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._burst, self._clock = rate, burst, clock
         self._tokens, self._seen = float(burst), clock()
+        self._slowed = (rate, self._seen)  # a lower rate, and until when; one value, as another thread may set it
 
     def take(self) -> float:
         """Take a token and return 0, or leave all as it is and return the seconds until there is one."""
-        now = self._clock()
-        self._tokens = min(self._burst, self._tokens + (now - self._seen) * self._rate)
+        now, (low, until) = self._clock(), self._slowed
+        slow = max(0.0, min(now, until) - self._seen)
+        self._tokens = min(self._burst, self._tokens + slow * low + (now - self._seen - slow) * self._rate)
         self._seen = now
         if self._tokens >= 1:
             self._tokens -= 1
             return 0.0
-        return (1 - self._tokens) / self._rate
+        missing, slow = 1 - self._tokens, max(0.0, until - now)
+        return missing / low if missing <= slow * low else slow + (missing - slow * low) / self._rate
+
+    def slow(self, rate: float, seconds: float) -> None:
+        """Give no more than `rate` a second from now on, for so long. May be called by any thread."""
+        self._slowed = (min(rate, self._rate), self._clock() + seconds)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. logits: may see raw ones; canary: our own probe, which gives way and counts apart."""
+    """Who asks. logits: may see raw ones; canary: our own probe, which gives way and counts apart.
+
+    detect: whether its images are looked at for attacks; probe: what a canary sends, "benign", "attack" or "" (other).
+    """
 
     name: str
     logits: bool = False
     canary: bool = False
+    detect: bool = True
+    probe: str = ""
     bucket: Bucket | None = field(default=None, compare=False)
 
     def spend(self) -> None:
