@@ -19,6 +19,7 @@ import typer
 
 T = TypeVar("T")
 # What a subcommand needs, if not `train`.
+NICE = 10  # of the sidecar: where it shares cores with the server, users come first
 SERVE = ("promote", "rollback", "status", "history", "prune", "retire", "verify", "card", "serve")
 EXTRAS = {**dict.fromkeys(SERVE, "serve"), "gateway": "gateway", "apikey": "gateway", "watch": "monitor"}
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
@@ -697,6 +698,7 @@ def watch(
     from monitoring.config import load_config
     from monitoring.sidecar import watch as run_watch
 
+    os.nice(NICE)
     return run_watch(load_config(config), rounds=rounds, stop=stop_on_signals(), log=say, track=track)
 
 

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from benchmarks.result import write_result
 from serving import environment
 from serving.client import Client
 from serving.errors import ServingError
+from serving.gateway_client import GatewayClient
 from serving.gateway_config import new_key
 from serving.triton import claim_ports, running
 from tests import observing
@@ -131,6 +134,7 @@ def drill(folder: Path, *, replay: int = 16, whole: bool = True) -> Iterator[Ala
     with ExitStack() as stack:
         triton = stack.enter_context(Restartable(folder, ports))
         stack.enter_context(command(folder, "gateway", ports["gateway"]))
+        stack.enter_context(user(folder, ports["gateway"]))
         watch = stack.enter_context(command(folder, "watch", ports["watch"]))
         (folder / "rules").mkdir()
         rules = [hasty(path, folder / "rules") for path in observing.RULES]
@@ -271,6 +275,31 @@ def command(folder: Path, name: str, port: int) -> Iterator[subprocess.Popen[byt
             process.wait(30)
 
 
+@contextmanager
+def user(folder: Path, port: int) -> Iterator[None]:
+    """Somebody who asks for a label now and then, whatever the answer."""
+    stop, url = threading.Event(), f"http://127.0.0.1:{port}"
+    with np.load(folder / "images.npz") as data:
+        images, classes = data["x_test"], len(data["classes"])
+    key = (folder / "user.key").read_text()
+
+    def ask() -> None:
+        with GatewayClient(url, MODEL, classes=classes, key=key) as client:
+            for number in itertools.count():
+                if stop.wait(0.1):
+                    return
+                with suppress(ServingError):
+                    client.predict(images[number % len(images)][None])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2):
@@ -291,16 +320,14 @@ def write_images(folder: Path) -> None:
 
 
 def write_configs(folder: Path, ports: dict[str, int], replay: int) -> None:
-    """Of sidecar and gateway, with a key for each of the two canaries."""
+    """Of sidecar and gateway, with a key for a user and for each of the two canaries."""
     keys = []
-    for probe in ("attack", "benign"):
-        secret, _ = new_key(probe)
-        (folder / f"{probe}.key").write_text(secret)
+    for name in ("user", "attack", "benign"):
+        secret, _ = new_key(name)
+        (folder / f"{name}.key").write_text(secret)
         digest = hashlib.sha256(secret.encode()).hexdigest()
-        keys.append(
-            f'[[keys]]\nname = "{probe}"\nsha256 = "{digest}"\nlogits = true\ncanary = true\nprobe = "{probe}"\n'
-            "rate = 1000.0\nburst = 1000\n"
-        )
+        canary = f'canary = true\nprobe = "{name}"\nlogits = true\n' if name != "user" else ""
+        keys.append(f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"\nrate = 1000.0\nburst = 1000\n{canary}')
     gateway = GATEWAY.format(model=MODEL, **ports) + "".join(keys)
     (folder / "gateway.toml").write_text(gateway, encoding="utf-8")
     trust = ROOT / "deploy" / MODEL / "trust.toml"

@@ -1,0 +1,163 @@
+"""What the sidecar costs users: latency and throughput at saturation with and without it: `make bench-watch`.
+
+A full-width ResNet-18 (random weights: what it answers does not matter here) behind a real Triton, sixteen clients that
+each ask again as soon as they are answered, and a real `dfmcl watch` with its default budget, which the kill switch
+turns on and off, minute by minute. Everything shares the machine's cores: Triton, clients, and crafting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors.torch import save_file
+
+from benchmarks.result import write_result
+from benchmarks.serving import CLIENTS, NAME, Seconds, candidate, concurrent_triton, served, triton_version
+from monitoring.config import Budget, Probe
+from robustness.data import load_dataset
+from robustness.files import sha256_of
+from robustness.models import Classifier, ModelSpec
+from serving.triton import HOST, claim_ports
+from tests.processes import wait_until
+
+POOL = 10_000  # so that images are new to the crafter for hours
+SURROGATE_WIDTHS = (16, 24)
+WATCH = """
+[target]
+url = "127.0.0.1:{grpc}"
+model = "{model}"
+timeout_seconds = 60.0
+[data]
+name = "npz"
+path = "pool.npz"
+[threat]
+eps = "8/255"
+[probe]
+pause_file = "pause"
+[surrogates]
+runs = ["surrogate16", "surrogate24"]
+[release]
+evidence = "evidence"
+[listen]
+port = {port}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=4, help="of a stretch with and one without probes")
+    parser.add_argument("--seconds", type=float, default=60, help="of a stretch; a round is due every minute")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        candidate(folder, 64)
+        write_sidecar(folder)
+        server = stack.enter_context(served(folder))
+        port = claim_ports(watch=0)["watch"]
+        config = WATCH.format(model=NAME, grpc=server.ports["grpc"], port=port)
+        (folder / "watch.toml").write_text(config, encoding="utf-8")
+        (folder / "pause").touch()
+        log = stack.enter_context((folder / "watch.log").open("wb"))
+        command = [str(Path(sys.executable).with_name("dfmcl")), "watch", "--config", "watch.toml"]
+        sidecar = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        stack.callback(sidecar.terminate)
+        wait_until(lambda: b"watching" in (folder / "watch.log").read_bytes(), sidecar)
+        asked = f"{HOST}:{server.ports['grpc']}"
+        pictures = np.random.default_rng(1).integers(0, 256, (CLIENTS, 32, 32, 3), dtype=np.uint8)
+        asyncio.run(concurrent_triton(asked, pictures, 10))
+        found: dict[str, list[tuple[int, Seconds, float]]] = {"without": [], "with": []}
+        cpu: dict[str, list[float]] = {"without": [], "with": []}
+        for number in track(range(2 * arguments.pairs), "stretches, without and with probes"):
+            case = ("without", "with")[(number + number // 2) % 2]  # 0 1 1 0: a drift of the machine cancels
+            (folder / "pause").touch() if case == "without" else (folder / "pause").unlink()
+            before, begun = cpu_seconds(sidecar.pid), time.perf_counter()
+            found[case].append(asyncio.run(concurrent_triton(asked, pictures, arguments.seconds)))
+            cpu[case].append((cpu_seconds(sidecar.pid) - before) / (time.perf_counter() - begun))
+        memory = memory_mib(sidecar.pid)
+        rounds = (folder / "watch.log").read_text().count("by triton: model")
+    rows = [described(case, found[case], cpu[case]) for case in found]
+    without, with_probes = rows
+    ratios = {
+        "user_p99_with_probes_vs_without": with_probes["p99_ms"] / without["p99_ms"],
+        "user_p50_with_probes_vs_without": with_probes["p50_ms"] / without["p50_ms"],
+        "user_throughput_with_probes_vs_without": with_probes["images_per_s"] / without["images_per_s"],
+        "sidecar_memory_mib": memory,
+        "sidecar_share_of_a_core": with_probes["sidecar_cores"],
+    }
+    probe, budget = Probe(), Budget()
+    conditions = {
+        "n": f"{arguments.pairs} stretches of {arguments.seconds:g} s each way, {rounds} rounds in them",
+        "seed": 0,
+        "note": f"defaults: {probe.images} fresh, {probe.replay} replayed images a round, {' and '.join(probe.attacks)}"
+        f" on two surrogates of width 16 and 24, a round every {probe.interval_seconds:g} s, duty {budget.duty:g};"
+        f" {CLIENTS} clients with one image a request; Triton {triton_version()}, ResNet-18 of width 64; percentiles"
+        " over all requests of all stretches; memory: the most that was resident",
+    }
+    write_result("watch", "What the sidecar costs users", rows, ratios, conditions)
+
+
+def write_sidecar(folder: Path) -> None:
+    """A pool of random images and two surrogates of random weights."""
+    stream = np.random.default_rng(2)
+    images, labels = stream.integers(0, 256, (POOL, 32, 32, 3), np.uint8), np.arange(POOL) % 10
+    np.savez(folder / "pool.npz", x_train=images[:10], y_train=labels[:10], x_test=images, y_test=labels)
+    data = load_dataset("npz", str(folder / "pool.npz"))
+    for width in SURROGATE_WIDTHS:
+        run = folder / f"surrogate{width}"
+        run.mkdir()
+        torch.manual_seed(width)
+        spec = ModelSpec("resnet18", width, 10, (32, 32, 3), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        save_file(Classifier(spec).state_dict(), run / "checkpoint.safetensors")
+        manifest = {
+            "format": "dfmcl.run/1",
+            "model": spec.to_json(),
+            "labels": list(data.classes),
+            "data": data.describe(),
+            "files": {"checkpoint.safetensors": sha256_of(run / "checkpoint.safetensors")},
+            "config": {"curriculum": {"beta": "8/255"}},
+        }
+        (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def described(case: str, stretches: list[tuple[int, Seconds, float]], cpu: list[float]) -> dict[str, Any]:
+    taken = 1000 * np.concatenate([seconds for _, seconds, _ in stretches])
+    p50, p95, p99 = np.percentile(taken, [50, 95, 99])
+    rate = float(np.median([count * len(seconds) / total for count, seconds, total in stretches]))
+    return {
+        "probes": case,
+        "images_per_s": rate,
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "requests": len(taken),
+        "sidecar_cores": float(np.mean(cpu)),
+    }
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far, all its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: proc(5)
+
+
+def memory_mib(pid: int) -> float:
+    """The most that was resident."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+if __name__ == "__main__":
+    main()
