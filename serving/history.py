@@ -57,7 +57,7 @@ class History:
         tags = tags[tags > 0]
         wanted = np.zeros(1 << 16, np.uint8)
         wanted[tags] = 1
-        shared = wanted[self._tags[: self.held]].sum(axis=1)
+        shared = wanted[self._tags[: self.held]].sum(axis=1, dtype=np.uint8)
         return np.asarray(shared / np.maximum(np.maximum(self._tagged[: self.held], len(tags)), 1))
 
     def _outlines_shared(self, bits: Words) -> npt.NDArray[np.float64]:
@@ -65,7 +65,7 @@ class History:
 
         Unlike Hamming's distance it gives no credit for areas without contrast, in which all images agree.
         """
-        both = ONES[self._outlines[: self.held] & bits].sum(axis=1, dtype=np.int64)
+        both = ONES[self._outlines[: self.held] & bits].sum(axis=1, dtype=np.uint16).astype(np.int64)
         either = self._outlined[: self.held] + int(ONES[bits].sum()) - both
         return np.asarray(both / np.maximum(either, 1))
 

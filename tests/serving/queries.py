@@ -17,6 +17,7 @@ from torch.nn import functional
 from robustness.rays import rays
 from robustness.square import square
 from robustness.threat import Threat
+from robustness.trial import Trial
 from serving.detection import Examiner
 from serving.fingerprints import DETECTORS
 from serving.gateway_config import Detection
@@ -27,6 +28,7 @@ Images = npt.NDArray[np.uint8]
 Predict = Callable[[Images], npt.NDArray[np.float32]]
 Disguise = Callable[[Tensor, torch.Generator], Tensor]
 THREAT = Threat("linf", 8 / 255)
+VERIFIED = 5
 SHOP = Caller("shop")
 ATTACKS: dict[str, Callable[..., Tensor]] = {"square": square, "rays": rays}
 
@@ -48,7 +50,8 @@ def attack(
 ) -> float:
     """Attack images (N, H, W, C) by so many queries each within THREAT; the share that ends up misclassified.
 
-    disguise: changes each query before it is sent; what counts in the end is the undisguised point.
+    disguise: changes each query before it is sent. The attacker believes in a success that VERIFIED more disguised
+    queries confirm, and what counts in the end is the undisguised point.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -56,8 +59,15 @@ def attack(
         sent = points if disguise is None else disguise(points, generator)
         return torch.from_numpy(predict(to_bytes(sent)))
 
+    def confirm(rows: Tensor, points: Tensor) -> Tensor:
+        wrong = [model(points).argmax(dim=1) != y[rows] for _ in range(VERIFIED)]
+        return torch.stack(wrong).all(dim=0)
+
+    y = torch.from_numpy(labels).long()
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    found = ATTACKS[name](model, x, torch.from_numpy(labels).long(), THREAT, generator=generator, queries=queries)
+    found = ATTACKS[name](
+        model, x, y, THREAT, generator=generator, queries=queries, trial=Trial(y, confirm if disguise else None)
+    )
     return float((predict(to_bytes(found)).argmax(axis=1) != labels).mean())
 
 

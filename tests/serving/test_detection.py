@@ -132,7 +132,9 @@ def test_resemblance_is_that_of_the_definition(seeds: list[int], salt: bytes) ->
     rng, fingerprint, history = np.random.default_rng(len(seeds)), Fingerprinter(salt), History(50, 100)
     seen: list[tuple[bytes, set[int], set[int]]] = []
     for seed in seeds:
-        image = nearly(photograph(seed), int(rng.integers(1 << 20)))
+        image = photograph(seed)
+        image[1 + seed :] = 0  # few windows differ, so that some images have fewer tags than others
+        image = nearly(image, int(rng.integers(1 << 20)))
         made = fingerprint(image)
         tags = set(made.tags.tolist()) - {0}
         bits = set(np.flatnonzero(np.unpackbits(made.outline.view(np.uint8))).tolist())
