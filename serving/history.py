@@ -40,7 +40,6 @@ class History:
             return None
         if self._outlines.shape[1] != len(new.outline):  # the first image, or a model that takes others
             self._outlines = np.zeros((self._queries, len(new.outline)), np.uint16)
-            self._outlined[:] = 0
         found = {
             "salted_hash": float(self._tags_shared(new.tags)[counts].max(initial=0)),
             "perceptual": float(self._outlines_shared(new.outline)[counts].max(initial=0)),

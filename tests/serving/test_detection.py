@@ -269,7 +269,7 @@ def test_a_model_of_another_size_starts_anew() -> None:
 
 
 @hypothesis.given(
-    steps=st.lists(st.tuples(st.booleans(), st.floats(0, 30)), max_size=80),
+    steps=st.lists(st.tuples(st.booleans(), st.one_of(st.floats(0, 3), st.floats(0, 60))), max_size=80),
     wanted=st.integers(1, 5),
     queries=st.integers(6, 20),
 )
@@ -294,6 +294,16 @@ def test_campaign_begins_and_ends_by_the_rule(steps: list[tuple[bool, float]], w
             if begins:
                 running, last_end = True, last_end
         assert (alarm.campaign is not None) == running
+
+
+@pytest.mark.parametrize(
+    ("number", "now", "begins"), [(5, 60.0, True), (6, 60.0, False), (5, 60.1, False)], ids=["in", "images", "time"]
+)
+def test_campaign_needs_its_matches_within_the_horizon(number: int, now: float, begins: bool) -> None:
+    """Two among the last six images and within a minute, to the image and the moment."""
+    alarm = Alarm("key", "perceptual", Rule(2, 6, 60, 40))
+    assert not alarm.match(0, 0.0)
+    assert alarm.match(number, now) == begins
 
 
 def test_campaign_is_told_when_it_begins_and_ends() -> None:
