@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks bench-serving \
-	bench-detection kubernetes-rules dashboards sbom audit clean
+	bench-detection bench-endurance kubernetes-rules dashboards sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench-strength      the standard suite beside torchattacks'"'"' AutoAttack; writes strength.json, .md'
 	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-detection     detectors of attacks by queries: cost, false alarms, recall; DATA=cifar10.npz; writes detection.json, .md'
+	@echo 'make bench-endurance     1,000 rounds of the sidecar beside a real Triton; DATA=cifar10.npz; writes endurance.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
@@ -69,6 +70,9 @@ bench-serving: .venv/.installed .venv-triton/.installed
 
 bench-detection: .venv/.installed
 	$(BIN)/python -m benchmarks.detection --data $(or $(DATA),cifar10.npz)
+
+bench-endurance: .venv/.installed .venv-triton/.installed
+	$(BIN)/python -m benchmarks.endurance --data $(or $(DATA),cifar10.npz)
 
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks
