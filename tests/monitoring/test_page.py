@@ -1,0 +1,179 @@
+"""The page, opened by a real browser: it says what is, shows it, asks nobody for anything, and takes no markup."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from monitoring.journal import Journal
+from monitoring.page import render
+from monitoring.release import Release
+from monitoring.results import GATEWAY, Example, Round
+from tests.gating.browser import BROWSER, MISSING, Visit, visit
+from tests.monitoring.test_watch_metrics import (
+    IDENTITY,
+    RELEASES,
+    SEARCH,
+    failure,
+    journal,
+    result,
+    search,
+    skip,
+    snapshot,
+)
+
+HOSTILE = '"><script>document.title="owned"</script><img src=http://evil.test/x onerror=alert(1)>'
+LABELS = ("zero", "one", "two", HOSTILE)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason=MISSING)
+
+
+def page(seen: Journal, target: str = "digits at 127.0.0.1:8001", **changes: Any) -> str:
+    return render(target, replace(IDENTITY, labels=LABELS), snapshot(seen, **changes))
+
+
+def verdict(text: str) -> str:
+    """The sentence at the top."""
+    found = re.search(r'<p class="verdict[^>]*>(.*?)</p>', text)
+    assert found is not None
+    return re.sub(r"<[^>]*>", "", found[1])
+
+
+def picture(attack: str, answer: int, channels: int = 3) -> Example:
+    image = np.full((16, 16, channels), 100, np.uint8)
+    return Example(attack, image, image + 8, 1, answer)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "changes", "said"),
+    [
+        ([], {}, "No round has been measured yet."),
+        ([result()], {}, "Version 1. Nothing speaks against what the gate found. (signature verified)"),
+        (
+            [result()],
+            {"losses": {"1": frozenset({"threshold", "clean"})}},
+            "Version 1. Robustness is lost for certain: clean, threshold. (signature verified)",
+        ),
+        (
+            [result()],
+            {"releases": {"1": Release("invalid", why="other bytes")}},
+            "Version 1. What answers has not passed the gate: invalid: other bytes. (signature not verified)",
+        ),
+        ([result()], {"paused": True}, "Version 1. Paused: the kill switch is on, and nothing is known of now."),
+        ([result(), failure(2)], {}, "Version 1. No answer in the last round by triton."),
+        ([result(), failure(2, "bad_output")], {}, "Version 1. Nothing speaks against what the gate found."),
+        (
+            [result(), failure(2, "unavailable"), failure(2, "unavailable", GATEWAY)],
+            {},
+            "Version 1. No answer in the last round by triton and by gateway.",
+        ),
+        ([result(), result(2, "2")], {}, "Version 2. What answers has not passed the gate: missing."),
+    ],
+)
+def test_the_first_sentence_is_the_answer(outcomes: list[Round], changes: dict[str, Any], said: str) -> None:
+    """What is lost comes before what is missing, and a server that is down is never called fine."""
+    assert verdict(page(journal(*outcomes), **changes)).startswith(said)
+
+
+def test_figures_stand_beside_the_gates() -> None:
+    """Live, proven and gated, each where it belongs; what the gate did not record is called so."""
+    text = page(journal(result(), search()))
+    rows = [re.sub(r"<t[rd]>", "|", row) for row in re.findall(r"<tr><td>.*?</tr>", text)]
+    assert any(row.startswith("||clean|75.0 %|0.0 % to 100.0 %|97.0 % [91.5, 99.4], asked for 90.0 %") for row in rows)
+    assert any(row.startswith("||worst case, linf 8/255|25.0 %|") and "asked for 45.0 %" in row for row in rows)
+    assert any(row.startswith("||pgd-10 transfer|50.0 %|") and "60.0 % [49.7, 69.7]" in row for row in rows)
+    assert any(row.startswith(f"||{SEARCH} query|50.0 %|") and row.endswith("not recorded</tr>") for row in rows)
+    assert "Asked about 4 times, the gate's own images got the recorded answer 3 times" in text
+
+
+def test_a_search_of_long_ago_is_called_so() -> None:
+    """Never NaN."""
+    text = page(journal(search(), *(result(number) for number in range(1, 25))))
+    assert "not in recent rounds" in text
+    assert "nan" not in text
+
+
+def test_the_curve_stays_in_its_frame() -> None:
+    """Also where the clock fell back by a day, and for two rounds of one moment."""
+    fallen = replace(result(2), started=-86_400.0)
+    for seen in (journal(result(1), fallen, result(3)), journal(result(1), result(1))):
+        points = re.findall(r'points="([^"]*)"', page(seen))
+        assert len(points) == 2
+        for x, y in (map(float, point.split(",")) for text in points for point in text.split()):
+            assert 0 <= x <= 720
+            assert 0 <= y <= 260
+
+
+def test_one_point_is_no_curve() -> None:
+    """Nor are examples shown where there are none."""
+    text = page(journal(result()))
+    assert "<svg" not in text
+    assert "What got through" not in text
+
+
+def full() -> str:
+    """A page with everything on it, the target and messages of a hostile server."""
+    examples = (picture("mi-fgsm-10", 2), picture(SEARCH, -1), picture("pgd-10", 3, channels=1))
+    seen = journal(
+        result(1),
+        replace(result(2), examples=examples),
+        search(1),
+        replace(failure(3), message=HOSTILE),
+        skip(4),
+        result(5),
+    )
+    releases = {"1": replace(RELEASES["1"], state="invalid", why=HOSTILE)}
+    return page(seen, f"digits at {HOSTILE}", releases=releases)
+
+
+@pytest.fixture(scope="module")
+def visited(tmp_path_factory: pytest.TempPathFactory) -> Visit:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "page.html").write_text(full(), encoding="utf-8")
+    return visit(folder / "page.html", folder / "profile")
+
+
+@needs_browser
+def test_nothing_is_asked_of_anybody(visited: Visit) -> None:
+    """No request leaves, not even for an icon, and the console is silent."""
+    assert visited.requests == []
+    assert visited.console == []
+
+
+@needs_browser
+def test_what_others_say_is_text(visited: Visit) -> None:
+    """Markup in a target, a failure or a reason is shown as it is written, and is none."""
+    assert "<title>dfmcl watch</title>" in visited.dom
+    assert "<script" not in visited.dom
+    assert "onerror=alert(1)&gt;" in visited.dom
+    assert not re.search(r"<img[^>]*(onerror|evil)", visited.dom)
+
+
+@needs_browser
+def test_everything_is_shown(visited: Visit) -> None:
+    """Curve with band, threshold and the gate's figure; three examples of three images; all kinds of rounds."""
+    for kind in ("curve", "band", "asked", "gated"):
+        assert visited.dom.count(f'class="{kind}"') == 1
+    assert visited.dom.count("<figure>") == 4
+    assert visited.dom.count('<img alt="" src="data:image/png;base64,') == 9
+    assert f"{SEARCH}: one, taken for another" in visited.dom
+    assert "mi-fgsm-10: one, taken for two" in visited.dom
+    assert {kind for kind in ("measured", "failed", "skipped") if f'<tr class="{kind}">' in visited.dom} == {
+        "measured",
+        "failed",
+        "skipped",
+    }
+
+
+@needs_browser
+def test_it_fits_a_phone(tmp_path: Path) -> None:
+    """At 360 pixels the browser draws it without a complaint."""
+    (tmp_path / "page.html").write_text(full(), encoding="utf-8")
+    shot = tmp_path / "page.png"
+    seen = visit(tmp_path / "page.html", tmp_path / "profile", size=(360, 2400), screenshot=shot)
+    assert seen.console == []
+    assert shot.stat().st_size > 10_000
