@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from safetensors.torch import save_file
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from monitoring import sidecar
 from monitoring.config import WatchConfig, load_config
 from monitoring.results import Round, round_from_json
 from monitoring.sidecar import watch
-from robustness.data import load_dataset
+from monitoring.surrogates import Surrogates, load_surrogates
+from robustness.data import Dataset, load_dataset
 from robustness.files import sha256_of
-from robustness.models import Classifier, ModelSpec
+from robustness.gradients import attack_pass
+from robustness.models import Classifier, ModelSpec, to_float
 from serving.export import export
 
 SHAPE, CLASSES = (16, 16, 3), 10
@@ -38,6 +42,29 @@ def the_suites_threads() -> Iterator[None]:
     """A crafter sets the number of threads; other tests are calibrated with two."""
     yield
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def what_never_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data, surrogates and their fast pass are prepared once for all sidecars of this process."""
+    monkeypatch.setattr(sidecar, "load_dataset", _loaded)
+    monkeypatch.setattr(sidecar, "load_surrogates", lambda runs, dataset: _stand_ins(tuple(runs)))
+    monkeypatch.setattr(sidecar, "attack_pass", lambda model, images: _fast(model))
+
+
+@cache
+def _loaded(*arguments: Any) -> Dataset:
+    return load_dataset(*arguments[:3])
+
+
+@cache
+def _stand_ins(runs: tuple[str, ...]) -> Surrogates:
+    return load_surrogates(runs, load_dataset("digits"))
+
+
+@cache
+def _fast(model: torch.nn.Module) -> Any:
+    return attack_pass(model, to_float(torch.from_numpy(load_dataset("digits").x_test[:8])))
 
 
 def write_run(directory: Path, seed: int, width: int = 4, classes: int = CLASSES) -> Path:
