@@ -17,7 +17,10 @@ ALLOWED = {
     "training": {"robustness"},
     "gating": {"robustness"},
     "serving": set(),
-    "monitoring": {"robustness", "gating.attestation", "serving.client", "serving.errors"},
+    "monitoring": {
+        *("robustness", "gating.attestation", "gating.trust"),
+        *("serving.client", "serving.gateway_client", "serving.errors"),
+    },
 }
 EXCEPTIONS = {"serving/export.py": {"robustness"}} | {
     f"serving/{name}.py": {"gating.attestation"} for name in ("promotion", "status", "supervisor")
