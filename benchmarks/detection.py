@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import os
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load_dataset("npz", str(arguments.data))
     pictures, labels = data.x_test, data.y_test
+    load = os.getloadavg()[0]
     rows = [*costs(pictures), *benign(pictures[: arguments.benign]), *attacks(pictures, labels, arguments.attacked)]
     settings = Detection()
     conditions = {
@@ -50,7 +52,8 @@ def main() -> None:
         "seed": 0,
         "command": f"python -m benchmarks.detection --data {arguments.data.name}"
         f" --benign {arguments.benign} --attacked {arguments.attacked}",
-        "note": f"horizon {settings.queries} images; a campaign is {settings.matches} matches in it. Shares are of the"
+        "note": f"one-minute load of the machine at the start: {load:.1f} on {os.cpu_count()} cores;"
+        f" horizon {settings.queries} images; a campaign is {settings.matches} matches in it. Shares are of the"
         " images that are no exact repeat of an earlier one; share 1 cannot be reached, as the first question about an"
         " image resembles nothing. Attacks: Linf 8/255, all images in turn under one key. fooled: the share of images"
         " that is misclassified in the end, before which that is only the model's own error; an attacker who disguises"
@@ -91,14 +94,15 @@ def by_sha256(picture: Images) -> list[bytes]:
 
 
 def timed(case: str, work: Callable[[Any], object], items: Any) -> Row:
-    """Median and 99th percentile, in milliseconds."""
-    taken = []
+    """Median and 99th percentile, in milliseconds, and the median of this thread's own time."""
+    taken, own = [], []
     for item in items:
-        begun = time.perf_counter()
+        begun, own_begun = time.perf_counter(), time.thread_time()
         work(item)
         taken.append(1000 * (time.perf_counter() - begun))
+        own.append(1000 * (time.thread_time() - own_begun))
     median, worst = np.percentile(taken, [50, 99])
-    return {"case": case, "p50_ms": float(median), "p99_ms": float(worst)}
+    return {"case": case, "p50_ms": float(median), "p99_ms": float(worst), "cpu_p50_ms": float(np.median(own))}
 
 
 def bytes_per_query(prints: list[Any]) -> float:
@@ -192,6 +196,7 @@ def ratios_of(rows: list[Row]) -> dict[str, float]:
     of = {row["case"]: row for row in rows}
     found = {
         "examination_p50_ms": of["whole examination, 32 x 32"]["p50_ms"],
+        "examination_cpu_p50_ms": of["whole examination, 32 x 32"]["cpu_p50_ms"],
         "salted_hash_ms_vs_sha256": of["salted_hash, fingerprint"]["p50_ms"]
         / of["salted_hash by SHA-256, fingerprint"]["p50_ms"],
         "bytes_per_query": of["memory"]["bytes_per_query"],

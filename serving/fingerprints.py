@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 DetectorName = Literal["salted_hash", "perceptual"]
 DETECTORS: tuple[DetectorName, ...] = get_args(DetectorName)
@@ -20,6 +21,7 @@ DETECTORS: tuple[DetectorName, ...] = get_args(DetectorName)
 STEP = 50  # of the quantisation, in 255ths
 WINDOW = 20  # values in a row
 TAGS = 50  # digests kept of an image
+WINDOWS = 4096  # hashed of a larger image, evenly spread, so that its size does not decide what it costs
 # Of the perceptual hash.
 GRID = 8  # blocks a side
 CONTRAST = 8.0  # in 255ths: blocks that differ by less say nothing, as a perturbation of 8/255 can turn them round
@@ -66,13 +68,15 @@ def salted_tags(
     """TAGS of an image's values (M,): 16 bits each, ascending, 0 where the image has fewer different ones.
 
     After Blacklight (Li et al., USENIX Security 2022): values are quantised, at secret borders: offsets (M,) in
-    [0, STEP); every window in a row is hashed; the TAGS largest digests stay. A digest is the upper part of
-    sum(multiplier * value) modulo 2**64 with secret multipliers, a keyed universal hash (multilinear; two windows
-    collide with a chance of 2**-56), in place of SHA-256: one correlation makes them all.
-    Nobody but the holder of the salt ever sees a digest, so that is all the secrecy it needs.
+    [0, STEP); every window in a row, or about WINDOWS of them, is hashed; the TAGS largest digests stay. A digest is
+    the upper part of sum(multiplier * value) modulo 2**64 with secret multipliers, a keyed universal hash (multilinear;
+    two windows collide with a chance of 2**-56), in place of SHA-256: one product makes them all. Nobody but the holder
+    of the salt ever sees a digest, so that is all the secrecy it needs.
     """
     quantised = ((values + offsets) // STEP + 1).astype(np.uint64)
-    digests = np.correlate(quantised, multipliers[: len(quantised)], "valid") >> np.uint64(8)
+    windows = sliding_window_view(quantised, min(WINDOW, len(quantised)))
+    windows = windows[:: -(-len(windows) // WINDOWS)]
+    digests = (windows @ multipliers[: windows.shape[1]]) >> np.uint64(8)
     most = 4 * TAGS  # flat areas repeat a digest, so that TAGS different ones are hardly ever among fewer
     largest = np.unique(np.partition(digests, -most)[-most:] if len(digests) > most else digests)
     if len(largest) < TAGS:
