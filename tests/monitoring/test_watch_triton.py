@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,33 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from prometheus_client.parser import text_string_to_metric_families as parse
+import torch
 
+from monitoring.crafting import Pool, scenes
 from monitoring.probes import transfer_attack
-from monitoring.rounds import Plan, RoundResult, round_from_json, run_round
+from monitoring.release import follow
+from monitoring.results import RoundResult
+from monitoring.rounds import Plan, run_round
 from monitoring.surrogates import load_surrogates
 from robustness.data import load_dataset
 from robustness.files import sha256_of
+from robustness.gradients import attack_pass
+from robustness.models import to_float
 from serving import environment, promotion
 from serving.client import Answer, Client
 from serving.errors import Broken
+from tests.monitoring.conftest import Still
+from tests.monitoring.greys import manners
 from tests.serving.traffic import Traffic
-from tests.signing import make_key, report_on, trusting, write_report
+from tests.serving.workshop import private_of, processes_of
+from tests.signing import make_key, report_on, trusting, write_report, write_trust
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 SERVE = (
     "import sys; from pathlib import Path; from serving.supervisor import serve;"
     "serve(Path(sys.argv[1]), http_port=0, grpc_port=int(sys.argv[2]), metrics_port=0, ready_file=Path(sys.argv[3]),"
-    "restarts=0)"
+    "restarts=0, liveness_seconds=600)"
 )
 
 
@@ -86,51 +95,86 @@ def serve(tmp_path: Path, repository: Path, until: Make) -> Iterator[Callable[[i
         process.wait(60)
 
 
-def figures(text: str) -> dict[str, float]:
-    """Samples of the exposition by name and reason."""
-    return {
-        f"{sample.name} {sample.labels.get('reason', '')}".strip(): sample.value
-        for family in parse(text)
-        for sample in family.samples
-    }
+@pytest.fixture
+def release(repository: Path, tmp_path: Path) -> dict[str, Path]:
+    """Where the evidence lies, and whom to trust."""
+    return {"repository": repository, "trust": write_trust(tmp_path / "release.key")}
+
+
+def failures(watching: Any) -> float:
+    """Failed rounds of all reasons."""
+    found = watching.metrics()
+    return sum(value for name, value in found.items() if name.startswith("robustness_probe_round_failures_total"))
 
 
 def test_metrics_while_triton_is_up_killed_and_back(
-    serve: Make, repository: Path, surrogate: Path, write_config: Make, start_watch: Make, until: Make
+    serve: Make, repository: Path, release: Any, surrogate: Path, write_config: Make, start_watch: Make, until: Make
 ) -> None:
-    """target_up goes 1, 0, 1; failures are counted by reason; the figures are those that ONNX Runtime gives."""
+    """target_up goes 1, 0, 1; failures are counted by reason; the figures are those that ONNX Runtime gives, and the
+    recorded answers are the recorded ones."""
     process, ready = serve(0)
     port = int(ready["grpc"].rpartition(":")[2])
-    config = write_config(port, images=64, interval=0.3, timeout=2.0, evidence=repository / "digits" / "1")
+    config = write_config(
+        port, probe={"images": 64, "interval_seconds": 0.3}, target={"timeout_seconds": 10.0}, release=release
+    )
     watching = start_watch(config)
-
-    def metric(name: str) -> float:
-        return figures(watching.get("/metrics")[0])[f"robustness_{name}"]
-
-    until(lambda: watching.get("/rounds.json")[0] != "[]\n")
-    assert metric("target_up") == 1
-    assert metric("gate_threshold_ratio") == 0.45
-    first = round_from_json(json.loads(watching.get("/rounds.json")[0])[0])
-    expected = expected_round(config, surrogate, repository / "digits" / "1" / "model.onnx")
+    until(lambda: watching.get("/rounds.json")[0] != "[]\n", 60)
+    found = watching.metrics()
+    assert found["robustness_target_up triton"] == 1
+    assert found["robustness_gate_verified"] == 1
+    assert found["robustness_target_integrity"] == 1
+    assert found["robustness_gate_threshold_ratio"] == 0.45
+    first = watching.rounds()[0]
+    expected = expected_round(config, surrogate, repository)
     assert isinstance(first, RoundResult)
     assert (first.version, first.correct, first.attacks) == ("1", expected.correct, expected.attacks)
     assert 0 < first.clean.k < 64  # so that the comparison above says something
+    assert first.replay is not None
+    assert (first.replay.images, first.replay.mismatches) == (8, 0)
 
     (triton,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(triton), signal.SIGKILL)  # `serve` then ends by itself and clears what is left
-    process.wait(30)
-    until(lambda: metric("target_up") == 0)
-    stood, failed = metric("probe_last_success_timestamp_seconds"), failures(watching)
-    until(lambda: failures(watching) >= failed + 2)
-    assert metric("probe_last_success_timestamp_seconds") == stood
-    assert metric("probe_round_failures_total unavailable") >= 2
-    assert metric("probe_last_attempt_timestamp_seconds") > stood
+    process.wait(60)
+    until(lambda: watching.metric("target_up triton") == 0, 60)
+    stood, failed = watching.metric("probe_last_success_timestamp_seconds triton"), failures(watching)
+    until(lambda: failures(watching) >= failed + 2, 60)
+    assert watching.metric("probe_last_success_timestamp_seconds triton") == stood
+    assert watching.metric("probe_round_failures_total triton unavailable") >= 2
+    assert watching.metric("probe_last_attempt_timestamp_seconds triton") > stood
     assert watching.get("/-/healthy")[0] == "healthy\n"
 
     serve(port)
-    until(lambda: metric("target_up") == 1)
-    assert metric("probe_last_success_timestamp_seconds") > stood
+    until(lambda: watching.metric("target_up triton") == 1, 60)
+    assert watching.metric("probe_last_success_timestamp_seconds triton") > stood
     assert watching.close() == 0
+
+
+def test_a_dead_stub_is_seen_where_readiness_is_not(
+    serve: Make, write_config: Make, start_watch: Make, until: Make
+) -> None:
+    """Triton calls itself ready while the process that computes is gone; the sidecar, which asks, says that it is
+    down."""
+    _, ready = serve(0)
+    config = write_config(
+        int(ready["grpc"].rpartition(":")[2]), probe={"interval_seconds": 0.3}, target={"timeout_seconds": 5.0}
+    )
+    watching = start_watch(config)
+    until(lambda: watching.metrics().get("robustness_target_up triton") == 1, 60)
+    [stub] = [
+        process
+        for process in processes_of(str(private_of(ready["grpc"])))
+        if "triton_python_backend_stub" in Path(f"/proc/{process}/cmdline").read_text().split("\0")[0]
+    ]
+    os.kill(stub, signal.SIGKILL)
+    until(lambda: watching.metric("target_up triton") == 0, 60)
+    with urllib.request.urlopen(f"{ready['http']}/v2/health/ready", timeout=10) as response:
+        assert response.status == 200
+    found = watching.metrics()
+    outages = ("server_error", "unavailable", "timeout")
+    assert sum(found[f"robustness_probe_round_failures_total triton {reason}"] for reason in outages) >= 1
+    assert failures(watching) == sum(
+        watching.metric(f"probe_round_failures_total triton {reason}") for reason in outages
+    )
 
 
 def test_a_sidecar_that_is_killed_costs_users_nothing(
@@ -138,12 +182,12 @@ def test_a_sidecar_that_is_killed_costs_users_nothing(
 ) -> None:
     """In the middle of a round, with its requests on the way: all that users ask is answered, and rightly."""
     _, ready = serve(0)
-    write_config(int(ready["grpc"].rpartition(":")[2]), images=64, interval=0.05)
+    write_config(int(ready["grpc"].rpartition(":")[2]), probe={"images": 64}, target={"timeout_seconds": 30.0})
     images = load_dataset("digits").x_test[:8]
     expected = {"1": predictor(repository / "digits" / "1" / "model.onnx")(images).logits}
 
     def make() -> Callable[[], tuple[str, np.ndarray]]:
-        client = Client(ready["grpc"], "digits", timeout_seconds=10)
+        client = Client(ready["grpc"], "digits", timeout_seconds=30)
 
         def ask() -> tuple[str, np.ndarray]:
             answer = client.predict(images)
@@ -156,41 +200,25 @@ def test_a_sidecar_that_is_killed_costs_users_nothing(
     with log.open("w") as said, Traffic(make, expected) as traffic:
         watching = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
         try:
-            until(lambda: watching.poll() is not None or "round" in log.read_text(), 60)
+            until(lambda: watching.poll() is not None or "round" in log.read_text(), 300)
             traffic.mark("it attacks")
         finally:
             watching.kill()
-        assert watching.wait() == -signal.SIGKILL
+        assert watching.wait() == -signal.SIGKILL, log.read_text()
         traffic.mark("it is gone")
     assert traffic.failures == []
 
 
-def failures(watching: Any) -> float:
-    found = figures(watching.get("/metrics")[0])
-    return sum(value for name, value in found.items() if name.startswith("robustness_probe_round_failures_total"))
-
-
-def expected_round(config: Any, surrogate: Path, model: Path) -> RoundResult:
+def expected_round(config: Any, surrogate: Path, repository: Path) -> RoundResult:
     """The first round with the same bytes, through ONNX Runtime in this process."""
-
-    class Clock:
-        def time(self) -> float:
-            return 0.0
-
-        monotonic = time
-
     data = load_dataset("digits")
-    plan = Plan(
-        model="digits",
-        images=data.x_test,
-        labels=data.y_test,
-        classes=10,
-        source=load_surrogates([surrogate], data).model,
-        threat=config.threat.threat,
-        attacks=tuple(transfer_attack(name) for name in config.probe.attacks),
-        images_per_round=64,
-        seed=0,
-    )
-    result = run_round(plan, 1, predict=predictor(model), clock=Clock())
+    attacks = tuple(transfer_attack(name) for name in config.probe.attacks)
+    plan = Plan("digits", 10, config.threat.threat, attacks, images=64)
+    source = attack_pass(load_surrogates([surrogate], data).model, to_float(torch.from_numpy(data.x_test[:8])))
+    pool = Pool(data.x_test, data.y_test, 10)
+    torch.set_num_threads(config.probe.threads)  # as the crafter does: sums depend on it
+    scene = next(scenes(pool, source, plan.threat, attacks, seed=0, count=64))
+    predict = predictor(repository / "digits" / "1" / "model.onnx")
+    result = run_round(plan, 1, scene, predict, follow(repository, "digits", None), Still(), manners())
     assert isinstance(result, RoundResult)
     return result
