@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor, nn
 
 from robustness.data import Bytes, Labels
@@ -493,7 +493,7 @@ def surplus(weaker: str, by_weaker: Flags, stronger: str, by_stronger: Flags, sh
     """
     counts = PairedCounts.of(by_weaker, by_stronger)
     only_weaker, only_stronger, n = counts.only_first, counts.only_second, len(by_weaker)
-    p = float(binom.sf(only_weaker - 1, only_weaker + only_stronger, 0.5))
+    p = float(bdtrc(only_weaker - 1, only_weaker + only_stronger, 0.5))
     needed = (CLEARLY_BY_SCALE if shares > 1 else CLEARLY) * n
     raised = p <= LEVEL / shares and only_weaker - only_stronger >= needed
     why = f"{weaker} alone breaks {only_weaker} of {n} images, {stronger} alone breaks {only_stronger}"
@@ -506,7 +506,7 @@ def too_many(ways: Mapping[str, tuple[int, int]], said: str, tolerated: float) -
     ways = {way: counts for way, counts in ways.items() if counts[1]}
     if not ways:
         return Found("not_run", "there was nothing left to compare")
-    p = {way: float(binom.sf(k - 1, n, tolerated)) for way, (k, n) in ways.items()}
+    p = {way: float(bdtrc(k - 1, n, tolerated)) for way, (k, n) in ways.items()}
     worst = min(ways, key=lambda way: (p[way], -ways[way][0] / ways[way][1]))
     k, n = ways[worst]
     raised = p[worst] <= LEVEL / len(ways)

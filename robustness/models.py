@@ -1,4 +1,4 @@
-"""The classifier: torchvision's ResNet-18 with the CIFAR stem, normalisation as its first layer."""
+"""The classifier: ResNet-18 with the CIFAR stem, normalisation as its first layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from robustness.errors import BadInput
 
@@ -50,31 +48,70 @@ class ModelSpec:
             raise BadInput(f"model specification: {error!r} in {value}") from None
 
 
-class ResNet18(ResNet):  # type: ignore[misc]  # torchvision is not typed here
-    """torchvision's ResNet-18 for small images: 3x3 stem of stride 1, no max-pool, `width` maps in the first stage.
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
 
-    He et al. 2016; the stem is the one of all CIFAR work. Stages have width * (1, 2, 4, 8) maps, and the last one
-    is an eighth of the image's side. torchvision's own constructor knows no narrow basic blocks.
+    def __init__(self, inputs: int, maps: int, stride: int) -> None:
+        super().__init__()
+        shortcut: nn.Module | None = None
+        if stride != 1 or inputs != maps:
+            shortcut = nn.Sequential(nn.Conv2d(inputs, maps, 1, stride, bias=False), nn.BatchNorm2d(maps))
+        self.conv1 = nn.Conv2d(inputs, maps, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(maps)
+        self.relu: nn.Module = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(maps, maps, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(maps)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += x if self.downsample is None else self.downsample(x)
+        out: Tensor = self.relu(y)
+        return out
+
+
+def stage(inputs: int, maps: int, stride: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(inputs, maps, stride), *(BasicBlock(maps, maps, 1) for _ in range(blocks - 1)))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for small images: 3x3 stem of stride 1, no max-pool, `width` maps in the first stage.
+
+    He et al. 2016; the stem is the one of all CIFAR work. Stages have width * (1, 2, 4, 8) maps, and the last one is an
+    eighth of the image's side. Modules and parameters are called as torchvision's, whose import would take longer than
+    torch's own.
     """
 
-    def __init__(self, width: int, classes: int, channels: int, activation: str = "relu") -> None:
-        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=classes)
-        self.inplanes = width
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+    def __init__(
+        self, width: int, classes: int, channels: int, activation: str = "relu", *, stem: int = 3, blocks: int = 2
+    ) -> None:
+        super().__init__()
+        if stem == 3:
+            # A seed's weights are those of all records: drawn after torchvision's own, which this class began as.
+            ResNet18(64, classes, 3, stem=7, blocks=1)
+        self.conv1 = nn.Conv2d(channels, width, stem, padding=stem // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.relu: nn.Module = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity()
-        self.layer1 = self._make_layer(BasicBlock, width, 2)
-        self.layer2 = self._make_layer(BasicBlock, width * 2, 2, stride=2)
-        self.layer3 = self._make_layer(BasicBlock, width * 4, 2, stride=2)
-        self.layer4 = self._make_layer(BasicBlock, width * 8, 2, stride=2)
+        self.layer1 = stage(width, width, 1, blocks)
+        self.layer2 = stage(width, width * 2, 2, blocks)
+        self.layer3 = stage(width * 2, width * 4, 2, blocks)
+        self.layer4 = stage(width * 4, width * 8, 2, blocks)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(width * 8, classes)
-        for module in self.modules():  # as torchvision does in the constructor
+        for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if activation == "silu":  # smooth activations suit adversarial training (Pang et al. 2021)
             for module in list(self.modules()):
                 if hasattr(module, "relu"):
                     module.relu = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        y = self.layer4(self.layer3(self.layer2(self.layer1(y))))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(y), 1))
+        return logits
 
 
 class Classifier(nn.Module):
@@ -97,6 +134,10 @@ class Classifier(nn.Module):
     @property
     def is_resnet(self) -> bool:
         """Whether `features` and `head` exist: the network is one of torchvision's ResNets, or ours."""
+        if not self.spec.arch.startswith("torchvision:"):
+            return isinstance(self.net, ResNet18)
+        from torchvision.models import ResNet
+
         return isinstance(self.net, ResNet)
 
     def features(self, x: Tensor) -> Tensor:
@@ -118,11 +159,14 @@ def build_network(spec: ModelSpec) -> nn.Module:
     library, colon, name = spec.arch.partition(":")
     if spec.arch == "resnet18":
         return ResNet18(spec.width, spec.classes, spec.input_shape[2], spec.activation)
-    if library == "torchvision" and name in torchvision.models.list_models(module=torchvision.models):
-        if spec.input_shape[2] != 3:
-            raise BadInput(f"model.arch: {spec.arch} takes 3 channels, the images have {spec.input_shape[2]}")
-        network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=spec.classes)
-        return network
+    if library == "torchvision":
+        from torchvision import models
+
+        if name in models.list_models(module=models):
+            if spec.input_shape[2] != 3:
+                raise BadInput(f"model.arch: {spec.arch} takes 3 channels, the images have {spec.input_shape[2]}")
+            network: nn.Module = models.get_model(name, weights=None, num_classes=spec.classes)
+            return network
     if library == "timm" and colon:
         try:
             import timm

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, binom
+from scipy.special import bdtr, bdtrc, betaincinv  # scipy.stats, the same, would take as long to load as torch
 
 from robustness.errors import BadInput
 
@@ -16,13 +16,13 @@ Flags = NDArray[np.bool_]
 def lower_bound(k: int, n: int, confidence: float) -> float:
     """Exact one-sided lower bound of a binomial share after k of n. Clopper & Pearson 1934."""
     _check(k, n, confidence)
-    return 0.0 if k == 0 else float(beta.ppf(1 - confidence, k, n - k + 1))
+    return 0.0 if k == 0 else float(betaincinv(k, n - k + 1, 1 - confidence))
 
 
 def upper_bound(k: int, n: int, confidence: float) -> float:
     """Exact one-sided upper bound of a binomial share after k of n. Clopper & Pearson 1934."""
     _check(k, n, confidence)
-    return 1.0 if k == n else float(beta.ppf(confidence, k + 1, n - k))
+    return 1.0 if k == n else float(betaincinv(k + 1, n - k, confidence))
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -68,12 +68,12 @@ class PairedCounts:
     def p(self) -> float:
         """Exact two-sided p of equal accuracies: a fair coin for each image that differs. McNemar 1947."""
         smaller, differing = min(self.only_first, self.only_second), self.only_first + self.only_second
-        return min(1.0, 2 * float(binom.cdf(smaller, differing, 0.5)))
+        return min(1.0, 2 * float(bdtr(smaller, differing, 0.5)))
 
     @property
     def p_more_lost(self) -> float:
         """Exact one-sided p of the second being no worse: how often chance gives the first at least so many more."""
-        return float(binom.sf(self.only_first - 1, self.only_first + self.only_second, 0.5))
+        return float(bdtrc(self.only_first - 1, self.only_first + self.only_second, 0.5))
 
 
 def bootstrap_difference(

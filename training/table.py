@@ -7,7 +7,6 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-from scipy.stats import linregress
 
 from robustness.hyperscore import hyperscore
 from robustness.statistics import PairedCounts, bootstrap_difference
@@ -177,6 +176,8 @@ def comparisons(campaign: Campaign, records: Sequence[Record]) -> str:
 
 def regressions(campaign: Campaign, records: Sequence[Record]) -> str:
     """Least squares of accuracy on one key of the config, over all values and seeds of a method that varies it."""
+    from scipy.stats import linregress  # takes as long to load as torch
+
     chosen = campaign.regression
     if not chosen.key:
         return ""
