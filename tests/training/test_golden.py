@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -101,6 +101,15 @@ def consistency(logits: Sequence[Tensor]) -> Tensor:
     ) / 2
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As it was calibrated: signs of gradients near 0 depend on the order of sums, and AWP carries them on."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", ["trades", "mart"])
 def test_golden_losses_with_every_ingredient(digits: Dataset, name: str) -> None:
     """Three updates with a KL attack, a view with batch norms of its own, consistency, smoothing and AWP."""
