@@ -56,8 +56,8 @@ def main() -> None:
         f" horizon {settings.queries} images; a campaign is {settings.matches} matches in it. Shares are of the"
         " images that are no exact repeat of an earlier one; share 1 cannot be reached, as the first question about an"
         " image resembles nothing. Attacks: Linf 8/255, all images in turn under one key. fooled: the share of images"
-        " that is misclassified in the end, before which that is only the model's own error; an attacker who disguises"
-        " queries pays in answers that say less. Nothing here stops an attack",
+        " that is misclassified in the end, of images that all were right; an attacker who disguises queries"
+        " pays in answers that say less. Nothing here stops an attack",
     }
     write_result("detection", "Detectors of attacks by queries", rows, ratios_of(rows), conditions)
 
