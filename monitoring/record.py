@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from monitoring.results import Round, round_from_json
 from robustness.errors import BadInput
+
+READ_AGAIN = 10_000  # rounds, a week of one a minute: reading takes a millisecond each, and nobody is served meanwhile
 
 
 class Record:
@@ -47,18 +50,20 @@ class Record:
             self.failures += 1
 
     def rounds(self) -> Iterator[tuple[bool, Round]]:
-        """What was written before, oldest first, and whether it is of this plan; other lines are left out."""
+        """The newest of what was written before, oldest first, and whether it is of this plan; other lines are left
+        out."""
+        newest: deque[str] = deque(maxlen=READ_AGAIN)
         for path in (self._old, self._path):
             try:
-                text = path.read_text(encoding="utf-8", errors="replace")
+                with path.open(encoding="utf-8", errors="replace") as file:
+                    newest.extend(file)
             except FileNotFoundError:
                 continue
             except OSError:
                 self.failures += 1
+        for line in newest:
+            try:
+                entry = json.loads(line)
+                yield entry["plan"] == self._plan, round_from_json(entry["round"])
+            except (ValueError, KeyError, TypeError, RecursionError, BadInput):
                 continue
-            for line in text.splitlines():
-                try:
-                    entry = json.loads(line)
-                    yield entry["plan"] == self._plan, round_from_json(entry["round"])
-                except (ValueError, KeyError, TypeError, RecursionError, BadInput):
-                    continue

@@ -51,6 +51,16 @@ def test_there_may_be_nothing_to_read(tmp_path: Path) -> None:
     assert list(record(tmp_path / "none.jsonl").rounds()) == []
 
 
+def test_a_long_record_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start must not take minutes: the newest rounds, over both files."""
+    monkeypatch.setattr("monitoring.record.READ_AGAIN", 4)
+    path = tmp_path / "rounds.jsonl"
+    log = record(path, max_bytes=3 * LINE)
+    for number in range(1, 10):
+        log.append(failure(number))
+    assert numbers(path) == [6, 7, 8, 9]
+
+
 def test_rounds_of_another_plan_are_told_apart(tmp_path: Path) -> None:
     """Figures of other images or attacks are not continued; the rounds are there."""
     path = tmp_path / "rounds.jsonl"
