@@ -6,7 +6,7 @@ round, each stake on that round and all later ones, and owns their sum: an e-det
 that a late change is seen as quickly as an early one. Under the null the sum grows by 1 a round on average; less than
 the number of rounds is a martingale from 0, so that it passes a limit c within N rounds with probability at most N / c
 (Ville 1939). With c = N / risk that is `risk` for a month of looks, with nothing spared for a change that never comes.
-What is rejected did happen; that it is over again shows some rounds later, as stakes are lost at the pace of the rounds.
+What is rejected did happen; that it is over again shows some rounds later, as stakes are lost no faster than won.
 
 A bet on s of n images right multiplies a stake by r^s / (1 - p (1 - r))^n, r < 1 an odds ratio: the likelihood ratio of
 odds r times as high. n images of a round are drawn without replacement, which makes the sum of their outcomes no less

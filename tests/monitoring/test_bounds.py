@@ -96,25 +96,25 @@ def test_the_limit_is_looks_and_bounds_over_risk() -> None:
 
 
 def simulated(
-    truth: np.ndarray, *, pool: int = 0, risk: float = RISK, stakes: bool = True, seed: int = 0
+    truth: np.ndarray, *, pool: int = 0, risk: float = RISK, stakes: bool = True, runs: int = RUNS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Upper and lower bounds after each round, `(RUNS, rounds)`, of runs whose accuracy in round t is truth[t].
+    """Upper and lower bounds after each round, `(runs, rounds)`, of runs whose accuracy in round t is truth[t].
 
     pool: images there are to draw a round from, without replacement; 0 for endlessly many. It is the formula of
     bounds.py over many runs at once; `test_the_simulation_is_the_code` holds the two together.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if pool:
-        right = np.stack([rng.hypergeometric(round(p * pool), pool - round(p * pool), IMAGES, RUNS) for p in truth], 1)
+        right = np.stack([rng.hypergeometric(round(p * pool), pool - round(p * pool), IMAGES, runs) for p in truth], 1)
     else:
-        right = rng.binomial(IMAGES, truth, (RUNS, len(truth)))
+        right = rng.binomial(IMAGES, truth, (runs, len(truth)))
     enough = math.log(limit(len(truth), 1, risk))
     grid = GRID[::25]
     shrunk = np.log1p(-grid[:, None] * (1 - RATIOS))
     most = enough + math.log(len(RATIOS) * ENOUGH)
     found = []
     for successes in (right, IMAGES - right):
-        owned, bounds = np.full((RUNS, len(grid), len(RATIOS)), -np.inf), []
+        owned, bounds = np.full((runs, len(grid), len(RATIOS)), -np.inf), []
         for t in range(len(truth)):
             fresh = 0.0 if stakes or t == 0 else -np.inf
             bet = successes[:, t, None, None] * np.log(RATIOS) - IMAGES * shrunk
@@ -163,10 +163,10 @@ def test_a_late_change_is_seen_as_quickly_as_an_early_one() -> None:
     """A fall from 0.8 to 0.4 is proven about as soon after 150 good rounds as after none; without a new stake a round
     it would take far longer, which is what the stakes are for."""
     late, early = np.r_[np.full(150, 0.8), np.full(100, 0.4)], np.r_[np.full(100, 0.4), np.full(150, 0.4)]
-    after = rounds_until(simulated(late)[0][:, 150:] < 0.7)
-    before = rounds_until(simulated(early)[0] < 0.7)
+    after = rounds_until(simulated(late, runs=50)[0][:, 150:] < 0.7)
+    before = rounds_until(simulated(early, runs=50)[0] < 0.7)
     assert after < 1.5 * before < 20
-    lonely, _ = simulated(late, stakes=False)
+    lonely, _ = simulated(late, stakes=False, runs=50)
     assert not (lonely[:, 150:] < 0.7).any(axis=1).all() or rounds_until(lonely[:, 150:] < 0.7) > 2 * after
 
 
