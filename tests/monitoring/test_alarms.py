@@ -1,0 +1,48 @@
+"""From a weaker model to a page and back, with a real Triton, gateway, sidecar, Prometheus and Alertmanager."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.alarms import drill
+from serving import environment
+from serving.errors import Broken
+from tests.deploying import tool
+
+# By the rules, `for` is a second or a few here. What is measured beyond that is in benchmarks/results/alarms.md.
+MOST_ROUNDS = {"RobustnessIntegrityMismatch": 15, "RobustnessLost": 60}
+
+
+@pytest.fixture(autouse=True)
+def needs_the_real_ones() -> None:
+    """Skips where Triton's environment, Prometheus or Alertmanager are missing."""
+    try:
+        environment.find_environment(None)
+    except Broken as error:
+        pytest.skip(str(error))
+    for name in ("prometheus", "prometheus-alertmanager"):
+        tool(name)
+
+
+def test_alarms_come_and_go(tmp_path: Path) -> None:
+    """Weaker bytes under the same version page within rounds, and end when put back; dead servers are told apart."""
+    said = []
+    for alarm in drill(tmp_path):
+        said.append((alarm.event, alarm.alert, alarm.said))
+        if alarm.said == "firing" and alarm.alert in MOST_ROUNDS:
+            assert alarm.rounds is not None
+            assert alarm.rounds <= MOST_ROUNDS[alarm.alert]
+    assert said == [
+        ("weaker bytes", "RobustnessIntegrityMismatch", "firing"),
+        ("weaker bytes", "RobustnessLost", "firing"),
+        ("put back", "RobustnessIntegrityMismatch", "resolved"),
+        ("put back", "RobustnessLost", "resolved"),
+        ("Triton killed", "TritonModelNotReady", "firing"),
+        ("Triton killed", "RobustnessTargetDown", "firing"),
+        ("Triton killed", "RobustnessProbeStale", "firing"),
+        ("Triton back", "TritonModelNotReady", "resolved"),
+        ("Triton back", "RobustnessTargetDown", "resolved"),
+        ("sidecar stopped", "RobustnessProbeAbsent", "firing"),
+    ]
