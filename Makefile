@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks bench-serving \
-	bench-detection bench-endurance kubernetes-rules dashboards sbom audit clean
+	bench-detection bench-endurance bench-paging bench-alarms bench-watch kubernetes-rules dashboards sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -21,6 +21,9 @@ help:
 	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-detection     detectors of attacks by queries: cost, false alarms, recall; DATA=cifar10.npz; writes detection.json, .md'
 	@echo 'make bench-endurance     1,000 rounds of the sidecar beside a real Triton; DATA=cifar10.npz; writes endurance.json, .md'
+	@echo 'make bench-paging        how often the sidecar pages for nothing, and how soon for something; writes paging.json, .md'
+	@echo 'make bench-alarms        a drill: from weaker bytes to a page and back; writes alarms.json, .md'
+	@echo 'make bench-watch         what the sidecar costs users; writes watch.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
@@ -73,6 +76,15 @@ bench-detection: .venv/.installed
 
 bench-endurance: .venv/.installed .venv-triton/.installed
 	$(BIN)/python -m benchmarks.endurance --data $(or $(DATA),cifar10.npz)
+
+bench-paging: .venv/.installed
+	$(BIN)/python -m benchmarks.paging
+
+bench-alarms: .venv/.installed .venv-triton/.installed
+	$(BIN)/python -m benchmarks.alarms
+
+bench-watch: .venv/.installed .venv-triton/.installed
+	$(BIN)/python -m benchmarks.watch
 
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks
