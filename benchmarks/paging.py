@@ -22,7 +22,9 @@ from monitoring.bounds import GRID, MONTH_SECONDS, RATIOS, RISK, bet, limit, pri
 POOL = 10_000
 INTERVAL_SECONDS = 60.0
 BUDGETS = (8, 32, 128)  # fresh images a round
-BOUNDS = 5  # of a watch with two transfer attacks and a query attack: clean, worst case, and theirs
+FIGURES = (
+    5  # of a watch with two transfer attacks and a query attack: clean, worst case, and theirs; each has two bounds
+)
 DROPS = (0.05, 0.10, 0.20)
 WARM_UP = 24 * 60  # rounds before an accuracy falls: old stakes must not make the new slower
 LONGEST = 7 * 24 * 60
@@ -56,12 +58,12 @@ def main() -> None:
             row[f"p90_{points}_points"] = float(np.quantile(minutes, 0.9))
             ratios[f"median_minutes_to_page_{points}_points_{images}_images"] = float(np.median(minutes))
         rows.append(row)
-    months = f"{arguments.months} months of {month:,} rounds with {BOUNDS} bounds"
+    months = f"{arguments.months} months of {month:,} rounds of {FIGURES} figures"
     conditions = {
         "n": f"{months}, {arguments.falls} falls of each size",
         "seed": arguments.seed,
         "note": f"a round a minute, recorded accuracy {arguments.recorded}, pool of {POOL:,}; at most {RISK} false"
-        f" pages a month are allowed, all {BOUNDS} bounds together (simulated as independent, the worst); falls"
+        f" pages a month are allowed, all {2 * FIGURES} bounds together (simulated as independent, the worst); falls"
         " come after a day at the recorded accuracy; a delay of more than a week counts as a week; _of_an_interval:"
         " upper end of a two-sided 95 % Wilson interval over the last six hours, looked at every ten minutes, of one",
     }
@@ -72,23 +74,23 @@ def false_pages(
     stream: np.random.Generator, recorded: float, images: int, months: int, rounds: int
 ) -> tuple[float, float]:
     """Share of months with a page although nothing changed, of all bounds together, and of the naive interval."""
-    most, cost = limit(rounds, BOUNDS), prices(below(recorded))
-    owned = np.full((months * BOUNDS, 1, len(RATIOS)), -np.inf)
-    paged, naively = np.zeros(months * BOUNDS, bool), np.zeros(months * BOUNDS, bool)
-    recent = np.zeros((WINDOW, months * BOUNDS), np.int32)
+    most, cost = limit(rounds, 2 * FIGURES), prices(below(recorded))
+    owned = np.full((months * FIGURES, 1, len(RATIOS)), -np.inf)
+    paged, naively = np.zeros(months * FIGURES, bool), np.zeros(months * FIGURES, bool)
+    recent = np.zeros((WINDOW, months * FIGURES), np.int32)
     for number in track(range(rounds), f"{months} months, {images} images a round"):
-        right = drawn(stream, recorded, images, months * BOUNDS)
+        right = drawn(stream, recorded, images, months * FIGURES)
         owned = bet(owned, right[:, None, None], images, cost, most)
         paged |= rejected(owned, most)[:, 0]
         recent[number % WINDOW] = right
         if number + 1 >= WINDOW and number % 10 == 0:  # every tenth minute is enough to show it
             naively |= wilson_upper(recent.sum(axis=0), WINDOW * images) < recorded
-    return float(paged.reshape(months, BOUNDS).any(axis=1).mean()), float(naively.mean())
+    return float(paged.reshape(months, FIGURES).any(axis=1).mean()), float(naively.mean())
 
 
 def delays(stream: np.random.Generator, recorded: float, drop: float, images: int, falls: int) -> NDArray[np.int64]:
     """Rounds from the fall to the page, `(falls,)`."""
-    most, cost = limit(MONTH_SECONDS / INTERVAL_SECONDS, BOUNDS), prices(below(recorded))
+    most, cost = limit(MONTH_SECONDS / INTERVAL_SECONDS, 2 * FIGURES), prices(below(recorded))
     owned = np.full((falls, 1, len(RATIOS)), -np.inf)
     for _ in range(WARM_UP):
         owned = bet(owned, drawn(stream, recorded, images, falls)[:, None, None], images, cost, most)
