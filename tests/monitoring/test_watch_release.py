@@ -51,8 +51,16 @@ def transferred(surrogates: str, label: str, norm: str = "linf", **attacks: int)
     return {
         "about": {"surrogate_sha256": surrogates},
         "threat": {"norm": norm, "label": label},
+        "clean": {"k": 90, "n": 100},
         "attacks": [{"name": name, "accuracy": {"k": k, "n": 100}} for name, k in attacks.items()],
     }
+
+
+def test_clean_accuracy_is_that_of_the_most_images(make_report: MakeReport) -> None:
+    """The gate asks about more images for transfer than it attacks: what is clean there is known better."""
+    entry = transferred("a" * 64, "38/255", fgsm=70) | {"clean": {"k": 930, "n": 1000}}
+    assert read_report(make_report(transfer=[entry])).clean == Share(930, 1000)
+    assert read_report(make_report(transfer=[entry | {"clean": {"k": 9, "n": 10}}])).clean == Share(97, 100)
 
 
 def test_transfer_figures_are_known_by_surrogates_and_attack(make_report: MakeReport) -> None:
@@ -130,7 +138,7 @@ IMPOSSIBLE = "not a gate report (its verdict or counts are impossible); run dfmc
         "counts": ({"evaluation": EVALUATION | {"clean": NO_COUNTS, "robust": NO_COUNTS}}, IMPOSSIBLE),
         "no images": ({"evaluation": EVALUATION | {"robust": {"k": 0, "n": 0}}}, IMPOSSIBLE),
         "criteria": ({"criteria": [{"threshold": 1}]}, "not a gate report (lacks 'metric'); run dfmcl gate again"),
-        "transfer": ({"transfer": [{}]}, "not a gate report (lacks 'threat'); run dfmcl gate again"),
+        "transfer": ({"transfer": [{}]}, "not a gate report (lacks 'clean'); run dfmcl gate again"),
     }.values(),
 )
 def test_malformed_evidence_is_bad_input(make_report: MakeReport, changes: dict[str, object], message: str) -> None:
