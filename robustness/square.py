@@ -16,6 +16,8 @@ from robustness.trial import Trial
 
 # Where the patch's share of the image is halved, in ten-thousandths of all queries (section 5 of the paper).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+# A search of fewer queries goes through the beginning of this one's schedule, and has no time for single pixels.
+SHORTEST = 2000
 
 
 def square(
@@ -63,9 +65,10 @@ def square(
 def patch_side(proposal: int, queries: int, p_init: float, size: tuple[int, ...]) -> int:
     """Side of a proposal's patch in pixels, sqrt(p H W): the share p shrinks from p_init to p_init / 512.
 
-    Proposals count from 0, so that even the shortest search begins with a large patch.
+    Proposals count from 0, so that even the shortest search begins with a large patch. Below `SHORTEST` queries p
+    shrinks as in a search of that many, so not to its end: of 200 digits 100 queries break 15 and not 9.
     """
-    share = p_init / 2 ** bisect_left(HALVINGS, proposal * 10_000 // queries)
+    share = p_init / 2 ** bisect_left(HALVINGS, proposal * 10_000 // max(queries, SHORTEST))
     return min(max(1, round(math.sqrt(share * size[0] * size[1]))), *size)
 
 

@@ -152,6 +152,7 @@ def test_patch_shrinks_as_in_the_paper() -> None:
     sides = [patch_side(proposal, 10_000, 0.8, (32, 32)) for proposal in (0, 10, 11, 51, 201, 8001)]
     assert sides == [29, 29, 20, 14, 10, 1]
     assert patch_side(51, 5000, 0.8, (32, 32)) == patch_side(102, 10_000, 0.8, (32, 32))
+    assert patch_side(29, 30, 0.8, (32, 32)) == patch_side(29, 2000, 0.8, (32, 32)) == 14
     assert patch_side(0, 10_000, 0.8, (2, 50)) == 2
 
 

@@ -32,7 +32,7 @@ TWINS: dict[str, Callable[..., Any]] = {
     "square-150": lambda model, **told: torchattacks.Square(model, n_queries=149, **told),
 }
 # Compared one by one, by means over so many seeds: FAB draws nothing, and a seed of APGD-T is nine runs. Square is
-# compared in test_square.py, over eight seeds: torchattacks' spreads by 6 images, as all of them get the same patch.
+# compared below, over more: torchattacks' spreads by 6 images, as all of them get the same patch.
 SEEDS = {"apgd-ce-20": 2, "apgd-t-12": 1, "fab-t-6": 1}
 
 # foolbox's by norm. A step of 2.5 eps / steps is the default of ours; its C&W takes ours' defaults.
@@ -90,6 +90,20 @@ def test_no_attack_is_weaker_than_its_twin(held: Callable[[str, str, int], Any],
     mine, twin = counts.mean(axis=0)
     assert mine <= twin + ALLOWED, counts
     assert twin < 200 * 0.95, "an attack that finds next to nothing proves nothing"
+
+
+@pytest.mark.parametrize("norm", THREATS)
+def test_a_short_square_is_stronger_than_its_twin(
+    hardened: Classifier, digits: tuple[Tensor, Tensor], norm: str
+) -> None:
+    """Few queries are spent on large patches: 40 break more images than torchattacks' 40, by means of four seeds."""
+    threat, counts = THREATS[norm], list[tuple[int, int]]()
+    for seed in range(4):
+        twin = torchattacks.Square(hardened, norm=NORMS[norm], eps=threat.eps, n_queries=39, seed=seed)
+        mine = ours(hardened, digits, threat, "square-40", seed)
+        counts.append((int(mine.sum()), int(theirs(hardened, digits, threat, twin).sum())))
+    mine, peer = np.mean(counts, axis=0)
+    assert mine < peer, counts
 
 
 @pytest.mark.parametrize(("name", "norm"), [(name, norm) for name, norms in PEERS.items() for norm in norms])
