@@ -98,7 +98,7 @@ class Crafter:
 
     def __init__(self, made: Iterator[Scene], stop: threading.Event, threads: int = 1) -> None:
         self._threads = threads
-        self._made, self._stop, self._left = made, stop, threading.Event()
+        self._made, self._stop, self._left, self._died = made, stop, threading.Event(), False
         self._ready: Queue[Scene | Exception] = Queue(AHEAD)
         self._thread = threading.Thread(target=self._run, name="crafter", daemon=True)
 
@@ -111,6 +111,11 @@ class Crafter:
     def behind(self) -> bool:
         """Whether it is still at work on the scene that a round would have to wait for."""
         return self._thread.is_alive() and self._ready.empty()
+
+    @property
+    def dead(self) -> bool:
+        """Whether crafting has died of something, which a round was told."""
+        return self._died
 
     def take(self) -> Scene:
         """The next scene; waits for it. Stopped where it is time to end; what crafting died of, where it died."""
@@ -145,6 +150,7 @@ class Crafter:
         except Stopped:
             return
         except Exception as error:  # noqa: BLE001 - told to the round that waits for it
+            self._died = True
             self._put(error)
 
     def _put(self, item: Scene | Exception) -> bool:

@@ -49,6 +49,10 @@ class Latencies:
     factor: float = 5.0
     seen: dict[int, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=REMEMBERED)))
 
+    def forget(self) -> None:
+        """A round has given way: what comes next is usual, or a slower model would never be measured."""
+        self.seen.clear()
+
     def is_slow(self, images: int, seconds: float) -> bool:
         """Whether a request took `factor` times as long as is usual for its size; it is remembered either way, so that
         a server that stays slower is usual in the end."""
@@ -114,6 +118,7 @@ class Endpoint:
         self.version = answer.version
         self._slow = self._slow + 1 if self._manners.latencies.is_slow(len(images), seconds) else 0
         if self._slow >= IN_A_ROW:
+            self._manners.latencies.forget()
             raise Unavailable(f"{IN_A_ROW} answers in a row took far longer than usual, {seconds:.2f} s", "slow")
         return answer.logits
 

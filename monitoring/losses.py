@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from monitoring.bounds import RISK
 from monitoring.journal import VersionTotals
 from monitoring.release import Attested
@@ -12,26 +14,30 @@ from robustness.statistics import Share, lower_bound
 LOSSES = ("integrity", "threshold", "transfer", "clean")
 
 
-def losses(
-    totals: VersionTotals, attested: Attested | None, norm: str, epsilon: str, surrogates: str
-) -> frozenset[str]:
-    """Which losses are proven now. norm, epsilon: the watch's ball; surrogates: SHA-256 of those it crafts on."""
-    found = {"integrity"} if totals.integrity is False else set()
-    if attested is None:
-        return frozenset(found)
-    upper = {name: bounds.upper for name, bounds in totals.bounds.items()}
-    gated = [attack for source, attack in attested.transfer if source == surrogates]
+def bars(
+    attested: Attested, norm: str, epsilon: str, surrogates: str, attacks: Sequence[str]
+) -> dict[tuple[str, str], float]:
+    """By (loss, live figure): the accuracy below which that loss is proven, once the figure's upper bound is there.
+
+    norm, epsilon: the watch's ball; surrogates: SHA-256 of those it crafts on; attacks: all of the watch, by name.
+    """
+    gated = {attack: share for (source, attack), share in attested.transfer.items() if source == surrogates}
 
     def measured(share: Share) -> float:
         """The gate's lower bounds are wrong once in 1 / RISK versions, all together; 95 % would page for good luck."""
         return lower_bound(share.k, share.n, 1 - RISK / (1 + len(gated)))
 
-    if upper.get("clean", 1.0) < max(measured(attested.clean), attested.clean_threshold or 0.0):
-        found.add("clean")
+    found = {("clean", "clean"): max(measured(attested.clean), attested.clean_threshold or 0.0)}
     if (attested.norm, attested.epsilon) == (norm, epsilon):
         # Live figures are upper bounds of robust accuracy: what is below the threshold here is so under every attack.
-        if upper.get("worst_case", 1.0) < (attested.robust_threshold or 0.0):
-            found.add("threshold")
-        if any(upper.get(attack, 1.0) < measured(attested.transfer[surrogates, attack]) for attack in gated):
-            found.add("transfer")
-    return frozenset(found)
+        if attested.robust_threshold is not None:
+            found |= {("threshold", figure): attested.robust_threshold for figure in ("worst_case", *attacks)}
+        found |= {("transfer", attack): measured(share) for attack, share in gated.items()}
+    return found
+
+
+def losses(totals: VersionTotals, bars: Mapping[tuple[str, str], float]) -> frozenset[str]:
+    """Which losses are proven now. bars: of the version's gate; none where nothing is known of it."""
+    upper = {figure: bounds.upper for figure, bounds in totals.bounds.items()}
+    proven = {loss for (loss, figure), bar in bars.items() if upper.get(figure, 1.0) < bar}
+    return frozenset(proven | ({"integrity"} if totals.integrity is False else set()))

@@ -6,7 +6,7 @@ Labels come from closed sets: names of the configuration, reasons, states, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from prometheus_client.metrics_core import (
@@ -47,7 +47,8 @@ class AttackInfo:
 class Identity:
     """What does not change while a watch runs. version, revision: of this program; epsilon such as `8/255`.
 
-    interval_seconds: planned between rounds, by path; labels: names of the classes, by index.
+    interval_seconds: planned between rounds, by path; labels: names of the classes, by index;
+    gated: whether it was told where the gate's evidence is.
     """
 
     version: str
@@ -59,16 +60,22 @@ class Identity:
     surrogates_sha256: str
     interval_seconds: Mapping[str, float]
     labels: tuple[str, ...] = ()
+    gated: bool = True
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a sidecar knows at one moment. releases, losses: by version; mitigations: by (action, outcome)."""
+    """What a sidecar knows at one moment. releases, losses, bars: by version; mitigations: by (action, outcome).
+
+    stale: no round through Triton was measured for three intervals.
+    """
 
     journal: Journal
     releases: Mapping[str, Release]
     losses: Mapping[str, frozenset[str]]
     budget: Budget
+    bars: Mapping[str, Mapping[tuple[str, str], float]] = field(default_factory=dict)
+    stale: bool = False
     paused: bool = False
     low_priority: bool = False
     prepared: int = 0
@@ -91,6 +98,7 @@ class RoundsCollector(Collector):
         yield from _counted(self._identity, now.journal)
         yield from _replayed(self._identity, now.journal)
         yield from _live(self._identity, now)
+        yield from _bars(self._identity, now)
 
 
 def _about(identity: Identity) -> Iterator[Metric]:
@@ -111,6 +119,8 @@ def _about(identity: Identity) -> Iterator[Metric]:
 
 def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     """What the gate said of the versions that answered."""
+    if not identity.gated:
+        return
     found = [({"model": identity.model, "version": v}, release) for v, release in now.releases.items()]
     yield _gauge(
         "robustness_gate_state",
@@ -191,7 +201,7 @@ def _paths(identity: Identity, journal: Journal) -> Iterator[Metric]:
         yield _counter(
             f"robustness_probe_{name}", documentation, [(labels, getattr(path, name)) for labels, path in paths]
         )
-    for name, field, documentation in (
+    for name, part, documentation in (
         ("round_failures", "failures", "Rounds without figures, by reason."),
         ("rounds_skipped", "skips", "Rounds left out or broken off without an opinion, by reason."),
         ("query_failures", "query_failures", "Inference requests without a usable answer, by reason."),
@@ -199,22 +209,22 @@ def _paths(identity: Identity, journal: Journal) -> Iterator[Metric]:
         rows = [
             ({**labels, "reason": reason}, count)
             for labels, path in paths
-            for reason, count in getattr(path, field).items()
+            for reason, count in getattr(path, part).items()
         ]
         yield _counter(f"robustness_probe_{name}", documentation, rows)
-    for name, field, documentation in (
+    for name, part, documentation in (
         ("query_duration", "query_seconds", "Time of an inference request seen from here, failed ones too."),
         ("round_duration", "round_seconds", "Time of a whole round, failed ones too."),
     ):
-        histograms = [(labels, getattr(path, field)) for labels, path in paths]
+        histograms = [(labels, getattr(path, part)) for labels, path in paths]
         yield _histogram(f"robustness_probe_{name}_seconds", f"{documentation} In seconds.", histograms)
-    for name, field, documentation in (
+    for name, part, documentation in (
         ("last_round_duration_seconds", "last_seconds", "Time of the last finished round in seconds."),
         ("last_success_timestamp_seconds", "last_success", "End of the last successful round, unix time."),
         ("last_attempt_timestamp_seconds", "last_attempt", "Start of the last round, unix time."),
     ):
         yield _gauge(
-            f"robustness_probe_{name}", documentation, [(labels, getattr(path, field)) for labels, path in paths]
+            f"robustness_probe_{name}", documentation, [(labels, getattr(path, part)) for labels, path in paths]
         )
 
 
@@ -331,13 +341,26 @@ def _live(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     )
     yield _gauge(
         "robustness_loss_proven",
-        "1 if this loss is a fact, or shown by bounds that are wrong once in 100 months.",
+        "1 if this loss is a fact, or shown by bounds: wrong once in 100 months, and once in 100 versions.",
         [
             ({"model": identity.model, "version": totals.version, "reason": reason}, float(reason in lost))
             for totals in versions
             for lost in [now.losses.get(totals.version, frozenset())]
             for reason in LOSSES
         ],
+    )
+
+
+def _bars(identity: Identity, now: Snapshot) -> Iterator[Metric]:
+    rows = [
+        ({"model": identity.model, "version": version, "reason": loss, "figure": figure}, bar)
+        for version, bars in now.bars.items()
+        for (loss, figure), bar in bars.items()
+    ]
+    yield _gauge(
+        "robustness_loss_bar_ratio",
+        "Where a loss is proven: once the upper bound of this live figure is below, 0 to 1.",
+        rows,
     )
 
 
@@ -367,7 +390,7 @@ def _attested(name: str, documentation: str, rows: Iterable[tuple[Labels, Share]
     """The gate's figures, with the exact 95 % interval of their images."""
     rows = list(rows)
     bounds = [(labels, *share.bounds) for labels, share in rows]
-    of = f"of {name}_ratio, exact 95 % (Clopper-Pearson), 0 to 1."
+    of = f"of {name}_ratio, 95 % (Clopper-Pearson, as if the number of images had been planned), 0 to 1."
     yield _gauge(f"{name}_ratio", f"{documentation}, 0 to 1.", [(labels, share.value) for labels, share in rows])
     yield _gauge(f"{name}_lower_ratio", f"Lower bound {of}", [(labels, lower) for labels, lower, _ in bounds])
     yield _gauge(f"{name}_upper_ratio", f"Upper bound {of}", [(labels, upper) for labels, _, upper in bounds])

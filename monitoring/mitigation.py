@@ -38,20 +38,32 @@ def command(arguments: list[str], timeout_seconds: float) -> Act:
 
 
 class Mitigation:
-    """Acts once for each version and reason, beside the rounds. counts: by (action, outcome)."""
+    """Acts once for a version until it has recovered, beside the rounds: a second rollback would undo the first.
+
+    counts: by (action, outcome).
+    """
 
     def __init__(self, actions: dict[str, Act], log: Callable[[str], None]) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
-        self._actions, self._log, self._told = actions, log, set[tuple[str, str]]()
+        self._actions, self._log, self._told = actions, log, set[str]()
+        self._threads: list[Thread] = []
 
     def consider(self, model: str, version: str, losses: frozenset[str]) -> None:
-        """Act on losses that were not there before; one that went and comes back is new."""
-        new = sorted(reason for reason in losses if (version, reason) not in self._told)
-        gone = {(told, reason) for told, reason in self._told if told == version and reason not in losses}
-        self._told = (self._told - gone) | {(version, reason) for reason in new}
+        """Act where a version that had lost nothing has; once it has recovered, a new loss is new."""
+        new = bool(losses) and version not in self._told
+        self._told = self._told | {version} if losses else self._told - {version}
         if new and self._actions:
-            text = json.dumps({"event": "robustness_lost", "model": model, "version": version, "reasons": new})
-            Thread(target=self._act, args=(text,), name="mitigation", daemon=True).start()
+            text = json.dumps(
+                {"event": "robustness_lost", "model": model, "version": version, "reasons": sorted(losses)}
+            )
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self._threads.append(Thread(target=self._act, args=(text,), name="mitigation", daemon=True))
+            self._threads[-1].start()
+
+    def finish(self, seconds: float) -> None:
+        """Wait for what is under way."""
+        for thread in self._threads:
+            thread.join(seconds)
 
     def _act(self, text: str) -> None:
         for name, act in self._actions.items():
@@ -59,6 +71,15 @@ class Mitigation:
                 act(text)
                 outcome, detail = "ok", ""
             except Exception as error:  # noqa: BLE001 - whatever it is, the rounds go on, and it is counted
-                outcome, detail = "failed", f": {' '.join(str(error).split())}"
+                outcome, detail = "failed", f": {_without_arguments(error)}"
             self.counts[name, outcome] += 1
             self._log(f"mitigation by {name} {outcome}{detail}")
+
+
+def _without_arguments(error: Exception) -> str:
+    """What went wrong, for the log; a command's arguments may hold a secret."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} ended with exit code {error.returncode}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} took longer than {error.timeout:.1f} s"
+    return " ".join(str(error).split())

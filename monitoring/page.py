@@ -82,6 +82,8 @@ def _state(identity: Identity, now: Snapshot) -> str:
         kind, text = "bad", f"What answers has not passed the gate: {release.state}{why}."
     elif down:
         kind, text = "bad", f"No answer in the last round by {' and by '.join(down)}."
+    elif now.stale:
+        kind, text = "bad", "No round has been measured for three intervals: what stands here is old."
     elif now.paused:
         kind, text = "", "Paused: the kill switch is on, and nothing is known of now."
     else:

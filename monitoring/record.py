@@ -65,5 +65,5 @@ class Record:
             try:
                 entry = json.loads(line)
                 yield entry["plan"] == self._plan, round_from_json(entry["round"])
-            except (ValueError, KeyError, TypeError, RecursionError, BadInput):
+            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, BadInput):
                 continue

@@ -18,14 +18,15 @@ import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from gating.trust import load_trust
+from monitoring import config as config_of
 from monitoring import mitigation, page, release
 from monitoring.bounds import MONTH_SECONDS, limit
 from monitoring.budget import BackOff, Budget
-from monitoring.config import WatchConfig
+from monitoring.config import Query, WatchConfig
 from monitoring.crafting import Crafter, Pool, require_fit, scenes
 from monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from monitoring.journal import VERSIONS, Journal
-from monitoring.losses import losses
+from monitoring.losses import bars, losses
 from monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
 from monitoring.mitigation import Mitigation
 from monitoring.probes import NEEDS_SCORES, kind_of, query_attack, transfer_attack
@@ -43,6 +44,7 @@ from robustness.models import to_float
 from robustness.progress import Track, silent
 from robustness.provenance import revision, versions
 from serving.client import Client
+from serving.errors import BadInput as Misfit
 from serving.errors import Rejected
 from serving.gateway_client import GatewayClient
 
@@ -68,9 +70,13 @@ def watch(
 ) -> int:
     """Run rounds until `stop`, with /metrics beside them; returns 0. A failed round is a result and ends nothing.
 
-    With `rounds`, run that many, serve no HTTP, and return 0 if all were measured, else 5. One line a round goes to
-    `log`. Raises BadInput (2) for data, surrogates, keys or evidence that cannot be used, Broken (5) for a port in use.
+    With `rounds`, run that many, serve no HTTP, do nothing about a loss, and return 0 if all were
+    measured, else 5: a look by hand beside a watch that runs. One line a round goes to `log`.
+
+    Raises BadInput (2) for data, surrogates, keys or evidence that cannot be used, Broken (5) for a port in use.
     """
+    if rounds is not None:
+        config = config.model_copy(update={"mitigation": config_of.Mitigation()})
     work = prepare(config, stop, track)
     sidecar = Sidecar(config, work, clock, stop, log)
     made = scenes(
@@ -91,6 +97,7 @@ def watch(
         measured = True
         for outcome in sidecar.run(rounds):
             measured = measured and isinstance(outcome, RoundResult)
+        sidecar.finish()
     return 0 if measured or rounds is None else 5
 
 
@@ -131,6 +138,11 @@ def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -
             raise BadInput(f"budget.images is {config.budget.images}, a {what} round may need {plan.cost}; raise it")
     key = _key(config.query.key_file)
     keys = key, _key(config.query.clean_key_file) or key
+    if outside is not None:
+        try:
+            _gateway_clients(config.query, outside, keys)
+        except Misfit as error:
+            raise BadInput(f"query: {error}") from None
     fast = attack_pass(surrogates.model, to_float(torch.from_numpy(pool.images[:8])))
     return Work(
         pool,
@@ -196,7 +208,9 @@ class Sidecar:
             journal=journal,
             releases=releases,
             losses={totals.version: self._losses(totals.version) for totals in journal.versions},
+            bars={version: self._bars(version) for version in releases},
             budget=self._budget.at(self._clock.monotonic()),
+            stale=now - journal.paths[TRITON].last_success > HEALTHY_INTERVALS * self._config.probe.interval_seconds,
             paused=self._paused(),
             low_priority=self._low_priority,
             prepared=self.crafter.ready if self.crafter else 0,
@@ -204,11 +218,17 @@ class Sidecar:
             mitigations=dict(self._mitigation.counts),
         )
 
+    def finish(self) -> None:
+        """Wait for what is being done about a loss."""
+        self._mitigation.finish(self._config.mitigation.timeout_seconds)
+
     def healthy(self) -> bool:
         """Whether rounds still begin: the last at most three intervals and a deadline ago, or images are being made."""
         probe = self._config.probe
         if self.crafter is not None and self.crafter.behind:
             return True  # a restart would throw away what is crafted, and begin again
+        if self.crafter is not None and self.crafter.dead:
+            return False  # no round can be measured any more, and a restart may help
         patience = HEALTHY_INTERVALS * probe.interval_seconds + self._config.target.timeout_seconds
         return self._clock.monotonic() - self._last_attempt <= patience
 
@@ -288,25 +308,15 @@ class Sidecar:
         query, plan = self._config.query, self._work.outside
         assert plan is not None
         scene = self._work.pool.scene(plan.threat, self._config.probe.seed, -number, plan.images)
-        clients = [
-            GatewayClient(
-                query.gateway,
-                plan.model,
-                classes=plan.classes,
-                key=key,
-                logits=kind_of(plan.attacks[0]) in NEEDS_SCORES and attacks,
-                timeout_seconds=query.timeout_seconds,
-                ca=query.ca,
-            )
-            for key, attacks in zip(self._work.keys, (True, False), strict=True)
-        ]
-        with clients[0] as attacker, clients[1] as harmless:
+        attacker, harmless = _gateway_clients(query, plan, self._work.keys)
+        with attacker, harmless:
             return run_query_round(
                 plan, number, scene, attacker.predict, harmless.predict, self._clock, self._manners(GATEWAY)
             )
 
     def _manners(self, via: str) -> Manners:
         def wait(seconds: float) -> None:
+            self._last_attempt = self._clock.monotonic()  # a search takes long, and is alive as long as it asks
             if self._stop.wait(seconds) if seconds > 0 else self._stop.is_set():
                 raise Stopped
 
@@ -340,13 +350,14 @@ class Sidecar:
 
     def _losses(self, version: str) -> frozenset[str]:
         totals = next((totals for totals in self.journal.versions if totals.version == version), None)
-        found = self._releases.get(version)
-        if totals is None:
-            return frozenset()
-        threat = self._work.direct.threat
-        return losses(
-            totals, found.attested if found else None, threat.norm, threat.label, self._work.surrogates.sha256
-        )
+        return frozenset() if totals is None else losses(totals, self._bars(version))
+
+    def _bars(self, version: str) -> Mapping[tuple[str, str], float]:
+        found, threat = self._releases.get(version), self._work.direct.threat
+        if found is None or found.attested is None:
+            return {}
+        attacks = [attack.name for attack in self._identity.attacks]
+        return bars(found.attested, threat.norm, threat.label, self._work.surrogates.sha256, attacks)
 
     def _paused(self) -> bool:
         return bool(self._config.probe.pause_file) and Path(self._config.probe.pause_file).exists()
@@ -365,6 +376,24 @@ class Sidecar:
 
     def _rounds_json(self) -> str:
         return json.dumps([outcome.to_json() for outcome in self.journal.history], indent=2) + "\n"
+
+
+def _gateway_clients(query: Query, plan: Plan, keys: tuple[str, str]) -> tuple[GatewayClient, GatewayClient]:
+    """Of the canary that attacks and of the harmless one; BadInput for a URL or an authority that cannot be used."""
+    scores = kind_of(plan.attacks[0]) in NEEDS_SCORES
+    attacker, harmless = (
+        GatewayClient(
+            query.gateway,
+            plan.model,
+            classes=plan.classes,
+            key=key,
+            logits=logits,
+            timeout_seconds=query.timeout_seconds,
+            ca=query.ca,
+        )
+        for key, logits in zip(keys, (scores, False), strict=True)
+    )
+    return attacker, harmless
 
 
 def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
@@ -413,6 +442,7 @@ def _identity(config: WatchConfig, work: Work) -> Identity:
         surrogates_sha256=work.surrogates.sha256,
         interval_seconds=intervals,
         labels=work.labels,
+        gated=work.find is not release.nothing,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+import time
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +30,10 @@ BY_STATUS: dict[int, tuple[type[AnswerError], str]] = {
 }
 
 
+ANSWER = 4_000_000  # bytes; 64 images with the logits of 1,000 classes need a third of it
+MESSAGE = 300  # characters of a stranger's words that go into a log
+
+
 class GatewayClient:
     """One model behind one gateway, over one connection that is kept. Not for several threads at a time."""
 
@@ -46,9 +51,15 @@ class GatewayClient:
         """url: http(s)://host:port; key: an API key, "" where the gateway is open; logits: ask for them, which the key
         must allow; else the logits of an answer are 1 for the label and 0 for others. ca: file of the authority to
         believe, "" for the system's."""
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise BadInput("url: its port is no port; expected http://host:port of a gateway") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BadInput(f"url {url!r}: expected http://host:port of a gateway")
+        if "@" in parts.netloc:
+            raise BadInput("url: leave out user and password, which would stand in logs; a key goes into key")
         self.url, self.model, self.classes, self.logits = url, model, classes, logits
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._headers["X-Request-Timeout-Ms"] = str(max(1, int(1000 * timeout_seconds)))
@@ -56,12 +67,15 @@ class GatewayClient:
         self._timeout = timeout_seconds
         self._connection: http.client.HTTPConnection
         if parts.scheme == "https":
-            context = ssl.create_default_context(cafile=ca or None)
+            try:
+                context = ssl.create_default_context(cafile=ca or None)
+            except OSError as error:
+                raise BadInput(f"ca {ca}: {error.strerror or 'holds no certificate'}; name a PEM file") from None
             self._connection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=timeout_seconds, context=context
+                parts.hostname, port, timeout=timeout_seconds, context=context
             )
         else:
-            self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout_seconds)
+            self._connection = http.client.HTTPConnection(parts.hostname, port, timeout=timeout_seconds)
 
     def __enter__(self) -> GatewayClient:
         return self
@@ -86,8 +100,8 @@ class GatewayClient:
             rows = [self._row(prediction) for prediction in body["predictions"]]
             logits = np.asarray(rows, np.float32).reshape(len(rows), -1)
             answer = Answer(logits, str(body["version"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise Rejected(f"{self._where}: its answer cannot be read: {error!r}", "bad_output") from None
+        except (KeyError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
+            raise Rejected(f"{self._where}: its answer cannot be read: {type(error).__name__}", "bad_output") from None
         if answer.logits.shape != (len(images), self.classes) or not np.isfinite(answer.logits).all():
             expected = (len(images), self.classes)
             raise Rejected(f"{self._where}: expected finite logits {expected}, received {logits.shape}", "bad_output")
@@ -100,32 +114,54 @@ class GatewayClient:
     def _row(self, prediction: dict[str, Any]) -> list[float]:
         if self.logits:
             return [float(value) for value in prediction["logits"]]
-        row = [0.0] * self.classes
-        row[int(prediction["index"])] = 1.0
-        return row
+        index = prediction["index"]
+        if not isinstance(index, int) or not 0 <= index < self.classes:
+            raise ValueError("index")
+        return [float(index == place) for place in range(self.classes)]
 
-    def _post(self, body: bytes) -> Any:
+    def _post(self, body: bytes) -> dict[str, Any]:
+        status, data = self._exchange(body)
+        try:
+            parsed = json.loads(data)
+        except (ValueError, RecursionError):
+            parsed = None
+        if status == 200 and isinstance(parsed, dict):
+            return parsed
+        if status == 200:
+            raise Rejected(f"{self._where}: answered 200 without a JSON object", "bad_output")
+        problem = parsed.get("error") if isinstance(parsed, dict) else None
+        reason, message = (
+            (str(problem.get(key, "")) for key in ("reason", "message")) if isinstance(problem, dict) else ("", "")
+        )
+        text = f"{self._where}: {status} {reason}: {message}"[:MESSAGE]
+        if reason == "overloaded":
+            raise Unavailable(text, "queue_full")
+        default = (Unavailable, "internal") if status >= 500 else (Rejected, "invalid")
+        kind, why = BY_STATUS.get(status, default)
+        raise kind(text, why)
+
+    def _exchange(self, body: bytes) -> tuple[int, bytes]:
+        """Status and body of the answer, which has the deadline as a whole, and a bounded length."""
+        deadline = time.monotonic() + self._timeout
         try:
             self._connection.request("POST", self._path, body, self._headers)
             response = self._connection.getresponse()
-            data = response.read()
+            data = b""
+            while part := response.read1(65_536):
+                data += part
+                if len(data) > ANSWER:
+                    self.close()
+                    raise Rejected(f"{self._where}: its answer is longer than {ANSWER} bytes", "bad_output")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            if response.length:
+                raise http.client.IncompleteRead(data)
+            response.close()  # of the answer, not of the connection, which the next request may use
         except TimeoutError:
             self.close()
             raise DeadlineExceeded(f"{self._where}: no answer within {self._timeout:g} s", "timeout") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise Unavailable(f"{self._where}: no connection: {reason}", "unavailable") from None
-        try:
-            parsed = json.loads(data)
-        except ValueError:
-            raise Rejected(f"{self._where}: {response.status}, and no JSON", "bad_output") from None
-        if response.status == 200:
-            return parsed
-        problem = parsed.get("error", {}) if isinstance(parsed, dict) else {}
-        message = f"{self._where}: {response.status} {problem.get('reason', '')}: {problem.get('message', '')}"
-        if problem.get("reason") == "overloaded":
-            raise Unavailable(message, "queue_full")
-        default = (Unavailable, "internal") if response.status >= 500 else (Rejected, "invalid")
-        kind, reason = BY_STATUS.get(response.status, default)
-        raise kind(message, reason)
+        return response.status, data

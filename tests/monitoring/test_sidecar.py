@@ -454,9 +454,9 @@ def test_health_is_that_rounds_begin(write_config: Make) -> None:
     assert sidecar.healthy()
     clock.now = 35.1
     assert not sidecar.healthy()
-    sidecar.crafter = SimpleNamespace(behind=True)
+    sidecar.crafter = SimpleNamespace(behind=True, dead=False)
     assert sidecar.healthy()
-    sidecar.crafter = SimpleNamespace(behind=False)
+    sidecar.crafter = SimpleNamespace(behind=False, dead=False)
     assert not sidecar.healthy()
 
 
