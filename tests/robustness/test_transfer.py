@@ -199,7 +199,7 @@ def test_what_is_crafted_on_one_network_fools_another(standard_run: Path, other_
     """On another seed's network hardly an image holds, while noise of the same size leaves most."""
     data = load_dataset("digits")
     x, y = to_float(torch.from_numpy(data.x_test[:60])), torch.from_numpy(data.y_test[:60])
-    source, target, threat = load_run(standard_run).model, load_run(other_run).model, Threat.parse("linf", "32/255")
+    source, target, threat = load_run(standard_run).model, load_run(other_run).model, Threat.parse("linf", "40/255")
     with frozen(source), frozen(target), torch.no_grad():
         held = {
             name: int(
