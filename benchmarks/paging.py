@@ -18,6 +18,7 @@ from scipy.stats import norm
 
 from benchmarks.result import write_result
 from monitoring.bounds import GRID, MONTH_SECONDS, RATIOS, RISK, bet, limit, prices, rejected
+from robustness.statistics import lower_bound
 
 POOL = 10_000
 INTERVAL_SECONDS = 60.0
@@ -26,6 +27,8 @@ FIGURES = (
     5  # of a watch with two transfer attacks and a query attack: clean, worst case, and theirs; each has two bounds
 )
 DROPS = (0.05, 0.10, 0.20)
+TRANSFER = 2  # attacks that the gate recorded too
+GATE_IMAGES = (1_000, 10_000)
 WARM_UP = 24 * 60  # rounds before an accuracy falls: old stakes must not make the new slower
 LONGEST = 7 * 24 * 60
 WINDOW = 6 * 60  # rounds of the interval that is looked at for comparison
@@ -51,20 +54,24 @@ def main() -> None:
             "false_pages_a_month_of_an_interval": naive,
         }
         ratios[f"false_pages_a_month_{images}_images"] = false
-        for drop in DROPS:
-            minutes = delays(stream, arguments.recorded, drop, images, arguments.falls) * INTERVAL_SECONDS / 60
-            points = round(100 * drop)
-            row[f"minutes_to_page_{points}_points"] = float(np.median(minutes))
-            row[f"p90_{points}_points"] = float(np.quantile(minutes, 0.9))
-            ratios[f"median_minutes_to_page_{points}_points_{images}_images"] = float(np.median(minutes))
-        rows.append(row)
+        for gate, bar in {"exact": arguments.recorded, **bars(arguments.recorded)}.items():
+            row = {**row, "gate_images": gate, "bar": bar}
+            for drop in DROPS:
+                minutes = delays(stream, arguments.recorded, bar, drop, images, arguments.falls) * INTERVAL_SECONDS / 60
+                points = round(100 * drop)
+                row[f"minutes_to_page_{points}_points"] = float(np.median(minutes))
+                row[f"p90_{points}_points"] = float(np.quantile(minutes, 0.9))
+                if gate == "exact":
+                    ratios[f"median_minutes_to_page_{points}_points_{images}_images"] = float(np.median(minutes))
+            rows.append(row)
     months = f"{arguments.months} months of {month:,} rounds of {FIGURES} figures"
     conditions = {
         "n": f"{months}, {arguments.falls} falls of each size",
         "seed": arguments.seed,
         "note": f"a round a minute, recorded accuracy {arguments.recorded}, pool of {POOL:,}; at most {RISK} false"
         f" pages a month are allowed, all {2 * FIGURES} bounds together (simulated as independent, the worst); falls"
-        " come after a day at the recorded accuracy; a delay of more than a week counts as a week; _of_an_interval:"
+        " come after a day at the recorded accuracy; a delay of more than a week counts as a week;"
+        " bar: where losses.py pages, by the images of the gate's figure; _of_an_interval:"
         " upper end of a two-sided 95 % Wilson interval over the last six hours, looked at every ten minutes, of one",
     }
     write_result("paging", "False pages and delays of the sidecar", rows, ratios, conditions)
@@ -88,9 +95,17 @@ def false_pages(
     return float(paged.reshape(months, FIGURES).any(axis=1).mean()), float(naively.mean())
 
 
-def delays(stream: np.random.Generator, recorded: float, drop: float, images: int, falls: int) -> NDArray[np.int64]:
+def bars(recorded: float) -> dict[str, float]:
+    """Where the sidecar pages, by how many images the gate's figure is from; see monitoring.losses."""
+    figures = 1 + TRANSFER
+    return {f"{n:,}": lower_bound(round(recorded * n), n, 1 - RISK / figures) for n in GATE_IMAGES}
+
+
+def delays(
+    stream: np.random.Generator, recorded: float, bar: float, drop: float, images: int, falls: int
+) -> NDArray[np.int64]:
     """Rounds from the fall to the page, `(falls,)`."""
-    most, cost = limit(MONTH_SECONDS / INTERVAL_SECONDS, 2 * FIGURES), prices(below(recorded))
+    most, cost = limit(MONTH_SECONDS / INTERVAL_SECONDS, 2 * FIGURES), prices(below(bar))
     owned = np.full((falls, 1, len(RATIOS)), -np.inf)
     for _ in range(WARM_UP):
         owned = bet(owned, drawn(stream, recorded, images, falls)[:, None, None], images, cost, most)

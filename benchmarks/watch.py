@@ -82,7 +82,7 @@ def main() -> None:
         cpu: dict[str, list[float]] = {"without": [], "with": []}
         for number in track(range(2 * arguments.pairs), "stretches, without and with probes"):
             case = ("without", "with")[(number + number // 2) % 2]  # 0 1 1 0: a drift of the machine cancels
-            (folder / "pause").touch() if case == "without" else (folder / "pause").unlink()
+            (folder / "pause").touch() if case == "without" else (folder / "pause").unlink(missing_ok=True)
             before, begun = cpu_seconds(sidecar.pid), time.perf_counter()
             found[case].append(asyncio.run(concurrent_triton(asked, pictures, arguments.seconds)))
             cpu[case].append((cpu_seconds(sidecar.pid) - before) / (time.perf_counter() - begun))

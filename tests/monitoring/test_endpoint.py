@@ -77,6 +77,17 @@ def test_two_slow_answers_in_a_row_end_a_round() -> None:
     assert caught.value.reason == "slow"
 
 
+def test_after_giving_way_once_a_slower_model_is_measured() -> None:
+    """A model that was replaced may be slower for good: its next round must be looked at, not given way to again."""
+    latencies = Latencies(5.0)
+    assert not any(latencies.is_slow(16, seconds) for seconds in [0.1] * KNOWN)
+    clock = Still()
+    with pytest.raises(Unavailable):
+        Endpoint(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6, 0.6])))(IMAGES)
+    slower = Endpoint(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6] * 3)))
+    assert len(slower(np.zeros((48, 4, 4, 3), np.uint8))) == 48
+
+
 def test_slow_is_said_for_each_size_and_never_early() -> None:
     """Fewer than eight known answers of a size say nothing, nor does anything below a tenth of a second."""
     latencies = Latencies(5.0)

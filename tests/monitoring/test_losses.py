@@ -109,6 +109,20 @@ def test_figures_of_another_ball_are_not_compared(attested: Attested, surrogates
     assert found(seen(0.95, (0.2, 0.2)), attested, surrogates) == set()
 
 
+def test_a_search_below_the_threshold_is_a_loss() -> None:
+    """Every attack alone is an upper bound of robust accuracy, one that only asks too."""
+    totals = seen(0.95, (0.7, 0.7))
+    for number in range(1, 60):
+        found_by_asking = AttackResult("square-100", (True,) * 2 + (False,) * 14, 900)
+        totals = totals.after(
+            RoundResult(
+                *(number, "gateway", "m", "1", "linf", "8/255", 0.0, 1.0), (True,) * 16, (found_by_asking,), queries=()
+            ),
+            LIMIT,
+        )
+    assert found(totals) == {"threshold"}
+
+
 def test_figures_of_other_surrogates_are_not_compared() -> None:
     """Images crafted on other surrogates transfer as they do."""
     assert found(seen(0.95, (0.55, 0.55)), surrogates="b" * 64) == set()

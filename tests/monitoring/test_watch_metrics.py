@@ -122,7 +122,12 @@ def journal(*outcomes: Round) -> Journal:
 
 def snapshot(seen: Journal, **changes: Any) -> Snapshot:
     """Of a journal, with the evidence of version 1."""
-    fields = {"releases": RELEASES, "losses": {}, "budget": Budget(20_000, 3600.0, used=113)}
+    fields = {
+        "releases": RELEASES,
+        "losses": {},
+        "bars": {"1": {("clean", "clean"): 0.9}},
+        "budget": Budget(20_000, 3600.0, used=113),
+    }
     return Snapshot(**{"journal": seen, **fields, **changes})
 
 
@@ -331,7 +336,7 @@ def test_a_round_that_was_left_out_is_no_attempt() -> None:
 
 def test_before_the_first_round_nothing_is_claimed() -> None:
     """Counters of failures are there at 0 for rate(); up, accuracies and versions are unknown and absent."""
-    found = samples(Journal(LIMIT), releases={})
+    found = samples(Journal(LIMIT), releases={}, bars={})
     names = {name for name, _ in found}
     for name, reasons in (
         ("robustness_probe_round_failures_total", REASONS),
@@ -385,6 +390,7 @@ def test_every_label_value_comes_from_a_closed_set() -> None:
         "norm": {"linf"},
         "epsilon": {"8/255"},
         "reason": {*REASONS, *SKIPS, *LOSSES},
+        "figure": {"clean", "worst_case", *ATTACKS, SEARCH},
         "state": set(STATES),
         "surrogate": {"small+wide", ""},
         "steps": {"10", "100"},
@@ -409,8 +415,8 @@ def test_every_label_value_comes_from_a_closed_set() -> None:
 def test_series_are_bounded_and_old_versions_vanish() -> None:
     """Fifty rounds of fifty versions leave as many series as two do."""
     seen = journal(*(result(i, str(i)) for i in range(1, 51)))
-    found = samples(seen, releases={})
-    assert len(found) == len(samples(journal(result(1, "1"), result(2, "2")), releases={}))
+    found = samples(seen, releases={}, bars={})
+    assert len(found) == len(samples(journal(result(1, "1"), result(2, "2")), releases={}, bars={}))
     versions = {dict(labels).get("version") for name, labels in found if name != "robustness_build_info"}
     assert versions - {None} == {"49", "50"}
     assert VERSIONS == 2
@@ -487,6 +493,7 @@ CONTRACT = {
     **dict.fromkeys(("replay_samples_total", "replay_mismatches_total", "replay_difference_ratio"), V_),
     "target_integrity": V_,
     "loss_proven": "model version reason",
+    "loss_bar_ratio": "model version reason figure",
     "target_up": VIA_,
     **{f"probe_{what}_total": VIA_ for what in ("rounds", "queries", "images")},
     **{f"probe_{what}_total": f"{VIA_} reason" for what in ("round_failures", "rounds_skipped", "query_failures")},
