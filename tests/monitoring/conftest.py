@@ -41,7 +41,7 @@ FULL = "inference request exceeds maximum queue size"  # what Triton says
 def the_suites_threads() -> Iterator[None]:
     """A crafter sets the number of threads; other tests are calibrated with two."""
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
