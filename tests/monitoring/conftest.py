@@ -39,7 +39,7 @@ FULL = "inference request exceeds maximum queue size"  # what Triton says
 
 @pytest.fixture(autouse=True)
 def the_suites_threads() -> Iterator[None]:
-    """A crafter sets the number of threads; other tests are calibrated with two."""
+    """A crafter sets the number of threads; other tests are calibrated with one."""
     yield
     torch.set_num_threads(1)
 
