@@ -30,6 +30,9 @@ RESTRICTED = "model-repository,shared-memory,statistics,trace,logging"
 KEY = "dfmcl"
 ANSWER_SECONDS = 10.0  # of one inference here, which may wait behind full batches on a busy machine
 LOAD_SECONDS = 120.0
+# Of shared memory between Triton and its stub, from the start: where it had to grow from 1 MB while requests were
+# in flight, the stub was seen to die of a segmentation fault, on a busy machine.
+SHM_BYTES = 64 * 2**20
 STOP_SECONDS = 15.0  # for requests in flight, which Triton itself gives 10; then the process group is killed
 
 
@@ -131,6 +134,7 @@ def server_command(
         "--disable-auto-complete-config",
         f"--backend-directory={runtime}",
         f"--backend-config=python,shm-region-prefix-name={runtime.name}-",
+        f"--backend-config=python,shm-default-byte-size={SHM_BYTES}",
         *(f"--{name}-address={HOST}" for name in ports),
         *(f"--{name}-port={port}" for name, port in ports.items()),
         f"--http-restricted-api={restriction}",
