@@ -178,7 +178,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{process.args!r} ended with {process.returncode}, or took too long")
-        time.sleep(0.05)
+        time.sleep(0.05)  # another process writes the file that is looked at
 
 
 def exposition(url: str) -> str:

@@ -33,7 +33,7 @@ from tritonclient import grpc
 from tritonclient.utils import shared_memory
 
 from benchmarks.result import write_result
-from robustness.data import load_dataset
+from robustness.data import Dataset, load_dataset
 from robustness.files import sha256_of
 from robustness.models import Classifier, ModelSpec
 from serving import gateway
@@ -98,6 +98,19 @@ def candidate(folder: Path, width: int) -> Path:
     }
     np.savez(folder / "random.npz", **split)
     data = load_dataset("npz", str(folder / "random.npz"))
+    write_run(run, spec, data)
+    export(run, out)
+    logits = ort.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"]).run(None, {INPUT: pictures})
+    probes: dict[str, Any] = {"images": pictures, "adversarial": pictures, "labels": labels}
+    np.savez(evidence / "probes.npz", **probes, clean_logits=logits[0], adversarial_logits=logits[0])
+    key = make_key(folder / "keys")
+    write_report(evidence, report_on(out, evidence), key)
+    promote(out, evidence, folder / "models", name=NAME, trust=trusting(key))
+    return out / "model.onnx"
+
+
+def write_run(run: Path, spec: ModelSpec, data: Dataset) -> None:
+    """A run of random weights in the training room's format; torch's generator is the caller's."""
     save_file(Classifier(spec).state_dict(), run / "checkpoint.safetensors")
     manifest = {
         "format": "dfmcl.run/1",
@@ -108,14 +121,6 @@ def candidate(folder: Path, width: int) -> Path:
         "config": {"curriculum": {"beta": "8/255"}},
     }
     (run / "manifest.json").write_text(json.dumps(manifest))
-    export(run, out)
-    logits = ort.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"]).run(None, {INPUT: pictures})
-    probes: dict[str, Any] = {"images": pictures, "adversarial": pictures, "labels": labels}
-    np.savez(evidence / "probes.npz", **probes, clean_logits=logits[0], adversarial_logits=logits[0])
-    key = make_key(folder / "keys")
-    write_report(evidence, report_on(out, evidence), key)
-    promote(out, evidence, folder / "models", name=NAME, trust=trusting(key))
-    return out / "model.onnx"
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -22,14 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
-from safetensors.torch import save_file
 
 from benchmarks.result import write_result
-from benchmarks.serving import CLIENTS, NAME, Seconds, candidate, concurrent_triton, served, triton_version
+from benchmarks.serving import CLIENTS, NAME, Seconds, candidate, concurrent_triton, served, triton_version, write_run
 from monitoring.config import Budget, Probe
 from robustness.data import load_dataset
-from robustness.files import sha256_of
-from robustness.models import Classifier, ModelSpec
+from robustness.models import ModelSpec
 from serving.triton import HOST, claim_ports
 from tests.processes import wait_until
 
@@ -120,16 +117,7 @@ def write_sidecar(folder: Path) -> None:
         run.mkdir()
         torch.manual_seed(width)
         spec = ModelSpec("resnet18", width, 10, (32, 32, 3), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-        save_file(Classifier(spec).state_dict(), run / "checkpoint.safetensors")
-        manifest = {
-            "format": "dfmcl.run/1",
-            "model": spec.to_json(),
-            "labels": list(data.classes),
-            "data": data.describe(),
-            "files": {"checkpoint.safetensors": sha256_of(run / "checkpoint.safetensors")},
-            "config": {"curriculum": {"beta": "8/255"}},
-        }
-        (run / "manifest.json").write_text(json.dumps(manifest))
+        write_run(run, spec, data)
 
 
 def described(case: str, stretches: list[tuple[int, Seconds, float]], cpu: list[float]) -> dict[str, Any]:

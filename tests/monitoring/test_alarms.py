@@ -21,7 +21,7 @@ def needs_the_real_ones() -> None:
     try:
         environment.find_environment(None)
     except Broken as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # which says what is missing and how to get it
     for name in ("prometheus", "prometheus-alertmanager"):
         tool(name)
 

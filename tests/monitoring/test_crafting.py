@@ -138,7 +138,7 @@ def test_crafting_in_chunks_reaches_every_image(monkeypatch: pytest.MonkeyPatch)
     """An image is attacked wherever its chunk ends, and no chunk is larger than memory allows."""
     monkeypatch.setattr(crafting, "CRAFT_IMAGES", 3)
     sizes: list[int] = []
-    source = lambda x: (sizes.append(len(x)), brightness(x))[1]  # noqa: E731
+    source = lambda x: (sizes.append(len(x)), brightness(x))[1]  # noqa: E731  # it notes what it is asked
     scene = next(made(source))
     assert (np.abs(scene.adversarial["fgsm"].astype(int) - scene.images).max(axis=(1, 2, 3)) == EPS).all()
     assert sizes == [3, 3, 2]

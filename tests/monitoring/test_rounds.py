@@ -167,7 +167,7 @@ def test_the_release_is_that_of_the_version_that_answers() -> None:
     """It is looked up once a round, also where nothing is replayed."""
     for replay in (0, 2):
         versions: list[str] = []
-        find = lambda version, seen=versions: (seen.append(version), Release())[1]  # noqa: E731
+        find = lambda version, seen=versions: (seen.append(version), Release())[1]  # noqa: E731  # it notes what it is asked
         assert measured(one_round(plan(replay=replay), lambda x: served(x, "7"), find=find)).replay is None
         assert versions == ["7"]
 

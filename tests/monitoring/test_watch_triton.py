@@ -51,7 +51,7 @@ def needs_triton() -> None:
     try:
         environment.find_environment(None)
     except Broken as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # which says what is missing and how to get it
 
 
 @pytest.fixture
