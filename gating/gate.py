@@ -87,6 +87,7 @@ def gate(
     for key in keys:
         read_signer(key)  # a key that cannot sign is found out before the attacks, not after
     suite, reasons = suite_of(subject, policy)
+    carried = carried_of(subject, policy, surrogates or {})
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
     require_fit(subject, data, policy)
     earlier = Baseline.read(baseline, policy, data.sha256) if baseline else None
@@ -121,11 +122,12 @@ def gate(
                 [threat.on_grid().eps for threat in policy.threats].index(policy.parsed_threat.on_grid().eps)
             ]
             images, labels = data.x_test[index], data.y_test[index]
-            transfer = transferred(subject, policy, surrogates or {}, images, labels, track)
+            transfer = transferred(subject, policy, carried, surrogates or {}, images, labels, track)
             more = order[len(index) : policy.attacks.transfer_images]
             recorded = transfer
             if surrogates and len(more):
-                rest = transferred(subject, policy, surrogates, data.x_test[more], data.y_test[more], track)
+                others = data.x_test[more], data.y_test[more]
+                rest = transferred(subject, policy, carried, surrogates, *others, track)
                 recorded = [joined(pair) for pair in zip(transfer, rest, strict=True)]
             looked = order[: policy.checks.images]
             results = checks.diagnose(
@@ -326,6 +328,17 @@ def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], tupl
     return tuple(blind), ("no_gradients",)
 
 
+def carried_of(subject: Subject, policy: Policy, surrogates: Mapping[str, Run]) -> tuple[Attack, ...]:
+    """The attacks that are crafted on surrogates; BadInput where one makes no sense, or a surrogate is the subject."""
+    names = policy.attacks.transfer
+    if not names or len(set(names)) < len(names):
+        raise BadInput(f"policy attacks.transfer: {', '.join(names) or 'none'}: name at least one, and each once")
+    for surrogate in surrogates.values():
+        if surrogate.origin_sha256 == subject.run.get("checkpoint_sha256"):
+            raise BadInput(f"{surrogate.path}: is the judged model itself; a surrogate must be another one")
+    return tuple(Attack.parse_transfer(name) for name in names)
+
+
 def climbed_by(subject: Subject, images: Bytes, ranks: Ranks) -> AttackPass | None:
     """The subject's network as attacks climb it, on this process's device, proven on the first of the images."""
     if subject.model is None:
@@ -360,6 +373,7 @@ def order_of(model: str, data: str, policy: str, count: int) -> NDArray[np.int64
 def transferred(
     subject: Subject,
     policy: Policy,
+    attacks: Sequence[Attack],
     surrogates: Mapping[str, Run],
     images: Bytes,
     labels: Labels,
@@ -367,10 +381,6 @@ def transferred(
 ) -> list[Evaluation]:
     """What holds against images crafted on each surrogate, and on all of them as one: upper bounds, which production
     compares itself with."""
-    attacks = Attack.parse_suite(policy.attacks.transfer)
-    for surrogate in surrogates.values():
-        if surrogate.origin_sha256 == subject.run.get("checkpoint_sha256"):
-            raise BadInput(f"{surrogate.path}: is the judged model itself; a surrogate must be another one")
     groups = [{name: surrogate} for name, surrogate in surrogates.items()]
     found = []
     for group in [*groups, *([surrogates] if len(surrogates) > 1 else [])]:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from monitoring.probes import query_attack, transfer_attack
+from monitoring.probes import query_attack
+from robustness.attacks import Attack
 from robustness.config import Radius, Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat
@@ -49,7 +50,7 @@ def _is_set(names: list[str]) -> list[str]:
     return names
 
 
-AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(transfer_attack))]], AfterValidator(_is_set)]
+AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(Attack.parse_transfer))]], AfterValidator(_is_set)]
 Url = Annotated[str, AfterValidator(_is_http)]
 Seconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 

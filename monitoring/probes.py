@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from monitoring.endpoint import Logits
-from robustness.attacks import ATTACKS, Attack, Model
+from robustness.attacks import Attack, Model
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
 from robustness.geometry import contains_uint8, to_uint8
@@ -20,16 +20,6 @@ from robustness.seeds import generator
 from robustness.threat import Threat
 from robustness.trial import Trial
 
-# What an attack needs to transfer: its last iterate; one that fools the surrogate early says little about the target.
-TRANSFERABLE: dict[str, dict[str, Any]] = {
-    "fgsm": {},
-    "pgd": {"steps": 10, "keep": "last"},
-    "margin-pgd": {"steps": 10, "keep": "last"},
-    "mi-fgsm": {"steps": 10, "keep": "last"},
-    "di-fgsm": {"steps": 10, "keep": "last"},
-    "ti-fgsm": {"steps": 10, "keep": "last"},
-    "vmi-fgsm": {"steps": 10, "keep": "last"},  # 55 passes of the surrogates an image, the others 10
-}
 # What an outsider with nothing but answers can do: scores for one, labels for the other.
 BY_QUERIES = ("square", "rays")
 NEEDS_SCORES = ("square",)
@@ -124,30 +114,14 @@ def craft(source: Model, scene: Scene, attack: Attack) -> Bytes:
     return np.where(inside[:, None, None, None], to_bytes(adversarial).numpy(), scene.images)
 
 
-def transfer_attack(name: str) -> Attack:
-    """An attack by name, as it is used for transfer: `mi-fgsm-10`, `pgd-10`, `fgsm`; BadInput for others."""
-    attack = Attack.parse(name)
-    kind = kind_of(attack)
-    if kind not in TRANSFERABLE:
-        raise BadInput(f"attack: {name!r} does not transfer; choose one of {', '.join(TRANSFERABLE)}")
-    if "restarts" in attack.parameters:
-        raise BadInput(f"attack: {name!r}: restarts are chosen by looking at the target; leave them out")
-    return replace(attack, parameters=TRANSFERABLE[kind] | dict(attack.parameters))
-
-
 def query_attack(name: str) -> Attack:
     """An attack by name, as it is used through answers alone, with its budget: `square-100`, `rays-200`."""
     attack = Attack.parse(name)
-    if kind_of(attack) not in BY_QUERIES:
+    if attack.kind not in BY_QUERIES:
         raise BadInput(f"attack: {name!r} is no search by queries; choose one of {', '.join(BY_QUERIES)}")
     if "queries" not in attack.parameters:
         raise BadInput(f"attack: {name!r}: a live endpoint needs a budget; write {name}-100 for 100 queries an image")
     return attack
-
-
-def kind_of(attack: Attack) -> str:
-    """The attack's name without its number."""
-    return next(kind for kind, function in ATTACKS.items() if function is attack.function)
 
 
 def _labels(logits: Logits) -> Labels:

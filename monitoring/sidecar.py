@@ -29,7 +29,7 @@ from monitoring.journal import VERSIONS, Journal
 from monitoring.losses import bars, losses
 from monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
 from monitoring.mitigation import Mitigation
-from monitoring.probes import NEEDS_SCORES, kind_of, query_attack, transfer_attack
+from monitoring.probes import NEEDS_SCORES, query_attack
 from monitoring.record import Record
 from monitoring.release import REPORT, Find, Release
 from monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
@@ -126,7 +126,7 @@ def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -
         model=config.target.model,
         classes=pool.classes,
         threat=config.threat.threat,
-        attacks=tuple(transfer_attack(name) for name in config.probe.attacks),
+        attacks=tuple(Attack.parse_transfer(name) for name in config.probe.attacks),
         images=config.probe.images,
         replay=config.probe.replay,
         tolerance=config.release.tolerance,
@@ -380,7 +380,7 @@ class Sidecar:
 
 def _gateway_clients(query: Query, plan: Plan, keys: tuple[str, str]) -> tuple[GatewayClient, GatewayClient]:
     """Of the canary that attacks and of the harmless one; BadInput for a URL or an authority that cannot be used."""
-    scores = kind_of(plan.attacks[0]) in NEEDS_SCORES
+    scores = plan.attacks[0].kind in NEEDS_SCORES
     attacker, harmless = (
         GatewayClient(
             query.gateway,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -167,6 +167,18 @@ SUITES: dict[str, tuple[str, ...]] = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
 }
 
+# Those that are carried from a surrogate to another model, with what that needs: the last iterate, as one that fools
+# the surrogate early says little about the other.
+TRANSFERABLE: dict[str, dict[str, Any]] = {
+    "fgsm": {},
+    "pgd": {"steps": 10, "keep": "last"},
+    "margin-pgd": {"steps": 10, "keep": "last"},
+    "mi-fgsm": {"steps": 10, "keep": "last"},
+    "di-fgsm": {"steps": 10, "keep": "last"},
+    "ti-fgsm": {"steps": 10, "keep": "last"},
+    "vmi-fgsm": {"steps": 10, "keep": "last"},  # 55 passes of the surrogates an image, the others 10
+}
+
 # They ask for scores or labels only; the number in their name is that of queries.
 WITHOUT_GRADIENTS = ("square", "rays")
 
@@ -226,6 +238,24 @@ class Attack:
         if not suite or len(set(suite)) < len(suite):
             raise BadInput(f"attacks: {', '.join(suite) or 'none'}: name at least one attack, and each once")
         return tuple(Attack.parse(name) for name in suite)
+
+    @staticmethod
+    def parse_transfer(name: str) -> Attack:
+        """An attack as it is used from a surrogate, by the gate and by the sidecar alike: `mi-fgsm-10`, `pgd-10`.
+
+        BadInput for others, and for restarts, which are chosen by looking at the target.
+        """
+        attack = Attack.parse(name)
+        if attack.kind not in TRANSFERABLE:
+            raise BadInput(f"attack: {name!r} does not transfer; choose one of {', '.join(TRANSFERABLE)}")
+        if "restarts" in attack.parameters:
+            raise BadInput(f"attack: {name!r}: restarts are chosen by looking at the target; leave them out")
+        return replace(attack, parameters=TRANSFERABLE[attack.kind] | dict(attack.parameters))
+
+    @property
+    def kind(self) -> str:
+        """The name without its numbers."""
+        return next(kind for kind, function in ATTACKS.items() if function is self.function)
 
     @property
     def needs_gradients(self) -> bool:

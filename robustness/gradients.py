@@ -71,9 +71,8 @@ def attack_pass(model: nn.Module, example: Tensor, *, precision: str = "auto") -
     example = example[:IMAGES]
     with frozen(model), _full_float32():
         itself = AttackPass(model, torch.contiguous_format, "float32", 0)
-        with torch.no_grad():
-            y = itself(example).argmax(dim=1)
-        truth = _Answers.of(itself, example, y)
+        truth = _Answers.of(itself, example)
+        y = truth.logits.argmax(dim=1)
         formats, folds = (torch.channels_last, torch.contiguous_format), (True, False)
         copies = (partial(_copied, model, example, *which) for which in product(formats, folds))
         chosen = _first(copies, lambda made: truth.equal(_Answers.of(made, example, y))) or itself
@@ -102,8 +101,13 @@ class _Answers:
     gradient: Tensor
 
     @staticmethod
-    def of(model: AttackPass, example: Tensor, y: Tensor) -> _Answers:
-        _, gradient, logits = value_and_gradient(model, example, margin, (y,), True)
+    def of(model: AttackPass, example: Tensor, y: Tensor | None = None) -> _Answers:
+        """y: the classes `(N,)`; default: the model's own."""
+
+        def loss(logits: Tensor) -> Tensor:
+            return margin(logits, logits.argmax(dim=1) if y is None else y)
+
+        _, gradient, logits = value_and_gradient(model, example, loss, (), True)
         return _Answers(logits, gradient.flatten(1).double())
 
     def equal(self, other: _Answers) -> bool:
@@ -194,11 +198,11 @@ class _Float32(nn.Module):
 def _observed(
     network: nn.Module, example: Tensor, kinds: tuple[type[nn.Module], ...], after: Callable[..., None]
 ) -> None:
-    """One pass; `after(module, inputs, output)` is called when a module of exactly these kinds has answered."""
+    """A pass over one image; `after(module, inputs, output)` is called when a module of exactly these kinds answers."""
     hooks = [module.register_forward_hook(after) for module in network.modules() if type(module) in kinds]
     try:
         with torch.no_grad():
-            network(example)
+            network(example[:1])
     finally:
         for hook in hooks:
             hook.remove()

@@ -132,6 +132,23 @@ def test_configurations_that_are_mounted_load(volumes: Path) -> None:
     assert Path(watch.release.trust).name in beside
 
 
+def test_rounds_are_written_where_the_sidecar_may_write(volumes: Path) -> None:
+    """The record's folder is a writable mount, in the stack and on a cluster, with room for it and the one before."""
+    shutil.copy(DEPLOY / MODEL / "watch.toml", volumes)
+    record = load_watch(volumes / "watch.toml").record
+    folder = str(Path(record.path).parent)
+    stack = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert f"rounds:{folder}" in stack["services"]["watch"]["volumes"]
+    assert "rounds" in stack["volumes"]
+    assert f"--owner=1000 --group=1000 {folder}\n" in (DEPLOY / "images" / "Dockerfile").read_text()
+    (pod,) = [pod for pod in pods(rendered(OVERLAYS[0])) if pod.where == "Deployment watch"]
+    (mount,) = [mount for mount in pod.spec["containers"][0]["volumeMounts"] if mount["mountPath"] == folder]
+    (volume,) = [volume for volume in pod.spec["volumes"] if volume["name"] == mount["name"]]
+    assert not mount.get("readOnly")
+    mebibytes = int(volume["emptyDir"]["sizeLimit"].removesuffix("Mi"))
+    assert mebibytes * 2**20 > 2 * record.max_bytes
+
+
 def test_the_training_jobs_overrides_are_keys_of_the_preset() -> None:
     """What pytorchjob.yaml sets is known to the configuration; the job's program is the trainer."""
     (job,) = rendered("training/pytorchjob.yaml")

@@ -451,11 +451,19 @@ def test_transfer_is_recorded_and_named_an_upper_bound(
     subject: Subject, other_run: Path, standard_run: Path, tmp_path: Path
 ) -> None:
     """Per image, what held against images crafted on a surrogate; the judged model itself is none."""
-    report = gate(subject, policy(0.1), tmp_path / "evidence", surrogates={"other": load_run(other_run)})
+    carried = policy(0.1, attacks={"suite": ["pgd-3"], "block": 30, "transfer": ["pgd-3"]})
+    report = gate(subject, carried, tmp_path / "evidence", surrogates={"other": load_run(other_run)})
     (transfer,) = report["transfer"]
+    assert transfer["attacks"][0]["parameters"] == dict(Attack.parse_transfer("pgd-3").parameters)  # as the sidecar's
+    assert set(transfer["attacks"][0]["per_image"]["forward"]) == {0, 3}  # it looks at the surrogate, 3 times
     assert transfer["about"]["kind"] == "transfer"
     assert transfer["about"]["surrogate"] == "other"
     assert len(transfer["per_image"]["robust"]) == report["statistics"]["attacked"]
     assert transfer["robust"]["k"] >= report["evaluation"]["robust"]["k"]
     with pytest.raises(BadInput, match="is the judged model itself"):
         gate(subject, policy(0.1), tmp_path / "own", surrogates={"own": load_run(standard_run)})
+    for names, why in ((["apgd-ce"], "'apgd-ce' does not transfer"), (["fgsm", "fgsm"], "fgsm, fgsm: name at least")):
+        wrong = policy(0.1, attacks={"suite": ["fgsm"], "transfer": names})
+        with pytest.raises(BadInput, match=why):
+            gate(subject, wrong, tmp_path / "own")
+    assert not (tmp_path / "own").exists()

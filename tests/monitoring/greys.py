@@ -11,10 +11,11 @@ import torch
 
 from monitoring.crafting import Pool, draw, scenes
 from monitoring.endpoint import Latencies, Manners, Stopped
-from monitoring.probes import Scene, transfer_attack
+from monitoring.probes import Scene
 from monitoring.release import Release
 from monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
 from monitoring.rounds import Plan, run_round
+from robustness.attacks import Attack
 from robustness.threat import Threat
 from serving.client import Answer
 from tests.monitoring.conftest import Ticking
@@ -43,7 +44,7 @@ def pool(greys: np.ndarray = GREYS, labels: np.ndarray = LABELS) -> Pool:
 
 def plan(attacks: tuple[str, ...] = ("fgsm",), **changes: Any) -> Plan:
     """Rounds of eight images, without replay."""
-    named = tuple(transfer_attack(name) for name in attacks)
+    named = tuple(Attack.parse_transfer(name) for name in attacks)
     return Plan(**{"model": "bright", "classes": 2, "threat": BALL, "attacks": named, "images": 8} | changes)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from monitoring import crafting
 from monitoring.crafting import AHEAD, Crafter, Pool, draw, require_fit, scenes
 from monitoring.endpoint import Stopped
-from monitoring.probes import Scene, craft, transfer_attack
+from monitoring.probes import Scene, craft
 from monitoring.sidecar import _unless_stopped
 from robustness.attacks import Attack
 from robustness.errors import BadInput
@@ -24,7 +24,7 @@ from robustness.threat import Threat
 from tests.monitoring.conftest import wait_for
 from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
 
-FGSM = transfer_attack("fgsm")
+FGSM = Attack.parse_transfer("fgsm")
 
 
 class Source:
@@ -105,7 +105,7 @@ def test_an_image_that_returns_is_not_crafted_again() -> None:
 
 def test_each_attack_is_remembered_apart() -> None:
     """Two attacks share a scene's images, not their adversarial versions."""
-    attacks = (FGSM, transfer_attack("pgd-2"))
+    attacks = (FGSM, Attack.parse_transfer("pgd-2"))
     scene = next(scenes(many(), lambda x: brightness(torch.sin(60 * x)), BALL, attacks, seed=0, count=8))
     assert set(scene.adversarial) == {"fgsm", "pgd-2"}
     assert not np.array_equal(scene.adversarial["fgsm"], scene.adversarial["pgd-2"])
@@ -129,7 +129,7 @@ def test_an_attacks_randomness_belongs_to_the_round() -> None:
 
     images = pool().images
     every = [Scene(images, LABELS, BALL, 0, number, {}) for number in (1, 1, 2)]
-    first, again, other = (craft(rugged, scene, transfer_attack("pgd-3")) for scene in every)
+    first, again, other = (craft(rugged, scene, Attack.parse_transfer("pgd-3")) for scene in every)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -204,7 +204,9 @@ def test_stop_ends_crafting_within_a_forward_pass() -> None:
         stop.wait(30)
         return passes(x)
 
-    endless = scenes(many(), _unless_stopped(source, stop), BALL, (transfer_attack("pgd-100000"),), seed=0, count=8)
+    endless = scenes(
+        many(), _unless_stopped(source, stop), BALL, (Attack.parse_transfer("pgd-100000"),), seed=0, count=8
+    )
     with Crafter(endless, stop) as crafter:
         begun.wait(30)
         assert crafter.behind

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from monitoring.endpoint import Endpoint
-from monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack, transfer_attack
+from monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
 from robustness.attacks import Attack
 from robustness.errors import BadInput
 from robustness.threat import Threat
@@ -148,7 +148,7 @@ def test_clean_and_transfer_ask_once() -> None:
     asked = Asked()
     subject = Scene(pool().images, LABELS, BALL, 0, 1, {"fgsm": 255 - pool().images})
     clean = PROBES["clean"](subject, NO_ATTACK, asked)
-    transfer = PROBES["transfer"](subject, transfer_attack("fgsm"), asked)
+    transfer = PROBES["transfer"](subject, Attack.parse_transfer("fgsm"), asked)
     assert [len(images) for images in asked.images] == [8, 8]
     assert np.array_equal(asked.images[1], 255 - pool().images)
     assert (clean.answers != transfer.answers).all()
@@ -157,9 +157,9 @@ def test_clean_and_transfer_ask_once() -> None:
 
 def test_transfer_keeps_the_last_iterate() -> None:
     """An attack that stops at the border of the surrogate would say little about the target."""
-    assert transfer_attack("pgd-7").parameters == {"steps": 7, "keep": "last"}
+    assert Attack.parse_transfer("pgd-7").parameters == {"steps": 7, "keep": "last"}
     for name in ("mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm"):
-        assert transfer_attack(name).parameters == {"steps": 10, "keep": "last"}
+        assert Attack.parse_transfer(name).parameters == {"steps": 10, "keep": "last"}
 
 
 def test_a_search_needs_a_budget_and_nothing_but_answers() -> None:

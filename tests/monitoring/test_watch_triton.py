@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from monitoring.crafting import Pool, scenes
-from monitoring.probes import transfer_attack
 from monitoring.release import follow
 from monitoring.results import RoundResult
 from monitoring.rounds import Plan, run_round
 from monitoring.surrogates import load_surrogates
+from robustness.attacks import Attack
 from robustness.data import load_dataset
 from robustness.files import sha256_of
 from robustness.gradients import attack_pass
@@ -212,7 +212,7 @@ def test_a_sidecar_that_is_killed_costs_users_nothing(
 def expected_round(config: Any, surrogate: Path, repository: Path) -> RoundResult:
     """The first round with the same bytes, through ONNX Runtime in this process."""
     data = load_dataset("digits")
-    attacks = tuple(transfer_attack(name) for name in config.probe.attacks)
+    attacks = tuple(Attack.parse_transfer(name) for name in config.probe.attacks)
     plan = Plan("digits", 10, config.threat.threat, attacks, images=64)
     source = attack_pass(load_surrogates([surrogate], data).model, to_float(torch.from_numpy(data.x_test[:8])))
     pool = Pool(data.x_test, data.y_test, 10)
