@@ -107,6 +107,7 @@ class Optimization(Section):
     """How the weights move. ema and awp are off at 0; ema_start, awp_start and lr_warmup are shares of the run.
 
     precision: of forward and backward passes in training; weights, perturbations and every measurement stay float32.
+    graphs: whether a GPU runs each pass as one CUDA graph.
     """
 
     epochs: int = Field(100, ge=1)
@@ -122,11 +123,14 @@ class Optimization(Section):
     awp: float = Field(0.0, ge=0)
     awp_start: Share = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    compile: Literal["auto", "never"] = "auto"
+    graphs: Literal["auto", "never"] = "auto"
 
 
 class Heldout(Section):
-    """What is measured after each epoch, on held-out training images: clean accuracy and PGD at beta."""
+    """What is measured after each `every`-th epoch and the last, on held-out training images: clean accuracy and PGD
+    at beta."""
+
+    every: int = Field(1, ge=1)
 
     images: int = Field(500, ge=1)
     attack_steps: int = Field(10, ge=1)

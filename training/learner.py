@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from training.averaging import MovingAverage
 from training.awp import perturbed, perturbed_parameters
 from training.config import TrainConfig
 from training.curriculum import attack_steps, draw, progress, strength
+from training.graphs import Pass, recorded
 from training.masking import DynamicFeatureMask, find_layer, running_statistics_kept
 from training.noise import Noise
 from training.objectives import OBJECTIVES, jensen_shannon, smoothed
@@ -32,7 +33,7 @@ class Learner:
     """All that a run moves: network, batch norms of further views, masks, optimizer, average.
 
     Each network has a twin in eval mode that shares its storage: attacks are crafted on the twin, so that nothing
-    switches mode, no weight gradient is computed there (a third of a backward pass), and a GPU compiles each once.
+    switches mode, no weight gradient is computed there (a third of a backward pass), and a GPU records each once.
     """
 
     def __init__(self, config: TrainConfig, model: Classifier, total_steps: int, ranks: Ranks) -> None:
@@ -44,7 +45,8 @@ class Learner:
                 f"optimization.batch_size: {config.optimization.batch_size} is no multiple of {ranks.world} processes"
             )
         model = model.to(self.device).to(memory_format=torch.channels_last)
-        if config.model.batch_norm == "synchronised" and ranks.world > 1:
+        synchronised = config.model.batch_norm == "synchronised" and ranks.world > 1
+        if synchronised:
             if self.device.type != "cuda":
                 raise BadInput("model.batch_norm: synchronised needs GPUs; use batch or frozen on CPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -59,12 +61,30 @@ class Learner:
         self.optimizer = build_optimizer(config, self.networks, self.mask)
         for network in self.networks:
             set_training(network, config)
-        compiled = self.device.type == "cuda" and config.optimization.compile == "auto"
-        wrap: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
-        self.crafting = [wrap(network) for network in self.twins]
-        self.trunks = [wrap(network.features if network.is_resnet else network) for network in self.networks]
+        whole = [network.features if network.is_resnet else network for network in self.networks]
+        self.crafting: list[Pass] = list(self.twins)
+        # By view: a network sees clean and adversarial images of each before the one backward pass of all.
+        views = [min(number, 1) for number in range(1 + config.objective.views)]
+        self.trunks: list[dict[str, Pass]] = [{"clean": whole[n], "adversarial": whole[n]} for n in views]
+        if self.device.type == "cuda" and config.optimization.graphs == "auto" and not synchronised:
+            self.record(whole, views)
         self.fallen_back = False  # the FGSM share has been given to N-FGSM
         self.p: Tensor | None = None
+
+    def record(self, whole: Sequence[Pass], views: Sequence[int]) -> None:
+        """Have a GPU run each pass as one graph. whole: of each network; views: the network of each."""
+        height, width, channels = self.model.spec.input_shape
+        size = self.config.optimization.batch_size // self.ranks.world
+        example = torch.rand(size, channels, height, width, device=self.device)
+        example = example.contiguous(memory_format=torch.channels_last)
+
+        def record(network: nn.Module, function: Pass, wanted: bool) -> Pass:
+            return recorded(network, function, example.clone().requires_grad_(wanted), self.autocast(cache=False))
+
+        self.crafting = [record(network, network, True) for network in self.twins]
+        self.trunks = [
+            {name: record(self.networks[n], whole[n], False) for name in ("clean", "adversarial")} for n in views
+        ]
 
     @property
     def result(self) -> Classifier:
@@ -92,7 +112,7 @@ class Learner:
             weights = perturbed_parameters(self.model)
             with running_statistics_kept(self.model):
                 worst = self.objective(views[:1], attacked[:1], target, noise)
-            gradients = [gradient.float() for gradient in torch.autograd.grad(worst, weights)]
+                gradients = [gradient.float() for gradient in torch.autograd.grad(worst, weights)]
             self.ranks.average(gradients)
             with perturbed(weights, gradients, chosen.awp):
                 loss = self.objective(views, attacked, target, noise)
@@ -152,10 +172,9 @@ class Learner:
         chosen = self.config.objective
         losses, seen = [], []
         for number, (x, x_adv) in enumerate(zip(views, attacked, strict=True)):
-            network = min(number, 1)
-            clean = self.forward(network, x, target, noise, masked=False)[0] if chosen.name != "ce" else None
+            clean = self.forward(number, x, target, noise, attacked=False)[0] if chosen.name != "ce" else None
             aim = torch.softmax(clean.detach(), dim=1) if clean is not None and chosen.name == "trades" else target
-            adversarial, extra = self.forward(network, x_adv, aim, noise, masked=self.config.masking.enabled)
+            adversarial, extra = self.forward(number, x_adv, aim, noise, attacked=True)
             seen.append(adversarial if clean is None else clean)
             # `ce` looks at adversarial images only.
             both = (adversarial if clean is None else clean, adversarial)
@@ -166,10 +185,15 @@ class Learner:
         return loss
 
     def forward(
-        self, network: int, x: Tensor, target: Tensor, noise: Noise, *, masked: bool
+        self, view: int, x: Tensor, target: Tensor, noise: Noise, *, attacked: bool
     ) -> tuple[Tensor, Tensor | float]:
-        """Logits of a forward pass in training mode, in float32, and what the masks add to each image's loss."""
-        model, trunk = self.networks[network], self.trunks[network]
+        """Logits of a forward pass in training mode, in float32, and what the masks add to each image's loss.
+
+        Adversarial images are seen under masks, clean ones without.
+        """
+        masked = attacked and self.config.masking.enabled
+        model = self.networks[min(view, 1)]
+        trunk = self.trunks[view]["adversarial" if attacked else "clean"]
         with self.autocast():
             if masked:
                 features = trunk if model.is_resnet else None
@@ -180,7 +204,7 @@ class Learner:
                 logits = trunk(x)
         if not masked:
             return logits.float(), 0.0
-        if network == 0:
+        if view == 0:
             self.p = p.detach()
         return logits.float(), self.mask.penalty(p) if self.config.masking.prior else 0.0
 
@@ -193,11 +217,10 @@ class Learner:
         self.fallen_back = True
         return True
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, *, cache: bool = True) -> torch.autocast:
         """bfloat16 where the config asks for it: convolutions and products, not reductions."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.optimization.precision == "bfloat16"
-        )
+        wanted = self.config.optimization.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted, cache_enabled=cache)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on."""

@@ -241,14 +241,14 @@ def hooked(module: nn.Module, replace: Callable[[Tensor], Tensor] | None = None)
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Inside: batch norm uses the batch's statistics, as in training, but a second look at it is not counted."""
+    """Inside, backward pass included: batch norm uses the batch's statistics, as in training; nothing of it is kept."""
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer in layers:
-        layer.momentum = 0.0
-        layer.num_batches_tracked = None
+    # Put back, not switched off by their momentum: a compiled network would be compiled once more for that.
+    buffers = [buffer for layer in layers for buffer in layer.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for layer, (momentum, batches) in zip(layers, kept, strict=True):
-            layer.momentum, layer.num_batches_tracked = momentum, batches
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)

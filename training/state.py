@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ STATE = Path("state") / "state.pt"
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the record. Accuracies are shares of held-out training images; eps is S(t) at the epoch's end;
-    p_* describe p in its last step, p_counts in ten equal bins from p_low to p_high."""
+    """One line of the record. Accuracies are shares of held-out training images, not a number where none were measured.
+
+    eps is S(t) at the epoch's end; p_* describe p in its last step, p_counts in ten equal bins from p_low to p_high.
+    """
 
     epoch: int
     step: int
@@ -44,9 +47,13 @@ class Epoch:
 
     def line(self, epochs: int) -> str:
         mask = f", alpha {self.alpha:.4f}, p {self.p_mean:.4f} +- {self.p_std:.1e}" if self.p_mean else ""
+        heldout = (
+            ""
+            if math.isnan(self.heldout_pgd)
+            else (f", held-out clean {100 * self.heldout_clean:.1f} %, PGD {100 * self.heldout_pgd:.1f} %")
+        )
         return (
-            f"epoch {self.epoch}/{epochs}: loss {self.train_loss:.3f}, held-out clean {100 * self.heldout_clean:.1f} %"
-            f", PGD {100 * self.heldout_pgd:.1f} %, eps {self.eps * 255:.1f}/255{mask},"
+            f"epoch {self.epoch}/{epochs}: loss {self.train_loss:.3f}{heldout}, eps {self.eps * 255:.1f}/255{mask},"
             f" {self.images_per_second:.0f} images/s"
         )
 

@@ -30,6 +30,7 @@ from training.masking import MaskStatistics
 from training.state import STATE, Epoch, read_state, write_history, write_run, write_state
 
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit
+SAVE_SHARE = 1 / 30  # of the time goes to saving at most: not every epoch of a GPU is saved
 CHECK_STEPS = {"cpu": 1, "cuda": 20}  # asking a GPU for the loss, or other GPUs for a vote, means waiting for it
 
 
@@ -110,6 +111,8 @@ def _train(
     if ranks.agree(done != ranks.told([done])[0]):
         raise BadInput(f"{out}: the processes found different states there; use a directory that all nodes share")
 
+    saved, cost = time.monotonic(), 0.0  # when, and what it cost
+
     def check(step: int) -> None:
         if not math.isfinite(total.item()):
             before = f" or up to {every - 1} steps before" if every > 1 else ", before the optimizer's step"
@@ -119,13 +122,16 @@ def _train(
             )
 
     def save() -> None:
+        nonlocal saved, cost
+        begun = time.monotonic()
         check(done)
         if ranks.first:
             progress = {"step": done, "seconds": seconds, "loss": total.item(), "data": data.sha256}
             rows = [asdict(epoch) for epoch in history]
             write_state(out, config, {"learner": learner.state_dict(), **progress, "history": rows}, compact)
+        saved = time.monotonic()
+        cost = saved - begun
 
-    saved = time.monotonic()
     for epoch in range(done // steps_an_epoch + 1, epochs + 1):
         first = (epoch - 1) * steps_an_epoch
         order = torch.randperm(len(images), generator=generator(config.seed, "order", epoch)).to(device)
@@ -151,21 +157,22 @@ def _train(
             seconds += time.perf_counter() - begun
             if due:
                 save()
-                saved = time.monotonic()
         ranks.average([total])
-        clean, robust = ranks.told(measure(learner, data, heldout, config) if ranks.first else (0.0, 0.0))
+        measured = epoch % config.heldout.every == 0 or epoch == epochs
+        nothing = (math.nan, math.nan)
+        clean, robust = ranks.told(measure(learner, data, heldout, config) if ranks.first and measured else nothing)
         speed = steps_an_epoch * size / max(seconds, 1e-9)
         history.append(summary(learner, epoch, done, total.item() / steps_an_epoch, clean, robust, speed))
         log(history[-1].line(epochs))
-        if learner.falls_back([row.heldout_pgd for row in history]):
+        if measured and learner.falls_back([row.heldout_pgd for row in history if not math.isnan(row.heldout_pgd)]):
             log(f"epoch {epoch}: PGD accuracy has collapsed (catastrophic overfitting); N-FGSM takes FGSM's share")
         seconds = 0.0
         total.zero_()
         if ranks.first:
             write_history(out, history)
             write_tensorboard(out, history[-1], learner.p)
-        save()
-        saved = time.monotonic()
+        if epoch == epochs or (time.monotonic() - saved) * SAVE_SHARE > cost:
+            save()
     if not ranks.first:
         return {}
     result = {"train_images": len(fit), "heldout_images": len(heldout), "epochs": len(history), **asdict(history[-1])}
@@ -266,7 +273,7 @@ def write_tensorboard(out: Path, epoch: Epoch, p: torch.Tensor | None) -> None:
         stale.unlink()
     writer = SummaryWriter(str(directory), filename_suffix=f".epoch{epoch.epoch:04d}")
     for name, value in asdict(epoch).items():
-        if name not in ("epoch", "step") and not isinstance(value, str):
+        if name not in ("epoch", "step") and not isinstance(value, str) and not math.isnan(value):
             writer.add_scalar(name, value, epoch.epoch)
     if p is not None:
         writer.add_histogram("p", p.float().cpu(), epoch.epoch)

@@ -331,6 +331,24 @@ def test_manifest_tells_how_the_model_was_made(uncut: Path) -> None:
     assert list((uncut / "tensorboard").glob("events.*.epoch0003"))
 
 
+def test_epochs_that_are_not_measured_train_alike(tmp_path: Path, uncut: Path) -> None:
+    """With `heldout.every = 2` the first of three epochs has no accuracies, the last has; the weights are the same."""
+    train(load_config("quickstart", [*TINY, "heldout.every=2"]), tmp_path / "run", log=quiet)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        measured = [row["heldout_pgd"] != "nan" for row in csv.DictReader(file)]
+    assert measured == [False, True, True]
+    assert sha256_of(tmp_path / "run" / CHECKPOINT) == sha256_of(uncut / CHECKPOINT)
+
+
+def test_saving_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs that are over before a save has paid are not saved; the first and the last are."""
+    saved: list[int] = []
+    monkeypatch.setattr(loop, "write_state", lambda out, config, state, compact: saved.append(state["step"]))
+    monkeypatch.setattr(loop, "SAVE_SHARE", 1e-12)
+    train(load_config("quickstart", TINY), tmp_path / "run", log=quiet)
+    assert saved == [3, 9]
+
+
 @pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("quickstart")])
 def test_presets_train(tmp_path: Path, name: str) -> None:
     """Each preset that needs no download takes its first steps."""

@@ -1,0 +1,46 @@
+"""On a GPU: passes that are recorded as CUDA graphs train as those that are launched one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from robustness.models import Classifier, ModelSpec
+from robustness.ranks import Ranks
+from training.config import TrainConfig
+from training.learner import Learner
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CONFIG = {
+    "model": {"width": 16, "activation": "silu"},
+    "masking": {"rule": "ranked", "rate": 0.1, "alpha": 0.5, "scaling": "inverted"},
+    "curriculum": {"beta": "8/255", "attacks": ["kl"], "steps": 2},
+    "objective": {"name": "trades", "views": 2, "view_augmentation": "crop-flip"},
+    "optimization": {"batch_size": 32, "optimizer": "sgd", "lr": 0.01, "awp": 0.005, "awp_start": 0.5, "ema": 0.9},
+}
+
+
+@pytest.mark.parametrize("objective", ["ce", "trades"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recorded_passes_train_as_launched_ones(objective: str, precision: str) -> None:
+    """Losses, weights and running statistics over updates without and with weight perturbation."""
+    images = torch.randint(256, (32, 32, 32, 3), dtype=torch.uint8, device="cuda")
+    labels = torch.randint(10, (32,), device="cuda")
+    learners, losses = {}, {}
+    for graphs in ("auto", "never"):
+        config = TrainConfig.model_validate(
+            CONFIG
+            | {"objective": CONFIG["objective"] | {"name": objective}}
+            | {"optimization": CONFIG["optimization"] | {"precision": precision, "graphs": graphs}}
+        )
+        torch.manual_seed(0)
+        model = Classifier(ModelSpec("resnet18", 16, 10, (32, 32, 3), (0.5,) * 3, (0.25,) * 3, "silu"))
+        learners[graphs] = Learner(config, model, 8, Ranks.alone("cuda"))
+        losses[graphs] = [learners[graphs].update(images, labels, step).item() for step in range(1, 9)]
+    near = 5e-3 if precision == "float32" else 5e-2  # convolutions are in TF32, their algorithms differ
+    assert losses["auto"] == pytest.approx(losses["never"], rel=near)
+    for (name, ours), theirs in zip(
+        learners["auto"].model.state_dict().items(), learners["never"].model.state_dict().values(), strict=True
+    ):
+        assert (ours.float() - theirs.float()).norm() <= 10 * near * theirs.float().norm() + 1e-4, name
