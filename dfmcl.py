@@ -232,13 +232,20 @@ def evaluate(
     attack: Annotated[
         list[str] | None, typer.Option(help="fgsm, pgd-20, pgd-50x5, margin-pgd-20, cw-l2, ...; repeatable.")
     ] = None,
+    suite: Annotated[
+        str, typer.Option(help="fast or standard instead of --attack: each attack on what those before it left.")
+    ] = "",
     surrogate: Annotated[Path | None, typer.Option(help="A run to craft transfer attacks on.")] = None,
     images: Annotated[int, typer.Option(min=0, help="How many test images; 0 means all.")] = 0,
     data_path: Annotated[str, typer.Option(help="Where the run's data set lies now.")] = "",
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda. Default: the GPU, where there is one.")] = "",
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Write the record here (JSON).")] = None,
 ) -> None:
     """Measure a run's accuracy under attack on test images."""
+    import torch
+
+    from robustness.attacks import Attack
     from robustness.data import load_dataset
     from robustness.errors import BadInput
     from robustness.files import dump_json, write_text
@@ -247,14 +254,19 @@ def evaluate(
 
     if out is not None and not out.parent.is_dir():
         raise BadInput(f"--out {out}: {out.parent} is no directory; make it first")
-    trained = load_run(run)
-    source = load_run(surrogate) if surrogate else None
+    if suite and attack:
+        raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")
+    attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_run(run, where)
+    source = load_run(surrogate, where) if surrogate else None
     threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
     entry = trained.data
     data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
     evaluations = measure(
-        trained, data, threats, attacks=attack or (), surrogate=source, images=images, seed=seed, track=track
-    )
+        trained, data, threats, attacks=attacks, cascade=bool(suite), surrogate=source, images=images, seed=seed,
+        track=track,
+    )  # fmt: skip
     say(f"{run} on {len(evaluations[0].correct)} test images of {data.name}; 95 % intervals")
     say(f"  {'clean':34} {evaluations[0].clean}")
     for evaluation in evaluations:
@@ -619,11 +631,12 @@ def card(
     run: Annotated[Path, typer.Argument(help="The run that the served version was exported from.")],
     repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
     name: Annotated[str, typer.Option(help="The model's name in Triton.")],
+    evaluation: Annotated[Path | None, typer.Option(help="A record of the run by `dfmcl evaluate --out`.")] = None,
 ) -> None:
     """Write the model card of what is served: README.md, all figures from run and evidence."""
     from serving.card import write_card
 
-    say(f"{write_card(run, repository, name)}: written")
+    say(f"{write_card(run, repository, name, evaluation)}: written")
 
 
 @command

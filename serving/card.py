@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ model-index:
     dataset: {{name: {data}, type: {data}, split: test}}
     metrics:
     - {{type: accuracy, name: {clean_name}, value: {clean_value}}}
-    - {{type: accuracy, name: {robust_name}, value: {robust_value}}}
+    - {{type: accuracy, name: {robust_name}, value: {robust_value}}}{more_metrics}
 ---
 
 # {title}
@@ -47,7 +47,7 @@ Robust accuracy is the share of images that are right and that none of {attacks}
 attacks had the model's gradients, the ONNX file decided. The gate {verdict} it on: {criteria}.
 `{version}/` holds the report, every one of these images with its adversarial version, and an in-toto attestation that
 signs for all of it; `dfmcl verify` tells whether keys that you trust made the signature.
-
+{measured}
 On {parity.images} images, half of them adversarial, logits of the ONNX file differ from the checkpoint's by at most
 {parity.checkpoint_max_abs_difference:.1e}, with {agreement:.1f} % equal labels, and by at most
 {parity.max_abs_difference:.1e} from those of the checkpoint with weights rounded to {weights}.
@@ -70,6 +70,12 @@ On held-out training images, with the attack named under `heldout`: {heldout}.
 # A gate that stops when its bounds decide stops at a lucky moment: an interval for a fixed number of images would be
 # too narrow there, and the share itself is a little too good.
 WHENEVER = "bounds that hold whenever it stops"
+MEASURED = """
+Its run, before weights were rounded, measured by `dfmcl evaluate` on floats (% [exact 95 % interval]):
+
+| test images | threat | clean | right under all of | |
+|---|---|---|---|---|
+"""
 SHIPPED_SURROGATES = """
 ## Surrogates
 
@@ -80,10 +86,11 @@ Trained apart from the model, for the transfer attacks of `dfmcl watch`; in `sur
 """
 
 
-def write_card(run: Path, repository: Path, name: str) -> Path:
+def write_card(run: Path, repository: Path, name: str, evaluation: Path | None = None) -> Path:
     """Write <repository>/<name>/README.md about the version that is served; returns its path.
 
-    BadInput (2): another run than the version was exported from. Refused, NotAttested, BadEvidence: a release that
+    evaluation: the run's record by `dfmcl evaluate --out`. BadInput (2): another run than the version was exported
+    from, or another's record. Refused, NotAttested, BadEvidence: a release that
     does not hold.
     """
     release = verify_release(repository, name)
@@ -93,9 +100,12 @@ def write_card(run: Path, repository: Path, name: str) -> Path:
     try:
         if training["files"]["checkpoint.safetensors"] != manifest.checkpoint_sha256:
             raise BadInput(f"{run}: {release.path} was exported from another run; name that one")
+        record = _read(evaluation) if evaluation else {"evaluations": []}
+        if evaluation and record["run"]["checkpoint_sha256"] != manifest.checkpoint_sha256:
+            raise BadInput(f"{evaluation}: is about another run than {run}")
         folders = sorted((repository / name / layout.SURROGATES).glob("*/manifest.json"))
         surrogates = {folder.parent.name: _read(folder) for folder in folders}
-        path.write_text(card(release, manifest, report, training, surrogates), encoding="utf-8")
+        path.write_text(card(release, manifest, report, training, surrogates, record["evaluations"]), encoding="utf-8")
     except KeyError as error:
         raise BadInput(f"{run} or {release.path}: a record lacks {error}; train, gate and promote again") from None
     except OSError as error:
@@ -104,14 +114,21 @@ def write_card(run: Path, repository: Path, name: str) -> Path:
 
 
 def card(
-    release: Promoted, manifest: Manifest, report: Record, training: Record, surrogates: Mapping[str, Record]
+    release: Promoted,
+    manifest: Manifest,
+    report: Record,
+    training: Record,
+    surrogates: Mapping[str, Record],
+    evaluations: Sequence[Record] = (),
 ) -> str:
-    """The card as Markdown with YAML metadata. training: the run's manifest; surrogates: theirs, by name."""
+    """The card as Markdown with YAML metadata.
+
+    training: the run's manifest; surrogates: theirs, by name; evaluations: what else was measured of the run.
+    """
     evaluation, parity, result = report["evaluation"], manifest.parity, training["result"]
     clean, robust = evaluation["clean"], evaluation["robust"]
     sequential = report["statistics"]["kind"] == "sequential"
-    threat = f"{evaluation['threat']['norm']} {evaluation['threat']['label']}"
-    attacks = ", ".join(attack["name"] for attack in evaluation["attacks"])
+    threat, attacks = _threat(evaluation), _attacks(evaluation)
     data, images = report["data"]["name"], evaluation["images"]
     text = CARD.format(
         model=json.dumps(release.model),  # in the metadata texts are JSON strings, which are YAML too
@@ -120,6 +137,8 @@ def card(
         clean_value=clean["value"],
         robust_name=json.dumps(f"robust accuracy, {threat}, worst case of {attacks}, n = {images}"),
         robust_value=robust["value"],
+        more_metrics="".join(_metrics(evaluations)),
+        measured=MEASURED + "".join(_measured(evaluations)) if evaluations else "",
         title=release.model,
         network=_network(training),
         size="x".join(str(size) for size in manifest.input_shape),
@@ -151,6 +170,29 @@ def card(
         for name, record in surrogates.items()
     ]
     return text + (SHIPPED_SURROGATES + "\n".join(rows) + "\n" if rows else "")
+
+
+def _metrics(evaluations: Sequence[Record]) -> Iterator[str]:
+    for entry in evaluations:
+        name = json.dumps(f"robust accuracy, {_threat(entry)}, worst case of {_attacks(entry)}, n = {entry['images']}")
+        yield f"\n    - {{type: accuracy, name: {name}, value: {entry['robust']['value']}}}"
+
+
+def _measured(evaluations: Sequence[Record]) -> Iterator[str]:
+    for entry in evaluations:
+        clean, robust = (
+            f"{100 * share['value']:.1f} [{100 * share['lower_95']:.1f}, {100 * share['upper_95']:.1f}]"
+            for share in (entry["clean"], entry["robust"])
+        )
+        yield f"| {entry['images']:,} | {_threat(entry)} | {clean} | {_attacks(entry)} | {robust} |\n"
+
+
+def _threat(evaluation: Record) -> str:
+    return f"{evaluation['threat']['norm']} {evaluation['threat']['label']}"
+
+
+def _attacks(evaluation: Record) -> str:
+    return ", ".join(attack["name"] for attack in evaluation["attacks"])
 
 
 def _network(training: Record) -> str:

@@ -16,7 +16,7 @@ import dfmcl
 from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[1]
-TRUST = ["--trust", str(ROOT / "deploy" / "resnet18w32-cifar10" / "trust.toml")]
+TRUST = ["--trust", str(ROOT / "deploy" / "resnet18-cifar10" / "trust.toml")]
 
 COMMAND = Path(sys.executable).with_name("dfmcl")
 SUBCOMMANDS = ("train", "presets", "evaluate", "export", "gate", "promote", "serve", "watch")
@@ -52,6 +52,12 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
         "missing data": (["train", "paper", "--set", "data.path=no.npz", "--out", out], 2, "no.npz: no such file"),
         "out below a file": (["train", "quickstart", "--out", f"{tmp_path}/plain/run"], 5, "cannot be written"),
         "no run": (["evaluate", f"{tmp_path}/nothing"], 2, "nothing: is no run"),
+        "suite and attacks": (
+            ["evaluate", f"{tmp_path}/nothing", "--suite", "fast", "--attack", "fgsm"],
+            2,
+            "brings its own attacks; leave --attack out",
+        ),
+        "no such suite": (["evaluate", f"{tmp_path}/nothing", "--suite", "quick"], 2, "choose fast or standard"),
         "no run to export": (["export", f"{tmp_path}/nothing", "--out", out], 2, "nothing: is no run"),
         "no candidate": (
             [

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from robustness.data import load_dataset
+from robustness.runs import load_run
+from robustness.suite import measure, parse_threat, record
 from serving.candidate import read_manifest
 from serving.card import card, write_card
 from serving.errors import BadInput
@@ -66,6 +69,25 @@ def test_a_gate_that_stopped_by_itself_gives_bounds_that_allow_it(repository: Pa
     text = card(verify_release(repository, NAME), manifest, report, training, {})
     assert "| bounds that hold whenever it stops |" in text
     assert "| 1.2 to 98.8 |" in text
+
+
+def test_what_was_measured_beside_the_gate_stands_in_it(
+    repository: Path, standard_run: Path, other_run: Path, tmp_path: Path
+) -> None:
+    """A record of the run adds a row and a metric; another run's is refused."""
+    copy, data = shutil.copytree(repository, tmp_path / "models"), load_dataset("digits")
+    for run in (standard_run, other_run):
+        evaluations = measure(load_run(run), data, [parse_threat("3/255")], attacks=["fgsm"], images=40)
+        (tmp_path / f"{run.name}.json").write_text(json.dumps(record(load_run(run), data, evaluations)))
+    text = write_card(standard_run, copy, NAME, tmp_path / f"{standard_run.name}.json").read_text()
+    name = "robust accuracy, linf 3/255, worst case of fgsm, n = 40"
+    (entry,) = read(tmp_path / f"{standard_run.name}.json")["evaluations"]
+    (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    assert [metric["value"] for metric in result["metrics"] if metric["name"] == name] == [entry["robust"]["value"]]
+    low, high = 100 * entry["robust"]["lower_95"], 100 * entry["robust"]["upper_95"]
+    assert f"| fgsm | {100 * entry['robust']['value']:.1f} [{low:.1f}, {high:.1f}] |" in text
+    with pytest.raises(BadInput, match="about another run"):
+        write_card(standard_run, copy, NAME, tmp_path / f"{other_run.name}.json")
 
 
 def test_card_does_not_keep_the_model_from_being_served(repository: Path) -> None:
