@@ -178,21 +178,24 @@ def _in_bfloat16(made: AttackPass, example: Tensor) -> AttackPass:
         if type(module) in (nn.Conv2d, nn.Linear) and module not in linear[-1:]:
             module.to(torch.bfloat16)
     if linear:
-        _replace(network, linear[-1], _Float32(linear[-1]))
+        _replace(network, linear[-1], _Float32.of(linear[-1]))
     return AttackPass(network, made.memory_format, "bfloat16", made.folded, exact=made)
 
 
-class _Float32(nn.Module):
-    """A layer that autocast leaves alone."""
+class _Float32(nn.Linear):
+    """A linear layer that autocast leaves alone; still one, as onnx2pytorch's networks ask what their layers are."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+    @staticmethod
+    def of(layer: nn.Module) -> _Float32:
+        if type(layer) is not nn.Linear:
+            raise TypeError(f"{type(layer).__name__} may compute something else")
+        made = _Float32(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = self.layer(x.float())
-        return y
+            return super().forward(x.float())
 
 
 def _observed(

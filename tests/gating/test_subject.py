@@ -32,6 +32,7 @@ from gating.subject import (
 )
 from robustness.contract import InputContract
 from robustness.errors import BadInput
+from robustness.gradients import attack_pass
 from robustness.graph import noise, read_graph
 from robustness.models import frozen
 from robustness.runs import load_run
@@ -439,6 +440,20 @@ def test_candidate_without_its_run_has_the_runs_gradients(shipped: Shipped, whic
     torch.testing.assert_close(alone.decide(x), known.decide(x), rtol=0, atol=0)
     # ReLUs have kinks; float16 weights are other weights. A wrong gradient is off by its own size.
     assert_same(gradient(alone.model, x), gradient(known.model, x), 5e-2 if which == "half" else 1e-2)
+
+
+@pytest.mark.parametrize("which", ["plain", "half"])
+def test_candidate_without_its_run_is_climbed_in_bfloat16(shipped: Shipped, which: str) -> None:
+    """Half the time of a gate, where the hardware has it; its logits keep float32's resolution."""
+    alone = candidate_subject(getattr(shipped, which))
+    assert alone.model is not None
+    x = noise(alone.contract, 4)
+    made = attack_pass(alone.model, x, precision="bfloat16")
+    assert made.precision == "bfloat16"
+    with torch.no_grad():
+        logits = made(x)
+    assert (logits != logits.bfloat16().float()).any()
+    torch.testing.assert_close(logits, alone.decide(x), rtol=0.05, atol=0.05)
 
 
 def test_candidate_says_what_it_is(shipped: Shipped) -> None:
