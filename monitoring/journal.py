@@ -31,7 +31,7 @@ POINTS = 720  # of the page's curve: half a day of a round a minute
 OUTAGES = ("unavailable", "server_error", "timeout")
 # Two versions exist side by side only while one replaces the other; the series of older ones vanish.
 VERSIONS = 2
-# A request of 16 small images takes milliseconds on a CPU; 10 s is twice the default deadline.
+# A request of 4 small images takes milliseconds on a CPU; 10 s is twice the default deadline.
 QUERY_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # Resting between requests dominates: seconds for a round of transfer, minutes for a search by queries.
 ROUND_SECONDS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)

@@ -15,7 +15,8 @@ from serving.errors import BadInput as Misfit
 from tests.monitoring.conftest import Still
 from tests.monitoring.greys import failed, manners, one_round, plan, served
 
-IMAGES = np.zeros((40, 4, 4, 3), np.uint8)
+IMAGES = np.zeros((10, 4, 4, 3), np.uint8)
+THRICE = np.zeros((3 * QUERY_IMAGES, 4, 4, 3), np.uint8)  # in three requests of one size
 
 
 class Slow:
@@ -30,16 +31,16 @@ class Slow:
 
 
 def test_requests_are_small_and_counted() -> None:
-    """Forty images go in requests of at most 16, each recorded with its time; none at all go in no request."""
+    """Ten images go in requests of at most 4, each recorded with its time; none at all go in no request."""
     clock = Still()
     endpoint = Endpoint(2, clock, manners())
-    assert endpoint.through(Slow(clock, iter([1.0, 2.0, 3.0])))(IMAGES).shape == (40, 2)
+    assert endpoint.through(Slow(clock, iter([1.0, 2.0, 3.0])))(IMAGES).shape == (10, 2)
     assert [(query.images, query.seconds, query.reason) for query in endpoint.queries] == [
-        (16, 1.0, ""),
-        (16, 2.0, ""),
-        (8, 3.0, ""),
+        (4, 1.0, ""),
+        (4, 2.0, ""),
+        (2, 3.0, ""),
     ]
-    assert QUERY_IMAGES == 16
+    assert QUERY_IMAGES == 4
     assert endpoint.through(served)(IMAGES[:0]).shape == (0, 2)
     assert len(endpoint.queries) == 3
 
@@ -68,10 +69,10 @@ def test_two_slow_answers_in_a_row_end_a_round() -> None:
     """Slow is so many times what is usual for requests of this size; one alone may be a hiccup."""
     latencies = Latencies(5.0)
     usual = [0.1] * KNOWN
-    assert not any(latencies.is_slow(16, seconds) for seconds in usual)
+    assert not any(latencies.is_slow(4, seconds) for seconds in usual)
     clock = Still()
     endpoint = Endpoint(2, clock, manners(latencies=latencies))
-    endpoint.through(Slow(clock, iter([0.6, 0.1, 0.6])))(np.zeros((48, 4, 4, 3), np.uint8))
+    endpoint.through(Slow(clock, iter([0.6, 0.1, 0.6])))(THRICE)
     with pytest.raises(Unavailable, match="2 answers in a row took far longer than usual") as caught:
         endpoint.through(Slow(clock, iter([0.6, 0.6])))(IMAGES)
     assert caught.value.reason == "slow"
@@ -80,12 +81,12 @@ def test_two_slow_answers_in_a_row_end_a_round() -> None:
 def test_after_giving_way_once_a_slower_model_is_measured() -> None:
     """A model that was replaced may be slower for good: its next round must be looked at, not given way to again."""
     latencies = Latencies(5.0)
-    assert not any(latencies.is_slow(16, seconds) for seconds in [0.1] * KNOWN)
+    assert not any(latencies.is_slow(4, seconds) for seconds in [0.1] * KNOWN)
     clock = Still()
     with pytest.raises(Unavailable):
         Endpoint(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6, 0.6])))(IMAGES)
     slower = Endpoint(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6] * 3)))
-    assert len(slower(np.zeros((48, 4, 4, 3), np.uint8))) == 48
+    assert len(slower(THRICE)) == len(THRICE)
 
 
 def test_slow_is_said_for_each_size_and_never_early() -> None:
@@ -94,18 +95,18 @@ def test_slow_is_said_for_each_size_and_never_early() -> None:
     assert not any(latencies.is_slow(1, seconds) for seconds in [0.001] * KNOWN)
     assert not latencies.is_slow(1, SLOW_FLOOR_SECONDS)
     assert latencies.is_slow(1, SLOW_FLOOR_SECONDS + 0.001)
-    assert not latencies.is_slow(16, 3.0)
+    assert not latencies.is_slow(4, 3.0)
 
 
 def test_a_server_that_stays_slower_is_usual_in_the_end() -> None:
     """After as many slow answers as are remembered at most, and no further growth."""
     latencies = Latencies(5.0)
     for _ in range(REMEMBERED):
-        latencies.is_slow(16, 0.1)
-    slow = [latencies.is_slow(16, 1.0) for _ in range(REMEMBERED)]
+        latencies.is_slow(4, 0.1)
+    slow = [latencies.is_slow(4, 1.0) for _ in range(REMEMBERED)]
     assert slow[0]
     assert not slow[-1]
-    assert len(latencies.seen[16]) == REMEMBERED
+    assert len(latencies.seen[4]) == REMEMBERED
 
 
 FAILURES: dict[str, tuple[ServingError, str]] = {
@@ -124,7 +125,7 @@ FAILURES: dict[str, tuple[ServingError, str]] = {
 
 
 @pytest.mark.parametrize(("error", "reason"), FAILURES.values(), ids=FAILURES)
-@pytest.mark.parametrize("spared", [0, 1, 2, 3])
+@pytest.mark.parametrize("spared", range(7))
 def test_every_failure_has_a_reason_and_nothing_is_retried(error: ServingError, reason: str, spared: int) -> None:
     """Whichever query fails, the round is a counted failure without figures, and no query follows."""
     calls = 0
@@ -177,7 +178,7 @@ def test_nonsense_is_not_believed(predict: Callable[[np.ndarray], Answer]) -> No
     assert failed(one_round(predict=predict)).reason == "bad_output"
 
 
-@pytest.mark.parametrize("changed", [1, 2, 3])
+@pytest.mark.parametrize("changed", range(1, 7))
 def test_a_round_with_two_versions_is_thrown_away(changed: int) -> None:
     """Where the version changes between queries no figure belongs to either; the queries themselves were answered."""
     versions = iter(["1"] * changed + ["2"])

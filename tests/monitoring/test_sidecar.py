@@ -72,7 +72,7 @@ def test_one_round_reports_and_leaves_nothing_behind(endpoint: Any, write_config
     assert lines[1].startswith(
         "round 1 by triton: model digits v1, 8 images, clean 100.0 %, transfer mi-fgsm-2 at 38/255 "
     )
-    assert endpoint.asked == [1, 8, 8, 8]
+    assert endpoint.asked == [1] + [4] * 6
     assert threading.active_count() <= threads + 4  # the endpoint's own workers
 
 
@@ -196,7 +196,7 @@ def test_what_does_not_fit_into_the_budget_is_left_out(endpoint: Any, write_conf
     used = sum(endpoint.asked)
     expected = f"round 2 by triton: skipped (budget): {used} of {COST} images are used, this round may need {COST}"
     assert lines[2:4] == [expected, expected]
-    assert endpoint.requests == 4
+    assert endpoint.requests == 7
 
 
 def test_a_new_window_pays_for_new_rounds(endpoint: Any, write_config: Make, until: Make, start_watch: Make) -> None:
@@ -241,10 +241,10 @@ def test_the_kill_switch_ends_a_round_that_is_under_way(
     until(lambda: watching.metric("probe_rounds_skipped_total triton paused") >= 2)
     first = watching.rounds()[0]
     assert isinstance(first, RoundSkipped)
-    assert [query.images for query in first.queries] == [1, 8]
+    assert [query.images for query in first.queries] == [1, 4]
     assert endpoint.requests == 2
-    assert watching.metric("probe_images_total triton") == 9
-    assert watching.metric("probe_query_budget_used") == 9
+    assert watching.metric("probe_images_total triton") == 5
+    assert watching.metric("probe_query_budget_used") == 5
 
 
 def test_a_full_queue_is_left_alone(endpoint: Any, write_config: Make) -> None:
@@ -501,7 +501,7 @@ def test_a_clock_that_falls_back_spoils_nothing(
     )
 
 
-@pytest.mark.parametrize("spared", [1, 2, 3])
+@pytest.mark.parametrize("spared", [1, 3, 6])
 def test_stopping_in_the_middle_publishes_nothing(endpoint: Any, write_config: Make, spared: int) -> None:
     """A round that is cut off sends nothing more, leaves no line and no record, and the watch ends with 0."""
     stop, answer = threading.Event(), endpoint.answer
