@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from types import TracebackType
@@ -15,6 +16,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from monitoring.endpoint import Stopped
 from monitoring.probes import Scene, craft
@@ -25,7 +27,7 @@ from robustness.seeds import derived_seed
 from robustness.threat import Threat
 
 AHEAD = 2  # rounds that lie ready; more would only be older when they are used
-CRAFT_IMAGES = 64  # one backward pass of a wide ResNet-18 on 64 small images stays below 1 GB
+CRAFT_IMAGES = 8  # a pass is what a server on the same cores waits for; fewer would cost more in all
 REMEMBERED_BYTES = 256 * 2**20
 POLL_SECONDS = 0.2
 
@@ -59,10 +61,56 @@ def draw(pool: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]
     return chosen
 
 
+class Pace:
+    """Spreads the passes of a scene over `seconds`; the first scene is made at once, and shows what one costs.
+
+    In a burst a core is gone for seconds, in which a server on the same cores takes twice as long: at saturation that
+    was 3 % of the time, and so users' 99th percentile. The same work in small parts delays each answer a little.
+    cpu: seconds that this thread has computed. The most expensive scene counts, as later ones know images already.
+    """
+
+    def __init__(self, seconds: float, stop: threading.Event, cpu: Callable[[], float] = time.thread_time) -> None:
+        self._seconds, self._stop, self._cpu = seconds, stop, cpu
+        self._cost = self._spent = 0.0  # of a scene; of this one, so far
+        self._last: float | None = None
+
+    def before(self, source: Model) -> Model:
+        """The same passes, each after a rest for the one before it."""
+
+        def rested(x: Tensor) -> Tensor:
+            spent = self._take()
+            if self._cost:
+                self._stop.wait(spent * max(0.0, self._seconds / self._cost - 1))
+            return source(x)
+
+        return rested
+
+    def finished(self) -> None:
+        """A scene is made."""
+        self._take()
+        self._cost, self._spent = max(self._cost, self._spent), 0.0
+
+    def _take(self) -> float:
+        """Computed since the last call."""
+        now = self._cpu()
+        spent, self._last = now - (now if self._last is None else self._last), now
+        self._spent += spent
+        return spent
+
+
 def scenes(
-    pool: Pool, source: Model, threat: Threat, attacks: tuple[Attack, ...], *, seed: int, count: int, first: int = 1
+    pool: Pool,
+    source: Model,
+    threat: Threat,
+    attacks: tuple[Attack, ...],
+    *,
+    seed: int,
+    count: int,
+    first: int = 1,
+    pace: Pace | None = None,
 ) -> Iterator[Scene]:
     """Scenes of rounds `first`, `first` + 1, ... with adversarial images by attack, crafted when they are asked for."""
+    source = pace.before(source) if pace else source
     remembers = pool.images.nbytes * len(attacks) <= REMEMBERED_BYTES
     known = {attack.name: np.zeros(len(pool.images), bool) for attack in attacks}
     crafted = {attack.name: np.zeros_like(pool.images) for attack in attacks} if remembers else {}
@@ -77,6 +125,8 @@ def scenes(
             crafted[attack.name][chosen[new]] = _crafted(source, scene.only(new), attack)
             known[attack.name][chosen] = True
             scene.adversarial[attack.name] = crafted[attack.name][chosen]
+        if pace:
+            pace.finished()
         yield scene
         number += 1
 

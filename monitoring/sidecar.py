@@ -23,7 +23,7 @@ from monitoring import mitigation, page, release
 from monitoring.bounds import MONTH_SECONDS, limit
 from monitoring.budget import BackOff, Budget
 from monitoring.config import Query, WatchConfig
-from monitoring.crafting import Crafter, Pool, require_fit, scenes
+from monitoring.crafting import Crafter, Pace, Pool, require_fit, scenes
 from monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from monitoring.journal import VERSIONS, Journal
 from monitoring.losses import bars, losses
@@ -49,6 +49,8 @@ from serving.errors import Rejected
 from serving.gateway_client import GatewayClient
 
 HEALTHY_INTERVALS = 3
+# Of an interval, in which the next round's images are made; more than a minute of spreading gains nothing.
+SPREAD, SPREAD_SECONDS = 0.7, 60.0
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -87,6 +89,8 @@ def watch(
         seed=config.probe.seed,
         count=config.probe.images,
         first=sidecar.begun + 1,
+        # Who looks by hand waits for it.
+        pace=Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), stop) if rounds is None else None,
     )
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
     # With a number of rounds, none is crafted that nobody will ask about.

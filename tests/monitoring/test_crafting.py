@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitoring import crafting
-from monitoring.crafting import AHEAD, Crafter, Pool, draw, require_fit, scenes
+from monitoring.crafting import AHEAD, Crafter, Pace, Pool, draw, require_fit, scenes
 from monitoring.endpoint import Stopped
 from monitoring.probes import Scene, craft
 from monitoring.sidecar import _unless_stopped
@@ -179,6 +180,32 @@ def test_the_crafter_computes_with_its_own_threads() -> None:
         with Crafter(itertools.islice(made(source), 1), threading.Event(), threads) as crafter:
             crafter.take()
     assert seen == [1, 2]
+
+
+def test_crafting_is_spread_over_time_from_the_second_scene_on() -> None:
+    """Rests are to passes as the time that is given to what the most expensive scene took, whatever each pass took."""
+    rests: list[float] = []
+    clock = iter([0.0, 1.0, 4.0, 4.0, 5.0, 8.0, 8.0, 8.5, 9.5])
+    stop = SimpleNamespace(wait=rests.append)
+    pace = Pace(20.0, cast(threading.Event, stop), cpu=lambda: next(clock))
+    source = pace.before(brightness)
+    for _ in range(3):  # two passes a scene: 4 s, 4 s and 1.5 s of work
+        for _ in range(2):
+            source(torch.zeros(1, 1, 2, 2))
+        pace.finished()
+    assert rests == [0, 1 * 4, 0, 0.5 * 4]
+
+
+def test_a_scene_that_costs_more_than_there_is_time_for_does_not_rest() -> None:
+    """It is late as it is."""
+    rests: list[float] = []
+    clock = iter([0.0, 5.0, 9.0])
+    pace = Pace(1.0, cast(threading.Event, SimpleNamespace(wait=rests.append)), cpu=lambda: next(clock))
+    source = pace.before(brightness)
+    source(torch.zeros(1, 1, 2, 2))
+    pace.finished()
+    source(torch.zeros(1, 1, 2, 2))
+    assert rests == [0.0]
 
 
 def test_an_error_in_the_thread_reaches_the_round() -> None:

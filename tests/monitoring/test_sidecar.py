@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from monitoring.bounds import MONTH_SECONDS, Bounds, after_all, limit
 from monitoring.budget import Budget
 from monitoring.config import WatchConfig
+from monitoring.crafting import Pace
 from monitoring.results import RoundFailure, RoundResult, RoundSkipped, round_from_json
 from monitoring.sidecar import Sidecar, prepare, watch
 from robustness.data import load_dataset
@@ -653,10 +654,32 @@ def test_a_disk_that_takes_nothing_does_not_end_the_watch(
     assert watching.metric("clean_accuracy_ratio") == 1
 
 
-def test_images_lie_ready_before_their_round(endpoint: Any, write_config: Make, start_watch: Make, until: Make) -> None:
+def test_images_lie_ready_before_their_round(
+    endpoint: Any, write_config: Make, start_watch: Make, until: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rounds ahead."""
+    monkeypatch.setattr("monitoring.sidecar.SPREAD_SECONDS", 1.0)  # each would take 21
     watching = start_watch(write_config(endpoint.port, probe={"interval_seconds": 30.0}))
     until(lambda: watching.metric("probe_prepared_rounds") == 2)
+
+
+@pytest.mark.parametrize(("interval", "seconds"), [(30.0, 21.0), (600.0, 60.0)])
+def test_crafting_takes_its_time_unless_somebody_waits(
+    endpoint: Any,
+    write_config: Make,
+    start_watch: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    interval: float,
+    seconds: float,
+) -> None:
+    """Most of an interval and a minute at most for a watch; who asks for one round gets it at once."""
+    paces: list[float] = []
+    monkeypatch.setattr("monitoring.sidecar.Pace", lambda given, stop: paces.append(given) or Pace(given, stop))
+    config = write_config(endpoint.port, probe={"interval_seconds": interval})
+    assert some_rounds(config)[0] == 0
+    assert paces == []
+    start_watch(config)
+    assert paces == [pytest.approx(seconds)]
 
 
 def test_sixty_rounds_leave_no_more_than_twenty(
