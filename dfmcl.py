@@ -18,8 +18,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 T = TypeVar("T")
+NICE = 10  # of the sidecar: beside a server of the same shell users come first; services and containers have weights
 # What a subcommand needs, if not `train`.
-NICE = 10  # of the sidecar: where it shares cores with the server, users come first
 SERVE = ("promote", "rollback", "status", "history", "prune", "retire", "verify", "card", "serve")
 EXTRAS = {**dict.fromkeys(SERVE, "serve"), "gateway": "gateway", "apikey": "gateway", "watch": "monitor"}
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
