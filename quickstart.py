@@ -38,7 +38,7 @@ from serving.promotion import Promoted, verify_release
 HOME = Path(".quickstart")
 DFMCL = Path(sys.executable).with_name("dfmcl")
 POLICY = Path("deploy/quickstart/gate.toml")
-TRUST = Path("deploy/resnet18w32-cifar10/trust.toml")  # of the shipped model
+TRUST = Path("deploy/resnet18-cifar10/trust.toml")  # of the shipped model
 KEY = "release"
 TRUST_FILE = """\
 # Written by quickstart.py: promotion lets in what this key signed, by this policy.

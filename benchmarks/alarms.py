@@ -42,7 +42,7 @@ from tests import observing
 from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[1]
-MODEL = "resnet18w32-cifar10"
+MODEL = "resnet18-cifar10"
 NOISE = 0.6  # of each convolution's weight: little more than half of the images are right
 HASTE = 60
 WATCH = """

@@ -30,7 +30,7 @@ from serving.history import History
 from serving.keys import Caller
 from tests.serving.queries import Disguise, Images, Stream, attack, blinded, noisy
 
-MODEL = Path("model_repository") / "resnet18w32-cifar10" / "1" / "model.onnx"
+MODEL = Path("model_repository") / "resnet18-cifar10" / "1" / "model.onnx"
 BUDGETS = (100, 500)
 SALT = bytes(range(32))
 Row = dict[str, Any]

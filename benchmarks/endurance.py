@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from benchmarks.result import write_result
 
 ROOT = Path(__file__).parents[1]
-MODEL = "resnet18w32-cifar10"
+MODEL = "resnet18-cifar10"
 REPOSITORY = ROOT / "model_repository"
 COMMAND = str(Path(sys.executable).with_name("dfmcl"))
 PATIENCE_SECONDS = 1800.0  # for a start, or for the next rows' rounds

@@ -34,7 +34,7 @@ from robustness.statistics import PairedCounts
 from robustness.suite import parse_threat
 from robustness.threat import Threat
 
-SHIPPED = Path("model_repository/resnet18w32-cifar10")
+SHIPPED = Path("model_repository/resnet18-cifar10")
 NETWORKS = (SHIPPED / "1", SHIPPED / "surrogates/surrogate-pgd", SHIPPED / "surrogates/surrogate-trades")
 BATCH = 100
 NORMS = {"linf": "Linf", "l2": "L2"}

@@ -17,7 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
-MODEL = "resnet18w32-cifar10"
+MODEL = "resnet18-cifar10"
 OVERLAYS = ("kubernetes/overlays/cpu", "kubernetes/overlays/gpu", "kserve")
 JOBS = ("gate/job.yaml", "training/pytorchjob.yaml")
 OURS = "dfmcl-"

@@ -103,7 +103,7 @@ def installed(wheel: Path, extra: str, where: Path) -> Path:
 def test_serving_needs_its_extra_alone(wheel: Path, index: None, tmp_path: Path) -> None:
     """The image's `serve` target, in effect: the shipped model is verified, anything else is not, without torch."""
     binaries = installed(wheel, "serve", tmp_path / "env")
-    model, trust = ROOT / "model_repository" / "resnet18w32-cifar10", ROOT / "deploy" / "resnet18w32-cifar10"
+    model, trust = ROOT / "model_repository" / "resnet18-cifar10", ROOT / "deploy" / "resnet18-cifar10"
     command = [binaries / "dfmcl", "verify", model, "--trust", trust / "trust.toml"]
     made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
@@ -116,7 +116,7 @@ def test_serving_needs_its_extra_alone(wheel: Path, index: None, tmp_path: Path)
 def test_the_gateway_needs_its_extra_alone(wheel: Path, index: None, tmp_path: Path) -> None:
     """The image's `gateway` target, in effect: it loads its program and its configuration."""
     binaries = installed(wheel, "gateway", tmp_path / "env")
-    config = ROOT / "deploy" / "resnet18w32-cifar10" / "gateway.toml"
+    config = ROOT / "deploy" / "resnet18-cifar10" / "gateway.toml"
     code = f"import serving.gateway, serving.gateway_config as c; c.load_config({str(config)!r})"
     for command in ([binaries / "python", "-c", code], [binaries / "dfmcl", "apikey", "someone"]):
         made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -21,17 +21,17 @@ MODELS = sorted(path.parent.name for path in REPOSITORY.glob("*/config.pbtxt"))
 
 def test_there_is_a_model() -> None:
     """The tests below are about something."""
-    assert MODELS == ["resnet18w32-cifar10"]
+    assert MODELS == ["resnet18-cifar10"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_release_holds_and_is_small(name: str) -> None:
-    """Signature, verdict, digests and card fit; the ONNX file is under 6 MB, surrogates under 5; no local path."""
+    """Signature, verdict, digests and card fit; the ONNX file is under 24 MB, surrogates under 6; no local path."""
     release = verify_release(REPOSITORY, name, load_trust(TRUST / name / "trust.toml"))
     assert release.sha256 in (REPOSITORY / name / "README.md").read_text()
-    assert (release.path / "model.onnx").stat().st_size < 6e6
+    assert (release.path / "model.onnx").stat().st_size < 24e6
     surrogates = sorted((REPOSITORY / name / "surrogates").iterdir())
-    assert sum(path.stat().st_size for folder in surrogates for path in folder.iterdir()) < 5e6
+    assert sum(path.stat().st_size for folder in surrogates for path in folder.iterdir()) < 6e6
     assert len([load_run(folder) for folder in surrogates]) >= 2
     texts = [path for path in (REPOSITORY / name).rglob("*") if path.suffix in (".json", ".md", ".pbtxt", ".txt")]
     assert not [path for path in texts if "/tmp/" in path.read_text() or "/home/" in path.read_text()]
@@ -52,7 +52,7 @@ def test_model_answers_as_the_gate_recorded(name: str) -> None:
     evaluation = report["evaluation"]
     assert figures["clean"] == evaluation["clean"]["k"]
     distance = np.abs(probes["images"].astype(int) - probes["adversarial"].astype(int)).max()
-    assert distance == 4  # of 255: the radius, as bytes
+    assert distance == 8  # of 255: the radius, as bytes
     robust = evaluation["robust"]
     assert figures["adversarial"] == robust["k"]
     assert (robust["lower_95"], robust["upper_95"]) == pytest.approx(clopper_pearson(robust["k"], robust["n"], 0.95))

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from robustness.records import Evaluation
+from robustness.statistics import clopper_pearson
 from training.plan import load_campaign, runs
 from training.record import read_record
 from training.table import table
 
 ROOT = Path(__file__).parents[1]
+MODEL = "resnet18-cifar10"
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
@@ -35,8 +38,8 @@ def test_sequential_figures_on_the_page_are_the_records() -> None:
 
 
 def test_figures_of_the_shipped_model_are_the_reports() -> None:
-    """The gate's cascade, attack by attack, and its bounds; and the earlier single look with its exact intervals."""
-    folder = ROOT / "model_repository" / "resnet18w32-cifar10" / "1"
+    """The gate's cascade, attack by attack, and its bounds."""
+    folder = ROOT / "model_repository" / MODEL / "1"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     bounds = {row["metric"]: f"{100 * row['lower']:.1f} to {100 * row['upper']:.1f}" for row in report["criteria"]}
     evaluation, attacks = report["evaluation"], report["evaluation"]["attacks"]
@@ -47,11 +50,26 @@ def test_figures_of_the_shipped_model_are_the_reports() -> None:
     assert f"Of the {evaluation['images']} images" in PAGE
     for row in report["criteria"]:
         assert f"after {row['decided_after']}" in " ".join(PAGE.split())
-    earlier = json.loads((ROOT / "benchmarks" / "results" / "resnet18w32_500_images.json").read_text(encoding="utf-8"))
-    evaluation = earlier["evaluation"]
-    for share in (evaluation["clean"], *(attack["accuracy"] for attack in evaluation["attacks"])):
-        value, low, high = (100 * share[key] for key in ("value", "lower_95", "upper_95"))
-        assert f"| {value:.1f} [{low:.1f}, {high:.1f}] |" in PAGE
+
+
+def test_figures_of_all_test_images_are_the_records() -> None:
+    """Clean and worst case with their exact intervals, on the page, in the README and in the model's card."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "resnet18_fast_10000.json").read_text(encoding="utf-8"))
+    (evaluation,) = (Evaluation.from_json(entry) for entry in record["evaluations"])
+    manifest = json.loads((ROOT / "model_repository" / MODEL / "1" / "manifest.json").read_text(encoding="utf-8"))
+    assert record["run"]["checkpoint_sha256"] == manifest["checkpoint_sha256"]
+    assert len(evaluation.correct) == 10_000
+    for name, share in (
+        ("clean", evaluation.clean),
+        ("APGD-CE (100 steps)", evaluation.attacks[0].accuracy),
+        ("and APGD-T (9 targets, 100 steps each)", evaluation.robust),
+    ):
+        low, high = (100 * bound for bound in clopper_pearson(share.k, share.n, 0.95))
+        assert f"| {name} | {100 * share.value:.1f} [{low:.1f}, {high:.1f}] |" in PAGE
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{100 * evaluation.clean.value:.1f} % of all 10,000 test images right" in readme
+    assert f"{100 * evaluation.robust.value:.1f} % [{low:.1f}, {high:.1f}] under APGD-CE and APGD-T" in readme
+    assert f"value: {evaluation.robust.value}" in (ROOT / "model_repository" / MODEL / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "heading"), [("table1_small", "### Claimed"), ("alpha_small", "### The sweep")])

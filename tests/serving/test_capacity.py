@@ -83,7 +83,7 @@ def test_the_plan_is_the_manifests() -> None:
     assert scaler["spec"]["minReplicas"] == MIN_REPLICAS
     from monitoring.config import load_config
 
-    probe = load_config(ROOT / "deploy" / "resnet18w32-cifar10" / "watch.toml").probe
+    probe = load_config(ROOT / "deploy" / "resnet18-cifar10" / "watch.toml").probe
     images = 1 + probe.replay + probe.images * (1 + len(probe.attacks))
     assert Load(1).probes == pytest.approx(images / probe.interval_seconds, rel=0.01)
 
