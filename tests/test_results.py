@@ -57,7 +57,7 @@ def test_figures_of_all_test_images_are_the_records() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "resnet18_fast_10000.json").read_text(encoding="utf-8"))
     (evaluation,) = (Evaluation.from_json(entry) for entry in record["evaluations"])
     manifest = json.loads((ROOT / "model_repository" / MODEL / "1" / "manifest.json").read_text(encoding="utf-8"))
-    assert record["run"]["checkpoint_sha256"] == manifest["checkpoint_sha256"]
+    assert record["run"]["checkpoint_sha256"] == manifest["run"]["checkpoint_sha256"]
     assert len(evaluation.correct) == 10_000
     for name, share in (
         ("clean", evaluation.clean),
