@@ -138,7 +138,7 @@ class DynamicFeatureMask(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits `(N, K)` under a fresh mask, and p `(N, C)`. The gradient that sets p is data: none flows through it.
 
-        target `(N, K)`: the distribution whose cross-entropy is the loss. features: a compiled `model.features`.
+        target `(N, K)`: the distribution whose cross-entropy is the loss. features: a recorded `model.features`.
         closed_form: None takes the fast path where the layer is followed by pooling and a linear layer only.
         """
         settings = self.settings
@@ -243,12 +243,12 @@ def hooked(module: nn.Module, replace: Callable[[Tensor], Tensor] | None = None)
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Inside, backward pass included: batch norm uses the batch's statistics, as in training; nothing of it is kept."""
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    # Put back, not switched off by their momentum: a compiled network would be compiled once more for that.
+    # Put back, not switched off by their momentum: a CUDA graph has recorded that. Through `data`, as batch norm itself
+    # writes them, unseen by autograd: another pass may still wait for its backward pass, which does not read them.
     buffers = [buffer for layer in layers for buffer in layer.buffers()]
     kept = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.copy_(value)
+        for buffer, value in zip(buffers, kept, strict=True):
+            buffer.data.copy_(value)
