@@ -107,7 +107,7 @@ class Optimization(Section):
     """How the weights move. ema and awp are off at 0; ema_start, awp_start and lr_warmup are shares of the run.
 
     precision: of forward and backward passes in training; weights, perturbations and every measurement stay float32.
-    graphs: whether a GPU runs each pass as one CUDA graph.
+    graphs: whether a GPU runs each pass as one CUDA graph (masks on an inner layer apart).
     """
 
     epochs: int = Field(100, ge=1)

@@ -1,6 +1,6 @@
 """CUDA graphs: the kernels of a network's pass, recorded once and launched together.
 
-A batch of 256 small images keeps a GPU busy for a third of the time that Python needs to launch a ResNet-18's kernels.
+A GPU is done with a batch of 256 small images long before Python has launched a ResNet-18's kernels for the next.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def recorded(network: nn.Module, function: Pass, example: Tensor, autocast: Abst
     try:
         with autocast, _fastest_convolutions():
             graphed = torch.cuda.make_graphed_callables(_Module(network, function), (example,), allow_unused_input=True)
+    except torch.cuda.OutOfMemoryError:
+        raise Broken("CUDA graph: the GPU's memory is full; train with a smaller --set optimization.batch_size") from None
     except RuntimeError as error:
         raise Broken(f"CUDA graph: {error}; train without, with --set optimization.graphs=never") from None
     with torch.no_grad():  # the passes that recorded it were none of training's

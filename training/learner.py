@@ -22,7 +22,7 @@ from training.awp import perturbed, perturbed_parameters
 from training.config import TrainConfig
 from training.curriculum import attack_steps, draw, progress, strength
 from training.graphs import Pass, recorded
-from training.masking import DynamicFeatureMask, find_layer, running_statistics_kept
+from training.masking import DynamicFeatureMask, find_layer, has_pooled_linear_tail, running_statistics_kept
 from training.noise import Noise
 from training.objectives import OBJECTIVES, jensen_shannon, smoothed
 
@@ -81,9 +81,15 @@ class Learner:
         def record(network: nn.Module, function: Pass, wanted: bool) -> Pass:
             return recorded(network, function, example.clone().requires_grad_(wanted), self.autocast(cache=False))
 
-        self.crafting = [record(network, network, True) for network in self.twins]
+        masks = self.config.masking
+        used = {  # what `forward` takes; a layer that is masked from outside needs hooks, which a graph passes over
+            "clean": self.config.objective.name != "ce",
+            "adversarial": not masks.enabled or has_pooled_linear_tail(self.model, masks.layer),
+        }
+        if self.config.curriculum.attacks:
+            self.crafting = [record(network, network, True) for network in self.twins]
         self.trunks = [
-            {name: record(self.networks[n], whole[n], False) for name in ("clean", "adversarial")} for n in views
+            {name: record(self.networks[n], whole[n], False) if used[name] else whole[n] for name in used} for n in views
         ]
 
     @property

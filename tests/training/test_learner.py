@@ -297,15 +297,14 @@ def test_compact_state_of_full_width_is_under_60_megabytes(digits: Dataset) -> N
     assert 40e6 < buffer.tell() < 60e6
 
 
-def test_any_architecture_can_be_trained(digits: Dataset) -> None:
-    """A torchvision classifier with a mask on a layer of its own, through the general path."""
-    options = [
-        *PLAIN[1:],
-        "model.arch=torchvision:mobilenet_v3_small",
-        "masking.layer=features.3",
-        "curriculum.steps=1",
-    ]
-    one = learner(digits, *options)
+@pytest.mark.parametrize("objective", ["ce", "trades", "mart"])
+@pytest.mark.parametrize(
+    ("arch", "layer"), [("torchvision:mobilenet_v3_small", "features.3"), ("resnet18", "layer2"), ("resnet18", "layer4")]
+)
+def test_any_architecture_can_be_trained(digits: Dataset, arch: str, layer: str, objective: str) -> None:
+    """With a mask on any layer, also while the pass over clean images still waits for its backward pass."""
+    options = [f"model.arch={arch}", f"masking.layer={layer}", "curriculum.steps=1", f"objective.name={objective}"]
+    one = learner(digits, *PLAIN[1:], *options)
     assert math.isfinite(one.update(*batch(digits), 1).item())
     assert one.p is not None
     assert isinstance(one.result, Classifier)
@@ -327,3 +326,30 @@ def test_full_width_trains_in_four_gibibytes() -> None:
     """One masked update of batch 128 at width 64 in float32, the most that a preset's `paper` step takes."""
     made = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, cwd=ROOT)
     assert 0.5 < int(made.stdout) / 2**20 < 4
+
+
+@pytest.mark.parametrize(("objective", "attacks"), [("ce", []), ("ce", ["fgsm"]), ("trades", ["kl"])])
+@pytest.mark.parametrize("layer", ["layer3", "layer4"])
+def test_only_passes_that_are_used_are_recorded(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch, objective: str, layer: str, attacks: list[str]
+) -> None:
+    """Each costs a GPU time and memory of its own."""
+    calls: list[int] = []
+
+    def recorded(network: nn.Module, function: Any, example: Tensor, autocast: Any) -> Any:
+        calls.append(0)
+        number = len(calls) - 1
+
+        def replayed(x: Tensor) -> Tensor:
+            calls[number] += 1
+            return function(x)
+
+        return replayed
+
+    monkeypatch.setattr("training.learner.recorded", recorded)
+    options = [f"objective.name={objective}", "objective.views=1", f"masking.layer={layer}", "curriculum.steps=2"]
+    one = learner(digits, *PLAIN[1:], *options, f"curriculum.attacks={attacks}")
+    one.record([network.features for network in one.networks], [0, 1])
+    one.update(*batch(digits), 1)
+    assert len(calls) == 2 * (bool(attacks) + (objective == "trades") + (layer == "layer4"))
+    assert all(calls)
