@@ -204,7 +204,7 @@ def campaign(
         out,
         overrides=overrides,
         limits=Limits.of(stop_on_signals(), budget_minutes),
-        device=device or None,
+        device=device,
         command=f"dfmcl campaign {plan} --out {out}",
         track=track,
         log=say,
@@ -243,13 +243,11 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the record here (JSON).")] = None,
 ) -> None:
     """Measure a run's accuracy under attack on test images."""
-    import torch
-
     from robustness.attacks import Attack
     from robustness.data import load_dataset
     from robustness.errors import BadInput
     from robustness.files import dump_json, write_text
-    from robustness.runs import load_run
+    from robustness.runs import load_run, parse_device
     from robustness.suite import measure, parse_threat, record
 
     if out is not None and not out.parent.is_dir():
@@ -257,7 +255,7 @@ def evaluate(
     if suite and attack:
         raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")
     attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = parse_device(device)
     trained = load_run(run, where)
     source = load_run(surrogate, where) if surrogate else None
     threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]

@@ -41,6 +41,19 @@ class Run:
         return str(self.manifest.get("origin", {}).get("checkpoint_sha256", self.checkpoint_sha256))
 
 
+def parse_device(text: str = "") -> torch.device:
+    """`cpu`, `cuda`, `cuda:1`; nothing is the GPU, where there is one. BadInput for what this machine lacks."""
+    try:
+        device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise BadInput(f"device: {text!r} is unknown; choose cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"device: {text!r} is not supported; choose cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"device: no {text} here: torch finds {torch.cuda.device_count()} GPUs; choose cpu")
+    return device
+
+
 def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
     """Read a run and prove that its weights are the ones its manifest names."""
     directory = Path(directory)

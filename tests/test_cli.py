@@ -57,6 +57,9 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
             2,
             "brings its own attacks; leave --attack out",
         ),
+        "no such device": (["evaluate", f"{tmp_path}/nothing", "--device", "gpu"], 2, "choose cpu, cuda or cuda:N"),
+        "no such GPU": (["evaluate", f"{tmp_path}/nothing", "--device", "cuda:99"], 2, "no cuda:99 here: torch finds"),
+        "a device of another kind": (["evaluate", f"{tmp_path}/nothing", "--device", "meta"], 2, "is not supported"),
         "no such suite": (["evaluate", f"{tmp_path}/nothing", "--suite", "quick"], 2, "choose fast or standard"),
         "no run to export": (["export", f"{tmp_path}/nothing", "--out", out], 2, "nothing: is no run"),
         "no candidate": (

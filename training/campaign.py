@@ -31,7 +31,7 @@ from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
 from robustness.records import Evaluation
-from robustness.runs import load_run
+from robustness.runs import load_run, parse_device
 from training.limits import Interrupted, Limits
 from training.measurement import Partial, chosen_images, measure
 from training.plan import Campaign, Run, runs, source_of
@@ -69,7 +69,7 @@ def run_campaign(
     *,
     overrides: Sequence[str] = (),
     limits: Limits | None = None,
-    device: str | None = None,
+    device: str = "",
     command: str = "",
     track: Track = silent,
     log: Callable[[str], None] = print,
@@ -81,7 +81,7 @@ def run_campaign(
     `out` holds a record that another config or other measurements made.
     """
     limits = limits or Limits()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(parse_device(device))
     all_runs = runs(campaign, source, overrides)
     records = read_records(campaign, all_runs, out)
     load = load_once(track)
