@@ -76,13 +76,14 @@ Its run, before weights were rounded, measured by `dfmcl evaluate` on floats (% 
 | test images | threat | clean | right under all of | |
 |---|---|---|---|---|
 """
+TRANSFER = "crafted on a surrogate: an upper bound of robust accuracy"
 SHIPPED_SURROGATES = """
 ## Surrogates
 
 Trained apart from the model, for the transfer attacks of `dfmcl watch`; in `surrogates/`, weights stored as float16.
 
-| name | network | on held-out training images |
-|---|---|---|
+| name | network | trained at | on held-out training images, there |
+|---|---|---|---|
 """
 
 
@@ -166,7 +167,8 @@ def card(
         settings="\n".join(_settings(training["config"])),
     )
     rows = [
-        f"| {name} | {_network(record)}, seed {record['seed']} | {_heldout(record['result'])} |"
+        f"| {name} | {_network(record)}, seed {record['seed']} | {_trained_at(record['config']['curriculum'])} |"
+        f" {_heldout(record['result'])} |"
         for name, record in surrogates.items()
     ]
     return text + (SHIPPED_SURROGATES + "\n".join(rows) + "\n" if rows else "")
@@ -174,7 +176,8 @@ def card(
 
 def _metrics(evaluations: Sequence[Record]) -> Iterator[str]:
     for entry in evaluations:
-        name = json.dumps(f"robust accuracy, {_threat(entry)}, worst case of {_attacks(entry)}, n = {entry['images']}")
+        what = f"{_measure(entry)}, {_threat(entry)}, worst case of {_attacks(entry)}, n = {entry['images']}"
+        name = json.dumps(what)
         yield f"\n    - {{type: accuracy, name: {name}, value: {entry['robust']['value']}}}"
 
 
@@ -184,7 +187,17 @@ def _measured(evaluations: Sequence[Record]) -> Iterator[str]:
             f"{100 * share['value']:.1f} [{100 * share['lower_95']:.1f}, {100 * share['upper_95']:.1f}]"
             for share in (entry["clean"], entry["robust"])
         )
-        yield f"| {entry['images']:,} | {_threat(entry)} | {clean} | {_attacks(entry)} | {robust} |\n"
+        notes = [TRANSFER] * _transferred(entry) + [entry["about"][key] for key in ("blocks",) if key in entry["about"]]
+        attacks = "; ".join([_attacks(entry), *notes])
+        yield f"| {entry['images']:,} | {_threat(entry)} | {clean} | {attacks} | {robust} |\n"
+
+
+def _measure(evaluation: Record) -> str:
+    return f"accuracy, {TRANSFER}" if _transferred(evaluation) else "robust accuracy"
+
+
+def _transferred(evaluation: Record) -> bool:
+    return bool(evaluation["about"].get("kind") == "transfer")
 
 
 def _threat(evaluation: Record) -> str:
@@ -197,6 +210,10 @@ def _attacks(evaluation: Record) -> str:
 
 def _network(training: Record) -> str:
     return f"{training['model']['arch']}, width {training['model']['width']}"
+
+
+def _trained_at(curriculum: Record) -> str:
+    return str(curriculum["beta"]) if curriculum["attacks"] else "clean images"
 
 
 def _heldout(result: Record) -> str:

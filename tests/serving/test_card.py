@@ -74,16 +74,23 @@ def test_a_gate_that_stopped_by_itself_gives_bounds_that_allow_it(repository: Pa
 def test_what_was_measured_beside_the_gate_stands_in_it(
     repository: Path, standard_run: Path, other_run: Path, tmp_path: Path
 ) -> None:
-    """A record of the run adds a row and a metric; another run's is refused."""
+    """A record of the run adds a row and a metric; another run's is refused. Transfer is named as what it is."""
     copy, data = shutil.copytree(repository, tmp_path / "models"), load_dataset("digits")
-    for run in (standard_run, other_run):
-        evaluations = measure(load_run(run), data, [parse_threat("3/255")], attacks=["fgsm"], images=40)
+    for run, other in ((standard_run, other_run), (other_run, None)):
+        evaluations = measure(
+            load_run(run), data, [parse_threat("3/255")], attacks=["fgsm"], images=40,
+            surrogate=load_run(other) if other else None,
+        )  # fmt: skip
         (tmp_path / f"{run.name}.json").write_text(json.dumps(record(load_run(run), data, evaluations)))
     text = write_card(standard_run, copy, NAME, tmp_path / f"{standard_run.name}.json").read_text()
     name = "robust accuracy, linf 3/255, worst case of fgsm, n = 40"
-    (entry,) = read(tmp_path / f"{standard_run.name}.json")["evaluations"]
+    entry, transfer = read(tmp_path / f"{standard_run.name}.json")["evaluations"]
     (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     assert [metric["value"] for metric in result["metrics"] if metric["name"] == name] == [entry["robust"]["value"]]
+    robust = [metric["name"] for metric in result["metrics"] if metric["name"].startswith("robust")]
+    assert transfer["about"]["kind"] == "transfer"
+    assert all("fgsm-10" not in named for named in robust)
+    assert "| mi-fgsm-10; crafted on a surrogate: an upper bound of robust accuracy |" in text
     low, high = 100 * entry["robust"]["lower_95"], 100 * entry["robust"]["upper_95"]
     assert f"| fgsm | {100 * entry['robust']['value']:.1f} [{low:.1f}, {high:.1f}] |" in text
     with pytest.raises(BadInput, match="about another run"):
