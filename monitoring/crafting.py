@@ -64,38 +64,42 @@ def draw(pool: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]
 class Pace:
     """Spreads the passes of a scene over `seconds`; the first scene is made at once, and shows what one costs.
 
-    In a burst a core is gone for seconds, in which a server on the same cores takes twice as long: at saturation that
-    was 3 % of the time, and so users' 99th percentile. The same work in small parts delays each answer a little.
-    cpu: seconds that this thread has computed. The most expensive scene counts, as later ones know images already.
+    In a burst a core is gone for seconds, in which a server on the same cores takes twice as long: users see that in
+    their 99th percentile. The same work in small parts delays each answer a little.
+    cpu: seconds that this thread has computed, which say how much of a scene is made; the most expensive scene counts,
+    as later ones know images already. clock: seconds; a scene that got little of a core does not rest, as it is late.
     """
 
-    def __init__(self, seconds: float, stop: threading.Event, cpu: Callable[[], float] = time.thread_time) -> None:
-        self._seconds, self._stop, self._cpu = seconds, stop, cpu
-        self._cost = self._spent = 0.0  # of a scene; of this one, so far
-        self._last: float | None = None
+    def __init__(
+        self,
+        seconds: float,
+        left: threading.Event,
+        *,
+        cpu: Callable[[], float] = time.thread_time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds, self._left, self._cpu, self._clock = seconds, left, cpu, clock
+        self._cost = 0.0
+        self._begun: tuple[float, float] | None = None  # this scene, by cpu and clock
 
     def before(self, source: Model) -> Model:
-        """The same passes, each after a rest for the one before it."""
+        """The same passes, each not before it is due."""
 
         def rested(x: Tensor) -> Tensor:
-            spent = self._take()
-            if self._cost:
-                self._stop.wait(spent * max(0.0, self._seconds / self._cost - 1))
+            if self._begun is None:
+                self._begun = self._cpu(), self._clock()
+            elif self._cost:
+                made = min(1.0, (self._cpu() - self._begun[0]) / self._cost)
+                self._left.wait(max(0.0, self._begun[1] + made * self._seconds - self._clock()))
             return source(x)
 
         return rested
 
     def finished(self) -> None:
         """A scene is made."""
-        self._take()
-        self._cost, self._spent = max(self._cost, self._spent), 0.0
-
-    def _take(self) -> float:
-        """Computed since the last call."""
-        now = self._cpu()
-        spent, self._last = now - (now if self._last is None else self._last), now
-        self._spent += spent
-        return spent
+        if self._begun is not None:
+            self._cost = max(self._cost, self._cpu() - self._begun[0])
+        self._begun = None
 
 
 def scenes(
@@ -136,19 +140,21 @@ def _crafted(source: Model, scene: Scene, attack: Attack) -> Bytes:
     for begin in range(0, len(scene.images), CRAFT_IMAGES):
         part = np.zeros(len(scene.images), bool)
         part[begin : begin + CRAFT_IMAGES] = True
-        parts.append(craft(source, scene.only(part), attack))
+        parts.append(craft(source, scene.only(part), attack, part=begin))
     return np.concatenate(parts)
 
 
 class Crafter:
     """Takes scenes from an iterator in a thread of its own, and keeps `AHEAD` of them ready. A context manager.
 
-    threads: that this one may compute with.
+    threads: that this one may compute with. left: is set when the context is left.
     """
 
-    def __init__(self, made: Iterator[Scene], stop: threading.Event, threads: int = 1) -> None:
+    def __init__(
+        self, made: Iterator[Scene], stop: threading.Event, threads: int = 1, left: threading.Event | None = None
+    ) -> None:
         self._threads = threads
-        self._made, self._stop, self._left, self._died = made, stop, threading.Event(), False
+        self._made, self._stop, self._left, self._died = made, stop, left or threading.Event(), False
         self._ready: Queue[Scene | Exception] = Queue(AHEAD)
         self._thread = threading.Thread(target=self._run, name="crafter", daemon=True)
 

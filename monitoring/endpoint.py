@@ -17,8 +17,7 @@ from serving.client import Answer
 from serving.errors import AnswerError, Rejected, ServingError, Unavailable
 from serving.errors import BadInput as Misfit
 
-# A query is one request. Users wait behind it: on two cores at saturation 16 images took 94 ms, as long as the median
-# user waits at all, which moved their 99th percentile.
+# A query is one request. Users wait behind it: one of 16 images moved their 99th percentile at saturation on two cores.
 QUERY_IMAGES = 4
 REMEMBERED, KNOWN = 64, 8  # latencies of one size: kept, and needed before one is called slow
 SLOW_FLOOR_SECONDS = 0.1  # a hiccup of a fast server is no reason to leave it alone

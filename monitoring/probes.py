@@ -101,13 +101,14 @@ def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
 PROBES: dict[str, Probe] = {"clean": clean, "transfer": transfer, "query": query}
 
 
-def craft(source: Model, scene: Scene, attack: Attack) -> Bytes:
+def craft(source: Model, scene: Scene, attack: Attack, *, part: int = 0) -> Bytes:
     """Adversarial bytes (N, H, W, C) inside the ball, by the gradients of `source` (logits of [0, 1] images).
 
-    What an attack leaves outside is sent as the image it was.
+    What an attack leaves outside is sent as the image it was. part: of a scene that is crafted in several, each with
+    chances of its own.
     """
     x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
-    stream = generator(scene.seed, attack.name, scene.number)
+    stream = generator(scene.seed, attack.name, scene.number, part)
     x_adv = attack(source, x, y, scene.threat, generator=stream).detach().clamp(0, 1)
     adversarial = to_uint8(x_adv, x, scene.threat)
     inside = contains_uint8(adversarial, (x * 255).round().to(torch.uint8), scene.threat).numpy()

@@ -81,6 +81,7 @@ def watch(
         config = config.model_copy(update={"mitigation": config_of.Mitigation()})
     work = prepare(config, stop, track)
     sidecar = Sidecar(config, work, clock, stop, log)
+    left = threading.Event()
     made = scenes(
         work.pool,
         work.source,
@@ -90,11 +91,11 @@ def watch(
         count=config.probe.images,
         first=sidecar.begun + 1,
         # Who looks by hand waits for it.
-        pace=Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), stop) if rounds is None else None,
+        pace=Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), left) if rounds is None else None,
     )
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
     # With a number of rounds, none is crafted that nobody will ask about.
-    with http as url, Crafter(islice(made, rounds), stop, config.probe.threads) as crafter:
+    with http as url, Crafter(islice(made, rounds), stop, config.probe.threads, left) as crafter:
         sidecar.crafter = crafter
         every = f"every {config.probe.interval_seconds:g} s; metrics at {url}/metrics"
         log(f"watching {sidecar.target} {every if url else f'{rounds} times, no HTTP'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -183,29 +184,65 @@ def test_the_crafter_computes_with_its_own_threads() -> None:
 
 
 def test_crafting_is_spread_over_time_from_the_second_scene_on() -> None:
-    """Rests are to passes as the time that is given to what the most expensive scene took, whatever each pass took."""
-    rests: list[float] = []
-    clock = iter([0.0, 1.0, 4.0, 4.0, 5.0, 8.0, 8.0, 8.5, 9.5])
-    stop = SimpleNamespace(wait=rests.append)
-    pace = Pace(20.0, cast(threading.Event, stop), cpu=lambda: next(clock))
-    source = pace.before(brightness)
-    for _ in range(3):  # two passes a scene: 4 s, 4 s and 1.5 s of work
-        for _ in range(2):
-            source(torch.zeros(1, 1, 2, 2))
+    """As much of the time that is given passes as is made of the most expensive scene so far."""
+    begins = scene_begins(seconds=20.0, costs=[[2.0, 2.0], [1.0, 3.0], [0.5, 0.5]], share_of_core=1.0)
+    assert begins == [[0, 2], [0, 5], [0, 2.5]]
+
+
+@pytest.mark.parametrize(("share_of_core", "begins"), [(0.5, [0, 5]), (0.1, [0, 10])])
+def test_a_scene_that_is_late_does_not_rest(share_of_core: float, begins: list[float]) -> None:
+    """What the thread waited for a core counts as rest: a quarter is due at 5 s, whether it took 2 s or 10 s."""
+    assert scene_begins(20.0, [[2.0, 2.0], [1.0, 3.0]], share_of_core)[1] == begins
+
+
+def scene_begins(seconds: float, costs: list[list[float]], share_of_core: float) -> list[list[float]]:
+    """When passes of such costs begin, by the clock, since their scene began."""
+    now = {"cpu": 0.0, "clock": 0.0}
+
+    def wait(rest: float) -> None:
+        now["clock"] += rest
+
+    left = cast(threading.Event, SimpleNamespace(wait=wait))
+    pace = Pace(seconds, left, cpu=lambda: now["cpu"], clock=lambda: now["clock"])
+    begins: list[list[float]] = []
+    for scene in costs:
+        started = now["clock"]
+        begins.append([])
+        for cost in scene:
+
+            def computes(x: torch.Tensor, cost: float = cost, started: float = started) -> torch.Tensor:
+                begins[-1].append(now["clock"] - started)
+                now["cpu"] += cost
+                now["clock"] += cost / share_of_core
+                return x
+
+            pace.before(computes)(torch.zeros(1))
         pace.finished()
-    assert rests == [0, 1 * 4, 0, 0.5 * 4]
+    return begins
 
 
-def test_a_scene_that_costs_more_than_there_is_time_for_does_not_rest() -> None:
-    """It is late as it is."""
-    rests: list[float] = []
-    clock = iter([0.0, 5.0, 9.0])
-    pace = Pace(1.0, cast(threading.Event, SimpleNamespace(wait=rests.append)), cpu=lambda: next(clock))
-    source = pace.before(brightness)
-    source(torch.zeros(1, 1, 2, 2))
-    pace.finished()
-    source(torch.zeros(1, 1, 2, 2))
-    assert rests == [0.0]
+def test_parts_of_a_scene_have_chances_of_their_own() -> None:
+    """What an attack draws for one part of the images, it does not draw again for the next."""
+
+    def noisy(model: Any, x: torch.Tensor, y: torch.Tensor, threat: Threat, generator: Any, trial: Any) -> torch.Tensor:
+        return x + threat.eps * (2 * torch.rand(x.shape, generator=generator) - 1)
+
+    grey = pool(np.full(16, 100, np.uint8), np.zeros(16, np.int64))
+    (scene,) = itertools.islice(scenes(grey, brightness, BALL, (Attack("noisy", noisy),), seed=0, count=16), 1)
+    first, second = np.split(scene.adversarial["noisy"], [crafting.CRAFT_IMAGES])
+    assert not np.array_equal(first, second)
+
+
+def test_leaving_ends_a_rest() -> None:
+    """Whoever leaves the crafter, for an error of its own say, waits for no rest of an hour."""
+    left = threading.Event()
+    paced = made(images=many(200), count=40, pace=Pace(3600.0, left))
+    begun = time.monotonic()
+    with Crafter(paced, threading.Event(), left=left) as crafter:
+        crafter.take()  # the first is made at once, the second takes its time
+        wait_for(lambda: crafter.behind)
+    assert time.monotonic() - begun < 20
+    assert not crafter._thread.is_alive()
 
 
 def test_an_error_in_the_thread_reaches_the_round() -> None:

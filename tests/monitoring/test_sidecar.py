@@ -674,7 +674,7 @@ def test_crafting_takes_its_time_unless_somebody_waits(
 ) -> None:
     """Most of an interval and a minute at most for a watch; who asks for one round gets it at once."""
     paces: list[float] = []
-    monkeypatch.setattr("monitoring.sidecar.Pace", lambda given, stop: paces.append(given) or Pace(given, stop))
+    monkeypatch.setattr("monitoring.sidecar.Pace", lambda given, left: paces.append(given) or Pace(given, left))
     config = write_config(endpoint.port, probe={"interval_seconds": interval})
     assert some_rounds(config)[0] == 0
     assert paces == []
