@@ -1,8 +1,8 @@
 """What the sidecar costs users: latency and throughput at saturation with and without it: `make bench-watch`.
 
 A full-width ResNet-18 (random weights: what it answers does not matter here) behind a real Triton, sixteen clients that
-each ask again as soon as they are answered, and a real `dfmcl watch` with its default budget, which the kill switch
-turns on and off, minute by minute. Everything shares the machine's cores: Triton, clients, and crafting.
+each ask again as soon as they are answered, and a real `dfmcl watch` with its default budget, which is halted in every
+other stretch, so that it costs nothing there. Everything shares the machine's cores: Triton, clients, crafting.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from robustness.models import ModelSpec
 from serving.triton import HOST, claim_ports
 from tests.processes import wait_until
 
-POOL = 4_000  # so that most images of every round are new to the crafter
+POOL = 10_000  # as many as CIFAR-10 has; most images of every round are new to the crafter
 SURROGATE_WIDTHS = (16, 24)
 WATCH = """
 [target]
@@ -68,13 +69,13 @@ def main() -> None:
         port = claim_ports(watch=0)["watch"]
         config = WATCH.format(model=NAME, grpc=server.ports["grpc"], port=port)
         (folder / "watch.toml").write_text(config, encoding="utf-8")
-        (folder / "pause").touch()
         log = stack.enter_context((folder / "watch.log").open("wb"))
         command = [str(Path(sys.executable).with_name("dfmcl")), "watch", "--config", "watch.toml"]
         # A session of its own, as a service manager gives it: Linux shares cores among sessions first (autogroups, see
         # sched(7)), so that its niceness counts for nothing. In ours it would make way for the clients, not for Triton.
         sidecar = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         stack.callback(sidecar.terminate)
+        stack.callback(sidecar.send_signal, signal.SIGCONT)  # before: who is halted does not see that it shall end
         wait_until(lambda: b"watching" in (folder / "watch.log").read_bytes(), sidecar)
         asked = f"{HOST}:{server.ports['grpc']}"
         pictures = np.random.default_rng(1).integers(0, 256, (CLIENTS, 32, 32, 3), dtype=np.uint8)
@@ -83,7 +84,7 @@ def main() -> None:
         cpu: dict[str, list[float]] = {"without": [], "with": []}
         for number in track(range(2 * arguments.pairs), "stretches, without and with probes"):
             case = ("without", "with")[(number + number // 2) % 2]  # 0 1 1 0: a drift of the machine cancels
-            (folder / "pause").touch() if case == "without" else (folder / "pause").unlink(missing_ok=True)
+            halt(sidecar, folder / "pause") if case == "without" else resume(sidecar, folder / "pause")
             before, begun = cpu_seconds(sidecar.pid), time.perf_counter()
             found[case].append(asyncio.run(concurrent_triton(asked, pictures, arguments.seconds)))
             cpu[case].append((cpu_seconds(sidecar.pid) - before) / (time.perf_counter() - begun))
@@ -110,6 +111,18 @@ def main() -> None:
         " over all requests of all stretches; memory: the most that was resident",
     }
     write_result("watch", "What the sidecar costs users", rows, ratios, conditions)
+
+
+def halt(sidecar: subprocess.Popen[bytes], pause: Path) -> None:
+    """No more rounds, then nothing at all: crafting would go on without."""
+    pause.touch()
+    time.sleep(5)  # a round that has begun ends
+    sidecar.send_signal(signal.SIGSTOP)
+
+
+def resume(sidecar: subprocess.Popen[bytes], pause: Path) -> None:
+    sidecar.send_signal(signal.SIGCONT)
+    pause.unlink(missing_ok=True)
 
 
 def write_sidecar(folder: Path, labelled: Callable[[Bytes], Labels]) -> None:
