@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", type=Path, default=NETWORKS, help="runs or candidates")
     parser.add_argument("--probes", type=Path, default=SHIPPED / "1/probes.npz", help="where images and labels lie")
-    parser.add_argument("--threat", nargs="+", default=["linf:4/255", "l2:0.5"], help="such as linf:8/255")
+    parser.add_argument("--threat", nargs="+", default=["linf:8/255", "l2:0.5"], help="such as linf:4/255")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB; 100 is AutoAttack's")
     parser.add_argument("--queries", type=int, default=5000, help="of Square; 5,000 is AutoAttack's")
