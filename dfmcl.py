@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 T = TypeVar("T")
+NICE = 10  # of the sidecar: beside a server of the same shell users come first; services and containers have weights
 # What a subcommand needs, if not `train`.
 SERVE = ("promote", "rollback", "status", "history", "prune", "retire", "verify", "card", "serve")
 EXTRAS = {**dict.fromkeys(SERVE, "serve"), "gateway": "gateway", "apikey": "gateway", "watch": "monitor"}
@@ -706,10 +707,9 @@ def watch(
 ) -> int:
     """Attack the live endpoint round after round and export what is found to Prometheus."""
     from monitoring.config import load_config
-    from monitoring.courtesy import give_way
     from monitoring.sidecar import watch as run_watch
 
-    give_way()
+    os.nice(NICE)
     return run_watch(load_config(config), rounds=rounds, stop=stop_on_signals(), log=say, track=track)
 
 

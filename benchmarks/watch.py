@@ -72,7 +72,7 @@ def main() -> None:
         log = stack.enter_context((folder / "watch.log").open("wb"))
         command = [str(Path(sys.executable).with_name("dfmcl")), "watch", "--config", "watch.toml"]
         # A session of its own, as a service manager gives it: Linux shares cores among sessions first (autogroups, see
-        # sched(7)). In ours it would make way for the clients, not for Triton.
+        # sched(7)), so that its niceness counts for nothing. In ours it would make way for the clients, not for Triton.
         sidecar = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         stack.callback(sidecar.terminate)
         stack.callback(sidecar.send_signal, signal.SIGCONT)  # before: who is halted does not see that it shall end
