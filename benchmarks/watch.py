@@ -2,7 +2,7 @@
 
 A full-width ResNet-18 (random weights: what it answers does not matter here) behind a real Triton, sixteen clients that
 each ask again as soon as they are answered, and a real `dfmcl watch` with its default budget, which is halted in every
-other stretch, so that it costs nothing there. Everything shares the machine's cores: Triton, clients, crafting.
+other stretch, so that it costs nothing there. Twice: the sidecar on a core of its own, and all on the same cores.
 """
 
 from __future__ import annotations
@@ -60,8 +60,43 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4, help="of a stretch with and one without probes")
     parser.add_argument("--seconds", type=float, default=60, help="of a stretch; a round is due every minute")
     arguments = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("two cores are needed: one for the sidecar")
+    layouts = {"a core of its own": (cores[:-1], cores[-1:]), "the same cores": (cores, cores)}
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    counted: list[str] = []
+    for name, (server, sidecar) in layouts.items():
+        without, with_probes, rounds, memory = measured(server, sidecar, arguments.pairs, arguments.seconds)
+        rows += [{"sidecar on": name, **row} for row in (without, with_probes)]
+        suffix = "" if name == "a core of its own" else "_sharing_cores"
+        for figure, key in (("p99", "p99_ms"), ("p50", "p50_ms"), ("throughput", "images_per_s")):
+            ratios[f"user_{figure}_with_probes_vs_without{suffix}"] = with_probes[key] / without[key]
+        ratios[f"sidecar_share_of_a_core{suffix}"] = with_probes["sidecar_cores"]
+        ratios["sidecar_memory_mib"] = max(memory, ratios.get("sidecar_memory_mib", 0.0))
+        counted.append(f"{rounds} rounds on {name}")
+    probe, budget = Probe(), Budget()
+    conditions = {
+        "n": f"{arguments.pairs} stretches of {arguments.seconds:g} s each way, in them {' and '.join(counted)}",
+        "seed": 0,
+        "note": f"defaults: {probe.images} fresh, {probe.replay} replayed images a round, {' and '.join(probe.attacks)}"
+        f" on two surrogates of width 16 and 24, a round every {probe.interval_seconds:g} s, duty {budget.duty:g};"
+        f" {CLIENTS} clients with one image a request; Triton {triton_version()} and a ResNet-18 of width 64, with the"
+        f" clients on all {len(cores)} cores or all but the sidecar's; percentiles over all requests of all stretches;"
+        " memory: the most that was resident",
+    }
+    write_result("watch", "What the sidecar costs users", rows, ratios, conditions)
+
+
+def measured(
+    server_cores: list[int], sidecar_cores: list[int], pairs: int, seconds: float
+) -> tuple[dict[str, Any], dict[str, Any], int, float]:
+    """Rows without and with probes, rounds that were measured, and the sidecar's memory in MiB."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
+        stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+        os.sched_setaffinity(0, server_cores)  # whatever is started from here inherits it: Triton, clients
         candidate(folder, 64)
         server = stack.enter_context(served(folder))
         with server.client(NAME) as client:
@@ -73,7 +108,10 @@ def main() -> None:
         command = [str(Path(sys.executable).with_name("dfmcl")), "watch", "--config", "watch.toml"]
         # A session of its own, as a service manager gives it: Linux shares cores among sessions first (autogroups, see
         # sched(7)), so that its niceness counts for nothing. In ours it would make way for the clients, not for Triton.
-        sidecar = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        sidecar = subprocess.Popen(
+            ["taskset", "--cpu-list", ",".join(map(str, sidecar_cores)), *command],
+            cwd=folder, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
         stack.callback(sidecar.terminate)
         stack.callback(sidecar.send_signal, signal.SIGCONT)  # before: who is halted does not see that it shall end
         wait_until(lambda: b"watching" in (folder / "watch.log").read_bytes(), sidecar)
@@ -82,35 +120,18 @@ def main() -> None:
         asyncio.run(concurrent_triton(asked, pictures, 10))
         found: dict[str, list[tuple[int, Seconds, float]]] = {"without": [], "with": []}
         cpu: dict[str, list[float]] = {"without": [], "with": []}
-        for number in track(range(2 * arguments.pairs), "stretches, without and with probes"):
+        for number in track(range(2 * pairs), "stretches, without and with probes"):
             case = ("without", "with")[(number + number // 2) % 2]  # 0 1 1 0: a drift of the machine cancels
             halt(sidecar, folder / "pause") if case == "without" else resume(sidecar, folder / "pause")
             before, begun = cpu_seconds(sidecar.pid), time.perf_counter()
-            found[case].append(asyncio.run(concurrent_triton(asked, pictures, arguments.seconds)))
+            found[case].append(asyncio.run(concurrent_triton(asked, pictures, seconds)))
             cpu[case].append((cpu_seconds(sidecar.pid) - before) / (time.perf_counter() - begun))
         memory = memory_mib(sidecar.pid)
         said = (folder / "watch.log").read_text()
         if not (rounds := said.count("by triton: model")):
             raise SystemExit(f"no round was measured, so there is nothing to compare; the sidecar said:\n{said}")
-    rows = [described(case, found[case], cpu[case]) for case in found]
-    without, with_probes = rows
-    ratios = {
-        "user_p99_with_probes_vs_without": with_probes["p99_ms"] / without["p99_ms"],
-        "user_p50_with_probes_vs_without": with_probes["p50_ms"] / without["p50_ms"],
-        "user_throughput_with_probes_vs_without": with_probes["images_per_s"] / without["images_per_s"],
-        "sidecar_memory_mib": memory,
-        "sidecar_share_of_a_core": with_probes["sidecar_cores"],
-    }
-    probe, budget = Probe(), Budget()
-    conditions = {
-        "n": f"{arguments.pairs} stretches of {arguments.seconds:g} s each way, {rounds} rounds in them",
-        "seed": 0,
-        "note": f"defaults: {probe.images} fresh, {probe.replay} replayed images a round, {' and '.join(probe.attacks)}"
-        f" on two surrogates of width 16 and 24, a round every {probe.interval_seconds:g} s, duty {budget.duty:g};"
-        f" {CLIENTS} clients with one image a request; Triton {triton_version()}, ResNet-18 of width 64; percentiles"
-        " over all requests of all stretches; memory: the most that was resident",
-    }
-    write_result("watch", "What the sidecar costs users", rows, ratios, conditions)
+    without, with_probes = (described(case, found[case], cpu[case]) for case in found)
+    return without, with_probes, rounds, memory
 
 
 def halt(sidecar: subprocess.Popen[bytes], pause: Path) -> None:

@@ -23,7 +23,7 @@ FORMAT = "dfmcl.evaluations/1"
 WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}
 BLACK_BOX = ("mi-fgsm-10",)
 CPU_BATCH = 128
-GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a full-width ResNet-18 takes a few GB for them
+GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a ResNet-18 takes a few GB for them
 
 
 def parse_threat(text: str) -> Threat:

@@ -72,6 +72,43 @@ def test_figures_of_all_test_images_are_the_records() -> None:
     assert f"value: {evaluation.robust.value}" in (ROOT / "model_repository" / MODEL / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("page", "record", "said"),
+    [
+        ("results", "attacks", "**{pgd20_images_per_s_vs_fastest_peer:.2f} times the fastest"),
+        ("results", "attacks", "{pgd20_images_per_s_vs_fastest_peer_with_frozen_weights:.2f} times where peers"),
+        ("results", "attacks", "In float32 {pgd20_float32_images_per_s_vs_fastest_peer:.2f} times"),
+        ("results", "attacks", "the ratio is {pgd20_only_right_images_per_s_vs_fastest_peer:.1f}, at"),
+        ("results", "attacks", "**{square_queries_vs_art:.2f} of ART's**"),
+        ("results", "attacks_eps4", "it was {pgd20_images_per_s_vs_fastest_peer:.1f} times (`attacks_eps4.json`)"),
+        ("results", "checks", "fewer than {honest_runs_that_raise_upper_95:.1%} of such runs would"),
+        ("results", "strength", "with {forward_passes_vs_autoattack:.2f} times as many forward passes"),
+        ("results", "strength", "in {seconds_vs_autoattack:.2f} times the time"),
+        ("sre", "watch", "rose by {user_p99_with_probes_vs_without:+.0%}"),
+        ("sre", "watch", "at most {sidecar_memory_mib:.0f} MiB"),
+        ("sre", "alarms", "RobustnessIntegrityMismatch | {rounds_to_integrity_alert:.0f} rounds"),
+        ("sre", "alarms", "with nothing replayed {rounds_to_proven_loss_without_replay:.0f} |"),
+        ("sre", "endurance", "after a thousand rounds {rss_at_1000_vs_100:.2f} times the memory"),
+    ],
+)
+def test_what_benchmarks_found_stands_on_the_pages(page: str, record: str, said: str) -> None:
+    """The figures that text names, as they are in the records."""
+    ratios = json.loads((ROOT / "benchmarks" / "results" / f"{record}.json").read_text(encoding="utf-8"))["ratios"]
+    text = " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
+    assert said.format_map(ratios).replace("%", " %").replace("+", "") in text
+
+
+def test_what_transfers_is_what_the_gate_recorded() -> None:
+    """Both attacks from all surrogates together, with their intervals."""
+    report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
+    together = report["transfer"][-1]
+    assert "+" in together["about"]["surrogate"]
+    text = " ".join(PAGE.split())
+    for share in (attack["accuracy"] for attack in together["attacks"]):
+        low, high = (100 * bound for bound in clopper_pearson(share["k"], share["n"], 0.95))
+        assert f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]" in text
+
+
 @pytest.mark.parametrize(("name", "heading"), [("table1_small", "### Claimed"), ("alpha_small", "### The sweep")])
 def test_campaign_tables_are_made_from_their_records(name: str, heading: str) -> None:
     """The whole table is what the records give now; of every section on the page, each row stands in it."""

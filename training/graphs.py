@@ -41,7 +41,8 @@ def recorded(network: nn.Module, function: Pass, example: Tensor, autocast: Abst
         with autocast, _fastest_convolutions():
             graphed = torch.cuda.make_graphed_callables(_Module(network, function), (example,), allow_unused_input=True)
     except torch.cuda.OutOfMemoryError:
-        raise Broken("CUDA graph: the GPU's memory is full; train with a smaller --set optimization.batch_size") from None
+        advice = "train with a smaller --set optimization.batch_size"
+        raise Broken(f"CUDA graph: the GPU's memory is full; {advice}") from None
     except RuntimeError as error:
         raise Broken(f"CUDA graph: {error}; train without, with --set optimization.graphs=never") from None
     with torch.no_grad():  # the passes that recorded it were none of training's

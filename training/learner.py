@@ -89,7 +89,8 @@ class Learner:
         if self.config.curriculum.attacks:
             self.crafting = [record(network, network, True) for network in self.twins]
         self.trunks = [
-            {name: record(self.networks[n], whole[n], False) if used[name] else whole[n] for name in used} for n in views
+            {name: record(self.networks[n], whole[n], False) if wanted else whole[n] for name, wanted in used.items()}
+            for n in views
         ]
 
     @property

@@ -299,7 +299,8 @@ def test_compact_state_of_full_width_is_under_60_megabytes(digits: Dataset) -> N
 
 @pytest.mark.parametrize("objective", ["ce", "trades", "mart"])
 @pytest.mark.parametrize(
-    ("arch", "layer"), [("torchvision:mobilenet_v3_small", "features.3"), ("resnet18", "layer2"), ("resnet18", "layer4")]
+    ("arch", "layer"),
+    [("torchvision:mobilenet_v3_small", "features.3"), ("resnet18", "layer2"), ("resnet18", "layer4")],
 )
 def test_any_architecture_can_be_trained(digits: Dataset, arch: str, layer: str, objective: str) -> None:
     """With a mask on any layer, also while the pass over clean images still waits for its backward pass."""
