@@ -26,7 +26,7 @@ def write_result(
         "versions": found["versions"],
         "revision": found["code"]["revision"],
         "threads": found["hardware"]["threads"],
-        "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": now(),
         **conditions,
     }

@@ -59,18 +59,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=4, help="of a stretch with and one without probes")
     parser.add_argument("--seconds", type=float, default=60, help="of a stretch; a round is due every minute")
+    parser.add_argument("--known", action="store_true", help="a pool so small that all of it has been crafted once")
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("two cores are needed: one for the sidecar")
-    layouts = {"a core of its own": (cores[:-1], cores[-1:]), "the same cores": (cores, cores)}
+    layouts = {"the same cores": (cores, cores)}
+    if not arguments.known:
+        layouts = {"a core of its own": (cores[:-1], cores[-1:]), **layouts}
+    pool = Probe().images if arguments.known else POOL
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     counted: list[str] = []
     for name, (server, sidecar) in layouts.items():
-        without, with_probes, rounds, memory = measured(server, sidecar, arguments.pairs, arguments.seconds)
+        without, with_probes, rounds, memory = measured(server, sidecar, pool, arguments.pairs, arguments.seconds)
         rows += [{"sidecar on": name, **row} for row in (without, with_probes)]
-        suffix = "" if name == "a core of its own" else "_sharing_cores"
+        suffix = "" if len(layouts) == 1 or name != "the same cores" else "_sharing_cores"
         for figure, key in (("p99", "p99_ms"), ("p50", "p50_ms"), ("throughput", "images_per_s")):
             ratios[f"user_{figure}_with_probes_vs_without{suffix}"] = with_probes[key] / without[key]
         ratios[f"sidecar_share_of_a_core{suffix}"] = with_probes["sidecar_cores"]
@@ -84,13 +88,14 @@ def main() -> None:
         f" on two surrogates of width 16 and 24, a round every {probe.interval_seconds:g} s, duty {budget.duty:g};"
         f" {CLIENTS} clients with one image a request; Triton {triton_version()} and a ResNet-18 of width 64, with the"
         f" clients on all {len(cores)} cores or all but the sidecar's; percentiles over all requests of all stretches;"
-        " memory: the most that was resident",
+        f" memory: the most that was resident; a pool of {pool} images",
     }
-    write_result("watch", "What the sidecar costs users", rows, ratios, conditions)
+    record = "watch_known" if arguments.known else "watch"
+    write_result(record, "What the sidecar costs users", rows, ratios, conditions)
 
 
 def measured(
-    server_cores: list[int], sidecar_cores: list[int], pairs: int, seconds: float
+    server_cores: list[int], sidecar_cores: list[int], pool: int, pairs: int, seconds: float
 ) -> tuple[dict[str, Any], dict[str, Any], int, float]:
     """Rows without and with probes, rounds that were measured, and the sidecar's memory in MiB."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -100,7 +105,7 @@ def measured(
         candidate(folder, 64)
         server = stack.enter_context(served(folder))
         with server.client(NAME) as client:
-            write_sidecar(folder, lambda images: client.predict(images).logits.argmax(axis=1))
+            write_sidecar(folder, pool, lambda images: client.predict(images).logits.argmax(axis=1))
         port = claim_ports(watch=0)["watch"]
         config = WATCH.format(model=NAME, grpc=server.ports["grpc"], port=port)
         (folder / "watch.toml").write_text(config, encoding="utf-8")
@@ -146,11 +151,11 @@ def resume(sidecar: subprocess.Popen[bytes], pause: Path) -> None:
     pause.unlink(missing_ok=True)
 
 
-def write_sidecar(folder: Path, labelled: Callable[[Bytes], Labels]) -> None:
+def write_sidecar(folder: Path, pool: int, labelled: Callable[[Bytes], Labels]) -> None:
     """A pool of random images and two surrogates of random weights. labelled: as the served model answers, so that
     every image is right and is asked about under each attack: a round costs all that it can."""
-    images = np.random.default_rng(2).integers(0, 256, (POOL, 32, 32, 3), np.uint8)
-    labels = np.concatenate([labelled(part) for part in np.split(images, POOL // 50)])
+    images = np.random.default_rng(2).integers(0, 256, (pool, 32, 32, 3), np.uint8)
+    labels = np.concatenate([labelled(images[begin : begin + 50]) for begin in range(0, pool, 50)])
     np.savez(folder / "pool.npz", x_train=images[:10], y_train=np.arange(10), x_test=images, y_test=labels)
     data = load_dataset("npz", str(folder / "pool.npz"))
     for width in SURROGATE_WIDTHS:
