@@ -47,17 +47,20 @@ def test_recorded_passes_train_as_launched_ones(objective: str, precision: str) 
         losses[graphs] = [learners[graphs].update(images, labels, step).item() for step in range(1, 9)]
     near = 5e-3 if precision == "float32" else 5e-2  # convolutions are in TF32, their algorithms differ
     assert losses["auto"] == pytest.approx(losses["never"], rel=near)
+    # bfloat16 differs from float32 by 0.14 (on a CPU); weights that do not move differ by 1.
     assert updates_differ_by(before, *(learners[graphs].model.state_dict() for graphs in ("auto", "never"))) < 0.5
 
 
 def updates_differ_by(before: State, ours: State, theirs: State) -> float:
-    """Of the norm of their update, floats of all tensors together; inf where a count is another."""
-    counts = [name for name, value in before.items() if not value.is_floating_point()]
+    """Of the norm of their update: weights together or running statistics, the worse; inf where a count is another."""
+    counts, running = ([name for name in before if kind in name] for kind in ("num_batches_tracked", "running_"))
     if any(not torch.equal(ours[name], theirs[name]) for name in counts):
         return float("inf")
-    names = [name for name in before if name not in counts]
-    apart, moved = (
-        torch.cat([(state[name].cpu() - origin[name].cpu()).flatten() for name in names]).norm().item()
-        for state, origin in ((ours, theirs), (theirs, before))
-    )
-    return apart / moved
+    shares = []
+    for names in (running, sorted({*before} - {*running} - {*counts})):
+        apart, moved = (
+            torch.cat([(state[name].cpu() - origin[name].cpu()).flatten() for name in names]).norm().item()
+            for state, origin in ((ours, theirs), (theirs, before))
+        )
+        shares.append(apart / moved)
+    return max(shares)
