@@ -187,8 +187,8 @@ def _measured(evaluations: Sequence[Record]) -> Iterator[str]:
             f"{100 * share['value']:.1f} [{100 * share['lower_95']:.1f}, {100 * share['upper_95']:.1f}]"
             for share in (entry["clean"], entry["robust"])
         )
-        notes = [TRANSFER] * _transferred(entry) + [entry["about"][key] for key in ("blocks",) if key in entry["about"]]
-        attacks = "; ".join([_attacks(entry), *notes])
+        blocks = [f"blocks: {entry['about']['blocks']}"] if "blocks" in entry["about"] else []
+        attacks = "; ".join([_attacks(entry), *[TRANSFER] * _transferred(entry), *blocks])
         yield f"| {entry['images']:,} | {_threat(entry)} | {clean} | {attacks} | {robust} |\n"
 
 
