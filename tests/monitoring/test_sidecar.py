@@ -162,7 +162,7 @@ def test_a_surrogate_that_dies_is_counted_as_internal(
 ) -> None:
     """Crafting happens in another thread; the round that waits for it says what it died of."""
 
-    def broken(*arguments: object) -> None:
+    def broken(*arguments: object, **options: object) -> None:
         raise MemoryError("no room")
 
     monkeypatch.setattr("monitoring.crafting.craft", broken)
