@@ -96,13 +96,16 @@ CASES = [
     "no such preset", "unknown key", "taken directory", "missing data", "out below a file", "no run",
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
     "empty repository", "no watch config",
+    "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_wrong_call_gives_one_line_and_its_exit_code(tmp_path: Path, case: str) -> None:
     """What, where and what to do, on stderr, nothing on stdout, nothing written."""
-    arguments, code, message = bad(tmp_path)[case]
+    calls = bad(tmp_path)
+    assert set(calls) == set(CASES), "a wrong call that nobody makes"
+    arguments, code, message = calls[case]
     before = sorted(tmp_path.rglob("*"))
     result = run(*arguments)
     assert result.returncode == code, result.stderr
