@@ -48,14 +48,16 @@ FAR = 0.25
 UNLIMITED = 0.10  # of the images may survive an attack without limits: 20 steps are few
 RISING = 0.15  # of the gain in the last quarter of the steps: a steady rise brings 0.25, one that ends 0.02 to 0.06
 ENOUGH = 8  # images below which a median says nothing
-TOLERATED = 0.05  # of the images that white-box attacks left may fall to black-box ones: APGD and Square: below 0.01
+# Of the images that white-box attacks left may fall to black-box ones and to PGD at another scale. APGD, Square: < 0.01
+TOLERATED = 0.05
 ROUNDED = 0.05  # of the images may be lost at the border where floats become bytes, and never be found again
 DISAGREE = 0.01  # one rounding can tip a label at the border; a wrong export disagrees on far more
 FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
 REPEATED = 0.01  # of the images may also be training images: a few of every public data set are
 
 BLACK_BOX = ("square", "rays")
-STRONG = ("apgd-t",)  # it breaks what a score-based search breaks, and more; PGD alone need not
+# It breaks what a score-based search breaks, and more, at every scale of the logits; PGD alone need not.
+STRONG = ("apgd-t",)
 BALL_FREE = ("cw-l2",)  # it looks for the nearest adversarial image, wherever that lies
 
 
@@ -240,11 +242,17 @@ def unlimited_fails(e: Examination) -> Found:
 
 
 def scale_hides(e: Examination) -> Found:
-    """The same attack on a tenth and on ten times the logits, which give the same answers."""
-    found = [
-        surplus(f"PGD-{STEPS} on logits x {factor:g}", e.rescaled(factor), "the same on the logits", e.pgd, shares=2)
-        for factor in (0.1, 10.0)
-    ]
+    """The same attack on a tenth and on ten times the logits, which give the same answers.
+
+    Where the record has an attack that no scale misleads, only what that left counts: cross-entropy is weaker on the
+    logits of an honest network that is unsure of everything, and nothing is hidden as long as somebody saw it.
+    """
+    rescaled = {f"PGD-{STEPS} on logits x {factor:g}": e.rescaled(factor) for factor in (0.1, 10.0)}
+    if e.evaluation is not None and _has_strong(e.evaluation):
+        left = np.array(e.evaluation.robust_images)[: len(e.y)][e.correct.numpy()]
+        ways = {way: (int((fell & left).sum()), int(left.sum())) for way, fell in rescaled.items()}
+        return too_many(ways, "breaks images that white-box attacks left", TOLERATED)
+    found = [surplus(way, fell, "the same on the logits", e.pgd, shares=2) for way, fell in rescaled.items()]
     return max(found, key=lambda one: one.outcome == "raised")
 
 
@@ -273,7 +281,7 @@ def black_box_stronger(e: Examination) -> Found:
             e.evaluation, other
         )
         for other in e.transfer
-        if e.evaluation is not None and any(_is_strong(record) for record in e.evaluation.attacks)
+        if e.evaluation is not None and _has_strong(e.evaluation)
     }
     return too_many(ways, "break images that white-box attacks left", TOLERATED)
 
@@ -408,7 +416,8 @@ _ALL = (
     ),
     Check(
         "scale_hides",
-        "the same attack breaks significantly more images when the logits are divided or multiplied by ten",
+        "the same attack breaks significantly more images when the logits are divided or multiplied by ten; where the"
+        f" suite has apgd-t: more than {100 * TOLERATED:g} % of those that it left",
         "put the logits on a scale that calibrates them, and attack with losses that do not care (apgd-t)",
         scale_hides,
         ("gradients", "images"),
@@ -537,6 +546,10 @@ def _flipped_by_transfer(evaluation: Evaluation | None, transfer: Evaluation) ->
     assert evaluation is not None, "compared with a record"
     left = np.array(evaluation.robust_images)
     return int((left & ~np.array(transfer.robust_images)).sum()), int(left.sum())
+
+
+def _has_strong(evaluation: Evaluation) -> bool:
+    return any(_is_strong(record) for record in evaluation.attacks)
 
 
 def _is_strong(record: AttackRecord) -> bool:

@@ -202,6 +202,29 @@ def test_transfer_may_not_beat_the_white_box(fragile: Classifier, digits: Datase
         assert CHECKS["black_box_stronger"].run(e).outcome == outcome
 
 
+@pytest.mark.parametrize(
+    ("suite", "outcomes"),
+    [
+        (("pgd-5",), ("raised",)),
+        (("pgd-5", "apgd-t-5"), ("clear", "not_run")),
+    ],
+)
+def test_a_scale_hides_only_what_nobody_saw(
+    fragile: Classifier, digits: Dataset, suite: tuple[str, ...], outcomes: tuple[str, ...]
+) -> None:
+    """A hundredfold logits saturate PGD and not APGD-T, whose loss is a ratio: with it in the suite nothing is hidden."""
+    deceit = sprung("logits x 100", fragile, digits.x_test[:N], digits.y_test[:N])
+    evaluation = attacked(deceit, digits, *suite).evaluation
+    assert run("scale_hides", deceit, digits, evaluation=evaluation).outcome in outcomes
+
+
+def test_a_scale_may_not_hide_from_the_suite(fragile: Classifier, digits: Dataset) -> None:
+    """An APGD-T that broke nothing of what falls to PGD at another scale is not believed."""
+    found = run("scale_hides", fragile, digits, evaluation=recorded(record("apgd-t-5")))
+    assert found.outcome == "raised", found.why
+    assert "left" in found.why
+
+
 def test_a_square_that_came_first_has_beaten_nobody(fragile: Classifier, digits: Dataset) -> None:
     """In a cascade the first attack takes what the others would have taken as well: no comparison is made of that."""
     evaluation = attacked(fragile, digits, "square-60", "apgd-t-5", cascade=True).evaluation
