@@ -212,7 +212,7 @@ def test_transfer_may_not_beat_the_white_box(fragile: Classifier, digits: Datase
 def test_a_scale_hides_only_what_nobody_saw(
     fragile: Classifier, digits: Dataset, suite: tuple[str, ...], outcomes: tuple[str, ...]
 ) -> None:
-    """A hundredfold logits saturate PGD and not APGD-T, whose loss is a ratio: with it in the suite nothing is hidden."""
+    """Logits times 100 saturate PGD and not APGD-T, whose loss is a ratio: with it in the suite nothing is hidden."""
     deceit = sprung("logits x 100", fragile, digits.x_test[:N], digits.y_test[:N])
     evaluation = attacked(deceit, digits, *suite).evaluation
     assert run("scale_hides", deceit, digits, evaluation=evaluation).outcome in outcomes
