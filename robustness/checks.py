@@ -249,7 +249,10 @@ def scale_hides(e: Examination) -> Found:
     """
     rescaled = {f"PGD-{STEPS} on logits x {factor:g}": e.rescaled(factor) for factor in (0.1, 10.0)}
     if e.evaluation is not None and _has_strong(e.evaluation):
-        left = np.array(e.evaluation.robust_images)[: len(e.y)][e.correct.numpy()]
+        left = np.zeros(len(e.y), bool)  # the suite may have looked at fewer images, or at more
+        held = e.evaluation.robust_images[: len(e.y)]
+        left[: len(held)] = held
+        left = left[e.correct.numpy()]
         ways = {way: (int((fell & left).sum()), int(left.sum())) for way, fell in rescaled.items()}
         return too_many(ways, "breaks images that white-box attacks left", TOLERATED)
     found = [surplus(way, fell, "the same on the logits", e.pgd, shares=2) for way, fell in rescaled.items()]
