@@ -23,7 +23,7 @@ help:
 	@echo 'make bench-endurance     1,000 rounds of the sidecar beside a real Triton; DATA=cifar10.npz; writes endurance.json, .md'
 	@echo 'make bench-paging        how often the sidecar pages for nothing, and how soon for something; writes paging.json, .md'
 	@echo 'make bench-alarms        a drill: from weaker bytes to a page and back; writes alarms.json, .md'
-	@echo 'make bench-watch         what the sidecar costs users; writes watch.json, watch_known.json, .md'
+	@echo 'make bench-watch         what the sidecar costs users; writes watch.json, watch_crafted.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
@@ -85,7 +85,7 @@ bench-alarms: .venv/.installed .venv-triton/.installed
 
 bench-watch: .venv/.installed .venv-triton/.installed
 	$(BIN)/python -m benchmarks.watch
-	$(BIN)/python -m benchmarks.watch --known
+	$(BIN)/python -m benchmarks.watch --crafted
 
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks

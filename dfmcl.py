@@ -714,6 +714,26 @@ def watch(
 
 
 @command
+def craft(
+    config: Annotated[Path, typer.Option(help="The sidecar's configuration (TOML); probe.crafted says where to.")],
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda. Default: the GPU, where there is one.")] = "",
+) -> None:
+    """Craft the adversarial images of a watch's whole pool beforehand, so that its rounds only ask."""
+    from monitoring.config import load_config
+    from monitoring.crafted import Recipe, craft_pool
+    from robustness.errors import BadInput
+    from robustness.runs import parse_device
+
+    settings, on = load_config(config), parse_device(device)
+    if not settings.probe.crafted:
+        raise BadInput(f"{config}: probe.crafted is not set; name the directory to write to")
+    recipe = Recipe.of(settings, track)
+    craft_pool(recipe, Path(settings.probe.crafted), device=on, track=track)
+    attacks = ", ".join(settings.probe.attacks)
+    say(f"{settings.probe.crafted}: {len(recipe.pool.images)} images under {attacks}; crafted on {on}")
+
+
+@command
 def capacity(
     requests_per_second: Annotated[list[float], typer.Option(min=0.001, help="Of users; repeatable, a line each.")],
     images_per_second_per_replica: Annotated[

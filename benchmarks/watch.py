@@ -2,7 +2,8 @@
 
 A full-width ResNet-18 (random weights: what it answers does not matter here) behind a real Triton, sixteen clients that
 each ask again as soon as they are answered, and a real `dfmcl watch` with its default budget, which is halted in every
-other stretch, so that it costs nothing there. Twice: the sidecar on a core of its own, and all on the same cores.
+other stretch, so that it costs nothing there. Twice: the sidecar on a core of its own, and all on the same cores. With
+--crafted, on the same cores, after `dfmcl craft`.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from serving.triton import HOST, claim_ports
 from tests.processes import wait_until
 
 POOL = 10_000  # as many as CIFAR-10 has; most images of every round are new to the crafter
+CRAFTED = 500  # how many does not matter to rounds that craft nothing
 SURROGATE_WIDTHS = (16, 24)
 WATCH = """
 [target]
@@ -45,6 +47,7 @@ path = "pool.npz"
 [threat]
 eps = "8/255"
 [probe]
+crafted = "{crafted}"
 pause_file = "pause"
 [surrogates]
 runs = ["surrogate16", "surrogate24"]
@@ -59,20 +62,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=4, help="of a stretch with and one without probes")
     parser.add_argument("--seconds", type=float, default=60, help="of a stretch; a round is due every minute")
-    parser.add_argument("--known", action="store_true", help="a pool so small that all of it has been crafted once")
+    parser.add_argument("--crafted", action="store_true", help="all adversarial images are crafted before")
     arguments = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("two cores are needed: one for the sidecar")
     layouts = {"the same cores": (cores, cores)}
-    if not arguments.known:
+    if not arguments.crafted:
         layouts = {"a core of its own": (cores[:-1], cores[-1:]), **layouts}
-    pool = Probe().images if arguments.known else POOL
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     counted: list[str] = []
     for name, (server, sidecar) in layouts.items():
-        without, with_probes, rounds, memory = measured(server, sidecar, pool, arguments.pairs, arguments.seconds)
+        without, with_probes, rounds, memory = measured(
+            server, sidecar, arguments.crafted, arguments.pairs, arguments.seconds
+        )
         rows += [{"sidecar on": name, **row} for row in (without, with_probes)]
         suffix = "" if len(layouts) == 1 or name != "the same cores" else "_sharing_cores"
         for figure, key in (("p99", "p99_ms"), ("p50", "p50_ms"), ("throughput", "images_per_s")):
@@ -88,14 +92,15 @@ def main() -> None:
         f" on two surrogates of width 16 and 24, a round every {probe.interval_seconds:g} s, duty {budget.duty:g};"
         f" {CLIENTS} clients with one image a request; Triton {triton_version()} and a ResNet-18 of width 64, with the"
         f" clients on all {len(cores)} cores or all but the sidecar's; percentiles over all requests of all stretches;"
-        f" memory: the most that was resident; a pool of {pool} images",
+        f" memory: the most that was resident; "
+        + (f"{CRAFTED} images, all crafted before" if arguments.crafted else f"a pool of {POOL} images"),
     }
-    record = "watch_known" if arguments.known else "watch"
+    record = "watch_crafted" if arguments.crafted else "watch"
     write_result(record, "What the sidecar costs users", rows, ratios, conditions)
 
 
 def measured(
-    server_cores: list[int], sidecar_cores: list[int], pool: int, pairs: int, seconds: float
+    server_cores: list[int], sidecar_cores: list[int], crafted: bool, pairs: int, seconds: float
 ) -> tuple[dict[str, Any], dict[str, Any], int, float]:
     """Rows without and with probes, rounds that were measured, and the sidecar's memory in MiB."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -105,12 +110,17 @@ def measured(
         candidate(folder, 64)
         server = stack.enter_context(served(folder))
         with server.client(NAME) as client:
-            write_sidecar(folder, pool, lambda images: client.predict(images).logits.argmax(axis=1))
+            write_sidecar(
+                folder, CRAFTED if crafted else POOL, lambda images: client.predict(images).logits.argmax(axis=1)
+            )
         port = claim_ports(watch=0)["watch"]
-        config = WATCH.format(model=NAME, grpc=server.ports["grpc"], port=port)
+        config = WATCH.format(model=NAME, grpc=server.ports["grpc"], port=port, crafted="crafted" if crafted else "")
         (folder / "watch.toml").write_text(config, encoding="utf-8")
         log = stack.enter_context((folder / "watch.log").open("wb"))
-        command = [str(Path(sys.executable).with_name("dfmcl")), "watch", "--config", "watch.toml"]
+        dfmcl = str(Path(sys.executable).with_name("dfmcl"))
+        if crafted:
+            subprocess.run([dfmcl, "craft", "--config", "watch.toml"], cwd=folder, check=True)
+        command = [dfmcl, "watch", "--config", "watch.toml"]
         # A session of its own, as a service manager gives it: Linux shares cores among sessions first (autogroups, see
         # sched(7)), so that its niceness counts for nothing. In ours it would make way for the clients, not for Triton.
         sidecar = subprocess.Popen(

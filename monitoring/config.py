@@ -86,7 +86,8 @@ class Ball(Section):
 class Probe(Section):
     """How often, how many fresh images and replayed ones, which attacks, and the seed of both images and attacks.
 
-    While the file `pause_file` exists, nothing is asked. threads: of crafting.
+    While the file `pause_file` exists, nothing is asked. threads: of crafting. crafted: what `dfmcl craft` wrote, so
+    that rounds craft nothing.
     """
 
     interval_seconds: Seconds = 60.0
@@ -95,6 +96,7 @@ class Probe(Section):
     attacks: AttackNames = Field(["mi-fgsm-10", "di-fgsm-10"], min_length=1)
     seed: int = Field(0, ge=0)
     threads: int = Field(1, ge=1)
+    crafted: str = ""
     pause_file: str = ""
 
 
@@ -209,7 +211,7 @@ def load_config(path: Path | str) -> WatchConfig:
 
 PATHS = {
     "data": ("path",),
-    "probe": ("pause_file",),
+    "probe": ("crafted", "pause_file"),
     "query": ("key_file", "clean_key_file", "ca"),
     "release": ("repository", "evidence", "trust"),
     "record": ("path",),

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from gating.trust import load_trust
@@ -23,6 +22,7 @@ from monitoring import mitigation, page, release
 from monitoring.bounds import MONTH_SECONDS, limit
 from monitoring.budget import BackOff, Budget
 from monitoring.config import Query, WatchConfig
+from monitoring.crafted import Recipe, load_crafted
 from monitoring.crafting import Crafter, Pace, Pool, require_fit, scenes
 from monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from monitoring.journal import VERSIONS, Journal
@@ -35,12 +35,10 @@ from monitoring.release import REPORT, Find, Release
 from monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
 from monitoring.rounds import Plan, run_query_round, run_round
 from monitoring.server import application, served
-from monitoring.surrogates import Surrogates, load_surrogates
+from monitoring.surrogates import Surrogates
 from robustness.attacks import Attack
-from robustness.data import load_dataset
+from robustness.data import Bytes
 from robustness.errors import BadInput
-from robustness.gradients import attack_pass
-from robustness.models import to_float
 from robustness.progress import Track, silent
 from robustness.provenance import revision, versions
 from serving.client import Client
@@ -92,6 +90,7 @@ def watch(
         first=sidecar.begun + 1,
         # Who looks by hand waits for it.
         pace=Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), left) if rounds is None else None,
+        prepared=work.prepared,
     )
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
     # With a number of rounds, none is crafted that nobody will ask about.
@@ -108,7 +107,10 @@ def watch(
 
 @dataclass(frozen=True)
 class Work:
-    """What a watch prepares once. direct, outside: plans of rounds through Triton and through the gateway."""
+    """What a watch prepares once. direct, outside: plans of rounds through Triton and through the gateway.
+
+    prepared: the pool's adversarial images by attack, where they were crafted before.
+    """
 
     pool: Pool
     labels: tuple[str, ...]
@@ -117,21 +119,21 @@ class Work:
     keys: tuple[str, str]
     surrogates: Surrogates
     source: Callable[..., Any]
+    prepared: Mapping[str, Bytes] | None
     find: Find
 
 
 def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -> Work:
     """Data, surrogates, keys and evidence of a watch; BadInput for what cannot be used."""
-    dataset = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
-    pool = Pool(dataset.x_test, dataset.y_test, len(dataset.classes))
+    recipe = Recipe.of(config, track)
+    pool = recipe.pool
     require_fit(pool, config.probe.images, "probe.images")
     require_fit(pool, config.query.images, "query.images")
-    surrogates = load_surrogates(config.surrogates.runs, dataset)
     direct = Plan(
         model=config.target.model,
         classes=pool.classes,
-        threat=config.threat.threat,
-        attacks=tuple(Attack.parse_transfer(name) for name in config.probe.attacks),
+        threat=recipe.threat,
+        attacks=recipe.attacks,
         images=config.probe.images,
         replay=config.probe.replay,
         tolerance=config.release.tolerance,
@@ -148,16 +150,16 @@ def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -
             _gateway_clients(config.query, outside, keys)
         except Misfit as error:
             raise BadInput(f"query: {error}") from None
-    fast = attack_pass(surrogates.model, to_float(torch.from_numpy(pool.images[:8])))
     return Work(
         pool,
-        tuple(map(str, dataset.classes)),
+        recipe.labels,
         direct,
         outside,
         keys,
-        surrogates,
-        _unless_stopped(fast, stop),
-        _find(config, surrogates),
+        recipe.surrogates,
+        _unless_stopped(recipe.source(), stop),
+        load_crafted(recipe, Path(config.probe.crafted)) if config.probe.crafted else None,
+        _find(config, recipe.surrogates),
     )
 
 

@@ -89,6 +89,8 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
         "no evidence": (["verdict", f"{tmp_path}/no"], 2, "report.json: no such file"),
         "empty repository": (["serve", "--repository", f"{tmp_path}/taken"], 2, "no promoted model"),
         "no watch config": (["watch", "--config", f"{tmp_path}/none.toml"], 2, "none.toml: No such file"),
+        "nowhere to craft to": (["craft", "--config", "deploy/watch.toml"], 2, "probe.crafted is not set; name"),
+        "nothing to craft on": (["craft", "--config", "deploy/watch.toml", "--device", "gpu"], 2, "choose cpu, cuda"),
     }
 
 
@@ -97,6 +99,7 @@ CASES = [
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
     "empty repository", "no watch config",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
+    "nowhere to craft to", "nothing to craft on",
 ]  # fmt: skip
 
 

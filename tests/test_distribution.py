@@ -57,6 +57,7 @@ def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) 
         "gateway --config x.toml": "gateway",
         "apikey shop": "gateway",
         "watch --config x.toml": "monitor",
+        "craft --config x.toml": "monitor",
     }
     for call, extra in calls.items():
         command = [binaries / "dfmcl", *call.split()]

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from safetensors.torch import save_file
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from monitoring import sidecar
+from monitoring import crafted
 from monitoring.config import WatchConfig, load_config
 from monitoring.results import Round, round_from_json
 from monitoring.sidecar import watch
@@ -47,9 +47,9 @@ def the_suites_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def what_never_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, surrogates and their fast pass are prepared once for all sidecars of this process."""
-    monkeypatch.setattr(sidecar, "load_dataset", _loaded)
-    monkeypatch.setattr(sidecar, "load_surrogates", lambda runs, dataset: _stand_ins(tuple(runs)))
-    monkeypatch.setattr(sidecar, "attack_pass", lambda model, images: _fast(model))
+    monkeypatch.setattr(crafted, "load_dataset", _loaded)
+    monkeypatch.setattr(crafted, "load_surrogates", lambda runs, dataset: _stand_ins(tuple(runs)))
+    monkeypatch.setattr(crafted, "attack_pass", lambda model, images: _fast(model))
 
 
 @cache

@@ -1,0 +1,170 @@
+"""A pool crafted beforehand: what lies in the files, when they are refused, and that rounds then only ask."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from monitoring.config import WatchConfig
+from monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted
+from monitoring.crafting import Pool, draw, scenes
+from monitoring.sidecar import watch
+from monitoring.surrogates import load_surrogates
+from robustness.attacks import Attack
+from robustness.data import load_dataset
+from robustness.errors import BadInput
+from robustness.geometry import contains_uint8
+from robustness.threat import Threat
+
+Make = Callable[..., Any]
+FEW = 100  # more than one batch
+
+
+@pytest.fixture
+def recipe(write_config: Make) -> Recipe:
+    """A watch's, on its first images."""
+    whole = Recipe.of(write_config(1))
+    return replace(whole, pool=Pool(whole.pool.images[:FEW], whole.pool.labels[:FEW], whole.pool.classes))
+
+
+def no_source(x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("somebody crafts")
+
+
+def tensor(images: Any) -> torch.Tensor:
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+
+
+def test_files_hold_what_rounds_ask_about(recipe: Recipe, tmp_path: Path) -> None:
+    """Each image under each attack, in its place, changed, inside the ball; a round takes those, and crafts nothing."""
+    craft_pool(recipe, tmp_path / "crafted")
+    crafted = load_crafted(recipe, tmp_path / "crafted")
+    assert set(crafted) == {"mi-fgsm-2", "pgd-2"}
+    for images in crafted.values():
+        assert (images.dtype, images.shape) == (np.uint8, recipe.pool.images.shape)
+        assert bool(contains_uint8(tensor(images), tensor(recipe.pool.images), recipe.threat).all())
+        assert (images != recipe.pool.images).any(axis=(1, 2, 3)).mean() > 0.9
+    assert not np.array_equal(crafted["mi-fgsm-2"], crafted["pgd-2"])
+    made = scenes(recipe.pool, no_source, recipe.threat, recipe.attacks, seed=3, count=8, prepared=crafted)
+    for scene in islice(made, 20):
+        chosen = draw(FEW, 8, 3, scene.number)
+        assert np.array_equal(scene.images, recipe.pool.images[chosen])
+        for name, images in scene.adversarial.items():
+            assert np.array_equal(images, crafted[name][chosen])
+
+
+def test_crafting_repeats_byte_for_byte(recipe: Recipe, tmp_path: Path) -> None:
+    """The same recipe gives the same files; another seed gives others where an attack draws."""
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        craft_pool(replace(recipe, seed=seed), tmp_path / name)
+    one, two, three = ((tmp_path / name / "pgd-2.npy").read_bytes() for name in ("one", "two", "three"))
+    assert one == two
+    assert one != three
+
+
+def test_a_batch_has_chances_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
+    """The same image in two batches is started from two places."""
+    twice = np.concatenate([recipe.pool.images[:64]] * 2)
+    pool = Pool(twice, np.concatenate([recipe.pool.labels[:64]] * 2), recipe.pool.classes)
+    craft_pool(replace(recipe, pool=pool), tmp_path / "crafted")
+    images = load_crafted(replace(recipe, pool=pool), tmp_path / "crafted")["pgd-2"]
+    assert not np.array_equal(images[:64], images[64:])
+
+
+def others(recipe: Recipe, make_run: Make) -> dict[str, Recipe]:
+    """The same watch but for one thing."""
+    surrogate = load_surrogates([make_run(5)], load_dataset("digits"))
+    return {
+        "pool": replace(recipe, pool=Pool(recipe.pool.images, recipe.pool.labels[::-1], 10)),
+        "surrogates": replace(recipe, surrogates=surrogate),
+        "threat": replace(recipe, threat=Threat.parse("linf", "37/255")),
+        "attacks": replace(recipe, attacks=(*recipe.attacks, Attack.parse_transfer("fgsm"))),
+        "seed": replace(recipe, seed=1),
+    }
+
+
+def test_what_was_crafted_for_another_watch_is_refused(recipe: Recipe, make_run: Make, tmp_path: Path) -> None:
+    """Whatever differs is named, with what to do."""
+    craft_pool(recipe, tmp_path / "crafted")
+    found = others(recipe, make_run)
+    assert set(found) == set(recipe.to_json())
+    for key, other in found.items():
+        with pytest.raises(
+            BadInput, match=f"was crafted from other {key} than this watch has; make it with dfmcl craft"
+        ):
+            load_crafted(other, tmp_path / "crafted")
+
+
+def spoil_byte(folder: Path) -> None:
+    content = bytearray((folder / "pgd-2.npy").read_bytes())
+    content[-1] ^= 1
+    (folder / "pgd-2.npy").write_bytes(content)
+
+
+def spoil_format(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "format": "dfmcl.crafted/0"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_byte, "pgd-2.npy: is not the file that crafted.json names"),
+        (spoil_format, "format is 'dfmcl.crafted/0'"),
+        (lambda folder: (folder / "mi-fgsm-2.npy").unlink(), "mi-fgsm-2.npy: is not the file"),
+        (lambda folder: (folder / MANIFEST).unlink(), "holds no crafted.json"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "not readable as JSON"),
+    ],
+)
+def test_files_that_changed_are_refused(
+    recipe: Recipe, tmp_path: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    """A byte, a file, the manifest: nothing is asked with what nobody wrote."""
+    craft_pool(recipe, tmp_path / "crafted")
+    spoil(tmp_path / "crafted")
+    with pytest.raises(BadInput, match=said):
+        load_crafted(recipe, tmp_path / "crafted")
+
+
+def test_nothing_half_written(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crafting that dies in its second batch leaves what was there before."""
+    craft_pool(recipe, tmp_path / "crafted")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "crafted").iterdir()}
+
+    def dies(*arguments: Any, part: int, **options: Any) -> Any:
+        if part:
+            raise MemoryError
+        return np.zeros((64, 16, 16, 3), np.uint8)
+
+    monkeypatch.setattr("monitoring.crafted.craft", dies)
+    with pytest.raises(MemoryError):
+        craft_pool(replace(recipe, seed=1), tmp_path / "crafted")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "crafted").iterdir()} == before
+    assert [path.name for path in tmp_path.glob("*craft*")] == ["crafted"]
+
+
+def test_a_watch_that_finds_them_crafts_nothing(
+    endpoint: Any, write_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds are measured with crafting forbidden; without the files they would not be."""
+    settings: WatchConfig = write_config(endpoint.port, probe={"crafted": "crafted"})
+    craft_pool(Recipe.of(settings), Path(settings.probe.crafted))
+
+    def forbidden(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("somebody crafts")
+
+    monkeypatch.setattr("monitoring.crafting.craft", forbidden)
+    said: list[str] = []
+    assert watch(settings, rounds=3, stop=threading.Event(), log=said.append) == 0
+    assert sum("transfer pgd-2" in line for line in said) == 3
+    without = settings.model_copy(update={"probe": settings.probe.model_copy(update={"crafted": ""})})
+    assert watch(without, rounds=1, stop=threading.Event(), log=said.append) == 5
