@@ -42,6 +42,7 @@ from tests import observing
 from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[1]
+DFMCL = str(Path(sys.executable).with_name("dfmcl"))
 MODEL = "resnet18-cifar10"
 NOISE = 0.9  # of each convolution's weight: little more than half of the images are right
 HASTE = 60
@@ -55,6 +56,7 @@ path = "images.npz"
 [threat]
 eps = "8/255"
 [probe]
+crafted = "crafted"
 interval_seconds = 1.0
 images = 32
 replay = {replay}
@@ -133,6 +135,8 @@ def drill(folder: Path, *, replay: int = 16, whole: bool = True) -> Iterator[Ala
     write_images(folder)
     ports = claim_ports(grpc=0, http=0, metrics=0, gateway=0, watch=0)
     write_configs(folder, ports, replay)
+    # Beforehand, as it is advised where cores are shared: a round a second leaves no time to.
+    subprocess.run([DFMCL, "craft", "--config", "watch.toml"], cwd=folder, check=True, capture_output=True)
     with ExitStack() as stack:
         triton = stack.enter_context(Restartable(folder, ports))
         stack.enter_context(command(folder, "gateway", ports["gateway"]))
@@ -270,7 +274,7 @@ class Restartable:
 @contextmanager
 def command(folder: Path, name: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """`dfmcl NAME --config NAME.toml`, from the moment that it answers HTTP."""
-    arguments = [str(Path(sys.executable).with_name("dfmcl")), name, "--config", f"{name}.toml"]
+    arguments = [DFMCL, name, "--config", f"{name}.toml"]
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(arguments, cwd=folder, stdout=log, stderr=log)
         try:
