@@ -5,6 +5,9 @@ accuracy, on test images as they come, decided by the network in float32, whatev
 out what is wrong already and what has fallen, so it is also timed on images that the network gets right. Square, on
 those: queries an image, counted as images that went through the network, and how many fell. Peers are called as their
 documentation does.
+
+With --shipped it is the network in model_repository/, whose run is not: what the export folded into its convolutions is
+put back as batch norms, so that every library works on what training makes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -26,12 +31,14 @@ from robustness.attacks import Attack
 from robustness.data import Dataset, load_dataset
 from robustness.evaluate import evaluate
 from robustness.geometry import contains
-from robustness.models import Classifier, frozen, to_bytes, to_float
+from robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
 from robustness.runs import load_run
 from robustness.threat import Threat
 from training.config import load_config
 from training.train import train
 
+SHIPPED = Path(__file__).parents[1] / "model_repository" / "resnet18-cifar10" / "1" / "model.onnx"
+EPS_OF_NORM = 1e-5  # that a batch norm adds to the variance, unless told otherwise
 STEPS = 20
 OURS = "dfmcl"
 PEERS = ("foolbox", "torchattacks", "ART")
@@ -55,31 +62,35 @@ class Counted(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="a run of full width; default: one is trained on digits, a minute")
-    parser.add_argument("--data", default="", help="where the run's data set lies")
+    parser.add_argument("--shipped", action="store_true", help="the network that is shipped, on CIFAR-10")
+    parser.add_argument("--data", default="", help="where the data set lies")
     parser.add_argument("--eps", nargs="+", help="such as 4/255 8/255; default: what the run was trained for")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--queries", type=int, default=200)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run = load_run(arguments.run or small_run(Path(folder) / "run"))
-    entry = run.data
-    data = load_dataset(entry["name"], arguments.data or entry["path"], entry["image_size"])
-    radii = arguments.eps or [run.manifest["config"]["curriculum"]["beta"]]
-    run.model.eval()
+    if arguments.shipped:
+        model, data, radius = shipped(SHIPPED), load_dataset("cifar10", arguments.data), "8/255"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            run = load_run(arguments.run or small_run(Path(folder) / "run"))
+        model, radius = run.model, run.manifest["config"]["curriculum"]["beta"]
+        data = load_dataset(run.data["name"], arguments.data or run.data["path"], run.data["image_size"])
+    radii = arguments.eps or [radius]
+    model.eval()
     x, y = test_images(data, arguments.images)
-    right = got_right(run.model, x, y)
+    right = got_right(model, x, y)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     for number, radius in enumerate(radii):
         threat = Threat.parse("linf", radius)
-        found = pgd_rows(run.model, x, y, right, threat, arguments.rounds)
+        found = pgd_rows(model, x, y, right, threat, arguments.rounds)
         if number == 0:
-            with frozen(run.model):
-                found += square_rows(run.model, x[right], y[right], threat, arguments.queries)
+            with frozen(model):
+                found += square_rows(model, x[right], y[right], threat, arguments.queries)
         rows += [{"attack": row["attack"], "threat": str(threat), **row} for row in found]
         ratios |= {f"{name}, {threat}" if number else name: ratio for name, ratio in ratios_of(found).items()}
-    network = f"{run.model.spec.arch} of width {run.model.spec.width} on {data.name}"
+    network = f"{model.spec.arch} of width {model.spec.width} on {data.name}"
     rounds = f"median of {arguments.rounds} rounds after one to warm up"
     conditions = {
         "n": f"the first {len(x)} test images, one batch, of which the network gets {int(right.sum())} right; PGD:"
@@ -99,6 +110,25 @@ def small_run(out: Path) -> Path:
     overrides = ["model.width=64", "optimization.epochs=2", "curriculum.steps=2", "curriculum.beta=16/255"]
     train(load_config("quickstart_surrogate", [*overrides, "optimization.precision=bfloat16"]), out, log=print)
     return out
+
+
+def shipped(path: Path) -> Classifier:
+    """The network behind an exported ONNX file of full width."""
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(str(path)).graph.initializer}
+    weights = {name.removeprefix("classifier.").removesuffix(".float16"): array for name, array in found.items()}
+    mean, std = (tuple(weights[name].ravel().tolist()) for name in ("mean", "std"))
+    model = Classifier(ModelSpec("resnet18", 64, len(weights["net.fc.bias"]), (32, 32, 3), mean, std, "silu")).eval()
+    state = model.state_dict()
+    for name in state:
+        norm = name.replace(".bn", ".conv").replace("downsample.1", "downsample.0")  # the convolution before a norm
+        if name in weights:
+            state[name] = torch.from_numpy(weights[name].copy()).float()
+        elif name.endswith("running_var"):
+            state[name].fill_(1 - EPS_OF_NORM)  # so that it divides by one
+        elif name.endswith(".bias"):
+            state[name] = torch.from_numpy(weights[norm].copy()).float()
+    model.load_state_dict(state)
+    return model
 
 
 def test_images(data: Dataset, count: int) -> tuple[Tensor, Tensor]:
