@@ -63,7 +63,7 @@ bench-gate: .venv/.installed
 	$(BIN)/python -m benchmarks.gate
 
 bench-attacks: .venv/.installed
-	$(BIN)/python -m benchmarks.attacks
+	$(BIN)/python -m benchmarks.attacks $(if $(DATA),--shipped --data $(DATA))
 
 bench-strength: .venv/.installed
 	$(BIN)/python -m benchmarks.strength

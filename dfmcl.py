@@ -21,7 +21,11 @@ T = TypeVar("T")
 NICE = 10  # of the sidecar: beside a server of the same shell users come first; services and containers have weights
 # What a subcommand needs, if not `train`.
 SERVE = ("promote", "rollback", "status", "history", "prune", "retire", "verify", "card", "serve")
-EXTRAS = {**dict.fromkeys(SERVE, "serve"), "gateway": "gateway", "apikey": "gateway", "watch": "monitor"}
+EXTRAS = {
+    **dict.fromkeys(SERVE, "serve"),
+    **dict.fromkeys(("gateway", "apikey"), "gateway"),
+    **dict.fromkeys(("watch", "craft"), "monitor"),
+}
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
 BROKEN = 5
 
@@ -724,6 +728,7 @@ def craft(
     from robustness.errors import BadInput
     from robustness.runs import parse_device
 
+    os.nice(NICE)
     settings, on = load_config(config), parse_device(device)
     if not settings.probe.crafted:
         raise BadInput(f"{config}: probe.crafted is not set; name the directory to write to")

@@ -136,7 +136,7 @@ def drill(folder: Path, *, replay: int = 16, whole: bool = True) -> Iterator[Ala
     ports = claim_ports(grpc=0, http=0, metrics=0, gateway=0, watch=0)
     write_configs(folder, ports, replay)
     # Beforehand, as it is advised where cores are shared: a round a second leaves no time to.
-    subprocess.run([DFMCL, "craft", "--config", "watch.toml"], cwd=folder, check=True, capture_output=True)
+    subprocess.run([DFMCL, "craft", "--config", "watch.toml"], cwd=folder, check=True)
     with ExitStack() as stack:
         triton = stack.enter_context(Restartable(folder, ports))
         stack.enter_context(command(folder, "gateway", ports["gateway"]))

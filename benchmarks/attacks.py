@@ -61,8 +61,9 @@ class Counted(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, help="a run of full width; default: one is trained on digits, a minute")
-    parser.add_argument("--shipped", action="store_true", help="the network that is shipped, on CIFAR-10")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", type=Path, help="a run of full width; default: one is trained on digits, a minute")
+    which.add_argument("--shipped", action="store_true", help="the network that is shipped, on CIFAR-10")
     parser.add_argument("--data", default="", help="where the data set lies")
     parser.add_argument("--eps", nargs="+", help="such as 4/255 8/255; default: what the run was trained for")
     parser.add_argument("--images", type=int, default=128)
@@ -120,13 +121,14 @@ def shipped(path: Path) -> Classifier:
     model = Classifier(ModelSpec("resnet18", 64, len(weights["net.fc.bias"]), (32, 32, 3), mean, std, "silu")).eval()
     state = model.state_dict()
     for name in state:
-        norm = name.replace(".bn", ".conv").replace("downsample.1", "downsample.0")  # the convolution before a norm
-        if name in weights:
-            state[name] = torch.from_numpy(weights[name].copy()).float()
-        elif name.endswith("running_var"):
+        if name.endswith("running_var"):
             state[name].fill_(1 - EPS_OF_NORM)  # so that it divides by one
-        elif name.endswith(".bias"):
-            state[name] = torch.from_numpy(weights[norm].copy()).float()
+        elif ".bn" in name or ".downsample.1." in name:
+            if name.endswith(".bias"):  # the export added it to the convolution before
+                norm = name.replace(".bn", ".conv").replace(".downsample.1", ".downsample.0")
+                state[name] = torch.from_numpy(weights[norm].copy()).float()
+        else:
+            state[name] = torch.from_numpy(weights[name].copy()).float()
     model.load_state_dict(state)
     return model
 

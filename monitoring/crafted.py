@@ -5,29 +5,38 @@ They depend on the pool, the surrogates, the ball and the attacks, not on the se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from monitoring.config import WatchConfig
-from monitoring.crafting import Pool
+from monitoring.crafting import Pool, draw
 from monitoring.probes import Scene, craft
 from monitoring.surrogates import Surrogates, load_surrogates
 from robustness.attacks import Attack, Model
 from robustness.data import Bytes, load_dataset
-from robustness.errors import BadInput
+from robustness.errors import BadInput, Broken
 from robustness.files import dump_json, read_json, sha256_of, whole_directory, write_text
+from robustness.geometry import contains_uint8
 from robustness.gradients import attack_pass
 from robustness.models import to_float
 from robustness.progress import Track, silent
 from robustness.threat import Threat
 
+Indices = npt.NDArray[np.int64]
+
 FORMAT = "dfmcl.crafted/1"
 MANIFEST = "crafted.json"
+AGAIN = "make it with dfmcl craft"
 BATCH = 64
 ROUND = 0  # of which the attacks' randomness is; those of a watch begin at 1
 
@@ -63,54 +72,110 @@ class Recipe:
         return lambda x: fast(x.to(device)).to(x.device)
 
     def to_json(self) -> dict[str, Any]:
-        """What must be the same for files to be of use."""
+        """What must be the same for files to be of use; the attacks stand beside it."""
         return {
             "pool": self.pool.digest,
             "surrogates": self.surrogates.sha256,
             "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
-            "attacks": [attack.name for attack in self.attacks],
             "seed": self.seed,
         }
 
 
 def craft_pool(recipe: Recipe, out: Path, *, device: torch.device | str = "cpu", track: Track = silent) -> None:
-    """Write `out`: for each attack a .npy of uint8 (M, H, W, C), in the ball, in the pool's order; and a manifest."""
-    source = recipe.source(device)
-    pool = recipe.pool
-    files = {attack.name: f"{attack.name}.npy" for attack in recipe.attacks}
-    with whole_directory(out, names=(MANIFEST, *files.values())) as staged:
-        scene = Scene(pool.images, pool.labels, recipe.threat, recipe.seed, ROUND, {})
+    """Write `out`: for each attack the bytes (M, H, W, C), in the ball and in the pool's order; and a manifest."""
+    source, pool = recipe.source(device), recipe.pool
+    scene = Scene(pool.images, pool.labels, recipe.threat, recipe.seed, ROUND, {})
+    begins = range(0, len(pool.images), BATCH)
+    with whole_directory(out, names={MANIFEST, *_files_in(out)}) as staged:
+        entries: dict[str, Any] = {}
         for attack in recipe.attacks:
-            made = np.lib.format.open_memmap(staged / files[attack.name], "w+", np.uint8, pool.images.shape)
-            begins = range(0, len(pool.images), BATCH)
-            for begin in track(begins, f"craft: {attack.name}", len(begins)):
-                chosen = np.zeros(len(pool.images), bool)
-                chosen[begin : begin + BATCH] = True
-                made[begin : begin + BATCH] = craft(source, scene.only(chosen), attack, part=begin)
-            made.flush()
-        digests = {name: sha256_of(staged / file) for name, file in files.items()}
-        write_text(staged / MANIFEST, dump_json({"format": FORMAT, "recipe": recipe.to_json(), "files": digests}))
+            path = staged / f"{re.sub('[^a-z0-9.-]', '_', attack.name)}.bytes"
+            try:
+                with path.open("xb") as file:
+                    for begin in track(begins, f"craft: {attack.name}", len(begins)):
+                        chosen = np.zeros(len(pool.images), bool)
+                        chosen[begin : begin + BATCH] = True
+                        file.write(craft(source, scene.only(chosen), attack, part=begin).tobytes())
+            except OSError as error:
+                raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
+            entries[attack.name] = {"parameters": dict(attack.parameters), "file": path.name, "sha256": sha256_of(path)}
+        manifest = {"format": FORMAT, "recipe": recipe.to_json(), "attacks": entries}
+        write_text(staged / MANIFEST, dump_json(manifest))
 
 
-def load_crafted(recipe: Recipe, path: Path) -> Mapping[str, Bytes]:
-    """By attack, the pool's adversarial versions, read from the file when they are needed.
+@dataclass(frozen=True)
+class Crafted:
+    """A pool's adversarial versions under one attack, in an open file: who replaces the directory changes nothing."""
 
-    BadInput where they were made from something else, or are not what was written.
+    pool: Pool
+    threat: Threat
+    path: Path
+    file: BinaryIO
+
+    def take(self, chosen: Indices) -> Bytes:
+        """Of the images `chosen` (N,): bytes (N, H, W, C). Broken where the file was written over."""
+        originals = self.pool.images[chosen]
+        size = originals[0].nbytes
+        found = b"".join(os.pread(self.file.fileno(), size, int(row) * size) for row in chosen)
+        if len(found) == originals.nbytes:
+            images = np.frombuffer(found, np.uint8).reshape(originals.shape)
+            changed, before = (torch.from_numpy(part.copy()).permute(0, 3, 1, 2) for part in (images, originals))
+            if bool(contains_uint8(changed, before, self.threat).all()):
+                return images
+        raise Broken(f"{self.path}: was written over since this watch began; start it again")
+
+
+def load_crafted(recipe: Recipe, path: Path) -> Mapping[str, Crafted]:
+    """By attack, what `craft_pool` wrote; more attacks than the recipe's may be there.
+
+    BadInput where they were made from something else, or are not what was written. The digests are a guard against
+    accidents: who can write here decides what is asked, as with the surrogates.
     """
-    again = "make it with dfmcl craft"
     if not (path / MANIFEST).is_file():
-        raise BadInput(f"{path}: holds no {MANIFEST}; {again}")
+        raise BadInput(f"{path}: holds no {MANIFEST}; {AGAIN}")
     manifest = read_json(path / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise BadInput(f"{path / MANIFEST}: format is {manifest.get('format')!r}; expected {FORMAT!r}; {again}")
-    found, wanted = manifest.get("recipe"), recipe.to_json()
-    other = [key for key, value in wanted.items() if not isinstance(found, dict) or found.get(key) != value]
+        raise BadInput(f"{path / MANIFEST}: format is {manifest.get('format')!r}; expected {FORMAT!r}; {AGAIN}")
+    entries, made = _object(manifest, "attacks"), _object(manifest, "recipe")
+    wanted = recipe.to_json()
+    other = [key for key, value in wanted.items() if made.get(key) != value]
     if other:
-        raise BadInput(f"{path}: was crafted from other {', '.join(other)} than this watch has; {again}")
-    crafted: dict[str, Bytes] = {}
+        raise BadInput(f"{path}: was crafted from other {', '.join(other)} than this watch has; {AGAIN}")
+    crafted: dict[str, Crafted] = {}
     for attack in recipe.attacks:
-        file = path / f"{attack.name}.npy"
-        if not file.is_file() or sha256_of(file) != manifest.get("files", {}).get(attack.name):
-            raise BadInput(f"{file}: is not the file that {MANIFEST} names; {again}")
-        crafted[attack.name] = np.load(file, mmap_mode="r")
+        entry = _object(entries, attack.name)
+        if entry.get("parameters") != dict(attack.parameters):
+            raise BadInput(f"{path}: holds no {attack.name}, or one with other parameters; {AGAIN}")
+        file = path / Path(str(entry.get("file"))).name
+        try:
+            opened = file.open("rb")
+        except OSError as error:
+            raise BadInput(f"{file}: not readable: {error.strerror}; {AGAIN}") from None
+        if hashlib.file_digest(opened, "sha256").hexdigest() != entry.get("sha256"):
+            raise BadInput(f"{file}: is not the file that {MANIFEST} names; {AGAIN}")
+        crafted[attack.name] = Crafted(recipe.pool, recipe.threat, file, opened)
     return crafted
+
+
+def prepared_scenes(
+    pool: Pool, threat: Threat, crafted: Mapping[str, Crafted], *, seed: int, count: int, first: int = 1
+) -> Iterator[Scene]:
+    """Scenes of rounds `first`, `first` + 1, ... without any crafting."""
+    for number in itertools.count(first):
+        chosen = draw(len(pool.images), count, seed, number)
+        scene = pool.scene(threat, seed, number, count)
+        scene.adversarial.update({name: made.take(chosen) for name, made in crafted.items()})
+        yield scene
+
+
+def _files_in(out: Path) -> list[str]:
+    """What an earlier run says that it wrote."""
+    if not (out / MANIFEST).is_file():
+        return []
+    entries = _object(read_json(out / MANIFEST), "attacks")
+    return [str(_object(entries, name).get("file")) for name in entries]
+
+
+def _object(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = value.get(key)
+    return found if isinstance(found, dict) else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from types import TracebackType
@@ -112,23 +112,16 @@ def scenes(
     count: int,
     first: int = 1,
     pace: Pace | None = None,
-    prepared: Mapping[str, Bytes] | None = None,
 ) -> Iterator[Scene]:
-    """Scenes of rounds `first`, `first` + 1, ... with adversarial images by attack, crafted when they are asked for.
-
-    prepared: all of the pool by attack, (M, H, W, C), where that was done before.
-    """
+    """Scenes of rounds `first`, `first` + 1, ... with adversarial images by attack, crafted when they are asked for."""
     source = pace.before(source) if pace else source
     remembers = pool.images.nbytes * len(attacks) <= REMEMBERED_BYTES
     known = {attack.name: np.zeros(len(pool.images), bool) for attack in attacks}
-    crafted = {attack.name: np.zeros_like(pool.images) for attack in attacks} if remembers and not prepared else {}
+    crafted = {attack.name: np.zeros_like(pool.images) for attack in attacks} if remembers else {}
     number = first
     while True:
         scene, chosen = pool.scene(threat, seed, number, count), draw(len(pool.images), count, seed, number)
         for attack in attacks:
-            if prepared:
-                scene.adversarial[attack.name] = prepared[attack.name][chosen]
-                continue
             if not remembers:
                 scene.adversarial[attack.name] = _crafted(source, scene, attack)
                 continue

@@ -22,8 +22,8 @@ from monitoring import mitigation, page, release
 from monitoring.bounds import MONTH_SECONDS, limit
 from monitoring.budget import BackOff, Budget
 from monitoring.config import Query, WatchConfig
-from monitoring.crafted import Recipe, load_crafted
-from monitoring.crafting import Crafter, Pace, Pool, require_fit, scenes
+from monitoring.crafted import Crafted, Recipe, load_crafted, prepared_scenes
+from monitoring.crafting import Crafter, Pace, require_fit, scenes
 from monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from monitoring.journal import VERSIONS, Journal
 from monitoring.losses import bars, losses
@@ -37,7 +37,6 @@ from monitoring.rounds import Plan, run_query_round, run_round
 from monitoring.server import application, served
 from monitoring.surrogates import Surrogates
 from robustness.attacks import Attack
-from robustness.data import Bytes
 from robustness.errors import BadInput
 from robustness.progress import Track, silent
 from robustness.provenance import revision, versions
@@ -77,21 +76,17 @@ def watch(
     """
     if rounds is not None:
         config = config.model_copy(update={"mitigation": config_of.Mitigation()})
-    work = prepare(config, stop, track)
+    work = prepare(config, track)
     sidecar = Sidecar(config, work, clock, stop, log)
     left = threading.Event()
-    made = scenes(
-        work.pool,
-        work.source,
-        work.direct.threat,
-        work.direct.attacks,
-        seed=config.probe.seed,
-        count=config.probe.images,
-        first=sidecar.begun + 1,
+    recipe, drawn = work.recipe, {"seed": config.probe.seed, "count": config.probe.images, "first": sidecar.begun + 1}
+    if work.prepared is not None:
+        made = prepared_scenes(recipe.pool, recipe.threat, work.prepared, **drawn)
+    else:
         # Who looks by hand waits for it.
-        pace=Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), left) if rounds is None else None,
-        prepared=work.prepared,
-    )
+        pace = Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), left) if rounds is None else None
+        source = _unless_stopped(recipe.source(), stop)
+        made = scenes(recipe.pool, source, recipe.threat, recipe.attacks, **drawn, pace=pace)
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
     # With a number of rounds, none is crafted that nobody will ask about.
     with http as url, Crafter(islice(made, rounds), stop, config.probe.threads, left) as crafter:
@@ -112,18 +107,15 @@ class Work:
     prepared: the pool's adversarial images by attack, where they were crafted before.
     """
 
-    pool: Pool
-    labels: tuple[str, ...]
+    recipe: Recipe
     direct: Plan
     outside: Plan | None
     keys: tuple[str, str]
-    surrogates: Surrogates
-    source: Callable[..., Any]
-    prepared: Mapping[str, Bytes] | None
+    prepared: Mapping[str, Crafted] | None
     find: Find
 
 
-def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -> Work:
+def prepare(config: WatchConfig, track: Track = silent) -> Work:
     """Data, surrogates, keys and evidence of a watch; BadInput for what cannot be used."""
     recipe = Recipe.of(config, track)
     pool = recipe.pool
@@ -151,13 +143,10 @@ def prepare(config: WatchConfig, stop: threading.Event, track: Track = silent) -
         except Misfit as error:
             raise BadInput(f"query: {error}") from None
     return Work(
-        pool,
-        recipe.labels,
+        recipe,
         direct,
         outside,
         keys,
-        recipe.surrogates,
-        _unless_stopped(recipe.source(), stop),
         load_crafted(recipe, Path(config.probe.crafted)) if config.probe.crafted else None,
         _find(config, recipe.surrogates),
     )
@@ -314,7 +303,7 @@ class Sidecar:
         """As any customer would ask; what is crafted is crafted while asking."""
         query, plan = self._config.query, self._work.outside
         assert plan is not None
-        scene = self._work.pool.scene(plan.threat, self._config.probe.seed, -number, plan.images)
+        scene = self._work.recipe.pool.scene(plan.threat, self._config.probe.seed, -number, plan.images)
         attacker, harmless = _gateway_clients(query, plan, self._work.keys)
         with attacker, harmless:
             return run_query_round(
@@ -337,7 +326,7 @@ class Sidecar:
         self._releases = {name: one for name, one in {**self._releases, version: found}.items() if name in kept}
         if found.attested is not None:
             try:
-                self._work.surrogates.require_apart(found.attested.checkpoint_sha256, f"version {version}")
+                self._work.recipe.surrogates.require_apart(found.attested.checkpoint_sha256, f"version {version}")
             except BadInput as error:
                 raise Rejected(str(error), "rejected") from None
         return found
@@ -364,7 +353,7 @@ class Sidecar:
         if found is None or found.attested is None:
             return {}
         attacks = [attack.name for attack in self._identity.attacks]
-        return bars(found.attested, threat.norm, threat.label, self._work.surrogates.sha256, attacks)
+        return bars(found.attested, threat.norm, threat.label, self._work.recipe.surrogates.sha256, attacks)
 
     def _paused(self) -> bool:
         return bool(self._config.probe.pause_file) and Path(self._config.probe.pause_file).exists()
@@ -429,7 +418,7 @@ def _identity(config: WatchConfig, work: Work) -> Identity:
     intervals = {TRITON: config.probe.interval_seconds}
     if work.outside:
         intervals[GATEWAY] = config.probe.interval_seconds * config.query.every
-    plans = [(work.direct, work.surrogates), *([(work.outside, None)] if work.outside else [])]
+    plans = [(work.direct, work.recipe.surrogates), *([(work.outside, None)] if work.outside else [])]
 
     def info(attack: Attack, surrogates: Surrogates | None) -> AttackInfo:
         threat, source = work.direct.threat, surrogates.sha256 if surrogates else ""
@@ -446,9 +435,9 @@ def _identity(config: WatchConfig, work: Work) -> Identity:
         norm=work.direct.threat.norm,
         epsilon=work.direct.threat.label,
         attacks=attacks,
-        surrogates_sha256=work.surrogates.sha256,
+        surrogates_sha256=work.recipe.surrogates.sha256,
         interval_seconds=intervals,
-        labels=work.labels,
+        labels=work.recipe.labels,
         gated=work.find is not release.nothing,
     )
 
@@ -457,7 +446,7 @@ def _record(config: WatchConfig, work: Work) -> Record | None:
     if not config.record.path:
         return None
     identity = _identity(config, work)
-    about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.pool.digest]
+    about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.recipe.pool.digest]
     plan = hashlib.sha256(json.dumps(about).encode()).hexdigest()
     return Record(Path(config.record.path), config.record.max_bytes, plan)
 

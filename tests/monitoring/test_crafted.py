@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from monitoring.config import WatchConfig
-from monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted
-from monitoring.crafting import Pool, draw, scenes
+from monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted, prepared_scenes
+from monitoring.crafting import Pool, draw
 from monitoring.sidecar import watch
 from monitoring.surrogates import load_surrogates
 from robustness.attacks import Attack
 from robustness.data import load_dataset
-from robustness.errors import BadInput
+from robustness.errors import BadInput, Broken
 from robustness.geometry import contains_uint8
 from robustness.threat import Threat
 
@@ -36,37 +36,44 @@ def recipe(write_config: Make) -> Recipe:
     return replace(whole, pool=Pool(whole.pool.images[:FEW], whole.pool.labels[:FEW], whole.pool.classes))
 
 
-def no_source(x: torch.Tensor) -> torch.Tensor:
-    raise AssertionError("somebody crafts")
-
-
 def tensor(images: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
 
 
 def test_files_hold_what_rounds_ask_about(recipe: Recipe, tmp_path: Path) -> None:
-    """Each image under each attack, in its place, changed, inside the ball; a round takes those, and crafts nothing."""
+    """Each image under each attack, in its place, changed, inside the ball; a round takes those it draws."""
     craft_pool(recipe, tmp_path / "crafted")
     crafted = load_crafted(recipe, tmp_path / "crafted")
-    assert set(crafted) == {"mi-fgsm-2", "pgd-2"}
-    for images in crafted.values():
+    whole = {name: made.take(np.arange(FEW)) for name, made in crafted.items()}
+    assert set(whole) == {"mi-fgsm-2", "pgd-2"}
+    for images in whole.values():
         assert (images.dtype, images.shape) == (np.uint8, recipe.pool.images.shape)
         assert bool(contains_uint8(tensor(images), tensor(recipe.pool.images), recipe.threat).all())
         assert (images != recipe.pool.images).any(axis=(1, 2, 3)).mean() > 0.9
-    assert not np.array_equal(crafted["mi-fgsm-2"], crafted["pgd-2"])
-    made = scenes(recipe.pool, no_source, recipe.threat, recipe.attacks, seed=3, count=8, prepared=crafted)
-    for scene in islice(made, 20):
-        chosen = draw(FEW, 8, 3, scene.number)
+    assert not np.array_equal(whole["mi-fgsm-2"], whole["pgd-2"])
+    made = prepared_scenes(recipe.pool, recipe.threat, crafted, seed=3, count=8, first=5)
+    for number, scene in enumerate(islice(made, 20), 5):
+        chosen = draw(FEW, 8, 3, number)
+        assert scene.number == number
         assert np.array_equal(scene.images, recipe.pool.images[chosen])
         for name, images in scene.adversarial.items():
-            assert np.array_equal(images, crafted[name][chosen])
+            assert np.array_equal(images, whole[name][chosen])
+
+
+def test_an_l2_ball_and_a_step_size_in_the_name(recipe: Recipe, tmp_path: Path) -> None:
+    """A name that is no file name is no hindrance, and bytes lie in an L2 ball too."""
+    attacks = (Attack.parse_transfer("pgd-2@2/255"), Attack.parse_transfer("pgd-2@eps/4"))
+    other = replace(recipe, threat=Threat.parse("l2", "1.0"), attacks=attacks)
+    craft_pool(other, tmp_path / "crafted")
+    one, two = (made.take(np.arange(FEW)) for made in load_crafted(other, tmp_path / "crafted").values())
+    assert not np.array_equal(one, two)
 
 
 def test_crafting_repeats_byte_for_byte(recipe: Recipe, tmp_path: Path) -> None:
     """The same recipe gives the same files; another seed gives others where an attack draws."""
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         craft_pool(replace(recipe, seed=seed), tmp_path / name)
-    one, two, three = ((tmp_path / name / "pgd-2.npy").read_bytes() for name in ("one", "two", "three"))
+    one, two, three = ((tmp_path / name / "pgd-2.bytes").read_bytes() for name in ("one", "two", "three"))
     assert one == two
     assert one != three
 
@@ -76,38 +83,51 @@ def test_a_batch_has_chances_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
     twice = np.concatenate([recipe.pool.images[:64]] * 2)
     pool = Pool(twice, np.concatenate([recipe.pool.labels[:64]] * 2), recipe.pool.classes)
     craft_pool(replace(recipe, pool=pool), tmp_path / "crafted")
-    images = load_crafted(replace(recipe, pool=pool), tmp_path / "crafted")["pgd-2"]
+    images = load_crafted(replace(recipe, pool=pool), tmp_path / "crafted")["pgd-2"].take(np.arange(128))
     assert not np.array_equal(images[:64], images[64:])
-
-
-def others(recipe: Recipe, make_run: Make) -> dict[str, Recipe]:
-    """The same watch but for one thing."""
-    surrogate = load_surrogates([make_run(5)], load_dataset("digits"))
-    return {
-        "pool": replace(recipe, pool=Pool(recipe.pool.images, recipe.pool.labels[::-1], 10)),
-        "surrogates": replace(recipe, surrogates=surrogate),
-        "threat": replace(recipe, threat=Threat.parse("linf", "37/255")),
-        "attacks": replace(recipe, attacks=(*recipe.attacks, Attack.parse_transfer("fgsm"))),
-        "seed": replace(recipe, seed=1),
-    }
 
 
 def test_what_was_crafted_for_another_watch_is_refused(recipe: Recipe, make_run: Make, tmp_path: Path) -> None:
     """Whatever differs is named, with what to do."""
     craft_pool(recipe, tmp_path / "crafted")
-    found = others(recipe, make_run)
-    assert set(found) == set(recipe.to_json())
-    for key, other in found.items():
-        with pytest.raises(
-            BadInput, match=f"was crafted from other {key} than this watch has; make it with dfmcl craft"
-        ):
+    others = {
+        "pool": replace(recipe, pool=Pool(recipe.pool.images, recipe.pool.labels[::-1], 10)),
+        "surrogates": replace(recipe, surrogates=load_surrogates([make_run(5)], load_dataset("digits"))),
+        "threat": replace(recipe, threat=Threat.parse("linf", "37/255")),
+        "seed": replace(recipe, seed=1),
+    }
+    assert set(others) == set(recipe.to_json())
+    for key, other in others.items():
+        with pytest.raises(BadInput, match=f"other {key} than this watch has; make it with dfmcl craft"):
             load_crafted(other, tmp_path / "crafted")
 
 
+def test_attacks_are_taken_by_name_and_parameters(recipe: Recipe, tmp_path: Path) -> None:
+    """Fewer of them, in another order: at hand. One more, or one that a later release runs otherwise: refused."""
+    craft_pool(recipe, tmp_path / "crafted")
+    two, one = reversed(recipe.attacks), recipe.attacks[:1]
+    for attacks in (tuple(two), one):
+        assert list(load_crafted(replace(recipe, attacks=attacks), tmp_path / "crafted")) == [a.name for a in attacks]
+    longer = replace(recipe.attacks[0], parameters={**recipe.attacks[0].parameters, "steps": 3})
+    for attacks in ((longer,), (*one, Attack.parse_transfer("fgsm"))):
+        with pytest.raises(BadInput, match=f"holds no {attacks[-1].name}, or one with other parameters"):
+            load_crafted(replace(recipe, attacks=attacks), tmp_path / "crafted")
+
+
+def test_other_attacks_take_the_place_of_earlier_ones(recipe: Recipe, tmp_path: Path) -> None:
+    """What an earlier run wrote goes; what it did not write is not touched."""
+    craft_pool(recipe, tmp_path / "crafted")
+    craft_pool(replace(recipe, attacks=recipe.attacks[1:]), tmp_path / "crafted")
+    assert {path.name for path in (tmp_path / "crafted").iterdir()} == {MANIFEST, "pgd-2.bytes"}
+    (tmp_path / "crafted" / "mine.txt").touch()
+    with pytest.raises(BadInput, match=r"holds mine.txt, which this command did not write"):
+        craft_pool(recipe, tmp_path / "crafted")
+
+
 def spoil_byte(folder: Path) -> None:
-    content = bytearray((folder / "pgd-2.npy").read_bytes())
+    content = bytearray((folder / "pgd-2.bytes").read_bytes())
     content[-1] ^= 1
-    (folder / "pgd-2.npy").write_bytes(content)
+    (folder / "pgd-2.bytes").write_bytes(content)
 
 
 def spoil_format(folder: Path) -> None:
@@ -118,9 +138,10 @@ def spoil_format(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_byte, "pgd-2.npy: is not the file that crafted.json names"),
+        (spoil_byte, "pgd-2.bytes: is not the file that crafted.json names"),
         (spoil_format, "format is 'dfmcl.crafted/0'"),
-        (lambda folder: (folder / "mi-fgsm-2.npy").unlink(), "mi-fgsm-2.npy: is not the file"),
+        (lambda folder: (folder / "mi-fgsm-2.bytes").unlink(), "mi-fgsm-2.bytes: not readable: No such file"),
+        (lambda folder: (folder / MANIFEST).write_text('{"format": "dfmcl.crafted/1", "recipe": []}'), "other pool"),
         (lambda folder: (folder / MANIFEST).unlink(), "holds no crafted.json"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "not readable as JSON"),
     ],
@@ -128,11 +149,39 @@ def spoil_format(folder: Path) -> None:
 def test_files_that_changed_are_refused(
     recipe: Recipe, tmp_path: Path, spoil: Callable[[Path], None], said: str
 ) -> None:
-    """A byte, a file, the manifest: nothing is asked with what nobody wrote."""
+    """A byte, a file, the manifest: an accident is noticed before anything is asked."""
     craft_pool(recipe, tmp_path / "crafted")
     spoil(tmp_path / "crafted")
     with pytest.raises(BadInput, match=said):
         load_crafted(recipe, tmp_path / "crafted")
+
+
+def test_a_file_that_is_replaced_or_written_over(recipe: Recipe, tmp_path: Path) -> None:
+    """A watch keeps to the files that it opened, whatever takes their place; in those, it notices what cannot be."""
+    path = tmp_path / "crafted"
+    craft_pool(recipe, path)
+    crafted = load_crafted(recipe, path)["pgd-2"]
+    before = crafted.take(np.arange(8))
+    craft_pool(replace(recipe, seed=1), path)
+    assert np.array_equal(crafted.take(np.arange(8)), before)
+    crafted = load_crafted(replace(recipe, seed=1), path)["pgd-2"]
+    content = (path / "pgd-2.bytes").read_bytes()
+    for other in (bytes(255 - byte for byte in content), content[: len(content) // 20]):
+        (path / "pgd-2.bytes").write_bytes(other)
+        with pytest.raises(Broken, match="was written over since this watch began"):
+            crafted.take(np.arange(8))
+
+
+def test_a_full_disk_is_said(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system refuses is one line, exit code 5, and nothing stays."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    opened = Path.open
+    full = lambda path, *how: opened(Path("/dev/full") if path.suffix == ".bytes" else path, *how)  # noqa: E731
+    monkeypatch.setattr(Path, "open", lambda path, *how: full(path, *(("wb",) if how == ("xb",) else how)))
+    with pytest.raises(Broken, match="crafted: cannot be written: No space left on device"):
+        craft_pool(recipe, tmp_path / "crafted")
+    assert list(tmp_path.glob("*craft*")) == []
 
 
 def test_nothing_half_written(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

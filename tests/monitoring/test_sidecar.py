@@ -48,7 +48,7 @@ def some_rounds(config: WatchConfig, count: int = 1) -> tuple[int, list[str]]:
 def idle(config: WatchConfig, clock: Any = time) -> Sidecar:
     """A sidecar that does nothing yet."""
     stop = threading.Event()
-    return Sidecar(config, prepare(config, stop), clock, stop, lambda line: None)
+    return Sidecar(config, prepare(config), clock, stop, lambda line: None)
 
 
 def free_port() -> int:

@@ -219,13 +219,16 @@ def test_a_scale_hides_only_what_nobody_saw(
 
 
 def test_a_scale_may_not_hide_from_the_suite(fragile: Classifier, digits: Dataset) -> None:
-    """An APGD-T that broke nothing of what falls to PGD at another scale is not believed, however many it tried."""
+    """An APGD-T that broke nothing of what falls at another scale only is not believed, however many it tried."""
+    deceit = sprung("logits x 100", fragile, digits.x_test[:N], digits.y_test[:N])
     for images in (N // 2, 2 * N):
         every = (True,) * images
-        evaluation = Evaluation(THREAT, True, 0, every, (AttackRecord("apgd-t-5", {}, every, every, 0, 1.0),), 1.0)
-        found = run("scale_hides", fragile, digits, evaluation=evaluation)
+        weak = Evaluation(THREAT, True, 0, every, (AttackRecord("apgd-t-5", {}, every, every, 0, 1.0),), 1.0)
+        found = run("scale_hides", deceit, digits, evaluation=weak)
         assert found.outcome == "raised", found.why
         assert found.figures["images"] <= images
+        # What falls at every scale shows that the suite is weak, and nothing about scales.
+        assert run("scale_hides", fragile, digits, evaluation=weak).outcome == "clear"
 
 
 def test_a_square_that_came_first_has_beaten_nobody(fragile: Classifier, digits: Dataset) -> None:
