@@ -12,9 +12,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import track
 from torch import nn
 
@@ -57,25 +60,23 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load_dataset("digits")
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        bases: dict[str, Classifier] = {}
+    # A process for each core, with one thread: small networks gain little from more.
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for name, (preset, overrides, share, radius) in HONEST.items():
             threat = Threat.parse("linf", f"{radius}/255")
-            found: list[tuple[list[Result], float]] = []
-            seeds, held = max(1, round(share * arguments.seeds)), []
-            for seed in track(range(seeds), description=name):
-                model = trained(preset, [*overrides, f"seed={seed}"], Path(folder) / f"{preset}-{len(rows)}-{seed}")
-                bases.setdefault(name, model)
-                record = recorded(model, data, threat, arguments.seed)
-                found.append(diagnosed(model, data, threat, arguments.seed, record))
-                held.append(record.robust.value)
-            rows.append(described("honest", name, str(threat), found, sum(held) / len(held)))
-        threat = Threat.parse("linf", "8/255")
+            runs = {
+                Path(folder) / f"{len(rows)}-{seed}": seed for seed in range(max(1, round(share * arguments.seeds)))
+            }
+            work = [(preset, [*overrides, f"seed={seed}"], out, threat, arguments.seed) for out, seed in runs.items()]
+            found = list(track(pool.map(honest_run, work), description=name, total=len(work)))
+            held = sum(robust for *_, robust in found) / len(found)
+            rows.append(described("honest", name, str(threat), [(results, took) for results, took, _ in found], held))
+        base, threat = load_run(Path(folder) / "0-0").model, Threat.parse("linf", "8/255")
         for name in track(TRAPS, description="traps"):
-            trap = sprung(name, bases["standard"], data.x_test[:IMAGES], data.y_test[:IMAGES])
+            trap = sprung(name, base, data.x_test[:IMAGES], data.y_test[:IMAGES])
             record = recorded(trap, data, threat, arguments.seed)
-            found = [diagnosed(trap, data, threat, arguments.seed)]
-            rows.append(described("trap", name, str(threat), found, record.robust.value))
+            caught = [diagnosed(trap, data, threat, arguments.seed)]
+            rows.append(described("trap", name, str(threat), caught, record.robust.value))
     honest = [row for row in rows if row["kind"] == "honest"]
     runs, raised = sum(row["runs"] for row in honest), sum(row["raised"] for row in honest)
     traps = [row for row in rows if row["kind"] == "trap"]
@@ -92,6 +93,15 @@ def main() -> None:
         f" {', '.join(SUITE)} as bytes, of traps what they pretend; raised: runs in which a check was raised",
     }
     write_result("checks", "Reasons to disbelieve: traps and honest models", rows, ratios, conditions)
+
+
+def honest_run(work: tuple[str, list[str], Path, Threat, int]) -> tuple[list[Result], float, float]:
+    """Train one network; its results, the seconds that they took, and what held."""
+    preset, overrides, out, threat, seed = work
+    torch.set_num_threads(1)
+    model, data = trained(preset, overrides, out), load_dataset("digits")
+    record = recorded(model, data, threat, seed)
+    return *diagnosed(model, data, threat, seed, record), record.robust.value
 
 
 def trained(preset: str, overrides: Sequence[str], out: Path) -> Classifier:

@@ -244,18 +244,22 @@ def unlimited_fails(e: Examination) -> Found:
 def scale_hides(e: Examination) -> Found:
     """The same attack on a tenth and on ten times the logits, which give the same answers.
 
-    Where the record has an attack that no scale misleads, only what that left counts: cross-entropy is weaker on the
-    logits of an honest network that is unsure of everything, and nothing is hidden as long as somebody saw it.
+    Cross-entropy is weaker on the logits of an honest network that is unsure of everything: nothing is hidden where an
+    attack of the suite that no scale misleads has seen it.
     """
-    rescaled = {f"PGD-{STEPS} on logits x {factor:g}": e.rescaled(factor) for factor in (0.1, 10.0)}
-    if e.evaluation is not None and _has_strong(e.evaluation):
-        left = np.zeros(len(e.y), bool)  # the suite may have looked at fewer images, or at more
-        held = e.evaluation.robust_images[: len(e.y)]
-        left[: len(held)] = held
-        left = left[e.correct.numpy()]
-        ways = {way: (int((fell & ~e.pgd & left).sum()), int(left.sum())) for way, fell in rescaled.items()}
-        return too_many(ways, "alone breaks images that white-box attacks left", TOLERATED)
-    found = [surplus(way, fell, "the same on the logits", e.pgd, shares=2) for way, fell in rescaled.items()]
+    found = []
+    for factor in (0.1, 10.0):
+        way, fell = f"PGD-{STEPS} on logits x {factor:g}", e.rescaled(factor)
+        more = surplus(way, fell, "the same on the logits", e.pgd, shares=2)
+        if more.outcome == "raised" and e.evaluation is not None and _has_strong(e.evaluation):
+            left = _left_by(e.evaluation, e)
+            missed = int((fell & ~e.pgd & left).sum())
+            hidden = too_many(
+                {f"{way} alone": (missed, int(left.sum()))}, "breaks images that the suite left", TOLERATED
+            )
+            seen = Found("clear", f"{more.why}; {missed} of them held against the suite", more.figures)
+            more = hidden if hidden.outcome == "raised" else seen
+        found.append(more)
     return max(found, key=lambda one: one.outcome == "raised")
 
 
@@ -420,7 +424,7 @@ _ALL = (
     Check(
         "scale_hides",
         "the same attack breaks significantly more images when the logits are divided or multiplied by ten; where the"
-        f" suite has apgd-t: more than {100 * TOLERATED:g} % of those that it left",
+        f" suite has apgd-t, also significantly more than {100 * TOLERATED:g} % of those that it left",
         "put the logits on a scale that calibrates them, and attack with losses that do not care (apgd-t)",
         scale_hides,
         ("gradients", "images"),
@@ -549,6 +553,15 @@ def _flipped_by_transfer(evaluation: Evaluation | None, transfer: Evaluation) ->
     assert evaluation is not None, "compared with a record"
     left = np.array(evaluation.robust_images)
     return int((left & ~np.array(transfer.robust_images)).sum()), int(left.sum())
+
+
+def _left_by(evaluation: Evaluation, e: Examination) -> Flags:
+    """Which of the images that are right the suite left `(M,)`; none of those that it never looked at."""
+    left = np.zeros(len(e.y), bool)
+    held = evaluation.robust_images[: len(e.y)]
+    left[: len(held)] = held
+    of_those_right: Flags = left[e.correct.numpy()]
+    return of_those_right
 
 
 def _has_strong(evaluation: Evaluation) -> bool:
