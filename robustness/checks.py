@@ -260,7 +260,7 @@ def scale_hides(e: Examination) -> Found:
             seen = Found("clear", f"{more.why}; {missed} of them held against the suite", more.figures)
             more = hidden if hidden.outcome == "raised" else seen
         found.append(more)
-    return max(found, key=lambda one: one.outcome == "raised")
+    return max(found, key=lambda one: (one.outcome == "raised", one.figures.get("only_weaker", 0)))
 
 
 def loss_still_rising(e: Examination) -> Found:
