@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,17 @@ def _check(where: str, images: Bytes, labels: Labels, classes: int) -> None:
 
 def _digits() -> Dataset:
     """scikit-learn's scanned digits (UCI, 1,797 images of 8x8 with 17 grey levels), bilinearly upsampled to 16x16."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    small = torch.from_numpy(bunch.images / 16).float()[:, None]
+    # As load_digits reads it; to import that takes a second, more than all else that a command loads but torch.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    pixels, labels = table[:, :-1], table[:, -1]
+    small = torch.from_numpy(pixels.reshape(-1, 1, 8, 8) / 16).float()
     large = functional.interpolate(small, size=(16, 16), mode="bilinear", align_corners=False)
     images = (large * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     order = np.random.default_rng(DIGITS_SPLIT_SEED).permutation(len(images))
-    x, y = np.ascontiguousarray(images[order]), bunch.target[order].astype(np.int64)
+    x, y = np.ascontiguousarray(images[order]), labels[order].astype(np.int64)
     return Dataset("digits", x[450:], y[450:], x[:450], y[:450], tuple("0123456789"))
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from robustness.data import load_dataset
+from robustness.data import DIGITS_SPLIT_SEED, load_dataset
 from robustness.errors import BadInput
 from robustness.runs import load_run
 
@@ -101,6 +102,19 @@ def test_digits_are_the_scanned_ones() -> None:
     assert np.array_equal(data.x_test[..., 0], data.x_test[..., 2])
     assert set(data.y_test.tolist()) == set(range(10))
     assert data.sha256 == load_dataset("digits").sha256
+
+
+def test_digits_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is read without that package gives what the package gives; where it is missing, its name is said."""
+    bunch, data = load_digits(), load_dataset("digits")
+    order = np.random.default_rng(DIGITS_SPLIT_SEED).permutation(len(bunch.images))
+    assert np.array_equal(np.concatenate([data.y_test, data.y_train]), bunch.target[order])
+    # A corner of the enlarged image is the corner of the small one.
+    corners = np.concatenate([data.x_test, data.x_train])[:, ::15, ::15, 0]
+    assert np.array_equal(corners, np.round(bunch.images[order][:, ::7, ::7] / 16 * 255).astype(np.uint8))
+    monkeypatch.setattr("robustness.data.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="sklearn"):
+        load_dataset("digits")
 
 
 def test_malformed_run_is_named(tmp_path: Path, standard_run: Path) -> None:
