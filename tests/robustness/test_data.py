@@ -105,7 +105,7 @@ def test_digits_are_the_scanned_ones() -> None:
 
 
 def test_digits_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that is read without that package gives what the package gives; where it is missing, its name is said."""
+    """The file, read without that package, gives what the package gives; where it is missing, its name is said."""
     bunch, data = load_digits(), load_dataset("digits")
     order = np.random.default_rng(DIGITS_SPLIT_SEED).permutation(len(bunch.images))
     assert np.array_equal(np.concatenate([data.y_test, data.y_train]), bunch.target[order])
