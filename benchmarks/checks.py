@@ -64,10 +64,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for name, (preset, overrides, share, radius) in HONEST.items():
             threat = Threat.parse("linf", f"{radius}/255")
-            runs = {
-                Path(folder) / f"{len(rows)}-{seed}": seed for seed in range(max(1, round(share * arguments.seeds)))
-            }
-            work = [(preset, [*overrides, f"seed={seed}"], out, threat, arguments.seed) for out, seed in runs.items()]
+            work = [
+                (preset, [*overrides, f"seed={seed}"], Path(folder) / f"{len(rows)}-{seed}", threat, arguments.seed)
+                for seed in range(max(1, round(share * arguments.seeds)))
+            ]
             found = list(track(pool.map(honest_run, work), description=name, total=len(work)))
             held = sum(robust for *_, robust in found) / len(found)
             rows.append(described("honest", name, str(threat), [(results, took) for results, took, _ in found], held))

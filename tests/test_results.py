@@ -6,8 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import onnxruntime as ort
 import pytest
+import torch
 
+from benchmarks.attacks import SHIPPED, shipped
+from robustness.models import to_float
 from robustness.records import Evaluation
 from robustness.statistics import clopper_pearson
 from training.plan import load_campaign, runs
@@ -104,6 +109,15 @@ def test_what_benchmarks_found_stands_on_the_pages(page: str, record: str, said:
     changes = {name.removeprefix("user_").replace("_with_probes_vs_without", ""): r - 1 for name, r in ratios.items()}
     text = " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
     assert said.format_map(changes | ratios).replace("%", " %") in text
+
+
+def test_peers_are_compared_on_the_network_that_is_shipped() -> None:
+    """What bench-attacks rebuilds from the file answers as the file does."""
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    (expected,) = ort.InferenceSession(SHIPPED, providers=["CPUExecutionProvider"]).run(None, {"images": images})
+    with torch.no_grad():
+        found = shipped(SHIPPED)(to_float(torch.from_numpy(images))).numpy()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_what_transfers_is_what_the_gate_recorded() -> None:

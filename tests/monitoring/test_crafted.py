@@ -177,8 +177,11 @@ def test_a_full_disk_is_said(recipe: Recipe, tmp_path: Path, monkeypatch: pytest
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     opened = Path.open
-    full = lambda path, *how: opened(Path("/dev/full") if path.suffix == ".bytes" else path, *how)  # noqa: E731
-    monkeypatch.setattr(Path, "open", lambda path, *how: full(path, *(("wb",) if how == ("xb",) else how)))
+
+    def full(path: Path, *how: str) -> Any:
+        return opened(Path("/dev/full"), "wb") if path.suffix == ".bytes" else opened(path, *how)
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(Broken, match="crafted: cannot be written: No space left on device"):
         craft_pool(recipe, tmp_path / "crafted")
     assert list(tmp_path.glob("*craft*")) == []
