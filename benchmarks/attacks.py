@@ -32,6 +32,7 @@ from robustness.data import Dataset, load_dataset
 from robustness.evaluate import evaluate
 from robustness.geometry import contains
 from robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
+from robustness.records import AttackRecord
 from robustness.runs import load_run
 from robustness.threat import Threat
 from training.config import load_config
@@ -44,6 +45,8 @@ OURS = "dfmcl"
 PEERS = ("foolbox", "torchattacks", "ART")
 FROZEN = ", weights frozen for it"
 RIGHT = "dfmcl, only images that the network gets right"
+AT_SUCCESS = "dfmcl, at ART's success"
+ART_SENDS = 3  # queries a step: it asks anew whom it has fooled, and for the loss before and after
 
 
 class Counted(nn.Module):
@@ -69,6 +72,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3, help="searches of Square, each with another seed")
     arguments = parser.parse_args()
     if arguments.shipped:
         model, data, radius = shipped(SHIPPED), load_dataset("cifar10", arguments.data), "8/255"
@@ -88,20 +92,20 @@ def main() -> None:
         found = pgd_rows(model, x, y, right, threat, arguments.rounds)
         if number == 0:
             with frozen(model):
-                found += square_rows(model, x[right], y[right], threat, arguments.queries)
+                found += square_rows(model, x[right], y[right], threat, arguments.queries, arguments.seeds)
         rows += [{"attack": row["attack"], "threat": str(threat), **row} for row in found]
         ratios |= {f"{name}, {threat}" if number else name: ratio for name, ratio in ratios_of(found).items()}
     network = f"{model.spec.arch} of width {model.spec.width} on {data.name}"
     rounds = f"median of {arguments.rounds} rounds after one to warm up"
     conditions = {
         "n": f"the first {len(x)} test images, one batch, of which the network gets {int(right.sum())} right; PGD:"
-        f" {rounds}; Square: the latter, one search",
-        "seed": 0,
+        f" {rounds}; Square: the latter, mean of {arguments.seeds} searches",
+        "seed": f"0; Square: 0 to {arguments.seeds - 1}",
         "note": f"{network}; peers as they are documented, and given a network with frozen weights, which spares them a"
         f" third of the work; foolbox has no Square; PGD-{STEPS}: steps of 2.5 eps / {STEPS} from a random start; ours"
         " with what it costs to make the fast copy, to prove it, and to decide in float32, as bytes; it leaves out what"
         " is wrong already and what has fallen, with which peers go on; Square: queries until an image falls, at most"
-        " those given; ours at ART's success: queries that ours needed to break as many images as ART did",
+        f" {arguments.queries} steps; ours at ART's success: stopped where as many images have fallen as in ART's mean",
     }
     write_result("attacks", "Attacks beside their peers", rows, ratios, conditions)
 
@@ -262,26 +266,36 @@ def art_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float
     return lambda: torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
 
 
-def square_rows(model: Classifier, x: Tensor, y: Tensor, threat: Threat, queries: int) -> list[dict[str, Any]]:
-    """Queries an image and success of Square: ours, torchattacks', ART's; and ours stopped at ART's success."""
-    outcome = evaluate(
-        model, to_bytes(x).numpy(), y.numpy(), threat, [Attack.parse(f"square-{queries}")], batch_size=len(x)
-    )
-    (record,) = outcome.evaluation.attacks
-    costs, fell = np.array(record.forward), ~np.array(record.held)
-    rows = [square_row(OURS, float(fell.mean()), float(costs.mean()))]
+def square_rows(
+    model: Classifier, x: Tensor, y: Tensor, threat: Threat, queries: int, seeds: int
+) -> list[dict[str, Any]]:
+    """Queries an image and success of Square, mean of several seeds: ours, torchattacks', ART's.
+
+    Ours goes on until it has sent what ART sends at most, so that it can be stopped where ART's success is reached.
+    """
+    images, labels, attack = to_bytes(x).numpy(), y.numpy(), Attack.parse(f"square-{ART_SENDS * queries}")
+    found: list[AttackRecord] = []
+    for seed in track(range(seeds), description=f"Square, {OURS}"):
+        outcome = evaluate(model, images, labels, threat, [attack], batch_size=len(x), seed=seed)
+        found += outcome.evaluation.attacks
+    costs = np.array([record.forward for record in found])
+    fell = ~np.array([record.held for record in found])
+    rows = [square_row(OURS, *stopped(costs, fell, queries))]
     for name, make in {"torchattacks": torchattacks_square, "ART": art_square}.items():
         counted = Counted(model)
-        attack = make(counted, x, y, threat, queries)
-        if attack is None:
+        attacks = [make(counted, x, y, threat, queries, seed) for seed in range(seeds)]
+        if None in attacks:
             rows.append({"attack": "Square", "library": name, "queries_per_image": "not installed"})
             continue
         counted.images = 0
-        x_adv = next(iter(track([attack], description=f"Square, {name}")))()
-        made = counted.images / len(x)
-        rows.append(square_row(name, 1 - share_that_holds(model, x_adv, x, y, threat), made))
+        searches = track(attacks, description=f"Square, {name}")
+        held = [share_that_holds(model, attack(), x, y, threat) for attack in searches if attack]
+        rows.append(square_row(name, 1 - float(np.mean(held)), counted.images / len(x) / seeds))
         if name == "ART":
-            rows.append(square_row("dfmcl, at ART's success", *stopped(costs, fell, float(rows[-1]["success"]))))
+            limits = range(1, int(costs.max()) + 1)
+            enough = next((n for n in limits if stopped(costs, fell, n)[0] >= rows[-1]["success"]), None)
+            if enough:
+                rows.append(square_row(AT_SUCCESS, *stopped(costs, fell, enough)))
     return rows
 
 
@@ -289,27 +303,28 @@ def square_row(library: str, success: float, queries: float) -> dict[str, Any]:
     return {"attack": "Square", "library": library, "success": success, "queries_per_image": queries}
 
 
-def stopped(costs: Any, fell: Any, success: float) -> tuple[float, float]:
-    """Success and queries an image of a search that is stopped once `success` of the images have fallen."""
-    for limit in range(1, int(costs.max()) + 1):
-        reached = float((fell & (costs <= limit)).mean())
-        if reached >= success:
-            return reached, float(np.minimum(costs, limit).mean())
-    return float(fell.mean()), float(costs.mean())
+def stopped(costs: Any, fell: Any, queries: int) -> tuple[float, float]:
+    """Success and queries an image of searches that are stopped after so many.
+
+    costs: queries until an image fell, or all that were sent; fell: which did. Of one shape.
+    """
+    return float((fell & (costs <= queries)).mean()), float(np.minimum(costs, queries).mean())
 
 
 def torchattacks_square(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int, seed: int
 ) -> Callable[[], Tensor] | None:
     try:
         import torchattacks
     except ModuleNotFoundError:
         return None
-    attack = torchattacks.Square(model, norm="Linf", eps=threat.eps, n_queries=queries, seed=0)
+    attack = torchattacks.Square(model, norm="Linf", eps=threat.eps, n_queries=queries, seed=seed)
     return lambda: attack(x, y)
 
 
-def art_square(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int) -> Callable[[], Tensor] | None:
+def art_square(
+    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int, seed: int
+) -> Callable[[], Tensor] | None:
     try:
         from art.attacks.evasion import SquareAttack
     except ModuleNotFoundError:
@@ -317,8 +332,12 @@ def art_square(model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: 
     attack = SquareAttack(
         art_classifier(model, x), norm=np.inf, eps=threat.eps, max_iter=queries, batch_size=len(x), verbose=False
     )
-    np.random.seed(0)  # ART draws from numpy's global stream
-    return lambda: torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+    def run() -> Tensor:
+        np.random.seed(seed)  # ART draws from numpy's global stream
+        return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+    return run
 
 
 def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -335,8 +354,8 @@ def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float]:
             if peers:
                 found[f"{name}_fastest_peer{suffix}"] = pgd[mine] / max(peers)
     square = {row["library"]: row["queries_per_image"] for row in rows if row["attack"] == "Square"}
-    if "dfmcl, at ART's success" in square:
-        found["square_queries_vs_art"] = square["dfmcl, at ART's success"] / square["ART"]
+    if AT_SUCCESS in square:
+        found["square_queries_vs_art"] = square[AT_SUCCESS] / square["ART"]
     return found
 
 

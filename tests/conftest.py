@@ -9,7 +9,7 @@ from pathlib import Path
 # Before torch loads: OpenMP threads that spin while they wait make a forward pass up to 100 times slower beside a busy
 # process, and tests start servers. 3,000 spins cost 15 % on an idle machine, sleeping at once would cost 50 %.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-# `make test` runs two processes; what they start must not want two cores each, and equals a run in here bit for bit.
+# `make test` runs three processes; what they start must not want two cores each, and equals a run in here bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell that runs us in the background lets us ignore SIGINT, and so would every server that a test interrupts.
@@ -22,25 +22,23 @@ from hypothesis import settings
 from training.config import load_config
 from training.train import train
 
-# The same everywhere, as results depend on the order of float sums. One: two processes with two threads each wait for
+# The same everywhere, as results depend on the order of float sums. One: processes with two threads each wait for
 # each other on two cores, and take more than twice as long.
 torch.set_num_threads(1)
 # How long an example takes depends on what else runs, and is nothing that a test states by the way.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-# Their commands are run as they stand on a page, on Triton's own ports.
-FIXED_PORTS = {"test_readme.py", "test_platform.py"}
-# They take minutes; begun last, they would leave the other process with nothing to do.
-LONG = {*FIXED_PORTS, "test_pipelines.py", "test_page.py", "test_supervisor.py", "test_strength.py", "test_gate.py"}
+# They take minutes; begun last, they would leave the other processes with nothing to do.
+LONG = (
+    "test_readme.py", "test_strength.py", "test_gate.py", "test_alarms.py", "test_supervisor.py", "test_pipelines.py",
+    "test_train.py", "test_distribution.py", "test_page.py", "test_platform.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, for its fixtures; so do those that need the same ports. Long ones first."""
-    items.sort(key=lambda item: item.path.name not in LONG)
-    for item in items:
-        group = "ports" if item.path.name in FIXED_PORTS else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Long files first, the longest before all."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 TINY = ["model.width=8", "data.train_images=600", "optimization.epochs=5"]

@@ -1,11 +1,20 @@
-"""Waiting for what another process does."""
+"""Waiting for what another process does, or has."""
 
 from __future__ import annotations
 
+import fcntl
+import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+TRITON = (8000, 8001, 8002)
 
 
 def wait_until(
@@ -18,3 +27,18 @@ def wait_until(
             assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
         assert time.monotonic() < deadline, f"nothing after {seconds} s"
         time.sleep(0.01)  # what is waited for lies in another process's hands: a file, a signal handler
+
+
+@contextmanager
+def tritons_own_ports() -> Iterator[None]:
+    """For pages whose commands stand there as they are: one test at a time; skips where somebody else listens."""
+    with (Path(tempfile.gettempdir()) / "dfmcl-tests-ports").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if any(listening(port) for port in TRITON):
+            pytest.skip("something listens on Triton's ports 8000 to 8002, which the page's commands use")
+        yield
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

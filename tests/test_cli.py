@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,19 +106,43 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wrong_call_gives_one_line_and_its_exit_code(tmp_path: Path, case: str) -> None:
+def test_wrong_call_gives_one_line_and_its_exit_code(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """What, where and what to do, on stderr, nothing on stdout, nothing written."""
     calls = bad(tmp_path)
     assert set(calls) == set(CASES), "a wrong call that nobody makes"
     arguments, code, message = calls[case]
     before = sorted(tmp_path.rglob("*"))
-    result = run(*arguments)
-    assert result.returncode == code, result.stderr
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert result.stderr.startswith("dfmcl: ")
-    assert result.stdout == ""
+    monkeypatch.setattr(sys, "argv", ["dfmcl", *arguments])  # in here: a process each would import torch each, 3 s
+    with signals_put_back(), pytest.raises(SystemExit) as ended:
+        dfmcl.main()
+    out, err = capfd.readouterr()
+    assert ended.value.code == code, err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("dfmcl: ")
+    assert out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@contextmanager
+def signals_put_back() -> Iterator[None]:
+    """The command takes SIGINT and SIGTERM for itself; pytest needs its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_wrong_call_of_a_heavy_command_is_one_line_too(tmp_path: Path) -> None:
+    """As a user runs it: no import on the way has anything to say."""
+    result = run("evaluate", str(tmp_path), "--device", "gpu")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,12 +163,13 @@ def test_usage_error_is_2(line: str, message: str) -> None:
 
 def test_verbose_adds_the_traceback(tmp_path: Path) -> None:
     """--verbose, anywhere on the line, shows where the error came from; the last line stays the same."""
-    plain = run("evaluate", str(tmp_path))
-    loud = run("evaluate", str(tmp_path), "--verbose")
+    call = ("train", "no_such_preset", "--out", str(tmp_path / "out"))
+    plain = run(*call)
+    loud = run(*call, "--verbose")
     assert "Traceback" not in plain.stderr
     assert "Traceback" in loud.stderr
     assert loud.stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
-    assert run("--verbose", "evaluate", str(tmp_path)).stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
+    assert run("--verbose", *call).stderr.splitlines()[-1] == plain.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

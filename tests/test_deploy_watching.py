@@ -328,7 +328,6 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory, sidecar: SimpleNamespac
         yield url
 
 
-@pytest.mark.xdist_group("prometheus")
 def test_every_panel_shows_something(prometheus: str) -> None:
     """Each query of each dashboard returns a number from a Prometheus that scraped; one of nothing does not."""
     observing.every_panel_returns_data(prometheus)
@@ -336,7 +335,6 @@ def test_every_panel_shows_something(prometheus: str) -> None:
     assert len(observing.panels()) > 60
 
 
-@pytest.mark.xdist_group("prometheus")
 def test_a_rollback_ends_the_page(tmp_path: Path) -> None:
     """By a real Prometheus, where a minute is a second: version 2 is lost and pages, 1 answers again and silence falls.
 
@@ -361,7 +359,6 @@ def test_a_rollback_ends_the_page(tmp_path: Path) -> None:
         assert observing.query(url, f"{lost} == 1")
 
 
-@pytest.mark.xdist_group("prometheus")
 def test_rules_are_evaluated_without_error(prometheus: str) -> None:
     """On every series of the sample at once: many-to-many matches would only show here."""
 
@@ -373,7 +370,6 @@ def test_rules_are_evaluated_without_error(prometheus: str) -> None:
     assert healths() == {"ok"}
 
 
-@pytest.mark.xdist_group("prometheus")
 def test_a_mismatch_reaches_the_pager(prometheus: str, alertmanager: str, sidecar: SimpleNamespace) -> None:
     """From the sidecar's metric over Prometheus to Alertmanager's pager, which knows nothing of it before."""
 

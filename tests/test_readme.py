@@ -6,16 +6,16 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from serving import environment
 from serving.errors import Broken
-from tests.processes import wait_until
+from tests.processes import tritons_own_ports, wait_until
 from training.config import preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -27,23 +27,17 @@ def block(language: str) -> str:
     return str(found)
 
 
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.fixture
-def shell(tmp_path: Path) -> dict[str, str]:
+def shell(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A directory with the checkout's deploy/, and an environment with its commands on the path."""
     try:
         environment.find_environment(None)
     except Broken as error:
         pytest.skip(str(error))
-    if any(listening(port) for port in (8000, 8001, 8002)):
-        pytest.skip("something listens on Triton's ports 8000 to 8002, which the README's commands use")
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "DFMCL_TRITON_PYTHON": str(ROOT / ".venv-triton" / "bin" / "python")}
+    with tritons_own_ports():
+        yield {**os.environ, "PATH": path, "DFMCL_TRITON_PYTHON": str(ROOT / ".venv-triton" / "bin" / "python")}
 
 
 def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:

@@ -6,16 +6,16 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from serving.client import Client
 from serving.export import export
-from tests.processes import wait_until
+from tests.processes import tritons_own_ports, wait_until
 from tests.serving.workshop import ROOT, write_evidence, write_run
 
 PAGE = (ROOT / "docs" / "platform.md").read_text(encoding="utf-8")
@@ -23,16 +23,15 @@ LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.fixture
-def desk(tmp_path: Path, candidate: Path, evidence: Path, key: Path, needs_triton: None) -> Path:
+def desk(tmp_path: Path, candidate: Path, evidence: Path, key: Path, needs_triton: None) -> Iterator[Path]:
     """A directory with what the page takes for granted."""
-    if any(socket.socket().connect_ex(("127.0.0.1", port)) == 0 for port in (8000, 8001, 8002)):
-        pytest.skip("something listens on Triton's ports 8000 to 8002, which the page's commands use")
     shutil.copytree(candidate, tmp_path / "candidate")
     shutil.copytree(evidence, tmp_path / "evidence")
     export(write_run(tmp_path / "run", seed=1), tmp_path / "next" / "candidate")
     write_evidence(tmp_path / "next" / "evidence", tmp_path / "next" / "candidate", key)
     (tmp_path / "trust.toml").write_text(f'keys = ["{key.with_suffix(".pub")}"]\n')
-    return tmp_path
+    with tritons_own_ports():
+        yield tmp_path
 
 
 def test_the_commands_run_as_written(desk: Path) -> None:
