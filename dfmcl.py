@@ -713,8 +713,9 @@ def watch(
     from monitoring.config import load_config
     from monitoring.sidecar import watch as run_watch
 
+    settings = load_config(config)
     os.nice(NICE)
-    return run_watch(load_config(config), rounds=rounds, stop=stop_on_signals(), log=say, track=track)
+    return run_watch(settings, rounds=rounds, stop=stop_on_signals(), log=say, track=track)
 
 
 @command
@@ -728,10 +729,10 @@ def craft(
     from robustness.errors import BadInput
     from robustness.runs import parse_device
 
-    os.nice(NICE)
     settings, on = load_config(config), parse_device(device)
     if not settings.probe.crafted:
         raise BadInput(f"{config}: probe.crafted is not set; name the directory to write to")
+    os.nice(NICE)
     recipe = Recipe.of(settings, track)
     craft_pool(recipe, Path(settings.probe.crafted), device=on, track=track)
     attacks = ", ".join(settings.probe.attacks)

@@ -3,8 +3,8 @@
 One full-width ResNet-18, the same images, the same run, all libraries in turn. PGD-20: images a second and robust
 accuracy, on test images as they come, decided by the network in float32, whatever the library says; ours leaves
 out what is wrong already and what has fallen, so it is also timed on images that the network gets right. Square, on
-those: queries an image, counted as images that went through the network, and how many fell. Peers are called as their
-documentation does.
+those: queries an image, counted as images that went through the network, and how many fell, over several seeds. Peers
+are called as their documentation does.
 
 With --shipped it is the network in model_repository/, whose run is not: what the export folded into its convolutions is
 put back as batch norms, so that every library works on what training makes.
@@ -34,6 +34,7 @@ from robustness.geometry import contains
 from robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
 from robustness.records import AttackRecord
 from robustness.runs import load_run
+from robustness.square import SHORTEST
 from robustness.threat import Threat
 from training.config import load_config
 from training.train import train
@@ -45,16 +46,22 @@ OURS = "dfmcl"
 PEERS = ("foolbox", "torchattacks", "ART")
 FROZEN = ", weights frozen for it"
 RIGHT = "dfmcl, only images that the network gets right"
-AT_SUCCESS = "dfmcl, at ART's success"
-ART_SENDS = 3  # queries a step: it asks anew whom it has fooled, and for the loss before and after
+AT_SUCCESS, ART_STOPPED = "dfmcl, until ART's success", "ART, until its success"
+GROUP = 8  # images in a call of a peer's Square
+ART_SENDS = 3  # queries a step, at most: it asks anew whom it has fooled, and for the loss before and after
 
 
 class Counted(nn.Module):
-    """The network, and how many images went through it."""
+    """The network, and how many images went through it.
+
+    seen: of each search that says so, and whenever it looked, the images it had sent and those that had fallen.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network, self.images = network, 0
+        self.seen: list[list[tuple[int, int]]] = []
+        self.eval()  # a new module trains, and torchattacks puts that back afterwards, on the network as well
 
     def forward(self, x: Tensor) -> Tensor:
         self.images += len(x)
@@ -74,6 +81,8 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3, help="searches of Square, each with another seed")
     arguments = parser.parse_args()
+    if ART_SENDS * (arguments.queries + 1) > SHORTEST:
+        parser.error(f"--queries: at most {SHORTEST // ART_SENDS - 1}; a longer search of ours begins otherwise")
     if arguments.shipped:
         model, data, radius = shipped(SHIPPED), load_dataset("cifar10", arguments.data), "8/255"
     else:
@@ -100,12 +109,15 @@ def main() -> None:
     conditions = {
         "n": f"the first {len(x)} test images, one batch, of which the network gets {int(right.sum())} right; PGD:"
         f" {rounds}; Square: the latter, mean of {arguments.seeds} searches",
-        "seed": f"0; Square: 0 to {arguments.seeds - 1}",
+        "seed": f"0; Square: 0 to {arguments.seeds - 1}, of peers one a call",
         "note": f"{network}; peers as they are documented, and given a network with frozen weights, which spares them a"
         f" third of the work; foolbox has no Square; PGD-{STEPS}: steps of 2.5 eps / {STEPS} from a random start; ours"
         " with what it costs to make the fast copy, to prove it, and to decide in float32, as bytes; it leaves out what"
-        " is wrong already and what has fallen, with which peers go on; Square: queries until an image falls, at most"
-        f" {arguments.queries} steps; ours at ART's success: stopped where as many images have fallen as in ART's mean",
+        " is wrong already and what has fallen, with which peers go on; Square: images sent through the network, in"
+        f" {arguments.queries} steps (of ART: of up to {ART_SENDS} queries; ours: the beginning of a longer search),"
+        f" peers called on {GROUP} images at a time, as all of a call get the same patches, each with another seed;"
+        " until ART's success: both stopped as soon as so many images have fallen as fall to ART in the end, all seeds"
+        " together",
     }
     write_result("attacks", "Attacks beside their peers", rows, ratios, conditions)
 
@@ -269,11 +281,13 @@ def art_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float
 def square_rows(
     model: Classifier, x: Tensor, y: Tensor, threat: Threat, queries: int, seeds: int
 ) -> list[dict[str, Any]]:
-    """Queries an image and success of Square, mean of several seeds: ours, torchattacks', ART's.
+    """Queries an image and success of Square, means of several seeds: ours, torchattacks', ART's, and at ART's success.
 
-    Ours goes on until it has sent what ART sends at most, so that it can be stopped where ART's success is reached.
+    The peers give all images of a call the same patches, so that one call says little: they are called on a few images
+    at a time, each time with another seed. Ours and ART are also stopped as soon as so many images have fallen as fall
+    to ART in the end.
     """
-    images, labels, attack = to_bytes(x).numpy(), y.numpy(), Attack.parse(f"square-{ART_SENDS * queries}")
+    images, labels, attack = to_bytes(x).numpy(), y.numpy(), Attack.parse(f"square-{ART_SENDS * (queries + 1)}")
     found: list[AttackRecord] = []
     for seed in track(range(seeds), description=f"Square, {OURS}"):
         outcome = evaluate(model, images, labels, threat, [attack], batch_size=len(x), seed=seed)
@@ -281,22 +295,42 @@ def square_rows(
     costs = np.array([record.forward for record in found])
     fell = ~np.array([record.held for record in found])
     rows = [square_row(OURS, *stopped(costs, fell, queries))]
-    for name, make in {"torchattacks": torchattacks_square, "ART": art_square}.items():
+    makers = {"torchattacks": torchattacks_square, "ART": art_square}
+    for name, make in makers.items():
         counted = Counted(model)
-        attacks = [make(counted, x, y, threat, queries, seed) for seed in range(seeds)]
-        if None in attacks:
+        groups = [group for _ in range(seeds) for group in zip(x.split(GROUP), y.split(GROUP), strict=True)]
+        searches = [make(counted, *group, threat, queries, seed) for seed, group in enumerate(groups)]
+        if None in searches:
             rows.append({"attack": "Square", "library": name, "queries_per_image": "not installed"})
             continue
         counted.images = 0
-        searches = track(attacks, description=f"Square, {name}")
-        held = [share_that_holds(model, attack(), x, y, threat) for attack in searches if attack]
-        rows.append(square_row(name, 1 - float(np.mean(held)), counted.images / len(x) / seeds))
+        shown = track(searches, description=f"Square, {name}")
+        x_adv = torch.cat([search() for search in shown if search])
+        fallen = 1 - share_that_holds(model, x_adv, x.repeat(seeds, 1, 1, 1), y.repeat(seeds), threat)
+        sent = counted.images / costs.size
+        rows.append(square_row(name, fallen, sent))
         if name == "ART":
-            limits = range(1, int(costs.max()) + 1)
-            enough = next((n for n in limits if stopped(costs, fell, n)[0] >= rows[-1]["success"]), None)
-            if enough:
-                rows.append(square_row(AT_SUCCESS, *stopped(costs, fell, enough)))
+            rows += rows_at_arts_success(counted.seen, sent, costs, fell, round(fallen * costs.size))
     return rows
+
+
+def rows_at_arts_success(
+    seen: list[list[tuple[int, int]]], sent: float, costs: Any, fell: Any, target: int
+) -> list[dict[str, Any]]:
+    """Queries an image until `target` images have fallen in all searches together, of ART and of ours.
+
+    seen: of ART, see `Counted`; sent: queries an image in all of its search; costs, fell: see `stopped`.
+    """
+    if not target:
+        return []  # nothing to reach
+    longest = max(map(len, seen))
+    steps = np.sum([np.pad(one, ((0, longest - len(one)), (0, 0)), mode="edge") for one in seen], axis=0)
+    enough = [images for images, fallen in steps if fallen >= target]
+    rows = [square_row(ART_STOPPED, target / fell.size, float(enough[0]) / fell.size if enough else sent)]
+    limits = [n for n in range(1, int(costs.max()) + 1) if (fell & (costs <= n)).sum() >= target]
+    if limits:
+        return [*rows, square_row(AT_SUCCESS, *stopped(costs, fell, limits[0]))]
+    return [*rows, {**square_row(AT_SUCCESS, float(fell.mean()), 0), "queries_per_image": "not reached"}]
 
 
 def square_row(library: str, success: float, queries: float) -> dict[str, Any]:
@@ -323,19 +357,38 @@ def torchattacks_square(
 
 
 def art_square(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int, seed: int
+    model: Counted, x: Tensor, y: Tensor, threat: Threat, queries: int, seed: int
 ) -> Callable[[], Tensor] | None:
     try:
         from art.attacks.evasion import SquareAttack
     except ModuleNotFoundError:
         return None
+    seen: list[tuple[int, int]] = []
+
+    def fallen(answers: Any, labels: Any) -> Any:
+        """ART's own criterion, which it asks once a step."""
+        wrong = answers.argmax(axis=1) != labels.argmax(axis=1)
+        seen.append((model.images - begun[0], int(wrong.sum())))
+        return wrong
+
+    begun: list[int] = []
+    classifier = art_classifier(model, x)
     attack = SquareAttack(
-        art_classifier(model, x), norm=np.inf, eps=threat.eps, max_iter=queries, batch_size=len(x), verbose=False
+        classifier,
+        adv_criterion=fallen,
+        norm=np.inf,
+        eps=threat.eps,
+        max_iter=queries,
+        batch_size=len(x),
+        verbose=False,
     )
 
     def run() -> Tensor:
         np.random.seed(seed)  # ART draws from numpy's global stream
-        return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+        begun.append(model.images)
+        x_adv = torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+        model.seen.append(seen)
+        return x_adv
 
     return run
 
@@ -354,8 +407,8 @@ def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float]:
             if peers:
                 found[f"{name}_fastest_peer{suffix}"] = pgd[mine] / max(peers)
     square = {row["library"]: row["queries_per_image"] for row in rows if row["attack"] == "Square"}
-    if AT_SUCCESS in square:
-        found["square_queries_vs_art"] = square[AT_SUCCESS] / square["ART"]
+    if isinstance(square.get(AT_SUCCESS), float):
+        found["square_queries_vs_art"] = square[AT_SUCCESS] / square[ART_STOPPED]
     return found
 
 

@@ -110,7 +110,7 @@ def compared(
     rows = []
     with frozen(network):
         for kind, record in zip(kinds, found.attacks, strict=True):
-            counted, begun = Counted(network).eval(), time.perf_counter()  # torchattacks restores the mode
+            counted, begun = Counted(network), time.perf_counter()
             twin = TWINS[kind](counted, **budget, norm=NORMS[threat.norm], eps=threat.eps, seed=seed)
             held = left(network, twin, x, y, held, threat, f"{name}, {threat}, torchattacks {kind}")
             pair = PairedCounts.of(np.array(record.held), held)

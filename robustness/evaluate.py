@@ -24,6 +24,10 @@ from robustness.seeds import generator
 from robustness.threat import Threat
 from robustness.trial import Trial
 
+# Images that come as bytes lie in channels_last, which a CPU answers 15 % faster in a large batch; in one of these the
+# reordering of weights decides, and takes a quarter longer for it.
+FEW = 16
+
 Decide = Callable[[Tensor], Tensor]
 """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`: the artefact whose answer counts."""
 
@@ -265,6 +269,7 @@ def _frozen(model: nn.Module | None) -> AbstractContextManager[Any]:
 
 
 def _answer(decide: Decide, x: Tensor) -> Tensor:
+    x = x.contiguous() if len(x) < FEW else x
     with torch.no_grad():
         return decide(x).detach().float().cpu()
 

@@ -20,7 +20,7 @@ from robustness.losses import margin, value_and_gradient
 from robustness.models import frozen
 
 PRECISIONS = ("auto", "bfloat16", "float32")
-IMAGES = 4  # enough for a proof: what was folded wrongly is wrong on each
+IMAGES = 4  # enough for a proof: what was folded wrongly, or has no precision, is wrong on each
 # Of the largest logit, and of the median image's gradient. Sums in another order differ by 3e-6 of either.
 LOGITS = GRADIENTS = 1e-4
 ALIKE = 0.9  # cosine of bfloat16's gradient to float32's, median image; 0.998 in a hardened ResNet-18

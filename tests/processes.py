@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import subprocess
 import tempfile
@@ -32,7 +33,7 @@ def wait_until(
 @contextmanager
 def tritons_own_ports() -> Iterator[None]:
     """For pages whose commands stand there as they are: one test at a time; skips where somebody else listens."""
-    with (Path(tempfile.gettempdir()) / "dfmcl-tests-ports").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"dfmcl-tests-ports-{os.getuid()}").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if any(listening(port) for port in TRITON):
             pytest.skip("something listens on Triton's ports 8000 to 8002, which the page's commands use")
