@@ -11,10 +11,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from benchmarks.attacks import SHIPPED, shipped
+from benchmarks.attacks import SHIPPED, Counted, shipped, torchattacks_square
 from robustness.models import to_float
 from robustness.records import Evaluation
 from robustness.statistics import clopper_pearson
+from robustness.threat import Threat
 from training.plan import load_campaign, runs
 from training.record import read_record
 from training.table import table
@@ -118,6 +119,16 @@ def test_peers_are_compared_on_the_network_that_is_shipped() -> None:
     with torch.no_grad():
         found = shipped(SHIPPED)(to_float(torch.from_numpy(images))).numpy()
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_peers_leave_the_network_as_it_was() -> None:
+    """torchattacks puts back the mode that it met; in training mode the network would be another one for ART."""
+    network = shipped(SHIPPED)
+    x, y = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    search = torchattacks_square(Counted(network), x, y, Threat.parse("linf", "8/255"), queries=2, seed=0)
+    assert search is not None
+    search()
+    assert not any(module.training for module in network.modules())
 
 
 def test_what_transfers_is_what_the_gate_recorded() -> None:
