@@ -194,7 +194,7 @@ def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust
     with Client(urls["grpc"], release.model) as client:
         labels = client.describe().labels
         clean = client.predict(probes["images"]).logits.argmax(axis=1)
-        adversarial = client.predict(probes["adversarial"]).logits.argmax(axis=1)
+        adversarial = client.predict(probes["images"] + probes["change"]).logits.argmax(axis=1)
     require_as_gated(clean, probes["clean_logits"], "images")
     require_as_gated(adversarial, probes["adversarial_logits"], "adversarial images")
     right = clean == probes["labels"]

@@ -11,6 +11,7 @@ import hashlib
 import io
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -415,10 +416,13 @@ def subject_entry(subject: Subject) -> dict[str, Any]:
 
 
 def probes(images: Bytes, labels: Labels, outcome: Outcome) -> dict[str, NDArray[Any]]:
-    """Images and adversarial bytes `(N, H, W, C)` uint8, labels `(N,)`, and the logits `(N, K)` that decided."""
+    """Images `(N, H, W, C)` uint8, what the attacks added, labels `(N,)`, and the logits `(N, K)` that decided.
+
+    The adversarial images are `images + change` in uint8, so modulo 256.
+    """
     return {
         "images": images,
-        "adversarial": outcome.adversarial,
+        "change": outcome.adversarial - images,
         "labels": labels,
         "clean_logits": outcome.clean_logits,
         "adversarial_logits": outcome.adversarial_logits,
@@ -426,8 +430,14 @@ def probes(images: Bytes, labels: Labels, outcome: Outcome) -> dict[str, NDArray
 
 
 def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """An archive for `numpy.load`, compressed by LZMA: photographs take a sixth less, changes two thirds of zlib's."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy types the names as its own options
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, array, allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy")  # without today's date: the same arrays are the same bytes
+            archive.writestr(entry, member.getvalue(), zipfile.ZIP_LZMA)
     return buffer.getvalue()
 
 

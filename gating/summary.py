@@ -13,7 +13,10 @@ from robustness.statistics import Share
 
 Report = Mapping[str, Any]
 Probes = Mapping[str, NDArray[Any]]
-"""Arrays of probes.npz, in the order attacked: images, adversarial, labels, clean_logits, adversarial_logits."""
+"""Arrays of probes.npz, in the order attacked: images, change, labels, clean_logits, adversarial_logits.
+
+Adversarial images are images + change, modulo 256.
+"""
 
 HEADLINES = {
     "passed": "PASSED: every criterion is met",

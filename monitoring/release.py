@@ -6,8 +6,8 @@ prove whether it is what answers.
 
 from __future__ import annotations
 
+import lzma
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -194,9 +194,10 @@ def read_replay(path: Path) -> Replay | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as probes:
-            images = np.concatenate([probes["adversarial"], probes["images"]])
+            images = probes["images"]
+            images = np.concatenate([images + probes["change"], images])
             logits = np.concatenate([probes["adversarial_logits"], probes["clean_logits"]])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, lzma.LZMAError) as error:
         raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None
     if images.ndim != 4 or images.dtype != np.uint8 or logits.shape[:1] != images.shape[:1] or logits.ndim != 2:
         raise BadInput(f"{path}: images {images.shape} and logits {logits.shape} do not fit; promote again")

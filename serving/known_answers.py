@@ -20,7 +20,8 @@ def known_answers(release: Promoted) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     path = release.path / layout.PROBES
     try:
         with np.load(path, allow_pickle=False) as probes:
-            images = np.concatenate([probes["images"][:IMAGES], probes["adversarial"][:IMAGES]])
+            images = probes["images"][:IMAGES]
+            images = np.concatenate([images, images + probes["change"][:IMAGES]])
             logits = np.concatenate([probes["clean_logits"][:IMAGES], probes["adversarial_logits"][:IMAGES]])
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None

@@ -6,6 +6,8 @@ where that matters most; so clean and adversarial images are both compared, with
 
 from __future__ import annotations
 
+import lzma
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +66,9 @@ def compare(version: Path) -> Iterator[Comparison]:
         with np.load(path, allow_pickle=False) as found:
             probes = {name: found[name] for name in found.files}
         recorded = np.concatenate([probes["clean_logits"], probes["adversarial_logits"]])
-        images = np.concatenate([probes["images"], probes["adversarial"]])
+        images = np.concatenate([probes["images"], probes["images"] + probes["change"]])
         labels = probes["labels"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, lzma.LZMAError) as error:
         raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None
     for provider in sorted(set(ort.get_available_providers()) - ELSEWHERE):
         for setting, how in SETTINGS.get(provider, {"default": {}}).items():

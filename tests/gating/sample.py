@@ -198,7 +198,7 @@ def probes(report: dict[str, Any]) -> dict[str, NDArray[Any]]:
     answers = {name: np.where(flags(bits[key]), labels, wrong) for name, key in BITS.items()}
     return {
         "images": images,
-        "adversarial": np.clip(images + step, 0, 255).astype(np.uint8),
+        "change": (np.clip(images + step, 0, 255) - images).astype(np.uint8),
         "labels": labels,
         **{name: 8 * np.eye(len(CLASSES), dtype=np.float32)[answer] for name, answer in answers.items()},
     }

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from gating.gate import gate
+from gating.gate import as_npz, gate
 from gating.policy import load_policy
 from gating.subject import open_subject
 from monitoring.release import Release, Replay, always, follow, nothing, read_replay, read_report
@@ -158,11 +158,12 @@ def test_missing_evidence_is_bad_input(tmp_path: Path) -> None:
 def test_recorded_answers_are_adversarial_ones_first(tmp_path: Path) -> None:
     """They lie at the border, where a difference shows; then the clean ones."""
     images, logits = np.arange(12, dtype=np.uint8).reshape(2, 2, 1, 3), np.array([[1, 2], [3, 4]], np.float32)
-    arrays = {"images": images, "adversarial": images + 9, "clean_logits": logits, "adversarial_logits": logits + 9}
+    arrays = {"images": images, "change": np.full_like(images, 250)}
+    arrays |= {"clean_logits": logits, "adversarial_logits": logits + 9}
     np.savez(tmp_path / "probes.npz", **arrays)
     found = read_replay(tmp_path / "probes.npz")
     assert found is not None
-    assert np.array_equal(found.images, np.concatenate([images + 9, images]))
+    assert np.array_equal(found.images, np.concatenate([images - 6, images]))
     assert np.array_equal(found.logits, np.concatenate([logits + 9, logits]))
     part = found.part(2, 3)
     assert np.array_equal(part.logits, found.logits[[3, 0, 1]])
@@ -176,12 +177,16 @@ def test_every_recorded_answer_has_its_turn() -> None:
         assert set(seen.tolist()) == set(range(10))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "lacking", "misfit"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "lacking", "misfit", "compressed"])
 def test_a_damaged_archive_is_bad_input(tmp_path: Path, damage: str) -> None:
     """One line with the file, and what to do."""
     path = write_probes(tmp_path, np.zeros((3, 4, 4, 3), np.uint8), np.zeros((3, 2), np.float32)) / "probes.npz"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:200])
+    elif damage == "compressed":
+        data = bytearray(as_npz({"images": np.zeros((3, 4, 4, 3), np.uint8)}))
+        data[50:60] = b"\xff" * 10
+        path.write_bytes(data)
     elif damage == "text":
         path.write_text("no archive")
     elif damage == "lacking":

@@ -54,7 +54,7 @@ def write_evidence(directory: Path, candidate: Path, key: Path, verdict: str = "
     np.savez(
         directory / "probes.npz",
         images=images,
-        adversarial=images,
+        change=np.zeros_like(images),
         labels=labels,
         clean_logits=logits,
         adversarial_logits=logits,
