@@ -2,8 +2,9 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-checks bench-serving \
-	bench-detection bench-endurance bench-paging bench-alarms bench-watch kubernetes-rules dashboards sbom audit clean
+.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-standard \
+	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-alarms bench-watch kubernetes-rules \
+	dashboards sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -18,6 +19,7 @@ help:
 	@echo 'make bench-gate          how often the sequential bounds err, and how many images they need; writes gate.json, .md'
 	@echo 'make bench-attacks       PGD and Square beside foolbox, torchattacks and ART; writes attacks.json, .md'
 	@echo 'make bench-strength      the standard suite beside torchattacks'"'"' AutoAttack; writes strength.json, .md'
+	@echo 'make bench-standard      FAB-T and Square on what the gate left of the shipped model'"'"'s images; writes standard.json, .md'
 	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-detection     detectors of attacks by queries: cost, false alarms, recall; DATA=cifar10.npz; writes detection.json, .md'
 	@echo 'make bench-endurance     1,000 rounds of the sidecar beside a real Triton; DATA=cifar10.npz; writes endurance.json, .md'
@@ -69,6 +71,9 @@ bench-attacks: .venv/.installed
 
 bench-strength: .venv/.installed
 	$(BIN)/python -m benchmarks.strength
+
+bench-standard: .venv/.installed
+	$(BIN)/python -m benchmarks.standard
 
 bench-serving: .venv/.installed .venv-triton/.installed
 	$(BIN)/python -m benchmarks.serving
