@@ -248,7 +248,8 @@ def run(
             ]
             if settled(judgements, policy):
                 break
-        watch(Progress(seen, expected(judgements, seen, len(order)), time.perf_counter() - begun, judgements))
+        needed = len(order) if policy.statistics == "fixed" else expected(judgements, seen, len(order))
+        watch(Progress(seen, needed, time.perf_counter() - begun, judgements))
         if settled(judgements, policy):
             break
     return standings, blocks, trail

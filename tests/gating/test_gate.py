@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from gating.attestation import BadEvidence
-from gating.gate import gate
+from gating.gate import Progress, gate
 from gating.keys import keygen
 from gating.markdown import markdown
 from gating.policy import Policy, load_policy
@@ -382,7 +382,9 @@ def test_radii_and_classes_are_claims_of_their_own(subject: Subject, tmp_path: P
 
 def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path) -> None:
     """Fixed statistics look once, at exactly the images that the policy names, by exact bounds."""
-    report = gate(subject, policy(0.1, images=90, statistics="fixed"), tmp_path / "evidence")
+    shown: list[Progress] = []
+    report = gate(subject, policy(0.1, images=90, statistics="fixed"), tmp_path / "evidence", watch=shown.append)
+    assert {progress.expected for progress in shown} == {90}
     row = report["criteria"][0]
     assert report["statistics"]["attacked"] == row["n"] == 90
     assert row["lower"] == lower_bound(row["k"], 90, 0.95)
