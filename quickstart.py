@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from gating.attestation import BadEvidence, NotAttested
+from gating.attestation import BadEvidence, NotAttested, read_probes
 from gating.trust import load_trust
 from robustness.errors import DfmclError
 from robustness.statistics import Share
@@ -174,8 +174,7 @@ def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust
         raise StageFailed(
             f"{repository / release.model}: no surrogates to attack it with; `dfmcl pack` puts them there"
         )
-    with np.load(release.path / layout.PROBES) as archive:
-        probes = dict(archive)
+    probes = read_probes(release.path / layout.PROBES)
     urls = serve(servers, repository)
     metrics_url = watch(
         servers,
@@ -194,7 +193,7 @@ def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust
     with Client(urls["grpc"], release.model) as client:
         labels = client.describe().labels
         clean = client.predict(probes["images"]).logits.argmax(axis=1)
-        adversarial = client.predict(probes["images"] + probes["change"]).logits.argmax(axis=1)
+        adversarial = client.predict(probes["adversarial"]).logits.argmax(axis=1)
     require_as_gated(clean, probes["clean_logits"], "images")
     require_as_gated(adversarial, probes["adversarial_logits"], "adversarial images")
     right = clean == probes["labels"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import re
 import shutil
 import signal
@@ -71,7 +72,7 @@ images = 4
 images = 1000000
 duty = 1.0
 [surrogates]
-runs = ["good/{model}/surrogates/surrogate-pgd", "good/{model}/surrogates/surrogate-trades"]
+runs = {surrogates}
 [release]
 repository = "good"
 trust = "{trust}"
@@ -342,7 +343,9 @@ def write_configs(folder: Path, ports: dict[str, int], replay: int) -> None:
     gateway = GATEWAY.format(model=MODEL, **ports) + "".join(keys)
     (folder / "gateway.toml").write_text(gateway, encoding="utf-8")
     trust = ROOT / "deploy" / MODEL / "trust.toml"
-    (folder / "watch.toml").write_text(WATCH.format(model=MODEL, replay=replay, trust=trust, **ports), encoding="utf-8")
+    surrogates = sorted(str(path) for path in (folder / "good" / MODEL / "surrogates").iterdir())
+    watch = WATCH.format(model=MODEL, surrogates=json.dumps(surrogates), replay=replay, trust=trust, **ports)
+    (folder / "watch.toml").write_text(watch, encoding="utf-8")
 
 
 def weaker(path: Path) -> bytes:

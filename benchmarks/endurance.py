@@ -131,7 +131,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "n": f"{arguments.rounds} rounds of {arguments.images} fresh and {arguments.images} replayed images",
         "seed": arguments.seed,
-        "note": f"{MODEL} under `dfmcl serve`, its two surrogates, mi-fgsm-2 at 8/255; rss_mb: of the sidecar's process"
+        "note": f"{MODEL} under `dfmcl serve`, all its surrogates, mi-fgsm-2 at 8/255; rss_mb: of the sidecar's process"
         " as /proc has it; series: of robustness_*; the record is bounded to 2 x 500 kB. Adversarial images are kept,"
         " up to one for each of the 10,000 test images: 4 kB for each that is drawn for the first time",
     }

@@ -101,7 +101,7 @@ def candidate(folder: Path, width: int) -> Path:
     write_run(run, spec, data)
     export(run, out)
     logits = ort.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"]).run(None, {INPUT: pictures})
-    probes: dict[str, Any] = {"images": pictures, "adversarial": pictures, "labels": labels}
+    probes: dict[str, Any] = {"images": pictures, "change": np.zeros_like(pictures), "labels": labels}
     np.savez(evidence / "probes.npz", **probes, clean_logits=logits[0], adversarial_logits=logits[0])
     key = make_key(folder / "keys")
     write_report(evidence, report_on(out, evidence), key)

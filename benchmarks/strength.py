@@ -35,7 +35,7 @@ from robustness.suite import parse_threat
 from robustness.threat import Threat
 
 SHIPPED = Path("model_repository/resnet18-cifar10")
-NETWORKS = (SHIPPED / "1", SHIPPED / "surrogates/surrogate-pgd", SHIPPED / "surrogates/surrogate-trades")
+NETWORKS = (SHIPPED / "1", *(SHIPPED / "surrogates" / f"surrogate-{name}" for name in ("pgd", "pgd-8", "trades")))
 BATCH = 100
 NORMS = {"linf": "Linf", "l2": "L2"}
 Flags = NDArray[np.bool_]

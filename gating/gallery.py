@@ -47,8 +47,8 @@ def gallery(probes: Probes, index: Sequence[int], classes: Sequence[str]) -> Gal
     """The first SHOWN images in the order attacked that were right and are no longer."""
     before, after = (probes[f"{name}_logits"].argmax(axis=1) for name in ("clean", "adversarial"))
     chosen = np.flatnonzero((before == probes["labels"]) & (after != probes["labels"]))[:SHOWN]
-    adversarial = probes["images"] + probes["change"]
-    change = adversarial[chosen].astype(np.int16) - probes["images"][chosen]
+    adversarial = probes["images"][chosen] + probes["change"][chosen]
+    change = adversarial.astype(np.int16) - probes["images"][chosen]
     largest = int(np.abs(change).max(initial=0))
     factor = max(1, 127 // max(largest, 1))
     grey = np.clip(128 + factor * change, 0, 255).astype(np.uint8)
@@ -56,7 +56,7 @@ def gallery(probes: Probes, index: Sequence[int], classes: Sequence[str]) -> Gal
         Exhibit(
             index[row],
             _url(probes["images"][row]),
-            _url(adversarial[row]),
+            _url(adversarial[number]),
             _url(grey[number]),
             classes[probes["labels"][row]],
             classes[before[row]],

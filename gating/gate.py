@@ -438,7 +438,7 @@ def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
             member = io.BytesIO()
             np.lib.format.write_array(member, array, allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy")  # without today's date: the same arrays are the same bytes
-            archive.writestr(entry, member.getvalue(), zipfile.ZIP_LZMA)
+            archive.writestr(entry, member.getbuffer(), zipfile.ZIP_LZMA)
     return buffer.getvalue()
 
 

@@ -6,8 +6,6 @@ prove whether it is what answers.
 
 from __future__ import annotations
 
-import lzma
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -24,6 +22,7 @@ from gating.attestation import (
     NotAttested,
     Trust,
     read_attestation,
+    read_probes,
     verify,
 )
 from robustness.data import Bytes
@@ -193,14 +192,11 @@ def read_replay(path: Path) -> Replay | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as probes:
-            images = probes["images"]
-            images = np.concatenate([images + probes["change"], images])
-            logits = np.concatenate([probes["adversarial_logits"], probes["clean_logits"]])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, lzma.LZMAError) as error:
-        raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None
-    if images.ndim != 4 or images.dtype != np.uint8 or logits.shape[:1] != images.shape[:1] or logits.ndim != 2:
-        raise BadInput(f"{path}: images {images.shape} and logits {logits.shape} do not fit; promote again")
+        probes = read_probes(path)
+    except BadEvidence as error:
+        raise BadInput(str(error)) from None
+    images = np.concatenate([probes["adversarial"], probes["images"]])
+    logits = np.concatenate([probes["adversarial_logits"], probes["clean_logits"]])
     return Replay(images, logits.astype(np.float32)) if len(images) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from gating.attestation import BadEvidence, read_probes
 from serving import repository as layout
 from serving.client import Client
 from serving.errors import BadInput, WrongAnswer
@@ -19,14 +20,13 @@ def known_answers(release: Promoted) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     """Images (n, H, W, C) and logits (n, K) that the gate recorded for a version, clean and adversarial, n <= 64."""
     path = release.path / layout.PROBES
     try:
-        with np.load(path, allow_pickle=False) as probes:
-            images = probes["images"][:IMAGES]
-            images = np.concatenate([images, images + probes["change"][:IMAGES]])
-            logits = np.concatenate([probes["clean_logits"][:IMAGES], probes["adversarial_logits"][:IMAGES]])
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None
-    if len(images) == 0 or len(images) != len(logits):
-        raise BadInput(f"{path}: {len(images)} images and {len(logits)} rows of logits; promote again")
+        probes = read_probes(path)
+    except BadEvidence as error:
+        raise BadInput(str(error)) from None
+    images = np.concatenate([probes["images"][:IMAGES], probes["adversarial"][:IMAGES]])
+    logits = np.concatenate([probes["clean_logits"][:IMAGES], probes["adversarial_logits"][:IMAGES]])
+    if not len(images):
+        raise BadInput(f"{path}: holds no images; run dfmcl gate again")
     return images, logits
 
 

@@ -6,8 +6,6 @@ where that matters most; so clean and adversarial images are both compared, with
 
 from __future__ import annotations
 
-import lzma
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from gating.attestation import BadEvidence, read_probes
 from serving import repository as layout
 from serving.candidate import INPUT, MODEL
 from serving.errors import BadInput
@@ -63,13 +62,11 @@ def compare(version: Path) -> Iterator[Comparison]:
     """Each provider and precision that ONNX Runtime has here. version: a promoted version's directory."""
     path = version / layout.PROBES
     try:
-        with np.load(path, allow_pickle=False) as found:
-            probes = {name: found[name] for name in found.files}
-        recorded = np.concatenate([probes["clean_logits"], probes["adversarial_logits"]])
-        images = np.concatenate([probes["images"], probes["images"] + probes["change"]])
-        labels = probes["labels"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, lzma.LZMAError) as error:
-        raise BadInput(f"{path}: not the gate's probes ({error}); promote again") from None
+        probes = read_probes(path)
+    except BadEvidence as error:
+        raise BadInput(str(error)) from None
+    recorded = np.concatenate([probes["clean_logits"], probes["adversarial_logits"]])
+    images = np.concatenate([probes["images"], probes["adversarial"]])
     for provider in sorted(set(ort.get_available_providers()) - ELSEWHERE):
         for setting, how in SETTINGS.get(provider, {"default": {}}).items():
             try:
@@ -77,7 +74,7 @@ def compare(version: Path) -> Iterator[Comparison]:
             except Exception as error:  # noqa: BLE001  # a provider is listed that finds no device, driver or library
                 yield Comparison(provider, setting, trouble=" ".join(str(error).split())[:200])
                 continue
-            yield _compared(provider, setting, logits, recorded, labels)
+            yield _compared(provider, setting, logits, recorded, probes["labels"])
 
 
 def _answers(

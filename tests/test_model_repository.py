@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from gating.attestation import read_probes
 from gating.trust import load_trust
 from robustness.runs import load_run
 from robustness.statistics import clopper_pearson
+from robustness.transfer import ensemble_sha256
 from serving.promotion import verify_release
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
@@ -32,9 +35,23 @@ def test_release_holds_and_is_small(name: str) -> None:
     assert (release.path / "model.onnx").stat().st_size < 24e6
     surrogates = sorted((REPOSITORY / name / "surrogates").iterdir())
     assert sum(path.stat().st_size for folder in surrogates for path in folder.iterdir()) < 6e6
-    assert len([load_run(folder) for folder in surrogates]) >= 2
+    assert len([load_run(folder) for folder in surrogates]) >= 3
     texts = [path for path in (REPOSITORY / name).rglob("*") if path.suffix in (".json", ".md", ".pbtxt", ".txt")]
     assert not [path for path in texts if "/tmp/" in path.read_text() or "/home/" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sidecar_is_compared_with_what_the_gate_recorded(name: str) -> None:
+    """The shipped watch's surrogates, all together, are those from which the gate recorded what transfers."""
+    watch = tomllib.loads((TRUST / name / "watch.toml").read_text())
+    folders = [REPOSITORY / Path(run).relative_to("/models") for run in watch["surrogates"]["runs"]]
+    assert folders == sorted((REPOSITORY / name / "surrogates").iterdir())
+    digest = ensemble_sha256([load_run(folder).checkpoint_sha256 for folder in folders])
+    policy = tomllib.loads((TRUST / name / "gate.toml").read_text())
+    report = json.loads((verify_release(REPOSITORY, name).path / "report.json").read_text())
+    (recorded,) = (entry for entry in report["transfer"] if entry["about"]["surrogate_sha256"] == digest)
+    assert [attack["name"] for attack in recorded["attacks"]] == policy["attacks"]["transfer"]
+    assert recorded["images"] == policy["attacks"]["transfer_images"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -42,17 +59,16 @@ def test_model_answers_as_the_gate_recorded(name: str) -> None:
     """ONNX Runtime on the release's probes: the recorded labels, and the accuracies of report and card."""
     folder = verify_release(REPOSITORY, name).path
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    probes, report = np.load(folder / "probes.npz"), json.loads((folder / "report.json").read_text())
+    probes, report = read_probes(folder / "probes.npz"), json.loads((folder / "report.json").read_text())
     figures = {}
-    adversarial = probes["images"] + probes["change"]
-    for kind, images in (("clean", probes["images"]), ("adversarial", adversarial)):
+    for kind, images in (("clean", probes["images"]), ("adversarial", probes["adversarial"])):
         (logits,) = session.run(["logits"], {"images": images[:200]})
         recorded = probes[f"{kind}_logits"][:200]
         assert np.abs(logits - recorded).max() < 1e-2
         figures[kind] = int((probes[f"{kind}_logits"].argmax(axis=1) == probes["labels"]).sum())
     evaluation = report["evaluation"]
     assert figures["clean"] == evaluation["clean"]["k"]
-    distance = np.abs(probes["images"].astype(int) - adversarial.astype(int)).max()
+    distance = np.abs(probes["images"].astype(int) - probes["adversarial"].astype(int)).max()
     assert distance == 8  # of 255: the radius, as bytes
     robust = evaluation["robust"]
     assert figures["adversarial"] == robust["k"]

@@ -53,9 +53,37 @@ def test_figures_of_the_shipped_model_are_the_reports() -> None:
     assert f"| clean | {shares[0]:.1f} | {bounds['clean_accuracy']} |" in PAGE
     assert f"| APGD-CE | {shares[1]:.1f} | |" in PAGE
     assert f"| and APGD-T | {shares[2]:.1f} | {bounds['robust_accuracy']} |" in PAGE
-    assert f"Of the {evaluation['images']} images" in PAGE
-    for row in report["criteria"]:
-        assert f"after {row['decided_after']}" in " ".join(PAGE.split())
+    assert f"Of the {evaluation['images']:,} images" in PAGE
+    wanted = {row["metric"]: f"{100 * row['threshold']:.0f} %" for row in report["criteria"]}
+    assert f"({wanted['robust_accuracy']} right at 8/255, {wanted['clean_accuracy']} clean)" in PAGE
+
+
+def test_the_gate_and_the_table_of_all_agree_image_by_image() -> None:
+    """Robust on the same images; clean on all but those that the page counts. The table's order is that of seed 0."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "resnet18_fast_10000.json").read_text(encoding="utf-8"))
+    table = Evaluation.from_json(record["evaluations"][0])
+    report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
+    gate = Evaluation.from_json(report["evaluation"])
+    place = np.argsort(np.random.default_rng(0).permutation(len(table.correct)))[report["per_image"]["index"]]
+    assert (np.array(table.robust_images)[place] == np.array(gate.robust_images)).all()
+    assert f"the same {gate.robust.k} hold under attack, and clean one more is right there" in " ".join(PAGE.split())
+    differ = np.array(table.correct)[place].astype(int) - np.array(gate.correct).astype(int)
+    assert sorted(set(differ.tolist())) == [0, 1]
+    assert differ.sum() == 1
+
+
+def test_transfer_on_the_page_is_the_reports() -> None:
+    """From all surrogates together with its interval, from each alone."""
+    report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
+    for entry in report["transfer"]:
+        shares = [attack["accuracy"] for attack in entry["attacks"]]
+        if "+" not in entry["about"]["surrogate"]:
+            mi, di = (f"{100 * share['value']:.1f}" for share in shares)
+            assert f"| `{entry['about']['surrogate']}` | {mi} | {di} |" in PAGE
+            continue
+        for share in shares:
+            low, high = 100 * share["lower_95"], 100 * share["upper_95"]
+            assert f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]" in PAGE
 
 
 def test_figures_of_all_test_images_are_the_records() -> None:

@@ -20,8 +20,8 @@ import pytest
 import torch
 import yaml
 
-from gating.attestation import BadEvidence
-from gating.gate import Progress, gate
+from gating.attestation import BadEvidence, read_probes
+from gating.gate import Progress, as_npz, gate
 from gating.keys import keygen
 from gating.markdown import markdown
 from gating.policy import Policy, load_policy
@@ -470,3 +470,22 @@ def test_transfer_is_recorded_and_named_an_upper_bound(
         with pytest.raises(BadInput, match=why):
             gate(subject, wrong, tmp_path / "own")
     assert not (tmp_path / "own").exists()
+
+
+def test_damaged_probes_are_bad_evidence(tmp_path: Path) -> None:
+    """Whichever byte of the archive is another: one line, or arrays that fit together; never another error."""
+    images = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    logits = np.zeros((2, 3), np.float32)
+    arrays = {"images": images, "change": images[::-1], "labels": np.zeros(2), "clean_logits": logits}
+    whole, path, seen = as_npz(arrays | {"adversarial_logits": logits}), tmp_path / "probes.npz", 0
+    path.write_bytes(whole)
+    assert (read_probes(path)["adversarial"] == images + images[::-1]).all()
+    for place in range(len(whole)):
+        for flip in (0xFF, 0x01):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            try:
+                read_probes(path)
+            except BadEvidence as error:
+                assert str(error).startswith(f"{path}: ")  # noqa: PT017  # either end is right
+                seen += 1
+    assert seen > len(whole)

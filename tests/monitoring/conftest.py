@@ -120,7 +120,8 @@ def write_report(directory: Path, *arguments: str, **changes: object) -> Path:
 
 def write_probes(directory: Path, images: np.ndarray, logits: np.ndarray) -> Path:
     """The gate's own images and answers, the adversarial ones being the clean ones."""
-    arrays = {"images": images, "change": np.zeros_like(images), "clean_logits": logits, "adversarial_logits": logits}
+    arrays = {"images": images, "change": np.zeros_like(images), "labels": np.zeros(len(images))}
+    arrays |= {"clean_logits": logits, "adversarial_logits": logits}
     np.savez(directory / "probes.npz", **arrays)
     return directory
 

@@ -158,7 +158,7 @@ def test_missing_evidence_is_bad_input(tmp_path: Path) -> None:
 def test_recorded_answers_are_adversarial_ones_first(tmp_path: Path) -> None:
     """They lie at the border, where a difference shows; then the clean ones."""
     images, logits = np.arange(12, dtype=np.uint8).reshape(2, 2, 1, 3), np.array([[1, 2], [3, 4]], np.float32)
-    arrays = {"images": images, "change": np.full_like(images, 250)}
+    arrays = {"images": images, "change": np.full_like(images, 250), "labels": np.zeros(2)}
     arrays |= {"clean_logits": logits, "adversarial_logits": logits + 9}
     np.savez(tmp_path / "probes.npz", **arrays)
     found = read_replay(tmp_path / "probes.npz")
@@ -193,7 +193,7 @@ def test_a_damaged_archive_is_bad_input(tmp_path: Path, damage: str) -> None:
         np.savez(path, images=np.zeros((3, 4, 4, 3), np.uint8))
     else:
         write_probes(tmp_path, np.zeros((3, 4, 4, 3), np.float32), np.zeros((3, 2), np.float32))
-    with pytest.raises(BadInput, match=r"probes\.npz: .*promote again$"):
+    with pytest.raises(BadInput, match=r"probes\.npz: .*run dfmcl gate again$"):
         read_replay(path)
 
 

@@ -62,7 +62,8 @@ def repository(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
     evidence.mkdir()
     images = load_dataset("digits").x_test[:64]
     logits = predictor(candidate / "model.onnx")(images).logits
-    probes = {"images": images, "change": np.zeros_like(images), "clean_logits": logits, "adversarial_logits": logits}
+    probes = {"images": images, "change": np.zeros_like(images), "labels": np.zeros(64)}
+    probes |= {"clean_logits": logits, "adversarial_logits": logits}
     np.savez(evidence / "probes.npz", **probes)
     checkpoint = {"checkpoint_sha256": sha256_of(run / "checkpoint.safetensors")}
     write_report(evidence, report_on(candidate, evidence, run=checkpoint), key)

@@ -52,5 +52,5 @@ def test_a_provider_that_cannot_run_is_no_agreement(repository: Path, monkeypatc
 def test_a_version_without_whole_probes_is_bad_input(repository: Path, damage: Callable[[Path], object]) -> None:
     """There is nothing to compare with."""
     damage(repository / "digits" / "1" / "probes.npz")
-    with pytest.raises(BadInput, match="promote again"):
+    with pytest.raises(BadInput, match="run dfmcl gate again"):
         list(compare(repository / "digits" / "1"))
