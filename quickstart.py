@@ -26,7 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from gating.attestation import BadEvidence, NotAttested, read_probes
+from gating.attestation import BadEvidence, NotAttested
+from gating.probes import read_probes
 from gating.trust import load_trust
 from robustness.errors import DfmclError
 from robustness.statistics import Share

@@ -21,7 +21,7 @@ from rich.progress import track
 from scipy.stats import hypergeom
 
 from benchmarks.result import RESULTS, write_result
-from gating.attestation import read_probes
+from gating.probes import read_probes
 from gating.subject import Subject, open_subject
 from robustness.attacks import SUITES, Attack
 from robustness.errors import BadInput
@@ -106,7 +106,9 @@ def may_fall(images: int, drawn: int, fell: int) -> int:
 
     Less would be wrong: with one more, so few among those drawn would be seen with a probability of RISK at most.
     """
-    return max(k for k in range(fell, images - drawn + fell + 1) if hypergeom.cdf(fell, images, k, drawn) > RISK)
+    falls = np.arange(fell, images - drawn + fell + 1)
+    so_few = hypergeom.pmf(np.arange(fell + 1)[:, None], images, falls, drawn).sum(axis=0)
+    return int(falls[so_few > RISK].max())
 
 
 def earlier(path: Path, about: dict[str, str], order: Rows) -> Evaluation | None:

@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
-import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error as SignatureError
 from securesystemslib.signer import CryptoSigner, SSlibKey
@@ -34,7 +29,6 @@ REPORT = "report.json"
 PROBES = "probes.npz"
 ATTESTATION = "attestation.intoto.jsonl"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
-DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
 CLOCK_SKEW = timedelta(minutes=10)  # between the machine of the gate and this one
 
 Statement = dict[str, Any]
@@ -375,28 +369,3 @@ def _json(path: Path, expected: str, data: bytes | None = None) -> dict[str, Any
 
 def _reason(error: Exception) -> str:
     return f"lacks {error}" if isinstance(error, KeyError) else str(error)
-
-
-def read_probes(path: Path) -> dict[str, NDArray[Any]]:
-    """The images that a gate attacked, and `adversarial`, what the attacks made of them; BadEvidence for no such file.
-
-    images, change, adversarial: uint8 `(N, H, W, C)`; labels: `(N,)`; clean_logits, adversarial_logits: float32
-    `(N, K)`.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found: dict[str, NDArray[Any]] = {name: np.asarray(archive[name]) for name in archive.files}
-        images, change = found["images"], found["change"]
-        labels, logits = found["labels"], (found["clean_logits"], found["adversarial_logits"])
-    except DAMAGED as error:
-        raise BadEvidence(f"{path}: not the gate's probes ({error}); run dfmcl gate again") from None
-    fit = (
-        images.dtype == change.dtype == np.uint8
-        and images.ndim == 4
-        and images.shape == change.shape
-        and labels.shape == images.shape[:1]
-    )
-    if not fit or any(part.ndim != 2 or len(part) != len(images) for part in logits):
-        shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in found.items())
-        raise BadEvidence(f"{path}: what it holds does not fit together ({shapes}); run dfmcl gate again")
-    return {**found, "adversarial": images + change}  # modulo 256

@@ -8,10 +8,8 @@ depends on how many there are, nor on how often the gate was interrupted.
 from __future__ import annotations
 
 import hashlib
-import io
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gating.attestation import ATTESTATION, sign
+from gating.attestation import ATTESTATION, PROBES, sign
 from gating.baseline import Baseline, compare
 from gating.block import Block, Plan, attack_block, joined_outcomes
 from gating.formats import FILES, write_formats
 from gating.keys import read_signer
 from gating.policy import NO_REGRESSION, Policy
+from gating.probes import as_npz
 from gating.report import REPORT, build_report
 from gating.state import State, secret_of
 from gating.subject import Subject
@@ -47,8 +46,6 @@ from robustness.records import Evaluation, joined
 from robustness.runs import Run
 from robustness.statistics import Flags
 from robustness.transfer import ensemble, ensemble_sha256
-
-PROBES = "probes.npz"
 
 
 @dataclass(frozen=True)
@@ -428,18 +425,6 @@ def probes(images: Bytes, labels: Labels, outcome: Outcome) -> dict[str, NDArray
         "clean_logits": outcome.clean_logits,
         "adversarial_logits": outcome.adversarial_logits,
     }
-
-
-def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """An archive for `numpy.load`, compressed by LZMA: photographs take a sixth less, changes two thirds of zlib's."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, array in arrays.items():
-            member = io.BytesIO()
-            np.lib.format.write_array(member, array, allow_pickle=False)
-            entry = zipfile.ZipInfo(f"{name}.npy")  # without today's date: the same arrays are the same bytes
-            archive.writestr(entry, member.getbuffer(), zipfile.ZIP_LZMA)
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":  # `torchrun -m -- gating.gate SUBJECT ...`, also where nothing is installed

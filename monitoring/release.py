@@ -22,9 +22,9 @@ from gating.attestation import (
     NotAttested,
     Trust,
     read_attestation,
-    read_probes,
     verify,
 )
+from gating.probes import read_probes
 from robustness.data import Bytes
 from robustness.errors import BadInput
 from robustness.files import read_json

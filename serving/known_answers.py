@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from gating.attestation import BadEvidence, read_probes
+from gating.attestation import BadEvidence
+from gating.probes import read_probes
 from serving import repository as layout
 from serving.client import Client
 from serving.errors import BadInput, WrongAnswer

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from gating.attestation import BadEvidence, read_probes
+from gating.attestation import BadEvidence
+from gating.probes import read_probes
 from serving import repository as layout
 from serving.candidate import INPUT, MODEL
 from serving.errors import BadInput

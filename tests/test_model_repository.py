@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from gating.attestation import read_probes
+from gating.probes import read_probes
 from gating.trust import load_trust
 from robustness.runs import load_run
 from robustness.statistics import clopper_pearson
@@ -46,7 +46,7 @@ def test_the_sidecar_is_compared_with_what_the_gate_recorded(name: str) -> None:
     watch = tomllib.loads((TRUST / name / "watch.toml").read_text())
     folders = [REPOSITORY / Path(run).relative_to("/models") for run in watch["surrogates"]["runs"]]
     assert folders == sorted((REPOSITORY / name / "surrogates").iterdir())
-    digest = ensemble_sha256([load_run(folder).checkpoint_sha256 for folder in folders])
+    digest = ensemble_sha256([load_run(folder).origin_sha256 for folder in folders])
     policy = tomllib.loads((TRUST / name / "gate.toml").read_text())
     report = json.loads((verify_release(REPOSITORY, name).path / "report.json").read_text())
     (recorded,) = (entry for entry in report["transfer"] if entry["about"]["surrogate_sha256"] == digest)

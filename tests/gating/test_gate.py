@@ -20,11 +20,12 @@ import pytest
 import torch
 import yaml
 
-from gating.attestation import BadEvidence, read_probes
-from gating.gate import Progress, as_npz, gate
+from gating.attestation import BadEvidence
+from gating.gate import Progress, gate
 from gating.keys import keygen
 from gating.markdown import markdown
 from gating.policy import Policy, load_policy
+from gating.probes import as_npz, read_probes
 from gating.subject import Subject, candidate_subject
 from robustness.attacks import Attack
 from robustness.data import load_dataset

@@ -14,8 +14,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from gating.gate import as_npz, gate
+from gating.gate import gate
 from gating.policy import load_policy
+from gating.probes import as_npz
 from gating.subject import open_subject
 from monitoring.release import Release, Replay, always, follow, nothing, read_replay, read_report
 from monitoring.surrogates import load_surrogates
