@@ -4,6 +4,7 @@ ServingError
  ├─ BadInput          2  the caller's file, name, array or argument
  ├─ Refused           1  understood and denied: what was not promoted is not served
  ├─ Broken            5  disk, port, process
+ │   └─ Crashed           a server that died of a signal
  ├─ WrongAnswer       5  an endpoint does not answer as the gate saw the model answer
  └─ AnswerError       5  no answer came back; `reason` is a closed set, fit for a metric label
      ├─ Unavailable       unavailable, queue_full, internal
@@ -36,6 +37,10 @@ class Broken(ServingError):
     """The surroundings failed: disk, port, process."""
 
     exit_code = 5
+
+
+class Crashed(Broken):
+    """A server died of a signal, by its own fault or by somebody's hand."""
 
 
 class WrongAnswer(ServingError):

@@ -28,7 +28,7 @@ from serving import promotion
 from serving import repository as layout
 from serving.client import Client
 from serving.environment import Environment, find_environment
-from serving.errors import AnswerError, BadInput, Broken, Refused, WrongAnswer
+from serving.errors import AnswerError, BadInput, Broken, Crashed, Refused, WrongAnswer
 from serving.known_answers import known_answers, require_known_answers
 from serving.promotion import Promoted, verify_release
 from serving.triton import HOST, Server, claim_ports, hide_token, last_meaningful_line, running
@@ -312,7 +312,19 @@ def _take_over(server: Server, post: _Post, name: str) -> None:
 
 
 def _rehearse(post: _Post, release: Promoted, ports: dict[str, int]) -> None:
-    """Serve a version once with a Triton of its own: a model whose warm-up fails can take its server with it."""
+    """Serve a version once with a Triton of its own: a model whose warm-up fails can take its server with it.
+
+    Twice where a signal ends it: Triton's python backend aborts now and then, whatever the model
+    (github.com/triton-inference-server/server/issues/8882).
+    """
+    try:
+        _trial(post, release, ports)
+    except Crashed as error:
+        post.say(f"{release.model} version {release.version}: {error}; tried once more")
+        _trial(post, release, ports)
+
+
+def _trial(post: _Post, release: Promoted, ports: dict[str, int]) -> None:
     with running(post.environment, release.path.parents[1], ports, [release.model], None, True) as server:
         _comes_up(server, release, post.stop, time.monotonic() + STARTUP_SECONDS)
 

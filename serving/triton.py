@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from serving.client import Client
 from serving.environment import Environment, footprint, install_backends
-from serving.errors import BadInput, Broken, Rejected
+from serving.errors import BadInput, Broken, Crashed, Rejected
 
 HOST = "127.0.0.1"
 # Whatever changes or reveals the server; inference, health, metadata and model-config stay open.
@@ -50,10 +50,12 @@ class Server:
         return Client(f"{HOST}:{self.ports['grpc']}", model, timeout_seconds=ANSWER_SECONDS)
 
     def require_running(self) -> None:
-        """Raise Broken where the process has ended."""
+        """Raise Broken where the process has ended, Crashed where a signal ended it."""
         if (code := self.process.poll()) is not None:
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            raise Broken(f"Triton {how}: {last_meaningful_line(self.log)}")
+            last = last_meaningful_line(self.log)
+            if code < 0:
+                raise Crashed(f"Triton was killed by signal {-code}: {last}")
+            raise Broken(f"Triton ended with exit code {code}: {last}")
 
     def load(self, model: str) -> None:
         """Load what the repository says of a model now; requests go to the old version until the new one can answer.

@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from onnx import helper, numpy_helper
 
 from gating.attestation import Trust
 from robustness.data import load_dataset
+from serving import supervisor
 from serving.candidate import FILES, sha256_of
 from serving.client import Client
 from serving.errors import Broken, Refused, ServingError
@@ -24,7 +27,7 @@ from serving.export import export
 from serving.ledger import Aliases, aliases, read_history
 from serving.promotion import promote, retire, rollback
 from serving.supervisor import wait_until_live
-from serving.triton import claim_ports
+from serving.triton import Server, claim_ports
 from tests.processes import wait_until
 from tests.serving.doors import PRIVILEGED, Door, settings
 from tests.serving.traffic import Ask, Traffic
@@ -197,6 +200,37 @@ def test_a_server_that_dies_is_replaced(server: Served, repository: Path, victim
         assert client.describe().version == "1"
     assert not before & set(processes_of(str(server.private)))
     assert any("starting it again in 1 s" in line for line in server.said)
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_crash_of_a_trial_is_not_the_versions_fault(
+    server: Served,
+    repository: Path,
+    another: tuple[Path, Path],
+    trust: Trust,
+    monkeypatch: pytest.MonkeyPatch,
+    deaths: int,
+) -> None:
+    """Triton's python backend aborts now and then: a version is given up only where it happens twice."""
+    start, died = supervisor.running, []
+
+    @contextmanager
+    def dying(*arguments: Any) -> Iterator[Server]:
+        with start(*arguments) as made:
+            if len(died) < deaths:
+                died.append(made.process.pid)
+                os.kill(made.process.pid, signal.SIGABRT)
+            yield made
+
+    monkeypatch.setattr(supervisor, "running", dying)
+    promoted = promote(*another, repository, name="digits", trust=trust)
+    with Client(server.ready["grpc"], "digits") as client:
+        if deaths == 1:
+            wait_until_live(client, promoted, 60)
+        else:
+            with pytest.raises(Refused, match="version 2 was given up: Triton was killed by signal 6"):
+                wait_until_live(client, promoted, 60)
+    assert len(died) == deaths
 
 
 def test_a_server_that_cannot_be_kept_alive_is_given_up(repository: Path, tmp_path: Path, needs_triton: None) -> None:
