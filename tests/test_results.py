@@ -116,6 +116,8 @@ def test_figures_of_all_test_images_are_the_records() -> None:
         ("results", "attacks", "**{square_queries_vs_art:.2f} of ART's**"),
         ("results", "attacks_eps4", "it was {pgd20_images_per_s_vs_fastest_peer:.1f} times (`attacks_eps4.json`)"),
         ("results", "checks", "fewer than {honest_runs_that_raise_upper_95:.1%} of such runs would"),
+        ("results", "standard", "attacks at most {all_four_at_most:.1f} % of the 1,000 hold"),
+        ("results", "standard", "no more than a fall to {all_four_at_least:.1f} %"),
         ("results", "strength", "with {forward_passes_vs_autoattack:.2f} times as many forward passes"),
         ("results", "strength", "in {seconds_vs_autoattack:.2f} times the time"),
         ("sre", "watch_crafted", "cores | {p50:+.0%} | {p99:+.0%} | {throughput:+.0%} | {sidecar_share_of_a_core:.1%}"),
