@@ -81,7 +81,7 @@ path = "rounds.jsonl"
 [listen]
 port = {watch}
 """
-POOL = 352  # images: more take longer to craft
+POOL = 352  # images of the gate's; more take longer to craft
 # Answers in more than 0.5 s: beside other work on two cores that is the truth, and not what the drill is about.
 BUSY = "GatewayLatencyBudgetBurn"
 GATEWAY = """

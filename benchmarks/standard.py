@@ -2,8 +2,8 @@
 
 The gate's policy asks for the first half of AutoAttack's protocol; this is the second, at its whole length, on the
 gate's own images and as the gate would: bytes, gradients in float32 from the ONNX file, which decides. As two cores
-need half a minute an image, they are taken by turns: the one nearest to the border (by the margin at which APGD-T
-ended), where an attack has most to gain, and the next of a draw among all, which speaks for those that nobody attacked.
+need 47 s an image, they are taken by turns: the one nearest to the border (by the margin at which APGD-T ended), where
+an attack has most to gain, and the next of a draw among all, which speaks for those that nobody attacked.
 It stops after --minutes, and goes on from its record when called again.
 """
 
@@ -45,10 +45,8 @@ def main() -> None:
     parser.add_argument("--candidate", type=Path, default=SHIPPED, help="with the gate's report and probes beside it")
     arguments = parser.parse_args()
     end = time.perf_counter() + 60 * arguments.minutes
-    subject, report = (
-        open_subject(str(arguments.candidate)),
-        json.loads((arguments.candidate / "report.json").read_text()),
-    )
+    subject = open_subject(str(arguments.candidate))
+    report = json.loads((arguments.candidate / "report.json").read_text())
     probes = read_probes(arguments.candidate / "probes.npz")
     margin = margins(probes["adversarial_logits"], probes["labels"])
     ranked, drawn = rank(margin), draw(margin)
@@ -102,9 +100,9 @@ def begun(order: Rows, done: Rows) -> int:
 
 
 def may_fall(images: int, drawn: int, fell: int) -> int:
-    """The most of `images` that may fall where `fell` of `drawn` among them did: exact, misses with a chance of RISK.
+    """The most of `images` that may fall where `fell` of `drawn` among them did: exact, at 1 - RISK.
 
-    Less would be wrong: with one more, so few among those drawn would be seen with a probability of RISK at most.
+    If more fell, so few of those drawn would be seen to with a probability of RISK at most.
     """
     falls = np.arange(fell, images - drawn + fell + 1)
     so_few = hypergeom.pmf(np.arange(fell + 1)[:, None], images, falls, drawn).sum(axis=0)
@@ -141,7 +139,9 @@ def attacked(
         track=lambda items, label, total=None: iter(track(items, f"from image {number}: {label}", total)),
     ).evaluation
     if not all(found.correct):
-        raise BadInput(f"{SHIPPED}: answers otherwise than the gate recorded; an image that it left is wrong as it is")
+        raise BadInput(
+            f"{subject.name}: answers otherwise than the gate recorded; an image that it left is wrong as it is"
+        )
     return found
 
 
