@@ -155,7 +155,7 @@ def drill(folder: Path, *, replay: int = 16, whole: bool = True) -> Iterator[Ala
         prometheus = stack.enter_context(
             observing.start_prometheus(folder, targets, rules=rules, alertmanager=alertmanager)
         )
-        look = Look(prometheus, alertmanager)
+        look = Look(prometheus, alertmanager, triton)
         wait_until(lambda: look.rounds() >= 5, seconds=120)
         if whole:
             observing.every_panel_returns_data(prometheus, seconds=120)
@@ -193,8 +193,8 @@ def drill(folder: Path, *, replay: int = 16, whole: bool = True) -> Iterator[Ala
 class Look:
     """What both servers say now."""
 
-    def __init__(self, prometheus: str, alertmanager: str) -> None:
-        self._prometheus, self._alertmanager = prometheus, alertmanager
+    def __init__(self, prometheus: str, alertmanager: str, triton: Restartable) -> None:
+        self._prometheus, self._alertmanager, self._triton = prometheus, alertmanager, triton
 
     def now(self) -> tuple[float, float]:
         """Seconds and rounds."""
@@ -225,8 +225,13 @@ class Look:
         counted: bool = True,
         patience: float = 240,
     ) -> Alarm:
-        """Wait until an alert is there, or gone. where: `pages` or `firing`."""
-        wait_until(lambda: (alert in getattr(self, where)()) != gone, seconds=patience)
+        """Wait until an alert is there, or gone; Crashed where Triton dies meanwhile. where: `pages` or `firing`."""
+
+        def said() -> bool:
+            self._triton.require_running()
+            return (alert in getattr(self, where)()) != gone
+
+        wait_until(said, seconds=patience)
         seconds, rounds = time.monotonic() - begun[0], self.rounds() - begun[1] if counted else None
         return Alarm(event, alert, "resolved" if gone else "firing", round(seconds, 1), rounds)
 
@@ -249,14 +254,21 @@ class Restartable:
         """Start it, and wait until the model answers."""
         found, repository = environment.find_environment(None), self._folder / "served"
         log = self._folder / "triton.log"
+        self._killed = False
         self.server = self._stack.enter_context(running(found, repository, self._ports, [MODEL], log, fixed=False))
         wait_until(self._answers, self.server.process, seconds=60)
 
     def kill(self) -> None:
         """As a crash would."""
+        self._killed = True
         self.server.process.kill()
         self.server.process.wait()
         self._stack.close()
+
+    def require_running(self) -> None:
+        """Crashed where it died, unless `kill` did it: its python backend does now and then, by itself."""
+        if not self._killed:
+            self.server.require_running()
 
     def swap(self, model: bytes) -> None:
         """Serve other bytes under the same version, by a restart."""

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.alarms import drill
 from serving import environment
-from serving.errors import Broken
+from serving.errors import Broken, Crashed
 from tests.deploying import tool
 
 # By the rules, `for` is a second or a few here. What is measured beyond that is in benchmarks/results/alarms.md.
@@ -27,9 +27,22 @@ def needs_the_real_ones() -> None:
 
 
 def test_alarms_come_and_go(tmp_path: Path) -> None:
-    """Weaker bytes under the same version page within rounds, and end when put back; dead servers are told apart."""
+    """Weaker bytes under the same version page within rounds, and end when put back; dead servers are told apart.
+
+    Once more where Triton dies in between, which no alarm is to blame for: its python backend does now and then
+    (github.com/triton-inference-server/server/issues/8882).
+    """
+    try:
+        go_through(tmp_path / "first")
+    except Crashed:
+        go_through(tmp_path / "second")
+
+
+def go_through(folder: Path) -> None:
+    """The whole drill."""
+    folder.mkdir()
     said = []
-    for alarm in drill(tmp_path):
+    for alarm in drill(folder):
         said.append((alarm.event, alarm.alert, alarm.said))
         if alarm.said == "firing" and alarm.alert in MOST_ROUNDS:
             assert alarm.rounds is not None
