@@ -1,9 +1,10 @@
-"""Runs that many tests look at: really trained, in seconds."""
+"""Networks that many tests look at, and what stands for another processor: `python -m tests.portable` says more."""
 
 from __future__ import annotations
 
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 # Before torch loads: OpenMP threads that spin while they wait make a forward pass up to 100 times slower beside a busy
@@ -19,12 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from training.config import load_config
-from training.train import train
+from tests.networks import Networks, network
 
-# The same everywhere, as results depend on the order of float sums. One: processes with two threads each wait for
-# each other on two cores, and take more than twice as long.
-torch.set_num_threads(1)
 # How long an example takes depends on what else runs, and is nothing that a test states by the way.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
@@ -41,20 +38,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
-TINY = ["model.width=8", "data.train_images=600", "optimization.epochs=5"]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What differs on another machine, or in another draw; a test holds whatever they are."""
+    group = parser.getgroup("portable")
+    group.addoption("--fixture-seed", type=int, default=0, help="train fixture networks from this seed; 0: the pinned")
+    group.addoption("--fixture-jitter", type=float, default=0.0, help="relative noise on each weight of theirs")
+    # One: processes with two threads each wait for each other on two cores, and take more than twice as long.
+    group.addoption("--torch-threads", type=int, default=1, help="threads of torch in each test process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--torch-threads"))
 
 
 @pytest.fixture(scope="session")
-def standard_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def networks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    """A name of tests/networks.py to its run: a copy of the pinned one, or what the options ask for; made once."""
+    seed, jitter = (request.config.getoption(f"--fixture-{what}") for what in ("seed", "jitter"))
+    folder = tmp_path_factory.mktemp("networks")
+    return cache(lambda name: network(name, folder / name, seed=seed, jitter=jitter))
+
+
+@pytest.fixture(scope="session")
+def standard_run(networks: Networks) -> Path:
     """A plain narrow network on digits: about 80 % clean, nothing under attack."""
-    out = tmp_path_factory.mktemp("runs") / "standard"
-    train(load_config("quickstart_standard", TINY), out, log=lambda line: None)
-    return out
+    return networks("standard")
 
 
 @pytest.fixture(scope="session")
-def other_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_run(networks: Networks) -> Path:
     """Another seed of the same."""
-    out = tmp_path_factory.mktemp("runs") / "other"
-    train(load_config("quickstart_standard", [*TINY, "seed=1"]), out, log=lambda line: None)
-    return out
+    return networks("other")

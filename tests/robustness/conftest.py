@@ -9,18 +9,13 @@ from torch import Tensor
 from robustness.data import load_dataset
 from robustness.models import Classifier, to_float
 from robustness.runs import load_run
-from training.config import load_config
-from training.train import train
-
-SMALL = ["model.width=8", "optimization.epochs=8", "curriculum.beta=16/255", "curriculum.steps=2"]
+from tests.networks import Networks
 
 
 @pytest.fixture(scope="session")
-def hardened(tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+def hardened(networks: Networks) -> Classifier:
     """PGD-2 training of a narrow ResNet-18 on digits, up to 16/255; frozen."""
-    out = tmp_path_factory.mktemp("hardened") / "run"
-    train(load_config("quickstart_surrogate", [*SMALL, "heldout.attack_steps=1"]), out, log=lambda line: None)
-    model = load_run(out).model.eval()
+    model = load_run(networks("hardened")).model.eval()
     model.requires_grad_(False)
     return model
 

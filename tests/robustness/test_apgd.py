@@ -14,8 +14,9 @@ from robustness import losses
 from robustness.apgd import apgd, apgd_targeted, checkpoints, stalled
 from robustness.attacks import Attack, climb
 from robustness.errors import BadInput
-from robustness.geometry import contains, norms
+from robustness.geometry import contains, norms, project, steepest
 from robustness.threat import Threat
+from robustness.trial import Trial
 
 SHAPE = (3, 6, 6)
 
@@ -117,6 +118,24 @@ def test_a_peak_inside_the_ball_is_found(norm: str) -> None:
     fixed = climb(hill, x, y, threat, generator=stream(), steps=100, step_size=2 * threat.eps)
     assert norms(found - peak, norm).item() < 0.02 * threat.eps
     assert norms(fixed - peak, norm).item() > 0.2 * threat.eps
+
+
+def test_steps_are_those_of_the_paper() -> None:
+    """Algorithm 1 in float64: before the first checkpoint each point follows from the two before, momentum included."""
+    model, x = network().double(), greys(4).double()
+    y, threat, seen = model(x).argmax(dim=1), Threat("l2", 0.05), list[Tensor]()
+
+    def watched(point: Tensor) -> Tensor:
+        seen.append(point.detach().clone())
+        return model(point)
+
+    nobody = Trial(y, lambda rows, points: torch.zeros(len(rows), dtype=torch.bool))  # leaves the batch
+    apgd(watched, x, y, threat, generator=stream(), steps=30, trial=nobody)  # the first checkpoint comes after 7 steps
+    for step in range(1, 6):
+        *_, before, point, after = seen[: step + 2]
+        _, gradient, _ = losses.value_and_gradient(model, point, losses.cross_entropy, (y,), True)
+        uphill = project(point + 2 * threat.eps * steepest(gradient, "l2"), x, threat)
+        assert torch.allclose(after, project(point + 0.75 * (uphill - point) + 0.25 * (point - before), x, threat))
 
 
 # --- the attack ---------------------------------------------------------------------------------------------

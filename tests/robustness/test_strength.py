@@ -1,9 +1,16 @@
-"""As strong as the field's own: the same images, the same network, the same budgets, image by image."""
+"""As strong as the field's own: the same images, the same network, the same budgets, image by image.
+
+Each image is attacked near its own border, where a weaker attack shows: at one radius for all, nearly every image is
+decided whatever the attack does. The comparison is a paired test. If ours and a peer are equally likely to break an
+image, an image that only one of them breaks is a fair coin, whatever the processor rounds; a correct attack fails a
+test with a chance of at most `LEVEL`. The same test must notice ours with half the steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import foolbox
@@ -11,119 +18,263 @@ import numpy as np
 import pytest
 import torch
 import torchattacks
+from numpy.typing import NDArray
 from torch import Tensor
 
-from robustness.attacks import SUITES, Attack
+from robustness.attacks import ATTACKS, SUITES, Attack
+from robustness.data import load_dataset
 from robustness.evaluate import evaluate
 from robustness.geometry import contains
-from robustness.models import Classifier, to_bytes
+from robustness.models import Classifier, to_bytes, to_float
+from robustness.statistics import Flags, PairedCounts
 from robustness.threat import Threat
+from tests.signs import sign_flip_p
 
-# Radii at which between 20 and 60 % of the images hold; a test says so first.
-THREATS = {"linf": Threat.parse("linf", "22/255"), "l2": Threat("l2", 1.3)}
+LEVEL = 1e-5  # there are 20 comparisons, each repeated under some 20 perturbations: 0.4 % that any of them errs
+Peer = Callable[[Classifier, str, float, int], Callable[[Tensor, Tensor], Tensor]]
 NORMS = {"linf": "Linf", "l2": "L2"}
-ALLOWED = 1  # of 200 images: half a point
+RADII = {"linf": np.linspace(6, 54, 9) / 255, "l2": np.linspace(0.4, 3.2, 9)}
+TARGETS = 3  # of nine wrong classes: the comparison is as sharp, at a third of the time
 
-# Ours, at a budget, and its twin at the same one. torchattacks' Square counts its first query apart.
-TWINS: dict[str, Callable[..., Any]] = {
-    "apgd-ce-20": lambda model, **told: torchattacks.APGD(model, steps=20, **told),
-    "apgd-t-12": lambda model, **told: torchattacks.APGDT(model, steps=12, n_classes=10, **told),
-    "fab-t-6": lambda model, **told: torchattacks.FAB(model, steps=6, n_classes=10, multi_targeted=True, **told),
-    "square-150": lambda model, **told: torchattacks.Square(model, n_queries=149, **told),
-}
-# Compared one by one, by means over so many seeds: FAB draws nothing, and a seed of APGD-T is nine runs. Square is
-# compared below, over more: torchattacks' spreads by 6 images, as all of them get the same patch.
-SEEDS = {"apgd-ce-20": 2, "apgd-t-12": 1, "fab-t-6": 1}
 
-# foolbox's by norm. A step of 2.5 eps / steps is the default of ours; its C&W takes ours' defaults.
-PEERS: dict[str, dict[str, Callable[[float], Any]]] = {
-    "fgsm": {
-        "linf": lambda eps: foolbox.attacks.LinfFastGradientAttack(),
-        "l2": lambda eps: foolbox.attacks.L2FastGradientAttack(),
-    },
-    "pgd-10": {
-        "linf": lambda eps: foolbox.attacks.LinfPGD(steps=10, abs_stepsize=0.25 * eps),
-        "l2": lambda eps: foolbox.attacks.L2PGD(steps=10, abs_stepsize=0.25 * eps),
-    },
-    "cw-l2-10": {
-        "l2": lambda eps: foolbox.attacks.L2CarliniWagnerAttack(
-            binary_search_steps=6, steps=10, stepsize=0.05, initial_const=1.0, abort_early=False
+@dataclass(frozen=True)
+class Pair:
+    """Ours and a peer's at one budget. theirs: model, norm, eps and seed to x, y -> x_adv.
+
+    weak: ours with half the steps, where a name has steps. reach: the radius at which it breaks about half of the
+    images, in that at which PGD-5 does; an attack that breaks nearly none, or all, is compared with nothing.
+    """
+
+    ours: Attack
+    weak: Attack
+    theirs: Peer
+    norms: tuple[str, ...] = ("linf", "l2")
+    reach: float = 1.0
+
+
+def attack(kind: str, **parameters: int) -> Attack:
+    return Attack(kind, ATTACKS[kind], parameters)
+
+
+def of_torchattacks(kind: str, **told: Any) -> Peer:
+    def made(model: Classifier, norm: str, eps: float, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+        return getattr(torchattacks, kind)(model, norm=NORMS[norm], eps=eps, seed=seed, **told)  # type: ignore[no-any-return]
+
+    return made
+
+
+def of_foolbox(kinds: dict[str, Callable[[float], Any]]) -> Peer:
+    def made(model: Classifier, norm: str, eps: float, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+        network, peer = foolbox.PyTorchModel(model, bounds=(0, 1)), kinds[norm](eps)
+        return lambda x, y: peer(network, x, y, epsilons=eps)[1]
+
+    return made
+
+
+PAIRS = {
+    "apgd-ce": Pair(attack("apgd-ce", steps=10), attack("apgd-ce", steps=5), of_torchattacks("APGD", steps=10)),
+    "apgd-t": Pair(
+        attack("apgd-t", steps=6, targets=TARGETS),
+        attack("apgd-t", steps=3, targets=TARGETS),
+        of_torchattacks("APGDT", steps=6, n_classes=TARGETS + 1),
+    ),
+    "fab-t": Pair(
+        attack("fab-t", steps=4, targets=TARGETS),
+        attack("fab-t", steps=2, targets=TARGETS),
+        of_torchattacks("FAB", steps=4, n_classes=TARGETS + 1, multi_targeted=True),
+        reach=1.3,
+    ),
+    "fgsm": Pair(
+        attack("fgsm"),
+        attack("fgsm"),
+        of_foolbox(
+            {
+                "linf": lambda eps: foolbox.attacks.LinfFastGradientAttack(),
+                "l2": lambda eps: foolbox.attacks.L2FastGradientAttack(),
+            }
         ),
-    },
+        reach=1.3,
+    ),
+    # A step of 2.5 eps / steps is the default of ours.
+    "pgd": Pair(
+        attack("pgd", steps=6),
+        attack("pgd", steps=3),
+        of_foolbox(
+            {
+                "linf": lambda eps: foolbox.attacks.LinfPGD(steps=6, abs_stepsize=2.5 / 6 * eps),
+                "l2": lambda eps: foolbox.attacks.L2PGD(steps=6, abs_stepsize=2.5 / 6 * eps),
+            }
+        ),
+    ),
+    "cw-l2": Pair(
+        attack("cw-l2", search_steps=3, steps=8),
+        attack("cw-l2", search_steps=3, steps=4),
+        of_foolbox(
+            {
+                "l2": lambda eps: foolbox.attacks.L2CarliniWagnerAttack(
+                    binary_search_steps=3, steps=8, stepsize=0.05, initial_const=1.0, abort_early=False
+                )
+            }
+        ),
+        norms=("l2",),
+        reach=1.5,
+    ),
 }
+ROWS = [(name, norm) for name, pair in PAIRS.items() for norm in pair.norms]
 
 
-def ours(model: Classifier, digits: tuple[Tensor, Tensor], threat: Threat, name: str, seed: int = 0) -> Any:
-    """Per image whether it holds, in float32."""
-    x, y = digits
-    found = evaluate(model, to_bytes(x).numpy(), y.numpy(), threat, [Attack.parse(name)], seed=seed)
+@dataclass(frozen=True)
+class Border:
+    """Images `(N, 3, 16, 16)` that the network gets right, in groups of about one distance to its border."""
+
+    x: Tensor
+    y: Tensor
+    groups: tuple[tuple[NDArray[np.int64], float], ...]
+    norm: str
+
+    def held(self, attack: Callable[[Tensor, Tensor, Threat], Flags], reach: float = 1.0) -> Flags:
+        """Which images hold `(N,)`, each group attacked at its own radius times `reach`; False outside all groups."""
+        flags = np.zeros(len(self.y), dtype=np.bool_)
+        for rows, radius in self.groups:
+            if len(rows):
+                flags[rows] = attack(self.x[rows], self.y[rows], Threat(self.norm, reach * radius))  # type: ignore[arg-type]
+        return flags
+
+    @property
+    def thinned(self) -> Border:
+        """With every second image of each group, for an attack that is dear."""
+        return replace(self, groups=tuple((rows[::2], radius) for rows, radius in self.groups))
+
+    def only(self, flags: Flags) -> Border:
+        """With the images `(N,)` that a flag marks."""
+        return replace(self, groups=tuple((rows[flags[rows]], radius) for rows, radius in self.groups))
+
+    def calls(self, size: int) -> list[NDArray[np.int64]]:
+        """The rows of each group in parts of `size`."""
+        return [rows[begin : begin + size] for rows, _ in self.groups for begin in range(0, len(rows), size)]
+
+
+def ours(model: Classifier, attacks: Attack | Sequence[Attack], x: Tensor, y: Tensor, threat: Threat) -> Flags:
+    """Per image whether it holds, in float32; under several attacks, whether it holds under all."""
+    suite = [attacks] if isinstance(attacks, Attack) else attacks
+    found = evaluate(model, to_bytes(x).numpy(), y.numpy(), threat, suite, cascade=True)
     return np.array(found.evaluation.robust_images)
 
 
-def theirs(model: Classifier, digits: tuple[Tensor, Tensor], threat: Threat, attack: Callable[..., Tensor]) -> Any:
+def theirs(model: Classifier, make: Peer, x: Tensor, y: Tensor, threat: Threat, seed: int = 0) -> Flags:
     """The same of another library's attack: what it returns outside the ball does not count."""
-    x, y = digits
-    x_adv = attack(x, y)
+    torch.manual_seed(seed)  # foolbox draws from the global stream
+    x_adv = make(model, threat.norm, threat.eps, seed)(x, y)
     with torch.no_grad():
         fooled = (model(x_adv).argmax(dim=1) != y) & contains(x_adv, x, threat)
-        return (~fooled & (model(x).argmax(dim=1) == y)).numpy()
+    return np.asarray(~fooled.numpy())
 
 
 @pytest.fixture(scope="module")
-def held(hardened: Classifier, digits: tuple[Tensor, Tensor]) -> Callable[[str, str, int], Any]:
-    """Attack, norm and seed to which images hold, `(2, N)`: under ours and under its twin; each asked once."""
+def border(hardened: Classifier) -> Callable[[str], Border]:
+    """By norm: where PGD-5 first breaks an image, in a ladder of radii, says where its border is."""
+    data = load_dataset("digits")
+    x, y = to_float(torch.from_numpy(data.x_test)).contiguous(), torch.from_numpy(data.y_test)
+    right = hardened(x).argmax(dim=1) == y
+    x, y = x[right], y[right]
 
     @cache
-    def asked(name: str, norm: str, seed: int) -> Any:
-        threat = THREATS[norm]
-        twin = TWINS[name](hardened, norm=NORMS[norm], eps=threat.eps, seed=seed)
-        return np.stack([ours(hardened, digits, threat, name, seed), theirs(hardened, digits, threat, twin)])
+    def made(norm: str) -> Border:
+        radii = RADII[norm]
+        least, left = np.full(len(y), radii[-1]), np.arange(len(y))
+        for radius in radii[:-1]:
+            held = ours(hardened, Attack.parse("pgd-5"), x[left], y[left], Threat(norm, radius))  # type: ignore[arg-type]
+            least[left[~held]], left = radius, left[held]
+        rungs = [(np.flatnonzero(least == radius), radius) for radius in radii]
+        # Half a rung lower lies the middle of where these images fall.
+        groups = tuple((rows, float(radius - (radii[1] - radii[0]) / 2)) for rows, radius in rungs if len(rows))
+        return Border(x, y, groups, norm)
+
+    return made
+
+
+Held = Callable[[str, str, str], Flags]
+
+
+@pytest.fixture(scope="module")
+def held(hardened: Classifier, border: Callable[[str], Border]) -> Held:
+    """A pair, a side of it (`ours`, `weak`, `theirs`) and a norm to which images hold; each asked once."""
+
+    @cache
+    def asked(name: str, side: str, norm: str) -> Flags:
+        pair = PAIRS[name]
+        run = theirs if side == "theirs" else ours
+        reach = pair.reach * (0.75 if (name, side) == ("fgsm", "weak") else 1)  # it has no steps: a shorter one
+        return border(norm).held(partial(run, hardened, getattr(pair, side)), reach)
 
     return asked
 
 
-@pytest.mark.parametrize("norm", THREATS)
-@pytest.mark.parametrize("name", SEEDS)
-def test_no_attack_is_weaker_than_its_twin(held: Callable[[str, str, int], Any], name: str, norm: str) -> None:
-    """At the same budget no more images hold under ours, up to half a point."""
-    counts = np.array([held(name, norm, seed).sum(axis=1) for seed in range(SEEDS[name])])
-    mine, twin = counts.mean(axis=0)
-    assert mine <= twin + ALLOWED, counts
-    assert twin < 200 * 0.95, "an attack that finds next to nothing proves nothing"
+def weaker(mine: Flags, peer: Flags) -> float:
+    """How often chance breaks so many fewer images than the peer's, one-sided: a fair coin an image that differs."""
+    return PairedCounts.of(mine, peer).p_more_lost
 
 
-@pytest.mark.parametrize("norm", THREATS)
-def test_a_short_square_is_stronger_than_its_twin(
-    hardened: Classifier, digits: tuple[Tensor, Tensor], norm: str
+@pytest.mark.parametrize(("name", "norm"), ROWS)
+def test_no_attack_is_weaker_than_its_peer(held: Held, name: str, norm: str) -> None:
+    """At one budget ours breaks no fewer images than chance explains."""
+    mine, peer = held(name, "ours", norm), held(name, "theirs", norm)
+    assert 0.05 < peer.mean() < 0.95, "an attack that breaks next to none, or all, is compared with nothing"
+    assert weaker(mine, peer) > LEVEL, PairedCounts.of(mine, peer)
+
+
+# torchattacks' FAB breaks with four steps in Linf what ours breaks with one.
+@pytest.mark.parametrize(("name", "norm"), [row for row in ROWS if row != ("fab-t", "linf")])
+def test_half_of_an_attack_is_noticed(held: Held, name: str, norm: str) -> None:
+    """With half the steps (FGSM: three quarters of the radius) the same test says that ours is weaker."""
+    assert weaker(held(name, "weak", norm), held(name, "theirs", norm)) < LEVEL
+
+
+# --- Square, and all together -------------------------------------------------------------------------------
+
+TOGETHER = 8  # images that torchattacks gives the same patches; a call is the unit, as its images are no coins apart
+QUERIES = 100
+REACH = {"linf": 1.7, "l2": 2.0}  # Square's own border, see Pair
+
+
+def their_square(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Flags:
+    """torchattacks' Square, a few images a call, each call by a seed of its own. It counts its first query apart."""
+    make, first = of_torchattacks("Square", n_queries=QUERIES - 1), int(1e6 * threat.eps)
+    parts = [slice(begin, begin + TOGETHER) for begin in range(0, len(y), TOGETHER)]
+    return np.concatenate([theirs(model, make, x[part], y[part], threat, first + n) for n, part in enumerate(parts)])
+
+
+def more_held(few: Border, mine: Flags, peer: Flags) -> NDArray[np.int64]:
+    """How many more images hold under ours than under the peer's, call by call `(G,)`."""
+    return np.array([int(mine[rows].sum()) - int(peer[rows].sum()) for rows in few.calls(TOGETHER)])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_short_square_is_stronger_than_its_peer(
+    hardened: Classifier, border: Callable[[str], Border], norm: str
 ) -> None:
-    """Few queries are spent on large patches: 40 break more images than torchattacks' 40, by means of four seeds."""
-    threat, counts = THREATS[norm], list[tuple[int, int]]()
-    for seed in range(4):
-        twin = torchattacks.Square(hardened, norm=NORMS[norm], eps=threat.eps, n_queries=39, seed=seed)
-        mine = ours(hardened, digits, threat, "square-40", seed)
-        counts.append((int(mine.sum()), int(theirs(hardened, digits, threat, twin).sum())))
-    mine, peer = np.mean(counts, axis=0)
-    assert mine < peer, counts
+    """Few queries are spent on large patches: 100 break more than torchattacks' 100; a quarter of them does not."""
+    few = border(norm).thinned
+    peer = few.held(partial(their_square, hardened), REACH[norm])
+    for queries, stronger in ((QUERIES, True), (QUERIES // 4, False)):
+        mine = few.held(partial(ours, hardened, attack("square", queries=queries)), REACH[norm])
+        assert (sign_flip_p(-more_held(few, mine, peer)) < LEVEL) == stronger, (queries, mine.sum(), peer.sum())
 
 
-@pytest.mark.parametrize(("name", "norm"), [(name, norm) for name, norms in PEERS.items() for norm in norms])
-def test_no_simple_attack_is_weaker_than_foolbox(
-    hardened: Classifier, digits: tuple[Tensor, Tensor], name: str, norm: str
+@pytest.mark.parametrize("norm", NORMS)
+def test_our_standard_suite_is_as_strong_as_autoattack(
+    hardened: Classifier, border: Callable[[str], Border], held: Held, norm: str
 ) -> None:
-    """At the same steps and step size no more images hold under ours, up to half a point."""
-    threat, network = THREATS[norm], foolbox.PyTorchModel(hardened, bounds=(0, 1))
-    torch.manual_seed(0)  # foolbox draws from the global stream
-    attack = PEERS[name][norm](threat.eps)
-    peer = theirs(hardened, digits, threat, lambda x, y: attack(network, x, y, epsilons=threat.eps)[1])
-    mine = ours(hardened, digits, threat, name)
-    assert mine.sum() <= peer.sum() + ALLOWED
-    assert peer.sum() < 200 * 0.9, "an attack that finds next to nothing proves nothing"
-
-
-@pytest.mark.parametrize("norm", THREATS)
-def test_our_standard_suite_is_as_strong_as_autoattack(held: Callable[[str, str, int], Any], norm: str) -> None:
     """Per image the worst case of the four attacks, beside that of torchattacks' four at the same budgets."""
-    assert [name.rpartition("-")[0] for name in TWINS] == list(SUITES["standard"])
-    mine, reference = np.all([held(name, norm, 0) for name in TWINS], axis=0)
-    assert 0.2 <= reference.mean() <= 0.6, "no test asset: almost all images hold, or almost none"
-    assert mine.sum() <= reference.sum() + ALLOWED
+    suite = [*(PAIRS[name].ours for name in SUITES["standard"][:-1]), attack("square", queries=QUERIES)]
+    assert [one.name for one in suite] == list(SUITES["standard"])
+    few = border(norm).thinned
+    mine = few.held(partial(ours, hardened, suite))
+    left = held("apgd-ce", "theirs", norm) & held("apgd-t", "theirs", norm)
+    for run in (partial(theirs, hardened, PAIRS["fab-t"].theirs), partial(their_square, hardened)):
+        left = few.only(left).held(run)
+    calls = few.calls(TOGETHER)
+    assert 0.05 < np.concatenate([left[rows] for rows in calls]).mean() < 0.6, "no test asset: nearly all hold, or none"
+    assert sign_flip_p(more_held(few, mine, left)) > LEVEL, (mine.sum(), left.sum())
+    poor = held("apgd-ce", "weak", norm)
+    assert sign_flip_p(more_held(few, poor, left)) < LEVEL, "one attack with half its steps must be found weaker"
