@@ -91,7 +91,8 @@ def explain(error: Exception, subcommand: str) -> int:
 
 def without_memory(message: str) -> str:
     """What was asked for, as far as the first two sentences of a library tell it, and what to do."""
-    asked = ". ".join(" ".join(message.split()).split(". ")[:2])
+    said = " ".join(message.split()).rpartition("DefaultCPUAllocator: ")[2]  # torch begins with a place in its source
+    asked = ". ".join(said.split(". ")[:2])
     advice = "take fewer or smaller images, a smaller batch or network, or a machine that has more"
     return f"not enough memory{f': {asked}' if asked else ''}; {advice}"
 

@@ -19,7 +19,7 @@ from robustness.pictures import Unusable, fitted, opened, upright
 from serving import images
 from serving.client import Contract
 from serving.problems import Problem
-from tests.robustness.pictures import TURNED, Array, drawn, oriented, other, readable, saved, unreadable
+from tests.robustness.pictures import ORIENTATION, TURNED, Array, drawn, oriented, other, readable, saved, unreadable
 
 SIDE = 16
 GATEWAY_PIXELS = 16_000_000
@@ -112,6 +112,15 @@ def test_an_image_is_upright(orientation: int) -> None:
     contract = Contract("", "images", (height, width, 3), "logits", 10, 64)
     opened_one = images.open_image(oriented(orientation), "image/png", GATEWAY_PIXELS)
     np.testing.assert_array_equal(images.pixels(opened_one, contract, resize=False)[0], expected)
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_a_tiff_is_turned_once(orientation: int) -> None:
+    """Pillow turns it while it decodes, and takes the entry out."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    picture = opened(io.BytesIO(saved(Image.fromarray(drawn()), "TIFF", exif=exif)), ("TIFF",), 10_000)
+    np.testing.assert_array_equal(np.asarray(upright(picture, "RGB")), TURNED[orientation](drawn()))
 
 
 def test_alpha_lies_on_white() -> None:
