@@ -69,10 +69,14 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
 
 def explain(error: Exception, subcommand: str) -> int:
     """Print an error as one line (the traceback with --verbose) and return its exit code."""
+    from robustness.errors import lacks_memory
+
     code = getattr(error, "exit_code", BROKEN)
     message = str(error)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
         message, code = f"{error.name} is not installed; pip install 'dfmcl[{EXTRAS.get(subcommand, 'train')}]'", 2
+    elif lacks_memory(error):
+        message, code = f"{subcommand}: {without_memory(message)}", 2
     elif isinstance(error, OSError) and not hasattr(error, "exit_code"):
         message = f"{error.filename or subcommand}: {error.strerror or error}"
     elif not hasattr(error, "exit_code"):
@@ -83,6 +87,14 @@ def explain(error: Exception, subcommand: str) -> int:
         traceback.print_exception(error)
     print(f"dfmcl: {' '.join(message.split())}", file=sys.stderr)
     return int(code)
+
+
+def without_memory(message: str) -> str:
+    """What was asked for, as far as the first two sentences of a library tell it, and what to do."""
+    said = " ".join(message.split()).rpartition("DefaultCPUAllocator: ")[2]  # torch begins with a place in its source
+    asked = ". ".join(said.split(". ")[:2])
+    advice = "take fewer or smaller images, a smaller batch or network, or a machine that has more"
+    return f"not enough memory{f': {asked}' if asked else ''}; {advice}"
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -265,6 +277,8 @@ def evaluate(
     threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
     entry = trained.data
     data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
+    if data.remark:
+        say(data.remark)
     evaluations = measure(
         trained, data, threats, attacks=attacks, cascade=bool(suite), surrogate=source, images=images, seed=seed,
         track=track,

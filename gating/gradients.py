@@ -21,7 +21,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from robustness.contract import InputContract
-from robustness.errors import DfmclError
+from robustness.errors import DfmclError, lacks_memory
 from robustness.graph import FATAL, Graph, apart, first_line, freed, noise
 
 # Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a
@@ -74,7 +74,9 @@ def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converte
             _prove_equal(converted, decide)
     except (NoGradients, DfmclError):
         raise
-    except Exception as error:  # noqa: BLE001  # a converter of arbitrary graphs may fail in any way
+    except Exception as error:  # a converter of arbitrary graphs may fail in any way
+        if lacks_memory(error):
+            raise
         raise NoGradients(f"onnx2pytorch cannot convert it: {first_line(error)}") from None
     return converted
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gating.attestation import candidate_files, read_candidate
 from gating.gradients import NoGradients, differentiable
 from robustness.contract import InputContract
-from robustness.errors import BadInput, DfmclError
+from robustness.errors import BadInput, DfmclError, lacks_memory
 from robustness.graph import apart, artefact, count_classes, first_line, noise, read_graph
 from robustness.models import exactly, frozen
 from robustness.runs import load_run
@@ -227,6 +227,8 @@ def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = No
     try:
         classes = count_classes(decide, parsed, text)
     except (RuntimeError, TypeError, ValueError) as error:
+        if lacks_memory(error):
+            raise
         raise BadInput(f"{text}: its module cannot take float32 NCHW {parsed.dims}: {first_line(error)}") from None
     return Subject(
         kind="module",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustness.folder import described
 from robustness.statistics import Share
 
 Report = Mapping[str, Any]
@@ -94,15 +95,17 @@ def claim(report: Report) -> str:
     """What the verdict speaks of: exactly these images, or what they were drawn from."""
     statistics = report["statistics"]
     part = f"{report['data']['name']} ({report['data']['part']} part)"
+    skipped = described(report["data"].get("skipped", {}))
+    remark = f" The loader {skipped}." if skipped else ""
     if statistics["kind"] == "sequential":
         return (
             f"The claim is about exactly the {statistics['population']:,} images of {part}, and this attack suite."
             f" {statistics['attacked']:,} of them were attacked, in an order fixed beforehand; the bounds hold however"
-            " often one looks."
+            f" often one looks.{remark}"
         )
     return (
         f"The claim is about the population that the images of {part} were drawn from, and this attack suite."
-        f" {statistics['attacked']:,} images were attacked and looked at once, as fixed beforehand."
+        f" {statistics['attacked']:,} images were attacked and looked at once, as fixed beforehand.{remark}"
     )
 
 

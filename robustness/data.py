@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from robustness.archive import KEYS, classes_of, read_archive
 from robustness.errors import BadInput
+from robustness.folder import described, read_part
 from robustness.progress import Track, silent
 
 Bytes = NDArray[np.uint8]
@@ -28,7 +29,7 @@ DIGITS_SPLIT_SEED = 20260
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set; `path` and `image_size` are what it takes to load it again."""
+    """A named data set; `path` and `image_size` are what it takes to load it again; skipped: files, by reason."""
 
     name: str
     x_train: Bytes
@@ -38,6 +39,7 @@ class Dataset:
     classes: tuple[str, ...]
     path: str = ""
     image_size: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:
@@ -55,39 +57,36 @@ class Dataset:
 
     def describe(self) -> dict[str, Any]:
         """The entry that manifests keep."""
-        return {"name": self.name, "path": self.path, "image_size": self.image_size, "sha256": self.sha256}
+        entry = {"name": self.name, "path": self.path, "image_size": self.image_size, "sha256": self.sha256}
+        return entry | ({"skipped": dict(self.skipped)} if self.skipped else {})
+
+    @property
+    def remark(self) -> str:
+        """One line about files that were not read; nothing where all were."""
+        return f"{self.path}: {described(self.skipped)}" if self.skipped else ""
 
 
 def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
     """Load `digits`, `cifar10`, `npz` or `folder`; `path` is a file or folder, `image_size` a side."""
     loaders = {
         "digits": lambda: _digits(),
-        "cifar10": lambda: _npz(path, "cifar10") if path.endswith(".npz") else _cifar10(path),
-        "npz": lambda: _npz(path, "npz"),
+        "cifar10": lambda: _npz(path, "cifar10", track) if path.endswith(".npz") else _cifar10(path),
+        "npz": lambda: _npz(path, "npz", track),
         "folder": lambda: _folder(path, image_size, track),
     }
     if name not in loaders:
         raise BadInput(f"data: name is {name!r}; choose one of {', '.join(loaders)}")
     dataset = loaders[name]()
-    for part, images, labels in (
-        ("train", dataset.x_train, dataset.y_train),
-        ("test", dataset.x_test, dataset.y_test),
-    ):
-        _check(f"data {name} ({path or 'built in'}), {part} part", images, labels, len(dataset.classes))
-    if dataset.x_train.shape[1:] != dataset.x_test.shape[1:]:
-        shapes = f"{dataset.x_train.shape[1:]} and {dataset.x_test.shape[1:]}"
-        raise BadInput(f"data {name} ({path}): training and test images are {shapes}; they must be alike")
+    _require_alike(f"data {name} ({path or 'built in'})", dataset)
     return dataset
 
 
-def _check(where: str, images: Bytes, labels: Labels, classes: int) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise BadInput(f"{where}: images are {images.dtype} {images.shape}; expected uint8 (N, H, W, C)")
-    if len(images) == 0 or labels.shape != (len(images),):
-        raise BadInput(f"{where}: {len(images)} images and labels of shape {labels.shape}; expected one label an image")
-    low, high = int(np.min(labels)), int(np.max(labels))
-    if low < 0 or high >= classes:
-        raise BadInput(f"{where}: labels run from {low} to {high}; expected 0 to {classes - 1}")
+def _require_alike(where: str, data: Dataset) -> None:
+    if data.x_train.shape[1:] != data.x_test.shape[1:]:
+        shapes = f"{data.x_train.shape[1:]} and {data.x_test.shape[1:]}"
+        raise BadInput(f"{where}: training and test images are {shapes}; they must be alike")
+    if len(data.classes) < 2:
+        raise BadInput(f"{where}: has one class only, {data.classes[0]!r}: nothing to tell apart; add another class")
 
 
 def _digits() -> Dataset:
@@ -106,33 +105,12 @@ def _digits() -> Dataset:
     return Dataset("digits", x[450:], y[450:], x[:450], y[:450], tuple("0123456789"))
 
 
-def _npz(path: str, name: str) -> Dataset:
-    keys = ("x_train", "y_train", "x_test", "y_test")
+def _npz(path: str, name: str, track: Track) -> Dataset:
     if not path:
-        raise BadInput(f"data: {name} needs a path to an .npz file with {', '.join(keys)}")
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with archive:
-            missing = [key for key in keys if key not in archive]
-            if missing:
-                raise BadInput(f"{path}: lacks {', '.join(missing)}; expected {', '.join(keys)}")
-            x_train, y_train, x_test, y_test = (archive[key] for key in keys)
-            named = [str(label) for label in archive["classes"]] if "classes" in archive else None
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; point data.path at an .npz with {', '.join(keys)}") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadInput(f"{path}: not readable as .npz: {str(error).splitlines()[0]}") from None
-    for key, labels in (("y_train", y_train), ("y_test", y_test)):
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise BadInput(f"{path}: {key} is {labels.dtype}; expected integers")
-    classes: tuple[str, ...]
-    if name == "cifar10":
-        classes = CIFAR10_CLASSES
-    else:
-        classes = tuple(named or (str(k) for k in range(int(y_train.max(initial=0)) + 1)))
-    y_train, y_test = y_train.astype(np.int64), y_test.astype(np.int64)
+        raise BadInput(f"data: {name} needs a path to an .npz file with {', '.join(KEYS)}")
+    held = read_archive(path, track)
+    classes = classes_of(held, path, CIFAR10_CLASSES if name == "cifar10" else ())
+    x_train, y_train, x_test, y_test = (held[key] for key in KEYS)
     return Dataset(name, x_train, y_train, x_test, y_test, classes, path=path)
 
 
@@ -151,23 +129,27 @@ def _cifar10(path: str) -> Dataset:
 
 
 def _folder(path: str, image_size: int, track: Track) -> Dataset:
-    """`path`/train/CLASS/* and `path`/test/CLASS/*: resized to fit and centre-cropped to image_size squared."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import CenterCrop, Compose, Resize
-
+    """`path`/train/CLASS/* and `path`/test/CLASS/*: fitted to image_size squared, as robustness.pictures does."""
+    if not path:
+        raise BadInput("data: a folder needs a path, with PATH/train/CLASS/*.png and PATH/test/CLASS/*.png")
     if image_size < 8:
         raise BadInput(f"data: image_size is {image_size}; a folder needs a side to resize to, such as 32")
-    fit = Compose([Resize(image_size), CenterCrop(image_size)])
-    parts: list[tuple[Bytes, Labels, tuple[str, ...]]] = []
-    for part in ("train", "test"):
-        try:
-            folder = ImageFolder(str(Path(path) / part), transform=lambda image: np.asarray(fit(image)))
-            images = [folder[i][0] for i in track(range(len(folder)), f"reading {part} images")]
-        except (OSError, FileNotFoundError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise BadInput(f"{Path(path) / part}: {reason}; expected PATH/{part}/CLASS/*.png in data.path") from None
-        parts.append((np.stack(images), np.asarray(folder.targets, dtype=np.int64), tuple(folder.classes)))
-    (x_train, y_train, classes), (x_test, y_test, test_classes) = parts
-    if classes != test_classes:
-        raise BadInput(f"{path}: train has classes {classes}, test has {test_classes}; they must be the same")
-    return Dataset("folder", x_train, y_train, x_test, y_test, classes, path=path, image_size=image_size)
+    train, test = (read_part(Path(path) / part, image_size, track) for part in ("train", "test"))
+    for one, others, part, other in ((train, test, "train", "test"), (test, train, "test", "train")):
+        lacking = [name for name in others.classes if name not in one.classes]
+        if lacking:
+            raise BadInput(
+                f"{path}: {part} has no folder {lacking[0]!r} ({len(lacking)} of {other}'s {len(others.classes)}"
+                f" classes are missing); add {Path(path) / part / lacking[0]}, or remove it from {other}"
+            )
+    return Dataset(
+        name="folder",
+        x_train=train.images,
+        y_train=train.labels,
+        x_test=test.images,
+        y_test=test.labels,
+        classes=train.classes,
+        path=path,
+        image_size=image_size,
+        skipped=dict(train.skipped + test.skipped),
+    )

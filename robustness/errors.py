@@ -8,6 +8,8 @@ DfmclError
 
 from __future__ import annotations
 
+import errno
+
 
 class DfmclError(Exception):
     """Base of all errors with a meaning for the caller; `exit_code` is the process's exit code."""
@@ -31,3 +33,19 @@ class Broken(DfmclError):
     """The surroundings failed: disk, port, process, network."""
 
     exit_code = 5
+
+
+# As numpy, torch on a CPU and on a GPU, CUDA's libraries and ONNX Runtime say it; their classes have nothing in common.
+LACK = (
+    "can't allocate memory", "out of memory", "ALLOC_FAILED", "Failed to allocate memory", "bad_alloc",
+    "array is too big", "Maximum allowed dimension", "size calculation overflowed",
+)  # fmt: skip
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out, or could never hold what was asked for."""
+    if hasattr(error, "exit_code"):  # one of a room's own
+        return False
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return any(words in str(error) for words in LACK)

@@ -17,7 +17,7 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from robustness.contract import InputContract
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput, Broken, lacks_memory
 
 FREE = "batch"  # the name of a dimension of any size
 DOMAINS = ("", "ai.onnx")  # two names of the standard operators
@@ -69,7 +69,9 @@ def read_graph(path: Path, contract: str) -> Graph:
             )
     except BadInput:
         raise
-    except Exception as error:  # noqa: BLE001  # protobuf and onnx raise their own unrelated classes
+    except Exception as error:  # protobuf and onnx raise their own unrelated classes
+        if lacks_memory(error):
+            raise
         raise BadInput(f"{path}: not readable as ONNX: {first_line(error)}") from None
     if not model.graph.node or not any(entry.domain in DOMAINS for entry in model.opset_import):
         raise BadInput(f"{path}: not readable as ONNX: no operators in it; export the model again")
@@ -125,7 +127,9 @@ def artefact(
     options.log_severity_level = FATAL if quiet else 3
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001  # onnxruntime raises its own unrelated classes
+    except Exception as error:  # onnxruntime raises its own unrelated classes
+        if lacks_memory(error):
+            raise
         raise Broken(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from None
     (entry,), (answer,) = session.get_inputs(), session.get_outputs()
     size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
@@ -133,7 +137,9 @@ def artefact(
     def run(images: NDArray[Any]) -> NDArray[Any]:
         try:
             (logits,) = session.run([answer.name], {entry.name: images})
-        except Exception as error:  # noqa: BLE001  # as above
+        except Exception as error:  # as above
+            if lacks_memory(error):
+                raise
             raise BadInput(f"{where}: cannot take {contract} x {len(images)}: {first_line(error)}") from None
         return np.asarray(logits)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from robustness.errors import BadInput
+from robustness.errors import BadInput, lacks_memory
 from robustness.files import read_json, sha256_of
 from robustness.models import Classifier, ModelSpec
 
@@ -79,6 +79,8 @@ def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
         model = Classifier(spec)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(checkpoint).items()})
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if lacks_memory(error):
+            raise
         first_line = str(error).splitlines()[0]
         raise BadInput(f"{directory}: checkpoint and manifest do not fit: {first_line}") from None
     return Run(directory, model.eval().to(device), manifest, digest, labels, spec.input_shape)

@@ -10,16 +10,19 @@ import io
 import itertools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from robustness import pictures
 from serving.client import Contract
-from serving.problems import Problem
+from serving.problems import RETRY_SECONDS, Problem
 
 FIELD = "image"  # of a form
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
@@ -35,19 +38,12 @@ Batch = npt.NDArray[np.uint8]
 def open_image(data: bytes, kind: str, max_pixels: int) -> Image.Image:
     """An image file whose header was read, and no more. kind: its content type, one of FORMATS or UNTOLD.
 
-    Problem: bad_image, or too_large where it has more than max_pixels.
+    Problem: bad_image, too_large where it has more than max_pixels, wrong_input where it has several frames or more
+    than 8 bits a channel.
     """
-    formats = [FORMATS[kind]] if kind in FORMATS else list(FORMATS.values())
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError:
-        raise Problem("too_large", f"image: may have up to {max_pixels} pixels") from None
-    except Exception:  # noqa: BLE001 - a decoder may trip over a stranger's bytes in any way
-        raise Problem("bad_image", f"image: is no readable {' or '.join(formats)} file") from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise Problem("too_large", f"image: has {width} x {height} pixels, may have up to {max_pixels}")
-    return image
+    formats = (FORMATS[kind],) if kind in FORMATS else tuple(FORMATS.values())
+    with _told():
+        return pictures.opened(io.BytesIO(data), formats, max_pixels)
 
 
 def require_size(image: Image.Image, contract: Contract) -> None:
@@ -58,26 +54,18 @@ def require_size(image: Image.Image, contract: Contract) -> None:
 
 
 def pixels(image: Image.Image, contract: Contract, *, resize: bool) -> Batch:
-    """An opened image as (1, H, W, C): turned as its EXIF says, without alpha, and resized (bilinear) where allowed.
+    """An opened image as (1, H, W, C), as training reads it: upright, alpha on white, fitted where allowed.
 
     Problem: bad_image where the file is cut off or broken, wrong_input where it does not fit the model.
     """
     height, width, channels = contract.input_shape
     if channels not in MODES:
         raise Problem("wrong_input", f"image: the model takes {channels} channels, which no image file has; send JSON")
-    if image.mode.startswith(("I", "F")):  # a conversion would clip most of it to white
-        raise Problem("wrong_input", f"image: has more than 8 bits a channel (mode {image.mode}); save it with 8")
-    try:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
-    except Exception:  # noqa: BLE001 - as above
-        raise Problem("bad_image", "image: is cut off or broken") from None
-    if image.size != (width, height):
-        if not resize:
+    with _told():
+        image = pictures.upright(image, MODES[channels])
+        if image.size != (width, height) and not resize:
             raise _wrong_size(image, width, height)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image, np.uint8).reshape(1, height, width, channels)
+        return pictures.to_array(pictures.fitted(image, width, height))[None]
 
 
 def tensor(body: bytes, contract: Contract) -> Batch:
@@ -122,6 +110,18 @@ def form_field(body: bytes, content_type: str) -> tuple[bytes, str]:
 def media_type(content_type: str) -> str:
     """A content type without its parameters, in lower case."""
     return content_type.partition(";")[0].strip().lower()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What becomes no image is told to the sender; memory that ran out is no fault of theirs."""
+    try:
+        yield
+    except pictures.Unusable as error:
+        raise Problem(error.reason, f"image: {error}") from None
+    except MemoryError:
+        message = "image: no memory is left to decode it; try again later"
+        raise Problem("overloaded", message, retry_seconds=RETRY_SECONDS) from None
 
 
 def _wrong_size(image: Image.Image, width: int, height: int) -> Problem:

@@ -22,7 +22,10 @@ ALLOWED = {
         *("serving.client", "serving.gateway_client", "serving.errors"),
     },
 }
-EXCEPTIONS = {"serving/export.py": {"robustness"}} | {
+EXCEPTIONS = {
+    "serving/export.py": {"robustness"},
+    "serving/images.py": {"robustness.pictures"},  # one definition of an image, in training and at the gateway
+} | {
     f"serving/{name}.py": {"gating.attestation", "gating.probes"}
     for name in ("known_answers", "parity", "promotion", "status", "supervisor")
 }
@@ -77,6 +80,8 @@ LIGHT = {
     "gating.formats, gating.github": {"torch", "onnxruntime"},
     "serving.client": {"torch", "onnx", "onnxruntime", "robustness", "gating", "pydantic", "typer"},
     "gating.attestation": {"torch", "numpy", "scipy", "pydantic"},
+    "serving.gateway, serving.images": {"torch", "onnxruntime", "torchvision"},
+    "robustness.pictures, robustness.folder, robustness.archive": {"torch", "torchvision"},
     "dfmcl": {"torch", "numpy", "pydantic", "tritonclient", "rich.progress"},
 }
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import dfmcl
+from robustness.errors import Refused
 from tests.processes import wait_until
+from tests.robustness.pictures import png
 
 ROOT = Path(__file__).parents[1]
 TRUST = ["--trust", str(ROOT / "deploy" / "resnet18-cifar10" / "trust.toml")]
@@ -47,7 +52,24 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
     (tmp_path / "taken" / "file").write_text("mine")
     (tmp_path / "plain").write_text("a file")
     out = str(tmp_path / "out")
+    for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "0.png").write_bytes(png(16, 16, 8, 0, b"\0" * 17 * 16))
+    shutil.copytree(tmp_path / "images", tmp_path / "bombs")
+    bomb = tmp_path / "bombs" / "train" / "dog" / "big.png"
+    bomb.write_bytes(png(20_000, 20_000, 8, 2, b""))
+    folder = ["train", "quickstart", "--out", out, "--set", "data.name=folder"]
     return {
+        "images that no memory holds": (
+            [*folder, "--set", f"data.path={tmp_path}/images", "--set", "data.image_size=20000000"],
+            2,
+            "train: not enough memory: Unable to allocate",
+        ),
+        "a bomb among the images": (
+            [*folder, "--set", f"data.path={tmp_path}/bombs", "--set", "data.image_size=16"],
+            2,
+            f"{bomb}: may have up to 89478485 pixels",
+        ),
         "no such preset": (["train", "papre", "--out", out], 2, "papre: No such file or directory; name a TOML file"),
         "unknown key": (["train", f"{tmp_path}/wrong.toml", "--out", out], 2, "unknown key model.widht"),
         "taken directory": (["train", "quickstart", "--out", f"{tmp_path}/taken"], 2, "exists and is not empty"),
@@ -99,7 +121,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
 CASES = [
     "no such preset", "unknown key", "taken directory", "missing data", "out below a file", "no run",
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
-    "empty repository", "no watch config",
+    "empty repository", "no watch config", "images that no memory holds", "a bomb among the images",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
     "nowhere to craft to", "nothing to craft on",
 ]  # fmt: skip
@@ -163,6 +185,54 @@ def test_usage_error_is_2(line: str, message: str) -> None:
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def as_user_sees(allocate: Callable[[], object], capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The exit code and the line of an error that is raised for real."""
+    try:
+        allocate()
+    except Exception as error:  # noqa: BLE001  # which one is what the test is about
+        return dfmcl.explain(error, "evaluate"), capfd.readouterr().err
+    raise AssertionError("a petabyte was there")
+
+
+# More than 47 bits of addresses: no machine has it, however its kernel overcommits.
+PETABYTE = 1 << 50
+LACKS: dict[str, tuple[Callable[[], object], str]] = {
+    "Python": (lambda: bytearray(PETABYTE), "not enough memory; take fewer"),
+    "numpy": (lambda: np.empty(PETABYTE, np.uint8), "not enough memory: Unable to allocate 1.00 PiB"),
+    "numpy, past its sizes": (lambda: np.empty((1 << 40, 1 << 40)), "not enough memory: array is too big"),
+    "torch": (
+        lambda: torch.empty(PETABYTE),
+        "not enough memory: can't allocate memory: you tried to allocate 450359962",
+    ),
+    "torch, past its sizes": (lambda: torch.empty(1 << 62), "not enough memory: Storage size calculation overflowed"),
+    "the system": (lambda: mmap.mmap(-1, PETABYTE), "not enough memory: [Errno 12]"),
+    "CUDA": (
+        lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")),
+        "not enough memory: CUDA out of memory. Tried to allocate 2.00 GiB; take fewer",
+    ),
+}
+
+
+def raised(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("library", LACKS)
+def test_a_lack_of_memory_is_no_bug_of_ours(library: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whoever ran out of it: 2, one line, what to do; never "internal error ... report it"."""
+    code, line = as_user_sees(LACKS[library][0], capfd)
+    assert code == 2
+    assert line.startswith("dfmcl: evaluate: ")
+    assert LACKS[library][1] in line
+    assert len(line.splitlines()) == 1
+
+
+def test_a_bug_of_ours_stays_one(capfd: pytest.CaptureFixture[str]) -> None:
+    """And what a room raises keeps its own exit code, whatever its words are."""
+    assert as_user_sees(lambda: [][0], capfd)[0] == 5
+    assert as_user_sees(lambda: raised(Refused("the server is out of memory")), capfd)[0] == 1
 
 
 def test_verbose_adds_the_traceback(tmp_path: Path) -> None:

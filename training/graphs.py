@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from robustness.errors import Broken
+from robustness.errors import BadInput, Broken, lacks_memory
 
 Pass = Callable[[Tensor], Tensor]
 
@@ -40,10 +40,10 @@ def recorded(network: nn.Module, function: Pass, example: Tensor, autocast: Abst
     try:
         with autocast, _fastest_convolutions():
             graphed = torch.cuda.make_graphed_callables(_Module(network, function), (example,), allow_unused_input=True)
-    except torch.cuda.OutOfMemoryError:
-        advice = "train with a smaller --set optimization.batch_size"
-        raise Broken(f"CUDA graph: the GPU's memory is full; {advice}") from None
     except RuntimeError as error:
+        if lacks_memory(error):
+            advice = "train with a smaller --set optimization.batch_size"
+            raise BadInput(f"CUDA graph: the GPU's memory is full; {advice}") from None
         raise Broken(f"CUDA graph: {error}; train without, with --set optimization.graphs=never") from None
     with torch.no_grad():  # the passes that recorded it were none of training's
         for buffer, value in zip(network.buffers(), buffers, strict=True):

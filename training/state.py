@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput, Broken, lacks_memory
 from robustness.files import dump_json, sha256_of, write_bytes, write_text
 from robustness.models import Classifier
 from robustness.provenance import now, provenance
@@ -76,7 +76,9 @@ def read_state(out: Path, config: TrainConfig, data_sha256: str) -> dict[str, An
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         digest = state["config"]
-    except Exception as error:  # noqa: BLE001  # torch.load raises whatever its unpickler meets
+    except Exception as error:  # torch.load raises whatever its unpickler meets
+        if lacks_memory(error):
+            raise
         raise BadInput(f"{path}: not a state ({type(error).__name__}); remove the directory and train again") from None
     if digest != config.digest:
         raise BadInput(f"{path}: is another config's; repeat the preset and every --set, or use another directory")

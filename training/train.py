@@ -83,6 +83,8 @@ def _train(
     fit, heldout = split(data, config)
     if not ranks.first:
         log, track = (lambda line: None), silent
+    if data.remark:
+        log(data.remark)
 
     device = ranks.device
     images, labels = torch.from_numpy(data.x_train[fit]).to(device), torch.from_numpy(data.y_train[fit]).to(device)
@@ -222,7 +224,21 @@ def split(data: Dataset, config: TrainConfig) -> tuple[Labels, Labels]:
             f" {config.data.heldout_images} and at least {needed} to train on (the larger of data.train_images and"
             f" optimization.batch_size) do not fit: {len(fit)} are left to train on; change one of them"
         )
+    require_every_class(data, data.y_train[rest])
     return fit, heldout
+
+
+def require_every_class(data: Dataset, labels: Labels) -> None:
+    """BadInput where a class has no image among those that may be trained on."""
+    counts, all_counts = (np.bincount(part, minlength=len(data.classes)) for part in (labels, data.y_train))
+    lacking = np.flatnonzero(counts == 0)
+    if len(lacking):
+        first = int(lacking[0])
+        raise BadInput(
+            f"data {data.name} ({data.path}): class {data.classes[first]!r} has no image to train on,"
+            f" {all_counts[first]} held out; {len(lacking)} of {len(counts)} classes lack some: add images, hold fewer"
+            " out (data.heldout_images), or leave the class out"
+        )
 
 
 def build(config: TrainConfig, data: Dataset) -> Classifier:

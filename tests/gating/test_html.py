@@ -17,6 +17,7 @@ from PIL import Image
 from gating.charts import Bounds, Point, accuracy_over_eps, bounds_over_images, interval
 from gating.gallery import SHOWN, gallery
 from gating.html import confused, html
+from gating.markdown import markdown
 from gating.summary import Probes, class_rows, confusion
 from tests.gating.browser import BROWSER, MISSING, visit
 from tests.gating.sample import CLASSES, probes, sample
@@ -88,6 +89,16 @@ def test_the_claim_is_told_in_words() -> None:
     assert "The bounds as the gate went" in pages["sequential"]
     assert "about the population that the images of digits" in pages["fixed"]
     assert "exactly the 450 images" not in pages["fixed"]
+
+
+@pytest.mark.parametrize("kind", ["sequential", "fixed"])
+def test_what_the_loader_skipped_is_told(kind: str) -> None:
+    """On the page and on the terminal, beside the claim; nothing where every file was read."""
+    report = sample(kind=kind)
+    assert "The loader" not in html(report, probes(report)) + markdown(report, details=False)
+    report["data"]["skipped"] = {".heic": 3, "hidden": 1}
+    for page in (html(report, probes(report)), markdown(report, details=False)):
+        assert "The loader skipped 4 files: 3 .heic, 1 hidden (supported: " in page
 
 
 def test_the_page_has_all_its_parts() -> None:

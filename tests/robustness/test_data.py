@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +18,172 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision.datasets import ImageFolder
 
 from robustness.data import DIGITS_SPLIT_SEED, load_dataset
 from robustness.errors import BadInput
 from robustness.runs import load_run
+from tests.robustness.pictures import readable
 
-GOOD = {
-    "x_train": np.zeros((4, 8, 8, 3), np.uint8),
-    "y_train": np.arange(4),
-    "x_test": np.zeros((2, 8, 8, 3), np.uint8),
+READABLE = readable()
+
+RNG = np.random.default_rng(0)
+GOOD: dict[str, Any] = {
+    "x_train": RNG.integers(0, 256, (8, 12, 10, 3), np.uint8),
+    "y_train": np.arange(8) % 4,
+    "x_test": RNG.integers(0, 256, (2, 12, 10, 3), np.uint8),
     "y_test": np.arange(2),
 }
 
+
+def changed(**changes: Callable[[Any], Any]) -> dict[str, Any]:
+    """GOOD with some arrays changed; `x` and `y` stand for those of both parts."""
+    by_key = {key: changes.get(key) or changes.get(key[0]) or (lambda array: array) for key in GOOD}
+    return {key: by_key[key](array) for key, array in GOOD.items()}
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "float images": ({"x_train": np.zeros((4, 8, 8, 3))}, "images are float64"),
-    "grey images": ({"x_test": np.zeros((2, 8, 8), np.uint8)}, r"expected uint8 \(N, H, W, C\)"),
-    "other sizes": ({"x_test": np.zeros((2, 9, 9, 3), np.uint8)}, "must be alike"),
-    "too few labels": ({"y_train": np.arange(3)}, "expected one label an image"),
-    "label out of range": ({"y_test": np.array([0, 7])}, "labels run from 0 to 7; expected 0 to 3"),
-    "negative label": ({"y_train": np.array([0, 1, 2, -1])}, "labels run from -1"),
-    "text labels": ({"y_train": np.array(["a", "b", "c", "d"])}, "y_train is <U1; expected integers"),
-    "float labels": ({"y_test": np.array([0.0, np.nan])}, "y_test is float64; expected integers"),
-    "no images": ({"x_test": np.zeros((0, 8, 8, 3), np.uint8), "y_test": np.arange(0)}, "0 images"),
+    "NCHW": (changed(x=lambda x: x.transpose(0, 3, 1, 2)), r"x_train .* looks like NCHW; .* x.transpose\(0, 2, 3, 1\)"),
+    "NCHW, grey": (changed(x=lambda x: x[..., :1].transpose(0, 3, 1, 2)), r"\(8, 1, 12, 10\), which looks like NCHW"),
+    "NCHW in the test part": (changed(x_test=lambda x: x.transpose(0, 3, 1, 2)), "x_test .* looks like NCHW"),
+    "HWCN": (changed(x=lambda x: x.transpose(1, 2, 3, 0)), "8 channels; expected 1 or 3 as the last axis"),
+    "RGBA": (changed(x=lambda x: np.concatenate([x, x[..., :1]], 3)), r"4 channels; .* leave alpha out, x\[..., :3\]"),
+    "two channels": (changed(x=lambda x: x[..., :2]), "2 channels; expected 1 or 3"),
+    "flat": (changed(x=lambda x: x.reshape(len(x), -1)), r"shape \(8, 360\); expected \(N, H, W, 3\)"),
+    "flat planes": (changed(x=lambda x: x.reshape(len(x), -1, 3)), r"shape \(8, 120, 3\); expected \(N, H, W, 3\)"),
+    "floats in [0, 1]": (
+        changed(x=lambda x: x / 255),
+        r"float64 from 0 to 1; .* \(255 \* x\).round\(\).astype\('uint8'\)",
+    ),
+    "floats in [0, 255]": (changed(x=lambda x: x.astype(np.float32)), r"float32 from 0 to 255; .* save x.round\(\)"),
+    "normalised": (changed(x=lambda x: x / 64 - 2), "from -2 to 1.98438; .* undo the normalisation"),
+    "NaN": (changed(x_train=lambda x: np.full(x.shape, np.nan)), "float64 and holds NaN or infinity"),
+    "int64 images": (changed(x=lambda x: x.astype(int)), r"int64 from 0 to 255; .* save x.astype\('uint8'\)"),
+    "boolean images": (changed(x=lambda x: x > 9), "x_train is bool; expected uint8"),
+    "pickled images": (changed(x_train=lambda x: x.astype(object)), "x_train is a pickled array of objects"),
+    "other sizes": (changed(x_test=lambda x: x[:, :9]), "must be alike"),
+    "grey and coloured": (changed(x_test=lambda x: x[..., 0]), "must be alike"),
+    "too few labels": (changed(y_train=lambda y: y[:7]), "8 images in x_train, 7 labels; expected one an image"),
+    "one label": (changed(y_train=lambda y: np.array(3)), r"y_train has shape \(\); expected one label an image"),
+    "labels from 1": (changed(y=lambda y: y + 1), r"labels 1 to 4, but no image of 0; .* save y - 1, in both parts"),
+    "labels with gaps": (
+        changed(y=lambda y: y * 3),
+        "0 to 9, but no image of 1, 2, 4, 5, 7, ...; .* renumbered",
+    ),
+    "huge labels": (
+        changed(y=lambda y: y + 10**15),
+        "labels 1000000000000000 to 1000000000000003, but no image of 0, 1",
+    ),
+    "negative label": (changed(y_train=lambda y: y - 1), "y_train has labels -1 to 2; expected 0 to K - 1"),
+    "unknown label in the test part": (changed(y_test=lambda y: y + 3), "y_test has labels 4; y_train has 0 to 3"),
+    "one class": (changed(y=lambda y: y * 0), "one class only, '0': nothing to tell apart"),
+    "text labels": (changed(y=lambda y: y.astype("U1")), "y_train is <U1; expected integers: .* `classes`"),
+    "whole floats": (
+        changed(y=lambda y: y.astype(float)),
+        r"y_train is float64; .* save y.astype\(int\)",
+    ),
+    "NaN labels": (changed(y_test=lambda y: y * np.nan), "y_test is float64; expected integers$"),
+    "one-hot labels": (changed(y=lambda y: np.eye(4)[y]), r"\(8, 4\), which looks one-hot; save y.argmax\(axis=1\)"),
+    "pickled labels": (changed(y_test=lambda y: y.astype(object)), "y_test is a pickled array of objects"),
+    "no test images": (changed(x_test=lambda x: x[:0], y_test=lambda y: y[:0]), "x_test .* which is no image"),
+    "no training images": (changed(x_train=lambda x: x[:0], y_train=lambda y: y[:0]), "x_train .* which is no image"),
+    "a label beyond the names": (GOOD | {"classes": list("abc")}, "y_train has labels 3; 3 classes are named"),
+    "a name twice": (GOOD | {"classes": list("abca")}, "classes names 'a' twice"),
+    "an empty name": (GOOD | {"classes": ["a", "b", "", "d"]}, "classes holds an empty name"),
+    "names in two rows": (GOOD | {"classes": [["a", "b"], ["c", "d"]]}, r"classes is <U1 \(2, 2\); expected one name"),
+    "pickled names": (GOOD | {"classes": np.array(list("abcd"), object)}, "classes is a pickled array of objects"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_malformed_arrays_are_named(tmp_path: Path, mistake: str) -> None:
-    """Wrong dtype, shape or labels: bad input that says which."""
-    change, message = MISTAKES[mistake]
-    np.savez(tmp_path / "data.npz", **{**GOOD, **change})
-    with pytest.raises(BadInput, match=message):
+    """Wrong dtype, shape, layout or labels: bad input, one line, that says which array and what to save instead."""
+    arrays, message = MISTAKES[mistake]
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(BadInput, match=message) as refused:
         load_dataset("npz", str(tmp_path / "data.npz"))
+    assert str(tmp_path / "data.npz") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "as Keras has labels": changed(y=lambda y: y[:, None].astype(np.uint8)),
+    "big-endian labels": changed(y=lambda y: y.astype(">i4")),
+    "unsigned labels": changed(y=lambda y: y.astype(np.uint64)),
+    "columns first": changed(x=np.asfortranarray),
+    "a test part that lacks classes": changed(y_test=lambda y: y * 0),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_same_data_in_other_words(tmp_path: Path, spelling: str) -> None:
+    """(N, 1) labels, any integers, any order of bytes: read as (N,) int64 and uint8 (N, H, W, C)."""
+    np.savez(tmp_path / "data.npz", **SPELLINGS[spelling])
+    data = load_dataset("npz", str(tmp_path / "data.npz"))
+    assert (data.classes, data.y_train.dtype, data.y_train.tolist()) == (tuple("0123"), np.int64, [0, 1, 2, 3] * 2)
+    assert np.array_equal(data.x_train, GOOD["x_train"])
+    assert data.x_train.flags.c_contiguous
+
+
+def test_grey_images_have_one_channel(tmp_path: Path) -> None:
+    """(N, H, W), as MNIST comes, is what (N, H, W, 1) is."""
+    for name, arrays in (("flat", changed(x=lambda x: x[..., 0])), ("deep", changed(x=lambda x: x[..., :1]))):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    flat, deep = (load_dataset("npz", str(tmp_path / f"{name}.npz")) for name in ("flat", "deep"))
+    assert (flat.input_shape, flat.sha256) == ((12, 10, 1), deep.sha256)
+
+
+def test_named_classes_may_lack_images(tmp_path: Path) -> None:
+    """An array `classes` says how many there are, so that images to judge with need not hold them all."""
+    few = changed(y=lambda y: y * 0 + 2)
+    for names in (np.array(list("abcd")), np.array([b"a", b"b", b"c", b"d"])):
+        np.savez(tmp_path / "data.npz", **few, classes=names)
+        assert load_dataset("npz", str(tmp_path / "data.npz")).classes == tuple("abcd")
 
 
 def test_files_that_are_no_archive_are_named(tmp_path: Path) -> None:
-    """Empty, truncated, a single array, missing keys, not there: one line each."""
+    """Empty, cut off, damaged, another kind of file, missing keys, not there: one line each, that names the file."""
     path = tmp_path / "data.npz"
     np.savez(path, **GOOD)
     whole = path.read_bytes()
-    for content in (b"", b"text", whole[:200], whole[: len(whole) // 2]):
+    broken = {
+        b"": "not readable as .npz: no archive of numpy's",
+        b"hello": "no archive of numpy's",
+        READABLE["RGB"]: "no archive of numpy's",
+        whole[:200]: "cut off or damaged",
+        whole[: len(whole) // 2]: "cut off or damaged",
+        whole[:-30]: "cut off or damaged",
+        whole[:1000] + bytes([whole[1000] ^ 255]) + whole[1001:]: "Bad CRC-32 for file 'x_train.npy'",
+        zipped({"a.png": b"x"}): "lacks x_train, y_train, x_test, y_test; .* holds a.png",
+        zipped(dict.fromkeys(GOOD, b"text")): "x_train is no array",
+    }
+    for content, message in broken.items():
         path.write_bytes(content)
-        with pytest.raises(BadInput, match="not readable as"):
+        with pytest.raises(BadInput, match=message) as refused:
             load_dataset("npz", str(path))
+        assert str(path) in str(refused.value)
     with path.open("wb") as file:
         np.save(file, np.arange(3))
-    with pytest.raises(BadInput, match="single array"):
+    with pytest.raises(BadInput, match="a single array"):
         load_dataset("npz", str(path))
     np.savez(path, x_train=GOOD["x_train"])
     with pytest.raises(BadInput, match="lacks y_train, x_test, y_test"):
         load_dataset("npz", str(path))
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(BadInput, match=r"none\.npz: no such file"):
         load_dataset("npz", str(tmp_path / "none.npz"))
+    with pytest.raises(BadInput, match=r"not readable as \.npz: Is a directory"):
+        load_dataset("npz", str(tmp_path))
     with pytest.raises(BadInput, match="choose one of digits"):
         load_dataset("mnist")
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    """A zip archive that numpy did not write."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
 
 
 def test_npz_is_what_it_holds(tmp_path: Path) -> None:
@@ -77,22 +196,129 @@ def test_npz_is_what_it_holds(tmp_path: Path) -> None:
     assert load_dataset("npz", str(tmp_path / "data.npz")).sha256 != data.sha256
 
 
-def test_folder_of_folders(tmp_path: Path) -> None:
-    """ImageFolder: classes by name, images resized to the asked side; a missing part or size is named."""
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder with two images of cats and dogs in each part."""
     for part in ("train", "test"):
         for number, name in enumerate(("cat", "dog")):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(2):
                 Image.new("RGB", (20, 30), (number * 200, i, 7)).save(tmp_path / part / name / f"{i}.png")
-    data = load_dataset("folder", str(tmp_path), 16)
+    return tmp_path
+
+
+def test_folder_of_folders(tree: Path) -> None:
+    """Classes by name, images fitted to the asked side; nothing is said where nothing was skipped."""
+    data = load_dataset("folder", str(tree), 16)
     assert (data.x_train.shape, data.classes) == ((4, 16, 16, 3), ("cat", "dog"))
     assert data.y_test.tolist() == [0, 0, 1, 1]
     assert data.x_train[2:, :, :, 0].min() == 200
+    assert (data.remark, "skipped" in data.describe()) == ("", False)
+
+
+def test_a_folder_is_read_in_the_order_of_torchvision(tree: Path) -> None:
+    """ImageFolder is the oracle: classes, files and folders inside a class, links too, by name."""
+    for place in ("train/cat/more/deep", "train/cat/more-and-more", "train/ant", "test/ant"):
+        (tree / place).mkdir(parents=True)
+        for name in ("b.PNG", "a.png"):
+            Image.new("RGB", (16, 16), (len(place), len(name), 9)).save(tree / place / name)
+    (tree / "train" / "dog" / "linked").symlink_to(tree / "train" / "ant")
+    data, oracle = load_dataset("folder", str(tree), 16), ImageFolder(str(tree / "train"))
+    assert data.classes == tuple(oracle.classes)
+    assert data.y_train.tolist() == oracle.targets
+    assert [tuple(image[0, 0]) for image in data.x_train] == [image.getpixel((0, 0)) for image, _ in oracle]
+
+
+def test_what_is_skipped_is_counted(tree: Path) -> None:
+    """By suffix, with what is supported: in one line, and in the record; GIF and others are read."""
+    cat, nowhere = tree / "train" / "cat", tree / "train" / "__MACOSX"
+    Image.new("RGB", (9, 9)).save(cat / "read.gif")
+    (nowhere / "deep").mkdir(parents=True)
+    (tree / "test" / ".ipynb_checkpoints").mkdir()
+    (cat / ".git").mkdir()
+    skipped = [cat / "a.heic", cat / "b.HEIC", cat / "notes.txt", cat / "README"]
+    hidden = [cat / ".DS_Store", cat / "._0.png", cat / "Thumbs.db", cat / ".git" / "a.png", nowhere / "deep" / "a.png"]
+    outside = [tree / "test" / "labels.csv", tree / "test" / "stray.png"]
+    for path in (*skipped, *hidden, *outside, tree / "test" / ".ipynb_checkpoints" / "0.png"):
+        path.write_text("no image")
+    data = load_dataset("folder", str(tree), 16)
+    assert (len(data.x_train), len(data.x_test), data.classes) == (5, 4, ("cat", "dog"))
+    counts = "6 hidden, 2 .heic, 2 outside a class folder, 1 .txt, 1 without a suffix"
+    assert data.remark.startswith(f"{tree}: skipped 12 files: {counts} (supported: ")
+    assert {"GIF", "JPEG", "PNG", "TIFF", "WEBP"} <= set(re.findall(r"\w+", data.remark.partition("supported:")[2]))
+    assert data.describe()["skipped"] == {
+        "hidden": 6, ".heic": 2, "outside a class folder": 2, ".txt": 1, "without a suffix": 1
+    }  # fmt: skip
+
+
+def _emptied(tree: Path, place: str) -> None:
+    for path in (tree / place).iterdir():
+        path.rename(path.with_suffix(".heic"))
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no test part": (lambda tree: shutil.rmtree(tree / "test"), r"test: No such file or directory; expected PATH/test"),
+    "a class without images": (
+        lambda tree: _emptied(tree, "test/dog"),
+        r"test/dog: holds no image; .*skipped 2 files: 2 \.heic \(supported: ",
+    ),
+    "a class only in training": (lambda tree: shutil.rmtree(tree / "test/dog"), r"test has no folder 'dog' .*test/dog"),
+    "a class only in the test": (lambda tree: shutil.rmtree(tree / "train/dog"), r"train has no folder 'dog'"),
+    "one class": (
+        lambda tree: [shutil.rmtree(tree / part / "dog") for part in ("train", "test")],
+        "one class only, 'cat': nothing to tell apart",
+    ),
+    "no class folders": (
+        lambda tree: [shutil.move(tree / "train" / name, tree) for name in ("cat", "dog")],
+        r"train: has no class folders; expected PATH/train/CLASS/\*\.png",
+    ),
+    "a cut file": (
+        lambda tree: (tree / "train/dog/1.png").write_bytes(READABLE["RGB"][:-200]),
+        r"train/dog/1\.png: is cut off or broken; replace it, or remove it",
+    ),
+    "HTML": (
+        lambda tree: (tree / "test/cat/0.png").write_text("<html>404</html>"),
+        r"test/cat/0\.png: is no readable AVIF or .*; replace it, or remove it",
+    ),
+    "a link to nowhere": (
+        lambda tree: (tree / "train/cat/2.png").symlink_to(tree / "gone.png"),
+        r"train/cat/2\.png: No such file or directory; remove it, or make it readable",
+    ),
+    "a link that leads back": (
+        lambda tree: (tree / "train/cat/again").symlink_to(tree / "train/cat"),
+        r"train/cat/again: leads to a folder of the same class",
+    ),
+    "a pipe": (lambda tree: os.mkfifo(tree / "train/cat/2.png"), r"train/cat/2\.png: is no regular file"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_cannot_be_read_is_named(tree: Path, case: str) -> None:
+    """The class or the file that is in the way, by its path, in one line; never a reader's name for it."""
+    change, message = FOLDERS[case]
+    change(tree)
+    with pytest.raises(BadInput, match=message) as refused:
+        load_dataset("folder", str(tree), 16)
+    assert str(refused.value).startswith(f"{tree}") or case == "one class"
+    assert "Buffered" not in str(refused.value)
+
+
+def test_a_file_without_permission_is_named(tree: Path) -> None:
+    """To root every file is open, so that root's process becomes another user's before it reads."""
+    path = tree / "train" / "dog" / "0.png"
+    path.chmod(0)
+    code = "import os, sys; from robustness.folder import read_image; os.getuid() or os.seteuid(65534);"
+    command = [sys.executable, "-c", f"{code} read_image(sys.argv[1], 16)", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.stderr.splitlines()[-1].endswith(f"{path}: Permission denied; remove it, or make it readable")
+
+
+def test_a_folder_needs_a_path_and_a_size(tree: Path) -> None:
+    """Both are named where they are missing."""
     with pytest.raises(BadInput, match="image_size is 0"):
-        load_dataset("folder", str(tmp_path))
-    shutil.rmtree(tmp_path / "test")
-    with pytest.raises(BadInput, match=r"test: No such file or directory; expected PATH/test/CLASS"):
-        load_dataset("folder", str(tmp_path), 16)
+        load_dataset("folder", str(tree))
+    with pytest.raises(BadInput, match="a folder needs a path"):
+        load_dataset("folder", "", 16)
 
 
 def test_digits_are_the_scanned_ones() -> None:

@@ -27,6 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
 from robustness.data import load_dataset
+from robustness.folder import read_image
 from serving import images
 from serving.client import Contract
 from serving.gateway import softmax
@@ -36,6 +37,7 @@ from serving.keys import Bucket, digest_of
 from serving.listener import bind
 from serving.problems import STATUSES, Problem
 from tests.processes import wait_until
+from tests.robustness.pictures import readable, unreadable
 from tests.serving.doors import CANARY, KEY, KEYS, PRIVILEGED, Door, Relay, encoded, opened, settings
 from tests.serving.workshop import ROOT, Served, onnx_logits
 
@@ -118,7 +120,7 @@ def test_tensor_is_answered_image_by_image(door: Door, candidate: Path, nested: 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_every_kind_of_pixel_becomes_rgb(door: Door, candidate: Path, mode: str) -> None:
-    """Grey, palette and alpha are answered as Pillow's conversion of them is."""
+    """Grey, palette and whole alpha are answered as Pillow's conversion of them is."""
     image, file = Image.fromarray(IMAGES[2]).convert(mode), io.BytesIO()
     image.save(file, "JPEG" if mode == "CMYK" else "PNG")
     expected = np.asarray(Image.open(file).convert("RGB"))
@@ -133,14 +135,24 @@ def test_orientation_is_applied(door: Door, candidate: Path) -> None:
     assert_answers(answer.json, IMAGES[3], candidate)
 
 
-def test_other_size_is_resized_only_on_request(door: Door, candidate: Path) -> None:
-    """Without a word it is refused, and both sizes are named; with resize=true it is Pillow's bilinear."""
+def test_other_size_is_resized_only_on_request(door: Door, candidate: Path, tmp_path: Path) -> None:
+    """Without a word it is refused, and both sizes are named; with resize=true its middle is what training sees."""
     large = np.asarray(Image.fromarray(IMAGES[4]).resize((400, 300), Image.Resampling.NEAREST))
     body = encoded(large)
     refused = door.classify(body)
     assert (refused.status, refused.reason) == (422, "wrong_input")
     assert {"400 x 300", "16 x 16"} <= set(re.findall(r"\d+ x \d+", refused.json["error"]["message"]))
-    expected = np.asarray(Image.fromarray(large).resize((16, 16), Image.Resampling.BILINEAR))
+    (tmp_path / "large.png").write_bytes(body)
+    expected = read_image(str(tmp_path / "large.png"), 16)
+    assert_answers(door.classify(body, query="?resize=true&logits=true").json, expected, candidate)
+
+
+@pytest.mark.parametrize("name", ["EXIF 6 JPEG", "RGBA", "palette with alpha", "CMYK JPEG", "wide"])
+def test_an_odd_file_is_answered_as_training_sees_it(door: Door, candidate: Path, tmp_path: Path, name: str) -> None:
+    """Through the door: turned, on white, its middle; tests/robustness/test_pictures.py has all the files."""
+    body = readable()[name]
+    (tmp_path / "odd.png").write_bytes(body)
+    expected = read_image(str(tmp_path / "odd.png"), 16)
     assert_answers(door.classify(body, query="?resize=true&logits=true").json, expected, candidate)
 
 
@@ -191,6 +203,8 @@ BAD: dict[str, tuple[bytes, str, dict[str, str], int, str]] = {
     "bomb": (bomb(60_000, 60_000), "?resize=true", {}, 413, "too_large"),
     "small bomb": (bomb(1_001, 1_000), "?resize=true", {}, 413, "too_large"),
     "16 bit": (sixteen_bit(), "", {}, 422, "wrong_input"),
+    "16 bit colour": (unreadable()["16-bit RGB"][0], "?resize=true", {}, 422, "wrong_input"),
+    "animated": (unreadable()["animated WebP"][0], "?resize=true", {}, 422, "wrong_input"),
     "pdf": (b"%PDF", "", {"Content-Type": "application/pdf"}, 415, "unsupported_type"),
     "compressed": (PNG, "", {"Content-Encoding": "gzip"}, 415, "unsupported_type"),
     "flag": (PNG, "?resize=yes", {}, 400, "bad_request"),
@@ -663,10 +677,12 @@ def test_many_clients_at_once_get_their_own_answers(door: Door, candidate: Path)
 
 
 def test_gateway_needs_no_training_library() -> None:
-    """What is installed for it: `pip install 'dfmcl[gateway]'`."""
-    code = "import sys, serving.gateway; print({'torch', 'onnxruntime', 'robustness', 'gating'} & set(sys.modules))"
+    """What is installed for it: `pip install 'dfmcl[gateway]'`; it shares the one definition of an image."""
+    code = "import sys, serving.gateway; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert output.strip() == "set()"
+    loaded = set(output.split())
+    assert not {"torch", "onnxruntime", "torchvision", "scipy", "gating"} & loaded
+    assert {name for name in loaded if name.startswith("robustness.")} == {"robustness.pictures"}
 
 
 def test_threads_end_with_the_gateway(served: Served) -> None:

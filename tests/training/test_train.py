@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import dfmcl
 from robustness.data import load_dataset
 from robustness.errors import BadInput, Broken
 from robustness.files import sha256_of
@@ -46,6 +48,40 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("uncut") / "run"
     train(load_config("quickstart", TINY), out, log=quiet)
     return out
+
+
+def test_a_run_on_a_folder_says_what_it_did_not_read(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In training's log, in the manifest, and again where the run is evaluated."""
+    digits = load_dataset("digits")
+    for part, images, labels in (("train", digits.x_train, digits.y_train), ("test", digits.x_test, digits.y_test)):
+        for number in range(40):
+            place = tmp_path / "images" / part / str(labels[number] % 2)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[number]).save(place / f"{number}.gif")
+    (tmp_path / "images" / "train" / "0" / "photo.heic").write_text("not read")
+    (tmp_path / "images" / "test" / "1" / ".DS_Store").write_text("not read")
+    small = ["model.width=4", "optimization.epochs=1", "optimization.batch_size=8", "data.heldout_images=8"]
+    data = ["data.name=folder", f"data.path={tmp_path / 'images'}", "data.image_size=16"]
+    log: list[str] = []
+    manifest = train(load_config("quickstart_standard", [*small, *data]), tmp_path / "run", log=log.append)
+    remark = f"{tmp_path / 'images'}: skipped 2 files: 1 .heic, 1 hidden (supported: "
+    assert log[0].startswith(remark)
+    assert manifest["data"]["skipped"] == {".heic": 1, "hidden": 1}
+    dfmcl.evaluate.__wrapped__(tmp_path / "run", attack=["fgsm"], images=8)
+    assert capfd.readouterr().out.startswith(remark)
+
+
+@pytest.mark.parametrize(
+    ("place", "classes", "lacking"), [(-1, "abcd", "'d' .* 0 held out"), (0, "abc", "'c' .* 1 held out")]
+)
+def test_a_class_that_cannot_be_learned_is_refused(tmp_path: Path, place: int, classes: str, lacking: str) -> None:
+    """A class that is only named, or whose one image is held out: the network would never see it."""
+    config = load_config("quickstart_standard", ["data.name=npz", "data.heldout_images=1", "optimization.batch_size=2"])
+    x, y = np.zeros((41, 8, 8, 3), np.uint8), np.arange(41) % 2
+    y[np.random.default_rng(config.seed).permutation(41)[place]] = 2  # held out first, or never
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y, classes=list(classes))
+    with pytest.raises(BadInput, match=f"class {lacking}"):
+        split(load_dataset("npz", str(tmp_path / "data.npz")), config)
 
 
 @pytest.mark.parametrize("stops", [(1,), (3,), (2, 4)], ids=["mid-epoch", "at an epoch's end", "twice"])
