@@ -40,7 +40,7 @@ TRAIN = "Train this one to be right more often without any attack"
 COMPARE = "Train this one until it holds what the baseline holds"
 PROMISE = "or change what is promised; the same images under the same policy will not pass it."
 SUSPECT = "Do not promote. Do what each raised check says, then run the gate again."
-UNTIL = "Until then the model is not promoted."
+UNTIL = "Until then a human may decide, and nobody promotes."
 
 REASONS = {
     "cap_reached": "the cap on images was reached (data.images of the policy) before the bounds left the threshold",
@@ -54,7 +54,7 @@ REMEDIES = {
     "cap_reached": "raise data.images in the policy, or promise less",
     "images_spent": "bring more test images, or promise less",
     "small_baseline": "compare with a baseline that holds on more images",
-    "no_gradients": "bring gradients (--run of a candidate, a file that can be differentiated), or let a human decide",
+    "no_gradients": "bring gradients (--run of a candidate, or a file that can be differentiated)",
 }
 # Sentences about criteria: a policy may have hundreds, a person reads some.
 MOST = 20
