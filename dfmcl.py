@@ -262,12 +262,12 @@ def evaluate(
     from robustness.attacks import Attack
     from robustness.data import load_dataset
     from robustness.errors import BadInput
-    from robustness.files import dump_json, write_text
+    from robustness.files import dump_json, require_file_place, write_text
     from robustness.runs import load_run, parse_device
     from robustness.suite import measure, parse_threat, record
 
-    if out is not None and not out.parent.is_dir():
-        raise BadInput(f"--out {out}: {out.parent} is no directory; make it first")
+    if out is not None:
+        require_file_place(out)  # before the attacks, not after
     if suite and attack:
         raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")
     attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()
@@ -285,6 +285,8 @@ def evaluate(
     )  # fmt: skip
     say(f"{run} on {len(evaluations[0].correct)} test images of {data.name}; 95 % intervals")
     say(f"  {'clean':34} {evaluations[0].clean}")
+    if wild := evaluations[0].not_finite:
+        say(f"  logits are not finite for {wild} of {len(evaluations[0].correct)} images, which count as wrong")
     for evaluation in evaluations:
         transfer = "transfer " if evaluation.about["kind"] == "transfer" else ""
         for result in evaluation.attacks:
@@ -342,15 +344,18 @@ def export(
     else:
         manifest = run_export(source, out, weights=weights or "float32", track=track)
     parity: Any = manifest["parity"]
+    images = "images of smooth colours and noise" if foreign else "images"
     rounding = (
         f"; {weights} changes {100 * (1 - parity['checkpoint_label_agreement']):.1f} % of the labels and logits by up"
         f" to {parity['checkpoint_max_abs_difference']:.1e}"
     )
     say(
-        f"{out}: model.onnx; against {source} on {parity['images']} images: largest difference"
+        f"{out}: model.onnx; against {source} on {parity['images']} {images}: largest difference"
         f" {parity['max_abs_difference']:.1e} (tolerance {parity['tolerance']:.1e}),"
         f" {100 * parity['label_agreement']:.1f} % equal labels{rounding if weights == 'float16' else ''}"
     )
+    if contract is not None and not contract.split()[0].startswith("uint8"):
+        say(f"{out}: {source} is sent pixels / 255, no mean taken off; `dfmcl gate` finds out whether that is right")
 
 
 @command

@@ -27,8 +27,11 @@ class Baseline:
     held: tuple[bool, ...]
 
     @staticmethod
-    def read(path: Path, policy: Policy, data_sha256: str) -> Baseline:
-        """From a report.json; BadInput where it is none, or its images were met by another threat or other attacks."""
+    def read(path: Path, policy: Policy, data_sha256: str, population: int) -> Baseline:
+        """From a report.json; BadInput where it is none, or its images were met by another threat or other attacks.
+
+        population: how many images the data set has, among which each of the report's must be, and be once.
+        """
         try:
             raw = path.read_bytes()
             report = json.loads(raw)
@@ -45,6 +48,10 @@ class Baseline:
             )
             if len(found.index) != len(found.held):
                 raise ValueError(f"{len(found.index)} images and {len(found.held)} outcomes")
+            if data == data_sha256 and len(set(found.index) & set(range(population))) != len(found.index):
+                raise ValueError("an image that is not in the data, or stands there twice")
+            if not found.index:
+                raise ValueError("no image at all")
         except OSError as error:
             raise BadInput(f"--baseline {path}: {error.strerror}; name the report.json of an earlier gate") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -62,6 +69,7 @@ class Baseline:
 def compare(baseline: Baseline, held: Mapping[int, bool]) -> dict[str, Any]:
     """The report's `baseline` entry: paired counts on the baseline's images that `held` knows, and one-sided exact p.
 
+    of: how many images the baseline has; held: how many of those compared it held, which is all that can be lost.
     p: how likely chance alone breaks at least so many of the images on which the two differ. McNemar 1947.
     """
     pairs = [
@@ -76,6 +84,8 @@ def compare(baseline: Baseline, held: Mapping[int, bool]) -> dict[str, Any]:
         "report_sha256": baseline.report_sha256,
         "model_sha256": baseline.model_sha256,
         "images": len(pairs),
+        "of": len(baseline.index),
+        "held": int(before.sum()),
         "only_baseline": counts.only_first,
         "only_candidate": counts.only_second,
         "p": counts.p_more_lost,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gating.policy import radius
 from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
 from robustness.evaluate import Outcome, evaluate
@@ -37,6 +38,10 @@ class Plan:
     grid: bool
     seed: int
     purpose: str = "block"
+
+    def place(self, threat: Threat) -> int:
+        """Which of the outcomes is about a ball."""
+        return [radius(one, self.grid) for one in self.threats].index(radius(threat, self.grid))
 
     @property
     def about(self) -> dict[str, str]:

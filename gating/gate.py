@@ -29,16 +29,18 @@ from gating.probes import as_npz
 from gating.report import REPORT, build_report
 from gating.state import State, secret_of
 from gating.subject import Subject
-from gating.verdict import Judgement, Standing, claims, one_look
+from gating.verdict import Claim, Judgement, Standing, claims, one_look
 from robustness import checks
 from robustness.attacks import Attack
+from robustness.conventions import IMAGES as FIRST
+from robustness.conventions import mismatch
 from robustness.data import Bytes, Dataset, Labels, load_dataset
 from robustness.errors import BadInput
 from robustness.evaluate import Outcome, evaluate
-from robustness.files import dump_json, sha256_of, whole_directory
+from robustness.files import dump_json, require_place, sha256_of, whole_directory
 from robustness.gradients import IMAGES as GRADIENT_IMAGES
 from robustness.gradients import AttackPass, attack_pass
-from robustness.models import to_float
+from robustness.models import device_of, to_float
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
 from robustness.ranks import Ranks
@@ -46,6 +48,8 @@ from robustness.records import Evaluation, joined
 from robustness.runs import Run
 from robustness.statistics import Flags
 from robustness.transfer import ensemble, ensemble_sha256
+
+EVIDENCE = (REPORT, PROBES, ATTESTATION, *FILES)
 
 
 @dataclass(frozen=True)
@@ -84,17 +88,25 @@ def gate(
     ranks = ranks or Ranks.alone()
     for key in keys:
         read_signer(key)  # a key that cannot sign is found out before the attacks, not after
-    suite, reasons = suite_of(subject, policy)
+    require_place(out, EVIDENCE)
+    suite, why = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates or {})
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
     require_fit(subject, data, policy)
-    earlier = Baseline.read(baseline, policy, data.sha256) if baseline else None
+    earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test)) if baseline else None
     if earlier is None and any(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria):
         raise BadInput(f"criterion {NO_REGRESSION}: needs --baseline, the report.json of the model to compare with")
+    found = claims(
+        [criterion for criterion in policy.parsed_criteria if criterion.metric != NO_REGRESSION],
+        data.classes,
+        data.y_test,
+    )
     order = order_of(subject.digest, data.sha256, policy.digest, len(data.x_test))
     cap = policy.data.images or len(order)
+    require_answers(subject, data.x_test[order[:FIRST]], data.y_test[order[:FIRST]])
     climbed = climbed_by(subject, data.x_test[order], ranks)
-    plan = Plan(climbed, subject.decide, policy.threats, suite, subject.contract.dtype == "uint8", policy.seed)
+    grid = subject.contract.dtype == "uint8"
+    plan = Plan(climbed, subject.decide, policy.threats(grid), suite, grid, policy.seed)
     identity = {
         "subject": subject.digest,
         "run": str(subject.run.get("checkpoint_sha256", "")),
@@ -107,7 +119,7 @@ def gate(
     }
     with State.at(out, identity, secret_of(keys), ranks) as state:
         work = Work(plan, data, state, ranks, track)
-        standings, blocks, trail = run(work, order[:cap], policy, watch)
+        standings, blocks, trail = run(work, found, order[:cap], policy, watch)
         outcomes = joined_outcomes(blocks)
         index = order[: len(outcomes[0].adversarial)]
         judgements = [standing_judgement(standing, policy) for standing in standings]
@@ -116,9 +128,7 @@ def gate(
             missed = any(judgement.outcome == "missed" for judgement in judgements)
             comparison = compared(work, earlier, index, outcomes, policy, skip=missed)
         if ranks.first:
-            main = outcomes[
-                [threat.on_grid().eps for threat in policy.threats].index(policy.parsed_threat.on_grid().eps)
-            ]
+            main = outcomes[plan.place(policy.parsed_threat)]
             images, labels = data.x_test[index], data.y_test[index]
             transfer = transferred(subject, policy, carried, surrogates or {}, images, labels, track)
             more = order[len(index) : policy.attacks.transfer_images]
@@ -144,9 +154,8 @@ def gate(
                 },
                 track=track,
             )
-            if any(judgement.outcome == "open" for judgement in judgements):
-                reasons = (*reasons, "cap_reached")
-            with whole_directory(out, names=(REPORT, PROBES, ATTESTATION, *FILES)) as staged:
+            why |= left_open(judgements, cap, len(order)) | not_finite(main)
+            with whole_directory(out, names=EVIDENCE) as staged:
                 arrays = probes(images, labels, main)
                 (staged / PROBES).write_bytes(as_npz(arrays))
                 report = build_report(
@@ -154,7 +163,7 @@ def gate(
                     judgements=judgements,
                     comparison=comparison,
                     checks=[result.to_json() for result in results],
-                    reasons=reasons,
+                    why=why,
                     statistics={
                         "kind": policy.statistics,
                         "population": len(order),
@@ -217,15 +226,13 @@ class Work:
 
 
 def run(
-    work: Work, order: NDArray[np.int64], policy: Policy, watch: Callable[[Progress], None]
+    work: Work, found: Sequence[Claim], order: NDArray[np.int64], policy: Policy, watch: Callable[[Progress], None]
 ) -> tuple[list[Standing], list[Block], list[dict[str, Any]]]:
     """Attack block after block until the claims are decided: standings, the blocks that count, bounds after each."""
     labels = work.data.y_test
-    among = len(policy.parsed_criteria)
-    wanted = [criterion for criterion in policy.parsed_criteria if criterion.metric != NO_REGRESSION]
-    found = claims(wanted, work.data.classes, labels)
-    among = len(found) + (len(policy.parsed_criteria) - len(wanted))
+    among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
     standings = [Standing.begin(claim, among) for claim in found]
+    places = {claim.criterion: work.plan.place(policy.threat_of(claim.criterion)) for claim in found}
     blocks: list[Block] = []
     trail: list[dict[str, Any]] = []
     seen, begun = 0, time.perf_counter()
@@ -234,7 +241,10 @@ def run(
         for block in arrived:
             size = len(block.outcomes[0].adversarial)
             own = labels[order[seen : seen + size]]
-            standings = [standing.after(outcomes_of(standing, block, own, policy)) for standing in standings]
+            standings = [
+                standing.after(outcomes_of(standing.claim, block, own, places[standing.claim.criterion]))
+                for standing in standings
+            ]
             blocks.append(block)
             seen += size
             judgements = tuple(standing_judgement(standing, policy) for standing in standings)
@@ -267,13 +277,14 @@ def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
     return one_look(standing.claim, standing.lower.outcomes, standing.among)
 
 
-def outcomes_of(standing: Standing, block: Block, labels: Labels, policy: Policy) -> Flags:
-    """What a block's images, with their labels `(N,)`, say about a claim: `(M,)` of its own class, or all."""
-    criterion = standing.claim.criterion
-    radii = [threat.on_grid().eps for threat in policy.threats]
-    evaluation = block.outcomes[radii.index(policy.threat_of(criterion).on_grid().eps)].evaluation
-    flags = np.array(evaluation.robust_images if criterion.robust else evaluation.correct)
-    return flags if standing.claim.class_index is None else flags[labels == standing.claim.class_index]
+def outcomes_of(claim: Claim, block: Block, labels: Labels, place: int) -> Flags:
+    """What a block's images, with their labels `(N,)`, say about a claim: `(M,)` of its own class, or all.
+
+    place: of the outcome at the claim's radius.
+    """
+    evaluation = block.outcomes[place].evaluation
+    flags = np.array(evaluation.robust_images if claim.criterion.robust else evaluation.correct)
+    return flags if claim.class_index is None else flags[labels == claim.class_index]
 
 
 def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:
@@ -302,7 +313,7 @@ def compared(
     skip: bool,
 ) -> dict[str, Any]:
     """The candidate on the baseline's images; those not attacked yet are attacked now, unless it failed already."""
-    eps = [threat.on_grid().eps for threat in policy.threats].index(policy.parsed_threat.on_grid().eps)
+    eps = work.plan.place(policy.parsed_threat)
     held = dict(zip(index.tolist(), outcomes[eps].evaluation.robust_images, strict=True))
     rest = np.array([i for i in earlier.index if i not in held], dtype=np.int64)
     if not skip and len(rest):
@@ -314,17 +325,55 @@ def compared(
     return compare(earlier, held)
 
 
-def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
+def left_open(judgements: Sequence[Judgement], cap: int, population: int) -> dict[str, str]:
+    """Why claims are open at the end; nothing where one is missed, for then the gate stopped at that."""
+    outcomes = [judgement.outcome for judgement in judgements]
+    if "missed" in outcomes or "open" not in outcomes:
+        return {}
+    return {"cap_reached": f"{cap} of {population} images"} if cap < population else {"images_spent": ""}
+
+
+def not_finite(main: Outcome) -> dict[str, str]:
+    """On how many images the model answered something that is no number, as they came and as attacks left them."""
+    n, clean = len(main.clean_logits), main.evaluation.not_finite
+    attacked = int((~np.isfinite(main.adversarial_logits)).any(axis=1).sum())
+    if clean:
+        return {"not_finite": f"for {clean} of {n} images"}
+    return {"not_finite": f"for {attacked} of {n} images as attacks left them"} if attacked else {}
+
+
+def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
+    """BadInput where the model answers none of the first images with numbers, or was trained behind another convention.
+
+    An endpoint is not asked: its queries are the attacks', and it says itself what it takes.
+    """
+    if subject.kind == "endpoint":
+        return
+    x = to_float(torch.from_numpy(images))
+    if not subject.decide(x).isfinite().all(dim=1).any():
+        raise BadInput(
+            f"{subject.name}: logits are not finite for {len(x)} of {len(x)} images; look for weights that are not, for"
+            " a division by zero or an overflow in it"
+        )
+    # In floats the artefact itself can be asked; a uint8 one by what stands in for it, where there is anything.
+    stands_in = subject.contract.dtype == "uint8" and subject.model is not None
+    answer = subject.model if stands_in and subject.model is not None else subject.decide
+    device, bytes_only = device_of(subject.model), subject.contract.dtype == "uint8" and not stands_in
+    if (found := mismatch(answer, images, labels, device=device, bytes_only=bytes_only)) is not None:
+        raise BadInput(f"{subject.name}: {found}")
+
+
+def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], dict[str, str]]:
     """The attacks that can run, and the reasons why what they find will not do to pass."""
     attacks = Attack.parse_suite(policy.attacks.suite)
     if subject.model is not None:
-        return attacks, ()
+        return attacks, {}
     named = {attack.name for attack in attacks}
     blind = [attack for attack in attacks if not attack.needs_gradients]
     blind += [attack for attack in Attack.parse_suite(policy.attacks.black_box) if attack.name not in named]
     if not blind or any(attack.needs_gradients for attack in blind):
         raise BadInput("policy attacks.black_box: needs attacks without gradients, such as square-1000")
-    return tuple(blind), ("no_gradients",)
+    return tuple(blind), {"no_gradients": subject.no_gradients}
 
 
 def carried_of(subject: Subject, policy: Policy, surrogates: Mapping[str, Run]) -> tuple[Attack, ...]:
@@ -352,15 +401,29 @@ def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
     shape = (contract.height, contract.width, contract.channels)
     names = subject.classes if isinstance(subject.classes, tuple) else data.classes
     count = len(names) if isinstance(subject.classes, tuple) else subject.classes
-    if data.input_shape != shape or tuple(names) != data.classes or count != len(data.classes):
+    where = f"policy data {policy.data.name}"
+    if data.input_shape != shape:
         raise BadInput(
-            f"policy data {policy.data.name}: images {data.input_shape} with {len(data.classes)} classes do not fit the"
-            f" model's {shape} with {count}; check data in the policy, and the order of the labels"
+            f"{where}: images are {size_of(data.input_shape)}, the model takes {size_of(shape)} (height x width x"
+            " channels); check data in the policy, and --input"
         )
+    if count != len(data.classes):
+        raise BadInput(f"{where}: has {len(data.classes)} classes, the model {count}; check data in the policy")
+    for place, (ours, theirs) in enumerate(zip(data.classes, names, strict=True)):
+        if ours != theirs:
+            raise BadInput(
+                f"{where}: class {place} is {ours!r}, the model's label {place} is {theirs!r}; bring the labels into"
+                " the order of the logits, or name the data set that the model tells apart"
+            )
     if policy.data.images > len(data.x_test):
         raise BadInput(
             f"policy data.images is {policy.data.images}; {policy.data.name} has {len(data.x_test)} test images"
         )
+
+
+def size_of(shape: Sequence[int]) -> str:
+    """`32x32x3`."""
+    return "x".join(str(side) for side in shape)
 
 
 def order_of(model: str, data: str, policy: str, count: int) -> NDArray[np.int64]:

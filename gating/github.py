@@ -39,9 +39,12 @@ def commands(report: Report, policy: Path) -> list[str]:
         _command("warning", policy, _line(policy, row["criterion"]), f"{row['criterion']} is open", sentence)
         for row, sentence in _judged(report, "open")
     ]
+    level = "error" if report["verdict"] == "failed" else "warning"
+    titled = zip(report["reasons"], summary.reasons(report), strict=True)
+    lines += [_command(level, policy, 1, name.replace("_", " "), sentence) for name, sentence in titled]
     if not lines:
         level = "notice" if report["verdict"] == "passed" else "warning"
-        headline = summary.HEADLINES[report["verdict"]]
+        headline = summary.headline(report)
         lines = [_command(level, policy, 1, "dfmcl gate", "; ".join((headline, *summary.decided(report))))]
     return lines[:MOST]
 

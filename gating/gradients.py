@@ -30,6 +30,7 @@ TOLERANCE = 1e-3
 IMAGES = 8
 # Operators that move pixels and do not change them: behind them an image is still whole numbers from 0 to 255.
 MOVES = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split"})
+WHOLE = ("Quantize", "QLinear", "Integer")  # in the names of operators that compute in whole numbers
 INTEGERS = frozenset({TensorProto.UINT8, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64})
 
 
@@ -40,13 +41,12 @@ class NoGradients(Exception):
 class Converted(nn.Module):
     """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`, by an ONNX graph as torch operators."""
 
-    def __init__(self, net: nn.Module, contract: InputContract, batch: int | None, half: bool) -> None:
+    def __init__(self, net: nn.Module, contract: InputContract, batch: int | None) -> None:
         super().__init__()
-        self.net, self.contract, self.batch, self.half_input = net, contract, batch, half
+        self.net, self.contract, self.batch = net, contract, batch
 
     def forward(self, x: Tensor) -> Tensor:
         images = self.contract.relaxed(x)
-        images = images.half() if self.half_input else images
         if self.batch is None:
             logits: Tensor = self.net(images)
             return logits.float()
@@ -61,7 +61,6 @@ def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converte
 
     warnings.filterwarnings("ignore", "Using a non-tuple sequence", UserWarning)  # onnx2pytorch's Gather, each pass
     free = freed(graph) or graph
-    half = graph.input.type.tensor_type.elem_type == TensorProto.FLOAT16
     try:
         model = folded(folded(free.model))  # twice: only after the first does ONNX Runtime cast weights of float16
         if graph.contract.dtype == "uint8":
@@ -70,15 +69,23 @@ def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converte
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of attributes it does not know: whether they matter, the answers tell
             net = ConvertModel(model)
-            converted = Converted(net, graph.contract, free.batch, half).eval().requires_grad_(False)
+            converted = Converted(net, graph.contract, free.batch).eval().requires_grad_(False)
             _prove_equal(converted, decide)
-    except (NoGradients, DfmclError):
+    except DfmclError:
         raise
+    except NoGradients as error:
+        raise NoGradients(f"{error}{_whole(graph)}") from None
     except Exception as error:  # a converter of arbitrary graphs may fail in any way
         if lacks_memory(error):
             raise
-        raise NoGradients(f"onnx2pytorch cannot convert it: {first_line(error)}") from None
+        raise NoGradients(f"onnx2pytorch cannot convert it: {first_line(error)}{_whole(graph)}") from None
     return converted
+
+
+def _whole(graph: Graph) -> str:
+    """The operators that compute in whole numbers, as the end of a sentence; nothing where there are none."""
+    found = sorted({node.op_type for node in graph.model.graph.node if any(part in node.op_type for part in WHOLE)})
+    return f"; it computes in whole numbers ({', '.join(found)}), which let no gradient pass" if found else ""
 
 
 def folded(model: onnx.ModelProto) -> onnx.ModelProto:

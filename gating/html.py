@@ -48,9 +48,10 @@ def html(report: Report, probes: Probes) -> str:
     page = environment.get_template("report.html.jinja")
     return page.render(
         report=report,
-        headline=summary.HEADLINES[report["verdict"]].partition(": "),
+        headline=summary.headline(report).partition(": "),
         decided=summary.decided(report),
-        advice=summary.ADVICE[report["verdict"]],
+        advice=summary.advice(report),
+        criteria=summary.by_weight(report["criteria"]),
         claim=summary.claim(report),
         threat=summary.threat,
         threat_of=summary.threat(report["evaluation"]),

@@ -17,9 +17,12 @@ KINDS = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 
 
 def junit(report: Report) -> str:
-    """Missed is a failure, raised an error; open and not run are skipped, with the reason."""
+    """Missed is a failure, raised an error; open and not run are skipped, with the reason.
+
+    A reason why no evidence of this kind will do to pass is skipped too, or a failure where it blocks by itself.
+    """
     document = Element("testsuites", name="dfmcl gate")
-    for suite in (_criteria(report), _checks(report)):
+    for suite in (_criteria(report), _checks(report), *([_reasons(report)] if report["reasons"] else [])):
         suite.set("tests", str(len(suite.findall("testcase"))))
         for count, kind in KINDS.items():
             suite.set(count, str(len(suite.findall(f"testcase/{kind}"))))
@@ -50,7 +53,7 @@ def _criteria(report: Report) -> Element:
             SubElement(case, "failure", type="missed", message=said)
         elif row["outcome"] == "open":
             SubElement(case, "skipped", message=f"open: {said}")
-    said = "\n".join((summary.HEADLINES[report["verdict"]], *summary.decided(report)))
+    said = "\n".join((summary.headline(report), *summary.decided(report)))
     SubElement(suite, "system-out").text = _legal(said)
     return suite
 
@@ -63,6 +66,15 @@ def _checks(report: Report) -> Element:
             SubElement(case, "error", type="raised", message=_legal(row["why"])).text = _legal(row["do"])
         elif row["outcome"] == "not_run":
             SubElement(case, "skipped", message=_legal(f"not run: {row['why']}"))
+    return suite
+
+
+def _reasons(report: Report) -> Element:
+    suite = Element("testsuite", name="reasons", timestamp=report["created"])
+    for name, sentence in zip(report["reasons"], summary.reasons(report), strict=True):
+        case = _case(suite, "dfmcl.gate.reasons", name, {})
+        kind = {"type": name, "message": _legal(sentence)} if name == "not_finite" else {"message": _legal(sentence)}
+        SubElement(case, "failure" if name == "not_finite" else "skipped", **kind)
     return suite
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from gating import summary
 from gating.summary import Report, percent
 
-# GitHub drops a step's summary above 1 MiB; steps before ours have summaries of their own, and 64 KiB is for the cut.
-LIMIT = 960 * 1024
+# A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and whoever posts the page adds some of his own.
+# Bytes here, of which a character takes one or more.
+LIMIT = 60_000
+ROOM = 12_000  # bytes for one table; five of them and all the rest are below LIMIT
 NEWLY_BROKEN = 50
+NAME = 160  # characters of a name from outside
 
 
 def markdown(report: Report, *, details: bool = True) -> str:
@@ -21,7 +26,7 @@ def markdown(report: Report, *, details: bool = True) -> str:
     for title, lines in _sections(report):
         section = f"\n<details><summary>{title}</summary>\n\n" + "\n".join(lines) + "\n\n</details>\n"
         if len((page + section).encode()) > LIMIT:
-            page += f"\n{title}: too long for this page; see report.html or report.json.\n"
+            page += f"\n{title}: no room left on this page; see report.html or report.json.\n"
         else:
             page += section
     return page
@@ -29,11 +34,11 @@ def markdown(report: Report, *, details: bool = True) -> str:
 
 def _top(report: Report) -> Iterator[str]:
     candidate, evaluation = report["candidate"], report["evaluation"]
-    yield f"### {summary.HEADLINES[report['verdict']]}"
+    yield f"### {summary.headline(report)}"
     yield ""
     yield from (f"- {_text(sentence)}" for sentence in summary.decided(report))
     yield ""
-    yield summary.ADVICE[report["verdict"]]
+    yield summary.advice(report)
     yield ""
     yield (
         f"Model {_code(candidate['name'])} {_short(candidate['model_sha256'])},"
@@ -50,8 +55,9 @@ def _top(report: Report) -> Iterator[str]:
                 f"{percent(row['lower'])} to {percent(row['upper'])}",
                 row["outcome"],
             )
-            for row in report["criteria"]
+            for row in summary.by_weight(report["criteria"])
         ),
+        "criteria",
     )
     yield ""
     yield from _table(
@@ -60,12 +66,14 @@ def _top(report: Report) -> Iterator[str]:
             (_code(row.name), row.tried, row.flipped, percent(row.left / row.images), summary.duration(row.seconds))
             for row in summary.attack_rows(evaluation)
         ),
+        "attacks",
     )
     if report["findings"]:
         yield ""
         yield from _table(
             ("check raised", "why", "what to do"),
             ((_code(row["check"]), _text(row["why"]), _text(row["do"])) for row in report["findings"]),
+            "checks",
         )
     if report["baseline"] is not None:
         yield ""
@@ -108,6 +116,7 @@ def _radii(report: Report) -> Iterator[str]:
             )
             for name, share in rows
         ),
+        "threats",
     )
 
 
@@ -123,8 +132,9 @@ def _classes(report: Report) -> Iterator[str]:
                 f"{percent(row.lower)} to {percent(row.upper)}",
                 "" if row.outcome is None else f"at least {percent(row.threshold)}: {row.outcome}",
             )
-            for row in summary.class_rows(report)
+            for row in summary.classes_by_weight(report)
         ),
+        "classes",
     )
 
 
@@ -135,6 +145,7 @@ def _checks(report: Report) -> Iterator[str]:
             (_code(row["check"]), row["outcome"].replace("_", " "), _text(row["when"]), _text(row["why"]))
             for row in summary.checks_by_weight(report)
         ),
+        "checks",
     )
 
 
@@ -152,18 +163,25 @@ def _provenance(report: Report) -> Iterator[str]:
         **{str(key): value for key, value in report["hardware"].items() if value is not None},
         **report["versions"],
     }
-    yield from _table(("what", "value"), ((_text(name), _code(value)) for name, value in facts.items()))
+    yield from _table(("what", "value"), ((_text(name), _code(value)) for name, value in facts.items()), "facts")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]], what: str) -> Iterator[str]:
+    """The first rows, as many as ROOM holds, and how many more there are."""
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
-    yield from (f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
+    lines = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    ends = list(accumulate(len(line.encode()) + 1 for line in lines))
+    shown = bisect_right(ends, ROOM)
+    yield from lines[:shown]
+    if shown < len(lines):
+        yield ""
+        yield f"and {len(lines) - shown:,} more {what}: report.html"
 
 
 def _code(name: object) -> str:
     """A name from outside as a code span: nothing in it is markup."""
-    return "`" + " ".join(str(name).split()).replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + summary.shortened(name, NAME).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _text(sentence: str) -> str:

@@ -41,6 +41,7 @@ class _Once(Collector):
 def _metrics(report: Report) -> Iterator[Metric]:
     model = {"model": report["candidate"]["name"]}
     yield from _verdict(report, model)
+    yield from _reasons(report, model)
     yield from _criteria(report, model)
     yield from _accuracies(report, model)
     yield from _attacks(report, model)
@@ -80,6 +81,12 @@ def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
         yield _gauge(f"robustness_gate_{name}_images", text, [(model, statistics[name])])
 
 
+def _reasons(report: Report, model: Labels) -> Iterator[Metric]:
+    named = zip(report["reasons"], summary.reasons(report), strict=True)
+    rows = [({**model, "reason": name, "why": sentence}, 1.0) for name, sentence in named]
+    yield _gauge("robustness_gate_reason", "1 for each reason why no evidence of this kind will do to pass.", rows)
+
+
 def _criteria(report: Report, model: Labels) -> Iterator[Metric]:
     rows = report["criteria"]
     labels = [{**model, "criterion": row["criterion"]} for row in rows]
@@ -105,7 +112,7 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
     yield from _shares("robustness_gate_clean_accuracy", "Clean accuracy that the gate measured", clean)
     yield from _shares(
         "robustness_gate_accuracy",
-        "Robust accuracy that the gate measured with the model's own gradients, worst case per image",
+        f"Robust accuracy that the gate measured {_means(report)}, worst case per image",
         [(_ball(model, one), one["robust"]) for one in evaluations],
     )
     if report["transfer"]:
@@ -123,6 +130,10 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
     yield _gauge("robustness_gate_threshold_ratio", "Robust accuracy that the policy asks for, 0 to 1.", robust)
     asked = [(model, row["threshold"]) for row in overall if row["metric"] == "clean_accuracy"]
     yield _gauge("robustness_gate_clean_threshold_ratio", "Clean accuracy that the policy asks for, 0 to 1.", asked)
+
+
+def _means(report: Report) -> str:
+    return "without gradients" if "no_gradients" in report["reasons"] else "with the model's own gradients"
 
 
 def _attacks(report: Report, model: Labels) -> Iterator[Metric]:

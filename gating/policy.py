@@ -173,6 +173,15 @@ class Policy(Section):
                     raise ValueError(f"criterion {str(criterion)!r}: {error}") from None
         return self
 
+    @model_validator(mode="after")
+    def _each_criterion_once(self) -> Self:
+        parsed = self.parsed_criteria
+        asked = [(c.metric, c.threshold, c.confidence, self.threat_of(c) if c.robust else None) for c in parsed]
+        for number, criterion in enumerate(parsed):
+            if asked[number] in asked[:number]:
+                raise ValueError(f"criterion {str(criterion)!r} stands there twice; leave one out")
+        return self
+
     @property
     def parsed_criteria(self) -> tuple[Criterion, ...]:
         return tuple(Criterion.parse(sentence) for sentence in self.criteria)
@@ -185,16 +194,24 @@ class Policy(Section):
         """The ball a criterion is about."""
         return Threat.parse(self.threat.norm, criterion.eps or self.threat.eps)
 
-    @property
-    def threats(self) -> tuple[Threat, ...]:
-        """All balls that criteria name and the policy's own, smallest first: what falls in one falls in the next."""
+    def threats(self, grid: bool) -> tuple[Threat, ...]:
+        """All balls that criteria name and the policy's own, smallest first: what falls in one falls in the next.
+
+        grid: as bytes, where two radii may be the same one; in floats they are not.
+        """
         named = [self.parsed_threat, *(self.threat_of(criterion) for criterion in self.parsed_criteria)]
-        return tuple(sorted({threat.on_grid().eps: threat for threat in reversed(named)}.values(), key=lambda t: t.eps))
+        distinct = {radius(threat, grid): threat for threat in reversed(named)}
+        return tuple(sorted(distinct.values(), key=lambda threat: threat.eps))
 
     @property
     def digest(self) -> str:
         """SHA-256 of the policy's canonical JSON: comments and layout of the file do not count."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+def radius(threat: Threat, grid: bool) -> float:
+    """The eps that an attacker has: on the grid as far as bytes let it count."""
+    return (threat.on_grid() if grid else threat).eps
 
 
 def load_policy(path: Path) -> Policy:

@@ -22,7 +22,7 @@ def build_report(
     judgements: Sequence[Judgement],
     comparison: Mapping[str, Any] | None,
     checks: Sequence[Mapping[str, Any]],
-    reasons: Sequence[str],
+    why: Mapping[str, str],
     statistics: Mapping[str, Any],
     progress: Sequence[Mapping[str, Any]],
     subject: Mapping[str, Any],
@@ -38,6 +38,7 @@ def build_report(
 ) -> dict[str, Any]:
     """report.json, the verdict in it.
 
+    why: the reasons why no evidence of this kind will do to pass, each with what is known of it ("": nothing more).
     comparison: what `baseline.compare` found; main: the one of `evaluations` at the policy's own radius.
     """
     rows = [criterion_row(judgement) for judgement in judgements]
@@ -45,14 +46,20 @@ def build_report(
         regressions = [criterion for criterion in policy.parsed_criteria if criterion.metric == NO_REGRESSION]
         among = len(judgements) + len(regressions)
         rows += [regression_row(criterion, comparison, among) for criterion in regressions]
+        if (
+            any(row["outcome"] == "open" for row in rows[len(judgements) :])
+            and comparison["images"] == comparison["of"]
+        ):
+            why = {**why, "small_baseline": f"{comparison['held']} of {comparison['of']}"}
     findings = [{key: check[key] for key in ("check", "why", "do")} for check in checks if check["outcome"] == "raised"]
-    verdict = decide([row["outcome"] for row in rows], findings, reasons)
+    verdict = decide([row["outcome"] for row in rows], findings, list(why))
     return {
         "format": REPORT_FORMAT,
         "created": created,
         "verdict": verdict,
         "exit_code": EXIT_CODES[verdict],
-        "reasons": list(reasons),
+        "reasons": list(why),
+        "why": dict(why),
         "statistics": dict(statistics),
         "criteria": rows,
         "progress": list(progress),
@@ -95,7 +102,7 @@ def criterion_row(judgement: Judgement) -> dict[str, Any]:
         "decided_after": judgement.decided_after,
         "k": judgement.share.k,
         "n": judgement.share.n,
-        "value": judgement.share.value if judgement.share.n else 0.0,
+        "value": judgement.share.value if judgement.share.n else None,
         "lower": judgement.lower,
         "upper": judgement.upper,
     }
@@ -104,14 +111,16 @@ def criterion_row(judgement: Judgement) -> dict[str, Any]:
 def regression_row(criterion: Criterion, comparison: Mapping[str, Any], among: int) -> dict[str, Any]:
     """`no_regression`: missed where chance would break so many more images in less than its share of the runs.
 
-    The images are a fixed set, looked at once. Met says that no regression was shown, not that there is none. k of n
-    images were not newly broken; there is no threshold, and no bounds.
+    The images are a fixed set, looked at once. Met says that no regression was shown, not that there is none; and it
+    could have been: open where not all images were compared, and where the baseline held so few that losing every one
+    would be chance. k of n images were not newly broken; there is no threshold, and no bounds.
     """
     images = int(comparison["images"])
     kept = images - int(comparison["only_baseline"])
-    worse = comparison["p"] <= (1 - criterion.confidence) / among
-    outcome: Outcome = "open" if not images else "missed" if worse else "met"
-    value = kept / images if images else 0.0
+    level = (1 - criterion.confidence) / among
+    tested = images == comparison["of"] and 0.5 ** int(comparison["held"]) <= level
+    outcome: Outcome = "missed" if comparison["p"] <= level else "met" if tested else "open"
+    value = kept / images if images else None
     return {
         "criterion": str(criterion),
         "metric": criterion.metric,

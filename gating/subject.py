@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gating.attestation import candidate_files, read_candidate
+from gating.foreign import Foreign, imported, without_gradients
 from gating.gradients import NoGradients, differentiable
 from robustness.contract import InputContract
-from robustness.errors import BadInput, DfmclError, lacks_memory
-from robustness.graph import apart, artefact, count_classes, first_line, noise, read_graph
-from robustness.models import exactly, frozen
+from robustness.errors import BadInput, DfmclError
+from robustness.graph import apart, artefact, count_classes, noise, read_graph
+from robustness.models import device_of, exactly, frozen
 from robustness.runs import load_run
 
 MODEL = "model.onnx"
@@ -208,37 +207,31 @@ def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = Non
 def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
     """What `module:callable` returns: an nn.Module from float images (N, C, H, W) in [0, 1] to logits (N, K).
 
-    It is judged in eval mode and float32. contract: its images' size and dtype; uint8 means that it is asked on the
-    uint8 grid only. The module is looked for beside the user first, in the current directory.
+    It is judged in eval mode and in the contract's floats. contract: its images' size and dtype; uint8 means that it is
+    asked on the uint8 grid only, in float32. The module is looked for beside the user first, in the current directory.
     """
     parsed = InputContract.parse(contract)
-    network = _imported(text)
-    network = network.eval().float()
+    if parsed.layout != "NCHW":
+        raise BadInput(f"{text}: a module is asked in NCHW; declare it so, such as --input 'float32 NCHW 32x32x3'")
+    network = Foreign(imported(text), parsed, text)
     answer = exactly(network)
 
     def decide(x: Tensor) -> Tensor:
-        device = next((value.device for value in network.state_dict().values()), torch.device("cpu"))
         with torch.no_grad():
-            logits = answer(parsed.rounded(x.to(device).float()))
-        if not isinstance(logits, Tensor):
-            raise BadInput(f"{text}: its module gives a {type(logits).__name__}, expected a tensor of logits (N, K)")
-        return logits.float().cpu()
+            return answer(parsed.rounded(x.to(device_of(network)).float())).detach().cpu()
 
-    try:
-        classes = count_classes(decide, parsed, text)
-    except (RuntimeError, TypeError, ValueError) as error:
-        if lacks_memory(error):
-            raise
-        raise BadInput(f"{text}: its module cannot take float32 NCHW {parsed.dims}: {first_line(error)}") from None
+    classes = count_classes(decide, parsed, text)
+    why = without_gradients(network)
     return Subject(
         kind="module",
         name=text,
-        digest=state_digest(network),
+        digest=state_digest(network.module),
         files={},
         contract=parsed,
         classes=_named(labels, classes, text),
         decide=decide,
-        model=network,
+        model=None if why else network,
+        no_gradients=why,
     )
 
 
@@ -308,24 +301,6 @@ def _gradients(convert: Callable[[], nn.Module]) -> tuple[nn.Module | None, str]
         return convert(), ""
     except NoGradients as why:
         return None, str(why)
-
-
-def _imported(text: str) -> nn.Module:
-    module, _, name = text.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-        network = found()
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's code may raise anything, and exit with 0
-        raise BadInput(f"{text}: cannot be made: {type(error).__name__}: {first_line(error)}") from None
-    finally:
-        sys.path.remove(here)
-    if not isinstance(network, nn.Module):
-        raise BadInput(f"{text}: returned a {type(network).__name__}; it must return a torch.nn.Module")
-    return network
 
 
 def _named(labels: tuple[str, ...] | None, classes: int, where: object) -> tuple[str, ...] | int:

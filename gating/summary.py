@@ -26,19 +26,39 @@ HEADLINES = {
     "inconclusive": "INCONCLUSIVE: the images seen do not decide",
 }
 
-ADVICE = {
-    "passed": "Sign the evidence and promote the candidate.",
-    "failed": "Keep the released model. Harden this one (longer training, stronger attacks in it) or change what is"
-    " promised; the same images under the same policy will not pass it.",
-    "suspect": "Do not promote. Do what each raised check says, then run the gate again.",
-    "inconclusive": "Raise the policy's number of images, or promise less, and run the gate again. Until then the model"
-    " is not promoted.",
+PROMOTE = {
+    "candidate": "Sign the evidence and promote the candidate.",
+    "onnx": "An ONNX file by itself is not promoted: make it a candidate with `dfmcl export`, and gate and sign that.",
+    "module": "A module in Python is not promoted: export it to ONNX, make it a candidate with `dfmcl export`, and gate"
+    " and sign that.",
+    "endpoint": "An endpoint is not promoted: gate and sign the candidate behind it.",
 }
 
+KEEP = "Keep the released model."
+REPAIR = "Repair its numbers: look for weights that are not finite, for a division by zero or an overflow in it."
+HARDEN = "Harden this one (longer training, stronger attacks in it)"
+TRAIN = "Train this one to be right more often without any attack"
+COMPARE = "Train this one until it holds what the baseline holds"
+PROMISE = "or change what is promised; the same images under the same policy will not pass it."
+SUSPECT = "Do not promote. Do what each raised check says, then run the gate again."
+UNTIL = "Until then a human may decide, and nobody promotes."
+
 REASONS = {
-    "cap_reached": "the cap on images was reached before the bounds left the threshold",
+    "cap_reached": "the cap on images was reached (data.images of the policy) before the bounds left the threshold",
+    "images_spent": "all images of the data set were attacked, and are too few for the bounds to leave the threshold",
+    "small_baseline": "so few of the baseline's images held that losing them all could be chance",
     "no_gradients": "the model gives no gradients, so that only black-box attacks ran: they can block it, not pass it",
+    "not_finite": "logits are not finite",
 }
+
+REMEDIES = {
+    "cap_reached": "raise data.images in the policy, or promise less",
+    "images_spent": "bring more test images, or promise less",
+    "small_baseline": "compare with a baseline that holds on more images",
+    "no_gradients": "bring gradients (--run of a candidate, or a file that can be differentiated)",
+}
+# Sentences about criteria: a policy may have hundreds, a person reads some.
+MOST = 20
 
 
 @dataclass(frozen=True)
@@ -109,13 +129,52 @@ def claim(report: Report) -> str:
     )
 
 
+def headline(report: Report) -> str:
+    """The verdict in one line."""
+    missed = any(row["outcome"] == "missed" for row in report["criteria"])
+    if report["verdict"] == "failed" and not missed:
+        return "BLOCKED: the model does not answer every image with numbers"
+    only_reasons = not any(row["outcome"] == "open" for row in report["criteria"])
+    if report["verdict"] == "inconclusive" and only_reasons:
+        return "INCONCLUSIVE: every criterion is met, and that is not enough"
+    return HEADLINES[report["verdict"]]
+
+
+def advice(report: Report) -> str:
+    """What to do now, by what was found and by what was judged."""
+    if report["verdict"] == "passed":
+        return PROMOTE[report["candidate"]["kind"]]
+    if report["verdict"] == "suspect":
+        return SUSPECT
+    if report["verdict"] == "inconclusive":
+        remedies = [REMEDIES[reason] for reason in report["reasons"] if reason in REMEDIES]
+        return f"{_sentence('; '.join(remedies))}, and run the gate again. {UNTIL}" if remedies else UNTIL
+    missed = {row["metric"] for row in report["criteria"] if row["outcome"] == "missed"}
+    ways = [HARDEN] if any("robust" in metric for metric in missed) else []
+    ways += [TRAIN] if any("clean" in metric for metric in missed) else []
+    ways += [COMPARE] if "no_regression" in missed else []
+    repair = [REPAIR] if "not_finite" in report["reasons"] else []
+    return " ".join([KEEP, *repair, *([f"{'. '.join(ways)} {PROMISE}"] if ways else [])])
+
+
+def reasons(report: Report) -> list[str]:
+    """Why no evidence of this kind will do to pass, a sentence each, with what is known of it."""
+    why = report.get("why", {})
+    return [f"{REASONS[reason]}{f': {why[reason]}' if why.get(reason) else ''}" for reason in report["reasons"]]
+
+
 def decided(report: Report) -> list[str]:
-    """One sentence for each criterion or check that made the verdict."""
+    """One sentence for each criterion, check or reason that made the verdict; of very many, the first."""
     verdict = report["verdict"]
-    if verdict == "suspect":
-        return [f"{finding['check']} was raised: {finding['why']}" for finding in report["findings"]]
-    wanted = {"failed": "missed", "inconclusive": "open", "passed": "met"}[verdict]
-    rows = [row for row in report["criteria"] if row["outcome"] == wanted]
+    found = [f"{finding['check']} was raised: {finding['why']}" for finding in report["findings"]]
+    if verdict != "suspect":
+        wanted = {"failed": "missed", "inconclusive": "open", "passed": "met"}[verdict]
+        found = _by_criterion([row for row in report["criteria"] if row["outcome"] == wanted], wanted)
+    more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
+    return [*found[:MOST], *more, *reasons(report)]
+
+
+def _by_criterion(rows: Sequence[Mapping[str, Any]], outcome: str) -> list[str]:
     sentences = [judged(row) for row in rows if row["class"] is None]
     by_class: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -125,16 +184,17 @@ def decided(report: Report) -> list[str]:
         if len(same) == 1:
             sentences.append(judged(same[0]))
         else:
-            named = listed([row["class"] for row in same], 5)
-            sentences.append(f"{criterion}: {wanted} for {len(same)} classes, {named}")
-    return sentences + [REASONS.get(reason, reason) for reason in report["reasons"]]
+            named = listed([shortened(row["class"]) for row in same], 5)
+            sentences.append(f"{criterion}: {outcome} for {len(same)} classes, {named}")
+    return sentences
 
 
 def judged(row: Mapping[str, Any]) -> str:
     """A criterion with its counts, bounds and outcome in one sentence."""
     after = row["decided_after"] if row["decided_after"] is not None else row["n"]
     bounds = "" if row["lower"] is None else f", bounds {percent(row['lower'])} and {percent(row['upper'])}"
-    return f"{row['criterion']}: {row['outcome']} after {after:,} images; {row['k']:,} of {row['n']:,}{bounds}"
+    said = f"{shortened(row['criterion'], 200)}: {row['outcome']}"
+    return f"{said} after {after:,} images; {row['k']:,} of {row['n']:,}{bounds}"
 
 
 def attack_rows(evaluation: Mapping[str, Any]) -> list[AttackRow]:
@@ -181,6 +241,15 @@ def class_rows(report: Report) -> list[ClassRow]:
     return rows
 
 
+def classes_by_weight(report: Report) -> list[ClassRow]:
+    """Classes whose criterion is missed or open first, then those of which the smallest share held."""
+    weight = {"missed": 0, "open": 1}
+    return sorted(
+        class_rows(report),
+        key=lambda row: (weight.get(row.outcome or "", 2), row.held / row.images if row.images else 0.0),
+    )
+
+
 def confusion(classes: int, probes: Probes) -> NDArray[np.int64]:
     """Counts `(K, K)`: true class by the answer to the image as the attacks left it."""
     counts = np.zeros((classes, classes), np.int64)
@@ -192,6 +261,22 @@ def checks_by_weight(report: Report) -> list[Mapping[str, Any]]:
     """All checks: raised ones first, then those that could not run."""
     weight = {"raised": 0, "not_run": 1, "clear": 2}
     return sorted(report["checks"], key=lambda check: weight[check["outcome"]])
+
+
+def by_weight(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Criteria: missed ones first, then those that are open."""
+    weight = {"missed": 0, "open": 1, "met": 2}
+    return sorted(rows, key=lambda row: weight[row["outcome"]])
+
+
+def shortened(name: object, most: int = 80) -> str:
+    """A name from outside on one line, cut where it is longer than any table holds."""
+    line = " ".join(str(name).split())
+    return line if len(line) <= most else f"{line[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def flags(bits: str) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gating.policy import Criterion
+from robustness.errors import BadInput
 from robustness.sequential import ConfidenceSequence
 from robustness.statistics import Flags, Share, lower_bound, upper_bound
 
@@ -57,15 +58,29 @@ class Judgement:
 
 
 def claims(criteria: Sequence[Criterion], classes: Sequence[str], labels: NDArray[np.int64]) -> tuple[Claim, ...]:
-    """What the criteria say about a data set with labels `(N,)`; a class without images claims nothing."""
+    """What the criteria say about a data set with labels `(N,)`.
+
+    BadInput where one is about a class without an image: what cannot be tested is not met.
+    """
     found: list[Claim] = []
+    sizes = np.bincount(labels, minlength=len(classes)).tolist()
+    empty = [name for name, size in zip(classes, sizes, strict=True) if not size]
     for criterion in criteria:
         if criterion.by_class:
-            sizes = [int((labels == index).sum()) for index in range(len(classes))]
-            found += [Claim(criterion, size, index, classes[index]) for index, size in enumerate(sizes) if size]
+            if empty:
+                raise BadInput(
+                    f"criterion {str(criterion)!r}: the test part has no image of {_named(empty)}; add images of it, or"
+                    " promise nothing of each class"
+                )
+            found += [Claim(criterion, size, index, classes[index]) for index, size in enumerate(sizes)]
         else:
             found.append(Claim(criterion, len(labels)))
     return tuple(found)
+
+
+def _named(classes: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(classes) - most} more" if len(classes) > most else ""
+    return f"class {', '.join(classes[:most])}{more}"
 
 
 @dataclass(frozen=True)
@@ -130,10 +145,11 @@ def one_look(claim: Claim, outcomes: Flags, among: int) -> Judgement:
 def decide(outcomes: Sequence[Outcome], findings: Sequence[Mapping[str, str]], reasons: Sequence[str] = ()) -> str:
     """The verdict: failed before suspect before inconclusive before passed.
 
-    Failed where any claim is certainly missed: an adversarial image that was found is a fact, however suspect the rest.
+    Failed where any claim is certainly missed: an adversarial image that was found is a fact, however suspect the rest;
+    and where the model answers an image with no finite numbers, which nobody can serve.
     Suspect where any check was raised. Inconclusive where a claim is open, or for a reason why no evidence would do.
     """
-    if "missed" in outcomes:
+    if "missed" in outcomes or "not_finite" in reasons:
         return "failed"
     if findings:
         return "suspect"

@@ -210,8 +210,11 @@ def _is_sound(outcome: Round) -> bool:
 
 
 def compared(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], tolerance: float) -> ReplayResult:
-    """Logits (N, K) beside those the gate recorded; tolerance is a share of the largest logit there."""
-    if found.shape != expected.shape:
+    """Logits (N, K) beside those the gate recorded; tolerance is a share of the largest logit there.
+
+    Nothing compares with a logit that is not finite: then every image is a mismatch.
+    """
+    if found.shape != expected.shape or not all(np.isfinite(one).all() for one in (found, expected)):
         return ReplayResult(len(expected), len(expected), float(np.finfo(np.float32).max))
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))
     off = np.abs(found.astype(np.float64) - expected).max(axis=1)  # float32 could overflow

@@ -158,25 +158,25 @@ def _result(check: Check, examination: Examination) -> Result:
 
 def outputs_differ(e: Examination) -> Found:
     """The same images again, of the one that decides and of the model that gives gradients."""
-    change = max(_largest(e.answers(e.x) - e.logits) for _ in range(REPEATS - 1))
+    change = max(_change(e.answers(e.x), e.logits) for _ in range(REPEATS - 1))
     if e.model is not None:
         own = e.own_answers(e.x)
-        change = max(change, *(_largest(e.own_answers(e.x) - own) for _ in range(REPEATS - 1)))
+        change = max(change, *(_change(e.own_answers(e.x), own) for _ in range(REPEATS - 1)))
     return _changed(e, change, f"asked {REPEATS} times, the model gives the same image logits that differ by")
 
 
 def batch_dependent(e: Examination) -> Found:
     """The same images in reverse order, and some of them alone."""
-    change = _largest(e.answers(e.x.flip(0)).flip(0) - e.logits)
+    change = _change(e.answers(e.x.flip(0)).flip(0), e.logits)
     alone = torch.cat([e.answers(e.x[i : i + 1]) for i in range(min(LONE, len(e.x)))])
-    change = max(change, _largest(alone - e.logits[:LONE]))
+    change = max(change, _change(alone, e.logits[:LONE]))
     return _changed(e, change, "alone or in other company, the model gives the same image logits that differ by")
 
 
 def probabilities(e: Examination) -> Found:
     """Nonnegative outputs that add up to 1."""
-    lowest = float(e.logits.min())
-    off = _largest(e.logits.sum(dim=1) - 1)
+    lowest = float(e.finite.min())
+    off = _largest(e.finite.sum(dim=1) - 1)
     figures = {"smallest_output": lowest, "largest_distance_of_sum_from_1": off}
     if lowest >= 0 and off <= PROBABILITY:
         return Found("raised", "all outputs lie in [0, 1] and add up to 1: they are probabilities, not logits", figures)
@@ -186,7 +186,7 @@ def probabilities(e: Examination) -> Found:
 def flat_outputs(e: Examination) -> Found:
     """Right far more often than its softmax believes, which is hardly anything."""
     chance = 1 / e.logits.shape[1]
-    believed = (float(e.logits.softmax(dim=1).amax(dim=1).mean()) - chance) / (1 - chance)
+    believed = (float(e.finite.softmax(dim=1).amax(dim=1).mean()) - chance) / (1 - chance)
     right = (lower_bound(e.right, len(e.y), 0.999) - chance) / (1 - chance)
     figures = {"mean_confidence_above_chance": believed, "accuracy_above_chance_lower_bound": right}
     said = f"the softmax goes {100 * believed:.2g} % of the way from an even guess to certainty, accuracy at least"
@@ -495,7 +495,7 @@ def repeated(images: Bytes, training: Bytes) -> int:
 
 
 def _changed(e: Examination, change: float, said: str) -> Found:
-    spread = float(e.logits.std())
+    spread = float(e.finite.std())
     relative = change / spread if spread else (float("inf") if change else 0.0)
     figures = {"largest_difference": change, "relative_to_spread": relative}
     why = f"{said} {relative:.2g} of their spread"
@@ -574,6 +574,12 @@ def _is_strong(record: AttackRecord) -> bool:
 
 def _finite(value: float | str) -> bool:
     return isinstance(value, str) or bool(np.isfinite(value))
+
+
+def _change(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of logits `(N, K)`; an image whose logits are finite on neither side shows none."""
+    either = found.isfinite().all(dim=1) | expected.isfinite().all(dim=1)
+    return _largest((found - expected)[either]) if either.any() else 0.0
 
 
 def _largest(difference: Tensor) -> float:

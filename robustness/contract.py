@@ -13,13 +13,13 @@ from torch import Tensor
 from robustness.errors import BadInput
 
 LAYOUTS = ("NHWC", "NCHW")
-DTYPES = ("uint8", "float32")
+DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
 FORM = "expected DTYPE LAYOUT [HxWxC], such as 'uint8 NHWC 32x32x3' or 'float32 NCHW'"
 
 
 @dataclass(frozen=True)
 class InputContract:
-    """Images of height x width pixels with `channels`; layout NHWC or NCHW; dtype uint8, or float32 in [0, 1]."""
+    """Images of height x width pixels with `channels`; layout NHWC or NCHW; dtype uint8, or floats in [0, 1]."""
 
     height: int
     width: int
@@ -29,7 +29,7 @@ class InputContract:
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS or self.dtype not in DTYPES or min(self.shape) < 1:
-            raise BadInput(f"input {str(self)!r}: {FORM}")
+            raise BadInput(f"input {str(self)!r}: {FORM}; DTYPE is one of {', '.join(DTYPES)}")
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.layout} {self.height}x{self.width}x{self.channels}"
@@ -54,7 +54,7 @@ class InputContract:
         """
         found = re.fullmatch(r"\s*(\w+)\s+(\w+)(?:\s+(\d+)x(\d+)x(\d+))?\s*", text)
         if not found or found[1] not in DTYPES or found[2] not in LAYOUTS:
-            raise BadInput(f"input {text!r}: {FORM}")
+            raise BadInput(f"input {text!r}: {FORM}; DTYPE is one of {', '.join(DTYPES)}")
         dtype, layout, *size = found.groups()
         sizes: list[int | None] = [int(side) if side else None for side in size]
         if dims:
@@ -87,13 +87,13 @@ class InputContract:
 
     def wire(self, x: Tensor) -> Tensor:
         """Float `(N, C, H, W)` in [0, 1] as the model takes it."""
-        whole = (x * 255).round().to(torch.uint8) if self.dtype == "uint8" else x.float()
+        whole = ((x * 255).round() if self.dtype == "uint8" else x).to(DTYPES[self.dtype])
         return (whole.permute(0, 2, 3, 1) if self.layout == "NHWC" else whole).contiguous()
 
     def relaxed(self, x: Tensor) -> Tensor:
         """The same for a model whose uint8 input was widened to floats in [0, 255]: nothing is rounded, x has a
         gradient."""
-        scaled = x * 255 if self.dtype == "uint8" else x
+        scaled = x * 255 if self.dtype == "uint8" else x.to(DTYPES[self.dtype])
         return scaled.permute(0, 2, 3, 1) if self.layout == "NHWC" else scaled
 
 

@@ -17,7 +17,7 @@ from robustness.attacks import Attack, climb, fgsm
 from robustness.data import Bytes, Labels
 from robustness.evaluate import Decide, Outcome, evaluate
 from robustness.geometry import project, start, steepest, to_uint8
-from robustness.models import to_float
+from robustness.models import device_of, to_float
 from robustness.progress import Track, silent
 from robustness.records import Evaluation
 from robustness.seeds import generator
@@ -79,7 +79,7 @@ class Examination:
         self.evaluation, self.transfer, self.about = evaluation, transfer, about or {}
         self._decide, self._batch_size, self._track = decide, batch_size, track
         self._images, self._labels = images[:IMAGES], labels[:IMAGES]
-        device = _device(model)
+        device = device_of(model)
         self.x = to_float(torch.from_numpy(self._images)).to(device)
         self.y = torch.from_numpy(self._labels).to(device)
 
@@ -89,9 +89,15 @@ class Examination:
         return self.answers(self.x)
 
     @cached_property
+    def finite(self) -> Tensor:
+        """The rows of the logits that are finite `(m, K)`; all, where none is."""
+        rows = self.logits.isfinite().all(dim=1)
+        return self.logits[rows] if rows.any() else self.logits
+
+    @cached_property
     def correct(self) -> Tensor:
         """`(n,)` bool."""
-        return self.logits.argmax(dim=1) == self.y.cpu()
+        return losses.right(self.logits, self.y.cpu())
 
     @cached_property
     def right(self) -> int:
@@ -256,7 +262,7 @@ class Examination:
 
     def _labelled_right(self, x: Tensor, threat: Threat) -> Tensor:
         point = to_uint8(x, self.x, threat).float() / 255 if self.grid else x
-        return self.answers(point).argmax(dim=1) == self.y.cpu()
+        return losses.right(self.answers(point), self.y.cpu())
 
 
 class _Traced(Trial):
@@ -297,8 +303,3 @@ class _Rescaled(nn.Module):
 def eps_key(eps: float) -> str:
     """A radius as part of a seed's address."""
     return f"{eps:.9g}"
-
-
-def _device(model: nn.Module | None) -> torch.device:
-    parameter = next(model.parameters(), None) if model is not None else None
-    return parameter.device if parameter is not None else torch.device("cpu")

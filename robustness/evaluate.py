@@ -17,7 +17,8 @@ from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
 from robustness.geometry import contains, contains_uint8, project, steepest, to_uint8
 from robustness.gradients import IMAGES, AttackPass, attack_pass
-from robustness.models import exactly, frozen, to_bytes, to_float
+from robustness.losses import right
+from robustness.models import device_of, exactly, frozen, to_bytes, to_float
 from robustness.progress import Track, silent
 from robustness.records import AttackRecord, Evaluation
 from robustness.seeds import generator
@@ -88,7 +89,7 @@ def evaluate(
         if model is None:
             raise BadInput("evaluate: neither a model nor somebody to decide; hand in one of them")
         decide = exactly(model)
-    device = next(source.parameters()).device if source is not None else torch.device("cpu")
+    device = device_of(source)
     x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
     adversarial = images.copy()
     records: list[AttackRecord] = []
@@ -101,7 +102,7 @@ def evaluate(
             adversarial = after.adversarial.copy()
             clean_logits = torch.from_numpy(after.clean_logits)
             adversarial_logits = torch.from_numpy(after.adversarial_logits).clone()
-        correct = clean_logits.argmax(dim=1) == y_all
+        correct = right(clean_logits, y_all)
         left = correct & torch.tensor(after.evaluation.robust_images) if after is not None else correct.clone()
         for attack in attacks:
             begun = time.perf_counter()
@@ -135,6 +136,7 @@ def evaluate(
         attacks=tuple(records),
         seconds=time.perf_counter() - started,
         about=about or {},
+        not_finite=int((~clean_logits.isfinite().all(dim=1)).sum()),
     )
     return Outcome(evaluation, adversarial, clean_logits.numpy(), adversarial_logits.numpy())
 
@@ -257,7 +259,7 @@ def _decided_as_bytes(decide: Decide, x_adv: Tensor, x: Tensor, y: Tensor, threa
 
 def _decided(decide: Decide, x_adv: Tensor, y: Tensor, inside: Tensor) -> _Judged:
     logits, inside = _answer(decide, x_adv), inside.cpu()
-    return _Judged(x_adv, logits, (logits.argmax(dim=1) != y.cpu()) & inside, ~inside)
+    return _Judged(x_adv, logits, ~right(logits, y.cpu()) & inside, ~inside)
 
 
 def _climbed(source: nn.Module, example: Tensor, precision: str) -> AttackPass:

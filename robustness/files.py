@@ -64,16 +64,7 @@ def whole_directory(out: Path, names: Collection[str]) -> Iterator[Path]:
 
     An existing `out` is replaced only if nothing is in it but files of these names, i.e. what the same command wrote.
     """
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file; name a directory")
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in names) if out.exists() else []
-    if strangers:
-        raise BadInput(f"{out}: holds {strangers[0]}, which this command did not write; name another directory")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    except OSError as error:
-        raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
+    staged = _staging(out, names)
     try:
         staged.chmod(0o755)  # mkdtemp makes 0700; servers that read this run under other users
         yield staged
@@ -83,6 +74,38 @@ def whole_directory(out: Path, names: Collection[str]) -> Iterator[Path]:
             raise Broken(f"{out}: cannot be replaced: {error.strerror or error}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def require_place(out: Path, names: Collection[str]) -> None:
+    """Raise now, before the work, what `whole_directory` would raise about its place."""
+    shutil.rmtree(_staging(out, names))
+
+
+def require_file_place(path: Path) -> None:
+    """Raise now, before the work, why a file could not be written there."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise BadInput(f"{path}: {'is a directory; name a file' if path.is_dir() else 'its directory is not there'}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise Broken(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _staging(out: Path, names: Collection[str]) -> Path:
+    """An empty directory beside `out`, which may take its place."""
+    if out.name in ("", "..") or os.path.ismount(out):
+        raise BadInput(f"{out}: cannot be replaced as a whole; name a directory in it")
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise BadInput(f"{out}: is a file; name a directory")
+    try:
+        strangers = sorted(path.name for path in out.iterdir() if path.name not in names) if out.exists() else []
+        if strangers:
+            raise BadInput(f"{out}: holds {strangers[0]}, which this command did not write; name another directory")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    except OSError as error:
+        raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
 def _swap(staged: Path, out: Path) -> None:

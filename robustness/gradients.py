@@ -130,6 +130,8 @@ def _first(made: Iterable[Callable[[], AttackPass]], accepts: Callable[[AttackPa
             attempt = make()
             if accepts(attempt):
                 return attempt
+        except BadInput:  # a foreign model's own way of failing
+            continue
         except DfmclError:  # work that is told to end, not a copy that fails
             raise
         except Exception:  # noqa: BLE001  # a foreign model may raise anything: `view` knows no channels_last

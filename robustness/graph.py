@@ -17,12 +17,17 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from robustness.contract import InputContract
-from robustness.errors import BadInput, Broken, lacks_memory
+from robustness.errors import BadInput, lacks_memory
 
 FREE = "batch"  # the name of a dimension of any size
 DOMAINS = ("", "ai.onnx")  # two names of the standard operators
-# What a declared type may be in the file: float16 inputs take floats in [0, 1] too, rounded.
-TYPES = {"uint8": (TensorProto.UINT8,), "float32": (TensorProto.FLOAT, TensorProto.FLOAT16)}
+# What the types of images are called in a contract.
+TYPES = {
+    TensorProto.UINT8: "uint8",
+    TensorProto.FLOAT: "float32",
+    TensorProto.DOUBLE: "float64",
+    TensorProto.FLOAT16: "float16",
+}
 # Two forms of one file sum float32 in the same order, or nearly; a wrong axis or a mixed batch is off by a tenth.
 SAME = 1e-4
 FATAL = 4  # ONNX Runtime's severity: what a trial reports as an error is an answer here, not news
@@ -82,10 +87,7 @@ def read_graph(path: Path, contract: str) -> Graph:
         raise BadInput(f"{path}: has {what} ({names}); export it with one image input and one output of logits (N, K)")
     dims = _dims(inputs[0])
     parsed = InputContract.parse(contract, dims or ())
-    held = inputs[0].type.tensor_type.elem_type
-    if held not in TYPES[parsed.dtype]:
-        name = TensorProto.DataType.Name(held).lower()
-        raise BadInput(f"{path}: its input {inputs[0].name!r} is {name}, not {parsed.dtype}; declare it as it is")
+    parsed = replace(parsed, dtype=_dtype(inputs[0], parsed, path))
     digest = hashlib.sha256(model.SerializeToString(deterministic=True) if outside else data).hexdigest()
     return Graph(path, model, digest, parsed, dims[0] if dims else None)
 
@@ -117,8 +119,8 @@ def artefact(
 ) -> Callable[[Tensor], Tensor]:
     """The file as the decider: float images (N, C, H, W) in [0, 1], sent as it takes them through ONNX Runtime.
 
-    Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size. Broken where ONNX
-    Runtime cannot load it; BadInput where it cannot take these images.
+    Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size. BadInput where ONNX
+    Runtime cannot load it, or it cannot take these images.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -130,7 +132,8 @@ def artefact(
     except Exception as error:  # onnxruntime raises its own unrelated classes
         if lacks_memory(error):
             raise
-        raise Broken(f"{where}: ONNX Runtime cannot load it: {first_line(error)}") from None
+        way = "; export it in float32 (`model.float()`)" if contract.dtype in ("float64", "float16") else ""
+        raise BadInput(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}{way}") from None
     (entry,), (answer,) = session.get_inputs(), session.get_outputs()
     size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
 
@@ -144,14 +147,14 @@ def artefact(
         return np.asarray(logits)
 
     def decide(x: Tensor) -> Tensor:
-        images = _sent(session, contract, x)
+        images = contract.wire(x.cpu()).numpy()
         if size is None:
             logits = run(images)
         else:
             filled = np.concatenate([images, np.repeat(images[-1:], -len(images) % size, axis=0)])
             parts = [run(filled[start : start + size]) for start in range(0, len(filled), size)]
             logits = np.concatenate(parts)[: len(images)]
-        return torch.from_numpy(logits.astype(np.float32) if logits.dtype == np.float16 else logits)
+        return torch.from_numpy(logits.astype(np.float32) if np.issubdtype(logits.dtype, np.floating) else logits)
 
     return decide
 
@@ -224,11 +227,6 @@ def _same_answers(graph: Graph, free: Graph) -> bool:
         return False
 
 
-def _sent(session: ort.InferenceSession, contract: InputContract, x: Tensor) -> NDArray[Any]:
-    images = contract.wire(x.cpu()).numpy()
-    return images.astype(np.float16) if session.get_inputs()[0].type == "tensor(float16)" else images
-
-
 def _sizes(graph: Graph, names: list[str]) -> dict[str, int]:
     """The first size of inner tensors, by name: as they are, for what exporters declare is full of gaps."""
     model = onnx.ModelProto()
@@ -238,7 +236,7 @@ def _sizes(graph: Graph, names: list[str]) -> dict[str, int]:
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    images = _sent(session, graph.contract, noise(graph.contract, graph.batch or 1))
+    images = graph.contract.wire(noise(graph.contract, graph.batch or 1)).numpy()
     found = zip(session.get_outputs(), session.run(None, {graph.input.name: images}), strict=True)
     first = {entry.name: value.shape[0] for entry, value in found if value.ndim}
     return {**first, graph.input.name: graph.batch or 1}
@@ -247,6 +245,24 @@ def _sizes(graph: Graph, names: list[str]) -> dict[str, int]:
 def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     held = {tensor.name for tensor in graph.initializer}
     return [value for value in graph.input if value.name not in held]
+
+
+def _dtype(value: onnx.ValueInfoProto, declared: InputContract, path: Path) -> str:
+    """What the file takes; BadInput where that is not as declared. One that rounds to float16 may be called float32."""
+    held = value.type.tensor_type.elem_type
+    dtype = TYPES.get(held)
+    if dtype is None:
+        name = TensorProto.DataType.Name(held).lower()
+        raise BadInput(
+            f"{path}: its input {value.name!r} is {name}; images come as {', '.join(TYPES.values())}, so export it with"
+            " one of these"
+        )
+    if declared.dtype != dtype and (declared.dtype, dtype) != ("float32", "float16"):
+        raise BadInput(
+            f"{path}: its input {value.name!r} is {dtype}, not {declared.dtype}; declare it as it is: --input"
+            f" '{dtype} {declared.layout}'"
+        )
+    return dtype
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int | None]:

@@ -25,6 +25,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     return others - own
 
 
+def right(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each image is classified right, `(N,)` bool. Logits that are not finite are no answer, so wrong."""
+    return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
+
+
 def value_and_gradient(
     model: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -192,6 +192,12 @@ def to_bytes(x: Tensor) -> Tensor:
     return whole.permute(0, 2, 3, 1).contiguous()
 
 
+def device_of(model: nn.Module | None) -> torch.device:
+    """Where a network's weights lie; the CPU where it has none."""
+    held = (value for value in (model.state_dict().values() if model is not None else ()) if isinstance(value, Tensor))
+    return next((value.device for value in held), torch.device("cpu"))
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Inside: eval mode (batch norm fixed, masks off) and no weight gradients, which saves a third of a backward."""

@@ -49,7 +49,10 @@ class AttackRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of one model under one threat. `grid`: adversarial images were counted as uint8."""
+    """Accuracy of one model under one threat. `grid`: adversarial images were counted as uint8.
+
+    not_finite: clean images whose logits are not finite; each counts as wrong.
+    """
 
     threat: Threat
     grid: bool
@@ -58,6 +61,7 @@ class Evaluation:
     attacks: tuple[AttackRecord, ...]
     seconds: float
     about: Mapping[str, Any] = field(default_factory=dict)
+    not_finite: int = 0
 
     @property
     def clean(self) -> Share:
@@ -83,6 +87,7 @@ class Evaluation:
             "grid": "uint8" if self.grid else "float",
             "seed": self.seed,
             "images": len(self.correct),
+            **({"not_finite": self.not_finite} if self.not_finite else {}),
             "clean": _share(self.clean),
             "robust": _share(self.robust),
             "attacks": [
@@ -137,6 +142,7 @@ class Evaluation:
                 ),
                 seconds=value["seconds"],
                 about=dict(value["about"]),
+                not_finite=value.get("not_finite", 0),
             )
         except (KeyError, TypeError) as error:
             raise BadInput(f"evaluation: malformed record: {error!r}") from None
@@ -176,6 +182,7 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
             for records in columns
         ),
         seconds=sum(part.seconds for part in parts),
+        not_finite=sum(part.not_finite for part in parts),
     )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from robustness.losses import right
+
 Confirm = Callable[[Tensor, Tensor], Tensor]
 """Rows `(M,)` and points `(M, C, H, W)` on which the attack's model errs; returns which of them count, `(M,)` bool."""
 
@@ -38,7 +40,7 @@ class Trial:
         was lost in rounding to bytes, or the model that gives gradients is not quite the one that decides.
         """
         self.spend(rows, forward=1, backward=int(gradient))
-        done = logits.argmax(dim=1) != self._y[rows]
+        done = ~right(logits, self._y[rows])
         if self._confirm is not None and done.any():
             claimed = torch.nonzero(done).squeeze(1)
             counts = self._confirm(rows[claimed], points[claimed])

@@ -175,10 +175,10 @@ def with_wire_format(graph: Graph, classes: int) -> onnx.ModelProto:
     steps: list[tuple[str, dict[str, object]]] = []
     if graph.contract.layout == "NCHW":
         steps.append(("Transpose", {"perm": [0, 3, 1, 2]}))
-    if graph.contract.dtype == "float32":
+    if graph.contract.dtype != "uint8":
         steps += [("Cast", {"to": TensorProto.FLOAT}), ("Div", {})]
-        if entry.type.tensor_type.elem_type == TensorProto.FLOAT16:
-            steps.append(("Cast", {"to": TensorProto.FLOAT16}))
+        if (held := entry.type.tensor_type.elem_type) != TensorProto.FLOAT:
+            steps.append(("Cast", {"to": held}))
     nodes, at = [], INPUT
     for number, (operator, attributes) in enumerate(steps or [("Identity", {})], 1):
         after = entry.name if number == max(len(steps), 1) else f"wire.{number}"
@@ -209,8 +209,9 @@ def compare_with_original(graph: Graph, original: Callable[[Tensor], Tensor], mo
         expected.append(original(part).numpy())
         found.append(session.run([OUTPUT], {INPUT: to_bytes(part).numpy()})[0])
     before = np.concatenate(expected)
+    _require_finite(before, f"{graph.path}: its", "of smooth colours and noise")
     difference, agreement = _apart(before, np.concatenate(found))
-    half = graph.input.type.tensor_type.elem_type == TensorProto.FLOAT16
+    half = graph.contract.dtype == "float16"
     tolerance = (HALF_TOLERANCE if half else RELATIVE_TOLERANCE) * float(np.abs(before).max())
     if not difference <= tolerance:  # so that NaN is refused too
         raise Broken(
@@ -367,6 +368,7 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track) -> Parity:
                     trained.append(run.model(to_float(batch)).numpy())
                     expected.append(stored(to_float(batch)).numpy())
                 found.append(session.run([OUTPUT], {INPUT: batch.numpy()})[0])
+    _require_finite(np.concatenate(trained), f"{run.path}: its", "of the test set, half of them adversarial")
     exported = np.concatenate(found)
     difference, agreement = _apart(np.concatenate(expected), exported)
     rounding, kept = _apart(np.concatenate(trained), exported)
@@ -382,6 +384,15 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track) -> Parity:
             f"{len(exported)} images; export with --weights float32"
         )
     return Parity(len(exported), difference, agreement, tolerance, rounding, kept)
+
+
+def _require_finite(logits: npt.NDArray[np.float32], whose: str, images: str) -> None:
+    """Refused where a model does not answer each image with numbers (N, K): nobody could serve that."""
+    if wild := int((~np.isfinite(logits)).any(axis=1).sum()):
+        raise Refused(
+            f"{whose} logits are not finite for {wild} of {len(logits)} images {images}; nothing was written: look for"
+            " weights that are not, for a division by zero or an overflow in it"
+        )
 
 
 def _apart(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> tuple[float, float]:

@@ -42,7 +42,7 @@ def require_known_answers(client: Client, release: Promoted) -> None:
         raise WrongAnswer(f"{where}: logits {answer.logits.shape}, the gate recorded {expected.shape}")
     difference = float(np.abs(answer.logits - expected).max())
     tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
-    if difference > tolerance:
+    if not difference <= tolerance:  # so that NaN is refused too
         raise WrongAnswer(
             f"{where}: logits are {difference:.3g} off those the gate recorded (tolerance {tolerance:.3g});"
             " the runtime or the bytes differ from what was judged"

@@ -81,6 +81,12 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
             2,
             "brings its own attacks; leave --attack out",
         ),
+        "a directory as record": (
+            ["evaluate", f"{tmp_path}/nothing", "--out", str(tmp_path)],
+            2,
+            "is a directory; name a file",
+        ),
+        "a record in no directory": (["evaluate", f"{tmp_path}/nothing", "--out", f"{out}/no/x"], 2, "is not there"),
         "no such device": (["evaluate", f"{tmp_path}/nothing", "--device", "gpu"], 2, "choose cpu, cuda or cuda:N"),
         "no such GPU": (["evaluate", f"{tmp_path}/nothing", "--device", "cuda:99"], 2, "no cuda:99 here: torch finds"),
         "a device of another kind": (["evaluate", f"{tmp_path}/nothing", "--device", "meta"], 2, "is not supported"),
@@ -123,7 +129,7 @@ CASES = [
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
     "empty repository", "no watch config", "images that no memory holds", "a bomb among the images",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
-    "nowhere to craft to", "nothing to craft on",
+    "nowhere to craft to", "nothing to craft on", "a directory as record", "a record in no directory",
 ]  # fmt: skip
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from gating import summary
 from gating.formats import FILES, FORMATS, write_formats
 from gating.github import MOST, commands, publish
+from gating.html import html
 from gating.junit import junit
 from gating.markdown import LIMIT, markdown
 from gating.openmetrics import openmetrics
@@ -86,7 +90,8 @@ def test_all_forms_are_written(tmp_path: Path) -> None:
 def test_junit_says_the_verdict_in_its_words(verdict: str) -> None:
     """Read back by junitparser: missed fails, raised is an error, open and not run are skipped, the rest passes."""
     report = VERDICTS[verdict]
-    criteria, checks = JUnitXml.fromstring(junit(report).encode())
+    criteria, checks, *reasons = JUnitXml.fromstring(junit(report).encode())
+    assert [case.name for suite in reasons for case in suite] == report["reasons"]
     kinds = {"met": [], "missed": [Failure], "open": [Skipped], "clear": [], "raised": [Error], "not_run": [Skipped]}
     for suite, rows, key in ((criteria, report["criteria"], "criterion"), (checks, report["checks"], "check")):
         assert [case.name for case in suite] == [row[key] for row in rows]
@@ -129,8 +134,8 @@ def test_markdown_begins_with_the_verdict(verdict: str) -> None:
         assert f"| `{row['criterion']}` | {100 * row['value']:.1f} % ({row['k']}/{row['n']})" in top
     for finding in report["findings"]:
         assert f"| `{finding['check']}` | {finding['why']} | {finding['do']} |" in top
-    for summary in ("Radii and transfer", "Classes", "Checks", "Provenance"):
-        assert f"<details><summary>{summary}</summary>\n\n| " in page
+    for title in ("Radii and transfer", "Classes", "Checks", "Provenance"):
+        assert f"<details><summary>{title}</summary>\n\n| " in page
     assert "transfer from `surrogate-pgd` (upper bound)" in page
 
 
@@ -151,15 +156,140 @@ def test_markdown_tables_hold_whatever_the_names_are() -> None:
     assert "\\[l\\](" in found
 
 
-def test_markdown_stays_below_what_github_takes() -> None:
-    """With a class list of megabytes the page is cut, says so, and keeps its verdict and later parts."""
+COMMENT = 65_536  # characters that GitHub takes
+
+
+def many(classes: int, missed: int = 0, name: str = "class") -> dict[str, Any]:
+    """A report with a robust criterion for each of very many classes, of which the last are missed."""
     report = sample()
-    report["data"]["classes"] += [f"class {number} {'x' * 900}" for number in range(1500)]
-    page = markdown(report)
-    assert len(page.encode()) < LIMIT < 1 << 20
-    assert page.startswith("### PASSED")
-    assert "Classes: too long for this page" in page
-    assert "<summary>Provenance</summary>" in page
+    names = [f"{name} {number}" for number in range(classes)]
+    report["data"]["classes"] = names
+    row = report["criteria"][3]
+    report["criteria"] = report["criteria"][:3] + [
+        {
+            **row,
+            "criterion": f"class_robust_accuracy >= 0.1 at 95 %, class {name}",
+            "class": name,
+            "outcome": "missed" if number >= classes - missed else "met",
+        }
+        for number, name in enumerate(names)
+    ]
+    verdict = {"verdict": "failed", "exit_code": 1} if missed else {}
+    return report | verdict
+
+
+@pytest.mark.parametrize("details", [True, False])
+@pytest.mark.parametrize("missed", [0, 3, 1000])
+@pytest.mark.parametrize("name", ["class", "x" * 900, "\N{SNOWMAN}" * 300])
+def test_a_page_about_a_thousand_classes_fits_a_comment(name: str, missed: int, details: bool) -> None:
+    """It keeps the verdict, names what is missed before what is met, and says how much more there is, and where."""
+    report = many(1000, missed, name)
+    page = markdown(report, details=details)
+    assert len(page) <= len(page.encode()) < LIMIT < COMMENT
+    top, _, _ = page.partition("<details>")
+    assert top.startswith("### BLOCKED" if missed else "### PASSED")
+    shown = [line for line in top.splitlines() if line.startswith("| `class_robust_accuracy")]
+    assert [line.endswith("| missed |") for line in shown] == [n < missed for n in range(len(shown))]
+    assert re.search(r"\nand [\d,]+ more criteria: report\.html", top)
+    outcome = "missed" if missed else "met"
+    assert f"{outcome} for {missed or 1000} classes" in top
+    if details:
+        assert re.search(r"\nand [\d,]+ more classes: report\.html", page)
+        assert "<summary>Provenance</summary>" in page
+
+
+def test_the_real_report_of_a_thousand_classes_fits_everywhere(tmp_path: Path) -> None:
+    """All formats, and the step's summary, which GitHub drops above 1 MiB; each is written and readable."""
+    report = many(1000, 3)
+    write_formats(report, probes(sample()), tmp_path)
+    assert len((tmp_path / "report.md").read_text()) < COMMENT
+    assert sum(len(suite) for suite in JUnitXml.fromfile(str(tmp_path / "junit.xml"))) == 1003 + len(report["checks"])
+    step, said = tmp_path / "summary.md", []
+    environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(step)}
+    publish(report, tmp_path / "gate.toml", environment, said.append)
+    assert step.stat().st_size < 1 << 20
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize("criteria", [1, 400])
+def test_the_sentences_that_decided_are_few(criteria: int) -> None:
+    """A policy of hundreds of criteria is summed up."""
+    report = sample(0.85)
+    report["criteria"] = [report["criteria"][0]] * criteria
+    sentences = summary.decided(report)
+    assert len(sentences) == min(criteria, summary.MOST + 1)
+    assert criteria == 1 or sentences[-1] == f"and {criteria - summary.MOST} more"
+
+
+WHY = "onnx2pytorch cannot convert it: <QuantizeLinear>"
+
+
+def without_gradients(verdict: str) -> dict[str, Any]:
+    report = copy.deepcopy(VERDICTS[verdict])
+    if verdict == "passed":
+        report |= {"verdict": "inconclusive", "exit_code": 3}
+    report["reasons"] = ["no_gradients"]
+    report["why"] = {"no_gradients": WHY}
+    return report
+
+
+@verdicts
+def test_every_format_says_why_there_are_no_gradients(verdict: str, tmp_path: Path) -> None:
+    """Whatever the verdict: the line, the page, the test tab, the metrics and the annotations name the reason."""
+    report = without_gradients(verdict)
+    jsonschema.validate(report, schema())
+    texts = {name: render(report, probes(report)) for name, render in FORMATS.items()}
+    texts["github"] = "\n".join(commands(report, tmp_path / "gate.toml"))
+    texts["terminal"] = markdown(report, details=False)
+    for name, text in texts.items():
+        plain = text.replace("&lt;", "<").replace("&gt;", ">").replace("\\", "")
+        assert WHY in plain, name
+    assert "the model's own gradients" not in texts["robustness.prom"]
+    (reasons,) = [suite for suite in JUnitXml.fromstring(texts["junit.xml"].encode()) if suite.name == "reasons"]
+    assert reasons.skipped == 1
+
+
+def test_numbers_that_are_none_block_and_are_named_everywhere(tmp_path: Path) -> None:
+    """With every criterion met: the headline, a failure in the test tab, an error at the policy."""
+    report = sample() | {"verdict": "failed", "exit_code": 1, "reasons": ["not_finite"]}
+    report["why"] = {"not_finite": "for 3 of 200 images"}
+    jsonschema.validate(report, schema())
+    for name, render in FORMATS.items():
+        assert "logits are not finite: for 3 of 200 images" in render(report, probes(report)), name
+    assert markdown(report).startswith("### BLOCKED: the model does not answer every image with numbers")
+    assert "Harden" not in markdown(report)
+    assert commands(report, tmp_path / "gate.toml")[0].startswith("::error ")
+    (_, _, reasons) = JUnitXml.fromstring(junit(report).encode())
+    assert reasons.failures == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("candidate", "Sign the evidence and promote the candidate."),
+        ("onnx", "An ONNX file by itself is not promoted"),
+        ("module", "A module in Python is not promoted"),
+        ("endpoint", "An endpoint is not promoted"),
+    ],
+)
+def test_only_what_can_be_promoted_is_told_to_be(kind: str, said: str) -> None:
+    """`promote` takes candidates; the others are told the way there."""
+    report = sample()
+    report["candidate"]["kind"] = kind
+    assert said in markdown(report)
+    assert ("promote the candidate" in markdown(report)) == (kind == "candidate")
+    assert said in html(report, probes(report))
+
+
+def test_advice_speaks_of_what_is_missed() -> None:
+    """Attacks do not make a model right on clean images: who misses that is told to train, not to harden."""
+    report = sample(0.85)
+    assert "Harden this one" in summary.advice(report)
+    report["criteria"][0] |= {"metric": "clean_accuracy", "criterion": "clean_accuracy >= 0.9 at 95 %"}
+    assert "Harden" not in summary.advice(report)
+    assert "right more often" in summary.advice(report)
+    report["criteria"][0] |= {"metric": "no_regression", "criterion": "no_regression at 95 %"}
+    assert "holds what the baseline holds" in summary.advice(report)
 
 
 def samples_of(report: dict[str, Any]) -> dict[tuple[str, frozenset[str]], float]:

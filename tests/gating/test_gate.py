@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from gating.probes import as_npz, read_probes
 from gating.subject import Subject, candidate_subject
 from robustness.attacks import Attack
 from robustness.data import load_dataset
-from robustness.errors import BadInput
+from robustness.errors import BadInput, DfmclError
 from robustness.evaluate import evaluate
 from robustness.models import exactly
 from robustness.runs import load_run
@@ -165,7 +166,7 @@ def test_existing_directory_of_somebody_else_is_left_alone(
     """Evidence replaces evidence, an export an export, and neither a run, a release or anybody's files."""
     (tmp_path / "keep.txt").write_text("mine")
     with pytest.raises(BadInput, match=r"holds keep\.txt, which this command did not write"):
-        gate(subject, policy(0.1), tmp_path)
+        gate(subject, policy(0.1), tmp_path, track=unattacked)
     assert (tmp_path / "keep.txt").read_text() == "mine"
     with pytest.raises(BadInput, match="did not write"):
         export(standard_run, standard_run)
@@ -225,6 +226,12 @@ def cut_after(blocks: int) -> Any:
         yield from items
 
     return track
+
+
+def unattacked(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """A track that no attack may reach: what ends a gate there was found out before the work."""
+    assert " at L" not in label
+    yield from items
 
 
 def without_time(report: dict[str, Any]) -> dict[str, Any]:
@@ -442,10 +449,14 @@ def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path:
 
 def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_path: Path) -> None:
     """Black-box attacks alone: what they find is a fact, what they do not find proves nothing."""
-    blind = replace(subject, model=None)
+    blind = replace(subject, model=None, no_gradients="it lets none through")
     modest = policy(0.05, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"]})
     report = gate(blind, modest, tmp_path / "modest")
     assert (report["verdict"], report["reasons"]) == ("inconclusive", ["no_gradients"])
+    assert report["why"] == {"no_gradients": "it lets none through"}
+    assert "no gradients, so that only black-box attacks ran: they can block it, not pass it: it lets none through" in (
+        tmp_path / "modest" / "report.md"
+    ).read_text(encoding="utf-8")
     assert [attack["name"] for attack in report["evaluation"]["attacks"]] == ["square-40"]
     hard = policy(0.9, "40/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"]})
     assert gate(blind, hard, tmp_path / "hard")["verdict"] == "failed"
@@ -490,3 +501,166 @@ def test_damaged_probes_are_bad_evidence(tmp_path: Path) -> None:
                 assert str(error).startswith(f"{path}: ")  # noqa: PT017  # either end is right
                 seen += 1
     assert seen > len(whole)
+
+
+def data_of(path: Path, classes: dict[int, int]) -> dict[str, Any]:
+    """A policy's data section: the digits with so many test images of each class named, and all of the others."""
+    digits = load_dataset("digits")
+    kept = [np.flatnonzero(digits.y_test == number)[: classes.get(number)] for number in range(10)]
+    index = np.sort(np.concatenate(kept))
+    parts = {"x_train": digits.x_train, "y_train": digits.y_train}
+    np.savez(path, **parts, x_test=digits.x_test[index], y_test=digits.y_test[index], classes=digits.classes)
+    return {"name": "npz", "path": str(path)}
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "fixed"])
+@pytest.mark.parametrize("metric", ["class_robust_accuracy", "class_clean_accuracy"])
+def test_a_class_without_images_is_never_met(subject: Subject, tmp_path: Path, metric: str, statistics: str) -> None:
+    """It was not tested: bad input before any attack, and the class is named."""
+    data = data_of(tmp_path / "data.npz", {3: 0})
+    wanted = policy(0.1, "1/255", 0, f"{metric} >= 0.02 at 95 %", data=data, statistics=statistics)
+    with pytest.raises(BadInput, match=rf"{metric} >= 0\.02 at 95 %': the test part has no image of class 3;"):
+        gate(subject, wanted, tmp_path / "evidence", track=unattacked)
+    assert not (tmp_path / "evidence").exists()
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "fixed"])
+def test_a_class_that_the_cap_never_reaches_is_open(subject: Subject, tmp_path: Path, statistics: str) -> None:
+    """No image of it among those attacked: inconclusive, and the line, the report and the page name it."""
+    data = {**data_of(tmp_path / "data.npz", {3: 1, 4: 2}), "images": 60}
+    wanted = policy(0.1, "1/255", 0, "class_robust_accuracy >= 0.02 at 95 %", data=data, statistics=statistics, seed=1)
+    report = gate(subject, wanted, tmp_path / "evidence")
+    assert (report["verdict"], report["reasons"]) == ("inconclusive", ["cap_reached"])
+    seen = {name: report["per_image"]["label"].count(number) for number, name in enumerate("0123456789")}
+    rows = {row["class"]: row for row in report["criteria"] if row["class"] is not None}
+    assert list(rows) == list("0123456789")
+    unseen = [name for name, count in seen.items() if not count]
+    assert unseen
+    for name in unseen:
+        assert (rows[name]["outcome"], rows[name]["value"], rows[name]["n"]) == ("open", None, 0)
+        assert f"class {name}" in (tmp_path / "evidence" / "report.md").read_text(encoding="utf-8")
+    assert {row["outcome"] for row in rows.values()} <= {"met", "open"}
+
+
+def test_the_cap_is_no_reason_where_there_was_none(subject: Subject, tmp_path: Path) -> None:
+    """A missed criterion ends the gate, whatever is open then; and without a cap it is the images that were too few."""
+    missed = policy(0.99, "40/255", 0, "class_robust_accuracy >= 0.02 at 95 %")
+    report = gate(subject, missed, tmp_path / "missed")
+    assert (report["verdict"], report["reasons"]) == ("failed", [])
+    assert "open" in {row["outcome"] for row in report["criteria"]}
+    few = data_of(tmp_path / "data.npz", dict.fromkeys(range(10), 2))
+    spent = gate(subject, policy(0.6, "1/255", 0, data=few, statistics="fixed"), tmp_path / "spent")
+    assert (spent["verdict"], spent["reasons"]) == ("inconclusive", ["images_spent"])
+    assert "the cap on images" not in (tmp_path / "spent" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_first_label_that_differs_is_named(subject: Subject, tmp_path: Path) -> None:
+    """Labels in another order, another number of classes, another size: each in words of its own."""
+    swapped = replace(subject, classes=("0", "1", "3", "2", *"456789"))
+    with pytest.raises(BadInput, match=r"class 2 is '2', the model's label 2 is '3'; bring the labels into") as caught:
+        gate(swapped, policy(0.1), tmp_path / "evidence", track=unattacked)
+    assert "(16, 16, 3)" not in str(caught.value)
+    with pytest.raises(BadInput, match="has 10 classes, the model 7"):
+        gate(replace(subject, classes=7), policy(0.1), tmp_path / "evidence")
+    small = replace(subject, contract=replace(subject.contract, width=8))
+    with pytest.raises(BadInput, match="images are 16x16x3, the model takes 16x8x3"):
+        gate(small, policy(0.1), tmp_path / "evidence")
+
+
+def test_logits_that_are_not_finite_are_named(subject: Subject, tmp_path: Path) -> None:
+    """On some images they count as wrong, and block the model; on all of them nothing can be judged."""
+    some = replace(subject, decide=lambda x: spoilt(subject.decide(x), x, 0.36), digest="a" * 64)
+    report = gate(some, policy(0.02, "1/255", 60, statistics="fixed"), tmp_path / "some")
+    wild = report["evaluation"]["not_finite"]
+    means = load_dataset("digits").x_test[report["per_image"]["index"]].mean(axis=(1, 2, 3)) / 255
+    assert 0 < wild == (means > 0.36).sum() < 60
+    assert (report["verdict"], report["reasons"]) == ("failed", ["not_finite"])
+    assert report["why"] == {"not_finite": f"for {wild} of 60 images"}
+    assert report["evaluation"]["clean"]["k"] <= 60 - wild
+    assert not {"outputs_differ", "batch_dependent"} & {finding["check"] for finding in report["findings"]}
+    every = replace(subject, decide=lambda x: spoilt(subject.decide(x), x, -1), digest="b" * 64)
+    with pytest.raises(BadInput, match="logits are not finite for 128 of 128 images; look for weights"):
+        gate(every, policy(0.02), tmp_path / "every", track=unattacked)
+
+
+def spoilt(logits: torch.Tensor, x: torch.Tensor, bright: float) -> torch.Tensor:
+    """NaN for images whose mean is above `bright`."""
+    rows = x.mean(dim=(1, 2, 3)).cpu() > bright
+    return torch.where(rows[:, None], torch.nan, logits)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_another_preprocessing_is_told_and_not_blamed_on_the_model(
+    subject: Subject, standard_run: Path, tmp_path: Path, dtype: str
+) -> None:
+    """The network without the layer that normalises, as files come from elsewhere: bad input, with what repairs it."""
+    behind = load_run(standard_run).model.net.eval()
+    foreign = replace(
+        subject, model=behind, decide=exactly(behind), contract=replace(subject.contract, dtype=dtype), run={}
+    )
+    with pytest.raises(BadInput, match=r"right on \d+ % of 64 images as its contract says, and on \d+ % if they are"):
+        gate(foreign, policy(0.1), tmp_path / "evidence", track=unattacked)
+
+
+def test_a_baseline_that_could_lose_nothing_proves_nothing(subject: Subject, passed: Path, tmp_path: Path) -> None:
+    """Of a baseline with so few images that held, losing all could be chance: open, with the reason, not met."""
+    report = report_of(passed)
+    index = report["per_image"]["index"][:25]
+    wanted = policy(0.0, "2/255", 120, "no_regression at 95 %")
+    for held in (0, 3, 20):
+        few = json.loads(json.dumps(report))
+        few["per_image"]["index"] = index[: held + 5]
+        few["evaluation"]["per_image"]["robust"] = "1" * held + "0" * 5
+        (tmp_path / f"{held}.json").write_text(json.dumps(few))
+        found = gate(subject, wanted, tmp_path / f"evidence-{held}", baseline=tmp_path / f"{held}.json")
+        assert (found["baseline"]["of"], found["baseline"]["held"]) == (held + 5, held)
+        small = held < 20
+        assert (found["criteria"][-1]["outcome"] == "open") == small
+        assert found["reasons"] == (["small_baseline"] if small else [])
+        assert not small or found["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize(("index", "robust"), [([], ""), ([0, 0], "11"), ([0, 450], "11"), ([-1], "1")])
+def test_a_baseline_of_other_images_is_bad_input(
+    subject: Subject, passed: Path, tmp_path: Path, index: list[int], robust: str
+) -> None:
+    """None, one twice, or one that the data set has not."""
+    report = report_of(passed)
+    report["per_image"]["index"], report["evaluation"]["per_image"]["robust"] = index, robust
+    (tmp_path / "baseline.json").write_text(json.dumps(report))
+    wanted = policy(0.1, "2/255", 120, "no_regression at 95 %")
+    with pytest.raises(BadInput, match=r"not a gate's report .*image"):
+        gate(subject, wanted, tmp_path / "evidence", baseline=tmp_path / "baseline.json", track=unattacked)
+
+
+def test_a_model_of_floats_is_attacked_at_every_radius_that_is_named(subject: Subject, tmp_path: Path) -> None:
+    """As bytes 1.9/255 is 1/255; in floats it is not, and the criterion is about the larger ball."""
+    floats = replace(subject, contract=replace(subject.contract, dtype="float32"))
+    more = ["robust_accuracy(1.9/255) >= 0.05 at 95 %"]
+    for judged, radii in ((subject, []), (floats, ["1.9/255"])):
+        report = gate(judged, policy(0.05, "1/255", 60, *more), tmp_path / f"{len(radii)}")
+        assert [one["threat"]["label"] for one in report["radii"]] == radii
+
+
+PLACES = {
+    "a file": ("../file", 2),
+    "in a file": ("../file/out", 5),
+    "a file system that takes nothing": ("/proc/out", 5),
+    "the working directory": (".", 2),
+    "somebody's directory": ("..", 2),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_place_that_cannot_be_written_is_found_out_before_the_attacks(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """At once, not minutes later."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    out, code = PLACES[place]
+    with pytest.raises(DfmclError, match=f"^{re.escape(out)}: ") as caught:
+        gate(subject, policy(0.1), Path(out), track=unattacked)
+    assert caught.value.exit_code == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]

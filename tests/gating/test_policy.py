@@ -51,6 +51,14 @@ MISTAKES = {
     ),
     "only no_regression": (GOOD.replace("robust_accuracy >= 0.25", "no_regression"), r"no criterion is about robust"),
     "unknown statistics": ('statistics = "peeking"\n' + GOOD, r"statistics"),
+    "the same criterion twice": (
+        GOOD.replace("criteria = [", 'criteria = ["robust_accuracy>=25% at 95%", '),
+        r"criterion 'robust_accuracy >= 0\.25 at 95 %' stands there twice; leave one out",
+    ),
+    "the policy's own radius again": (
+        GOOD.replace("criteria = [", 'criteria = ["robust_accuracy(8/255) >= 0.25 at 95 %", '),
+        r"stands there twice",
+    ),
     "empty block": (GOOD + "block = 0", r"attacks\.block"),
 }
 
@@ -107,5 +115,6 @@ def test_radii_come_in_ascending_order_and_once(tmp_path: Path) -> None:
     more = ", ".join(f'"robust_accuracy({eps}) >= 0.2 at 95 %"' for eps in ("12/255", "2/255", "8.4/255", "8/255"))
     path.write_text(GOOD.replace("criteria = [", f"criteria = [{more}, "))
     policy = load_policy(path)
-    assert [threat.label for threat in policy.threats] == ["2/255", "8/255", "12/255"]
+    assert [threat.label for threat in policy.threats(grid=True)] == ["2/255", "8/255", "12/255"]
+    assert [threat.label for threat in policy.threats(grid=False)] == ["2/255", "8/255", "8.4/255", "12/255"]
     assert policy.threat_of(policy.parsed_criteria[0]).label == "12/255"

@@ -215,6 +215,39 @@ def test_file_that_computes_in_float16_has_gradients(tmp_path: Path) -> None:
     assert_same(subject.model(x), subject.decide(x))  # rounded at the same places
 
 
+class Wide(nn.Module):
+    """Linear layers in float64: ONNX Runtime has those, and no convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.Sigmoid(), nn.Linear(16, 5))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def test_float64_is_declared_as_the_message_says(tmp_path: Path) -> None:
+    """The answer to a wrong declaration can be followed; answers and gradients are the network's, in float32."""
+    contract = InputContract.parse("float64 NCHW 8x8x3")
+    path = to_onnx(tmp_path / "model.onnx", Wide().double(), zeros(contract))
+    with pytest.raises(BadInput, match=r"--input '.*'") as caught:
+        onnx_subject(path, "float32 NCHW")
+    advised = str(caught.value).partition("--input '")[2].rstrip("'")
+    subject = onnx_subject(path, advised)
+    assert subject.contract == contract
+    assert_is(subject, Wide())
+
+
+def test_float64_that_nobody_computes_says_what_to_export(tmp_path: Path) -> None:
+    """ONNX Runtime has no convolution of doubles: the line names it, and the way out."""
+    path = to_onnx(tmp_path / "model.onnx", Tiny().double(), zeros(InputContract.parse("float64 NCHW 8x8x3")))
+    with pytest.raises(BadInput, match=r"Conv.*; export it in float32 \(`model\.float\(\)`\)"):
+        onnx_subject(path, "float64 NCHW")
+
+
 def test_softmax_at_the_end_stays(tmp_path: Path) -> None:
     """What comes out is what the file says, be it probabilities; whether that is good is not asked here."""
     net = nn.Sequential(Tiny(), nn.Softmax(1)).eval()
@@ -343,6 +376,11 @@ def test_pixels_are_rounded_to_bytes_and_not_cut(tmp_path: Path) -> None:
     assert subject.decide(torch.full((1, 3, 4, 4), 254.9999 / 255)).tolist() == [[255, 255, 255]]
 
 
+DOUBLE = graph_of(*means("x"), dtype=TensorProto.DOUBLE, axes=AXES)
+DOUBLE.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+WHOLE_INPUT = graph_of(*means("x"), dtype=TensorProto.INT64, axes=AXES)
+UNLOADABLE = graph_of(helper.make_node("Nonsense", ["x"], ["y"], domain="nobody.knows"))
+UNLOADABLE.opset_import.append(helper.make_opsetid("nobody.knows", 1))
 IDENTITY = helper.make_node("Identity", ["x"], ["y"])
 TWO_INPUTS = graph_of(*means("x"), axes=AXES)
 TWO_INPUTS.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["n"]))
@@ -362,10 +400,17 @@ WHOLE.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
         (ARGMAX, "float32 NCHW", r"2 images gave int64 \(2,\); a classifier gives one row"),
         (WHOLE, "float32 NCHW", r"2 images gave int64 \(2, 3\)"),
         (graph_of(IDENTITY), "float32 NCHW", r"2 images gave float32 \(2, 3, 4, 4\)"),
-        (graph_of(*means("x"), axes=AXES), "uint8 NCHW", "its input 'x' is float, not uint8; declare it as it is"),
+        (
+            graph_of(*means("x"), axes=AXES),
+            "uint8 NCHW",
+            "is float32, not uint8; declare it as it is: --input 'float32 NCHW'",
+        ),
+        (DOUBLE, "float32 NCHW", "'x' is float64, not float32; declare it as it is: --input 'float64 NCHW'"),
+        (WHOLE_INPUT, "uint8 NCHW", "its input 'x' is int64; images come as uint8, float32, float64, float16"),
         (graph_of(*means("x"), axes=AXES), "float32 NHWC 4x4x3", "the model says 3x4x4"),
         (graph_of(*means("x"), axes=AXES), "float32 CHWN", "expected DTYPE LAYOUT"),
-        (graph_of(*means("x"), axes=AXES), "float64 NCHW", "expected DTYPE LAYOUT"),
+        (graph_of(*means("x"), axes=AXES), "bfloat16 NCHW", "expected DTYPE LAYOUT .* one of uint8, float32, float64"),
+        (UNLOADABLE, "float32 NCHW", "cannot load it"),
         (onnx.ModelProto(), "float32 NCHW", "not readable as ONNX"),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gating.policy import Criterion
 from gating.verdict import EXIT_CODES, Claim, Judgement, Standing, claims, decide, one_look
+from robustness.errors import BadInput
 from robustness.statistics import lower_bound, upper_bound
 
 CLASSES = ("cat", "dog", "ship")
@@ -92,15 +93,33 @@ def test_blocks_do_not_matter(outcomes: list[bool], size: int) -> None:
 
 
 def test_each_class_is_a_claim_of_its_own() -> None:
-    """A floor for classes is one claim a class, about as many images as it has; an empty class claims nothing."""
-    labels = np.array([0, 0, 0, 2])
+    """A floor for classes is one claim a class, about as many images as it has."""
+    labels = np.array([0, 0, 1, 0, 2])
     floor, overall = Criterion("class_robust_accuracy", 0.2, 0.95), robust(0.4)
     found = claims([overall, floor], CLASSES, labels)
     assert [(str(claim), claim.population) for claim in found] == [
-        ("robust_accuracy >= 0.4 at 95 %", 4),
+        ("robust_accuracy >= 0.4 at 95 %", 5),
         ("class_robust_accuracy >= 0.2 at 95 %, class cat", 3),
+        ("class_robust_accuracy >= 0.2 at 95 %, class dog", 1),
         ("class_robust_accuracy >= 0.2 at 95 %, class ship", 1),
     ]
+
+
+@pytest.mark.parametrize("metric", ["class_robust_accuracy", "class_clean_accuracy"])
+def test_a_class_without_images_is_bad_input(metric: str) -> None:
+    """What cannot be tested is not met: the class is named, and nothing is left out in silence."""
+    floor = Criterion(metric, 0.2, 0.95)
+    with pytest.raises(
+        BadInput, match=rf"criterion '{metric} >= 0\.2 at 95 %': the test part has no image of class dog;"
+    ):
+        claims([robust(0.4), floor], CLASSES, np.array([0, 0, 2]))
+    with pytest.raises(BadInput, match="no image of class dog, ship; add images"):
+        claims([floor], CLASSES, np.array([0, 0]))
+    many = tuple(str(number) for number in range(1000))
+    with pytest.raises(BadInput, match="class 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 989 more") as caught:
+        claims([floor], many, np.array([0]))
+    assert len(str(caught.value)) < 300
+    assert len(claims([robust(0.4)], CLASSES, np.array([0, 0]))) == 1  # nothing was asked about classes
 
 
 def test_precedence() -> None:
@@ -110,5 +129,6 @@ def test_precedence() -> None:
     assert decide(["met", "open"], finding) == "suspect"
     assert decide(["met", "open"], []) == "inconclusive"
     assert decide(["met"], [], ["no_gradients"]) == "inconclusive"
+    assert decide(["met", "open"], finding, ["not_finite"]) == "failed"
     assert decide(["met"], []) == "passed"
     assert EXIT_CODES == {"passed": 0, "failed": 1, "inconclusive": 3, "suspect": 4}

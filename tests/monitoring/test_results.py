@@ -131,9 +131,11 @@ def test_small_logits_are_not_held_to_smaller_differences() -> None:
 
 
 def test_a_difference_is_always_a_number() -> None:
-    """Also of the largest floats, and of logits for other classes."""
+    """Also of the largest floats, of logits for other classes, and where one side is not finite."""
     huge = np.full((1, 2), np.finfo(np.float32).max)
-    for found in (-huge, np.zeros((1, 3), np.float32)):
-        result = compared(found, huge / 1e30, 1e-3)
+    wild = np.array([[0, np.nan]], np.float32)
+    pairs = [(-huge, huge / 1e30), (np.zeros((1, 3), np.float32), huge), (wild, huge), (huge, wild), (wild, wild)]
+    for found, expected in pairs:
+        result = compared(found, expected, 1e-3)
         assert result.mismatches == 1
         json.dumps(result.difference, allow_nan=False)

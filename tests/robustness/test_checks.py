@@ -117,6 +117,29 @@ def test_a_model_that_is_never_right_is_no_finding(fragile: Classifier, digits: 
     assert {"right on none" in result.why for result in results if "images" in CHECKS[result.check].needs} == {True}
 
 
+def test_no_number_is_no_randomness(fragile: Classifier, digits: Dataset) -> None:
+    """An image whose logits are never finite differs from itself in nothing; one that sometimes is, in everything."""
+    answer, asked = exactly(fragile), [0]
+
+    def steady(x: torch.Tensor) -> torch.Tensor:
+        return torch.where((x.mean(dim=(1, 2, 3)) > 0.36)[:, None], torch.nan, answer(x))
+
+    def shaky(x: torch.Tensor) -> torch.Tensor:
+        asked[0] += 1
+        return steady(x) if asked[0] == 1 else answer(x)
+
+    for decide, outcome in ((steady, "clear"), (shaky, "raised")):
+        e = Examination(
+            None, decide, digits.x_test[:64], digits.y_test[:64], Threat("linf", 8 / 255), grid=True, seed=0
+        )
+        assert not e.logits.isfinite().all()
+        assert CHECKS["outputs_differ"].run(e).outcome == outcome
+        if outcome == "clear":
+            assert CHECKS["batch_dependent"].run(e).outcome == "clear"
+            assert CHECKS["probabilities"].run(e).outcome == "clear"
+            assert not e.correct[~e.logits.isfinite().all(dim=1)].any()
+
+
 def test_a_result_is_a_row_of_the_report() -> None:
     """Results are strict JSON, infinite figures too."""
     result = Result("a", "raised", "b", "c", "d", {"largest": float("inf"), "images": 3, "part": "test"})

@@ -106,6 +106,38 @@ def test_adversarial_bytes_reproduce_the_verdict(model: Classifier, images: Any,
     assert outcome.evaluation.robust.k < outcome.evaluation.clean.k
 
 
+@pytest.mark.parametrize("wild", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_are_wrong(model: Classifier, images: Any, labels: Any, wild: float) -> None:
+    """argmax makes a class of them, which may be the right one: counted as wrong, and counted by themselves."""
+    shown, spoilt = to_float(torch.from_numpy(images)), list[int]()
+    target = model(shown).argmax(dim=1)
+
+    def decide(x: torch.Tensor) -> torch.Tensor:
+        logits = model(x)
+        rows = (x[:, None] == shown[None, ::2]).flatten(2).all(dim=2).any(dim=1)
+        spoilt.append(int(rows.sum()))
+        return torch.where(rows[:, None] & (torch.arange(logits.shape[1]) == 0), wild, logits)
+
+    outcome = evaluate(model, images, target.numpy(), Threat("linf", 1 / 255), [], decide=decide, grid=True)
+    assert outcome.evaluation.not_finite == spoilt[0] == len(images[::2])
+    assert outcome.evaluation.correct == tuple(number % 2 == 1 for number in range(len(images)))
+    assert Evaluation.from_json(outcome.evaluation.to_json()).not_finite == len(images[::2])
+
+
+def test_an_attack_that_reaches_no_number_has_fooled(model: Classifier, images: Any, labels: Any) -> None:
+    """A model that overflows one grey level away does not resist there."""
+    shown = to_float(torch.from_numpy(images))
+    target = model(shown).argmax(dim=1)
+
+    def decide(x: torch.Tensor) -> torch.Tensor:
+        same = (x[:, None] == shown[None]).flatten(2).all(dim=2).any(dim=1)
+        return torch.where(same[:, None], model(x), torch.nan)
+
+    attack = Attack.parse("fgsm")
+    outcome = evaluate(model, images, target.numpy(), Threat("linf", 1 / 255), [attack], decide=decide, grid=True)
+    assert (outcome.evaluation.clean.k, outcome.evaluation.robust.k) == (len(images), 0)
+
+
 def test_no_images_is_bad_input(model: Classifier, images: Any, labels: Any) -> None:
     """Nothing to look at is an error, not 100 %."""
     with pytest.raises(BadInput, match="no images"):

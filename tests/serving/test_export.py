@@ -103,6 +103,44 @@ def test_dropout_of_an_inference_graph_is_not_random() -> None:
     assert exporting.random_operators(model_with(helper.make_node("Dropout", ["x", "ratio"], ["y"]))) == []
 
 
+def test_a_run_without_numbers_is_refused(tmp_path: Path, run_directory: Path) -> None:
+    """A weight that is no number is the model's fault, not that of somebody's versions: exit code 1."""
+    run = shutil.copytree(run_directory, tmp_path / "run")
+    weights = load_file(run / "checkpoint.safetensors")
+    weights["net.fc.bias"][0] = torch.nan
+    save_file(weights, run / "checkpoint.safetensors")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["files"]["checkpoint.safetensors"] = sha256_of(run / "checkpoint.safetensors")
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Refused, match="its logits are not finite for 128 of 128 images of the test set") as caught:
+        exporting.export(run, tmp_path / "candidate")
+    assert (caught.value.exit_code, "versions" in str(caught.value)) == (1, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("wild", [np.nan, np.inf])
+def test_a_file_without_numbers_is_refused(tmp_path: Path, wild: float) -> None:
+    """The same of a foreign file, and how many of the images that it was asked about."""
+    last = helper.make_node("Add", ["m", "wild"], ["y"])
+    model = graph_of(*means("x", "m"), last, axes=AXES, wild=np.array([0, wild, 0], np.float32))
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(Refused, match="its logits are not finite for 64 of 64 images of smooth colours and noise"):
+        exporting.wrap(tmp_path / "foreign.onnx", tmp_path / "out", contract="float32 NCHW", labels=tuple("abc"))
+    assert [path.name for path in tmp_path.iterdir()] == ["foreign.onnx"]
+
+
+def test_a_file_of_float64_is_wrapped(tmp_path: Path) -> None:
+    """Its candidate takes bytes and answers in float32, as all do; what the gate knows as float64 Triton never sees."""
+    model = graph_of(*means("x"), dtype=TensorProto.DOUBLE, axes=AXES)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    onnx.save(model, tmp_path / "foreign.onnx")
+    exporting.wrap(tmp_path / "foreign.onnx", tmp_path / "out", contract="float64 NCHW", labels=tuple("abc"))
+    images = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    found = onnx_logits(tmp_path / "out" / "model.onnx", images)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, images.mean(axis=(1, 2)) / 255, rtol=1e-6)  # float32's own digits
+
+
 def test_random_graph_is_refused_and_nothing_is_written(
     tmp_path: Path, run_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
