@@ -7,6 +7,7 @@ from typing import Any
 
 from gating import summary
 from gating.summary import Report, percent
+from robustness.text import printable
 
 # GitHub drops a step's summary above 1 MiB; steps before ours have summaries of their own, and 64 KiB is for the cut.
 LIMIT = 960 * 1024
@@ -163,12 +164,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[st
 
 def _code(name: object) -> str:
     """A name from outside as a code span: nothing in it is markup."""
-    return "`" + " ".join(str(name).split()).replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + printable(" ".join(str(name).split())).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _text(sentence: str) -> str:
     """A sentence with names from outside in it: on one line, and what could begin markup escaped."""
-    text = " ".join(sentence.split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    text = printable(" ".join(sentence.split())).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
     for sign in "`*[]|":
         text = text.replace(sign, f"\\{sign}")
     return text

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from robustness.errors import BadInput
 from robustness.progress import Track, silent
+from robustness.text import why_not_local
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -60,6 +61,8 @@ class Dataset:
 
 def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
     """Load `digits`, `cifar10`, `npz` or `folder`; `path` is a file or folder, `image_size` a side."""
+    if why := why_not_local(path):  # a path that no configuration gave, such as --data-path
+        raise BadInput(f"data: path {path}: {why}")
     loaders = {
         "digits": lambda: _digits(),
         "cifar10": lambda: _npz(path, "cifar10") if path.endswith(".npz") else _cifar10(path),

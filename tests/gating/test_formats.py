@@ -18,6 +18,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from gating.formats import FILES, FORMATS, write_formats
 from gating.github import MOST, commands, publish
+from gating.html import html
 from gating.junit import junit
 from gating.markdown import LIMIT, markdown
 from gating.openmetrics import openmetrics
@@ -149,6 +150,18 @@ def test_markdown_tables_hold_whatever_the_names_are() -> None:
     assert found.replace("\\|", "").count("|") == 4
     assert "<script" not in found
     assert "\\[l\\](" in found
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[2J\x1b]0;t\x07", "\u202egpj\u2066", "\udcff", "\u2028::error::x"])
+def test_no_name_acts_on_a_terminal_or_a_page(hostile: str) -> None:
+    """Escapes and marks that turn the direction of reading are written out in every format that people read."""
+    report = sample(raised=("fgsm_beats_pgd",))
+    report["data"]["classes"][3] = report["candidate"]["name"] = hostile
+    report["checks"][1]["why"] = report["findings"][0]["why"] = report["criteria"][3]["criterion"] = hostile
+    lines = "\n".join(commands(report, Path("gate.toml")))
+    for page in (markdown(report), html(report, probes(report)), junit(report), lines):
+        assert hostile not in page
+        assert all(sign.isprintable() for sign in page if sign not in "\n\t")
 
 
 def test_markdown_stays_below_what_github_takes() -> None:

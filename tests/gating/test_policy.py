@@ -51,6 +51,10 @@ MISTAKES = {
     ),
     "only no_regression": (GOOD.replace("robust_accuracy >= 0.25", "no_regression"), r"no criterion is about robust"),
     "unknown statistics": ('statistics = "peeking"\n' + GOOD, r"statistics"),
+    "data in a bucket": (
+        GOOD.replace('"digits"', '"npz"\npath = "s3://b/x.npz"'),
+        r"data\.path: s3: is no folder here",
+    ),
     "empty block": (GOOD + "block = 0", r"attacks\.block"),
 }
 
