@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ import typer
 T = TypeVar("T")
 NICE = 10  # of the sidecar: beside a server of the same shell users come first; services and containers have weights
 # What a subcommand needs, if not `train`.
-SERVE = ("promote", "rollback", "status", "history", "prune", "retire", "verify", "card", "serve")
+SERVE = ("promote", "rollback", "repair", "status", "history", "prune", "retire", "verify", "card", "serve")
 EXTRAS = {
     **dict.fromkeys(SERVE, "serve"),
     **dict.fromkeys(("gateway", "apikey"), "gateway"),
@@ -43,13 +44,16 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:
         try:
+            for value in kwargs.values():
+                for path in value if isinstance(value, list) else [value]:
+                    require_local(path)
             code = function(*args, **kwargs) or 0
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except SystemExit as error:
             if error.code not in (130, 143):  # a signal's; any other is a model's own code that wants to end us
-                print(f"dfmcl: a model's code called sys.exit({error.code!r}), which decides nothing", file=sys.stderr)
+                warn(f"a model's code called sys.exit({error.code!r}), which decides nothing")
                 raise SystemExit(BROKEN) from None
             raise
         except BrokenPipeError:  # whoever read our output has left; nobody is there to be told
@@ -65,6 +69,18 @@ def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
     """Register a guarded subcommand under the function's name."""
     return app.command(name=function.__name__)(guarded(function))
+
+
+def require_local(path: object) -> None:
+    """BadInput for a path of another machine: a bucket's name would become a folder of this one, and exit code 0."""
+    from robustness.errors import BadInput
+    from robustness.text import why_not_local
+
+    if isinstance(path, Path):
+        typed = (text for word in sys.argv[1:] for text in (word, word.partition("=")[2]))
+        spelled = next((text for text in typed if text and Path(text) == path), str(path))  # a Path joins slashes
+        if why := why_not_local(spelled):
+            raise BadInput(f"{spelled}: {why}")
 
 
 def explain(error: Exception, subcommand: str) -> int:
@@ -85,7 +101,7 @@ def explain(error: Exception, subcommand: str) -> int:
         message += "; run again with --verbose and report it"
     if "--verbose" in sys.argv:
         traceback.print_exception(error)
-    print(f"dfmcl: {' '.join(message.split())}", file=sys.stderr)
+    warn(" ".join(message.split()))
     return int(code)
 
 
@@ -129,8 +145,24 @@ def stop_on_signals() -> threading.Event:
 
 
 def say(line: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(line, flush=True)
+    """Print one line at once, also into a pipe; a name or a reason in it, whoever chose it, starts no other."""
+    from robustness.text import printable
+
+    print(printable(line), flush=True)
+
+
+def say_page(text: str) -> None:
+    """Print lines of ours, with what others wrote in them."""
+    from robustness.text import printable
+
+    print(printable(text, keep="\n"), flush=True)
+
+
+def warn(line: str) -> None:
+    """Say one line on stderr."""
+    from robustness.text import printable
+
+    print(f"dfmcl: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def say_json(line: str) -> None:
@@ -419,7 +451,7 @@ def gate(
                 watch=watch,
             )
         if ranks.first:
-            say(markdown(report, details=False))
+            say_page(markdown(report, details=False))
             publish(report, policy, os.environ, say)
             say(f"evidence: {out}")
     finally:
@@ -435,7 +467,7 @@ def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]
     from gating.report import read_report
 
     report = read_report(evidence)
-    say(markdown(report, details=False))
+    say_page(markdown(report, details=False))
     return int(report["exit_code"])
 
 
@@ -573,7 +605,7 @@ def status(
     trust: Annotated[Path | None, typer.Option(help="Whose signature counts (TOML). Default: digests only.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> int:
-    """What a repository serves, by which verdict, and for how long: 0, or 1 where something would not be served."""
+    """What a repository serves, by which verdict, for how long: 0, or 1 where nothing or not all would be served."""
     import json
 
     from gating.trust import load_trust
@@ -581,28 +613,70 @@ def status(
 
     found = standings(repository, None if trust is None else load_trust(trust))
     if as_json:
-        say(json.dumps([row.to_json() for row in found], indent=2))
+        say_page(json.dumps([row.to_json() for row in found], indent=2))
     for row in [] if as_json else found:
         roles = {"champion": row.champion, "previous": row.previous, "candidate": row.candidate}
-        held = ", ".join(f"{role} {version}" for role, version in roles.items() if version is not None)
-        say(f"{row.model}: {held}; on disk {', '.join(map(str, row.versions))}; model.onnx {row.sha256[:12] or '?'}")
+        held = [f"{role} {version}" for role, version in roles.items() if version is not None]
+        named = "nothing is" if row.configured is None else f"version {row.configured} is not"
+        served = [] if row.champion is not None else [f"{named} served"]
+        on_disk = ", ".join(map(str, row.versions)) or "nothing"
+        say(f"{row.model}: {', '.join(served + held)}; on disk {on_disk}; model.onnx {row.sha256[:12] or '?'}")
         until = f"; holds until {row.expires[:10]}" if row.expires else ""
         say(f"  {row.trouble or '; '.join(row.criteria)}{until}")
-    return int(any(row.trouble for row in found))
+        if row.doubt:
+            say(f"  {row.doubt}")
+    damage = history_damage(repository)
+    if not found:
+        (warn if as_json else say)(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+    return int(damage or not found or any(row.trouble or row.doubt for row in found))
+
+
+def history_damage(repository: Path) -> bool:
+    """Warn of each line of the history that cannot be read; whether there is one."""
+    from serving.ledger import read_lines
+    from serving.repository import HISTORY, MEND
+
+    _, damaged = read_lines(repository)
+    for number, why in damaged:
+        warn(f"{repository / HISTORY}: line {number}: {why}; {MEND}")
+    return bool(damaged)
 
 
 @command
-def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> None:
-    """Every change of what a repository serves, oldest first."""
-    from serving.ledger import read_history
+def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> int:
+    """Every change of what a repository serves, oldest first: 0, or 1 where there is none or a line is damaged."""
+    from serving.ledger import read_lines
     from serving.promotion import require_repository
 
     require_repository(repository)
-    for change in read_history(repository, name):
+    changes = [change for change in read_lines(repository)[0] if name in (None, change.model)]
+    for change in changes:
         version = "nothing" if change.version is None else f"version {change.version}"
         before = "" if change.before is None else f", before {change.before}"
         why = f"; {change.reason}" if change.reason else ""
         say(f"{change.time}  {change.model}  {change.event}  {version}{before}, by {change.actor}{why}")
+    damage = history_damage(repository)
+    if not changes:
+        say(f"{repository}: no change{f' of {name}' if name else ''} was ever written down; `dfmcl promote` makes one")
+    return int(damage or not changes)
+
+
+@command
+def repair(
+    repository: REPOSITORY,
+    trust: TRUST,
+    name: Annotated[str | None, typer.Option(help="One model only. Default: all.")] = None,
+) -> int:
+    """Serve what verifies, whichever file was damaged, emptied or removed: 0, or 1 where a model stays unserved."""
+    from gating.trust import load_trust
+    from serving.repair import repair as run_repair
+
+    found = run_repair(repository, load_trust(trust), name=name)
+    for row in found:
+        say(f"{row.about}: {row.said}")
+    if not found:
+        say(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+    return int(not found or not all(row.whole for row in found))
 
 
 @command
@@ -685,7 +759,7 @@ def serve(
     from serving.supervisor import serve as run_server
 
     if print_docker:
-        say(docker_command(repository, {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}, gpu=gpu))
+        say_page(docker_command(repository, {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}, gpu=gpu))
         return 0
     return run_server(
         repository,
@@ -720,7 +794,7 @@ def apikey(name: Annotated[str, typer.Argument(help="Whose key it is; it stands 
     from serving.gateway_config import new_key
 
     key, table = new_key(name)
-    say(f"{key}\n\n{table}")
+    say_page(f"{key}\n\n{table}")
 
 
 @command
@@ -777,12 +851,15 @@ def capacity(
     speed = images_per_second_per_replica or measured_images_per_second(MEASURED)
     replica = Replica(speed, utilisation, ready_seconds, hourly)
     loads = [Load(requests, images_per_request, probe_images_per_second) for requests in requests_per_second]
-    say(table(plan(load, replica) for load in loads))
-    say(f"\nA replica answers {speed:,.0f} images a second; {1e6 / speed:,.0f} s of one for a million images.")
+    say_page(table(plan(load, replica) for load in loads))
+    say_page(f"\nA replica answers {speed:,.0f} images a second; {1e6 / speed:,.0f} s of one for a million images.")
 
 
 def main() -> None:
     """Entry point of the console command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends nothing
     arguments = sorted(sys.argv[1:], key=lambda argument: argument != "--verbose")  # stable: only --verbose moves
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds, so that staging is cleared
     try:
@@ -790,7 +867,7 @@ def main() -> None:
     except Exception as error:  # typer's usage errors have no public class in common
         if not hasattr(error, "format_message"):
             raise
-        print(f"dfmcl: {error.format_message().rstrip('.')}; see dfmcl --help", file=sys.stderr)
+        warn(f"{' '.join(error.format_message().split()).rstrip('.')}; see dfmcl --help")
         raise SystemExit(2) from None
 
 

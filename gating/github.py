@@ -9,6 +9,7 @@ from typing import Any
 from gating import summary
 from gating.markdown import markdown
 from gating.summary import Report
+from robustness.text import printable
 
 # GitHub shows this many of a kind for one step and drops the rest.
 MOST = 10
@@ -73,6 +74,7 @@ def _command(level: str, policy: Path, line: int, title: str, message: str) -> s
 
 def _escaped(text: str, also: str = "") -> str:
     """As workflow commands want it: a line break or a comma of ours must not end the command or a property."""
+    text = printable(text, keep="\r\n")
     for sign in ("%", "\r", "\n", *also):
         text = text.replace(sign, f"%{ord(sign):02X}")
     return text

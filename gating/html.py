@@ -16,6 +16,7 @@ from gating import charts, summary
 from gating.gallery import gallery
 from gating.markdown import NEWLY_BROKEN
 from gating.summary import Probes, Report
+from robustness.text import printable
 from robustness.threat import Threat
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
@@ -39,6 +40,7 @@ def html(report: Report, probes: Probes) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: printable(value, keep="\n") if type(value) is str else value,  # what is Markup is ours
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -9,6 +9,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from gating import summary
 from gating.summary import Report, percent
+from robustness.text import printable
 
 # What XML 1.0 cannot hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -93,4 +94,4 @@ def _properties(element: Element, facts: Mapping[str, Any]) -> None:
 
 
 def _legal(value: object) -> str:
-    return _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", str(value))
+    return printable(_ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", str(value)), keep="\t\r\n")

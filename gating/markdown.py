@@ -9,6 +9,7 @@ from typing import Any
 
 from gating import summary
 from gating.summary import Report, percent
+from robustness.text import printable
 
 # A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and whoever posts the page adds some of his own.
 # Bytes here, of which a character takes one or more.
@@ -181,12 +182,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], what: str) -> 
 
 def _code(name: object) -> str:
     """A name from outside as a code span: nothing in it is markup."""
-    return "`" + summary.shortened(name, NAME).replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + printable(summary.shortened(name, NAME)).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def _text(sentence: str) -> str:
     """A sentence with names from outside in it: on one line, and what could begin markup escaped."""
-    text = " ".join(sentence.split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    text = printable(" ".join(sentence.split())).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
     for sign in "`*[]|":
         text = text.replace(sign, f"\\{sign}")
     return text

@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from robustness.config import Section, read_toml, validated
+from robustness.config import LocalPath, Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat, parse_eps
 
@@ -112,7 +112,7 @@ class DataSection(Section):
     """
 
     name: Literal["digits", "cifar10", "npz", "folder"]
-    path: str = ""
+    path: LocalPath = ""
     image_size: int = Field(0, ge=0)
     images: int = Field(0, ge=0)
 

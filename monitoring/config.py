@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from monitoring.probes import query_attack
 from robustness.attacks import Attack
-from robustness.config import Radius, Section, read_toml, validated
+from robustness.config import LocalPath, Radius, Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat
 
@@ -67,7 +67,7 @@ class Data(Section):
     """Where the images come from: the test part of a data set."""
 
     name: Literal["digits", "cifar10", "npz", "folder"]
-    path: str = ""
+    path: LocalPath = ""
     image_size: int = Field(0, ge=0)
 
 
@@ -96,8 +96,8 @@ class Probe(Section):
     attacks: AttackNames = Field(["mi-fgsm-10", "di-fgsm-10"], min_length=1)
     seed: int = Field(0, ge=0)
     threads: int = Field(1, ge=1)
-    crafted: str = ""
-    pause_file: str = ""
+    crafted: LocalPath = ""
+    pause_file: LocalPath = ""
 
 
 class Query(Section):
@@ -108,9 +108,9 @@ class Query(Section):
     """
 
     gateway: Url = ""
-    key_file: str = ""
-    clean_key_file: str = ""
-    ca: str = ""
+    key_file: LocalPath = ""
+    clean_key_file: LocalPath = ""
+    ca: LocalPath = ""
     attack: Annotated[str, AfterValidator(_is(query_attack))] = "square-100"
     images: int = Field(8, ge=1)
     every: int = Field(5, ge=1)
@@ -134,7 +134,7 @@ class Abort(Section):
 class Surrogates(Section):
     """Run directories of models that were trained apart from the served one."""
 
-    runs: Annotated[list[str], Field(min_length=1), AfterValidator(_is_set)]
+    runs: Annotated[list[LocalPath], Field(min_length=1), AfterValidator(_is_set)]
 
 
 class Release(Section):
@@ -145,9 +145,9 @@ class Release(Section):
     as a share of the largest one; a GPU with TF32 or TensorRT needs more than a CPU.
     """
 
-    repository: str = ""
-    evidence: str = ""
-    trust: str = ""
+    repository: LocalPath = ""
+    evidence: LocalPath = ""
+    trust: LocalPath = ""
     tolerance: float = Field(1e-3, gt=0, le=1)
 
     @model_validator(mode="after")
@@ -162,7 +162,7 @@ class Release(Section):
 class Record(Section):
     """Where finished rounds are written down, one JSON line each, and read again at the next start; "" for nowhere."""
 
-    path: str = ""
+    path: LocalPath = ""
     max_bytes: int = Field(64_000_000, ge=100_000)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from robustness.errors import BadInput
+from robustness.text import why_not_local
 from robustness.threat import parse_eps
 
 M = TypeVar("M", bound=BaseModel)
@@ -31,6 +32,13 @@ def _is_radius(text: str) -> str:
     return text
 
 
+def _is_local(text: str) -> str:
+    if why := why_not_local(text):
+        raise ValueError(why)
+    return text
+
+
+LocalPath = Annotated[str, AfterValidator(_is_local)]
 Radius = Annotated[str, AfterValidator(_is_radius)]
 
 

@@ -19,6 +19,7 @@ from robustness.archive import KEYS, classes_of, read_archive
 from robustness.errors import BadInput
 from robustness.folder import described, read_part
 from robustness.progress import Track, silent
+from robustness.text import why_not_local
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -68,6 +69,8 @@ class Dataset:
 
 def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
     """Load `digits`, `cifar10`, `npz` or `folder`; `path` is a file or folder, `image_size` a side."""
+    if why := why_not_local(path):  # a path that no configuration gave, such as --data-path
+        raise BadInput(f"data: path {path}: {why}")
     loaders = {
         "digits": lambda: _digits(),
         "cifar10": lambda: _npz(path, "cifar10", track) if path.endswith(".npz") else _cifar10(path),

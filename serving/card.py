@@ -10,7 +10,7 @@ from typing import Any
 from serving import repository as layout
 from serving.candidate import Manifest, read_manifest
 from serving.errors import BadInput, Broken
-from serving.promotion import Promoted, verify_release
+from serving.promotion import Promoted, require_repository, verify_release
 
 Record = Mapping[str, Any]
 
@@ -94,6 +94,7 @@ def write_card(run: Path, repository: Path, name: str, evaluation: Path | None =
     from, or another's record. Refused, NotAttested, BadEvidence: a release that
     does not hold.
     """
+    require_repository(repository)
     release = verify_release(repository, name)
     manifest, report = read_manifest(release.path), _read(release.path / layout.REPORT)
     training = _read(run / "manifest.json")

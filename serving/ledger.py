@@ -13,13 +13,15 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from serving import repository as layout
 from serving.errors import BadInput
 
-Kind = Literal["promoted", "rolled_back", "returned", "retired", "pruned", "failed", "recovered"]
+Kind = Literal["promoted", "rolled_back", "returned", "retired", "pruned", "failed", "recovered", "repaired"]
+Damage = tuple[int, str]  # a line's number, and why it is no event
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Event:
 
 
 def aliases(repository: Path) -> dict[str, Aliases]:
-    """The aliases by model, from what is served and the history."""
-    history = read_history(repository)
+    """The aliases by model, from what is served and the history, as far as it can be read."""
+    history, _ = read_lines(repository)
     served = _served(repository)
     return {
         name: Aliases(
@@ -72,18 +74,33 @@ def _served(repository: Path) -> dict[str, int | None]:
 
 def _previous(repository: Path, name: str, champion: int | None, history: list[Event]) -> int | None:
     """What was served last before the champion, lies there still, and was not returned from."""
-    changes = [change for change in history if change.model == name and change.event != "pruned"]
-    returned: set[int | None] = set()  # and not served since
+    served = served_lately([change for change in history if change.model == name])
+    there = layout.version_numbers(repository / name)
+    return next((version for version in served if version != champion and version in there), None)
+
+
+def served_lately(changes: list[Event]) -> list[int]:
+    """Versions of one model that its history says were served, the last one first, without those given up since."""
+    changes = [change for change in changes if change.event != "pruned"]
+    gone = given_up(changes)
+    named = [version for change in reversed(changes) for version in (change.version, change.before)]
+    return [version for version in dict.fromkeys(named) if version is not None and version not in gone]
+
+
+def given_up(changes: list[Event]) -> dict[int, str]:
+    """Versions of one model that could not be served and were not served since, and why."""
+    found: dict[int, str] = {}
     for change in changes:
-        returned.discard(change.version)
-        if change.event == "returned":
-            returned.add(change.before)
-    passed_over = {champion, None, *returned}
-    for change in reversed(changes):
-        for version in (change.version, change.before):
-            if version not in passed_over and (repository / name / str(version)).is_dir():
-                return version
-    return None
+        if change.version is not None and change.event not in ("failed", "pruned"):
+            found.pop(change.version, None)
+        if change.event in ("returned", "failed") and change.before is not None:
+            found[change.before] = change.reason
+    return found
+
+
+def last_served(changes: list[Event]) -> int | None:
+    """The version that one model's history says is served now; None where nothing is."""
+    return next((change.version for change in reversed(changes) if change.event != "pruned"), None)
 
 
 def write_aliases(repository: Path) -> None:
@@ -93,16 +110,69 @@ def write_aliases(repository: Path) -> None:
 
 
 def read_history(repository: Path, name: str | None = None) -> list[Event]:
-    """All changes, oldest first, of one model or of all."""
+    """All changes, oldest first, of one model or of all; BadInput where a line is damaged."""
+    events, damaged = read_lines(repository)
+    for number, why in damaged:
+        raise BadInput(f"{repository / layout.HISTORY}: line {number}: {why}; {layout.MEND}")
+    return [event for event in events if name in (None, event.model)]
+
+
+def events_of(repository: Path, name: str) -> list[Event]:
+    """The changes of one model that can be read, oldest first."""
+    return [event for event in read_lines(repository)[0] if event.model == name]
+
+
+def read_lines(repository: Path) -> tuple[list[Event], list[Damage]]:
+    """The changes that can be read, oldest first, and what cannot be."""
     path = repository / layout.HISTORY
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        events = [Event(**json.loads(line)) for line in lines]
+        lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: not readable: {error}; move it away, promotion begins a new one") from None
-    return [event for event in events if name in (None, event.model)]
+        return [], []
+    except OSError as error:
+        raise BadInput(f"{path}: not readable: {error.strerror or error}; {layout.MEND}") from None
+    events: list[Event] = []
+    damaged: list[Damage] = []
+    for number, line in enumerate(lines, 1):
+        if not line and number == len(lines):
+            continue
+        try:
+            events.append(_parsed(line))
+        except (ValueError, TypeError, RecursionError) as error:
+            damaged.append((number, f"not a change of this repository ({error})"))
+    return events, damaged
+
+
+def _parsed(line: bytes) -> Event:
+    """An event from its line; ValueError or TypeError where it is none: other programs write here too."""
+    change = Event(**json.loads(line))
+    datetime.fromisoformat(change.time)
+    if change.event not in get_args(Kind) or not layout.MODEL_NAME.fullmatch(change.model):
+        raise ValueError(f"{change.event!r} of {change.model!r}")
+    for number in (change.version, change.before):
+        if number is not None and (type(number) is not int or not layout.VERSION.fullmatch(str(number))):
+            raise ValueError(f"{number!r} is no version")
+    if not all(isinstance(text, str) for text in (change.sha256 or "", change.actor, change.reason)):
+        raise TypeError("sha256, actor and reason are texts")
+    return change
+
+
+def salvage(repository: Path) -> str:
+    """Keep what can be read of a damaged history, and the damaged file beside it; says so, or "" for a whole one."""
+    path = repository / layout.HISTORY
+    try:
+        events, damaged = read_lines(repository)
+        if not damaged:
+            return ""
+        lost = f"{len(damaged)} of its lines"
+    except BadInput:
+        events, lost = [], "all of it"
+    aside = next(
+        place for number in count(1) if not (place := path.with_name(f"{layout.HISTORY}.damaged-{number}")).exists()
+    )
+    path.rename(aside)
+    replace(path, "".join(f"{json.dumps(asdict(event))}\n" for event in events))
+    return f"{path}: {lost} could not be read; {len(events)} changes stay, and the damaged file is {aside.name} now"
 
 
 def record(repository: Path, events: Iterable[Event]) -> None:
@@ -130,10 +200,9 @@ def event(
 
 def settle(repository: Path) -> None:
     """Make good what a writer that died after its commit did not get to write."""
-    last: dict[str, int | None] = dict.fromkeys(layout.model_names(repository))
-    for change in read_history(repository):
-        if change.event != "pruned":
-            last[change.model] = change.version
+    history = read_history(repository)
+    names = dict.fromkeys([*layout.model_names(repository), *(change.model for change in history)])
+    last = {name: last_served([change for change in history if change.model == name]) for name in names}
     served = _served(repository)
     served |= {name: None for name in last if not (repository / name).exists()}
     last = {name: version for name, version in last.items() if name in served}

@@ -61,6 +61,9 @@ class Comparison:
 
 def compare(version: Path) -> Iterator[Comparison]:
     """Each provider and precision that ONNX Runtime has here. version: a promoted version's directory."""
+    for path in (version, version / MODEL):
+        if not path.exists():
+            raise BadInput(f"{path}: is not there; name a promoted version, such as models/digits/1")
     path = version / layout.PROBES
     try:
         probes = read_probes(path)

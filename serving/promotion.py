@@ -63,17 +63,17 @@ def promote(
         raise BadInput(f"{candidate / extra[0]}: not part of a candidate; remove it or export again")
     verify(candidate, evidence, trust, now)
     stage = partial(_stage_version, candidate, evidence, trust, now)
-    with _only_writer(repository):
+    with only_writer(repository) as done:
         _require_same_interface(repository, manifest, name)
         if not shadow:
-            promoted = _commit(repository, name, manifest, stage, threads)
-            _retire_shadow(repository, promoted)
+            promoted = _commit(repository, name, manifest, stage, threads, done)
+            _retire_shadow(repository, promoted, done)
             return promoted
         if layout.served_version(repository / name) is None:
             raise BadInput(
                 f"model {name!r}: is not served, so that nothing can stand in its shadow; promote without it"
             )
-        return _commit(repository, layout.checked_name(f"{name}{layout.SHADOW}"), manifest, stage, threads)
+        return _commit(repository, layout.checked_name(f"{name}{layout.SHADOW}"), manifest, stage, threads, done)
 
 
 def rollback(
@@ -91,29 +91,33 @@ def rollback(
     at `now`: an expired one needs a new verdict. Broken (5): the repository cannot be written.
     """
     require_repository(repository)
-    with _only_writer(repository):
-        served = _require_served(repository, name)
-        if version is None and (version := ledger.aliases(repository)[name].previous) is None:
-            raise Refused(f"model {name!r}: nothing was served before version {served}; name one with --version")
+    _require_printable(reason)
+    with only_writer(repository) as done:
+        if version is None:
+            served = _require_served(repository, name)
+            version = ledger.aliases(repository)[name].previous
+            if version is None:
+                raise Refused(f"model {name!r}: nothing was served before version {served}; name one with --version")
+        _require_model(repository, name)
+        _require_no_strangers(repository / name)
         directory = repository / name / str(version)
-        if not directory.is_dir():
+        if not layout.is_version(directory):
             on_disk = ", ".join(map(str, layout.version_numbers(repository / name)))
-            raise BadInput(f"model {name!r}: has no version {version}; on disk are {on_disk}")
-        _require_whole(directory)
-        verify(directory, directory, trust, now)
-        return _switch(repository, name, version, "rolled_back", reason)
+            raise BadInput(f"model {name!r}: has no version {version}; on disk are {on_disk or 'none'}")
+        verify_version(directory, trust, now)
+        return switch(repository, name, version, "rolled_back", done, reason)
 
 
 def give_back(repository: Path, name: str, version: int, reason: str) -> Promoted:
     """Return to a version that was live a moment ago, as the one after it does not answer as it should."""
-    with _only_writer(repository):
+    with only_writer(repository) as done:
         _require_served(repository, name)
-        return _switch(repository, name, version, "returned", reason)
+        return switch(repository, name, version, "returned", done, reason)
 
 
 def note_failure(repository: Path, promoted: Promoted, reason: str) -> None:
     """Write down that a version cannot be served, where nothing else is there to return to."""
-    with _only_writer(repository):
+    with only_writer(repository):
         change = ledger.event(promoted.model, "failed", promoted.version, promoted.version, promoted.sha256, reason)
         ledger.record(repository, [change])
 
@@ -130,20 +134,29 @@ def given_up(repository: Path, promoted: Promoted) -> str:
 
 
 def retire(repository: Path, name: str, *, reason: str = "") -> None:
-    """Take a model out of service, all its versions with it; its numbers stay taken. BadInput where there is none."""
+    """Take a model out of service, all its versions with it; its numbers stay taken. BadInput where there is none.
+
+    Also one that is damaged: what it serves need not be known to take it away.
+    """
     require_repository(repository)
-    with _only_writer(repository):
-        _retire(repository, name, _require_served(repository, name), reason)
+    _require_printable(reason)
+    with only_writer(repository) as done:
+        _require_model(repository, name)
+        _retire(repository, name, reason, done)
         shadow = f"{name}{layout.SHADOW}"
-        if (version := layout.served_version(repository / shadow)) is not None:
-            _retire(repository, shadow, version, f"{name} was retired")
+        if is_ours(repository, shadow):
+            _retire(repository, shadow, f"{name} was retired", done)
 
 
 def prune(repository: Path, name: str, *, keep: int = 3) -> list[int]:
-    """Remove old versions beyond the newest `keep`, never what is served or was before it; the numbers removed."""
+    """Remove old versions beyond the newest `keep`, never what is served or was before it; the numbers removed.
+
+    Not while anything is wrong with the model: an old version may be what brings it back.
+    """
     require_repository(repository)
-    with _only_writer(repository):
-        served = _require_served(repository, name)
+    with only_writer(repository) as done:
+        _require_served(repository, name)
+        served = verify_release(repository, name).version
         previous = ledger.aliases(repository)[name].previous
         versions = layout.version_numbers(repository / name)
         old = [number for number in versions[: len(versions) - keep] if number not in (served, previous)]
@@ -151,6 +164,7 @@ def prune(repository: Path, name: str, *, keep: int = 3) -> list[int]:
             # Out of Triton's sight at once; the lock's next holder removes what a crash leaves.
             removed = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository / name))
             (repository / name / str(number)).rename(removed / str(number))
+            done.append(f"{name} version {number} was removed")
             ledger.record(repository, [ledger.event(name, "pruned", number, None, None)])
             shutil.rmtree(removed)
         return old
@@ -163,100 +177,146 @@ def verify_release(repository: Path, name: str, trust: Trust | None = None, now:
     as they lie there: that finds what broke or was swapped by mistake, not who wrote the report.
     """
     model = repository / name
+    if not model.is_dir():
+        raise BadInput(f"{model}: no such model; there are {', '.join(layout.model_names(repository)) or 'none'}")
     version = layout.served_version(model)
     if version is None:
-        raise Refused(f"{model}: has no {layout.CONFIG}; `dfmcl promote` writes it")
-    # A library beside the model would replace the backend itself: docs of triton-inference-server/backend. Triton reads
-    # neither the card nor the surrogates, as it takes only numbered directories for versions.
-    strangers = [path for path in model.iterdir() if not _belongs_to_model(path)]
+        raise Refused(f"{model}: has no {layout.CONFIG}; {layout.MEND}")
+    _require_no_strangers(model)
     for path in [model / layout.CONFIG, *model.glob(layout.GPU_CONFIG)]:
         # The GPU's may still be an older version's, where a promotion was cut short.
         number = layout.served_version(model, str(path.relative_to(model)))
         directory = model / str(number)
-        strangers += [path for path in directory.glob("*") if path.name not in layout.VERSION_FILES]
-        if strangers:
-            raise Refused(f"{min(strangers)}: promotion did not write this; remove it")
-        _require_whole(directory)
-        if trust is None:
-            inspect(directory, directory)
-        else:
-            verify(directory, directory, trust, now)
-        layout.require_ours(path, verify_files(directory), name, int(number or 0))
+        manifest = verify_version(directory, trust, now)
+        layout.require_ours(path, manifest, name, int(number or 0))
     return Promoted(name, version, model / str(version), read_manifest(model / str(version)).model_sha256)
 
 
-def _belongs_to_model(path: Path) -> bool:
-    if path.name in (layout.CONFIG, layout.CARD):
-        return path.is_file()
-    if path.name == Path(layout.GPU_CONFIG).parent.name:
-        return path.is_dir() and [file.name for file in path.iterdir() if not file.name.startswith(layout.STAGING)] == [
-            Path(layout.GPU_CONFIG).name
-        ]
-    if path.name.startswith(layout.STAGING):  # what a promotion left that died; Triton reads no such name
-        return True
-    return path.is_dir() and (path.name.isdecimal() or path.name == layout.SURROGATES)
-
-
-def _require_whole(directory: Path) -> None:
+def verify_version(directory: Path, trust: Trust | None = None, now: datetime | None = None) -> Manifest:
+    """The manifest of a version that is whole and vouched for; as for a release, which has a config besides."""
+    if not layout.is_version(directory):
+        raise Refused(f"{directory}: is no version's directory, or is gone; {layout.MEND}")
+    if extra := sorted({path.name for path in directory.iterdir()} - layout.VERSION_FILES):
+        raise Refused(f"{directory / extra[0]}: promotion did not write this; remove it")
     if absent := [file for file in sorted(layout.VERSION_FILES) if not (directory / file).is_file()]:
-        raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; promote again")
+        raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; {layout.MEND}")
+    if trust is None:
+        inspect(directory, directory)
+    else:
+        verify(directory, directory, trust, now)
+    return verify_files(directory)
+
+
+def _require_no_strangers(model: Path) -> None:
+    if found := layout.strangers(model):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise Refused(f"{found[0]}: promotion did not write this{more}; remove it")
+
+
+def _require_printable(reason: str) -> None:
+    """A reason is shown on terminals for years; line ends become spaces, but nothing in it may act there."""
+    if bad := [sign for sign in " ".join(reason.split()) if not sign.isprintable()]:
+        raise BadInput(f"--reason: holds {bad[0]!a}, which does not print; write plain text")
 
 
 def require_repository(repository: Path) -> None:
     """BadInput where there is no such directory: a typing error must not look like an empty repository."""
     if not repository.is_dir():
         raise BadInput(f"{repository}: no such directory; name a model repository that `dfmcl promote` wrote")
+    try:
+        next(repository.iterdir(), None)
+    except OSError as error:
+        raise BadInput(f"{repository}: cannot be read: {error.strerror or error}") from None
+
+
+def is_ours(repository: Path, name: str) -> bool:
+    """Whether promotion made a model's directory, whatever has been damaged in it since."""
+    model = repository / name
+    if not model.is_dir():
+        return False
+    if any((model / str(number) / MANIFEST).exists() for number in layout.version_numbers(model)):
+        return True
+    return ledger.last_served(ledger.events_of(repository, name)) is not None
+
+
+def served_or_none(model: Path) -> int | None:
+    """The version that a model's config.pbtxt names; None where it names none, for whatever reason."""
+    try:
+        return layout.served_version(model)
+    except BadInput:
+        return None
 
 
 def _require_served(repository: Path, name: str) -> int:
-    version = layout.served_version(repository / layout.checked_name(name))
+    _require_model(repository, name)
+    version = layout.served_version(repository / name)
     if version is None:
-        known = ", ".join(layout.model_names(repository)) or "none"
-        raise BadInput(f"{repository / name}: is not served; models there: {known}")
+        raise BadInput(f"{repository / name}: has no {layout.CONFIG}; {layout.MEND}")
     return version
 
 
+def _require_model(repository: Path, name: str) -> None:
+    if not is_ours(repository, layout.checked_name(name)):
+        known = ", ".join(layout.model_names(repository)) or "none"
+        raise BadInput(f"{repository / name}: is not served; models there: {known}")
+
+
 def _commit(
-    repository: Path, name: str, manifest: Manifest, stage: Callable[[Path], None], threads: int | None
+    repository: Path,
+    name: str,
+    manifest: Manifest,
+    stage: Callable[[Path], None],
+    threads: int | None,
+    done: list[str],
 ) -> Promoted:
     model = repository / name
-    served = layout.served_version(model)
-    if served is None and model.exists():
-        raise BadInput(f"{model}: exists without {layout.CONFIG}, so promotion did not write it; remove it")
+    new = not model.exists()
+    if not new:
+        if not is_ours(repository, name):
+            raise BadInput(f"{model}: promotion did not write this; move it away, or take another name")
+        _require_no_strangers(model)
     if threads is None:
-        threads = 0 if served is None else layout.threads_of(model)
+        threads = _threads(model)
     version = 1 + max([0, *layout.version_numbers(model), *ledger.versions_remembered(repository, name)])
     configs = layout.configs(manifest, name, version, threads=threads)
     # A first version is staged where it appears. Later ones inside the model's directory, as Triton without explicit
     # model control takes every directory of the repository for a model.
-    staged = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository if served is None else model))
+    staged = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository if new else model))
     try:
         stage(staged / str(version))
-        if served is None:
+        if new:
             for path, text in configs.items():
                 (staged / path).parent.mkdir(exist_ok=True)
                 ledger.write(staged / path, text)
-            _let_all_read(staged)
+            let_all_read(staged)
             ledger.sync(staged)
             staged.rename(model)  # the commit
+            done.append(f"{name} version {version} is served")
             ledger.sync(repository)
         else:
-            _let_all_read(staged / str(version))
+            let_all_read(staged / str(version))
             (staged / str(version)).rename(model / str(version))
+            done.append(f"{name} version {version} lies there")
             ledger.sync(model)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    if served is None:
+    if new:
         change = ledger.event(name, "promoted", version, None, manifest.model_sha256)
         ledger.record(repository, [change])
         return Promoted(name, version, model / str(version), manifest.model_sha256)
-    return _switch(repository, name, version, "promoted", threads=threads)
+    return switch(repository, name, version, "promoted", done, threads=threads)
 
 
-def _let_all_read(directory: Path) -> None:
+def _threads(model: Path) -> int:
+    """As the model's config has it; ONNX Runtime's own choice where it cannot be read."""
+    return 0 if served_or_none(model) is None else layout.threads_of(model)
+
+
+def let_all_read(directory: Path) -> None:
     """Triton may run as another user than the one who promotes, whatever that one's umask is."""
     for path in [directory, *directory.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        if not path.is_symlink():  # the file behind one is not ours
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _make_readable(directory: Path) -> None:
@@ -264,58 +324,83 @@ def _make_readable(directory: Path) -> None:
     directory.chmod(0o755)
 
 
-def _switch(
-    repository: Path, name: str, version: int, kind: ledger.Kind, reason: str = "", threads: int | None = None
+def switch(
+    repository: Path,
+    name: str,
+    version: int,
+    kind: ledger.Kind,
+    done: list[str],
+    reason: str = "",
+    threads: int | None = None,
 ) -> Promoted:
-    """Make a version that lies there the one that is served."""
+    """Make a version that lies there the one that is served.
+
+    done: what was changed already, to be told where a later step fails.
+    """
     model = repository / name
     manifest = read_manifest(model / str(version))
     promoted = Promoted(name, version, model / str(version), manifest.model_sha256)
-    served = layout.served_version(model)
-    threads = layout.threads_of(model) if threads is None else threads
+    served = _served_until_now(repository, name)
+    threads = _threads(model) if threads is None else threads
     for path, text in layout.configs(manifest, name, version, threads=threads).items():
         _make_readable((model / path).parent)
         ledger.replace(model / path, text)  # the last of them is the commit
+        done.append(f"{name}/{path} names version {version}")
     ledger.record(repository, [ledger.event(name, kind, version, served, manifest.model_sha256, reason)])
     return promoted
 
 
-def _let_gpu_follow(model: Path) -> None:
+def _served_until_now(repository: Path, name: str) -> int | None:
+    """As the config says, or where that is damaged, the history."""
+    served = served_or_none(repository / name)
+    return ledger.last_served(ledger.events_of(repository, name)) if served is None else served
+
+
+def let_gpu_follow(model: Path) -> None:
     """Where a writer died between the two configs, the one that is the commit decides."""
     version, path = layout.served_version(model), model / layout.GPU_CONFIG
-    texts = layout.configs(read_manifest(model / str(version)), model.name, int(version or 0))
-    if not path.is_file() or path.read_text(encoding="utf-8") != texts[layout.GPU_CONFIG]:
+    text = layout.configs(read_manifest(model / str(version)), model.name, int(version or 0))[layout.GPU_CONFIG]
+    if not path.is_file() or path.read_bytes() != text.encode():
         _make_readable(path.parent)
-        ledger.replace(path, texts[layout.GPU_CONFIG])
+        ledger.replace(path, text)
 
 
-def _retire_shadow(repository: Path, promoted: Promoted) -> None:
+def _retire_shadow(repository: Path, promoted: Promoted, done: list[str]) -> None:
     """The same bytes need no shadow once they are served; other bytes stay there."""
     shadow = f"{promoted.model}{layout.SHADOW}"
-    version = layout.served_version(repository / shadow)
-    if version is None or read_manifest(repository / shadow / str(version)).model_sha256 != promoted.sha256:
-        return
-    _retire(repository, shadow, version, f"{promoted.model} serves it as version {promoted.version}")
+    version = served_or_none(repository / shadow)
+    with suppress(BadInput):  # a damaged shadow is no reason to fail, and stays for `dfmcl repair`
+        if version is None or read_manifest(repository / shadow / str(version)).model_sha256 != promoted.sha256:
+            return
+        _retire(repository, shadow, f"{promoted.model} serves it as version {promoted.version}", done)
 
 
-def _retire(repository: Path, name: str, served: int, reason: str) -> None:
+def _retire(repository: Path, name: str, reason: str, done: list[str]) -> None:
+    served = _served_until_now(repository, name)
     removed = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository))
     (repository / name).rename(removed / name)
+    done.append(f"{name} is out of service")
     ledger.sync(repository)
     ledger.record(repository, [ledger.event(name, "retired", None, served, None, reason)])
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def _require_same_interface(repository: Path, new: Manifest, name: str) -> None:
-    served = layout.served_version(repository / name)
-    if served is None:
-        return
-    old = read_manifest(repository / name / str(served))
-    if new.interface != old.interface:
+    old = _last_manifest(repository, name)
+    if old is not None and new.interface != old.interface:
         raise Refused(
             f"model {name!r} takes {old.input_shape} and has {len(old.labels)} labels; this candidate takes "
             f"{new.input_shape} and has {len(new.labels)}, or other names: promote it under another name"
         )
+
+
+def _last_manifest(repository: Path, name: str) -> Manifest | None:
+    """Of the version that is served, or where that is damaged, of the newest one that can be read."""
+    model = repository / name
+    for version in (served_or_none(model), *reversed(layout.version_numbers(model))):
+        with suppress(BadInput):
+            return read_manifest(model / str(version))
+    return None
 
 
 def _stage_version(candidate: Path, evidence: Path, trust: Trust, now: datetime | None, directory: Path) -> None:
@@ -335,31 +420,58 @@ def _stage_version(candidate: Path, evidence: Path, trust: Trust, now: datetime 
 
 
 @contextmanager
-def _only_writer(repository: Path) -> Iterator[None]:
-    """Hold the repository's lock, and make good what writers that died left behind."""
+def only_writer(repository: Path, *, settle: bool = True) -> Iterator[list[str]]:
+    """Hold the repository's lock, and make good what writers that died left behind.
+
+    Yields a list that a change adds to with each step that cannot be taken back, so that the error of a later one tells
+    the truth. settle: whether what dead writers did not write down is written down first, which a damaged history
+    forbids.
+    """
+    done: list[str] = []
     try:
         repository.mkdir(parents=True, exist_ok=True)
-        with (repository / LOCK).open("w") as lock:
-            _take(lock, repository)
-            for stale in [
-                path for depth in ("", "*/", "*/*/") for path in repository.glob(f"{depth}{layout.STAGING}*")
-            ]:
-                if stale.is_dir():
-                    shutil.rmtree(stale)
-                else:
-                    stale.unlink()
-            for name in layout.model_names(repository):
-                with suppress(BadInput):  # a model that somebody damaged is no reason to hold up the others
-                    _let_gpu_follow(repository / name)
-            ledger.settle(repository)
-            yield
+        with _locked(repository):
+            _clear_staging(repository)
+            if settle:
+                for name in layout.model_names(repository):
+                    with suppress(BadInput):  # a model that somebody damaged is no reason to hold up the others
+                        let_gpu_follow(repository / name)
+                ledger.settle(repository)
+            yield done
     except OSError as error:
-        raise Broken(f"{error.filename or repository}: {error.strerror or error}; nothing was changed") from None
+        state = f"before that, {', '.join(done)}; repeat the command" if done else "nothing was changed"
+        raise Broken(f"{error.filename or repository}: {error.strerror or error}; {state}") from None
 
 
-def _take(lock: IO[str], repository: Path) -> None:
+def _clear_staging(repository: Path) -> None:
+    for stale in [path for depth in ("", "*/", "*/*/") for path in repository.glob(f"{depth}{layout.STAGING}*")]:
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(repository: Path) -> Iterator[None]:
+    """Hold the file that says who may write; anew where somebody removed it meanwhile, as two would hold two files."""
+    path, deadline = repository / LOCK, time.monotonic() + LOCK_SECONDS
+    while True:
+        with path.open("w") as lock:
+            _take(lock, repository, deadline)
+            if _is_file_at(lock, path):
+                yield
+                return
+
+
+def _is_file_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _take(lock: IO[str], repository: Path, deadline: float) -> None:
     """Wait for whoever is changing the repository, but not for ever."""
-    deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

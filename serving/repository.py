@@ -41,6 +41,9 @@ PROBE_PRIORITY = 2  # for a Triton whose config has priority levels: there users
 
 # A letter first: what starts with a dot or a dash is a hidden file or a flag to other programs.
 MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+# As promotion writes them: Triton takes 004 for version 4, and two directories for one version are one too many.
+VERSION = re.compile(r"[1-9][0-9]{0,17}")
+MEND = "`dfmcl repair` mends it"
 
 
 def checked_name(name: str) -> str:
@@ -121,7 +124,7 @@ def parse_config(text: str, where: str | Path) -> Any:
     try:
         text_format.Parse(text, config)
     except text_format.ParseError as error:
-        raise BadInput(f"{where}: not a Triton model configuration: {error}") from None
+        raise BadInput(f"{where}: not a Triton model configuration ({error}); {MEND}") from None
     return config
 
 
@@ -130,19 +133,17 @@ def read_config(path: Path) -> Any:
     try:
         return parse_config(path.read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"{path}: not readable ({getattr(error, 'strerror', None) or 'not text'}); promote again"
-        ) from None
+        raise BadInput(f"{path}: not readable ({getattr(error, 'strerror', None) or 'not text'}); {MEND}") from None
 
 
 def served_version(model: Path, config: str = CONFIG) -> int | None:
     """The one version that a model directory's config.pbtxt serves; None where there is no config."""
     path = model / config
-    if not path.exists():
+    if not _lies_there(path):
         return None
     versions = read_config(path).version_policy.specific.versions
-    if len(versions) != 1:
-        raise BadInput(f"{path}: serves versions {list(versions)}, expected exactly one; promote again")
+    if len(versions) != 1 or not VERSION.fullmatch(str(versions[0])):
+        raise BadInput(f"{path}: serves versions {list(versions)}, expected exactly one, from 1 on; {MEND}")
     return int(versions[0])
 
 
@@ -161,16 +162,57 @@ def require_ours(path: Path, manifest: Manifest, name: str, version: int) -> Non
     threads = read_config(path).parameters["intra_op_thread_count"].string_value
     expected = configs(manifest, name, version, threads=int(threads) if threads.isdecimal() else 0)[kind]
     if path.read_text(encoding="utf-8") != expected:
-        raise Refused(
-            f"{path}: is not what promotion writes for version {version}; dfmcl rollback --version {version} mends it"
-        )
+        raise Refused(f"{path}: is not what promotion writes for version {version}; {MEND}")
+
+
+def is_version(path: Path) -> bool:
+    """Whether a path is a version's directory as promotion names them: 4, but not 004, +4 or a link."""
+    return bool(VERSION.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
 
 
 def version_numbers(model: Path) -> list[int]:
     """The versions on disk, ascending, served or not."""
-    return sorted(int(path.name) for path in model.glob("*") if path.name.isdecimal())
+    return sorted(int(path.name) for path in model.glob("*") if is_version(path))
+
+
+def strangers(model: Path) -> list[Path]:
+    """Paths in a model's directory that promotion did not write.
+
+    A library beside the model would replace the backend itself: docs of triton-inference-server/backend. Triton reads
+    neither the card nor the surrogates, as it takes only numbered directories for versions.
+    """
+    return sorted(stranger for path in model.iterdir() for stranger in _strangers_at(path))
+
+
+def _strangers_at(path: Path) -> list[Path]:
+    gpu = Path(GPU_CONFIG)
+    if path.name.startswith(STAGING):  # what a promotion left that died; Triton reads no such name
+        return []
+    if path.name in (CONFIG, CARD):
+        return [] if path.is_file() else [path]
+    if path.name == gpu.parent.name and path.is_dir():
+        return [file for file in path.iterdir() if file.name != gpu.name and not file.name.startswith(STAGING)]
+    if is_version(path):
+        return [file for file in path.iterdir() if file.name not in VERSION_FILES]
+    return [] if path.is_dir() and path.name == SURROGATES else [path]
 
 
 def model_names(repository: Path) -> list[str]:
-    """The promoted models: directories with a config.pbtxt."""
-    return sorted(path.parent.name for path in repository.glob(f"[!.]*/{CONFIG}"))
+    """The promoted models: directories with a config.pbtxt, whatever stands in it."""
+    return [name for name in folders(repository) if _lies_there(repository / name / CONFIG)]
+
+
+def folders(repository: Path) -> list[str]:
+    """Directories that may be a model's by their names; none where there is no repository."""
+    return sorted(path.name for path in repository.glob("*") if MODEL_NAME.fullmatch(path.name) and path.is_dir())
+
+
+def _lies_there(path: Path) -> bool:
+    """Whether a file is there, also where its directory may not be entered: what is unreadable is not retired."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True

@@ -27,7 +27,7 @@ EXCEPTIONS = {
     "serving/images.py": {"robustness.pictures"},  # one definition of an image, in training and at the gateway
 } | {
     f"serving/{name}.py": {"gating.attestation", "gating.probes"}
-    for name in ("known_answers", "parity", "promotion", "status", "supervisor")
+    for name in ("known_answers", "parity", "promotion", "repair", "status", "supervisor")
 }
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import mmap
 import os
 import shutil
@@ -12,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
+import typer
 
 import dfmcl
 from robustness.errors import Refused
@@ -324,3 +328,174 @@ def test_repository_that_cannot_be_written_is_broken(tmp_path: Path, standard_ru
     assert result.returncode == 5
     assert "cannot be written" in result.stderr
     assert shutil.which("dfmcl", path=COMMAND.parent)
+
+
+COMMANDS = {command.name: inspect.unwrap(command.callback) for command in dfmcl.app.registered_commands}
+
+
+def path_options() -> list[tuple[str, str]]:
+    """Every command with each of its parameters that is a path."""
+    hints = {name: get_type_hints(function) for name, function in COMMANDS.items()}
+    return [(name, key) for name, found in hints.items() for key, hint in found.items() if "Path" in str(hint)]
+
+
+def call_with(name: str, option: str, value: str) -> list[str]:
+    """A call of a command with this value, and something for everything else that it must be given."""
+    words, rest = [name], []
+    hints = get_type_hints(COMMANDS[name], include_extras=True)
+    for key, parameter in inspect.signature(COMMANDS[name]).parameters.items():
+        about = getattr(hints[key], "__metadata__", [None])[0]
+        given = value if key == option else "1" if "float" in str(hints[key]) else "here"
+        if isinstance(about, typer.models.ArgumentInfo):
+            rest.append(given)
+        elif key == option or parameter.default is inspect.Parameter.empty:
+            words += [(about.param_decls or [f"--{key.replace('_', '-')}"])[0], given]
+    return [*words, "--", *rest] if rest else words
+
+
+def called(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> tuple[object, str, str]:
+    """Exit code, stdout and stderr of a call in this process."""
+    monkeypatch.setattr(sys, "argv", ["dfmcl", *arguments])
+    with signals_put_back(), pytest.raises(SystemExit) as ended:
+        dfmcl.main()
+    return ended.value.code, *capfd.readouterr()
+
+
+@pytest.mark.parametrize(("command", "option"), path_options())
+def test_no_path_of_any_command_is_an_address(
+    command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A bucket's name must not become a folder ./s3: and exit code 0: it is bad input, and nothing is made of it."""
+    monkeypatch.chdir(tmp_path)
+    for url in ("s3://bucket/models", "models:/digits/1", "file:///tmp/models"):
+        code, out, err = called(call_with(command, option, url), monkeypatch, capfd)
+        assert (code, out) == (2, ""), err
+        assert err.startswith(f"dfmcl: {url}: {url.partition(':')[0]}: is no folder here")
+        assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "hf", "az", "https", "abfss", "hdfs", "S3", "x-new+one.2"])
+def test_any_scheme_is_an_address_but_where_it_is_a_folder(
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of this machine may be called so; what is written as a URL is one all the same."""
+    monkeypatch.chdir(tmp_path)
+    assert called(["status", "--repository", f"{scheme}:models"], monkeypatch, capfd)[0] == 2
+    assert called(["history", f"--repository={scheme}://b/models"], monkeypatch, capfd)[0] == 2
+    (tmp_path / f"{scheme}:" / "models").mkdir(parents=True)
+    code, out, _ = called(["status", "--repository", f"{scheme}:/models"], monkeypatch, capfd)
+    assert (code, out) == (1, f"{scheme}:/models: holds no promoted model; `dfmcl promote` adds one\n")
+    assert called(["status", "--repository", f"{scheme}://models"], monkeypatch, capfd)[0] == 2
+
+
+@pytest.mark.parametrize("path", ["s3://b/x.npz", "gs:b", "hf://datasets/x"])
+def test_no_path_of_a_configuration_is_an_address(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The error names the key, before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = called(["train", "quickstart", "--out", "run", "--set", f"data.path={path}"], monkeypatch, capfd)
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert "data.path: " in err
+    assert "is no folder here" in err
+
+
+def test_what_others_wrote_does_not_act_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Names of files and reasons in a history that came from elsewhere are shown, with their signs written out."""
+    evil = "\x1b[2J\u202egpj\n::error::pwned"
+    (tmp_path / evil).mkdir()
+    code, out, err = called(["status", "--repository", str(tmp_path / evil)], monkeypatch, capfd)
+    assert code == 1
+    assert out == f"{tmp_path}/\\x1b[2J\\u202egpj\\n::error::pwned: holds no promoted model; `dfmcl promote` adds one\n"
+    code, _, err = called(["verdict", str(tmp_path / f"{evil}-none")], monkeypatch, capfd)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "\\x1b[2J\\u202egpj" in err
+    event = {"time": "2026-01-01T00:00:00+00:00", "model": "digits", "event": "promoted", "version": 1, "before": None}
+    lines = [json.dumps({**event, "sha256": None, "actor": evil, "reason": evil})]
+    lines += [
+        json.dumps({**event, "sha256": None, "actor": "a", "model": "\n::error::model"}),
+        "\udcff\x1b]0;title\x07",
+    ]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    code, out, err = called(["history", "--repository", str(tmp_path)], monkeypatch, capfd)
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert out.count("\\x1b[2J\\u202egpj\\n::error::pwned") == 2
+    assert "line 2: " in err.splitlines()[0]
+    assert "line 3: " in err.splitlines()[1]
+    assert all(line.isprintable() and not line.startswith("::") for line in (out + err).splitlines())
+
+
+@pytest.mark.parametrize("reason", ["\x1b[31mred", "right\u202eleft", "a\x00b", "bell\x07", "mark\u200fed"])
+@pytest.mark.parametrize("change", [["rollback", *TRUST], ["retire"]])
+def test_a_reason_that_would_act_on_a_terminal_is_refused(
+    change: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would be read for years."""
+    call = [*change, "--repository", str(tmp_path), "--name", "digits", "--reason", reason]
+    code, out, err = called(call, monkeypatch, capfd)
+    assert (code, out, list(tmp_path.iterdir())) == (2, "", [])
+    assert err.startswith("dfmcl: --reason: holds ")
+
+
+QUESTIONS = {
+    "status": ["status"],
+    "history": ["history"],
+    "repair": ["repair", *TRUST],
+    "prune": ["prune", "--name", "digits"],
+    "retire": ["retire", "--name", "digits"],
+    "rollback": ["rollback", "--name", "digits", *TRUST],
+    "card": ["card", "run", "--name", "digits"],
+    "serve": ["serve"],
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_where_nothing_is_no_command_is_silent(
+    question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An empty repository is told from a missing one, and neither looks like success."""
+    for path, codes, told in ((tmp_path / "none", {2}, "no"), (tmp_path, {1, 2}, "no")):
+        code, out, err = called([*QUESTIONS[question], "--repository", str(path)], monkeypatch, capfd)
+        assert code in codes
+        assert len((out + err).splitlines()) == 1
+        assert str(path) in out + err
+        assert told in out + err
+
+
+def test_status_as_json_of_nothing_is_an_empty_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Machines read stdout; the exit code says that nothing is served."""
+    code, out, err = called(["status", "--json", "--repository", str(tmp_path)], monkeypatch, capfd)
+    assert (code, json.loads(out)) == (1, [])
+    assert "holds no promoted model" in err
+
+
+def test_a_repository_that_may_not_be_read_is_told(tmp_path: Path) -> None:
+    """It is not an empty one. As root, without the privileges that see through modes."""
+    (tmp_path / "models" / "digits").mkdir(parents=True)
+    (tmp_path / "models" / "digits" / "config.pbtxt").touch()
+    without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    if without and not shutil.which("setpriv"):
+        pytest.skip("setpriv (util-linux) is missing")
+    for closed, code, told in (
+        (tmp_path / "models", 2, "not readable"),
+        (tmp_path / "models" / "digits", 1, "mends it"),
+    ):
+        closed.chmod(0o000)
+        try:
+            result = subprocess.run(
+                [*without, COMMAND, "status", "--repository", tmp_path / "models"],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        finally:
+            closed.chmod(0o755)
+        assert result.returncode == code, result.stderr
+        assert told in result.stdout + result.stderr
+        assert "internal error" not in result.stderr

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from robustness.config import Radius, Section, read_shipped, shipped, validated
+from robustness.config import LocalPath, Radius, Section, read_shipped, shipped, validated
 from robustness.errors import BadInput
 
 PRESETS = "training.presets"  # the package that carries them
@@ -23,7 +23,7 @@ class Data(Section):
     """Which images. `heldout_images` of the training part are never trained on: selection happens there."""
 
     name: Literal["digits", "cifar10", "npz", "folder"] = "cifar10"
-    path: str = ""
+    path: LocalPath = ""
     image_size: int = Field(0, ge=0)
     train_images: int = Field(0, ge=0)
     heldout_images: int = Field(1000, ge=1)

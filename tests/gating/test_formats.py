@@ -156,6 +156,18 @@ def test_markdown_tables_hold_whatever_the_names_are() -> None:
     assert "\\[l\\](" in found
 
 
+@pytest.mark.parametrize("hostile", ["\x1b[2J\x1b]0;t\x07", "\u202egpj\u2066", "\udcff", "\u2028::error::x"])
+def test_no_name_acts_on_a_terminal_or_a_page(hostile: str) -> None:
+    """Escapes and marks that turn the direction of reading are written out in every format that people read."""
+    report = sample(raised=("fgsm_beats_pgd",))
+    report["data"]["classes"][3] = report["candidate"]["name"] = hostile
+    report["checks"][1]["why"] = report["findings"][0]["why"] = report["criteria"][3]["criterion"] = hostile
+    lines = "\n".join(commands(report, Path("gate.toml")))
+    for page in (markdown(report), html(report, probes(report)), junit(report), lines):
+        assert hostile not in page
+        assert all(sign.isprintable() for sign in page if sign not in "\n\t")
+
+
 COMMENT = 65_536  # characters that GitHub takes
 
 

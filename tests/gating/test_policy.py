@@ -59,6 +59,10 @@ MISTAKES = {
         GOOD.replace("criteria = [", 'criteria = ["robust_accuracy(8/255) >= 0.25 at 95 %", '),
         r"stands there twice",
     ),
+    "data in a bucket": (
+        GOOD.replace('"digits"', '"npz"\npath = "s3://b/x.npz"'),
+        r"data\.path: s3: is no folder here",
+    ),
     "empty block": (GOOD + "block = 0", r"attacks\.block"),
 }
 

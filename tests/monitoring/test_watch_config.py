@@ -241,3 +241,25 @@ def test_the_example_in_deploy_is_complete() -> None:
     for name in type(config).model_fields:
         section = getattr(config, name)
         assert section.model_fields_set == set(type(section).model_fields), name
+
+
+PATHS = [
+    *("data.path", "probe.crafted", "probe.pause_file", "query.key_file", "query.clean_key_file", "query.ca"),
+    *("release.repository", "release.evidence", "record.path", "surrogates.runs"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("url", ["s3://bucket/models", "models:/digits/1", "file:///srv/models"])
+def test_no_path_is_an_address(tmp_path: Path, path: str, url: str) -> None:
+    """It would become a folder beside the file."""
+    section, key = path.split(".")
+    value = f'["{url}"]' if key == "runs" else f'"{url}"'
+    if f"[{section}]" in GOOD:
+        text = GOOD.replace('runs = ["a"]', "") if key == "runs" else GOOD
+        text = text.replace(f"[{section}]", f"[{section}]\n{key} = {value}")
+    else:
+        text = f"{GOOD}\n[{section}]\n{key} = {value}"
+    (tmp_path / "watch.toml").write_text(text)
+    with pytest.raises(BadInput, match=rf"{path}(\.0)?: \w+: is no folder here"):
+        load_config(tmp_path / "watch.toml")

@@ -6,6 +6,9 @@ import fcntl
 import json
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,42 +20,66 @@ from serving import promotion
 from serving.candidate import FILES, read_manifest, sha256_of
 from serving.errors import BadInput, Broken, Refused
 from serving.ledger import Aliases, aliases, read_history
-from serving.promotion import give_back, promote, prune, retire, rollback, verify_release
+from serving.promotion import give_back, note_failure, promote, prune, retire, rollback, verify_release
+from serving.repair import repair
 from serving.repository import VERSION_FILES, configs, model_names, parse_config
 from serving.status import standings
 from tests.serving.workshop import run_python, write_evidence
 from tests.signing import CREATED, make_key, sign_again, trusting
 
-# In a process of its own for each repository: dies, as if the power failed, before the K-th change of it: a file
-# opened for writing, a rename, a new directory.
-CRASHING = """
-import os, sys
+# In a process of its own for each repository: at the K-th step that changes it (a file opened for writing or removed,
+# a rename, a directory made or removed) it dies, as if the power failed; or the disk is full from then on.
+BREAKING = """
+import json, os, sys
 from pathlib import Path
 from gating.trust import load_trust
 from serving.promotion import promote, prune, retire, rollback
-code, candidate, evidence, trust = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), load_trust(Path(sys.argv[4]))
-for crash, path in enumerate(sys.argv[5:], start=1):
-    repository, left = Path(path), [crash]
-    def die(event, details):
+from serving.repair import repair
+how, code, candidate, evidence, trust = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]
+trust = load_trust(Path(trust))
+for step, path in enumerate(sys.argv[6:], start=1):
+    repository, left = Path(path), [step if how != "go on" else -1]
+    def stop(event, details):
         writes = event == "open" and isinstance(details[1], str) and details[1][0] in "wx"
-        if (writes or event in ("os.rename", "os.mkdir")) and path in str(details[0]):
-            left[0] -= 1
-            if left[0] == 0:
-                os._exit(9)
+        removes = event in ("os.remove", "os.rmdir")  # of a tree: by a descriptor, without its path
+        if not (writes or event in ("os.rename", "os.mkdir")) or path not in str(details[0]):
+            if not removes or (path not in str(details[0]) and details[1] == -1):
+                return
+        left[0] -= 1
+        if left[0] == 0 and how == "die":
+            os._exit(9)
+        if how == "fail" and (left[0] == 0 or (left[0] < 0 and not removes)):
+            raise OSError(28, "No space left on device", path)
     if not os.fork():
-        sys.addaudithook(die)
-        exec(code)
+        sys.addaudithook(stop)
+        said = ""
+        try:
+            exec(code)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(1, json.dumps([int(left[0] <= 0), said]).encode() + b"\\n")
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+    if os.waitstatus_to_exitcode(os.wait()[1]):
+        print(json.dumps([9, ""]), flush=True)
 """
 PROMOTE = "promote(candidate, evidence, repository, name='digits', trust=trust)"
 
 
+def broken_off(
+    how: str, code: str, candidate: Path, evidence: Path, trust: Path, repositories: list[Path]
+) -> list[tuple[int, str]]:
+    """What came of a change that was broken off at its first step in the first repository, its second in the next, ...
+
+    9: it died; 1: a step failed; 0: it ended before that. And the error that it raised.
+    """
+    paths = [str(path) for path in (candidate, evidence, trust, *repositories)]
+    output, _ = run_python(BREAKING, how, code, *paths).communicate(timeout=300)
+    return [tuple(json.loads(line)) for line in output.splitlines()]
+
+
 def crashed(code: str, candidate: Path, evidence: Path, trust: Path, repositories: list[Path]) -> list[int]:
     """Exit codes of a change that died before its first step in the first repository, its second in the second, ..."""
-    paths = [str(path) for path in (candidate, evidence, trust, *repositories)]
-    output, _ = run_python(CRASHING, code, *paths).communicate(timeout=120)
-    return [int(line) for line in output.splitlines()]
+    return [outcome for outcome, _ in broken_off("die", code, candidate, evidence, trust, repositories)]
 
 
 def listing(directory: Path) -> dict[str, bytes]:
@@ -209,9 +236,10 @@ def test_crash_at_any_point_leaves_the_old_or_the_new_version(
 ) -> None:
     """Whatever change is the last one, what Triton would serve is whole, and the next promotion cleans up and works."""
     repositories = [tmp_path / str(number) for number in range(30)]
-    for repository in repositories:
-        for _ in range(promoted_before):
-            promote(candidate, evidence, repository, name="digits", trust=trust)
+    for repository in repositories[:1] * promoted_before:
+        promote(candidate, evidence, repository, name="digits", trust=trust)
+    for copy in repositories[1:] * promoted_before:
+        shutil.copytree(repositories[0], copy)
     codes = crashed(PROMOTE, candidate, evidence, trust_file, repositories)
     assert set(codes[:15]) == {9}
     assert codes[-1] == 0  # so every change was the last one once
@@ -231,10 +259,9 @@ def test_promotions_at_the_same_time_get_versions_of_their_own(
     tmp_path: Path, candidate: Path, evidence: Path, trust_file: Path
 ) -> None:
     """The lock puts them in a row."""
-    code = CRASHING.replace("[crash]", "[0]")
     paths = [str(path) for path in (candidate, evidence, trust_file, tmp_path / "models")]
-    processes = [run_python(code, PROMOTE, *paths) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    processes = [run_python(BREAKING, "go on", PROMOTE, *paths) for _ in range(3)]
+    assert [process.communicate()[0] for process in processes] == ['[1, ""]\n'] * 3
     assert verify_release(tmp_path / "models", "digits").version == 3
 
 
@@ -318,30 +345,75 @@ CHANGES = {
     "rollback": ("rollback(repository, 'digits', trust=trust)", {3, 2}),
     "prune": ("prune(repository, 'digits', keep=1)", {3}),
     "retire": ("retire(repository, 'digits')", {3, None}),
+    "promote": (PROMOTE, {3, 4}),
 }
+# What may come next, whatever was broken off before it.
+FOLLOWING: list[Callable[[Path, Trust], object]] = [
+    lambda repository, trust: prune(repository, "digits", keep=1),
+    lambda repository, trust: rollback(repository, "digits", trust=trust),
+    lambda repository, trust: repair(repository, trust),
+    lambda repository, trust: standings(repository, trust),
+    lambda repository, trust: retire(repository, "digits"),
+]
+
+
+@pytest.fixture
+def copies(tmp_path: Path, repository: Path, candidate: Path, evidence: Path, trust: Trust) -> list[Path]:
+    """Repositories of three versions, one for each step of a change."""
+    for _ in range(2):
+        promote(candidate, evidence, repository, name="digits", trust=trust)
+    return [shutil.copytree(repository, tmp_path / str(number)) for number in range(40)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_crash_in_a_change_leaves_the_old_or_the_new_state(
-    tmp_path: Path, repository: Path, candidate: Path, evidence: Path, change: str, trust: Trust, trust_file: Path
+    copies: list[Path], candidate: Path, evidence: Path, change: str, trust: Trust, trust_file: Path
 ) -> None:
     """As for a promotion: what is served is whole after each crash, and what comes next finds nothing in its way."""
-    for _ in range(2):
-        promote(candidate, evidence, repository, name="digits", trust=trust)
     code, allowed = CHANGES[change]
-    copies = [shutil.copytree(repository, tmp_path / str(number)) for number in range(16)]
     codes = crashed(code, candidate, evidence, trust_file, copies)
     assert set(codes[:3]) == {9}
     assert codes[-1] == 0  # so every step was the last one once
     found = set()
-    for copy in copies:
+    for number, copy in enumerate(copies[: codes.index(0) + 1]):
         served = [verify_release(copy, name).version for name in model_names(copy)]
         found.add(served[0] if served else None)
+        if served:
+            FOLLOWING[number % len(FOLLOWING)](copy, trust)
         promoted = promote(candidate, evidence, copy, name="digits", trust=trust)
-        assert promoted.version == 4
+        assert promoted.version in (4, 5)
         assert verify_release(copy, "digits") == promoted
         assert not list(copy.rglob(".staging-*"))
+        (row,) = standings(copy, trust)
+        assert (row.trouble, row.doubt) == ("", "")
     assert found == allowed
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_full_disk_in_a_change_is_told_as_it_is(
+    copies: list[Path], candidate: Path, evidence: Path, change: str, trust: Trust, trust_file: Path
+) -> None:
+    """Whichever step fails: "nothing was changed" is said only where nothing was, and the next change works."""
+    code, allowed = CHANGES[change]
+    before = listing(copies[0])
+    told = broken_off("fail", code, candidate, evidence, trust_file, copies)
+    assert (told[0][0], told[-1]) == (1, (0, ""))
+    for number, (copy, (_, said)) in enumerate(zip(copies[: told.index((0, "")) + 1], told, strict=False)):
+        served = [verify_release(copy, name).version for name in model_names(copy)]
+        assert (served[0] if served else None) in allowed
+        now = {path: data for path, data in listing(copy).items() if ".staging-" not in path}
+        if "nothing was changed" in said:
+            assert now == before, said
+        elif said:
+            assert "No space left on device; before that, digits" in said
+            assert "repeat the command" in said
+            assert now != before
+        if served:
+            FOLLOWING[number % len(FOLLOWING)](copy, trust)
+        promoted = promote(candidate, evidence, copy, name="digits", trust=trust)
+        assert verify_release(copy, "digits") == promoted
+        (row,) = standings(copy, trust)
+        assert (row.trouble, row.doubt) == ("", "")
 
 
 def test_rollback_serves_what_was_served_before(
@@ -445,7 +517,7 @@ def test_an_edited_config_is_mended_by_a_rollback_to_its_version(repository: Pat
     path = repository / "digits" / "config.pbtxt"
     text = path.read_text()
     path.write_text(text.replace("enable: false", "enable: true"))
-    with pytest.raises(Refused, match="dfmcl rollback --version 1 mends it"):
+    with pytest.raises(Refused, match="is not what promotion writes for version 1; `dfmcl repair` mends it"):
         verify_release(repository, "digits")
     rollback(repository, "digits", trust=trust, version=1)
     assert path.read_text() == text
@@ -492,6 +564,29 @@ def test_status_says_what_is_served_and_for_how_long(
         standings(tmp_path / "typo")
 
 
+def test_status_never_calls_champion_what_is_not_served(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """What `serve` gave up, and what does not verify; a history that says otherwise is told, and can be mended."""
+    promoted = promote(candidate, evidence, repository, name="digits", trust=trust)
+    note_failure(repository, promoted, "no memory")
+    (row,) = standings(repository, trust)
+    assert (row.champion, row.configured) == (None, 2)
+    assert "version 2 was given up: no memory" in row.trouble
+    rollback(repository, "digits", trust=trust, version=2, reason="more memory")
+    assert standings(repository, trust)[0].champion == 2
+    for path, text in configs(read_manifest(repository / "digits" / "1"), "digits", 1).items():
+        (repository / "digits" / path).write_text(text)
+    (row,) = standings(repository, trust)
+    assert (row.champion, row.trouble) == (1, "")
+    assert row.doubt == "history.jsonl says that version 2 is served; `dfmcl repair` mends it"
+    repair(repository, trust)
+    assert [(change.event, change.version) for change in read_history(repository)][-1] == ("recovered", 1)
+    assert standings(repository, trust)[0].doubt == ""
+    (repository / "digits" / "1" / "model.onnx").write_bytes(b"")
+    assert standings(repository, trust)[0].champion is None
+
+
 def test_whatever_the_umask_triton_can_read(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """It runs as another user."""
     before = os.umask(0o077)
@@ -513,6 +608,32 @@ def test_a_lock_that_is_held_is_not_waited_for_forever(
         fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(Broken, match="is being changed"):
             retire(repository, "digits")
+
+
+def test_a_lock_file_that_was_removed_lets_no_two_write(repository: Path) -> None:
+    """Somebody tidied up while a second one waited: that one then waits for the holder of the new file."""
+    path = repository / ".promotion.lock"
+    waiting = threading.Thread(target=retire, args=(repository, "digits"))
+    with path.open("w") as old:
+        fcntl.flock(old, fcntl.LOCK_EX)
+        waiting.start()
+        while times_open(path) < 2:
+            time.sleep(0.01)
+        path.unlink()
+        with path.open("w") as new:
+            fcntl.flock(new, fcntl.LOCK_EX)
+            fcntl.flock(old, fcntl.LOCK_UN)
+            waiting.join(0.5)  # ten looks at the lock
+            assert waiting.is_alive()
+            assert (repository / "digits").exists()
+    waiting.join()
+    assert not (repository / "digits").exists()
+
+
+def times_open(path: Path) -> int:
+    """How often this process has a file open."""
+    found = [os.path.realpath(fd) for fd in Path("/proc/self/fd").iterdir()]
+    return found.count(str(path.resolve()))
 
 
 def test_a_name_that_ends_as_a_shadow_is_refused(

@@ -1,0 +1,29 @@
+"""Text from outside, before it is shown or taken for a path: a name, a reason, a label or a log line must not act."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with every character that does not print as its escape, such as \x1b, \n or \u202e.
+
+    That is whatever moves a cursor, ends a line, turns the direction of reading, or cannot be encoded. keep: characters
+    that stay all the same.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() or sign in keep else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
+def why_not_local(path: str) -> str:
+    """Why a path is none of this machine's, such as s3://bucket/models; empty where it may be one."""
+    found = SCHEME.match(path)
+    if found is None or ("://" not in path and Path(path.partition("/")[0]).exists()):
+        return ""
+    return f"{found[1]}: is no folder here, and neither buckets nor URLs can be used; name a path of this machine"
