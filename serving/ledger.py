@@ -35,7 +35,8 @@ class Aliases:
 class Event:
     """One change of what a model serves, or of what lies there.
 
-    time: UTC, ISO 8601; version: served after it (None: nothing is), or pruned; before: served before it; sha256: of
+    time: UTC, ISO 8601; version: served after it (None: nothing is), or pruned, or what the config names and no server
+    can serve (failed); before: served before it; sha256: of
     the version's model.onnx; actor: the user of the process; reason: in words, may be empty.
     """
 
@@ -55,9 +56,11 @@ def aliases(repository: Path) -> dict[str, Aliases]:
     served = _served(repository)
     return {
         name: Aliases(
-            served[name], _previous(repository, name, served[name], history), served.get(f"{name}{layout.SHADOW}")
+            champion=None if failed(repository, name) == version else version,
+            previous=_previous(repository, name, version, history),
+            candidate=served.get(f"{name}{layout.SHADOW}"),
         )
-        for name in served
+        for name, version in served.items()
     }
 
 
@@ -84,6 +87,26 @@ def _previous(repository: Path, name: str, champion: int | None, history: list[E
             if version not in passed_over and (repository / name / str(version)).is_dir():
                 return version
     return None
+
+
+def is_retired(repository: Path, name: str) -> bool:
+    """Whether the last that was written of a model is that it was taken out of service."""
+    return (last := _last(repository, name)) is not None and last.event == "retired"
+
+
+def failed(repository: Path, name: str) -> int | None:
+    """The version that a server wrote down as one that it cannot serve, with nothing to return to; else None."""
+    return last.version if (last := _last(repository, name)) is not None and last.event == "failed" else None
+
+
+def failure(repository: Path, name: str) -> str:
+    """The last reason that the history gives for a model."""
+    return last.reason if (last := _last(repository, name)) is not None else ""
+
+
+def _last(repository: Path, name: str) -> Event | None:
+    changes = [change for change in read_history(repository, name) if change.event != "pruned"]
+    return changes[-1] if changes else None
 
 
 def write_aliases(repository: Path) -> None:

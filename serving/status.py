@@ -48,14 +48,16 @@ def standings(repository: Path, trust: Trust | None = None, now: datetime | None
 def _standing(
     repository: Path, name: str, aliases: ledger.Aliases, trust: Trust | None, now: datetime | None
 ) -> Standing:
-    directory = repository / name / str(aliases.champion)
     criteria: list[str] = []
     sha256, expires, trouble = "", None, ""
     try:
-        sha256 = verify_release(repository, name, trust, now).sha256
+        release = verify_release(repository, name, trust, now)
+        sha256, directory = release.sha256, release.path
         criteria = [_criterion(row) for row in inspect(directory, directory)["criteria"]]
         if trust is not None:
             expires = read_attestation(directory, trust).expires.isoformat()
+        if aliases.champion is None:
+            trouble = f"version {release.version} is not served: {ledger.failure(repository, name)}"
     except (ServingError, NotAttested, BadEvidence) as error:
         trouble = str(error)
     versions = layout.version_numbers(repository / name)
