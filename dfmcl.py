@@ -651,7 +651,8 @@ def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(hel
     require_repository(repository)
     changes = [change for change in read_lines(repository)[0] if name in (None, change.model)]
     for change in changes:
-        version = "nothing" if change.version is None else f"version {change.version}"
+        served = None if change.event == "failed" else change.version
+        version = "nothing" if served is None else f"version {served}"
         before = "" if change.before is None else f", before {change.before}"
         why = f"; {change.reason}" if change.reason else ""
         say(f"{change.time}  {change.model}  {change.event}  {version}{before}, by {change.actor}{why}")
@@ -754,24 +755,25 @@ def serve(
     gpu: Annotated[bool, typer.Option("--gpu", help="With --print-docker: on a GPU.")] = False,
 ) -> int:
     """Serve the repository with Triton on 127.0.0.1 until SIGTERM or Ctrl-C, and follow its promotions."""
-    from gating.trust import load_trust
+    from gating.trust import follow_trust
     from serving.docker import docker_command
     from serving.supervisor import serve as run_server
 
     if print_docker:
         say_page(docker_command(repository, {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}, gpu=gpu))
         return 0
+    tell = say_json if json_lines else say
     return run_server(
         repository,
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
-        trust=None if trust is None else load_trust(trust),
+        trust=None if trust is None else follow_trust(trust, tell),
         fixed=fixed,
         triton_python=triton_python,
         ready_file=ready_file,
         log=log,
-        say=say_json if json_lines else say,
+        say=tell,
     )
 
 

@@ -36,6 +36,7 @@ from serving import repository as layout
 from serving.client import Client
 from serving.errors import ServingError
 from serving.promotion import Promoted, verify_release
+from serving.ready import read_ready
 
 HOME = Path(".quickstart")
 DFMCL = Path(sys.executable).with_name("dfmcl")
@@ -297,7 +298,7 @@ def serve(servers: list[subprocess.Popen[bytes]], repository: Path) -> dict[str,
     server = spawn("serve", "--repository", str(repository), *ports, "--ready-file", str(ready))
     servers.append(server)
     with console.status("waiting for Triton to answer"):
-        wait_for(ready.exists, server, "Triton")
+        wait_for(lambda: read_ready(ready), server, "Triton")  # not that of a run that was killed
     urls: dict[str, str] = json.loads(ready.read_text(encoding="utf-8"))
     return urls
 
@@ -437,7 +438,7 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], what: str) -> None:
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes], what: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not condition():
         if process.poll() is not None:

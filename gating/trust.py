@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,30 @@ def load_trust(path: Path) -> Trust:
         data=None if parsed.data is None else frozenset(parsed.data),
         max_age=None if parsed.max_age_days is None else timedelta(days=parsed.max_age_days),
     )
+
+
+def follow_trust(path: Path, say: Callable[[str], None]) -> Callable[[], Trust]:
+    """What a trust file says whenever it is asked, read anew with its keys and policies: a few tenths of a millisecond.
+
+    Keys are revoked by what a file says, not by its absence: while it cannot be read, what it said last holds, and
+    `say` is told once. BadInput where it cannot be read now.
+    """
+    last, trouble = load_trust(path), ""
+
+    def now() -> Trust:
+        nonlocal last, trouble
+        try:
+            last, found = load_trust(path), ""
+        except BadInput as error:
+            found = str(error)
+        if found and found != trouble:
+            say(f"{found}; until it can be read, what the trust file said before holds")
+        elif trouble and not found:
+            say(f"{path}: can be read again")
+        trouble = found
+        return last
+
+    return now
 
 
 def _digest(trust: Path, policy: str) -> str:

@@ -104,20 +104,33 @@ def always(evidence: Path) -> Find:
     return lambda version: release
 
 
-def follow(repository: Path, model: str, trust: Trust | None) -> Find:
-    """What lies in a model repository under the version that answers; read again when a file of it changes."""
-    known: dict[Any, Release] = {}
+def follow(repository: Path, model: str, trust: Callable[[], Trust] | None) -> Find:
+    """What lies in a model repository under the version that answers; read again when a file of it changes, or trust.
+
+    Files that are only away contradict nothing: a version's never change, and storage comes back.
+    """
+    last: _Found | None = None
 
     def find(version: str) -> Release:
+        nonlocal last
         directory = repository / model / version
-        stamp = version, _stamp(directory)
-        if stamp not in known:
-            found = _read(directory, trust)
-            known.clear()  # the one before is not asked for again
-            known[stamp] = found
-        return known[stamp]
+        stamp, trusted = _stamp(directory), trust and trust()
+        known = last is not None and (last.version, last.trust) == (version, trusted) and stamp <= last.stamp
+        if last is None or not known:
+            last = _Found(version, stamp, trusted, _read(directory, trusted))
+        return last.release
 
     return find
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was read last, and what it was read from."""
+
+    version: str
+    stamp: frozenset[tuple[str, int, int]]
+    trust: Trust | None
+    release: Release
 
 
 def nothing(version: str) -> Release:
@@ -200,13 +213,13 @@ def read_replay(path: Path) -> Replay | None:
     return Replay(images, logits.astype(np.float32)) if len(images) else None
 
 
-def _stamp(directory: Path) -> tuple[tuple[str, int, int], ...]:
-    """Changes when a file of the directory does."""
+def _stamp(directory: Path) -> frozenset[tuple[str, int, int]]:
+    """The files of a directory that can be seen, with time and size."""
     try:
-        found = sorted((path.name, path.stat()) for path in directory.iterdir())
+        found = [(path.name, path.stat()) for path in directory.iterdir()]
     except OSError:
-        return ()
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+        return frozenset()
+    return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
 def _share(value: Mapping[str, Any]) -> Share:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from gating.trust import load_trust
+from gating.trust import follow_trust
 from monitoring import config as config_of
 from monitoring import mitigation, page, release
 from monitoring.bounds import MONTH_SECONDS, limit
@@ -401,7 +401,7 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
         return release.always(Path(chosen.evidence))
     if not chosen.repository:
         return release.nothing
-    trust = load_trust(Path(chosen.trust)) if chosen.trust else None
+    trust = follow_trust(Path(chosen.trust), say) if chosen.trust else None
     model = Path(chosen.repository) / config.target.model
     if not model.is_dir():
         raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes")

@@ -7,10 +7,12 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from serving.errors import Broken
 BACKEND = Path(__file__).parent / "backend" / "model.py"
 SHARED_MEMORY = Path("/dev/shm")  # Triton's python backend keeps its regions there and nowhere else
 PREFIX = "dfmcl-triton-"
+END_SECONDS = 5.0  # for the kernel to clear away what was killed
 INSTALL = (
     "run `make quickstart`, or install serving/triton-requirements.txt into .venv-triton, or set DFMCL_TRITON_PYTHON"
 )
@@ -101,28 +104,61 @@ def install_backends(environment: Environment, directory: Path) -> Path:
 def footprint() -> Iterator[Path]:
     """A directory for one server, whose name also begins the names of its shared memory; both go in the end.
 
-    What servers that were killed left behind goes first. The lock tells the living from the dead, also between
-    containers that share /dev/shm but see no common process.
+    What servers that were killed left behind goes first.
     """
-    for stale in SHARED_MEMORY.glob(f"{PREFIX}*.lock"):
-        try:
-            with stale.open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(stale.stem)
-        except OSError:  # its server lives, or it is another user's
-            continue
-    name = f"{PREFIX}{secrets.token_hex(6)}"
-    with (SHARED_MEMORY / f"{name}.lock").open("wb") as lock:
+    remove_stale()
+    directory = Path(tempfile.gettempdir(), f"{PREFIX}{secrets.token_hex(6)}").absolute()
+    staged = SHARED_MEMORY / f"{directory.name}.new"
+    with staged.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(directory))
+        lock.flush()
+        staged.rename(staged.with_suffix(".lock"))  # held from the first moment that others see it
         try:
-            directory = Path(tempfile.gettempdir(), name)
             directory.mkdir(mode=0o700)
             yield directory
         finally:
-            _remove(name)
+            _remove(directory)
 
 
-def _remove(name: str) -> None:
-    shutil.rmtree(Path(tempfile.gettempdir(), name), ignore_errors=True)
-    for region in SHARED_MEMORY.glob(f"{name}*"):
+def remove_stale() -> None:
+    """End and remove what is left of servers that were killed: processes, directories, shared memory.
+
+    The lock tells the living from the dead, also between containers that share /dev/shm but see no common process.
+    """
+    for stale in SHARED_MEMORY.glob(f"{PREFIX}*.lock"):
+        try:
+            with stale.open() as lock:
+                if os.fstat(lock.fileno()).st_uid != os.getuid():  # another user's word for what to kill and remove
+                    continue
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                directory = Path(lock.read())
+                _end(stale.stem)
+                _remove(directory if directory.name == stale.stem else Path(tempfile.gettempdir(), stale.stem))
+        except OSError:  # its server lives
+            continue
+
+
+def _end(name: str) -> None:
+    """Kill what still runs for a server whose directory had this name, which nobody else's arguments hold."""
+    deadline = time.monotonic() + END_SECONDS
+    while (left := _processes(name)) and time.monotonic() < deadline:
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.02)  # the kernel takes a moment to free its ports; it is no child of ours
+
+
+def _processes(name: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"/{name}/".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    for region in SHARED_MEMORY.glob(f"{directory.name}*"):
         region.unlink(missing_ok=True)

@@ -37,7 +37,8 @@ class Aliases:
 class Event:
     """One change of what a model serves, or of what lies there.
 
-    time: UTC, ISO 8601; version: served after it (None: nothing is), or pruned; before: served before it; sha256: of
+    time: UTC, ISO 8601; version: served after it (None: nothing is), or pruned, or what the config names and no server
+    can serve (failed); before: served before it; sha256: of
     the version's model.onnx; actor: the user of the process; reason: in words, may be empty.
     """
 
@@ -57,9 +58,11 @@ def aliases(repository: Path) -> dict[str, Aliases]:
     served = _served(repository)
     return {
         name: Aliases(
-            served[name], _previous(repository, name, served[name], history), served.get(f"{name}{layout.SHADOW}")
+            champion=None if failed(repository, name) == version else version,
+            previous=_previous(repository, name, version, history),
+            candidate=served.get(f"{name}{layout.SHADOW}"),
         )
-        for name in served
+        for name, version in served.items()
     }
 
 
@@ -101,6 +104,21 @@ def given_up(changes: list[Event]) -> dict[int, str]:
 def last_served(changes: list[Event]) -> int | None:
     """The version that one model's history says is served now; None where nothing is."""
     return next((change.version for change in reversed(changes) if change.event != "pruned"), None)
+
+
+def is_retired(repository: Path, name: str) -> bool:
+    """Whether the last that was written of a model is that it was taken out; BadInput where a line is damaged."""
+    return (last := _last(read_history(repository, name))) is not None and last.event == "retired"
+
+
+def failed(repository: Path, name: str) -> int | None:
+    """The version that a server wrote down as one that it cannot serve, with nothing to return to; else None."""
+    last = _last(events_of(repository, name))
+    return last.version if last is not None and last.event == "failed" else None
+
+
+def _last(changes: list[Event]) -> Event | None:
+    return next((change for change in reversed(changes) if change.event != "pruned"), None)
 
 
 def write_aliases(repository: Path) -> None:

@@ -108,17 +108,37 @@ def rollback(
         return switch(repository, name, version, "rolled_back", done, reason)
 
 
-def give_back(repository: Path, name: str, version: int, reason: str) -> Promoted:
-    """Return to a version that was live a moment ago, as the one after it does not answer as it should."""
+def give_back(
+    repository: Path, name: str, version: int, reason: str, *, instead_of: int | None = None
+) -> Promoted | None:
+    """Return to a version that was live a moment ago, as the one after it is not trusted or answers otherwise.
+
+    instead_of: that one; None, and nothing is done, where somebody promoted another meanwhile.
+    """
+    require_repository(repository)
     with only_writer(repository) as done:
-        _require_served(repository, name)
+        served = _require_served(repository, name)
+        if instead_of not in (None, served):
+            return None
         return switch(repository, name, version, "returned", done, reason)
 
 
 def note_failure(repository: Path, promoted: Promoted, reason: str) -> None:
     """Write down that a version cannot be served, where nothing else is there to return to."""
+    require_repository(repository)
     with only_writer(repository):
         change = ledger.event(promoted.model, "failed", promoted.version, promoted.version, promoted.sha256, reason)
+        ledger.record(repository, [change])
+
+
+def note_success(repository: Path, promoted: Promoted) -> None:
+    """Write down that a version is served after all, where the last that was written is that it cannot be."""
+    if ledger.failed(repository, promoted.model) != promoted.version:
+        return
+    with only_writer(repository):
+        change = ledger.event(
+            promoted.model, "recovered", promoted.version, None, promoted.sha256, "a server serves it now"
+        )
         ledger.record(repository, [change])
 
 
@@ -126,11 +146,14 @@ def given_up(repository: Path, promoted: Promoted) -> str:
     """Why a version will not be served; empty while it may."""
     changes = [change for change in ledger.read_history(repository, promoted.model) if change.event != "pruned"]
     about = [change for change in changes if change.before == promoted.version]
-    if about and about[-1].event == "failed" and about[-1] == changes[-1]:
-        return about[-1].reason
-    if layout.served_version(repository / promoted.model) == promoted.version:
+    if not about:  # nobody has written that yet, or storage is away for a moment
         return ""
-    return (about[-1].reason if about else "") or "another version is served"
+    last = about[-1]
+    if last == changes[-1] and last.event in ("failed", "retired"):
+        return last.reason or "it was retired"
+    if layout.served_version(repository / promoted.model) in (promoted.version, None):
+        return ""
+    return last.reason or "another version is served"
 
 
 def retire(repository: Path, name: str, *, reason: str = "") -> None:

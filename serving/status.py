@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from gating.attestation import Trust, inspect, read_attestation
 from serving import ledger, promotion
 from serving import repository as layout
-from serving.errors import Refused
+from serving.errors import BadInput, Refused
 from serving.repair import UNFIT, models
 
 
@@ -51,7 +52,9 @@ def _standing(
     repository: Path, name: str, aliases: ledger.Aliases, trust: Trust | None, now: datetime | None
 ) -> Standing:
     criteria: list[str] = []
-    sha256, expires, trouble = "", None, ""
+    sha256, expires, trouble, configured = "", None, "", None
+    with suppress(BadInput):  # what is wrong with it is the trouble below
+        configured = layout.served_version(repository / name)
     try:
         if not (repository / name).is_dir():
             raise Refused(f"{repository / name}: is gone, and nobody retired it; promote a candidate")
@@ -68,13 +71,13 @@ def _standing(
         champion=None if trouble else aliases.champion,
         previous=aliases.previous,
         candidate=aliases.candidate,
-        configured=aliases.champion,
+        configured=configured,
         versions=layout.version_numbers(repository / name),
         sha256=sha256,
         criteria=criteria,
         expires=expires,
         trouble=trouble,
-        doubt=_doubt(repository, name, aliases.champion),
+        doubt=_doubt(repository, name, configured),
     )
 
 

@@ -13,6 +13,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ LOAD_SECONDS = 120.0
 # Of shared memory between Triton and its stub, from the start: where it had to grow from 1 MB while requests were
 # in flight, the stub was seen to die of a segmentation fault, on a busy machine.
 SHM_BYTES = 64 * 2**20
+REAP_SECONDS = 0.5  # within which Triton waits for a backend that it ended itself; it takes milliseconds
 STOP_SECONDS = 15.0  # for requests in flight, which Triton itself gives 10; then the process group is killed
 
 
@@ -50,12 +52,18 @@ class Server:
         return Client(f"{HOST}:{self.ports['grpc']}", model, timeout_seconds=ANSWER_SECONDS)
 
     def require_running(self) -> None:
-        """Raise Broken where the process has ended, Crashed where a signal ended it."""
+        """Raise Broken where the process has ended, Crashed where a signal ended it or its python backend.
+
+        Triton itself calls a model ready whose backend is dead.
+        """
         if (code := self.process.poll()) is not None:
             last = last_meaningful_line(self.log)
             if code < 0:
                 raise Crashed(f"Triton was killed by signal {-code}: {last}")
             raise Broken(f"Triton ended with exit code {code}: {last}")
+        if defunct(self.process.pid):
+            last = last_meaningful_line(self.log)
+            raise Crashed(f"a python backend of Triton's was killed or crashed; its log: {last}")
 
     def load(self, model: str) -> None:
         """Load what the repository says of a model now; requests go to the old version until the new one can answer.
@@ -161,6 +169,24 @@ def hide_token(server: Server) -> bool:
     except (OSError, ValueError):
         return False
     return token not in (process / "cmdline").read_bytes()
+
+
+def defunct(parent: int) -> set[int]:
+    """Children of a process that died and whose end it does not take note of: Triton waits for those that it ended."""
+    if not (dead := _zombies(parent)):
+        return dead
+    time.sleep(REAP_SECONDS)
+    return dead & _zombies(parent)
+
+
+def _zombies(parent: int) -> set[int]:
+    found = set()
+    for children in Path("/proc", str(parent), "task").glob("*/children"):
+        with suppress(OSError):  # the thread, or the process, has ended meanwhile
+            for child in children.read_text().split():
+                if Path("/proc", child, "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                    found.add(int(child))
+    return found
 
 
 def last_meaningful_line(log: Path) -> str:

@@ -18,6 +18,7 @@ from gating.gate import gate
 from gating.policy import load_policy
 from gating.probes import as_npz
 from gating.subject import open_subject
+from gating.trust import follow_trust
 from monitoring.release import Release, Replay, always, follow, nothing, read_replay, read_report
 from monitoring.surrogates import load_surrogates
 from robustness.data import load_dataset
@@ -27,7 +28,7 @@ from robustness.runs import load_run
 from robustness.statistics import Share
 from serving import promotion
 from tests.monitoring.conftest import write_probes
-from tests.signing import make_key, report_on, sign_again, trusting
+from tests.signing import make_key, report_on, sign_again, trusting, write_trust
 from tests.signing import write_report as write_evidence
 
 MakeReport = Callable[..., Path]
@@ -246,7 +247,7 @@ def models(tmp_path: Path, exported: tuple[Path, Path], evidence: Path, key: Pat
 
 def test_what_was_promoted_is_verified(models: Path, key: Path) -> None:
     """Figures, recorded answers, a signature that holds, and until when."""
-    found = follow(models, "digits", trusting(key))("1")
+    found = follow(models, "digits", lambda: trusting(key))("1")
     assert (found.state, found.verified, found.why) == ("passed", True, "")
     assert found.attested is not None
     assert found.attested.model_sha256 == sha256_of(models / "digits" / "1" / "model.onnx")
@@ -265,7 +266,7 @@ def test_without_keys_nothing_is_verified(models: Path) -> None:
 @pytest.mark.parametrize("version", ["2", "999999999"])
 def test_a_version_that_nobody_promoted_has_no_evidence(models: Path, key: Path, version: str) -> None:
     """Somebody serves something else."""
-    found = follow(models, "digits", trusting(key))(version)
+    found = follow(models, "digits", lambda: trusting(key))(version)
     assert (found.state, found.attested, found.replay, found.verified) == ("missing", None, None, False)
     assert f"digits/{version}" in found.why
 
@@ -321,7 +322,7 @@ def sign_a_failure(version: Path, key: Path) -> None:
 def test_what_does_not_hold_is_invalid(models: Path, key: Path, damage: Callable[[Path, Path], None]) -> None:
     """Other bytes than were signed, or none that can be read: invalid, with the reason in one line, never an error."""
     damage(models / "digits" / "1", key)
-    found = follow(models, "digits", trusting(key))("1")
+    found = follow(models, "digits", lambda: trusting(key))("1")
     assert (found.state, found.verified) == ("invalid", False)
     assert found.why
     assert "\n" not in found.why
@@ -330,13 +331,13 @@ def test_what_does_not_hold_is_invalid(models: Path, key: Path, damage: Callable
 def test_a_signature_of_a_stranger_is_invalid(models: Path, tmp_path: Path) -> None:
     """Whoever holds another key."""
     stranger = make_key(tmp_path / "stranger")
-    found = follow(models, "digits", trusting(stranger))("1")
+    found = follow(models, "digits", lambda: trusting(stranger))("1")
     assert (found.state, found.verified) == ("invalid", False)
 
 
 def dated(models: Path, key: Path, **options: Any) -> tuple[Release, float]:
     """The release and the moment it was signed for."""
-    found = follow(models, "digits", trusting(key, **options))("1")
+    found = follow(models, "digits", lambda: trusting(key, **options))("1")
     assert found.expires is not None
     return found, found.expires
 
@@ -373,7 +374,7 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
     monkeypatch.setattr(
         "monitoring.release.read_report", lambda directory: (reads.append(directory), real(directory))[1]
     )
-    find, model = follow(models, "digits", trusting(key)), models / "digits" / "1" / "model.onnx"
+    find, model = follow(models, "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
     assert find("1") is find("1")
     assert len(reads) == 1
     kept = model.read_bytes()
@@ -384,9 +385,45 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
     assert len(reads) == 3
 
 
+@pytest.mark.parametrize("away", ["", "digits", "digits/1", "digits/1/report.json", "digits/1/probes.npz"])
+def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away: str) -> None:
+    """What was verified of a version stays so while its files cannot be seen; what nobody has seen is missing."""
+    trusted = trusting(key)
+    find = follow(models, "digits", lambda: trusted)
+    found = find("1")
+    assert found.verified
+    path = models / away
+    path.rename(models.with_name("elsewhere"))
+    assert find("1") is found
+    if away != "digits/1/probes.npz":
+        assert follow(models, "digits", lambda: trusted)("1").state == "missing"
+    models.with_name("elsewhere").rename(path)
+    assert find("1") is found
+    (models / "digits" / "1" / "model.onnx").write_bytes(b"other")
+    assert find("1").state == "invalid"
+
+
+def test_a_revoked_key_is_not_trusted_any_more(models: Path, key: Path, tmp_path: Path) -> None:
+    """The trust file is read again; while it cannot be read, what it said last holds."""
+    trust, said = write_trust(key), []
+    find = follow(models, "digits", follow_trust(trust, said.append))
+    found = find("1")
+    assert found.verified
+    good = trust.read_text()
+    for text in ("keys = [", 'keys = ["gone.pub"]', ""):
+        trust.write_text(text)
+        assert find("1") is found
+        assert find("1") is found
+    assert len(said) == 3, "each trouble once"
+    trust.write_text(f'keys = ["{make_key(tmp_path / "new").with_suffix(".pub")}"]\n')
+    assert (find("1").state, find("1").verified) == ("invalid", False)
+    trust.write_text(good)
+    assert find("1").verified
+
+
 def test_a_new_version_brings_its_own(models: Path, key: Path) -> None:
     """Version 2 is looked up where version 1 was, and version 1 again after it."""
-    find = follow(models, "digits", trusting(key))
+    find = follow(models, "digits", lambda: trusting(key))
     one = find("1")
     assert find("2").state == "missing"
     shutil.copytree(models / "digits" / "1", models / "digits" / "2")

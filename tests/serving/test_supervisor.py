@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,21 +19,24 @@ import pytest
 from onnx import helper, numpy_helper
 
 from gating.attestation import Trust
+from gating.trust import follow_trust
 from robustness.data import load_dataset
-from serving import supervisor
+from serving import pulse, supervisor, triton
 from serving.candidate import FILES, sha256_of
 from serving.client import Client
 from serving.errors import Broken, Refused, ServingError
 from serving.export import export
 from serving.ledger import Aliases, aliases, read_history
 from serving.promotion import promote, retire, rollback
+from serving.ready import read_ready
+from serving.status import standings
 from serving.supervisor import wait_until_live
 from serving.triton import Server, claim_ports
 from tests.processes import wait_until
 from tests.serving.doors import PRIVILEGED, Door, settings
 from tests.serving.traffic import Ask, Traffic
-from tests.serving.workshop import Served, onnx_logits, processes_of, write_evidence, write_run
-from tests.signing import report_on, write_report
+from tests.serving.workshop import Served, command_of, onnx_logits, processes_of, write_evidence, write_run
+from tests.signing import make_key, report_on, write_report, write_trust
 
 IMAGES = load_dataset("digits").x_test[:8]
 
@@ -69,6 +73,26 @@ def one_only(graph: onnx.GraphProto) -> None:
     graph.node.insert(0, helper.make_node("Reshape", ["images", "shape"], ["one"]))
 
 
+def slow(graph: onnx.GraphProto) -> None:
+    """The same logits after a tenth of a second or so of matrix products, whatever the batch."""
+    size = 700
+    graph.node[-1].output[0] = "fast"
+    for name, value in {"side": np.array([size, size]), "tiny": np.float32(1e-9), "each": np.float32(1 / size)}.items():
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["floats"], ["brightest"], keepdims=0),
+        helper.make_node("Mul", ["brightest", "tiny"], ["hint"]),
+        helper.make_node("Add", ["hint", "each"], ["entry"]),  # from the input, as what is constant is computed once
+        helper.make_node("Expand", ["entry", "side"], ["product0"]),
+        *(helper.make_node("MatMul", [f"product{n}", "product0"], [f"product{n + 1}"]) for n in range(8)),
+        helper.make_node("ReduceMax", ["product8"], ["highest"], keepdims=0),
+        helper.make_node("Mul", ["highest", "tiny"], ["nothing"]),
+        helper.make_node("Add", ["fast", "nothing"], ["logits"]),
+    ]
+    graph.node.extend(nodes)
+
+
 def changed(change: Callable[[onnx.GraphProto], None]) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         model = onnx.load(path)
@@ -97,13 +121,14 @@ def broken(directory: Path, candidate: Path, evidence: Path, key: Path, change: 
     return directory
 
 
-def asking(url: str) -> Callable[[], Ask]:
-    """Clients of Triton itself."""
+def asking(url: str, pause: float = 0.0) -> Callable[[], Ask]:
+    """Clients of Triton itself. pause: seconds between requests, where they matter for long."""
 
     def make() -> Ask:
         client = Client(url, "digits", timeout_seconds=10)
 
         def ask() -> tuple[str, npt.NDArray[np.float32]]:
+            time.sleep(pause)
             answer = client.predict(IMAGES)
             return answer.version, answer.logits
 
@@ -200,6 +225,211 @@ def test_a_server_that_dies_is_replaced(server: Served, repository: Path, victim
         assert client.describe().version == "1"
     assert not before & set(processes_of(str(server.private)))
     assert any("starting it again in 1 s" in line for line in server.said)
+
+
+def stub_of(server: Served) -> int:
+    """The process of its python backend; of two, the older one ends in a moment."""
+
+    def stubs() -> list[int]:
+        return [pid for pid in processes_of(str(server.private)) if "backend_stub" in command_of(pid).split("\0")[0]]
+
+    wait_until(lambda: len(stubs()) == 1)
+    return stubs()[0]
+
+
+def test_a_backend_that_is_killed_is_noticed_at_once(repository: Path, tmp_path: Path, needs_triton: None) -> None:
+    """Without a single question: Triton goes on calling itself ready. It took 18 s; a second is what it takes, and what
+    is left of the five is for busy machines."""
+    server = Served(repository, tmp_path / "ready.json", liveness_seconds=600, restarts=1).start()
+    os.kill(stub_of(server), signal.SIGKILL)
+    wait_until(lambda: any("starting it again" in line for line in server.said), seconds=5)
+    wait_until(server.ready_file.exists)
+    with Client(server.ready["grpc"], "digits") as client:
+        assert client.describe().version == "1"
+    assert server.close() == 0
+    assert "a python backend of Triton's was killed or crashed" in "".join(server.said)
+
+
+@pytest.mark.parametrize("victim", ["tritonserver", "triton_python_backend_stub"])
+def test_a_server_that_hangs_is_replaced(server: Served, victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With requests of users waiting in it, and no answer to anybody."""
+    monkeypatch.setattr(triton, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(pulse, "METRICS_SECONDS", 0.5)
+    [process] = [pid for pid in processes_of(str(server.private)) if victim in command_of(pid).split("\0")[0]]
+    with Traffic(asking(server.ready["grpc"]), {"1": onnx_logits(server.repository / "digits/1/model.onnx", IMAGES)}):
+        os.kill(process, signal.SIGSTOP)
+        wait_until(lambda: any("3 times in a row, and nobody else was answered" in line for line in server.said))
+        wait_until(server.ready_file.exists)
+    with Client(server.ready["grpc"], "digits") as client:
+        assert client.describe().version == "1"
+
+
+def test_a_flood_is_no_death(
+    tmp_path: Path, candidate: Path, evidence: Path, key: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch,
+    needs_triton: None,
+) -> None:  # fmt: skip
+    """64 clients with full batches and no deadline: our own questions fail one after another, others' are answered."""
+    made = broken(tmp_path / "slow", candidate, evidence, key, changed(slow))
+    promote(made / "candidate", made / "evidence", tmp_path / "models", name="digits", trust=trust, threads=1)
+    server = Served(tmp_path / "models", tmp_path / "ready.json", liveness_seconds=0.2).start()
+    monkeypatch.setattr(triton, "ANSWER_SECONDS", 1.0)
+    real, failed = pulse.silence, []
+
+    def counted(*arguments: Any) -> Any:
+        begun = time.monotonic()
+        found = real(*arguments)
+        failed.append(time.monotonic() - begun >= triton.ANSWER_SECONDS)
+        return found
+
+    monkeypatch.setattr(pulse, "silence", counted)
+    images = load_dataset("digits").x_test[:64]
+    expected = {"1": onnx_logits(candidate / "model.onnx", images)}
+
+    def patient() -> Ask:
+        client = Client(server.ready["grpc"], "digits", timeout_seconds=300)
+
+        def ask() -> tuple[str, npt.NDArray[np.float32]]:
+            answer = client.predict(images)
+            return answer.version, answer.logits
+
+        return ask
+
+    with Traffic(patient, expected, clients=64) as traffic:
+        wait_until(lambda: sum(failed) > 4 or server.outcome)  # three killed it
+        assert server.outcome == []
+        traffic.flow()
+    assert traffic.failures == []
+    assert not any("starting it again" in line for line in server.said)
+    assert server.close() == 0
+
+
+def moved(models: Path) -> Callable[[], object]:
+    away = models.rename(models.with_name("away"))
+    return lambda: away.rename(models)
+
+
+def become_a_file(models: Path) -> Callable[[], object]:
+    back = moved(models)
+    models.write_text("no directory")
+    return lambda: (models.unlink(), back())
+
+
+def unmounted(models: Path) -> Callable[[], object]:
+    back = moved(models)
+    models.mkdir()
+    return lambda: (models.rmdir(), back())
+
+
+def without(*names: str) -> Callable[[Path], Callable[[], object]]:
+    """Parts of it have not arrived yet."""
+
+    def take(models: Path) -> Callable[[], object]:
+        pairs = [(models / name, models.with_name(f"away-{number}")) for number, name in enumerate(names)]
+        for path, away in pairs:
+            path.rename(away)
+        return lambda: [away.rename(path) for path, away in reversed(pairs)]
+
+    return take
+
+
+def truncated(models: Path) -> Callable[[], object]:
+    """Half of the history, and no config."""
+    text = (models / "history.jsonl").read_text()
+    (models / "history.jsonl").write_text(text[: len(text) // 2])
+    back = without("digits/config.pbtxt")(models)
+    return lambda: ((models / "history.jsonl").write_text(text), back())
+
+
+AWAY: dict[str, Callable[[Path], Callable[[], object]]] = {
+    "moved": moved,
+    "a file": become_a_file,
+    "an empty directory": unmounted,
+    "no model": without("digits"),
+    "no config": without("digits/config.pbtxt"),
+    "no version": without("digits/1"),
+    "no evidence": without("digits/1/report.json", "digits/1/attestation.intoto.jsonl"),
+    "half a history": truncated,
+}
+
+
+def test_a_repository_that_is_away_ends_nothing(
+    server: Served, repository: Path, candidate: Path, another: tuple[Path, Path], trust: Trust
+) -> None:
+    """However it is away, nobody loses an answer, it is said once, and promotions are followed when it is back. What
+    dies meanwhile comes back from the private copy. Retirement alone unloads."""
+    url = server.ready["grpc"]
+    expected = {"1": onnx_logits(candidate / "model.onnx", IMAGES), "2": onnx_logits(another[0] / "model.onnx", IMAGES)}
+    with Client(url, "digits") as client:
+        with Traffic(asking(url, pause=0.02), expected, clients=2) as traffic:
+            for why, leave in AWAY.items():
+                server.said.clear()
+                back = leave(repository)
+                wait_until(lambda: server.said)
+                time.sleep(2 * supervisor.TICK_SECONDS)  # in which it would say it again
+                back()
+                wait_until(
+                    lambda: 2 * sum(line.endswith("can be read again") for line in server.said) == len(server.said)
+                )
+                assert len(server.said) == len(set(server.said)) <= 4, (why, server.said)
+                traffic.mark(why)
+            wait_until_live(client, promote(*another, repository, name="digits", trust=trust), 60)
+        assert traffic.failures == [], (traffic.marks, server.said)
+        back = moved(repository)
+        os.kill(stub_of(server), signal.SIGKILL)
+        wait_until(lambda: not server.ready_file.exists())
+        wait_until(server.ready_file.exists)
+        assert client.describe().version == "2"
+        back()
+        retire(repository, "digits")
+        wait_until(lambda: read_ready(server.ready_file)["models"] == {})
+        with pytest.raises(ServingError, match="not served there"):
+            client.predict(IMAGES)
+
+
+def test_a_revoked_key_lets_nothing_new_in(
+    repository: Path,
+    candidate: Path,
+    evidence: Path,
+    another: tuple[Path, Path],
+    tmp_path: Path,
+    key: Path,
+    trust: Trust,
+    needs_triton: None,
+) -> None:
+    """A running server heeds the trust file: what is live goes on and it is said, what comes is turned down, with the
+    reason for whoever promoted it, and the repository goes back. A file that cannot be read revokes nothing."""
+    file, said = write_trust(make_key(tmp_path / "keys", "ours")), []
+    ours = file.read_text()
+    shutil.copy(key.with_suffix(".pub"), file.with_name("theirs.pub"))
+    both = 'keys = ["ours.pub", "theirs.pub"]\n'
+    file.write_text(both)
+    server = Served(repository, tmp_path / "ready.json", trust=follow_trust(file, said.append)).start()
+    file.write_text(both[:20])
+    wait_until(lambda: said)
+    with Client(server.ready["grpc"], "digits") as client, Client(server.ready["grpc"], "other") as other:
+        wait_until_live(client, promote(*another, repository, name="digits", trust=trust), 60)
+        file.write_text(ours)
+        wait_until(lambda: any("no longer trusted" in line and "version 2 goes on" in line for line in server.said))
+        assert len(said) == 2, "once that it cannot be read, once that it can"
+        third = promote(candidate, evidence, repository, name="digits", trust=trust)
+        with pytest.raises(Refused, match=r"version 3 was given up: .*0 trusted keys signed"):
+            wait_until_live(client, third, 60)
+        assert client.describe().version == "2"
+        assert aliases(repository)["digits"] == Aliases(champion=2, previous=1)
+        [returned] = [change for change in read_history(repository) if change.event == "returned"]
+        assert (returned.before, returned.version) == (3, 2)
+
+        first = promote(candidate, evidence, repository, name="other", trust=trust)
+        with pytest.raises(Refused, match=r"version 1 was given up: .*0 trusted keys signed"):
+            wait_until_live(other, first, 60)
+        assert aliases(repository)["other"].champion is None
+        [_, row] = standings(repository)
+        assert "version 1 is not served" in row.trouble
+        file.write_text(both)
+        wait_until(lambda: aliases(repository)["other"].champion == 1)
+        wait_until_live(other, first, 60)
+    assert sum("no longer trusted" in line for line in server.said) == 1
+    assert server.close() == 0
 
 
 @pytest.mark.parametrize("deaths", [1, 2])

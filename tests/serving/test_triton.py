@@ -24,6 +24,7 @@ from serving.candidate import FILES, sha256_of
 from serving.client import Client
 from serving.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
 from serving.promotion import promote
+from serving.ready import read_ready
 from tests.processes import wait_until
 from tests.serving.workshop import Served, command_of, private_of, processes_of, run_python, write_evidence
 from tests.signing import report_on, write_report
@@ -179,20 +180,54 @@ def test_killed_server_is_noticed(repository: Path, tmp_path: Path, needs_triton
     assert processes_of(marker) == []
 
 
+SERVE = """
+import sys
+from pathlib import Path
+from serving.supervisor import serve
+ports = {"http_port": 0, "grpc_port": int(sys.argv[4]), "metrics_port": 0}
+sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
+"""
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_what_a_killed_supervisor_leaves_does_not_stay(
+    repository: Path, tmp_path: Path, needs_triton: None, request: pytest.FixtureRequest, hangs: bool
+) -> None:
+    """Its Triton ends with it; where that hangs, the next supervisor ends it, and has its ports. The ready file is not
+    believed from the first moment on, and the next one removes it with the directories before it does anything."""
+    ready, port = tmp_path / "ready.json", triton.claim_ports(grpc=0)["grpc"]
+    process = run_python(SERVE, str(repository), str(ready), str(tmp_path / "triton.log"), str(port))
+    request.addfinalizer(process.kill)
+    wait_until(lambda: read_ready(ready), process)
+    private = str(private_of(f"127.0.0.1:{port}"))
+    commands = {pid: command_of(pid) for pid in processes_of(private)}
+    [runtime] = {path for text in commands.values() for path in re.findall(r"--backend-directory=([^\0]+)", text)}
+    if hangs:
+        for pid in commands:
+            os.kill(pid, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    assert ready.exists()
+    assert read_ready(ready) is None
+    if not hangs:
+        wait_until(lambda: not processes_of(private), seconds=30)
+    server = Served(repository, ready, grpc_port=port).start()
+    assert server.ready["pid"] == os.getpid()
+    assert not processes_of(private)
+    assert not Path(private).exists()
+    assert not Path(runtime).exists()
+    assert not list(environment.SHARED_MEMORY.glob(f"{Path(runtime).name}*"))
+    assert not list(environment.SHARED_MEMORY.glob(f"{Path(private).name}*"))
+    assert server.close() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_the_server_and_leaves_nothing(
     repository: Path, tmp_path: Path, needs_triton: None, number: signal.Signals, request: pytest.FixtureRequest
 ) -> None:
     """No process, no shared memory, no temporary directory, no ready file, and exit code 0."""
-    code = """
-import sys
-from pathlib import Path
-from serving.supervisor import serve
-ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
-sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
-"""
     ready, log = tmp_path / "ready.json", tmp_path / "triton.log"
-    process = run_python(code, str(repository), str(ready), str(log))
+    process = run_python(SERVE, str(repository), str(ready), str(log), "0")
     request.addfinalizer(process.kill)
     wait_until(ready.exists, process)
     private = str(private_of(json.loads(ready.read_text())["grpc"]))
@@ -212,11 +247,16 @@ sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Pat
     assert "successfully loaded 'digits'" in log.read_text()
 
 
-def test_footprint_of_a_dead_server_is_removed() -> None:
-    """What a killed server left is cleared by the next one; what a living one holds is not."""
-    dead = [environment.SHARED_MEMORY / f"{environment.PREFIX}dead{end}" for end in (".lock", "-region")]
-    for path in dead:
-        path.write_bytes(b"")
+def test_footprint_of_a_dead_server_is_removed(tmp_path: Path) -> None:
+    """What a killed server left is cleared by the next one, wherever its TMPDIR was; what a living one holds is not,
+    and no lock file talks it into removing anything else."""
+    mine, bystander = tmp_path / f"{environment.PREFIX}dead", tmp_path / "bystander"
+    dead = [mine, *(environment.SHARED_MEMORY / f"{mine.name}{end}" for end in (".lock", "-region"))]
+    mine.mkdir()
+    bystander.mkdir()
+    dead[1].write_text(str(mine))
+    dead[2].write_bytes(b"")
+    (environment.SHARED_MEMORY / f"{environment.PREFIX}liar.lock").write_text(str(bystander))
     with environment.footprint() as alive:
         region = environment.SHARED_MEMORY / f"{alive.name}-region"
         region.write_bytes(b"")
@@ -224,6 +264,7 @@ def test_footprint_of_a_dead_server_is_removed() -> None:
             assert region.exists()
             assert alive.is_dir()
             assert not any(path.exists() for path in dead)
+            assert bystander.is_dir()
     assert not region.exists()
     assert not alive.exists()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from robustness.data import load_dataset
 from robustness.files import sha256_of
 from robustness.models import Classifier, ModelSpec
 from serving import supervisor
+from serving.ready import read_ready
 from tests.signing import report_on, write_report
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +77,7 @@ class Served:
     repository: Path
     ready_file: Path
     liveness_seconds: float = 60.0
-    trust: Trust | None = None
+    trust: Trust | Callable[[], Trust] | None = None
     fixed: bool = False
     grpc_port: int = 0
     restarts: int = 0
@@ -85,14 +87,14 @@ class Served:
     outcome: list = field(default_factory=list)
 
     def start(self) -> Served:
-        """Serve in a thread; returns when the ready file is there, raises what `serve` raised."""
+        """Serve in a thread; returns when the ready file is there and its own, raises what `serve` raised."""
         self.thread = threading.Thread(target=self._serve)
         self.thread.start()
-        while not self.ready_file.exists():
+        while (said := read_ready(self.ready_file)) is None:
             if self.outcome:
                 raise self.outcome[0]
             time.sleep(0.02)  # it announces itself by a file, to tests as to users
-        self.ready = json.loads(self.ready_file.read_text())
+        self.ready = said
         return self
 
     @property
@@ -112,7 +114,7 @@ class Served:
                 log=self.ready_file.with_name("triton.log"),
                 say=self.said.append,
                 fixed=self.fixed,
-                trust=self.trust,
+                trust=(lambda: self.trust) if isinstance(self.trust, Trust) else self.trust,
                 restarts=self.restarts,
                 liveness_seconds=self.liveness_seconds,
             )

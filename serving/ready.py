@@ -1,0 +1,52 @@
+"""The ready file: JSON that tells where a server is, there while it answers.
+
+A server that was killed cannot remove it, so that it names its process: whoever reads it through `read_ready`
+does not believe a dead one's.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from serving.errors import BadInput, Broken
+
+
+def read_ready(path: Path) -> dict[str, Any] | None:
+    """What a ready file says; None where there is none, or where the process that wrote it is gone."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        alive = _born(said["pid"]) == said["started"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return dict(said) if alive else None
+
+
+def write_ready(path: Path, **said: Any) -> None:
+    """Say where a server is, with its pid and `started`, the kernel's clock at the start of that process (proc(5)): a
+    pid alone is given to another process some day. OSError where it cannot be written."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    said = {**said, "pid": os.getpid(), "started": _born(os.getpid())}
+    staged.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    staged.replace(path)
+
+
+def claim_ready(path: Path) -> None:
+    """Remove what a dead server left there; BadInput where one that lives has this ready file."""
+    said = read_ready(path)
+    if said is not None and said["pid"] != os.getpid():
+        raise BadInput(f"--ready-file {path}: is that of a running server (process {said['pid']}); name another")
+    try:
+        for stale in [path, *path.parent.glob(f".{glob.escape(path.name)}.*.part")]:
+            stale.unlink(missing_ok=True)
+    except OSError as error:
+        raise Broken(f"--ready-file {path}: cannot be written: {error.strerror}") from None
+
+
+def _born(pid: int) -> int:
+    """When a process was started, in clock ticks since boot; OSError where there is none."""
+    return int(Path("/proc", str(int(pid)), "stat").read_text().rpartition(")")[2].split()[19])

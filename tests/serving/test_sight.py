@@ -1,0 +1,58 @@
+"""What is absent, unreadable or half there is told apart from what is new."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from serving import sight
+from serving.ledger import is_retired
+from serving.promotion import retire
+
+
+def test_a_whole_model_has_a_mark_that_changes_with_it(repository: Path) -> None:
+    """With its config, and with each file of its version."""
+    [(name, mark)] = sight.look(repository).marks.items()
+    assert (name, mark.version) == ("digits", 1)
+    assert sight.look(repository).marks == {"digits": mark}
+    report = repository / "digits" / "1" / "report.json"
+    report.write_bytes(report.read_bytes() + b" ")
+    assert sight.look(repository).marks["digits"] != mark
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("where", ["the repository", "the config", "a file"])
+def test_storage_that_fails_is_no_absence(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, number: int, where: str
+) -> None:
+    """A stale handle of NFS, a failing disk, a permission: no test can make these, as tests may be run by root."""
+
+    def fail(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    real = Path.stat
+    if where == "the repository":
+        monkeypatch.setattr(sight.os, "scandir", fail)
+    elif where == "the config":
+        monkeypatch.setattr(Path, "read_bytes", fail)
+    else:
+        monkeypatch.setattr(Path, "stat", lambda path, **kw: fail(path) if path.name == "report.json" else real(path))
+    seen = sight.look(repository)
+    assert seen.marks == {}
+    [(path, trouble)] = seen.troubles.items()
+    assert path == (repository if where == "the repository" else repository / "digits")
+    assert f"cannot be read: {os.strerror(number)}" in trouble
+
+
+def test_only_the_history_says_that_a_model_is_retired(repository: Path) -> None:
+    """Its directory may be away for a moment."""
+    away = (repository / "digits").rename(repository / ".away")
+    assert sight.look(repository) == sight.Sight()
+    assert not is_retired(repository, "digits")
+    away.rename(repository / "digits")
+    retire(repository, "digits")
+    assert sight.look(repository) == sight.Sight()
+    assert is_retired(repository, "digits")
