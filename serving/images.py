@@ -22,10 +22,13 @@ from serving.client import Contract
 from serving.problems import Problem
 
 FIELD = "image"  # of a form
+# Each type that says what an image file is, to Pillow's name; other names for JPEG and PNG are in wide use.
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+FORMATS |= {"image/jpg": "JPEG", "image/pjpeg": "JPEG", "image/x-png": "PNG"}
 # What says nothing about an image: the content tells. curl sends the last one where it is told nothing.
-UNTOLD = frozenset({"", "application/octet-stream", "application/x-www-form-urlencoded"})
+UNTOLD = ("", "application/octet-stream", "image/*", "application/x-www-form-urlencoded")
 FORM, TENSOR = "multipart/form-data", "application/json"
+TYPES = (*FORMATS, *filter(None, UNTOLD), FORM, TENSOR)  # all that a request may say; it may say nothing too
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
 PARTS = 16  # of a form, of which one is the image
 
@@ -37,7 +40,7 @@ def open_image(data: bytes, kind: str, max_pixels: int) -> Image.Image:
 
     Problem: bad_image, or too_large where it has more than max_pixels.
     """
-    formats = [FORMATS[kind]] if kind in FORMATS else list(FORMATS.values())
+    formats = [FORMATS[kind]] if kind in FORMATS else list(dict.fromkeys(FORMATS.values()))
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:

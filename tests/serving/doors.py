@@ -23,7 +23,7 @@ from serving.gateway_config import GatewayConfig
 from serving.keys import digest_of
 
 KEY, PRIVILEGED, CANARY = "dfmcl_of-a-user", "dfmcl_of-a-trusted-user", "dfmcl_of-the-canary"
-PLENTY = {"rate": 1e6, "burst": 1_000_000}
+PLENTY = {"images_per_second": 1e6, "burst_images": 1_000_000}
 KEYS = [
     {"name": "shop", "sha256": digest_of(KEY), **PLENTY},
     {"name": "lab", "sha256": digest_of(PRIVILEGED), "logits": True, **PLENTY},
