@@ -16,7 +16,7 @@ from serving.problems import RETRY_SECONDS, Problem
 # A flow may hold so many times the places that are free, so that a few always are (dynamic thresholds: Choudhury and
 # Hahne, IEEE/ACM Transactions on Networking 6, 1998).
 GREED = 8
-PATIENCE = 0.5  # of its deadline that a request is expected to wait at most: the expectation is a mean
+PATIENCE = 0.7  # of its deadline in which an answer has to be expected: the expectation is a mean
 LONGEST_RETRY_SECONDS = 60
 
 
@@ -40,13 +40,17 @@ class Admission:
 
     @contextmanager
     def place(self, flow: str, images: int, *, seconds: float, throughput: float) -> Iterator[Place]:
-        """A place for a request of a flow; a Problem where there is none, or the wait would eat its `seconds` up."""
+        """A place for a request of a flow; a Problem where there is none, or its answer would take too long.
+
+        seconds: until its deadline; throughput: images a second.
+        """
         mine = sum(place.flow == flow for place in self._at_work)
         if mine >= GREED * (self.places - len(self)):
             raise _overloaded("too many requests at work", RETRY_SECONDS)
-        excess = self.wait_seconds(flow, images, throughput) - PATIENCE * seconds
-        if excess > 0:
-            raise _overloaded("the wait would be too long for its deadline", excess)
+        ahead = self.ahead(flow, images)
+        excess = (ahead + images) / throughput - PATIENCE * seconds
+        if ahead and excess > 0:  # alone it may try: nothing is known of how long such a request takes
+            raise _overloaded("too many images wait", excess)
         place = Place(flow, images)
         self._at_work.append(place)
         try:
@@ -54,14 +58,13 @@ class Admission:
         finally:
             self._at_work = [other for other in self._at_work if other is not place]
 
-    def wait_seconds(self, flow: str, images: int, throughput: float) -> float:
-        """Until its turn comes: behind all of its own flow, and, as turns are fair, as many of every other at most."""
+    def ahead(self, flow: str, images: int) -> int:
+        """Images before the last of so many: all of its own flow, and, as turns are fair, no more of any other."""
         queued: Counter[str] = Counter()
         for place in self._at_work:
             queued[place.flow] += place.images
         mine = queued.pop(flow, 0)
-        ahead = mine + sum(min(others, mine + images) for others in queued.values())
-        return ahead / throughput if ahead else 0.0
+        return mine + sum(min(others, mine + images) for others in queued.values())
 
 
 def _overloaded(why: str, seconds: float) -> Problem:

@@ -10,7 +10,7 @@ import ipaddress
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -102,45 +102,41 @@ class Endpoint:
     async def _whole(
         self, images: npt.NDArray[np.uint8], deadline: float, flow: str, canary: bool
     ) -> tuple[npt.NDArray[np.float32], str | None]:
-        """Logits of all images, slice by slice, and the version of each; None where they are of several."""
-        first, version = await self._slice(images[: self.turns.slice], deadline, flow, canary)
-        rows, offset = {0: first}, len(first)
+        """Logits of all images, slice by slice, and the version that computed them; None where there were several."""
+        version: str | None = None
 
-        async def work() -> None:
-            nonlocal offset
-            while offset < len(images):
-                begin, size = offset, self.turns.slice
-                offset = begin + size
-                rows[begin], _ = await self._slice(images[begin:offset], deadline, flow, canary, version)
+        async def ask(begin: int, end: int) -> npt.NDArray[np.float32]:
+            nonlocal version
+            logits, version = await self._slice(images[begin:end], deadline, canary, version or "")
+            return logits
 
+        weight = CANARY_WEIGHT if canary else 1.0
         try:
-            await _together([work() for _ in range(min(self.turns.parallel, len(images) - offset))])
+            parts = await self.turns.all(flow, len(images), ask, weight=weight, counts=not canary)
         except AnswerError as error:
-            if error.reason != "unknown_model":
+            if version is None or error.reason != "unknown_model":
                 raise
-            return first, None
-        return np.concatenate([rows[begin] for begin in sorted(rows)]), version
+            return np.empty((0, 0), np.float32), None
+        return np.concatenate(parts), version
 
     async def _slice(
-        self, images: npt.NDArray[np.uint8], deadline: float, flow: str, canary: bool, version: str = ""
+        self, images: npt.NDArray[np.uint8], deadline: float, canary: bool, version: str
     ) -> tuple[npt.NDArray[np.float32], str]:
-        """Logits of so many images as go at a time, when their turn has come, and the version that computed them."""
+        """Logits of so many images as go at a time, and the version that computed them; version: "" for any."""
         assert self.contract is not None
-        contract, priority = self.contract, CANARY_PRIORITY if canary else 0
-        weight = CANARY_WEIGHT if canary else 1.0
-        async with self.turns.turn(flow, len(images), weight=weight, counts=not canary):
-            for last in (*[False] * (SAME_VERSION - 1 if version else 0), True):
-                try:
-                    response = await self._ask(
-                        contract.question(images),
-                        seconds=deadline - time.monotonic(),
-                        priority=priority,
-                        version=version,
-                    )
-                    break
-                except AnswerError as error:
-                    if last or error.reason != "unknown_model":
-                        raise
+        contract, question = self.contract, self.contract.question(images)
+        for last in (*[False] * (SAME_VERSION - 1 if version else 0), True):
+            try:
+                response = await self._ask(
+                    question,
+                    seconds=deadline - time.monotonic(),
+                    priority=CANARY_PRIORITY if canary else 0,
+                    version=version,
+                )
+                break
+            except AnswerError as error:
+                if last or error.reason != "unknown_model":
+                    raise
         logits = contract.logits(response, len(images))
         self.up, self._last_answer = True, time.monotonic()
         return logits, response.get_response().model_version
@@ -381,16 +377,6 @@ async def _addresses(host: str, port: int) -> int:
         return 1
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return max(Counter(family for family, *_ in set(found)).values())
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Do all of it at the same time; where one fails, the others end."""
-    tasks = [asyncio.create_task(part) for part in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 async def _answered(call: Callable[[float], Awaitable[Any]], where: str, seconds: float) -> Any:

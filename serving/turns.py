@@ -1,20 +1,19 @@
 """Whose turn it is at a Triton, and how many images it gets at a time.
 
-Turns are fair between flows (a flow is a key) by images: start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996).
-What is being computed cannot be interrupted, so large requests pass in slices; how large is found by additive increase
-and multiplicative decrease against an objective for a slice's time, as Clipper does for batches (Crankshaw et al.,
-NSDI 2017, section 4.3). All of it lives in one event loop.
+Turns are fair between flows (a flow is a key) by images: start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996);
+within a flow, first come, first served. What is being computed cannot be interrupted, so large requests pass in slices.
+How large is found by additive increase and multiplicative decrease against an objective for a slice's time, as Clipper
+does for batches (Crankshaw et al., NSDI 2017, section 4.3). All of it lives in one event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 # A slice's time, in multiples of the least time that one took. With one flow alone, batches that are worth forming;
 # with several, so little that who comes second waits for about as long as an answer takes.
@@ -24,16 +23,42 @@ BACK_OFF = 0.9  # Clipper's
 FIRST_SLICE = 2.0
 MEMORY_SECONDS = 5.0  # of work, over which throughput is averaged
 
+Ask = Callable[[int, int], Awaitable[Any]]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way through. given: images that had their turn; parts: what came of each, by its first image."""
+
+    flow: str
+    weight: float
+    images: int
+    ask: Ask
+    done: asyncio.Future[None]
+    given: int = 0
+    running: set[asyncio.Task[None]] = field(default_factory=set)
+    parts: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """Images that wait for their turn."""
+        return self.images - self.given
+
+    @property
+    def wants(self) -> bool:
+        """Whether it can use a turn now. Its first slice goes alone: the others must be of the same version."""
+        return self.left > 0 and (self.given == 0 or bool(self.parts))
+
 
 class Turns:
     """The turns at one Triton. most: images of a slice; parallel: slices that it computes at the same time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.most, self.parallel = 1, 1
-        self._clock = clock
-        self._waiting: list[tuple[float, int, int, asyncio.Future[None]]] = []  # a heap: start tag, order, images
-        self._order, self._virtual, self._finish = itertools.count(), 0.0, dict[str, float]()
-        self._in_flight, self._since = 0, clock()
+        self._clock, self._since, self._in_flight = clock, clock(), 0
+        self._jobs: dict[str, list[_Job]] = {}  # by flow
+        # Virtual time: of the slice that went last, of each flow's next slice, and where its last one ended.
+        self._virtual, self._start, self._finish = 0.0, dict[str, float](), dict[str, float]()
         self._last, self._company_until = ("", -math.inf), -math.inf
         self.forget()
 
@@ -50,38 +75,30 @@ class Turns:
     @property
     def waiting(self) -> int:
         """Images that wait for their turn, or are being computed."""
-        return self._in_flight + sum(images for *_, images, _ in self._waiting)
+        return self._in_flight + sum(job.left for jobs in self._jobs.values() for job in jobs)
 
     @property
     def throughput(self) -> float:
         """Images a second, while there was something to do; infinite where nothing was measured yet."""
         return self._done / self._busy if self._done else math.inf
 
-    @property
-    def _mode(self) -> float:
-        return SHARED if self._clock() < self._company_until else ALONE
-
-    @asynccontextmanager
-    async def turn(self, flow: str, images: int, *, weight: float = 1.0, counts: bool = True) -> AsyncIterator[None]:
-        """The length of a block in which so many images are computed, `slice` at most.
+    async def all(self, flow: str, images: int, ask: Ask, *, weight: float = 1.0, counts: bool = True) -> list[Any]:
+        """What `ask(begin, end)` returns for each slice of so many images, in order; its first error where it fails.
 
         weight: of the flow's share; counts: whether its presence makes slices smaller.
         """
         if counts:
             self._meet(flow)
-        await self._wait(flow, images, weight)
-        self._measure()
-        self._in_flight += images
-        begun, seconds = self._clock(), math.inf
+        job = _Job(flow, weight, images, ask, asyncio.get_running_loop().create_future())
+        if flow not in self._jobs:
+            self._start[flow] = max(self._virtual, self._finish.get(flow, 0.0))
+        self._jobs.setdefault(flow, []).append(job)
+        self._give()
         try:
-            yield
-            seconds = self._clock() - begun
-            self._done += images
+            await job.done
         finally:
-            self._measure()
-            self._in_flight -= images
-            self._adapt(images, seconds)
-            self._admit()
+            self._drop(job)
+        return [job.parts[begin] for begin in sorted(job.parts)]
 
     def _meet(self, flow: str) -> None:
         """Remember when two flows were last there within COMPANY_SECONDS of each other."""
@@ -90,38 +107,54 @@ class Turns:
             self._company_until = max(self._company_until, seen + COMPANY_SECONDS)
         self._last = flow, self._clock()
 
-    async def _wait(self, flow: str, images: int, weight: float) -> None:
-        if not self._waiting and not self._in_flight:
-            self._finish.clear()  # nobody is owed anything
-        start = max(self._virtual, self._finish.get(flow, 0.0))
-        self._finish[flow] = start + images / weight
-        if not self._waiting and self._has_room(images):
-            self._virtual = start
-            return
-        place = asyncio.get_running_loop().create_future()
-        entry = (start, next(self._order), images, place)
-        heapq.heappush(self._waiting, entry)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():  # its turn came at the same moment
-                self._in_flight -= images
-            else:
-                self._waiting.remove(entry)
-                heapq.heapify(self._waiting)
-            self._admit()
-            raise
-        self._in_flight -= images  # `turn` counts it
+    @property
+    def _mode(self) -> float:
+        return SHARED if self._clock() < self._company_until else ALONE
 
-    def _has_room(self, images: int) -> bool:
-        return not self._in_flight or self._in_flight + images <= self.slice * self.parallel
-
-    def _admit(self) -> None:
-        """Give their turn to those whose it is."""
-        while self._waiting and self._has_room(self._waiting[0][2]):
-            self._virtual, _, images, place = heapq.heappop(self._waiting)
+    def _give(self) -> None:
+        """Give their turn to those whose it is, for as long as there is room."""
+        while ready := {flow: job for flow, jobs in self._jobs.items() if (job := _first(jobs))}:
+            flow = min(ready, key=self._start.__getitem__)
+            job = ready[flow]
+            images = min(self.slice, job.left)
+            if self._in_flight and self._in_flight + images > self.slice * self.parallel:
+                return
+            self._virtual = self._start[flow]
+            self._start[flow] = self._finish[flow] = self._virtual + images / job.weight
+            self._measure()
             self._in_flight += images
-            place.set_result(None)
+            task = asyncio.create_task(self._run(job, job.given, images))
+            job.given += images
+            job.running.add(task)
+            task.add_done_callback(job.running.discard)
+
+    async def _run(self, job: _Job, begin: int, images: int) -> None:
+        begun, seconds = self._clock(), math.inf
+        try:
+            job.parts[begin] = await job.ask(begin, begin + images)
+            seconds = self._clock() - begun
+            self._done += images
+        except Exception as error:  # noqa: BLE001 - whoever waits for the whole is told
+            if not job.done.done():
+                job.done.set_exception(error)
+        finally:
+            self._measure()
+            self._in_flight -= images
+            self._adapt(images, seconds)
+            if not job.left and len(job.running) == 1 and not job.done.done():  # this was the last one
+                job.done.set_result(None)
+            self._give()
+
+    def _drop(self, job: _Job) -> None:
+        """It is over: answered, failed, or nobody waits for it any more."""
+        self._jobs[job.flow].remove(job)
+        if not self._jobs[job.flow]:
+            del self._jobs[job.flow], self._start[job.flow]
+        for task in job.running:
+            task.cancel()
+        if not self._jobs:
+            self._finish.clear()  # nobody is owed anything
+        self._give()
 
     def _adapt(self, images: int, seconds: float) -> None:
         """Learn from a slice's time, infinite where it failed: by an image or a tenth for each `slice` of images."""
@@ -129,16 +162,19 @@ class Turns:
         mode = self._mode
         size, objective = self._sizes[mode], self._least * mode
         share = min(1.0, images / size)
-        if seconds > objective:
+        if seconds > objective or math.isinf(seconds):
             self._sizes[mode] = max(1.0, size * BACK_OFF**share)
-        elif self._waiting or images >= self.slice:  # else it says nothing about larger ones
+        elif images >= self.slice or any(map(_first, self._jobs.values())):  # else it tells nothing of larger ones
             self._sizes[mode] = min(float(self.most), size + share)
 
     def _measure(self) -> None:
         """Count the time that has passed as busy where something was computed; old times fade."""
         now = self._clock()
         if self._in_flight:
-            passed = now - self._since
-            kept = math.exp(-passed / MEMORY_SECONDS)
-            self._done, self._busy = self._done * kept, self._busy * kept + passed
+            kept = math.exp((self._since - now) / MEMORY_SECONDS)
+            self._done, self._busy = self._done * kept, self._busy * kept + now - self._since
         self._since = now
+
+
+def _first(jobs: list[_Job]) -> _Job | None:
+    return next((job for job in jobs if job.wants), None)
