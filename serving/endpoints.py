@@ -277,9 +277,9 @@ class Pool:
         raise Unavailable("no endpoint has answered yet", "unavailable")
 
     @property
-    def throughput(self) -> float:
-        """Images a second of those who answer, as measured; infinite where one has not been."""
-        return sum(endpoint.turns.throughput for endpoint in self.endpoints if endpoint.up)
+    def computed(self) -> int:
+        """Images that were computed, ever."""
+        return sum(endpoint.turns.computed for endpoint in self.endpoints)
 
     @property
     def waiting(self) -> int:

@@ -62,6 +62,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Decoded on the spot, in about a millisecond at most; what is larger goes to a thread and lets others pass.
 SPOT_PIXELS, SPOT_BYTES = 65_536, 65_536
 STOP_POLL_SECONDS = 0.05
+PACED = frozenset({"overloaded", "rate_limited", "unauthorized"})  # what costs the asker nothing to hear again
 
 Log = Callable[[dict[str, Any]], None]
 Routes = dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]]
@@ -314,7 +315,7 @@ class Gateway:
             salt, found = secrets.token_bytes(32), DetectionMetrics(self.metrics.registry)
             self.detection = Worker(config.detection, salt, found, log)
         self._config, self._pool, self._decoders, self._log = config, pool, decoders, log
-        self._keyring, self._admission = config.keyring(), Admission(config.limits.concurrency)
+        self._keyring, self._admission = config.keyring(), Admission(config.limits.concurrency, lambda: pool.computed)
         description = describe(config, metadata.version("dfmcl"))
         self._openapi, self._docs = json.dumps(description).encode(), pages.docs(description)
         self._index = pages.index(config.triton.model, needs_key=not config.open)
@@ -391,6 +392,8 @@ class Gateway:
             exchange.reason, exchange.detail = problem.reason, problem.detail
             if exchange.status == 0:
                 headers = problem.headers | (getattr(error, "headers", None) or {})
+                if problem.reason in PACED:
+                    await asyncio.sleep(self._admission.pause())
                 response = _json(problem.to_json(exchange.id), problem.status, headers)
                 await response(scope, receive, answer)
         finally:
@@ -450,10 +453,12 @@ class Gateway:
         with self._place(exchange, caller, promised, wish) as place:
             body = await self._body(request, exchange)
             exchange.heard = time.monotonic()
+            self._admission.arrived(place, promised)
             try:
                 async with asyncio.timeout(wish.seconds):
                     batch, single = await self._decoded(request, body, self._pool.contract, wish)
-                    exchange.images = place.images = len(batch)
+                    exchange.images = len(batch)
+                    self._admission.arrived(place, exchange.images)
                     reply = await self._pool.infer(
                         batch, deadline=exchange.heard + wish.seconds, flow=place.flow, canary=caller.canary
                     )
@@ -492,7 +497,7 @@ class Gateway:
         """A place among the requests at work; a Problem where there is none, or its answer would come too late."""
         flow = exchange.client or "" if caller is ANYONE else caller.name
         try:
-            with self._admission.place(flow, promised, seconds=wish.seconds, throughput=self._pool.throughput) as place:
+            with self._admission.place(flow, promised, wish.seconds) as place:
                 self.metrics.in_flight.set(len(self._admission))
                 yield place
         finally:

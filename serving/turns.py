@@ -9,9 +9,10 @@ does for batches (Crankshaw et al., NSDI 2017, section 4.3). All of it lives in 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +22,8 @@ ALONE, SHARED = 10.0, 1.5
 COMPANY_SECONDS = 60.0  # so long a flow that asked once is expected to ask again
 BACK_OFF = 0.9  # Clipper's
 FIRST_SLICE = 2.0
-MEMORY_SECONDS = 5.0  # of work, over which throughput is averaged
 
-Ask = Callable[[int, int], Awaitable[Any]]
+Ask = Callable[[int, int], Coroutine[Any, Any, Any]]
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class _Job:
     ask: Ask
     done: asyncio.Future[None]
     given: int = 0
-    running: set[asyncio.Task[None]] = field(default_factory=set)
+    running: set[asyncio.Task[Any]] = field(default_factory=set)
     parts: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -55,7 +55,8 @@ class Turns:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.most, self.parallel = 1, 1
-        self._clock, self._since, self._in_flight = clock, clock(), 0
+        self.computed = 0  # images, ever
+        self._clock, self._in_flight = clock, 0
         self._jobs: dict[str, list[_Job]] = {}  # by flow
         # Virtual time: of the slice that went last, of each flow's next slice, and where its last one ended.
         self._virtual, self._start, self._finish = 0.0, dict[str, float](), dict[str, float]()
@@ -65,7 +66,7 @@ class Turns:
     def forget(self) -> None:
         """Another model is served: what was measured says nothing about it."""
         self._sizes = {ALONE: FIRST_SLICE, SHARED: FIRST_SLICE}
-        self._least, self._done, self._busy = math.inf, 0.0, 0.0
+        self._least = math.inf
 
     @property
     def slice(self) -> int:
@@ -76,11 +77,6 @@ class Turns:
     def waiting(self) -> int:
         """Images that wait for their turn, or are being computed."""
         return self._in_flight + sum(job.left for jobs in self._jobs.values() for job in jobs)
-
-    @property
-    def throughput(self) -> float:
-        """Images a second, while there was something to do; infinite where nothing was measured yet."""
-        return self._done / self._busy if self._done else math.inf
 
     async def all(self, flow: str, images: int, ask: Ask, *, weight: float = 1.0, counts: bool = True) -> list[Any]:
         """What `ask(begin, end)` returns for each slice of so many images, in order; its first error where it fails.
@@ -121,29 +117,28 @@ class Turns:
                 return
             self._virtual = self._start[flow]
             self._start[flow] = self._finish[flow] = self._virtual + images / job.weight
-            self._measure()
             self._in_flight += images
-            task = asyncio.create_task(self._run(job, job.given, images))
+            task = asyncio.create_task(job.ask(job.given, job.given + images))
+            # Not in the coroutine: one that is cancelled before its first step has no end.
+            task.add_done_callback(functools.partial(self._ended, job, job.given, images, self._clock()))
             job.given += images
             job.running.add(task)
-            task.add_done_callback(job.running.discard)
 
-    async def _run(self, job: _Job, begin: int, images: int) -> None:
-        begun, seconds = self._clock(), math.inf
-        try:
-            job.parts[begin] = await job.ask(begin, begin + images)
-            seconds = self._clock() - begun
-            self._done += images
-        except Exception as error:  # noqa: BLE001 - whoever waits for the whole is told
-            if not job.done.done():
+    def _ended(self, job: _Job, begin: int, images: int, begun: float, task: asyncio.Task[Any]) -> None:
+        seconds, error = self._clock() - begun, None if task.cancelled() else task.exception()
+        failed = task.cancelled() or error is not None
+        self._in_flight -= images
+        self.computed += 0 if failed else images
+        self._adapt(images, math.inf if failed else seconds)
+        job.running.discard(task)
+        if not failed:
+            job.parts[begin] = task.result()
+        if not job.done.done():
+            if error is not None:
                 job.done.set_exception(error)
-        finally:
-            self._measure()
-            self._in_flight -= images
-            self._adapt(images, seconds)
-            if not job.left and len(job.running) == 1 and not job.done.done():  # this was the last one
+            elif not job.left and not job.running:
                 job.done.set_result(None)
-            self._give()
+        self._give()
 
     def _drop(self, job: _Job) -> None:
         """It is over: answered, failed, or nobody waits for it any more."""
@@ -166,14 +161,6 @@ class Turns:
             self._sizes[mode] = max(1.0, size * BACK_OFF**share)
         elif images >= self.slice or any(map(_first, self._jobs.values())):  # else it tells nothing of larger ones
             self._sizes[mode] = min(float(self.most), size + share)
-
-    def _measure(self) -> None:
-        """Count the time that has passed as busy where something was computed; old times fade."""
-        now = self._clock()
-        if self._in_flight:
-            kept = math.exp((self._since - now) / MEMORY_SECONDS)
-            self._done, self._busy = self._done * kept, self._busy * kept + now - self._since
-        self._since = now
 
 
 def _first(jobs: list[_Job]) -> _Job | None:
