@@ -21,7 +21,8 @@ GREED = 8
 PATIENCE = 0.7  # of its deadline in which an answer has to be expected: the expectation is a mean
 LONGEST_RETRY_SECONDS = 60
 MEMORY_SECONDS = 5.0  # of work, over which images a second are averaged
-REFUSALS_PER_SECOND, LONGEST_PAUSE = 200, 1.0  # a refusal costs this process about half a millisecond
+# Of refusals: one costs this process about half a millisecond, and as much for each so many bytes that are thrown away.
+PER_SECOND, PER_BYTES, LONGEST_PAUSE = 200, 65_536, 1.0
 
 
 @dataclass(eq=False)
@@ -84,10 +85,11 @@ class Admission:
         mine = queued.pop(flow, 0)
         return mine + sum(min(others, mine + images) for others in queued.values())
 
-    def pause(self) -> float:
-        """Seconds to wait before the next refusal is sent."""
+    def pause(self, unread: int) -> float:
+        """Seconds to wait before the next refusal is sent. unread: bytes of a body that nobody will look at."""
         now = self._clock()
-        self._next_refusal = min(max(now, self._next_refusal) + 1 / REFUSALS_PER_SECOND, now + LONGEST_PAUSE)
+        cost = (1 + unread / PER_BYTES) / PER_SECOND
+        self._next_refusal = min(max(now, self._next_refusal) + cost, now + LONGEST_PAUSE)
         return self._next_refusal - now
 
     def _measure(self) -> None:
