@@ -18,7 +18,7 @@ from serving.problems import RETRY_SECONDS, Problem
 # A flow may hold so many times the places that are free, so that a few always are (dynamic thresholds: Choudhury and
 # Hahne, IEEE/ACM Transactions on Networking 6, 1998).
 GREED = 8
-PATIENCE = 0.7  # of its deadline in which an answer has to be expected: the expectation is a mean
+PATIENCE = 0.5  # of its deadline in which an answer has to be expected: the expectation is a mean
 LONGEST_RETRY_SECONDS = 60
 MEMORY_SECONDS = 5.0  # of work, over which images a second are averaged
 # Of refusals: one costs this process about half a millisecond, and as much for each so many bytes that are thrown away.
