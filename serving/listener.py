@@ -101,6 +101,7 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application,
+                interface="asgi3",
                 http=protocol,  # type: ignore[arg-type]  # it is called as the class would be
                 ws="none",
                 lifespan="off",

@@ -100,6 +100,11 @@ class Door:
             time.sleep(0.01)  # asked over HTTP, as a load balancer does
         return self
 
+    @property
+    def address(self) -> str:
+        """Where it is, for others."""
+        return f"http://127.0.0.1:{self.port}"
+
     def connection(self, timeout: float = 20) -> http.client.HTTPConnection:
         """A connection of its own."""
         if self.tls is not None:

@@ -143,7 +143,7 @@ def test_an_authority_that_is_no_file_is_bad_input() -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_next_request_waits_as_long_as_it_was_told(door: Callable[..., str], status: int) -> None:
-    """Nothing is repeated by itself; the next request comes no earlier than Retry-After, or, past its timeout, never."""
+    """Nothing is repeated by itself; the next request comes no earlier than Retry-After, past its timeout never."""
     with GatewayClient(door((status, b"{}"), again="1"), "m", classes=2, timeout_seconds=3) as client:
         asked_at.clear()
         for _ in range(2):
