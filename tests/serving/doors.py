@@ -86,6 +86,13 @@ class Door:
         self.port = urlsplit(self.url).port
         return self
 
+    def administration(self) -> Door:
+        """Its admin address."""
+        (said,) = [entry["admin"] for entry in self.log if entry["event"] == "listening"]
+        admin = Door(self.config)
+        admin.port = urlsplit(said).port
+        return admin
+
     def _serve(self) -> None:
         try:
             self.outcome.append(gateway.serve(self.config, stop=self.stop, log=self.log.append))
