@@ -281,8 +281,8 @@ class Exchange:
     """
 
     id: str
-    method: str
-    path: str
+    method: str | None  # None, as the path, where no request came about
+    path: str | None
     client: str | None  # its address, as the network shows it
     begun: float
     heard: float | None = None
@@ -366,9 +366,10 @@ class Gateway:
     def cut_off(self, problem: Problem, client: str | None) -> None:
         """Note a connection that was closed before there was a request."""
         self.metrics.refused(problem.reason)
-        entry = {"event": "request", "client": client, "method": None, "path": None, "status": problem.status}
-        entry |= {"reason": problem.reason}
-        self._log(entry | ({"detail": problem.detail} if problem.detail else {}))
+        now = time.monotonic()
+        self._note(
+            Exchange("", None, None, client, now, status=problem.status, reason=problem.reason, detail=problem.detail)
+        )
 
     async def _exchange(self, router: Router, scope: Scope, receive: Receive, send: Send) -> None:
         given, client = Headers(scope=scope).get("x-request-id", ""), scope.get("client")
@@ -426,16 +427,21 @@ class Gateway:
             return
         elif exchange.reason is not None and exchange.path != "/readyz":  # no news: gateway_ready says it too
             self.metrics.refused(exchange.reason)
+        self._note(exchange)
+
+    def _note(self, exchange: Exchange) -> None:
+        """Its line in the log, with nothing in it that a stranger may have written but a short path without a key."""
+        path = None if exchange.path is None else SECRET.sub(f"{PREFIX}...", exchange.path)[:PATH_CHARACTERS]
         entry = {
             "event": "request",
-            "id": exchange.id,
+            "id": exchange.id or None,
             "client": exchange.client,
             "method": exchange.method,
-            "path": SECRET.sub(f"{PREFIX}...", exchange.path)[:PATH_CHARACTERS],
-            "key": caller.name if caller else None,
+            "path": path,
+            "key": exchange.caller.name if exchange.caller else None,
             "status": exchange.status,
             "reason": exchange.reason,
-            "ms": round(1000 * (now - exchange.begun), 2),
+            "ms": round(1000 * (time.monotonic() - exchange.begun), 2),
             "bytes": exchange.bytes,
             "version": exchange.version,
             "endpoint": exchange.endpoint,

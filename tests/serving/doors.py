@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,6 +71,7 @@ class Door:
 
     config: GatewayConfig
     tls: ssl.SSLContext | None = None
+    source: Path | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     outcome: list[Any] = field(default_factory=list)
@@ -95,7 +97,7 @@ class Door:
 
     def _serve(self) -> None:
         try:
-            self.outcome.append(gateway.serve(self.config, stop=self.stop, log=self.log.append))
+            self.outcome.append(gateway.serve(self.config, stop=self.stop, source=self.source, log=self.log.append))
         except Exception as error:  # noqa: BLE001 - handed to the test's own thread
             self.outcome.append(error)
 

@@ -593,7 +593,7 @@ def test_half_sent_requests_keep_no_probe_waiting(served: Served) -> None:
 
 
 def test_metrics_are_at_the_admin_address_alone(served: Served) -> None:
-    """Where there is one: without a key there, and not at the public one, nor in its description; the rest is not there."""
+    """Where there is one: without a key there, and not at the public one, nor in its description; no more than that."""
     config = settings([served.ready["grpc"]], listen={"admin": "127.0.0.1:0", "public_metrics": False})
     with opened(config) as door:
         admin = door.administration()
