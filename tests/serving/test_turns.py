@@ -243,7 +243,7 @@ def test_one_flow_leaves_places_to_others() -> None:
 
 
 def test_request_that_would_be_late_is_refused_at_once() -> None:
-    """100 images a second, 100 of its own before it: 0.4 s are too few, and it is told when to come; 10 s are enough."""
+    """100 images a second, 100 of its own before it: 0.4 s are too few, and it is told when to come; 3 s are enough."""
     bench = Bench()
     bench.work(100, 1.0)
     with bench.admission.place("a", 100, 60) as place:
