@@ -174,9 +174,14 @@ class Endpoint:
         self.turns.parallel = self._instances * self._addresses
 
     async def _require_life(self) -> None:
-        """An AnswerError where the server says nothing at all."""
+        """An AnswerError where the server says nothing at all; that it does not know the question is an answer."""
         where = f"model {self._model!r} at {self.url}"
-        await _answered(lambda left: self._triton.is_server_live(client_timeout=left), where, CHECK_DEADLINE_SECONDS)
+        try:
+            await _answered(
+                lambda left: self._triton.is_server_live(client_timeout=left), where, CHECK_DEADLINE_SECONDS
+            )
+        except Rejected:
+            return
 
     def doubt(self) -> None:
         """Take it out, and have it looked at."""
