@@ -57,6 +57,11 @@ class Gateway:
         found = [json.loads(line) for line in self.log.read_text().splitlines() if line.endswith("}")]
         return [entry for entry in found if entry["event"] == event]
 
+    def idle(self) -> bool:
+        """Whether nothing is at work, not even for those who have left."""
+        text = urllib.request.urlopen(f"{self.admin}/metrics", timeout=10).read().decode()
+        return "gateway_in_flight 0.0" in text and "gateway_images_waiting 0.0" in text
+
     def ready(self) -> bool:
         """What /readyz says."""
         try:
@@ -130,8 +135,11 @@ def test_shopper_beside_a_hog_waits_twice_as_long_at_most(gateway: Gateway) -> N
         with hog.asking():
             time.sleep(1)  # its first batches arrive
             beside = shop(gateway.door, 100)
+        wait_until(gateway.idle, seconds=60)  # what the hog has left behind is not quiet
         quiet = before + shop(gateway.door, 50)
-        ratios.append(float(np.percentile(beside, 99) / np.percentile(quiet, 99)))
+        # The median too: a single hiccup of the machine in the quiet must not hide a hog. It is 1.8 as a rule.
+        medians = float(np.median(beside) / np.median(quiet))
+        ratios.append(max(float(np.percentile(beside, 99) / np.percentile(quiet, 99)), medians / 1.5))
         print(f"p50 {np.median(quiet):.4f} and {np.median(beside):.4f} s, p99 {ratios[-1]:.2f} times")
     assert min(ratios) <= 2
     answered = [entry for entry in gateway.entries("request") if entry["key"] == "hog" and entry["status"] == 200]
