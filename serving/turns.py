@@ -18,7 +18,7 @@ from typing import Any
 
 # A slice's time, in multiples of the least time that one took. With one flow alone, batches that are worth forming;
 # with several, so little that who comes second waits for about as long as an answer takes.
-ALONE, SHARED = 10.0, 1.5
+ALONE, SHARED = 10.0, 1.2
 COMPANY_SECONDS = 60.0  # so long a flow that asked once is expected to ask again
 BACK_OFF = 0.9  # Clipper's
 FIRST_SLICE = 2.0

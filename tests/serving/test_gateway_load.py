@@ -32,7 +32,7 @@ from tests.serving.workshop import ROOT, Served
 
 MODEL, SHAPE = "resnet18-cifar10", (32, 32, 3)
 HOG, SHOPPER = "dfmcl_of-the-hog", "dfmcl_of-the-shopper"
-ROUNDS = 4
+ROUNDS = 6
 ONE = tensor(np.zeros((1, *SHAPE), np.uint8))
 
 

@@ -111,7 +111,7 @@ def test_within_a_flow_first_come_is_first_served() -> None:
     assert [who for who, *_ in server.computed] == sorted(who for who, *_ in server.computed)
 
 
-@pytest.mark.parametrize(("fixed", "each", "least", "most"), [(0.001, 0.01, 1, 2), (0.01, 0.0001, 30, 64)])
+@pytest.mark.parametrize(("fixed", "each", "least", "most"), [(0.001, 0.01, 1, 2), (0.01, 0.0001, 15, 64)])
 def test_slices_in_company_take_about_as_long_as_one_image(fixed: float, each: float, least: int, most: int) -> None:
     """Few images where each takes its time, as on a CPU; many where they cost little more than one, as on a GPU."""
     server = Server(fixed, each)
