@@ -787,7 +787,7 @@ def gateway(
     from serving.gateway import serve as run_gateway
     from serving.gateway_config import load_config
 
-    return run_gateway(load_config(config), stop=stop_on_signals(), port=port, ready_file=ready_file)
+    return run_gateway(load_config(config), stop=stop_on_signals(), port=port, ready_file=ready_file, source=config)
 
 
 @command

@@ -351,7 +351,9 @@ def write_configs(folder: Path, ports: dict[str, int], replay: int) -> None:
         (folder / f"{name}.key").write_text(secret)
         digest = hashlib.sha256(secret.encode()).hexdigest()
         canary = f'canary = true\nprobe = "{name}"\nlogits = true\n' if name != "user" else ""
-        keys.append(f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"\nrate = 1000.0\nburst = 1000\n{canary}')
+        keys.append(
+            f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"\nimages_per_second = 1000.0\nburst_images = 1000\n{canary}'
+        )
     gateway = GATEWAY.format(model=MODEL, **ports) + "".join(keys)
     (folder / "gateway.toml").write_text(gateway, encoding="utf-8")
     trust = ROOT / "deploy" / MODEL / "trust.toml"

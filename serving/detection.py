@@ -88,8 +88,8 @@ class Examiner:
         if alarm.campaign is None:
             return
         settings = self._settings
-        if settings.throttle_rate and caller.bucket and not caller.probe:
-            caller.bucket.slow(settings.throttle_rate, settings.throttle_seconds)
+        if settings.throttle_images_per_second and caller.bucket and not caller.probe:
+            caller.bucket.slow(settings.throttle_images_per_second, settings.throttle_seconds)
         if begins:
             self._metrics.begun(caller.probe, alarm.detector)
             self._tell("begun", caller, alarm.campaign)

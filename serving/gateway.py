@@ -2,8 +2,9 @@
 
     client --HTTP(S)--> Gateway --gRPC--> Triton, Triton, ...
 
-A request passes, in this order: key, rate, parameters, a place among those at work, body, decoder, Triton. Whatever
-stops it is a Problem with a reason from a closed set. Every request is one JSON line in the log.
+A request passes, in this order: key, rate, parameters, a place among those at work, body, decoder, its turn, Triton.
+What needs no body is decided before the body is read. Whatever stops a request is a Problem with a reason from a closed
+set. Every request is one JSON line in the log.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import os
 import re
 import secrets
 import socket
+import ssl
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -37,25 +41,33 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from serving import images, pages
+from serving.admission import Admission, Place
 from serving.client import Contract
 from serving.detection import Worker
-from serving.endpoints import CANARY_PRIORITY, Pool, Reply, Security
+from serving.endpoints import Pool, Reply, Security
 from serving.errors import AnswerError, BadInput, Broken
-from serving.gateway_config import GatewayConfig, Tritons
+from serving.gateway_config import GatewayConfig, Tritons, load_config
 from serving.gateway_metrics import DetectionMetrics, Metrics
-from serving.keys import Caller
-from serving.listener import Listener, bind, require_tls_files, url_of
+from serving.keys import ANYONE, PREFIX, Caller
+from serving.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
 from serving.openapi import describe
 from serving.problems import RETRY_SECONDS, Problem
+from serving.renewal import Source, renew
 
 CLASSIFY = "/v1/classify"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds; logged only where they fail
+SECRET = re.compile(rf"{PREFIX}[^/]+")  # an API key that somebody has put into a path
+PATH_CHARACTERS = 128  # of a stranger's path that go into the log
+BYTES_A_NUMBER = 4  # of JSON, with its comma
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Decoded on the spot, in about a millisecond at most; what is larger goes to a thread and lets others pass.
 SPOT_PIXELS, SPOT_BYTES = 65_536, 65_536
 STOP_POLL_SECONDS = 0.05
+SWITCH_SECONDS = 0.0005  # after which decoders and detectors let go of the interpreter; 5 ms were many times an answer
+PACED = frozenset({"overloaded", "rate_limited", "unauthorized"})  # what costs the asker nothing to hear again
 
 Log = Callable[[dict[str, Any]], None]
+Routes = dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]]
 
 
 def say(entry: dict[str, Any]) -> None:
@@ -70,50 +82,147 @@ def serve(
     stop: threading.Event,
     port: int | None = None,
     ready_file: Path | None = None,
+    source: Path | None = None,
     log: Log = say,
 ) -> int:
     """Answer HTTP until `stop`, finish what was begun, and return 0.
 
-    port: in place of the configured one; 0 means any free one. ready_file: JSON {http, pid, models}, there from the
-    first moment that a Triton answers until `stop`. log: told of requests, endpoints and where it listens.
+    port: in place of the configured one; 0 means any free one. ready_file: JSON {http, admin, pid, models}, there from
+    the first moment that a Triton answers until `stop`. source: the file that config was read from, whose keys are read
+    again when it changes. log: told of requests, endpoints and where it listens.
     Raises BadInput (2) for certificates that cannot be used, Broken (5) for a port in use.
     """
-    require_tls_files(config.listen)
-    with (
-        bind(config.listen, config.listen.port if port is None else port) as listener,
-        ThreadPoolExecutor(config.limits.decoders, "decoder") as decoders,
-    ):
-        asyncio.run(_serve(config, listener, decoders, stop, ready_file, log))
+    listen = config.listen
+    tls = tls_context(listen)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with ExitStack() as stack:
+        public = stack.enter_context(bind(listen.host, listen.port if port is None else port))
+        admin = None
+        if listen.admin:
+            host, _, admin_port = listen.admin.rpartition(":")
+            admin = stack.enter_context(bind(host.strip("[]"), int(admin_port), "listen.admin"))
+        decoders = stack.enter_context(ThreadPoolExecutor(config.limits.decoders, "decoder"))
+        asyncio.run(_Service(config, source, public, admin, tls, decoders, stop, ready_file, log).run())
     return 0
 
 
-async def _serve(
-    config: GatewayConfig,
-    listener: socket.socket,
-    decoders: Executor,
-    stop: threading.Event,
-    ready_file: Path | None,
-    log: Log,
-) -> None:
-    triton, url = config.triton, url_of(listener, config.listen)
-    pool = Pool(triton.endpoints, triton.model, security=_security(triton), check_seconds=triton.check_seconds, log=log)
-    async with pool:
-        gateway = Gateway(config, pool, decoders, log)
-        server = Listener(gateway, config, gateway.metrics.cut_off)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        with gateway.detection or nullcontext():
-            try:
-                log({"event": "listening", "url": url, "model": triton.model})
-                if await _until(stop, serving, lambda: gateway.ready):
-                    with _announced(url, pool, ready_file):
-                        await _until(stop, serving, lambda: False)
-            finally:
-                gateway.stopping = True
-                log({"event": "stopping"})
-                if not serving.done():
-                    await asyncio.sleep(config.listen.notice_seconds)
-                server.should_exit = True
-                await serving
+@dataclass(frozen=True)
+class _Service:
+    """A gateway on its sockets, from the first endpoint's answer to the last request's."""
+
+    config: GatewayConfig
+    source: Path | None
+    public: socket.socket
+    admin: socket.socket | None
+    tls: ssl.SSLContext | None
+    decoders: Executor
+    stop: threading.Event
+    ready_file: Path | None
+    log: Log
+
+    async def run(self) -> None:
+        """Until `stop`."""
+        triton = self.config.triton
+        pool = Pool(
+            triton.endpoints,
+            triton.model,
+            security=_security(triton),
+            check_seconds=triton.check_seconds,
+            log=self.log,
+        )
+        async with pool, AsyncExitStack() as stack:
+            gateway = Gateway(self.config, pool, self.decoders, self.log)
+            stack.enter_context(gateway.detection or nullcontext())
+            if self.admin is not None:
+                await stack.enter_async_context(_listening(self._admin_listener(gateway), self.admin))
+            server = self._listener(gateway)
+            await stack.enter_async_context(_in_background(renew(self._sources(gateway, pool, server), self.log)))
+            await self._answer(gateway, pool, server)
+
+    async def _answer(self, gateway: Gateway, pool: Pool, server: Listener) -> None:
+        urls = {"http": url_of(self.public, tls=self.tls is not None)}
+        urls |= {"admin": url_of(self.admin)} if self.admin else {}
+        serving = asyncio.create_task(server.serve(sockets=[self.public]))
+        try:
+            where = {"url": urls["http"]} | ({"admin": urls["admin"]} if self.admin else {})
+            self.log({"event": "listening", **where, "model": self.config.triton.model})
+            if await _until(self.stop, serving, lambda: gateway.ready):
+                with _announced(urls, pool, self.ready_file):
+                    await _until(self.stop, serving, lambda: False)
+        finally:
+            gateway.stopping = True
+            self.log({"event": "stopping"})
+            if not serving.done():
+                await asyncio.sleep(self.config.listen.notice_seconds)
+            server.should_exit = True
+            await serving
+
+    def _listener(self, gateway: Gateway) -> Listener:
+        limits = self.config.limits
+        most = affordable(limits.connections)
+        if most < limits.connections:
+            self.log({"event": "connections", "most": most, "why": "no more open files are allowed (ulimit -n)"})
+        return Listener(
+            gateway,
+            patience=limits.read_seconds,
+            most=most,
+            drain=self.config.listen.drain_seconds,
+            cut_off=gateway.cut_off,
+            tls=self.tls,
+        )
+
+    def _admin_listener(self, gateway: Gateway) -> Listener:
+        return Listener(
+            gateway.administration,
+            patience=self.config.limits.read_seconds,
+            most=ADMIN_CONNECTIONS,
+            drain=1.0,
+            cut_off=gateway.cut_off,
+        )
+
+    def _sources(self, gateway: Gateway, pool: Pool, server: Listener) -> list[Source]:
+        """What is read again when it changes."""
+        listen, triton = self.config.listen, self.config.triton
+
+        def certificates() -> bool:
+            server.tls = tls_context(listen)
+            return True
+
+        def security() -> bool:
+            pool.reconnect(_security(triton), self.config.limits.max_timeout_ms / 1000)
+            return True
+
+        files = [name for name in (listen.tls_certificate, listen.tls_key, listen.tls_client_ca) if name]
+        towards = [name for name in (triton.tls_ca, triton.tls_certificate, triton.tls_key) if name]
+        sources = [Source("listen", files, certificates), Source("triton", towards, security)]
+        if self.source is not None:
+            path = self.source
+            sources.append(Source("keys", [path], lambda: gateway.renew(load_config(path))))
+            sources[-1].acted = ()  # it may have changed since it was read
+        return sources
+
+
+@asynccontextmanager
+async def _in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Something is done for as long as the block runs."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@asynccontextmanager
+async def _listening(server: Listener, listener: socket.socket) -> AsyncIterator[None]:
+    """A second address, for as long as the block runs."""
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
 
 async def _until(stop: threading.Event, serving: asyncio.Task[None], condition: Callable[[], bool]) -> bool:
@@ -126,7 +235,7 @@ async def _until(stop: threading.Event, serving: asyncio.Task[None], condition: 
 
 
 @contextmanager
-def _announced(url: str, pool: Pool, ready_file: Path | None) -> Iterator[None]:
+def _announced(urls: dict[str, str], pool: Pool, ready_file: Path | None) -> Iterator[None]:
     """Keep in ready_file where the gateway is, for as long as the block runs."""
     if ready_file is None:
         yield
@@ -135,7 +244,7 @@ def _announced(url: str, pool: Pool, ready_file: Path | None) -> Iterator[None]:
     staged = ready_file.with_name(f".{ready_file.name}.{os.getpid()}.part")
     try:
         ready_file.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(json.dumps({"http": url, "pid": os.getpid(), "models": models}, indent=2) + "\n")
+        staged.write_text(json.dumps({**urls, "pid": os.getpid(), "models": models}, indent=2) + "\n")
         staged.replace(ready_file)
     except OSError as error:
         raise Broken(f"{ready_file}: cannot be written: {error.strerror}") from None
@@ -146,10 +255,20 @@ def _announced(url: str, pool: Pool, ready_file: Path | None) -> Iterator[None]:
 
 
 def _security(triton: Tritons) -> Security | None:
-    """TLS towards Triton, where it is asked for; BadInput where one of its files is not there."""
+    """TLS towards Triton, where it is asked for; BadInput where one of its files is not there, or cannot be used."""
     files = (triton.tls_ca, triton.tls_certificate, triton.tls_key)
     if missing := [name for name in files if name and not Path(name).is_file()]:
         raise BadInput(f"triton: TLS needs {missing[0]}, which is no file")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # gRPC would tell nobody
+    try:
+        if triton.tls_ca:
+            context.load_verify_locations(triton.tls_ca)
+        if triton.tls_key:
+            context.load_cert_chain(triton.tls_certificate, triton.tls_key)
+    except OSError as error:
+        raise BadInput(
+            f"triton: TLS with {', '.join(filter(None, files))} does not work: {error.strerror or error}"
+        ) from None
     return Security(*files) if triton.tls else None
 
 
@@ -162,7 +281,9 @@ class Exchange:
     """
 
     id: str
-    path: str
+    method: str | None  # None, as the path, where no request came about
+    path: str | None
+    client: str | None  # its address, as the network shows it
     begun: float
     heard: float | None = None
     caller: Caller | None = None
@@ -197,24 +318,21 @@ class Gateway:
             salt, found = secrets.token_bytes(32), DetectionMetrics(self.metrics.registry)
             self.detection = Worker(config.detection, salt, found, log)
         self._config, self._pool, self._decoders, self._log = config, pool, decoders, log
-        self._keyring, self._at_work = config.keyring, 0
+        self._keyring, self._admission = config.keyring(), Admission(config.limits.concurrency, lambda: pool.computed)
         description = describe(config, metadata.version("dfmcl"))
         self._openapi, self._docs = json.dumps(description).encode(), pages.docs(description)
         self._index = pages.index(config.triton.model, needs_key=not config.open)
-        routes: dict[str, tuple[str, Callable[[Request], Awaitable[Response]]]] = {
+        health: Routes = {"/healthz": ("GET", self._healthz), "/readyz": ("GET", self._readyz)}
+        figures: Routes = {"/metrics": ("GET", self._metrics)}
+        public: Routes = {
             CLASSIFY: ("POST", self._classify),
-            "/healthz": ("GET", self._healthz),
-            "/readyz": ("GET", self._readyz),
-            "/metrics": ("GET", self._metrics),
+            **health,
+            **({} if config.listen.admin else figures),
             "/openapi.json": ("GET", self._describe),
             "/docs": ("GET", self._show_docs),
             "/": ("GET", self._show_index),
         }
-        self._paths = frozenset(routes)
-        self._router = Router(
-            [Route(path, handler, methods=[method]) for path, (method, handler) in routes.items()],
-            redirect_slashes=False,
-        )
+        self._router, self._admin_router = _router(public), _router(health | figures)
 
     @property
     def ready(self) -> bool:
@@ -222,9 +340,45 @@ class Gateway:
         return self._pool.ready and not self.stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = Headers(scope=scope).get("x-request-id", "")
+        await self._exchange(self._router, scope, receive, send)
+
+    async def administration(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application of the admin address."""
+        await self._exchange(self._admin_router, scope, receive, send)
+
+    def renew(self, config: GatewayConfig) -> bool:
+        """Take the keys of another configuration from now on; whether they are others.
+
+        BadInput, with the new keys taken, where something else has changed, which is read at the start only.
+        """
+        before, now = self._config, {"open": config.open, "keys": config.keys}
+        differs = (config.open, config.keys) != (before.open, before.keys)
+        self._config = before.model_copy(update=now)
+        if differs:
+            self._keyring = config.keyring(before, self._keyring)
+            self._index = pages.index(config.triton.model, needs_key=not config.open)
+        others = [name for name in GatewayConfig.model_fields if getattr(config, name) != getattr(self._config, name)]
+        if others:
+            keys = "keys were renewed" if differs else "keys are the same"
+            raise BadInput(f"{', '.join(others)}: read at the start only, so restart the gateway; {keys}")
+        return differs
+
+    def cut_off(self, problem: Problem, client: str | None) -> None:
+        """Note a connection that was closed before there was a request."""
+        self.metrics.refused(problem.reason)
+        now = time.monotonic()
+        self._note(
+            Exchange("", None, None, client, now, status=problem.status, reason=problem.reason, detail=problem.detail)
+        )
+
+    async def _exchange(self, router: Router, scope: Scope, receive: Receive, send: Send) -> None:
+        given, client = Headers(scope=scope).get("x-request-id", ""), scope.get("client")
         exchange = Exchange(
-            given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16), scope["path"], time.monotonic()
+            given if REQUEST_ID.fullmatch(given) else secrets.token_hex(16),
+            scope["method"],
+            scope["path"],
+            client[0] if client else None,
+            time.monotonic(),
         )
 
         async def answer(message: Message) -> None:
@@ -236,12 +390,15 @@ class Gateway:
         # Starlette raises what it cannot route only inside of what it takes for an application.
         scope["app"], scope["exchange"] = self, exchange
         try:
-            await self._router(scope, receive, answer)
+            await router(scope, receive, answer)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - a request ends with an answer
             problem = _problem(error)
             exchange.reason, exchange.detail = problem.reason, problem.detail
             if exchange.status == 0:
                 headers = problem.headers | (getattr(error, "headers", None) or {})
+                if problem.reason in PACED:
+                    unread = int(Headers(scope=scope).get("content-length", 0)) - exchange.bytes
+                    await asyncio.sleep(self._admission.pause(unread))
                 response = _json(problem.to_json(exchange.id), problem.status, headers)
                 await response(scope, receive, answer)
         finally:
@@ -268,14 +425,23 @@ class Gateway:
             )
         elif exchange.path in QUIET and exchange.status < 400:
             return
+        elif exchange.reason is not None and exchange.path != "/readyz":  # no news: gateway_ready says it too
+            self.metrics.refused(exchange.reason)
+        self._note(exchange)
+
+    def _note(self, exchange: Exchange) -> None:
+        """Its line in the log, with nothing in it that a stranger may have written but a short path without a key."""
+        path = None if exchange.path is None else SECRET.sub(f"{PREFIX}...", exchange.path)[:PATH_CHARACTERS]
         entry = {
             "event": "request",
-            "id": exchange.id,
-            "path": exchange.path if exchange.path in self._paths else None,  # a stranger's text may hold anything
-            "key": caller.name if caller else None,
+            "id": exchange.id or None,
+            "client": exchange.client,
+            "method": exchange.method,
+            "path": path,
+            "key": exchange.caller.name if exchange.caller else None,
             "status": exchange.status,
             "reason": exchange.reason,
-            "ms": round(1000 * (now - exchange.begun), 2),
+            "ms": round(1000 * (time.monotonic() - exchange.begun), 2),
             "bytes": exchange.bytes,
             "version": exchange.version,
             "endpoint": exchange.endpoint,
@@ -285,24 +451,40 @@ class Gateway:
     async def _classify(self, request: Request) -> Response:
         exchange: Exchange = request.scope["exchange"]
         caller = exchange.caller = self._keyring.caller(request.headers)
-        caller.spend()
+        promised = self._promised(request)
+        caller.spend(promised)
+        try:
+            return await self._classified(request, exchange, caller, promised)
+        finally:
+            caller.correct(max(1, exchange.images) - promised)
+
+    async def _classified(self, request: Request, exchange: Exchange, caller: Caller, promised: int) -> Response:
         wish = self._wish(request, caller)
-        with self._place():
+        with self._place(exchange, caller, promised, wish) as place:
             body = await self._body(request, exchange)
             exchange.heard = time.monotonic()
+            self._admission.arrived(place, promised)
             try:
                 async with asyncio.timeout(wish.seconds):
                     batch, single = await self._decoded(request, body, self._pool.contract, wish)
+                    exchange.images = len(batch)
+                    self._admission.arrived(place, exchange.images)
                     reply = await self._pool.infer(
-                        batch,
-                        deadline=exchange.heard + wish.seconds,
-                        priority=CANARY_PRIORITY if caller.canary else 0,
+                        batch, deadline=exchange.heard + wish.seconds, flow=place.flow, canary=caller.canary
                     )
             except TimeoutError:
                 raise Problem("deadline", "no answer before the deadline; X-Request-Timeout-Ms asks for more") from None
-        exchange.images, exchange.version, exchange.endpoint = len(batch), reply.version, reply.endpoint
+        exchange.version, exchange.endpoint = reply.version, reply.endpoint
         exchange.asked = batch
         return _json(self._answer(reply, wish, exchange.id, single=single))
+
+    def _promised(self, request: Request) -> int:
+        """How many images a request will hold, as far as its headers tell: a file holds one, JSON as many as fit."""
+        contract, headers = self._pool.contract, request.headers
+        if images.media_type(headers.get("content-type", "")) != images.TENSOR:
+            return 1
+        size = int(headers.get("content-length", self._config.limits.body_bytes))
+        return min(max(1, size // (BYTES_A_NUMBER * math.prod(contract.input_shape))), contract.max_batch_size)
 
     def _wish(self, request: Request, caller: Caller) -> Wish:
         query = request.query_params
@@ -321,17 +503,15 @@ class Gateway:
         return Wish(flags["resize"], flags["logits"], milliseconds / 1000)
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        """A place among the requests at work; a Problem where all are taken."""
-        if self._at_work >= self._config.limits.concurrency:
-            raise Problem("overloaded", "too many requests at work; try again later", retry_seconds=RETRY_SECONDS)
-        self._at_work += 1
-        self.metrics.in_flight.set(self._at_work)
+    def _place(self, exchange: Exchange, caller: Caller, promised: int, wish: Wish) -> Iterator[Place]:
+        """A place among the requests at work; a Problem where there is none, or its answer would come too late."""
+        flow = exchange.client or "" if caller is ANYONE else caller.name
         try:
-            yield
+            with self._admission.place(flow, promised, wish.seconds) as place:
+                self.metrics.in_flight.set(len(self._admission))
+                yield place
         finally:
-            self._at_work -= 1
-            self.metrics.in_flight.set(self._at_work)
+            self.metrics.in_flight.set(len(self._admission))
 
     async def _body(self, request: Request, exchange: Exchange) -> bytes:
         """The whole body, not one byte more than allowed, from a client that does not dawdle."""
@@ -364,8 +544,7 @@ class Gateway:
         if kind == images.FORM:
             body, kind = await self._worked(spot, images.form_field, body, request.headers["content-type"])
         if kind not in images.FORMATS and kind not in images.UNTOLD:
-            known = ", ".join([*images.FORMATS, images.FORM, images.TENSOR])
-            raise Problem("unsupported_type", f"Content-Type: expected one of {known}")
+            raise Problem("unsupported_type", f"Content-Type: expected none, or one of {', '.join(images.TYPES)}")
         image = await self._worked(spot, images.open_image, body, kind, self._config.limits.pixels)
         if not wish.resize:
             images.require_size(image, contract)
@@ -411,7 +590,7 @@ class Gateway:
         raise Problem("unavailable", why, retry_seconds=RETRY_SECONDS)
 
     async def _metrics(self, request: Request) -> Response:
-        if not self._config.listen.public_metrics:
+        if not (self._config.listen.public_metrics or self._config.listen.admin):
             self._keyring.caller(request.headers)
         return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -429,6 +608,12 @@ def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Probabilities (N, K) of logits (N, K); rows sum to 1."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def _router(routes: Routes) -> Router:
+    return Router(
+        [Route(path, handler, methods=[method]) for path, (method, handler) in routes.items()], redirect_slashes=False
+    )
 
 
 def _problem(error: BaseException) -> Problem:

@@ -1,4 +1,5 @@
-"""A client of the gateway: numpy in, logits or labels out, as any customer would ask. No retries.
+"""A client of the gateway: numpy in, logits or labels out, as any customer would ask. It repeats nothing by itself; and
+where the gateway said when to come back (Retry-After), the next request waits until then, or is not sent at all.
 
 with GatewayClient("http://127.0.0.1:8080", "digits", key=key, logits=True) as client:
     answer = client.predict(images)  # uint8 (N, H, W, C) -> answer.logits float32 (N, K), answer.version
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import ssl
 import time
 from types import TracebackType
@@ -32,6 +34,7 @@ BY_STATUS: dict[int, tuple[type[AnswerError], str]] = {
 
 ANSWER = 4_000_000  # bytes; 64 images with the logits of 1,000 classes need a third of it
 MESSAGE = 300  # characters of a stranger's words that go into a log
+LONGEST_RETRY_SECONDS = 3600.0  # believed of a stranger
 
 
 class GatewayClient:
@@ -65,6 +68,7 @@ class GatewayClient:
         self._headers["X-Request-Timeout-Ms"] = str(max(1, int(1000 * timeout_seconds)))
         self._path = f"{parts.path.rstrip('/')}/v1/classify" + ("?logits=true" if logits else "")
         self._timeout = timeout_seconds
+        self._not_before, self._told = float("-inf"), ""  # when to come back, of time.monotonic(), and what was said
         self._connection: http.client.HTTPConnection
         if parts.scheme == "https":
             try:
@@ -92,8 +96,10 @@ class GatewayClient:
     def predict(self, images: npt.NDArray[np.uint8]) -> Answer:
         """Logits of images, uint8 (N, H, W, C), N >= 1 and at most the model's largest batch, in one request.
 
-        Unavailable, DeadlineExceeded or Rejected where there is no answer that can be used.
+        Unavailable, DeadlineExceeded or Rejected where there is no answer that can be used. After an answer with
+        Retry-After it waits so long first; Unavailable at once where that is longer than its timeout.
         """
+        self._wait()
         tensor = {"name": "images", "datatype": "UINT8", "shape": images.shape, "data": images.ravel().tolist()}
         body = self._post(json.dumps({"inputs": [tensor]}, separators=(",", ":")).encode())
         try:
@@ -111,6 +117,12 @@ class GatewayClient:
     def _where(self) -> str:
         return f"model {self.model!r} at {self.url}"
 
+    def _wait(self) -> None:
+        """Until the time that the gateway has named."""
+        if (wait := self._not_before - time.monotonic()) >= self._timeout:
+            raise Unavailable(f"{self._where}: not asked, as it said to come back in {wait:.0f} s more", self._told)
+        time.sleep(max(0.0, wait))
+
     def _row(self, prediction: dict[str, Any]) -> list[float]:
         if self.logits:
             return [float(value) for value in prediction["logits"]]
@@ -120,7 +132,7 @@ class GatewayClient:
         return [float(index == place) for place in range(self.classes)]
 
     def _post(self, body: bytes) -> dict[str, Any]:
-        status, data = self._exchange(body)
+        status, data, again = self._exchange(body)
         try:
             parsed = json.loads(data)
         except (ValueError, RecursionError):
@@ -134,14 +146,15 @@ class GatewayClient:
             (str(problem.get(key, "")) for key in ("reason", "message")) if isinstance(problem, dict) else ("", "")
         )
         text = f"{self._where}: {status} {reason}: {message}"[:MESSAGE]
-        if reason == "overloaded":
-            raise Unavailable(text, "queue_full")
         default = (Unavailable, "internal") if status >= 500 else (Rejected, "invalid")
-        kind, why = BY_STATUS.get(status, default)
+        kind, why = (Unavailable, "queue_full") if reason == "overloaded" else BY_STATUS.get(status, default)
+        if status in (429, 503) and re.fullmatch("[0-9]+", again):
+            pause = min(float(again[:9]), LONGEST_RETRY_SECONDS)
+            self._not_before, self._told = time.monotonic() + pause, why
         raise kind(text, why)
 
-    def _exchange(self, body: bytes) -> tuple[int, bytes]:
-        """Status and body of the answer, which has the deadline as a whole, and a bounded length."""
+    def _exchange(self, body: bytes) -> tuple[int, bytes, str]:
+        """Status, body and Retry-After of the answer, which has the deadline as a whole, and a bounded length."""
         deadline = time.monotonic() + self._timeout
         try:
             self._connection.request("POST", self._path, body, self._headers)
@@ -164,4 +177,4 @@ class GatewayClient:
             self.close()
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise Unavailable(f"{self._where}: no connection: {reason}", "unavailable") from None
-        return response.status, data
+        return response.status, data, response.headers.get("retry-after", "")

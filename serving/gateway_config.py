@@ -32,6 +32,13 @@ def _is_endpoint(url: str) -> str:
     return url
 
 
+def _is_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if address and (not host or not port.isdecimal() or not int(port) < 65536):
+        raise ValueError("write host:port, such as 127.0.0.1:9465, or leave it out")
+    return address
+
+
 def _is_set(names: list[str]) -> list[str]:
     if len(set(names)) != len(names):
         raise ValueError("names something twice")
@@ -45,15 +52,18 @@ Pause = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 class Listen(Section):
     """Where the gateway is. With tls_certificate and tls_key (PEM files) it speaks HTTPS, and with tls_client_ca it
-    asks clients for a certificate too. After SIGTERM it says at /readyz that it is going, answers for notice_seconds
-    more, until load balancers have seen that, and then finishes what it has begun within drain_seconds."""
+    asks clients for a certificate too. admin is a second address, for probes and Prometheus, which strangers cannot
+    fill: /healthz, /readyz and, then only there, /metrics, over plain HTTP and without keys. After SIGTERM it says at
+    /readyz that it is going, answers for notice_seconds more, until load balancers have seen that, and then finishes
+    what it has begun within drain_seconds."""
 
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8080, ge=0, le=65535)  # 0 means any free one
     tls_certificate: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
-    public_metrics: bool = True  # else /metrics asks for an API key too
+    admin: Annotated[str, AfterValidator(_is_address)] = ""  # host:port; port 0 means any free one
+    public_metrics: bool = True  # else /metrics asks for an API key too; without `admin`
     notice_seconds: Pause = 5.0
     drain_seconds: Pause = 20.0
 
@@ -89,9 +99,9 @@ class Tritons(Section):
 
 
 class Limits(Section):
-    """What a request may cost. timeout_ms holds where a request names no X-Request-Timeout-Ms, which may go up to
-    max_timeout_ms. Bodies need up to concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for
-    JSON 25 times the body."""
+    """What a request may cost. One key holds at most eight times as many places of `concurrency` as are free.
+    timeout_ms holds where a request names no X-Request-Timeout-Ms, which may go up to max_timeout_ms. Bodies need up to
+    concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for JSON 25 times the body."""
 
     body_bytes: int = Field(4_000_000, ge=1)
     pixels: int = Field(16_000_000, ge=1)  # of an image before it is resized
@@ -128,8 +138,8 @@ class Detection(Section):
     so many keys, those that asked last: up to keys * queries * 190 bytes. `matches` near-duplicates among them are a
     campaign, which ends when there was none for quiet_seconds. Up to `queue` images wait to be looked at.
 
-    Answers stay as they are unless throttle_rate is above 0: then a key with a campaign may ask only so often, until
-    throttle_seconds after its last match. A webhook gets each campaign as JSON, within webhook_seconds."""
+    Answers stay as they are unless throttle_images_per_second is above 0: then a key with a campaign may send only so
+    many, until throttle_seconds after its last match. A webhook gets each campaign as JSON, within webhook_seconds."""
 
     enabled: bool = True
     detectors: Annotated[list[DetectorName], Field(min_length=1), AfterValidator(_is_set)] = list(DETECTORS)
@@ -139,7 +149,7 @@ class Detection(Section):
     matches: int = Field(50, ge=1)
     quiet_seconds: Horizon = 300.0
     queue: int = Field(256, ge=1)
-    throttle_rate: float = Field(0.0, ge=0, allow_inf_nan=False)
+    throttle_images_per_second: float = Field(0.0, ge=0, allow_inf_nan=False)
     throttle_seconds: Horizon = 600.0
     webhook: Annotated[str, AfterValidator(_is_web)] = ""
     webhook_seconds: Seconds = 5.0
@@ -152,9 +162,10 @@ class Detection(Section):
 
 
 class Key(Section):
-    """An API key, as `dfmcl apikey` makes one. rate: requests a second in the long run; burst: at once. detect: whether
-    its images are looked at for attacks. A canary's are only where `probe` says what it sends: "benign", images that
-    are all different, or "attack"."""
+    """An API key, as `dfmcl apikey` makes one. images_per_second: in the long run; burst_images: at once, but for a
+    request that holds more: it passes, and the next one waits until it is paid for. detect: whether its images are
+    looked at for attacks. A canary's are only where `probe` says what it sends: "benign", images that are all
+    different, or "attack"."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")  # it stands in logs
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -162,8 +173,13 @@ class Key(Section):
     canary: bool = False
     detect: bool = True
     probe: Literal["", "benign", "attack"] = ""
-    rate: float = Field(10.0, gt=0, allow_inf_nan=False)
-    burst: int = Field(20, ge=1)
+    images_per_second: float = Field(10.0, gt=0, allow_inf_nan=False)
+    burst_images: int = Field(64, ge=1)
+
+    @property
+    def limits(self) -> tuple[float, int]:
+        """Images a second, and at once."""
+        return self.images_per_second, self.burst_images
 
     @model_validator(mode="after")
     def _probe_is_a_canary(self) -> Key:
@@ -189,20 +205,19 @@ class GatewayConfig(Section):
             raise ValueError("either list [[keys]] (`dfmcl apikey NAME` makes one), or write open = true, not both")
         if any(len({getattr(key, part) for key in self.keys}) < len(self.keys) for part in ("name", "sha256")):
             raise ValueError("two [[keys]] have the same name or the same sha256")
-        if self.open and self.detection.throttle_rate:
-            raise ValueError("detection.throttle_rate needs [[keys]]: with open = true there is nobody to slow down")
+        if self.open and self.detection.throttle_images_per_second:
+            setting = "detection.throttle_images_per_second"
+            raise ValueError(f"{setting} needs [[keys]]: with open = true there is nobody to slow down")
         return self
 
-    @property
-    def keyring(self) -> Keyring:
-        """The keys, with full buckets."""
-        callers = [
-            (
-                key.sha256,
-                Caller(key.name, key.logits, key.canary, key.detect, key.probe, Bucket(key.rate, key.burst)),
-            )
-            for key in self.keys
-        ]
+    def keyring(self, before: GatewayConfig | None = None, keyring: Keyring | None = None) -> Keyring:
+        """The keys, with full buckets; with those of the keyring before, where a key and its limits stayed the same."""
+        kept = {(key.sha256, *key.limits) for key in before.keys} if before else set()
+        callers = []
+        for key in self.keys:
+            bucket = keyring.bucket(key.sha256) if keyring and (key.sha256, *key.limits) in kept else None
+            bucket = bucket or Bucket(*key.limits)
+            callers.append((key.sha256, Caller(key.name, key.logits, key.canary, key.detect, key.probe, bucket)))
         return Keyring(callers, open_to_all=self.open)
 
 

@@ -33,7 +33,7 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self._errors = _counter(self.registry, "gateway_errors", "Classifications without an answer", "reason")
+        self._errors = _counter(self.registry, "gateway_errors", "Requests without an answer", "reason")
         self._images = Counter("gateway_images", "Images classified, the canary's left out.", registry=self.registry)
         self._canary = _counter(self.registry, "gateway_canary_requests", "The canary's classifications", "outcome")
         self._canary_errors = _counter(
@@ -61,8 +61,8 @@ class Metrics:
         if reason is not None:
             (self._canary_errors if canary else self._errors).labels(reason).inc()
 
-    def cut_off(self, reason: str) -> None:
-        """Count a connection that was closed before there was a request."""
+    def refused(self, reason: str) -> None:
+        """Count a request that was no classification, or a connection that was closed before there was one."""
         self._errors.labels(reason).inc()
 
     def exposition(self) -> bytes:
@@ -160,6 +160,9 @@ class _PoolCollector(Collector):
         for endpoint in self._pool.endpoints:
             up.add_metric([endpoint.url], float(endpoint.up))
         yield up
+        yield GaugeMetricFamily(
+            "gateway_images_waiting", "Images that wait for a turn at a Triton, or are there.", value=self._pool.waiting
+        )
         yield CounterMetricFamily(
             "gateway_resent", "Requests that a Triton did not take and another one got.", value=self._pool.resent
         )

@@ -25,10 +25,13 @@ from serving.client import Contract
 from serving.problems import RETRY_SECONDS, Problem
 
 FIELD = "image"  # of a form
+# Each type that says what an image file is, to Pillow's name; other names for JPEG and PNG are in wide use.
 FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+FORMATS |= {"image/jpg": "JPEG", "image/pjpeg": "JPEG", "image/x-png": "PNG"}
 # What says nothing about an image: the content tells. curl sends the last one where it is told nothing.
-UNTOLD = frozenset({"", "application/octet-stream", "application/x-www-form-urlencoded"})
+UNTOLD = ("", "application/octet-stream", "image/*", "application/x-www-form-urlencoded")
 FORM, TENSOR = "multipart/form-data", "application/json"
+TYPES = (*FORMATS, *filter(None, UNTOLD), FORM, TENSOR)  # all that a request may say; it may say nothing too
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
 PARTS = 16  # of a form, of which one is the image
 
@@ -41,7 +44,7 @@ def open_image(data: bytes, kind: str, max_pixels: int) -> Image.Image:
     Problem: bad_image, too_large where it has more than max_pixels, wrong_input where it has several frames or more
     than 8 bits a channel.
     """
-    formats = (FORMATS[kind],) if kind in FORMATS else tuple(FORMATS.values())
+    formats = (FORMATS[kind],) if kind in FORMATS else tuple(dict.fromkeys(FORMATS.values()))
     with _told():
         return pictures.opened(io.BytesIO(data), formats, max_pixels)
 

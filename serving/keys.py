@@ -1,4 +1,4 @@
-"""API keys: who asks, what they may see, and how often they may ask. Only digests of keys are kept anywhere."""
+"""API keys: who asks, what they may see, and how many images they may send. Only digests of keys are kept anywhere."""
 
 from __future__ import annotations
 
@@ -26,24 +26,29 @@ def digest_of(key: str) -> str:
 
 
 class Bucket:
-    """A token bucket: `burst` requests at once, `rate` a second in the long run."""
+    """A token bucket of images: `burst` at once, `rate` a second in the long run. A request is let in while there is a
+    token, and may take more than there are: a whole batch passes, and the next one waits until it is paid for."""
 
     def __init__(self, rate: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._burst, self._clock = rate, burst, clock
         self._tokens, self._seen = float(burst), clock()
         self._slowed = (rate, self._seen)  # a lower rate, and until when; one value, as another thread may set it
 
-    def take(self) -> float:
-        """Take a token and return 0, or leave all as it is and return the seconds until there is one."""
+    def take(self, images: int = 1) -> float:
+        """Take as many tokens and return 0, or leave all as it is and return the seconds until there is one."""
         now, (low, until) = self._clock(), self._slowed
         slow = max(0.0, min(now, until) - self._seen)
         self._tokens = min(self._burst, self._tokens + slow * low + (now - self._seen - slow) * self._rate)
         self._seen = now
         if self._tokens >= 1:
-            self._tokens -= 1
+            self._tokens -= images
             return 0.0
         missing, slow = 1 - self._tokens, max(0.0, until - now)
         return missing / low if missing <= slow * low else slow + (missing - slow * low) / self._rate
+
+    def correct(self, images: int) -> None:
+        """Take so many more, or, below 0, give them back: a request held others than its headers promised."""
+        self._tokens = min(self._burst, self._tokens - images)
 
     def slow(self, rate: float, seconds: float) -> None:
         """Give no more than `rate` a second from now on, for so long. May be called by any thread."""
@@ -64,14 +69,19 @@ class Caller:
     probe: str = ""
     bucket: Bucket | None = field(default=None, compare=False)
 
-    def spend(self) -> None:
-        """Count a request; a Problem where there were too many."""
-        if self.bucket and (wait := self.bucket.take()):
+    def spend(self, images: int) -> None:
+        """Charge for a request's images; a Problem where there were too many before."""
+        if self.bucket and (wait := self.bucket.take(images)):
             raise Problem(
                 "rate_limited",
-                f"key {self.name!r} may not ask more often; see Retry-After",
+                f"key {self.name!r} may not send more images now; see Retry-After",
                 retry_seconds=math.ceil(wait),
             )
+
+    def correct(self, images: int) -> None:
+        """Charge for so many more, or less where it is below 0."""
+        if self.bucket:
+            self.bucket.correct(images)
 
 
 ANYONE = Caller("anyone")
@@ -83,6 +93,10 @@ class Keyring:
     def __init__(self, callers: Sequence[tuple[str, Caller]], *, open_to_all: bool = False) -> None:
         """callers: (SHA-256 of the key in hex, caller)."""
         self._callers, self._open = tuple(callers), open_to_all
+
+    def bucket(self, digest: str) -> Bucket | None:
+        """Of the key with this digest."""
+        return next((caller.bucket for known, caller in self._callers if known == digest), None)
 
     def caller(self, headers: Mapping[str, str]) -> Caller:
         """Whose key the headers carry; a Problem where they carry none that is known."""

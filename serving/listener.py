@@ -1,4 +1,4 @@
-"""The socket, and uvicorn on it: TLS, clients that never finish a request, and an end that loses none.
+"""The sockets, and uvicorn on them: TLS, clients that never finish a request, and an end that loses none.
 
 Everything after a request's headers is the application's business.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import resource
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -18,21 +19,26 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.errors import BadInput, Broken
-from serving.gateway_config import GatewayConfig, Listen
+from serving.gateway_config import Listen
 from serving.problems import RETRY_SECONDS, Problem
 
 HEADER_BYTES = 65_536  # of one request
 IDLE_SECONDS = 30  # of a connection between two requests
+BACKLOG = 256  # connections that are accepted at once, before the first of them can be closed
+OTHER_FILES = 256  # open for other purposes: connections to Triton, the admin address, the log
+ADMIN_CONNECTIONS = 64
+
+CutOff = Callable[[Problem, str | None], None]
 
 
-def bind(listen: Listen, port: int) -> socket.socket:
-    """A listening socket; Broken where the address cannot be had."""
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+def bind(host: str, port: int, where: str = "listen.port") -> socket.socket:
+    """A listening socket; Broken where the address cannot be had. where: the configuration's key, for the message."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((listen.host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise Broken(
-            f"cannot listen on {listen.host}:{port} ({error.strerror or error}); choose another listen.port, or 0"
+            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another {where}, or 0"
         ) from None
     # Connections inherit it. asyncio sets it only on sockets of another making, and without it a response waits 40 ms
     # between its headers and its body for the client's delayed acknowledgement.
@@ -40,34 +46,62 @@ def bind(listen: Listen, port: int) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket, listen: Listen) -> str:
+def url_of(listener: socket.socket, *, tls: bool = False) -> str:
     """Where clients find it."""
     host, port = listener.getsockname()[:2]
-    return f"{'https' if listen.tls_key else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def require_tls_files(listen: Listen) -> None:
-    """BadInput where a certificate or key cannot be used, before anything is started."""
+def affordable(connections: int) -> int:
+    """So many of these connections as there may be open files, after the limit was raised as far as is allowed."""
+    needed = connections + BACKLOG + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - BACKLOG - OTHER_FILES))
+
+
+def tls_context(listen: Listen) -> ssl.SSLContext | None:
+    """What the files of the configuration say now; BadInput where a certificate or key cannot be used."""
     if not listen.tls_key:
-        return
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=listen.tls_client_ca or None)
         context.load_cert_chain(listen.tls_certificate, listen.tls_key)
+        if listen.tls_client_ca:
+            context.load_verify_locations(listen.tls_client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.options |= ssl.OP_NO_TICKET  # a resumed session would not show its certificate again
+            context.num_tickets = 0
     except (OSError, ssl.SSLError) as error:
         names = [name for name in (listen.tls_certificate, listen.tls_key, listen.tls_client_ca) if name]
         raise BadInput(f"listen: TLS with {', '.join(names)} does not work: {error.strerror or error}") from None
+    return context
 
 
 class Listener(uvicorn.Server):
     """uvicorn that is told when to end; it leaves signals alone, as it need not be the process's only work."""
 
-    def __init__(self, application: Any, config: GatewayConfig, cut_off: Callable[[str], None]) -> None:
-        """cut_off: told the reason of a connection that is closed before there is a request."""
-        listen, limits = config.listen, config.limits
-        protocol = functools.partial(Connection, patience=limits.read_seconds, most=limits.connections, cut_off=cut_off)
+    def __init__(
+        self,
+        application: Any,
+        *,
+        patience: float,
+        most: int,
+        drain: float,
+        cut_off: CutOff,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """patience: seconds for a request's headers; most: connections; drain: seconds for what was begun when it ends.
+
+        cut_off: told the problem of a connection that is closed before there is a request, and the client's address.
+        """
+        protocol = functools.partial(Connection, patience=patience, most=most, cut_off=cut_off)
         super().__init__(
             uvicorn.Config(
                 application,
+                interface="asgi3",
                 http=protocol,  # type: ignore[arg-type]  # it is called as the class would be
                 ws="none",
                 lifespan="off",
@@ -76,18 +110,38 @@ class Listener(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                backlog=BACKLOG,
                 timeout_keep_alive=IDLE_SECONDS,
-                timeout_graceful_shutdown=listen.drain_seconds,  # type: ignore[arg-type]  # it goes to wait_for
-                ssl_certfile=listen.tls_certificate or None,
-                ssl_keyfile=listen.tls_key or None,
-                ssl_ca_certs=listen.tls_client_ca or None,
-                ssl_cert_reqs=ssl.CERT_REQUIRED if listen.tls_client_ca else ssl.CERT_NONE,
+                timeout_graceful_shutdown=drain,  # type: ignore[arg-type]  # it goes to wait_for
             )
         )
+        self.tls = tls
+        self.config.load()
+        if tls is not None:
+            # Every handshake is lent the newest context; that of the first one stays with the socket.
+            tls.sni_callback = lambda connection, name, context: setattr(connection, "context", self.tls)
+            tls.sslobject_class = _handshakes(cut_off)
+            self.config.ssl = tls
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _handshakes(cut_off: CutOff) -> type[ssl.SSLObject]:
+    """TLS connections that tell of a handshake that fails, which asyncio keeps to itself; from where, nobody knows."""
+
+    class Handshake(ssl.SSLObject):
+        def do_handshake(self) -> None:
+            try:
+                super().do_handshake()
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                raise
+            except ssl.SSLError as error:
+                cut_off(Problem("handshake", "TLS did not come about", detail=error.reason or str(error)), None)
+                raise
+
+    return Handshake
 
 
 class Connection(HttpToolsProtocol):
@@ -95,7 +149,7 @@ class Connection(HttpToolsProtocol):
     too many, if headers are too long or take longer than `patience` seconds, or if a body that was refused goes on
     for so long."""
 
-    def __init__(self, *args: Any, patience: float, most: int, cut_off: Callable[[str], None], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, patience: float, most: int, cut_off: CutOff, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._patience, self._most, self._cut_off = patience, most, cut_off
         self._alarm: asyncio.TimerHandle | None = None
@@ -156,7 +210,7 @@ class Connection(HttpToolsProtocol):
 
     def _leave(self, problem: Problem) -> None:
         self._calm()
-        self._cut_off(problem.reason)
+        self._cut_off(problem, self.client[0] if self.client else None)
         body = json.dumps(problem.to_json(None)).encode()
         lines = [
             f"HTTP/1.1 {problem.status} {problem.reason}",

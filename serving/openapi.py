@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from serving.gateway_config import GatewayConfig
-from serving.images import FIELD, FORM, FORMATS, TENSOR
+from serving.images import FIELD, FORM, TENSOR, TYPES
 from serving.problems import STATUSES
 
-# What an endpoint may say in place of an answer; 499 is for nobody to see.
-CLASSIFY_REASONS = frozenset(STATUSES) - {"client_left", "not_found", "method_not_allowed"}
+# What an endpoint may say in place of an answer; 495 and 499 are for nobody to see.
+CLASSIFY_REASONS = frozenset(STATUSES) - {"client_left", "handshake", "not_found", "method_not_allowed"}
 SUMMARIES = {
     "/healthz": "Whether the process lives.",
     "/readyz": "Whether a Triton answers, and this gateway is not about to stop.",
@@ -27,6 +27,8 @@ def describe(config: GatewayConfig, version: str) -> dict[str, Any]:
     key: list[dict[str, list[str]]] = [] if config.open else [{"bearer": []}, {"header": []}]
     paths: dict[str, Any] = {"/v1/classify": {"post": {**_classify(config), "security": key}}}
     for path, summary in SUMMARIES.items():
+        if path == "/metrics" and config.listen.admin:  # it is not here
+            continue
         reasons = {"/readyz": {"unavailable"}, "/metrics": set() if config.listen.public_metrics else {"unauthorized"}}
         operation = {
             "summary": summary,
@@ -89,8 +91,7 @@ def _classify(config: GatewayConfig) -> dict[str, Any]:
         "requestBody": {
             "required": True,
             "content": {
-                **dict.fromkeys(FORMATS, file),
-                "application/octet-stream": file,
+                **dict.fromkeys(TYPES, file),
                 FORM: {"schema": form},
                 TENSOR: {"schema": {"$ref": "#/components/schemas/Tensor"}},
             },
@@ -107,6 +108,11 @@ def _classify(config: GatewayConfig) -> dict[str, Any]:
 
 
 HEADERS: dict[str, Any] = {"X-Request-Id": {"schema": {"type": "string"}, "required": True}}
+RETRY_AFTER = {
+    "description": "Whole seconds after which there is room again: until the images sent are paid for (429), or until"
+    " enough of those that wait are answered (503).",
+    "schema": {"type": "integer", "minimum": 1},
+}
 
 
 def _problems(reasons: frozenset[str] | set[str]) -> dict[str, Any]:
@@ -115,8 +121,13 @@ def _problems(reasons: frozenset[str] | set[str]) -> dict[str, Any]:
     for reason in sorted(reasons):
         found.setdefault(str(STATUSES[reason]), []).append(reason)
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    again: dict[str, Any] = {"Retry-After": RETRY_AFTER}
     return {
-        status: {"description": ", ".join(names), "headers": HEADERS, "content": content}
+        status: {
+            "description": ", ".join(names),
+            "headers": HEADERS | (again if status in ("429", "503") else {}),
+            "content": content,
+        }
         for status, names in sorted(found.items())
     }
 

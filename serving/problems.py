@@ -16,6 +16,7 @@ STATUSES = {
     "unsupported_type": 415,
     "wrong_input": 422,  # understood, but not what the model takes
     "rate_limited": 429,
+    "handshake": 495,  # TLS did not come about: only metrics and logs show it
     "client_left": 499,  # nobody is there to read it: only logs and metrics show it
     "internal": 500,
     "bad_answer": 502,

@@ -214,10 +214,11 @@ def triton(environment: Environment, models: Path, log: Path) -> Iterator[dict[s
 
 
 @contextmanager
-def gateway(config: Path, triton_port: int) -> Iterator[str]:
-    """The gateway's command with its mounted configuration, towards that Triton; its URL."""
+def gateway(config: Path, triton_port: int) -> Iterator[tuple[str, str]]:
+    """The gateway's command with its mounted configuration, towards that Triton; its URLs, for all and for probes."""
     ready, text = config.with_name("ready.json"), (DEPLOY / MODEL / "gateway.toml").read_text()
     text = text.replace("triton:8001", f"127.0.0.1:{triton_port}").replace('"0.0.0.0"', '"127.0.0.1"')
+    text = text.replace('"0.0.0.0:9465"', '"127.0.0.1:0"')
     config.write_text(text.replace("notice_seconds = 10.0", "notice_seconds = 0.0"))  # no load balancer here
     words = next(words for where, words in commands() if where.startswith(OVERLAYS[0]) and words[1] == "gateway")
     words = [str(config) if word == "/etc/dfmcl/gateway.toml" else word for word in words[1:]]
@@ -225,7 +226,8 @@ def gateway(config: Path, triton_port: int) -> Iterator[str]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_until(ready.exists, process)
-        yield json.loads(ready.read_text())["http"]
+        urls = json.loads(ready.read_text())
+        yield urls["http"], urls["admin"]
     finally:
         process.terminate()
         process.wait(60)
@@ -278,9 +280,10 @@ def test_triton_with_the_manifests_arguments(environment: Environment, volumes: 
         assert status(f"{url}/v2/repository/models/evil/load", token, evil) == 503
         assert status(f"{url}/v2/models/evil/ready") != 200
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{ports['metrics']}/metrics", timeout=5).read().decode()
-        with gateway(tmp_path / "gateway.toml", ports["grpc"]) as entrance:
+        with gateway(tmp_path / "gateway.toml", ports["grpc"]) as (entrance, admin):
             asked = {*probed("gateway"), "/metrics"}
-            assert {path: status(entrance + path) for path in asked} == dict.fromkeys(asked, 200)
+            assert {path: status(admin + path) for path in asked} == dict.fromkeys(asked, 200)
+            assert status(f"{entrance}/metrics") == 404
             assert status(f"{entrance}/v1/classify", data=b"x") == 401
     rules = (DEPLOY / "prometheus" / "rules" / "serving.yaml").read_text()
     for name in ("nv_inference_queue_duration_us", "nv_inference_request_success"):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from serving import gateway_metrics
+from serving.gateway_config import load_config
 from tests.deploying import DEPLOY, OVERLAYS, ROOT, pods, rendered, tool
 
 COMPOSE = DEPLOY / "compose.yaml"
@@ -138,6 +139,10 @@ def test_prometheus_accepts_what_it_is_told() -> None:
         (target,) = job["static_configs"][0]["targets"]
         assert target.partition(":")[0] == job["job_name"]
         assert job["job_name"] in SERVICES
+        if job["job_name"] == "gateway":
+            listen = load_config(DEPLOY / "resnet18-cifar10" / "gateway.toml").listen
+            assert target.partition(":")[2] == listen.admin.partition(":")[2]
+            assert SERVICES["gateway"]["ports"] == [f"127.0.0.1:{listen.port}:{listen.port}"]
 
 
 def test_rules_speak_of_metrics_that_the_gateway_has() -> None:

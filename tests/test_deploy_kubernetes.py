@@ -154,6 +154,9 @@ def test_nothing_speaks_to_triton_but_gateway_prober_and_prometheus() -> None:
     }
     (by_metrics,) = allowed["metrics"]
     assert by_metrics["podSelector"]["matchLabels"] == {label: "prometheus"}
+    strangers, scrapes = policies["gateway"]["ingress"]
+    assert ([port["port"] for port in strangers["ports"]], scrapes["ports"]) == (["http"], [{"port": "admin"}])
+    assert scrapes["from"] == [by_metrics]
     for name in ("gateway", "watch"):
         offered = ports(selected(objects, {label: name}))
         assert {port["port"] for rule in policies[name]["ingress"] for port in rule["ports"]} <= set(offered)
@@ -206,7 +209,12 @@ def test_the_gateway_may_finish(tmp_path: Path) -> None:
     path.write_text(named(objects, "ConfigMap", "gateway")["data"]["gateway.toml"])
     config = load_config(path)
     pod = selected(objects, {"app.kubernetes.io/name": "gateway"})
-    assert ports(pod) == {"http": config.listen.port}
+    assert ports(pod) == {"http": config.listen.port, "admin": int(config.listen.admin.rpartition(":")[2])}
+    (container,) = pod.spec["containers"]
+    assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "readiness", "liveness")} == {"admin"}
+    monitor = named(objects, "PodMonitor", "gateway")["spec"]
+    assert [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]] == ["admin"]
+    assert [port["targetPort"] for port in named(objects, "Service", "gateway")["spec"]["ports"]] == ["http"]
     grace = config.listen.notice_seconds + config.listen.drain_seconds + 10
     assert pod.spec["terminationGracePeriodSeconds"] >= grace
     (endpoint,) = config.triton.endpoints

@@ -24,7 +24,7 @@ KEYS = [
     {"name": "attack", "sha256": digest_of(ATTACK), "canary": True, "logits": True, **PLENTY},
     {"name": "benign", "sha256": digest_of(BENIGN), "canary": True, **PLENTY},
     {"name": "customer", "sha256": digest_of(CUSTOMER), **PLENTY},
-    {"name": "miser", "sha256": digest_of(POOR), "logits": True, "rate": 0.001, "burst": 1},
+    {"name": "miser", "sha256": digest_of(POOR), "logits": True, "images_per_second": 0.001, "burst_images": 1},
 ]
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from serving.gateway_config import GatewayConfig
 from serving.keys import digest_of
 
 KEY, PRIVILEGED, CANARY = "dfmcl_of-a-user", "dfmcl_of-a-trusted-user", "dfmcl_of-the-canary"
-PLENTY = {"rate": 1e6, "burst": 1_000_000}
+PLENTY = {"images_per_second": 1e6, "burst_images": 1_000_000}
 KEYS = [
     {"name": "shop", "sha256": digest_of(KEY), **PLENTY},
     {"name": "lab", "sha256": digest_of(PRIVILEGED), "logits": True, **PLENTY},
@@ -70,6 +71,7 @@ class Door:
 
     config: GatewayConfig
     tls: ssl.SSLContext | None = None
+    source: Path | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     outcome: list[Any] = field(default_factory=list)
@@ -86,9 +88,16 @@ class Door:
         self.port = urlsplit(self.url).port
         return self
 
+    def administration(self) -> Door:
+        """Its admin address."""
+        (said,) = [entry["admin"] for entry in self.log if entry["event"] == "listening"]
+        admin = Door(self.config)
+        admin.port = urlsplit(said).port
+        return admin
+
     def _serve(self) -> None:
         try:
-            self.outcome.append(gateway.serve(self.config, stop=self.stop, log=self.log.append))
+            self.outcome.append(gateway.serve(self.config, stop=self.stop, source=self.source, log=self.log.append))
         except Exception as error:  # noqa: BLE001 - handed to the test's own thread
             self.outcome.append(error)
 
@@ -99,6 +108,11 @@ class Door:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.01)  # asked over HTTP, as a load balancer does
         return self
+
+    @property
+    def address(self) -> str:
+        """Where it is, for others."""
+        return f"http://127.0.0.1:{self.port}"
 
     def connection(self, timeout: float = 20) -> http.client.HTTPConnection:
         """A connection of its own."""

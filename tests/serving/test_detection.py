@@ -366,7 +366,7 @@ def test_keys_are_apart() -> None:
 
 def test_probes_count_apart() -> None:
     """The canary's images, matches and campaigns are in series of their own; nobody is told, slowed or alarmed."""
-    stream = Stream(Detection(matches=5, throttle_rate=0.1, webhook="http://127.0.0.1:9/"))
+    stream = Stream(Detection(matches=5, throttle_images_per_second=0.1, webhook="http://127.0.0.1:9/"))
     bucket = Bucket(1000.0, 1, lambda: stream.now)
     probe = Caller("probe", canary=True, probe="attack", bucket=bucket)
     stream.send((nearly(photograph(0), seed) for seed in range(20)), probe)
@@ -539,7 +539,7 @@ def test_only_keys_that_ask_for_it_are_examined() -> None:
         ({"detection": {"webhook": "ftp://x"}}, "begins with http"),
         ({"detection": {"detectors": []}}, "at least 1 item"),
         ({"detection": {"detectors": ["perceptual", "perceptual"]}}, "twice"),
-        ({"detection": {"throttle_rate": 1.0}, "open": True, "keys": []}, "nobody to slow down"),
+        ({"detection": {"throttle_images_per_second": 1.0}, "open": True, "keys": []}, "nobody to slow down"),
         ({"keys": [KEYS[0] | {"probe": "attack"}]}, "needs canary = true"),
         ({"keys": [CANARIES[0] | {"detect": False}]}, "needs canary = true, and detect"),
         ({"keys": [CANARIES[0] | {"probe": "other"}]}, "'benign' or 'attack'"),
@@ -687,8 +687,8 @@ def test_requests_do_not_wait_for_the_detector(served: Served, monkeypatch: pyte
 
 def test_throttle_slows_a_campaign_and_nobody_else(served: Served) -> None:
     """The attacker's key gets 429, the other its answers; without the option nobody is slowed (see above)."""
-    detection = {"matches": 5, "throttle_rate": 0.01}
-    keys = [KEYS[0] | {"burst": 30, "rate": 1000.0}, KEYS[1]]
+    detection = {"matches": 5, "throttle_images_per_second": 0.01}
+    keys = [KEYS[0] | {"burst_images": 30, "images_per_second": 1000.0}, KEYS[1]]
     with opened(settings([served.ready["grpc"]], keys=keys, detection=detection)) as door:
         statuses = []
         for seed in range(200):

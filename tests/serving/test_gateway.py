@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,9 @@ from robustness.folder import read_image
 from serving import images
 from serving.client import Contract
 from serving.gateway import softmax
-from serving.gateway_config import Listen
 from serving.gateway_metrics import OUTCOMES
 from serving.keys import Bucket, digest_of
-from serving.listener import bind
+from serving.listener import affordable, bind
 from serving.problems import STATUSES, Problem
 from tests.processes import wait_until
 from tests.robustness.pictures import readable, unreadable
@@ -289,11 +289,78 @@ def test_request_id_comes_back(door: Door) -> None:
 
 
 def test_paths_and_methods(door: Door) -> None:
-    """What is not there is 404, what is called wrongly 405, in the same form as every other problem."""
+    """What is not there is 404, what is called wrongly 405, in the same form as every other problem, counted and logged
+    with the path, the method and the client's address."""
+    before = {reason: errors(door, reason) for reason in ("not_found", "method_not_allowed")}
     assert (door.get("/nowhere").status, door.get("/nowhere").reason) == (404, "not_found")
     wrong = door.get("/v1/classify")
     assert (wrong.status, wrong.reason, wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+    assert door.ask("POST", "/metrics").status == 405
     assert door.get("/healthz").status == 200
+    assert {reason: errors(door, reason) - had for reason, had in before.items()} == {
+        "not_found": 2,
+        "method_not_allowed": 2,
+    }
+    lines = [(line["client"], line["method"], line["path"], line["reason"]) for line in door.lines()[-4:]]
+    assert lines == [
+        *[("127.0.0.1", "GET", "/nowhere", "not_found")] * 2,
+        ("127.0.0.1", "GET", "/v1/classify", "method_not_allowed"),
+        ("127.0.0.1", "POST", "/metrics", "method_not_allowed"),
+    ]
+
+
+def errors(door: Door, reason: str) -> float:
+    return door.metric(f'gateway_errors_total{{reason="{reason}"}}')
+
+
+def test_path_of_a_stranger_is_cut_and_has_no_secret(door: Door) -> None:
+    """Its query is not in the log at all; a key in it is not; control characters are not raw."""
+    for path in (f"/v1/{KEY}/classify", f"/{'x' * 5000}", "/a%1b[31m%0aevent", "/a?key=secret"):
+        door.get(path)
+    found = [line["path"] for line in door.lines()[-4:]]
+    assert found[0] == "/v1/dfmcl_.../classify"
+    assert len(found[1]) == 128
+    assert found[2:] == ["/a\x1b[31m\nevent", "/a"]
+    assert "\\u001b" in json.dumps(found[2])
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"hello\r\n\r\n", "bad_request"),
+        (b"GET / HTTP/9.9\r\n\r\n", "bad_request"),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000, "bad_request"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "bad_request"),  # TLS, where none is spoken
+    ],
+    ids=["no HTTP", "another version", "endless headers", "TLS"],
+)
+def test_what_is_no_request_is_counted_and_logged(door: Door, sent: bytes, reason: str) -> None:
+    """Although there is no method, and no path that could be believed."""
+    before = errors(door, reason)
+    with socket.create_connection(("127.0.0.1", door.port), timeout=10) as sock:
+        sock.sendall(sent)
+        assert sock.recv(65536)[9:12] == b"400"
+    assert errors(door, reason) == before + 1
+    last = door.lines()[-1]
+    assert (last["client"], last["method"], last["path"], last["reason"]) == ("127.0.0.1", None, None, reason)
+
+
+@pytest.mark.parametrize("kind", [*images.TYPES, "IMAGE/JPEG", "image/jpeg; charset=binary", "Image/JPG;q=1"])
+def test_every_type_of_the_list_works(door: Door, kind: str) -> None:
+    """The list in the refusal is what is taken, however it is written, and what is taken is in the list."""
+    bare = images.media_type(kind)
+    body, extra = encoded(IMAGES[0], images.FORMATS.get(bare, "PNG")), ""
+    if bare == images.TENSOR:
+        body = tensor(FLAT, SHAPE)
+    if bare == images.FORM:
+        extra = "; boundary=edge"
+        head = b'--edge\r\nContent-Disposition: form-data; name="image"\r\nContent-Type: image/jpg\r\n\r\n'
+        body = head + encoded(IMAGES[0], "JPEG") + b"\r\n--edge--\r\n"
+    assert door.classify(body, Content_Type=kind + extra).status == 200
+    refused = door.classify(body, Content_Type="image/gif")
+    assert (refused.status, refused.reason) == (415, "unsupported_type")
+    assert bare in refused.json["error"]["message"]
+    assert bare in json.loads(door.get("/openapi.json").body)["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
 
 
 def test_too_large_body_is_refused_before_it_is_read(door: Door) -> None:
@@ -321,7 +388,7 @@ def test_too_large_body_is_refused_while_it_comes(door: Door) -> None:
 
 def test_rate_is_kept(served: Served) -> None:
     """The burst is answered, then 429 says when to come back, and then there is an answer again."""
-    keys = [KEYS[0] | {"rate": 5.0, "burst": 3}, KEYS[1]]
+    keys = [KEYS[0] | {"images_per_second": 5.0, "burst_images": 3}, KEYS[1]]
     with opened(settings([served.ready["grpc"]], keys=keys)) as door:
         answers = [door.classify(PNG, key=KEY) for _ in range(5)]
         assert [answer.status for answer in answers][:3] == [200, 200, 200]
@@ -331,20 +398,42 @@ def test_rate_is_kept(served: Served) -> None:
         assert door.classify(PNG, key=KEY).status == 200
 
 
+def test_rate_counts_images(served: Served) -> None:
+    """A batch costs as many as it holds, whatever its headers made of it; one more than there is passes, then it waits.
+
+    What is refused costs one, however much it promised.
+    """
+    keys = [KEYS[0] | {"images_per_second": 2.0, "burst_images": 20}, KEYS[1]]
+    batch, flat = tensor(IMAGES.tolist(), list(IMAGES.shape)), {"Content_Type": "application/json"}
+    with opened(settings([served.ready["grpc"]], keys=keys)) as door:
+        assert [door.classify(batch, key=KEY, **flat).status for _ in range(3)] == [200, 200, 200]  # 24 images
+        refused = door.classify(PNG, key=KEY)
+        assert (refused.status, refused.reason) == (429, "rate_limited")
+        assert 1 <= int(refused.headers["retry-after"]) <= 3  # for 4 to be paid, and one
+        assert door.classify(PNG, key=PRIVILEGED).status == 200
+    with opened(settings([served.ready["grpc"]], keys=keys)) as door:
+        padded = b" " * 200_000 + b"{"  # promises a whole batch, and is none
+        assert [door.classify(padded, key=KEY, **flat).status for _ in range(15)] == [400] * 15
+        assert door.classify(PNG, key=KEY).status == 200
+
+
 @hypothesis.given(
     rate=st.floats(0.1, 100),
     burst=st.integers(1, 50),
-    waits=st.lists(st.floats(0, 3), min_size=1, max_size=200),
+    waits=st.lists(st.tuples(st.floats(0, 3), st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=200),
 )
-def test_bucket_never_gives_more_than_it_has(rate: float, burst: int, waits: list[float]) -> None:
-    """Whenever it is asked; after the seconds that it names there is a token; and a long rest fills it, no more."""
+def test_bucket_never_gives_more_than_it_has(rate: float, burst: int, waits: list[tuple[float, int, int]]) -> None:
+    """Whenever it is asked, but for what one request holds; after the seconds that it names there is a token; a long
+    rest fills it, no more. Each takes what it promised, and is then charged for what it held."""
     now, taken = 0.0, 0
     bucket = Bucket(rate, burst, lambda: now)
-    for wait in waits:
+    for wait, promised, held in waits:
         now += wait
-        pause = bucket.take()
-        taken += pause == 0
-        assert taken <= burst + rate * now + 1e-6
+        pause = bucket.take(promised)
+        if pause == 0:
+            bucket.correct(held - promised)
+            taken += held
+            assert taken <= burst + rate * now + held + 1e-6
     if pause:
         now += pause + 1e-9
         assert bucket.take() == 0
@@ -443,7 +532,7 @@ def test_slow_clients_are_let_go(served: Served) -> None:
             send_on(connection.sock, 3)
         assert door.classify(PNG).status == 200
         reasons = [line["reason"] for line in door.lines()]
-        assert reasons.count("slow_client") == 1  # the other had no request yet: that is in the metrics alone
+        assert reasons.count("slow_client") == 2  # one of them before there was a request
         assert door.metric('gateway_errors_total{reason="slow_client"}') == 2
 
 
@@ -498,6 +587,53 @@ def test_connections_and_headers_are_bounded(served: Served) -> None:
         connection.sock.sendall(b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 20_000)
         assert connection.sock.recv(65536)[9:12] == b"400"
         connection.close()
+
+
+def test_half_sent_requests_keep_no_probe_waiting(served: Served) -> None:
+    """More of them than there are connections: the admin address answers probes and scrapes at once all the same."""
+    listen, limits = {"admin": "127.0.0.1:0"}, {"connections": 300, "read_seconds": 20}
+    with opened(settings([served.ready["grpc"]], listen=listen, limits=limits)) as door, ExitStack() as held:
+        head = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\n"
+        for _ in range(310):
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", door.port), timeout=10))
+            sock.sendall(head)
+        admin = door.administration()
+        wait_until(lambda: admin.metric('gateway_errors_total{reason="overloaded"}') == 10, seconds=10)
+        begun = time.monotonic()
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert admin.get(path).status == 200
+        assert time.monotonic() - begun < 2
+        assert door.get("/healthz").reason == "overloaded"
+
+
+def test_metrics_are_at_the_admin_address_alone(served: Served) -> None:
+    """Where there is one: without a key there, and not at the public one, nor in its description; no more than that."""
+    config = settings([served.ready["grpc"]], listen={"admin": "127.0.0.1:0", "public_metrics": False})
+    with opened(config) as door:
+        admin = door.administration()
+        assert {path: door.get(path).status for path in ("/metrics", "/healthz", "/readyz")} == {
+            "/metrics": 404,
+            "/healthz": 200,
+            "/readyz": 200,
+        }
+        assert "/metrics" not in json.loads(door.get("/openapi.json").body)["paths"]
+        assert admin.get("/metrics").status == 200
+        assert {admin.get(path).status for path in ("/", "/docs", "/openapi.json")} == {404}
+        assert admin.classify(PNG).status == 404
+
+
+def test_as_many_connections_as_files_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is raised as far as it goes; where that is not enough there are fewer connections, not errors."""
+    set_to = []
+    monkeypatch.setattr("resource.setrlimit", lambda kind, limits: set_to.append(limits))
+    for limits, wanted, afforded in (
+        ((1024, 20_000), 1000, 1000),
+        ((1024, 1024), 1000, 512),
+        ((9000, 9000), 1000, 1000),
+    ):
+        monkeypatch.setattr("resource.getrlimit", lambda kind, limits=limits: limits)
+        assert affordable(wanted) == afforded
+    assert set_to == [(1512, 20_000), (1024, 1024)]
 
 
 def test_no_triton_is_503_and_the_process_lives(served: Served) -> None:
@@ -652,7 +788,7 @@ def test_bug_is_500_and_the_next_request_is_answered(served: Served, monkeypatch
 
 def test_responses_are_not_held_back() -> None:
     """Without this option on a connection, a response's body waits 40 ms for the client to acknowledge its headers."""
-    with bind(Listen(), 0) as listener, socket.create_connection(listener.getsockname()):
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

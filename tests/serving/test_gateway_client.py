@@ -18,6 +18,7 @@ from serving.gateway_client import GatewayClient
 IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
 GOOD = {"version": "1", "predictions": [{"index": 0, "logits": [1.0, 0.0]}, {"index": 1, "logits": [0.0, 1.0]}]}
 Answer = tuple[int, bytes]
+asked_at: list[float] = []  # when a door was asked
 
 
 @pytest.fixture
@@ -25,14 +26,17 @@ def door() -> Iterator[Callable[[Answer], str]]:
     """`door((status, body))` starts a server that answers so; its URL."""
     servers: list[ThreadingHTTPServer] = []
 
-    def start(answer: Answer, pause: float = 0.0) -> str:
+    def start(answer: Answer, pause: float = 0.0, again: str = "") -> str:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 self.send_response(answer[0])
+                asked_at.append(time.monotonic())
                 self.send_header("Content-Length", str(len(answer[1])))
+                if again:
+                    self.send_header("Retry-After", again)
                 self.end_headers()
                 for byte in answer[1] if pause else ():
                     self.wfile.write(bytes([byte]))
@@ -135,3 +139,33 @@ def test_an_authority_that_is_no_file_is_bad_input() -> None:
     """At the start, not in each round."""
     with pytest.raises(BadInput, match="name a PEM file"):
         GatewayClient("https://h", "m", classes=2, ca="/no/such.pem")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_next_request_waits_as_long_as_it_was_told(door: Callable[..., str], status: int) -> None:
+    """Nothing is repeated by itself; the next request comes no earlier than Retry-After, past its timeout never."""
+    with GatewayClient(door((status, b"{}"), again="1"), "m", classes=2, timeout_seconds=3) as client:
+        asked_at.clear()
+        for _ in range(2):
+            with pytest.raises(AnswerError):
+                client.predict(IMAGES)
+        assert len(asked_at) == 2
+        assert asked_at[1] - asked_at[0] >= 0.95
+    with GatewayClient(door((status, b"{}"), again="1000"), "m", classes=2, timeout_seconds=3) as client:
+        asked_at.clear()
+        with pytest.raises(AnswerError) as first:
+            client.predict(IMAGES)
+        with pytest.raises(AnswerError, match="come back in 1000 s more") as second:
+            client.predict(IMAGES)
+        assert (len(asked_at), second.value.reason) == (1, first.value.reason)
+
+
+@pytest.mark.parametrize("again", ["soon", "-1", "Wed, 21 Oct 2099 07:28:00 GMT", "1.5", "²"])
+def test_retry_after_that_is_no_number_of_seconds_is_ignored(door: Callable[..., str], again: str) -> None:
+    """A proxy's words must not stop a client."""
+    with GatewayClient(door((503, b"{}"), again=again), "m", classes=2, timeout_seconds=3) as client:
+        asked_at.clear()
+        for _ in range(2):
+            with pytest.raises(AnswerError):
+                client.predict(IMAGES)
+        assert len(asked_at) == 2

@@ -1,12 +1,22 @@
-"""A traffic driver: clients that never stop asking while something is changed, and count what they were answered."""
+"""Traffic drivers: clients that never stop asking while something is changed, and count what they were answered.
+
+As a program a crowd of clients, in a process of its own: what it computes is not taken from whoever measures.
+"""
 
 from __future__ import annotations
 
+import http.client
+import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -66,3 +76,89 @@ class Traffic:
             if np.abs(logits - self.expected[version]).max() > 1e-3 * np.abs(self.expected[version]).max():
                 self.failures.append(f"version {version} answered with the logits of another")
             self.answers[version] += 1
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """So many clients of a gateway with one key, each with a batch of so many images of a shape, again and again.
+
+    patience: of the seconds that a refusal names, the share that they wait. timeout_ms: of each request.
+    """
+
+    url: str
+    key: str
+    clients: int
+    images: int
+    shape: tuple[int, int, int]
+    timeout_ms: int = 10_000
+    patience: float = 1.0
+
+    @contextmanager
+    def asking(self) -> Iterator[Counted]:
+        """For the length of a block; what they were answered meanwhile is there afterwards."""
+        command = [sys.executable, "-m", "tests.serving.traffic", json.dumps(asdict(self))]
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        counted = Counted()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "asking\n"
+        try:
+            yield counted
+        finally:
+            said, _ = process.communicate("stop\n", timeout=60)
+            told = json.loads(said)
+            counted.statuses, counted.seconds = {int(key): value for key, value in told[0].items()}, told[1]
+            counted.images_per_second = counted.statuses.get(200, 0) * self.images / counted.seconds
+
+
+@dataclass
+class Counted:
+    """Answers by status, 0 where there was none, of a crowd in so many seconds."""
+
+    statuses: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    images_per_second: float = 0.0
+
+
+def tensor(images: npt.NDArray[np.uint8]) -> bytes:
+    """A KServe v2 request."""
+    entry = {"name": "images", "shape": images.shape, "datatype": "UINT8", "data": images.ravel().tolist()}
+    return json.dumps({"inputs": [entry]}).encode()
+
+
+def main() -> None:
+    """Be a crowd until a line comes; print what it was answered."""
+    crowd = Crowd(**json.loads(sys.argv[1]))
+    body = tensor(np.random.default_rng(0).integers(0, 256, (crowd.images, *crowd.shape), np.uint8))
+    headers = {
+        "X-API-Key": crowd.key,
+        "Content-Type": "application/json",
+        "X-Request-Timeout-Ms": str(crowd.timeout_ms),
+    }
+    stop, statuses = threading.Event(), Counter[int]()
+
+    def ask() -> None:
+        connection = http.client.HTTPConnection(urlsplit(crowd.url).netloc, timeout=30)
+        while not stop.is_set():
+            status, again = 0, "0"
+            with suppress(OSError, http.client.HTTPException):
+                connection.request("POST", "/v1/classify", body, headers)
+                response = connection.getresponse()
+                response.read()
+                status, again = response.status, response.headers.get("Retry-After", "0")
+            if not stop.is_set():
+                statuses[status] += 1
+            stop.wait(crowd.patience * float(again))
+
+    for _ in range(crowd.clients):
+        threading.Thread(target=ask, daemon=True).start()  # daemons: nobody waits for their last answers
+    begun = time.monotonic()
+    print("asking", flush=True)
+    sys.stdin.readline()
+    stop.set()
+    print(json.dumps([statuses, time.monotonic() - begun]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
