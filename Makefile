@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format bench-training bench-gate bench-attacks bench-strength bench-standard \
+.PHONY: help setup quickstart check test test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard \
 	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-alarms bench-watch kubernetes-rules \
 	dashboards sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -13,7 +13,9 @@ help:
 	@echo 'make quickstart          train, evaluate, export, gate, promote, serve and watch a small model (Ctrl-C ends it)'
 	@echo 'make quickstart EXIT=1   the same, and stop; exit code 0 only if every stage held'
 	@echo 'make quickstart MODEL=shipped   verify, serve and watch the model in model_repository/; nothing is trained'
+	@echo 'make check               lint, and the tests that take no server and no training: under a minute'
 	@echo 'make test                the whole test suite'
+	@echo 'make test-portable       the numeric tests as other processors and other draws would run them; ONLY="NAME ..."'
 	@echo 'make lint                ruff, ruff format --check, mypy'
 	@echo 'make bench-training      training speed beside the usual loop; writes benchmarks/results/training.json, .md'
 	@echo 'make bench-gate          how often the sequential bounds err, and how many images they need; writes gate.json, .md'
@@ -53,7 +55,14 @@ quickstart: setup
 # Three: while one waits for a server or a clock, the two cores have work. A file's tests stay in one process, for its
 # fixtures, and files come in the order of tests/conftest.py.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
+
+# The inner loop: what is quick by itself, see tests/conftest.py.
+check: lint
+	$(BIN)/python -m pytest --quick --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-portable: .venv/.installed
+	$(BIN)/python -m tests.portable $(ONLY)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """What differs on another machine, or in another draw; a test holds whatever they are."""
     group = parser.getgroup("portable")
     group.addoption("--fixture-seed", type=int, default=0, help="train fixture networks from this seed; 0: the pinned")
-    group.addoption("--fixture-jitter", type=float, default=0.0, help="relative noise on each weight of theirs")
+    group.addoption("--fixture-jitter", type=int, default=0, help="which draw of 1e-6 noise on their weights; 0: none")
     # One: processes with two threads each wait for each other on two cores, and take more than twice as long.
     group.addoption("--torch-threads", type=int, default=1, help="threads of torch in each test process")
 

@@ -49,18 +49,19 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
         [*HONEST, "masking.rule=ranked", "masking.rate=0.2", "masking.scaling=inverted", "seed=0"],
     ),
 }
-# The pinned ones were trained on images of their own seed; another draw takes seeds far from those.
+# The pinned ones come from their own seeds; another draw takes seeds far from those.
 APART = 1000
+JITTER = 1e-6  # ten roundings of float32: what another order of sums does to a trained weight at the least
 
 
-def network(name: str, out: Path, *, seed: int = 0, jitter: float = 0.0) -> Path:
-    """A run of that name in the new directory `out`. seed 0: the pinned one; jitter: relative noise on each weight."""
+def network(name: str, out: Path, *, seed: int = 0, jitter: int = 0) -> Path:
+    """A run of that name in the new directory `out`. seed 0: the pinned one; jitter: the draw of noise, 0 for none."""
     if seed == 0:
         shutil.copytree(PINNED / name, out)
     else:
         trained(name, out, APART * seed)
     if jitter:
-        _shake(out, jitter, seed)
+        _shake(out, jitter)
     return out
 
 
@@ -72,12 +73,12 @@ def trained(name: str, out: Path, more: int = 0) -> Path:
     return out
 
 
-def _shake(run: Path, size: float, seed: int) -> None:
-    """Multiply each weight by 1 + size times a normal draw, and let the manifest say so."""
-    weights, stream = load_file(run / CHECKPOINT), generator(seed, "jitter")
+def _shake(run: Path, draw: int) -> None:
+    """Multiply each weight by 1 + JITTER times a normal draw, and let the manifest say so."""
+    weights, stream = load_file(run / CHECKPOINT), generator(draw, "jitter")
     for key, weight in weights.items():
         if weight.is_floating_point():
-            weights[key] = weight * (1 + size * torch.randn(weight.shape, generator=stream))
+            weights[key] = weight * (1 + JITTER * torch.randn(weight.shape, generator=stream))
     save_file(weights, run / CHECKPOINT)
     manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"][CHECKPOINT] = sha256_of(run / CHECKPOINT)

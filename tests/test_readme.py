@@ -53,8 +53,10 @@ def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
                 result = subprocess.run(["bash", "-c", line], **options)
                 assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
         answer = subprocess.run([sys.executable, "-c", block("python")], **options)
-        found, labels = re.findall(r"\[([\d ]+)\]", answer.stdout)
-        assert found == labels, answer.stderr[-2000:]
+        found, labels = (row.split() for row in re.findall(r"\[([\d ]+)\]", answer.stdout))
+        # Of eight images a network that is right on 95 % misses four or more once in 2,700; a guess gets five never.
+        assert len(found) == 8 == len(labels), answer.stderr[-2000:]
+        assert sum(one == other for one, other in zip(found, labels, strict=True)) >= 5
     finally:
         if server is not None:
             server.send_signal(signal.SIGTERM)

@@ -44,7 +44,8 @@ class Learner:
             raise BadInput(
                 f"optimization.batch_size: {config.optimization.batch_size} is no multiple of {ranks.world} processes"
             )
-        model = model.to(self.device).to(memory_format=torch.channels_last)
+        self.layout = layout_of(model)
+        model = model.to(self.device).to(memory_format=self.layout)
         synchronised = config.model.batch_norm == "synchronised" and ranks.world > 1
         if synchronised:
             if self.device.type != "cuda":
@@ -76,7 +77,7 @@ class Learner:
         height, width, channels = self.model.spec.input_shape
         size = self.config.optimization.batch_size // self.ranks.world
         example = torch.rand(size, channels, height, width, device=self.device)
-        example = example.contiguous(memory_format=torch.channels_last)
+        example = example.contiguous(memory_format=self.layout)
 
         def record(network: nn.Module, function: Pass, wanted: bool) -> Pass:
             return recorded(network, function, example.clone().requires_grad_(wanted), self.autocast(cache=False))
@@ -119,7 +120,7 @@ class Learner:
             weights = perturbed_parameters(self.model)
             with running_statistics_kept(self.model):
                 worst = self.objective(views[:1], attacked[:1], target, noise)
-                gradients = [gradient.float() for gradient in torch.autograd.grad(worst, weights)]
+                gradients = [_full(gradient) for gradient in torch.autograd.grad(worst, weights)]
             self.ranks.average(gradients)
             with perturbed(weights, gradients, chosen.awp):
                 loss = self.objective(views, attacked, target, noise)
@@ -145,7 +146,7 @@ class Learner:
                 self.average.update(self.model)
 
     def view(self, images: Tensor) -> Tensor:
-        return to_float(images).contiguous(memory_format=torch.channels_last)
+        return to_float(images).to(self.model.mean.dtype).contiguous(memory_format=self.layout)
 
     def craft(self, x: Tensor, y: Tensor, step: int, noise: Noise, view: int) -> Tensor:
         """Adversarial images of step t for one view, on the twin of its network."""
@@ -163,7 +164,7 @@ class Learner:
         def forward(z: Tensor) -> Tensor:
             with self.autocast():
                 logits: Tensor = model(z)
-            return logits.float()
+            return _full(logits)
 
         return CRAFTS[name](forward, x, y, eps, noise, steps=steps, step_ratio=chosen.step_ratio)
 
@@ -210,10 +211,10 @@ class Learner:
             else:
                 logits = trunk(x)
         if not masked:
-            return logits.float(), 0.0
+            return _full(logits), 0.0
         if view == 0:
             self.p = p.detach()
-        return logits.float(), self.mask.penalty(p) if self.config.masking.prior else 0.0
+        return _full(logits), self.mask.penalty(p) if self.config.masking.prior else 0.0
 
     def falls_back(self, robust: Sequence[float]) -> bool:
         """Look at held-out PGD accuracy, epoch by epoch; true when FGSM's share has just gone to N-FGSM."""
@@ -248,6 +249,21 @@ class Learner:
         self.fallen_back = state["fallen_back"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+def layout_of(model: nn.Module) -> torch.memory_format:
+    """channels_last, which is faster; not where oneDNN writes past a buffer of its own (torch 2.14, AVX2).
+
+    It does so for the weight gradient of a 1x1 convolution of stride 2 over channels that are no multiple of eight.
+    """
+    strided = (m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and m.kernel_size == (1, 1))
+    unsafe = any(module.in_channels % 8 for module in strided)
+    return torch.contiguous_format if unsafe else torch.channels_last
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """In float32, which bfloat16 leaves for products alone; in float64 where the network computes so."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def with_own_batch_norm(model: Classifier) -> Classifier:

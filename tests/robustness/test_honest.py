@@ -13,42 +13,19 @@ from robustness.evaluate import evaluate
 from robustness.models import exactly
 from robustness.runs import load_run
 from robustness.threat import Threat
-from training.config import load_config
-from training.train import train
+from tests.networks import Networks
 
 N = 48
-SMALL = [
-    "model.width=8",
-    "data.train_images=600",
-    "heldout.images=20",
-    "heldout.attack_steps=1",
-    "optimization.epochs=4",
-    "optimization.batch_size=20",
-    "optimization.lr=5e-3",
-    "curriculum.beta=8/255",
-    "curriculum.schedule=constant",
-    "curriculum.steps=1",
-]
 # The plain network is the honest twin of the traps, in test_checks.py.
-MODELS = {
-    "PGD-AT": ("quickstart_surrogate", []),
-    "TRADES": ("quickstart_surrogate", ["curriculum.attacks=['kl']", "objective.name=trades"]),
-    "DFMCL": ("quickstart", ["curriculum.schedule=linear"]),
-    "DFMCL, ranked": ("quickstart", ["masking.rule=ranked", "masking.rate=0.2", "masking.scaling=inverted"]),
-}
+MODELS = ("pgd-at", "trades", "dfmcl", "dfmcl-ranked")
+# The checks err on at most one honest network in a hundred (benchmarks/checks.py); more than two of four networks that
+# nobody has seen before do so once in 200,000 draws. The pinned ones are known to raise none.
+ALLOWED = 2
 
 
-@pytest.fixture(scope="module")
-def digits() -> Dataset:
-    return load_dataset("digits")
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_an_honest_model_raises_nothing(name: str, digits: Dataset, tmp_path: Path) -> None:
-    """However it was trained, with masks or without: no check is raised, and all of them run."""
-    preset, overrides = MODELS[name]
-    train(load_config(preset, [*SMALL, *overrides]), tmp_path / "run", log=lambda line: None)
-    model, threat = load_run(tmp_path / "run").model, Threat.parse("linf", "3/255")
+def raised(run: Path, digits: Dataset) -> dict[str, str]:
+    """What a network raises, or leaves out, of all checks, and why."""
+    model, threat = load_run(run).model, Threat.parse("linf", "3/255")
     images, labels = digits.x_test[:N], digits.y_test[:N]
     suite = [Attack.parse(attack) for attack in ("apgd-ce-5", "apgd-t-3", "square-20")]
     evaluation = evaluate(model, images, labels, threat, suite, grid=True, cascade=True).evaluation
@@ -59,4 +36,10 @@ def test_an_honest_model_raises_nothing(name: str, digits: Dataset, tmp_path: Pa
     decide = exactly(model)
     results = diagnose(model, decide, images, labels, threat, grid=True, seed=0, evaluation=evaluation, about=about)
     assert evaluation.clean.value > 0.6
-    assert {result.check: result.why for result in results if result.outcome != "clear"} == {}
+    return {result.check: result.why for result in results if result.outcome != "clear"}
+
+
+def test_honest_models_raise_nothing(networks: Networks, pytestconfig: pytest.Config) -> None:
+    """However they were trained, with masks or without: no check is raised, and all of them run."""
+    found = {name: why for name in MODELS if (why := raised(networks(name), load_dataset("digits")))}
+    assert len(found) <= (ALLOWED if pytestconfig.getoption("--fixture-seed") else 0), found

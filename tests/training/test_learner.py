@@ -114,7 +114,7 @@ def test_weight_perturbation_is_relative_uphill_and_undone(digits: Dataset) -> N
     """Inside, each weight tensor moved by gamma of its norm along its gradient, uphill; outside, nothing moved."""
     torch.manual_seed(0)
     model = build(load_config("quickstart", NARROW), digits)
-    x, y = to_float(batch(digits)[0]), batch(digits)[1]
+    x, y = to_float(batch(digits)[0]).contiguous(), batch(digits)[1]  # see learner.layout_of
     weights = perturbed_parameters(model)
     assert {id(weight) for weight in weights} == {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)

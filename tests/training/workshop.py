@@ -132,10 +132,10 @@ def first_of(n: int, count: int) -> np.ndarray[Any, Any]:
     return np.arange(n) < count
 
 
-def learner(digits: Dataset, *changes: str, total_steps: int = 20) -> Learner:
+def learner(digits: Dataset, *changes: str, total_steps: int = 20, dtype: torch.dtype = torch.float32) -> Learner:
     """The quickstart's, narrow, with changes of its config."""
     config = load_config("quickstart", [*NARROW, *changes])
-    return Learner(config, build(config, digits), total_steps, ALONE)
+    return Learner(config, build(config, digits).to(dtype), total_steps, ALONE)
 
 
 def batch(digits: Dataset, number: int = 0, size: int = 12) -> tuple[Tensor, Tensor]:

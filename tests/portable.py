@@ -1,0 +1,100 @@
+"""The numeric tests once more, as another processor or another draw would run them: `python -m tests.portable`.
+
+All perturbations run, one after the other, or those that are named; with `--drawn REVISION` the one that a commit draws.
+A test that is green here holds on processors that nobody here has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Folders and files whose tests decide by floating-point numbers.
+NUMERIC = (
+    "tests/robustness", "tests/training", "tests/gating/test_gate.py", "tests/gating/test_gradients.py",
+    "tests/serving/test_export.py", "tests/serving/test_parity.py", "tests/monitoring/test_crafting.py",
+)  # fmt: skip
+PROCESSES = 3  # as `make test`; fewer where each has several threads
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """environment: of the processes, for libraries' choice of instructions. options: of pytest. threads: of torch."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    jitter: int = 0
+    threads: int = 1
+
+    @property
+    def options(self) -> list[str]:
+        """What pytest is told."""
+        return [f"--fixture-seed={self.seed}", f"--fixture-jitter={self.jitter}", f"--torch-threads={self.threads}"]
+
+    def __str__(self) -> str:
+        return " ".join([*(f"{key}={value}" for key, value in self.environment.items()), *self.options])
+
+
+def instructions(onednn: str = "", aten: str = "") -> dict[str, str]:
+    """Convolutions by oneDNN, and all else by ATen, as a processor with no more than this would compute them."""
+    named = {"ONEDNN_MAX_CPU_ISA": onednn, "ATEN_CPU_CAPABILITY": aten}
+    return {key: value for key, value in named.items() if value}
+
+
+# Five draws of the networks, five of their weights' last digits; each beside another choice of instructions or threads.
+PERTURBATIONS = {
+    "seed-1": Perturbation(instructions("AVX2"), seed=1),
+    "seed-2": Perturbation(instructions("AVX512_CORE", "default"), seed=2),
+    "seed-3": Perturbation(threads=2, seed=3),
+    "seed-4": Perturbation(instructions("AVX2", "avx2"), seed=4),
+    "seed-5": Perturbation(instructions(aten="default"), threads=3, seed=5),
+    "jitter-1": Perturbation(jitter=1),
+    "jitter-2": Perturbation(instructions("AVX512_CORE"), jitter=2),
+    "jitter-3": Perturbation(instructions("AVX2", "default"), jitter=3),
+    "jitter-4": Perturbation(instructions(aten="avx2"), threads=2, jitter=4),
+    "jitter-5": Perturbation(instructions("AVX2", "avx2"), threads=3, jitter=5),
+}
+
+
+def drawn(revision: str) -> str:
+    """The perturbation that a commit draws: each comes up, and a failure can be repeated."""
+    return list(PERTURBATIONS)[int(hashlib.sha256(revision.encode()).hexdigest(), 16) % len(PERTURBATIONS)]
+
+
+def run(name: str, paths: Sequence[str]) -> int:
+    """pytest's exit code under a perturbation."""
+    chosen = PERTURBATIONS[name]
+    processes = max(1, PROCESSES - chosen.threads + 1)
+    print(f"portable: {name}: {chosen}", flush=True)
+    command = [sys.executable, "-m", "pytest", "--quiet", f"--numprocesses={processes}", "--dist=loadfile"]
+    command += ["--no-loadscope-reorder", "--durations=20", *chosen.options, *(paths or NUMERIC)]
+    begun = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **chosen.environment}, check=False).returncode
+    print(f"portable: {name}: {'green' if code == 0 else 'RED'} after {time.monotonic() - begun:.0f} s", flush=True)
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PERTURBATIONS)}; all by default")
+    parser.add_argument("--drawn", metavar="REVISION", help="run the one that this commit draws")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="these tests, not all numeric ones")
+    told = parser.parse_args()
+    names = [drawn(told.drawn)] if told.drawn else told.names or list(PERTURBATIONS)
+    if unknown := [name for name in names if name not in PERTURBATIONS]:
+        parser.error(f"{unknown[0]}: no perturbation; choose from {', '.join(PERTURBATIONS)}")
+    red = [name for name in names if run(name, told.tests) != 0]
+    print(f"portable: {len(names) - len(red)} of {len(names)} green" + (f"; red: {', '.join(red)}" if red else ""))
+    return bool(red)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
