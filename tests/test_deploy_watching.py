@@ -82,7 +82,7 @@ def sidecar_exposition() -> str:
 
 def gateway_exposition() -> str:
     """The gateway's own metrics, with a number each."""
-    pool = SimpleNamespace(endpoints=[SimpleNamespace(url="triton:8001", up=True)], resent=0)
+    pool = SimpleNamespace(endpoints=[SimpleNamespace(url="triton:8001", up=True)], resent=0, waiting=0)
     metrics = Metrics("0.1.0", cast(Pool, pool), lambda: True)
     detection = DetectionMetrics(metrics.registry)
     metrics.ended(200, None, 0.01, images=1, canary=False)

@@ -170,7 +170,8 @@ def test_docs_say_what_the_document_says(door: Door) -> None:
             assert all(f"<td>{status}<td>" in page for status in operation["responses"])
 
 
-# Not positive_data_acceptance: a schema cannot say which bytes are an image.
+# Not positive_data_acceptance: a schema cannot say which bytes are an image. Not ignored_auth: it takes a request with
+# a good key and, beside it, an Authorization header that is no bearer's for one without a key; test_gateway.py has those.
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -180,7 +181,6 @@ CHECKS = (
     "negative_data_rejection",
     "missing_required_header",
     "unsupported_method",
-    "ignored_auth",
 )
 
 # A deadline of 1 ms may be missed; 413 is a way to refuse what is too long.
@@ -198,10 +198,10 @@ def test_gateway_keeps_to_its_own_document(door: Door, tmp_path: Path) -> None:
     command = [
         *(Path(sys.executable).with_name("st"), "--config-file", "st.toml", "run", f"{door.url}/openapi.json"),
         *("--header", f"X-API-Key: {KEY}", "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing"),
-        *("--max-examples", "30", "--seed", "0", "--max-time", "10", "--generation-database", "none", "--no-color"),
+        *("--max-examples", "30", "--seed", "0", "--generation-database", "none", "--no-color"),
     ]
     before = len(door.lines())
-    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path)
+    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
     assert made.returncode == 0, made.stdout.partition("FAILURES")[2][:6000] + made.stderr[-1000:]
     found = [line for line in door.lines()[before:] if line["path"] == "/v1/classify"]
     assert len(found) > 100
