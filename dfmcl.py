@@ -296,10 +296,10 @@ def evaluate(
     from robustness.errors import BadInput
     from robustness.files import dump_json, require_file_place, write_text
     from robustness.runs import load_run, parse_device
-    from robustness.suite import measure, parse_threat, record
+    from robustness.suite import FORMAT, measure, parse_threat, record
 
     if out is not None:
-        require_file_place(out)  # before the attacks, not after
+        require_file_place(out, FORMAT)  # before the attacks, not after
     if suite and attack:
         raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")
     attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()

@@ -40,6 +40,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
+from robustness.files import require_regular
 from serving import images, pages
 from serving.admission import Admission, Place
 from serving.client import Contract
@@ -240,6 +241,7 @@ def _announced(urls: dict[str, str], pool: Pool, ready_file: Path | None) -> Ite
     if ready_file is None:
         yield
         return
+    require_regular(ready_file)
     models = {endpoint.served.model: endpoint.served.version for endpoint in pool.endpoints if endpoint.served}
     staged = ready_file.with_name(f".{ready_file.name}.{os.getpid()}.part")
     try:

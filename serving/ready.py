@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from robustness.files import require_regular
 from serving.errors import BadInput, Broken
 
 
@@ -37,6 +38,7 @@ def write_ready(path: Path, **said: Any) -> None:
 
 def claim_ready(path: Path) -> None:
     """Remove what a dead server left there; BadInput where one that lives has this ready file."""
+    require_regular(path)
     said = read_ready(path)
     if said is not None and said["pid"] != os.getpid():
         raise BadInput(f"--ready-file {path}: is that of a running server (process {said['pid']}); name another")
