@@ -21,6 +21,14 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def as_markdown(sentence: str) -> str:
+    """A sentence with names from outside in it: on one line, and what could begin markup escaped."""
+    text = printable(" ".join(sentence.split())).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    for sign in "`*[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
 def is_line(text: str) -> bool:
     """Whether a text can be one line of a file in UTF-8: a folder's name may be any bytes, and hold a line's end."""
     return text.splitlines() == [text] and text.encode(errors="ignore").decode() == text

@@ -40,7 +40,6 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from robustness.files import require_regular
 from serving import images, pages
 from serving.admission import Admission, Place
 from serving.client import Contract
@@ -53,6 +52,7 @@ from serving.keys import ANYONE, PREFIX, Caller
 from serving.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
 from serving.openapi import describe
 from serving.problems import RETRY_SECONDS, Problem
+from serving.ready import require_regular
 from serving.renewal import Source, renew
 
 CLASSIFY = "/v1/classify"

@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from robustness.files import require_regular
 from serving.errors import BadInput, Broken
 
 
@@ -34,6 +33,12 @@ def write_ready(path: Path, **said: Any) -> None:
     said = {**said, "pid": os.getpid(), "started": _born(os.getpid())}
     staged.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     staged.replace(path)
+
+
+def require_regular(path: Path) -> None:
+    """BadInput where something stands there that no file may replace, such as /dev/null for the whole machine."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # no file replaces a directory
+        raise BadInput(f"--ready-file {path}: is no regular file, and would be replaced by one; name another")
 
 
 def claim_ready(path: Path) -> None:

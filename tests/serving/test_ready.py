@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from robustness.errors import BadInput as NoPlace
 from serving.errors import BadInput, Broken
 from serving.ready import claim_ready, read_ready, write_ready
 from tests.processes import wait_until
@@ -69,6 +68,6 @@ def test_a_ready_file_that_cannot_be_removed_is_broken(tmp_path: Path) -> None:
 def test_what_is_no_file_stays(tmp_path: Path) -> None:
     """A ready file in place of /dev/null would break the whole machine."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(NoPlace, match="pipe: is no regular file, and would be replaced by one"):
+    with pytest.raises(BadInput, match="pipe: is no regular file, and would be replaced by one"):
         claim_ready(tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
