@@ -85,7 +85,7 @@ def require_local(path: object) -> None:
 
 def explain(error: Exception, subcommand: str) -> int:
     """Print an error as one line (the traceback with --verbose) and return its exit code."""
-    from robustness.errors import lacks_memory
+    from robustness.errors import lacks_memory, without_memory
 
     code = getattr(error, "exit_code", BROKEN)
     message = str(error)
@@ -103,14 +103,6 @@ def explain(error: Exception, subcommand: str) -> int:
         traceback.print_exception(error)
     warn(" ".join(message.split()))
     return int(code)
-
-
-def without_memory(message: str) -> str:
-    """What was asked for, as far as the first two sentences of a library tell it, and what to do."""
-    said = " ".join(message.split()).rpartition("DefaultCPUAllocator: ")[2]  # torch begins with a place in its source
-    asked = ". ".join(said.split(". ")[:2])
-    advice = "take fewer or smaller images, a smaller batch or network, or a machine that has more"
-    return f"not enough memory{f': {asked}' if asked else ''}; {advice}"
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
@@ -231,7 +223,7 @@ def campaign(
     device: Annotated[str, typer.Option(help="Where to measure, such as cpu or cuda. Default: as training.")] = "",
     table_only: Annotated[bool, typer.Option("--table-only", help="Only rewrite the tables from the records.")] = False,
 ) -> int:
-    """Train and measure many runs under a time budget: 0 all done, 130 cut, 5 a run failed."""
+    """Train and measure many runs under a time budget: 0 all done, 130 cut, 2 or 5 a run failed."""
     from robustness.errors import BadInput
     from training.campaign import read_records, run_campaign, write_tables
     from training.limits import Limits
@@ -296,10 +288,10 @@ def evaluate(
     from robustness.errors import BadInput
     from robustness.files import dump_json, require_file_place, write_text
     from robustness.runs import load_run, parse_device
-    from robustness.suite import measure, parse_threat, record
+    from robustness.suite import FORMAT, measure, parse_threat, record
 
     if out is not None:
-        require_file_place(out)  # before the attacks, not after
+        require_file_place(out, FORMAT)  # before the attacks, not after
     if suite and attack:
         raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")
     attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()
@@ -374,7 +366,7 @@ def export(
     if contract is not None and names is not None:
         manifest = wrap(source, out, contract=contract, labels=names, track=track)
     else:
-        manifest = run_export(source, out, weights=weights or "float32", track=track)
+        manifest = run_export(source, out, weights=weights or "float32", track=track, log=say)
     parity: Any = manifest["parity"]
     images = "images of smooth colours and noise" if foreign else "images"
     rounding = (
@@ -829,6 +821,8 @@ def craft(
         raise BadInput(f"{config}: probe.crafted is not set; name the directory to write to")
     os.nice(NICE)
     recipe = Recipe.of(settings, track)
+    if recipe.remark:
+        say(recipe.remark)
     craft_pool(recipe, Path(settings.probe.crafted), device=on, track=track)
     attacks = ", ".join(settings.probe.attacks)
     say(f"{settings.probe.crafted}: {len(recipe.pool.images)} images under {attacks}; crafted on {on}")

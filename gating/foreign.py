@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +32,21 @@ class Foreign(nn.Module):
     def __init__(self, module: nn.Module, contract: InputContract, name: str) -> None:
         super().__init__()
         self.dtype = torch.float32 if contract.dtype == "uint8" else DTYPES[contract.dtype]
-        self.module, self.contract, self.name = module.to(self.dtype), contract, name
-        self.eval()
+        self.contract, self.name = contract, name
+        with guarded(
+            f"{name}: its module cannot be brought into {str(self.dtype).removeprefix('torch.')} and eval mode"
+        ):
+            self.module = module.to(self.dtype)
+            self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            logits: Tensor = _Differentiated.apply(x, self)
+            return logits
+        return self.answered(x)
+
+    def answered(self, x: Tensor) -> Tensor:
+        """The logits `(N, K)`, checked, with the graph of the module's own operations."""
         copied = x.to(self.dtype).clone(memory_format=torch.contiguous_format)
         with guarded(f"{self.name}: its module cannot take {shown(copied, ' NCHW')}"):
             logits: Any = self.module(copied)
@@ -46,6 +59,26 @@ class Foreign(nn.Module):
         if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             raise BadInput(f"{self.name}: {DETACHED}")
         return logits.float()
+
+
+class _Differentiated(torch.autograd.Function):
+    """A module with a backward pass of its own, so that what fails on the way back is told like all else of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, foreign: Foreign) -> Tensor:
+        with torch.enable_grad():
+            ctx.x, ctx.foreign = x.detach().requires_grad_(), foreign
+            ctx.logits = foreign.answered(ctx.x)
+        detached: Tensor = ctx.logits.detach()
+        return detached
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        with guarded(f"{ctx.foreign.name}: its gradient cannot be computed at {shown(ctx.x, ' NCHW')}"):
+            (gradient,) = torch.autograd.grad(ctx.logits, ctx.x, upstream, allow_unused=True)
+        if gradient is None:
+            raise BadInput(f"{ctx.foreign.name}: {DETACHED}")
+        return gradient, None
 
 
 def shown(x: Tensor, layout: str = "") -> str:
@@ -94,6 +127,36 @@ def without_gradients(foreign: Foreign) -> str:
             torch.autograd.grad(foreign(x).sum(), x)
     except BadInput as error:
         return str(error).removeprefix(f"{foreign.name}: ")
-    except RuntimeError as error:
-        return f"its gradient cannot be computed: {first_line(error)}"
     return ""
+
+
+def state_digest(network: nn.Module) -> str:
+    """SHA-256 of a module's state and of the classes it is made of: names, types, shapes and bytes, in sorted order.
+
+    Where the state lies, and what its memory looks like, makes no difference.
+    """
+    digest = hashlib.sha256()
+    for name, part in sorted(network.named_modules()):
+        digest.update(f"{name}\0{type(part).__module__}.{type(part).__qualname__}\0".encode())
+    for name, value in sorted(network.state_dict().items()):
+        for part in parts(value):
+            digest.update(f"{name}\0".encode() + part)
+    return digest.hexdigest()
+
+
+def parts(value: Any) -> Iterator[bytes]:
+    """The bytes of one entry of a state: a tensor, a tuple of them in quantised layers, or anything picklable."""
+    if isinstance(value, Tensor):
+        dense = value.detach().cpu()
+        dense = (
+            dense.dequantize() if dense.is_quantized else dense.to_dense() if dense.layout != torch.strided else dense
+        )
+        yield f"{value.dtype}\0{tuple(value.shape)}\0".encode()
+        yield (
+            dense.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )  # in their indices' order
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from parts(item)
+    else:
+        yield pickle.dumps(value, protocol=5)

@@ -150,7 +150,12 @@ def gate(
                 transfer=transfer,
                 about={
                     "run": subject.run,
-                    "data": {**data.describe(), "part": "test", "in_training": checks.repeated(images, data.x_train)},
+                    "data": {
+                        **data.describe(),
+                        "part": "test",
+                        "in_training": checks.repeated(images, data.x_train),
+                        "copies": checks.copies(images),
+                    },
                 },
                 track=track,
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from gating import summary
 from gating.summary import Report, percent
-from robustness.text import printable
+from robustness.text import as_markdown, printable
 
 # A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and whoever posts the page adds some of his own.
 # Bytes here, of which a character takes one or more.
@@ -37,14 +37,14 @@ def _top(report: Report) -> Iterator[str]:
     candidate, evaluation = report["candidate"], report["evaluation"]
     yield f"### {summary.headline(report)}"
     yield ""
-    yield from (f"- {_text(sentence)}" for sentence in summary.decided(report))
+    yield from (f"- {as_markdown(sentence)}" for sentence in summary.decided(report))
     yield ""
     yield summary.advice(report)
     yield ""
     yield (
         f"Model {_code(candidate['name'])} {_short(candidate['model_sha256'])},"
         f" policy {_short(report['policy']['sha256'])}, {summary.threat(evaluation)}."
-        f" {_text(summary.claim(report))}"
+        f" {as_markdown(summary.claim(report))}"
     )
     yield ""
     yield from _table(
@@ -73,7 +73,7 @@ def _top(report: Report) -> Iterator[str]:
         yield ""
         yield from _table(
             ("check raised", "why", "what to do"),
-            ((_code(row["check"]), _text(row["why"]), _text(row["do"])) for row in report["findings"]),
+            ((_code(row["check"]), as_markdown(row["why"]), as_markdown(row["do"])) for row in report["findings"]),
             "checks",
         )
     if report["baseline"] is not None:
@@ -143,7 +143,7 @@ def _checks(report: Report) -> Iterator[str]:
     yield from _table(
         ("check", "outcome", "raised when", "found"),
         (
-            (_code(row["check"]), row["outcome"].replace("_", " "), _text(row["when"]), _text(row["why"]))
+            (_code(row["check"]), row["outcome"].replace("_", " "), as_markdown(row["when"]), as_markdown(row["why"]))
             for row in summary.checks_by_weight(report)
         ),
         "checks",
@@ -164,7 +164,7 @@ def _provenance(report: Report) -> Iterator[str]:
         **{str(key): value for key, value in report["hardware"].items() if value is not None},
         **report["versions"],
     }
-    yield from _table(("what", "value"), ((_text(name), _code(value)) for name, value in facts.items()), "facts")
+    yield from _table(("what", "value"), ((as_markdown(name), _code(value)) for name, value in facts.items()), "facts")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]], what: str) -> Iterator[str]:
@@ -183,14 +183,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]], what: str) -> 
 def _code(name: object) -> str:
     """A name from outside as a code span: nothing in it is markup."""
     return "`" + printable(summary.shortened(name, NAME)).replace("`", "'").replace("|", "\\|") + "`"
-
-
-def _text(sentence: str) -> str:
-    """A sentence with names from outside in it: on one line, and what could begin markup escaped."""
-    text = printable(" ".join(sentence.split())).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    for sign in "`*[]|":
-        text = text.replace(sign, f"\\{sign}")
-    return text
 
 
 def _short(digest: str) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gating.attestation import candidate_files, read_candidate
-from gating.foreign import Foreign, imported, without_gradients
+from gating.foreign import Foreign, guarded, imported, state_digest, without_gradients
 from gating.gradients import NoGradients, differentiable
 from robustness.contract import InputContract
 from robustness.errors import BadInput, DfmclError
@@ -217,15 +217,17 @@ def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = No
     answer = exactly(network)
 
     def decide(x: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), guarded(f"{text}: its answer cannot be read"):
             return answer(parsed.rounded(x.to(device_of(network)).float())).detach().cpu()
 
     classes = count_classes(decide, parsed, text)
     why = without_gradients(network)
+    with guarded(f"{text}: no digest can be taken of its module's state"):
+        digest = state_digest(network.module)
     return Subject(
         kind="module",
         name=text,
-        digest=state_digest(network.module),
+        digest=digest,
         files={},
         contract=parsed,
         classes=_named(labels, classes, text),
@@ -279,21 +281,6 @@ def endpoint_subject(described: Described, predict: Predict, *, name: str, budge
         model=None,
         no_gradients="an endpoint gives answers only",
     )
-
-
-def state_digest(network: nn.Module) -> str:
-    """SHA-256 of a module's state and of the classes it is made of: names, types, shapes and bytes, in sorted order.
-
-    Where the state lies, and what its memory looks like, makes no difference.
-    """
-    digest = hashlib.sha256()
-    for name, part in sorted(network.named_modules()):
-        digest.update(f"{name}\0{type(part).__module__}.{type(part).__qualname__}\0".encode())
-    for name, value in sorted(network.state_dict().items()):
-        held = value.detach().cpu()
-        digest.update(f"{name}\0{held.dtype}\0{tuple(held.shape)}\0".encode())
-        digest.update(held.reshape(-1).view(torch.uint8).numpy().data)  # in the order of its indices, as reshaped
-    return digest.hexdigest()
 
 
 def _gradients(convert: Callable[[], nn.Module]) -> tuple[nn.Module | None, str]:

@@ -43,7 +43,7 @@ ROUND = 0  # of which the attacks' randomness is; those of a watch begin at 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """What adversarial images are made from. labels: of the pool's classes."""
+    """What adversarial images are made from. labels: of the pool's classes; remark: on data that were not read."""
 
     pool: Pool
     labels: tuple[str, ...]
@@ -51,6 +51,7 @@ class Recipe:
     threat: Threat
     attacks: tuple[Attack, ...]
     seed: int
+    remark: str = ""
 
     @staticmethod
     def of(config: WatchConfig, track: Track = silent) -> Recipe:
@@ -63,6 +64,7 @@ class Recipe:
             threat=config.threat.threat,
             attacks=tuple(Attack.parse_transfer(name) for name in config.probe.attacks),
             seed=config.probe.seed,
+            remark=dataset.remark,
         )
 
     def source(self, device: torch.device | str = "cpu") -> Model:

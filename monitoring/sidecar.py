@@ -77,6 +77,8 @@ def watch(
     if rounds is not None:
         config = config.model_copy(update={"mitigation": config_of.Mitigation()})
     work = prepare(config, track)
+    if work.recipe.remark:
+        log(work.recipe.remark)
     sidecar = Sidecar(config, work, clock, stop, log)
     left = threading.Event()
     recipe, drawn = work.recipe, {"seed": config.probe.seed, "count": config.probe.images, "first": sidecar.begun + 1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ def images_of(images: Array, where: str) -> NDArray[np.uint8]:
         raise BadInput(f"{where} has shape {images.shape}, which is no image; put some in")
     if grey.shape[3] not in CHANNELS:
         raise BadInput(f"{where} has shape {images.shape}, {_layout(grey.shape)}")
+    if images.max() == 1:  # all but black, and an attack of 1/255 may turn a 0 into a 1
+        raise BadInput(f"{where} is uint8 from {images.min()} to 1; expected uint8 from 0 to 255: save 255 * x")
     return np.ascontiguousarray(grey)
 
 
@@ -52,7 +54,7 @@ def labels_of(labels: Array, where: str) -> NDArray[np.int64]:
     if labels.dtype.kind in "US":
         advice = "save numbers, and the names as `classes`: classes, y = np.unique(y, return_inverse=True)"
         raise BadInput(f"{where} is {labels.dtype}; expected integers: {advice}")
-    if labels.ndim == 2 and labels.shape[1] > 1:
+    if labels.ndim == 2 and labels.shape[1] > 1 and len(labels) > 1:
         raise BadInput(f"{where} has shape {labels.shape}, which looks one-hot; save y.argmax(axis=1)")
     if labels.ndim == 0 or labels.size != len(labels):
         raise BadInput(f"{where} has shape {labels.shape}; expected one label an image, (N,)")
@@ -76,7 +78,7 @@ def classes_of(held: Mapping[str, Array], path: str, known: tuple[str, ...] = ()
         outside = labels[(labels < 0) | (labels >= count)]
         if len(outside):
             why = f"{count} classes are named" if names else f"y_train has 0 to {count - 1}"
-            raise BadInput(f"{path}: {key} has labels {_listed(outside)}; {why}, expected 0 to {count - 1}")
+            raise BadInput(f"{path}: {key} has labels {listed(outside)}; {why}, expected 0 to {count - 1}")
     return names or tuple(map(str, range(count)))
 
 
@@ -148,7 +150,10 @@ def _layout(shape: tuple[int, ...]) -> str:
 def _named(names: Array, where: str) -> tuple[str, ...]:
     if names.ndim != 1 or names.dtype.kind not in "USiu":
         raise BadInput(f"{where} is {names.dtype} {names.shape}; expected one name a class, np.array(['cat', 'dog'])")
-    texts = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names.astype(str)
+    try:
+        texts = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names.astype(str)
+    except UnicodeDecodeError:
+        raise BadInput(f"{where} holds bytes that are no UTF-8; save the names as text") from None
     twice = {name for name in texts.tolist() if texts.tolist().count(name) > 1}
     if twice or "" in texts:
         raise BadInput(f"{where} names {sorted(twice)[0]!r} twice" if twice else f"{where} holds an empty name")
@@ -161,7 +166,7 @@ def _gaps(labels: NDArray[np.int64]) -> str:
     if low < 0:
         return f"y_train has labels {low} to {high}; expected 0 to K - 1: np.unique(y, return_inverse=True) renumbers"
     first = np.setdiff1d(np.arange(len(labels) + NAMED), labels)
-    missing = _listed(first[first < high])
+    missing = listed(first[first < high])
     advice = f"y - {low}" if high - low == len(labels) - 1 else "them renumbered (np.unique with return_inverse=True)"
     return (
         f"y_train has labels {low} to {high}, but no image of {missing}; expected each of 0 to K - 1: save {advice},"
@@ -169,5 +174,6 @@ def _gaps(labels: NDArray[np.int64]) -> str:
     )
 
 
-def _listed(labels: NDArray[np.int64]) -> str:
-    return ", ".join(map(str, labels[:NAMED].tolist())) + (", ..." if len(labels) > NAMED else "")
+def listed(items: Sequence[object] | NDArray[np.int64], most: int = NAMED) -> str:
+    """The first items."""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")

@@ -125,7 +125,8 @@ def diagnose(
     transfer: what was found on these images, by the suite and by attacks crafted on other models.
     about: what is known of the data, for the check that the model has not seen the images: run["data"], the digest of
     the data set it was trained on; run["parts"], which of its parts (train); data["sha256"] and data["part"] of the
-    images; data["in_training"], how many of them are among the training images as well. What is missing is not checked.
+    images; data["in_training"], how many of them are among the training images as well; data["copies"], how many
+    repeat another of them. What is missing is not checked.
     Costs at most 110 gradient passes and 230 other passes for each of the 128 images, less where they fall.
     """
     examination = Examination(
@@ -323,11 +324,13 @@ def outside_ball(e: Examination) -> Found:
 def seen_images(e: Examination) -> Found:
     run, data = e.about.get("run", {}), e.about.get("data", {})
     trained, judged = run.get("data"), data.get("sha256")
+    count = len(e.y) if e.evaluation is None else len(e.evaluation.correct)
+    copies = int(data.get("copies", 0))
+    if copies > REPEATED * count:
+        return Found("raised", f"{copies} of {count} images are copies of others among them", {"copies": copies})
     if not trained or not judged:
         return Found("not_run", "nobody says on which data the model was trained")
-    part, parts, count = data.get("part", "test"), tuple(run.get("parts", ("train",))), len(e.y)
-    if e.evaluation is not None:
-        count = len(e.evaluation.correct)
+    part, parts = data.get("part", "test"), tuple(run.get("parts", ("train",)))
     repeated = int(data.get("in_training", 0))
     figures: dict[str, float | str] = {"part": part, "in_training": repeated, "images": count}
     if trained == judged and part in parts:
@@ -466,8 +469,8 @@ _ALL = (
     ),
     Check(
         "seen_images",
-        "the images are of a part that the model was trained on, or training images as well",
-        "evaluate on images that training never saw",
+        "the images are of a part that the model was trained on, training images as well, or copies of one another",
+        "evaluate on images that training never saw, each of which stands there once",
         seen_images,
     ),
     Check(
@@ -492,6 +495,11 @@ def repeated(images: Bytes, training: Bytes) -> int:
     """How many of the images `(n, H, W, C)` are among the training images, byte for byte."""
     known = {image.tobytes() for image in training}
     return sum(image.tobytes() in known for image in images)
+
+
+def copies(images: Bytes) -> int:
+    """How many of the images `(n, H, W, C)` repeat one before them, byte for byte; they count twice."""
+    return len(images) - len({image.tobytes() for image in images})
 
 
 def _changed(e: Examination, change: float, said: str) -> Found:

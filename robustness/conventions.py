@@ -57,8 +57,8 @@ class Mismatch:
         now, then = shares
         return (
             f"the model is right on {now} of {self.images} images as its contract says, and on {then} if they are"
-            f" {self.convention}: its preprocessing differs from the contract; make it a first layer of the model,"
-            " which takes pixels in [0, 1] as RGB"
+            f" {self.convention}: unless it was hardly trained, its preprocessing differs from the contract; make it a"
+            " first layer of the model, which takes pixels in [0, 1] as RGB"
         )
 
 

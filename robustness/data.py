@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from robustness.archive import KEYS, classes_of, read_archive
+from robustness.archive import KEYS, classes_of, listed, read_archive
 from robustness.errors import BadInput
 from robustness.folder import described, read_part
 from robustness.progress import Track, silent
-from robustness.text import why_not_local
+from robustness.text import is_line, why_not_local
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -63,8 +63,11 @@ class Dataset:
 
     @property
     def remark(self) -> str:
-        """One line about files that were not read; nothing where all were."""
-        return f"{self.path}: {described(self.skipped)}" if self.skipped else ""
+        """One line about files that were not read, and classes that nobody can learn; nothing where all is there."""
+        lacking = [self.classes[i] for i in np.setdiff1d(np.arange(len(self.classes)), self.y_train)]
+        untold = f"no training image of {listed([repr(name) for name in lacking])}" if lacking else ""
+        said = "; ".join(filter(None, (described(self.skipped), untold)))
+        return f"{self.path}: {said}" if said else ""
 
 
 def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
@@ -90,6 +93,8 @@ def _require_alike(where: str, data: Dataset) -> None:
         raise BadInput(f"{where}: training and test images are {shapes}; they must be alike")
     if len(data.classes) < 2:
         raise BadInput(f"{where}: has one class only, {data.classes[0]!r}: nothing to tell apart; add another class")
+    if odd := [name for name in data.classes if not is_line(name)]:
+        raise BadInput(f"{where}: class {odd[0]!r} is no name in UTF-8 on one line, as files of labels need; rename it")
 
 
 def _digits() -> Dataset:

@@ -49,3 +49,11 @@ def lacks_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return any(words in str(error) for words in LACK)
+
+
+def without_memory(message: str) -> str:
+    """What was asked for, as far as the first two sentences of a library tell it, and what to do."""
+    said = " ".join(message.split()).rpartition("DefaultCPUAllocator: ")[2]  # torch begins with a place in its source
+    asked = ". ".join(said.split(". ")[:2])
+    advice = "take fewer or smaller images, a smaller batch or network, or a machine that has more"
+    return f"not enough memory{f': {asked}' if asked else ''}; {advice}"

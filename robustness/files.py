@@ -81,15 +81,34 @@ def require_place(out: Path, names: Collection[str]) -> None:
     shutil.rmtree(_staging(out, names))
 
 
-def require_file_place(path: Path) -> None:
-    """Raise now, before the work, why a file could not be written there."""
+def require_file_place(path: Path, format: str) -> None:  # as the files themselves call it
+    """Raise now, before the work, why a JSON file of a format could not be written there.
+
+    A file may only replace one of its format: what else was named, such as a checkpoint or a device, would be lost.
+    """
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(f"{path}: {'is a directory; name a file' if path.is_dir() else 'its directory is not there'}")
+    require_regular(path)
     try:
+        if path.exists() and not holds(path, format):
+            raise BadInput(f"{path}: is there, and this command did not write it; name another file")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise Broken(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def require_regular(path: Path) -> None:
+    """BadInput where something stands there that no file may replace, such as /dev/null for the whole machine."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # no file replaces a directory
+        raise BadInput(f"{path}: is no regular file, and would be replaced by one; name another")
+
+
+def holds(path: Path, format: str) -> bool:  # as above
+    """Whether a file is empty, or JSON of a format, as its first entry says."""
+    with path.open("rb") as file:
+        begin = file.read(100)
+    return not begin or f'"format": "{format}"'.encode() in begin
 
 
 def _staging(out: Path, names: Collection[str]) -> Path:

@@ -21,6 +21,19 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def as_markdown(sentence: str) -> str:
+    """A sentence with names from outside in it: on one line, and what could begin markup escaped."""
+    text = printable(" ".join(sentence.split())).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    for sign in "`*[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text
+
+
+def is_line(text: str) -> bool:
+    """Whether a text can be one line of a file in UTF-8: a folder's name may be any bytes, and hold a line's end."""
+    return text.splitlines() == [text] and text.encode(errors="ignore").decode() == text
+
+
 def why_not_local(path: str) -> str:
     """Why a path is none of this machine's, such as s3://bucket/models; empty where it may be one."""
     found = SCHEME.match(path)

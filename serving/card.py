@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from robustness.text import as_markdown
 from serving import repository as layout
 from serving.candidate import Manifest, read_manifest
 from serving.errors import BadInput, Broken
@@ -144,7 +145,7 @@ def card(
         title=release.model,
         network=_network(training),
         size="x".join(str(size) for size in manifest.input_shape),
-        labels=", ".join(manifest.labels),
+        labels=as_markdown(", ".join(manifest.labels)),
         version=release.version,
         sha256=release.sha256,
         weights=manifest.weights,
@@ -156,7 +157,7 @@ def card(
         robust=_percent(robust, _bounds(report, "robust_accuracy") if sequential else None),
         attacks=attacks,
         verdict=report["verdict"],
-        criteria="; ".join(row["criterion"] for row in report["criteria"]),
+        criteria=as_markdown("; ".join(row["criterion"] for row in report["criteria"])),
         parity=parity,
         agreement=100 * parity.checkpoint_label_agreement,
         seed=training["seed"],

@@ -80,7 +80,13 @@ class Served(nn.Module):
         return logits
 
 
-def export(run: Path, out: Path, *, weights: str = "float32", track: Track = silent) -> dict[str, object]:
+def unsaid(line: str) -> None:
+    """Says nothing."""
+
+
+def export(
+    run: Path, out: Path, *, weights: str = "float32", track: Track = silent, log: Callable[[str], None] = unsaid
+) -> dict[str, object]:
     """Write the candidate directory of a run and return its manifest; `out` is there in whole, or not at all.
 
     weights: float32 or float16, how they are stored. BadInput (2): a run that does not hold, or is a packed surrogate,
@@ -106,7 +112,7 @@ def export(run: Path, out: Path, *, weights: str = "float32", track: Track = sil
             onnx.checker.check_model(model)
         (staged / MODEL).write_bytes(model.SerializeToString(deterministic=True))
         (staged / LABELS).write_text(labels, encoding="utf-8")
-        parity = compare(source, stored, staged / MODEL, track)
+        parity = compare(source, stored, staged / MODEL, track, log)
         manifest = Manifest(
             created=now(),
             files={name: sha256_of(staged / name) for name in (MODEL, LABELS)},
@@ -340,7 +346,7 @@ def require_no_paths(model: onnx.ModelProto) -> None:
         raise Broken(f"the exported graph still names {found[0]}; this version of torch writes it in a new place")
 
 
-def compare(run: Run, stored: nn.Module, model: Path, track: Track) -> Parity:
+def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callable[[str], None] = unsaid) -> Parity:
     """How far ONNX Runtime's logits are from those of `stored`, whose weights are the model's, and of the checkpoint.
 
     On clean and adversarial images of the run's test set. Raises Broken where they differ from `stored` by more than
@@ -348,6 +354,8 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track) -> Parity:
     """
     data = run.data
     dataset = load_dataset(data["name"], data.get("path", ""), data.get("image_size", 0), track=track)
+    if dataset.remark:
+        log(dataset.remark)
     if dataset.input_shape != run.input_shape:
         raise BadInput(
             f"{run.path}: takes images of {run.input_shape}, its data set {dataset.name} has {dataset.input_shape}"

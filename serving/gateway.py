@@ -52,6 +52,7 @@ from serving.keys import ANYONE, PREFIX, Caller
 from serving.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
 from serving.openapi import describe
 from serving.problems import RETRY_SECONDS, Problem
+from serving.ready import require_regular
 from serving.renewal import Source, renew
 
 CLASSIFY = "/v1/classify"
@@ -240,6 +241,7 @@ def _announced(urls: dict[str, str], pool: Pool, ready_file: Path | None) -> Ite
     if ready_file is None:
         yield
         return
+    require_regular(ready_file)
     models = {endpoint.served.model: endpoint.served.version for endpoint in pool.endpoints if endpoint.served}
     staged = ready_file.with_name(f".{ready_file.name}.{os.getpid()}.part")
     try:

@@ -100,12 +100,17 @@ def _compared(
     recorded: npt.NDArray[np.float32],
     labels: npt.NDArray[np.int64],
 ) -> Comparison:
+    wild = {name: int((~np.isfinite(rows)).any(axis=1).sum()) for name, rows in (("", logits), ("recorded ", recorded))}
+    if any(wild.values()):
+        counts = " and ".join(f"{name}logits are not finite for {count}" for name, count in wild.items() if count)
+        return Comparison(provider, setting, trouble=f"{counts} of {len(logits)} images")
     clean = len(labels)
+    largest = max(float(np.abs(recorded).max()), float(np.finfo(np.float32).tiny))
     same = logits.argmax(axis=1) == recorded.argmax(axis=1)
     return Comparison(
         provider,
         setting,
-        difference=float(np.abs(logits - recorded).max() / np.abs(recorded).max()),
+        difference=float(np.abs(logits - recorded).max()) / largest,
         clean_agreement=float(same[:clean].mean()),
         adversarial_agreement=float(same[clean:].mean()),
         held=float((logits[clean:].argmax(axis=1) == labels).mean()),

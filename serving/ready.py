@@ -35,8 +35,15 @@ def write_ready(path: Path, **said: Any) -> None:
     staged.replace(path)
 
 
+def require_regular(path: Path) -> None:
+    """BadInput where something stands there that no file may replace, such as /dev/null for the whole machine."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # no file replaces a directory
+        raise BadInput(f"--ready-file {path}: is no regular file, and would be replaced by one; name another")
+
+
 def claim_ready(path: Path) -> None:
     """Remove what a dead server left there; BadInput where one that lives has this ready file."""
+    require_regular(path)
     said = read_ready(path)
     if said is not None and said["pid"] != os.getpid():
         raise BadInput(f"--ready-file {path}: is that of a running server (process {said['pid']}); name another")

@@ -54,6 +54,8 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
     """Wrong calls: arguments, exit code, and a piece of the message."""
     (tmp_path / "wrong.toml").write_text("[model]\nwidht = 16\n")
     (tmp_path / "taken").mkdir()
+    (tmp_path / "notes").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "taken" / "file").write_text("mine")
     (tmp_path / "plain").write_text("a file")
     out = str(tmp_path / "out")
@@ -90,6 +92,16 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
             ["evaluate", f"{tmp_path}/nothing", "--out", str(tmp_path)],
             2,
             "is a directory; name a file",
+        ),
+        "a record in place of notes": (
+            ["evaluate", f"{tmp_path}/nothing", "--out", f"{tmp_path}/notes"],
+            2,
+            "notes: is there, and this command did not write it",
+        ),
+        "a record in place of a pipe": (
+            ["evaluate", f"{tmp_path}/nothing", "--out", f"{tmp_path}/pipe"],
+            2,
+            "pipe: is no regular file, and would be replaced by one",
         ),
         "a record in no directory": (["evaluate", f"{tmp_path}/nothing", "--out", f"{out}/no/x"], 2, "is not there"),
         "no such device": (["evaluate", f"{tmp_path}/nothing", "--device", "gpu"], 2, "choose cpu, cuda or cuda:N"),
@@ -135,6 +147,7 @@ CASES = [
     "empty repository", "no watch config", "images that no memory holds", "a bomb among the images",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
     "nowhere to craft to", "nothing to craft on", "a directory as record", "a record in no directory",
+    "a record in place of notes", "a record in place of a pipe",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from robustness.data import Dataset, load_dataset
-from robustness.errors import BadInput, DfmclError
+from robustness.errors import BadInput, DfmclError, lacks_memory, without_memory
 from robustness.files import dump_json, read_json, write_bytes, write_text
 from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
@@ -42,16 +42,17 @@ from training.train import train
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a campaign is. exit_code: 0 all done, 130 cut, 5 something failed."""
+    """How far a campaign is. code: of what failed; 2 where all of it is for the user to repair, else 5."""
 
     total: int
     done: int
     failed: int
     cut: bool
+    code: int = 0
 
     @property
     def exit_code(self) -> int:
-        return 130 if self.cut else 5 if self.failed else 0
+        return 130 if self.cut else self.code
 
     def __str__(self) -> str:
         failed = f", {self.failed} failed" if self.failed else ""
@@ -89,7 +90,7 @@ def run_campaign(
         chosen_images(load(waiting[0]), campaign)  # missing or too small data are known before hours of training
     for folder in ("records", "partial", "runs", "weights"):
         make_directory(out / folder)
-    cut = False
+    cut, code = False, 0
     # What failed before comes last, but sources come first in any case: the others are attacked from them.
     for run in sorted(waiting, key=lambda run: (run.method not in campaign.sources, run.name in records)):
         try:
@@ -100,7 +101,7 @@ def run_campaign(
             cut = True
             break
         except Exception as error:  # noqa: BLE001  # one run's failure, whatever it is, must not cost the others
-            message = described(error)
+            message, code = described(error), max(code, code_of(error))
             log(f"{run.name}: failed: {message}")
             about = {"command": command, "created": now(), **provenance()}
             record = Record(
@@ -111,7 +112,7 @@ def run_campaign(
         write_tables(campaign, all_runs, records, out)
     write_tables(campaign, all_runs, records, out)
     done = sum(record.done for record in records.values())
-    return Progress(len(all_runs), done, len(records) - done, cut)
+    return Progress(len(all_runs), done, len(records) - done, cut, code)
 
 
 def read_records(campaign: Campaign, all_runs: Sequence[Run], out: Path) -> dict[str, Record]:
@@ -180,9 +181,16 @@ def perform(
     return record
 
 
+def code_of(error: Exception) -> int:
+    """As what a run's failure counts: 2 where a file, a setting or the machine's memory is in the way, else 5."""
+    return 2 if lacks_memory(error) or isinstance(error, BadInput) else 5
+
+
 def described(error: Exception) -> str:
     """One line: an error of ours says all itself, of any other its kind and place too."""
     message = " ".join(str(error).split())
+    if lacks_memory(error):
+        return without_memory(message)
     if isinstance(error, DfmclError):
         return message
     where = traceback.extract_tb(error.__traceback__)[-1]

@@ -67,6 +67,15 @@ BAD = {
     "raises no Exception": ("raise Boom('x')", "Boom: x"),
     "needs a GPU": ("return y(x.to('cuda:77'))", "its module cannot take float32 NCHW"),
 }
+BACK = """
+class Back(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, upstream):
+        {}
+        return upstream
+"""
 MAKERS = {
     "needs an argument": ("def make(path): return Net()", "cannot be made: TypeError: make.. missing 1 required"),
     "is a module already": ("make = Net()", "cannot be made: TypeError"),
@@ -74,6 +83,15 @@ MAKERS = {
     "fails at import": ("raise OSError('no weights')", "cannot be made: OSError: no weights"),
     "exits at import": ("sys.exit(0)", "cannot be made: SystemExit: 0"),
     "is not Python": ("def make(", "cannot be made: SyntaxError"),
+    "has no eval mode": (
+        "def make(): return torch.export.export(Net(), (torch.rand(2, 3, 8, 8),)).module()",
+        "cannot be brought into float32 and eval mode: NotImplementedError",
+    ),
+    "has no values": ("def make(): return Net().to('meta')", "its answer cannot be read: NotImplementedError"),
+    "holds what has no bytes": (
+        "class make(Net):\n    def get_extra_state(self): return (i for i in [])\n",
+        "no digest can be taken of its module's state: TypeError",
+    ),
     "imports what is not there": ("import no_such_package", "cannot be made: ModuleNotFoundError"),
 }
 Write = Callable[..., Subject]
@@ -161,6 +179,34 @@ def test_gradients_that_end_later_are_bad_input_too(write: Write) -> None:
     assert subject.model is not None
     with pytest.raises(BadInput, match="no gradient reaches the image: its forward detaches it"):
         attacked(subject, 40)
+
+
+@pytest.mark.parametrize("late", ["if len(x) > 20: raise ValueError('too many')", "if len(x) > 20: sys.exit(0)"])
+def test_a_backward_pass_that_fails_later_is_bad_input_too(write: Write, late: str) -> None:
+    """Operators of the user's own may fail on the way back only."""
+    subject = write(BACK.format(late.replace("x)", "upstream)")) + FORWARD.format("return y(Back.apply(x))"))
+    assert subject.model is not None
+    with pytest.raises(BadInput, match=f"^{NAME}:make: its gradient cannot be computed at float32 NCHW"):
+        attacked(subject, 40)
+
+
+STATES = {
+    "quantised layers": "torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear}, dtype=torch.qint8)",
+    "a state of its own": "Extra()",
+    "a sparse buffer": "Sparse()",
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_a_state_of_any_kind_has_a_digest(write: Write, what: str) -> None:
+    """Not all that a module keeps is a dense tensor; the same made again is the same."""
+    text = (
+        "class Extra(Net):\n    def get_extra_state(self): return {'version': 1}\n"
+        "class Sparse(Net):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.register_buffer('eye', torch.eye(3).to_sparse())\n"
+    )
+    one, again = (write(f"{text}def make(): return {STATES[what]}") for _ in range(2))
+    assert one.digest == again.digest != write(f"{text}make = Net").digest
 
 
 def test_an_operation_in_place_does_not_reach_our_images(write: Write) -> None:

@@ -18,6 +18,7 @@ import torchvision
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from gating.foreign import state_digest
 from gating.gradients import NoGradients, differentiable
 from gating.subject import (
     Asked,
@@ -28,7 +29,6 @@ from gating.subject import (
     module_subject,
     onnx_subject,
     open_subject,
-    state_digest,
 )
 from robustness.contract import InputContract
 from robustness.errors import BadInput

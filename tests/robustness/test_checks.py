@@ -15,7 +15,7 @@ from scipy.stats import binom
 from torch import nn
 
 from robustness.attacks import Attack
-from robustness.checks import CHECKS, CLEARLY, LEVEL, Found, Result, diagnose, repeated, surplus, too_many
+from robustness.checks import CHECKS, CLEARLY, LEVEL, Found, Result, copies, diagnose, repeated, surplus, too_many
 from robustness.data import Dataset, load_dataset
 from robustness.diagnosis import Examination
 from robustness.evaluate import Outcome, evaluate
@@ -185,6 +185,8 @@ def test_an_image_outside_the_ball_is_noticed(fragile: Classifier, digits: Datas
         ({"run": {"data": "a", "parts": ["train", "test"]}, "data": {"sha256": "a", "part": "test"}}, "raised"),
         ({"run": {"data": "a"}, "data": {"sha256": "a", "part": "test", "in_training": N}}, "raised"),
         ({"run": {"data": "a"}, "data": {"sha256": "a", "part": "test", "in_training": 0}}, "clear"),
+        ({"run": {}, "data": {"sha256": "a", "part": "test", "copies": N}}, "raised"),
+        ({"run": {"data": "a"}, "data": {"sha256": "a", "part": "test", "copies": 0}}, "clear"),
         ({"run": {"data": "b"}, "data": {"sha256": "a", "part": "train"}}, "not_run"),
         ({"run": {}, "data": {"sha256": "a", "part": "test"}}, "not_run"),
         ({}, "not_run"),
@@ -203,6 +205,7 @@ def test_repeated_images_are_counted(digits: Dataset) -> None:
     assert repeated(mixed, digits.x_train) == 3
     mixed[-1, 0, 0, 0] ^= 1
     assert repeated(mixed, digits.x_train) == 2
+    assert [copies(images) for images in (mixed, np.concatenate([mixed, mixed[:3]]))] == [0, 3]
 
 
 def test_square_in_the_suite_may_not_beat_its_white_box(fragile: Classifier, digits: Dataset) -> None:

@@ -91,6 +91,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a name twice": (GOOD | {"classes": list("abca")}, "classes names 'a' twice"),
     "an empty name": (GOOD | {"classes": ["a", "b", "", "d"]}, "classes holds an empty name"),
     "names in two rows": (GOOD | {"classes": [["a", "b"], ["c", "d"]]}, r"classes is <U1 \(2, 2\); expected one name"),
+    "names of other bytes": (GOOD | {"classes": [b"a", b"b", b"c", b"\xff"]}, "classes holds bytes that are no UTF-8"),
+    "a name of two lines": (
+        GOOD | {"classes": ["a", "b", "c", "d\ne"]},
+        r"class 'd.*e' is no name in UTF-8 on one line",
+    ),
+    "from 0 to 1": (changed(x=lambda x: x // 200), "x_train is uint8 from 0 to 1; .* save 255 . x"),
+    "labels in a row": (changed(y=lambda y: y[None]), r"y_train has shape \(1, 8\); expected one label an image"),
     "pickled names": (GOOD | {"classes": np.array(list("abcd"), object)}, "classes is a pickled array of objects"),
 }
 
@@ -131,6 +138,23 @@ def test_grey_images_have_one_channel(tmp_path: Path) -> None:
         np.savez(tmp_path / f"{name}.npz", **arrays)
     flat, deep = (load_dataset("npz", str(tmp_path / f"{name}.npz")) for name in ("flat", "deep"))
     assert (flat.input_shape, flat.sha256) == ((12, 10, 1), deep.sha256)
+
+
+def test_a_class_that_nobody_can_learn_is_told(tmp_path: Path) -> None:
+    """A network is trained all the same, and its answers never name that class."""
+    np.savez(tmp_path / "data.npz", **GOOD, classes=list("abcdef"))
+    data = load_dataset("npz", str(tmp_path / "data.npz"))
+    assert data.remark == f"{tmp_path / 'data.npz'}: no training image of 'e', 'f'"
+
+
+def test_a_class_folder_of_other_bytes_is_named(tree: Path) -> None:
+    """Its name can stand in no file of labels."""
+    for part in ("train", "test"):
+        shutil.copytree(
+            next(path for path in sorted((tree / part).iterdir()) if path.is_dir()), tree / part / "x\udcff"
+        )
+    with pytest.raises(BadInput, match=r"class 'x\\udcff' is no name in UTF-8"):
+        load_dataset("folder", str(tree), 16)
 
 
 def test_named_classes_may_lack_images(tmp_path: Path) -> None:

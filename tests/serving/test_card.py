@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,14 @@ def test_text_holds_bounds_bytes_training_and_surrogates(repository: Path, stand
     assert settings == config
     assert "| other | resnet18, width 8, seed 1 |" in text
     assert str(standard_run.parent) not in text
+
+
+def test_labels_are_no_markup(repository: Path, standard_run: Path) -> None:
+    """A class is called what its folder is called."""
+    release = verify_release(repository, NAME)
+    manifest = replace(read_manifest(release.path), labels=("<b>", "[x](y)", "a\n# b", *"3456789"))
+    text = card(release, manifest, read(release.path / "report.json"), read(standard_run / "manifest.json"), {})
+    assert r"of these classes: &lt;b>, \[x\](y), a # b, 3, 4" in text
 
 
 def test_a_gate_that_stopped_by_itself_gives_bounds_that_allow_it(repository: Path, standard_run: Path) -> None:

@@ -38,6 +38,17 @@ def test_other_answers_are_seen(repository: Path, part: str) -> None:
     assert getattr(rows[-1], agreement) == pytest.approx(79 / 80)
 
 
+def test_logits_that_are_no_numbers_are_no_agreement(repository: Path) -> None:
+    """Told in words, where a difference would be "off by nan"."""
+    version = repository / "digits" / "1"
+    with np.load(version / "probes.npz") as probes:
+        arrays = dict(probes)
+    arrays["clean_logits"][0, 0] = np.nan
+    np.savez(version / "probes.npz", **arrays)
+    for row in compare(version):
+        assert (row.equal, row.trouble) == (False, "recorded logits are not finite for 1 of 160 images")
+
+
 def test_a_provider_that_cannot_run_is_no_agreement(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is listed, with its reason."""
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])

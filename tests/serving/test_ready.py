@@ -63,3 +63,11 @@ def test_a_ready_file_that_cannot_be_removed_is_broken(tmp_path: Path) -> None:
     """A directory stands in its place."""
     with pytest.raises(Broken, match="cannot be written"):
         claim_ready(tmp_path)
+
+
+def test_what_is_no_file_stays(tmp_path: Path) -> None:
+    """A ready file in place of /dev/null would break the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadInput, match="pipe: is no regular file, and would be replaced by one"):
+        claim_ready(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()

@@ -228,6 +228,21 @@ def test_a_failed_run_does_not_stop_the_others(workplace: Path, uncut: Path, tmp
     assert begun == ["dfmcl_beta8_seed0", "standard_beta8_seed0"]
 
 
+def test_a_run_that_lacks_memory_is_for_the_user_to_repair(workplace: Path, uncut: Path, tmp_path: Path) -> None:
+    """It is told as `dfmcl train` tells it, with 2; a failure of another kind beside it is worse."""
+    text = TINY.replace(
+        'preset = "quickstart_standard"', 'preset = "quickstart_standard"\noverrides = ["model.width=100000000"]'
+    )
+    shutil.copytree(uncut, tmp_path / "out")
+    (tmp_path / "out" / "records" / "standard_beta8_seed0.json").unlink()
+    shutil.rmtree(tmp_path / "out" / "runs" / "standard_beta8_seed0")
+    progress = work(workplace, tmp_path / "out", text)
+    assert (progress.done, progress.failed, progress.exit_code) == (2, 1, 2)
+    assert read_record(tmp_path / "out" / "records" / "standard_beta8_seed0.json").message.startswith(
+        "not enough memory"
+    )
+
+
 def test_records_of_another_config_are_refused(workplace: Path, uncut: Path, tmp_path: Path) -> None:
     """Another config or other measurements never pass off old records as theirs; where the data lie does not matter."""
     shutil.copytree(uncut, tmp_path / "out")

@@ -69,6 +69,8 @@ def test_a_run_on_a_folder_says_what_it_did_not_read(tmp_path: Path, capfd: pyte
     assert manifest["data"]["skipped"] == {".heic": 1, "hidden": 1}
     dfmcl.evaluate.__wrapped__(tmp_path / "run", attack=["fgsm"], images=8)
     assert capfd.readouterr().out.startswith(remark)
+    dfmcl.export.__wrapped__(tmp_path / "run", tmp_path / "candidate")
+    assert capfd.readouterr().out.startswith(remark)
 
 
 @pytest.mark.parametrize(
