@@ -1,7 +1,8 @@
 """What a repository remembers beside its models: aliases.json, and history.jsonl, one change a line.
 
 A model's config.pbtxt alone decides what is served, and is replaced first. The history follows, then the aliases, which
-are a view of both; whoever writes next makes good what a crash left out (`settle`).
+are a view of both; whoever writes next makes good what a crash left out (`settle`). Only a retirement is written down
+before it is done.
 """
 
 from __future__ import annotations
@@ -194,10 +195,15 @@ def salvage(repository: Path) -> str:
 
 
 def record(repository: Path, events: Iterable[Event]) -> None:
-    """Append to the history, and write the aliases anew. Whole files are replaced, so that no line is ever torn."""
+    """Append to the history, and write the aliases anew."""
+    append(repository, events)
+    write_aliases(repository)
+
+
+def append(repository: Path, events: Iterable[Event]) -> None:
+    """Add to the history. The whole file is replaced, so that no line is ever torn."""
     lines = [json.dumps(asdict(event)) for event in [*read_history(repository), *events]]
     replace(repository / layout.HISTORY, "".join(f"{line}\n" for line in lines))
-    write_aliases(repository)
 
 
 def event(
