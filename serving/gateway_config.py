@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from robustness.config import LocalPath
 from serving.errors import BadInput
 from serving.fingerprints import DETECTORS, DetectorName
 from serving.keys import Bucket, Caller, Keyring, digest_of, make_key
@@ -59,9 +60,9 @@ class Listen(Section):
 
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8080, ge=0, le=65535)  # 0 means any free one
-    tls_certificate: str = ""
-    tls_key: str = ""
-    tls_client_ca: str = ""
+    tls_certificate: LocalPath = ""
+    tls_key: LocalPath = ""
+    tls_client_ca: LocalPath = ""
     admin: Annotated[str, AfterValidator(_is_address)] = ""  # host:port; port 0 means any free one
     public_metrics: bool = True  # else /metrics asks for an API key too; without `admin`
     notice_seconds: Pause = 5.0
@@ -84,9 +85,9 @@ class Tritons(Section):
     ]
     model: str = Field(pattern=f"^{MODEL_NAME.pattern}$")
     tls: bool = False
-    tls_ca: str = ""
-    tls_certificate: str = ""
-    tls_key: str = ""
+    tls_ca: LocalPath = ""
+    tls_certificate: LocalPath = ""
+    tls_key: LocalPath = ""
     check_seconds: Seconds = 5.0
 
     @model_validator(mode="after")

@@ -230,7 +230,7 @@ def settle(repository: Path) -> None:
     served = _served(repository)
     served |= {name: None for name in last if not (repository / name).exists()}
     last = {name: version for name, version in last.items() if name in served}
-    reason = "found when the next change began: whoever made it did not write it down"
+    reason = "found when the next change began: something else was written down"
     missing = [
         event(name, "recovered", served[name], last[name], None, reason) for name in last if served[name] != last[name]
     ]
