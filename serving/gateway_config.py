@@ -102,7 +102,7 @@ class Tritons(Section):
 class Limits(Section):
     """What a request may cost. One key holds at most eight times as many places of `concurrency` as are free.
     timeout_ms holds where a request names no X-Request-Timeout-Ms, which may go up to max_timeout_ms. Bodies need up to
-    concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for JSON 25 times the body."""
+    concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for JSON three times the body."""
 
     body_bytes: int = Field(4_000_000, ge=1)
     pixels: int = Field(16_000_000, ge=1)  # of an image before it is resized
