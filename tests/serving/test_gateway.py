@@ -250,7 +250,7 @@ MANY = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
 @pytest.mark.parametrize("indent", [None, 0, 3])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_large_tensor_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, nested: bool, indent: int | None) -> None:
-    """However it is written, and wherever its data stand: json.loads, which lets nobody else run, gets a bit at once."""
+    """However it is written, and wherever its data stand: json.loads, which lets nobody else run, gets a bit a time."""
     sizes, loads = list[int](), json.loads
     monkeypatch.setattr(images.json, "loads", lambda text: (sizes.append(len(text)), loads(text))[1])
     entry = {"data": MANY.tolist() if nested else MANY.ravel().tolist(), "shape": MANY.shape, "parameters": {"x": [1]}}
@@ -849,13 +849,16 @@ def test_many_clients_at_once_get_their_own_answers(door: Door, candidate: Path)
         assert max(clients.map(client, range(len(IMAGES)))) < 1e-4
 
 
+SHARED = {f"robustness.{name}" for name in ("pictures", "config", "errors", "text", "threat")}
+
+
 def test_gateway_needs_no_training_library() -> None:
-    """What is installed for it: `pip install 'dfmcl[gateway]'`; it shares the one definition of an image."""
+    """What is installed for it: `pip install 'dfmcl[gateway]'`; it shares what an image and a local path are."""
     code = "import sys, serving.gateway; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     loaded = set(output.split())
     assert not {"torch", "onnxruntime", "torchvision", "scipy", "gating"} & loaded
-    assert {name for name in loaded if name.startswith("robustness.")} == {"robustness.pictures"}
+    assert {name for name in loaded if name.startswith("robustness.")} == SHARED
 
 
 def test_threads_end_with_the_gateway(served: Served) -> None:
