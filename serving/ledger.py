@@ -124,6 +124,8 @@ def _last(changes: list[Event]) -> Event | None:
 
 def write_aliases(repository: Path) -> None:
     """Replace aliases.json."""
+    if (repository / layout.ALIASES).is_dir():  # nobody reads it, and a file cannot replace it
+        _set_aside(repository / layout.ALIASES)
     entries = {name: asdict(entry) for name, entry in aliases(repository).items()}
     replace(repository / layout.ALIASES, json.dumps(entries, indent=2) + "\n")
 
@@ -186,12 +188,17 @@ def salvage(repository: Path) -> str:
         lost = f"{len(damaged)} of its lines"
     except BadInput:
         events, lost = [], "all of it"
-    aside = next(
-        place for number in count(1) if not (place := path.with_name(f"{layout.HISTORY}.damaged-{number}")).exists()
-    )
-    path.rename(aside)
+    aside = _set_aside(path)
     replace(path, "".join(f"{json.dumps(asdict(event))}\n" for event in events))
     return f"{path}: {lost} could not be read; {len(events)} changes stay, and the damaged file is {aside.name} now"
+
+
+def _set_aside(path: Path) -> Path:
+    """Where what stands at a path lies now: beside it."""
+    aside = next(
+        place for number in count(1) if not (place := path.with_name(f"{path.name}.damaged-{number}")).exists()
+    )
+    return path.rename(aside)
 
 
 def record(repository: Path, events: Iterable[Event]) -> None:
