@@ -13,7 +13,6 @@ import asyncio
 import functools
 import json
 import math
-import os
 import re
 import secrets
 import socket
@@ -52,7 +51,7 @@ from serving.keys import ANYONE, PREFIX, Caller
 from serving.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
 from serving.openapi import describe
 from serving.problems import RETRY_SECONDS, Problem
-from serving.ready import require_regular
+from serving.ready import claim_ready, write_ready
 from serving.renewal import Source, renew
 
 CLASSIFY = "/v1/classify"
@@ -88,11 +87,14 @@ def serve(
 ) -> int:
     """Answer HTTP until `stop`, finish what was begun, and return 0.
 
-    port: in place of the configured one; 0 means any free one. ready_file: JSON {http, admin, pid, models}, there from
-    the first moment that a Triton answers until `stop`. source: the file that config was read from, whose keys are read
-    again when it changes. log: told of requests, endpoints and where it listens.
-    Raises BadInput (2) for certificates that cannot be used, Broken (5) for a port in use.
+    port: in place of the configured one; 0 means any free one. ready_file: JSON {http, admin, models, pid, started},
+    there from the first moment that a Triton answers until `stop`; `read_ready` does not believe a dead one's. source:
+    the file that config was read from, whose keys are read again when it changes. log: told of requests, endpoints and
+    where it listens.
+    Raises BadInput (2) for certificates that cannot be used or another's ready file, Broken (5) for a port in use.
     """
+    if ready_file is not None:
+        claim_ready(ready_file)
     listen = config.listen
     tls = tls_context(listen)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -241,19 +243,16 @@ def _announced(urls: dict[str, str], pool: Pool, ready_file: Path | None) -> Ite
     if ready_file is None:
         yield
         return
-    require_regular(ready_file)
     models = {endpoint.served.model: endpoint.served.version for endpoint in pool.endpoints if endpoint.served}
-    staged = ready_file.with_name(f".{ready_file.name}.{os.getpid()}.part")
     try:
-        ready_file.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(json.dumps({**urls, "pid": os.getpid(), "models": models}, indent=2) + "\n")
-        staged.replace(ready_file)
+        write_ready(ready_file, **urls, models=models)
     except OSError as error:
         raise Broken(f"{ready_file}: cannot be written: {error.strerror}") from None
     try:
         yield
     finally:
-        ready_file.unlink(missing_ok=True)
+        with suppress(OSError):  # its storage is away; nobody believes it once this process has ended
+            ready_file.unlink(missing_ok=True)
 
 
 def _security(triton: Tritons) -> Security | None:

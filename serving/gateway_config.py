@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from robustness.config import LocalPath
 from serving.errors import BadInput
 from serving.fingerprints import DETECTORS, DetectorName
 from serving.keys import Bucket, Caller, Keyring, digest_of, make_key
@@ -59,9 +60,9 @@ class Listen(Section):
 
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8080, ge=0, le=65535)  # 0 means any free one
-    tls_certificate: str = ""
-    tls_key: str = ""
-    tls_client_ca: str = ""
+    tls_certificate: LocalPath = ""
+    tls_key: LocalPath = ""
+    tls_client_ca: LocalPath = ""
     admin: Annotated[str, AfterValidator(_is_address)] = ""  # host:port; port 0 means any free one
     public_metrics: bool = True  # else /metrics asks for an API key too; without `admin`
     notice_seconds: Pause = 5.0
@@ -84,9 +85,9 @@ class Tritons(Section):
     ]
     model: str = Field(pattern=f"^{MODEL_NAME.pattern}$")
     tls: bool = False
-    tls_ca: str = ""
-    tls_certificate: str = ""
-    tls_key: str = ""
+    tls_ca: LocalPath = ""
+    tls_certificate: LocalPath = ""
+    tls_key: LocalPath = ""
     check_seconds: Seconds = 5.0
 
     @model_validator(mode="after")
@@ -101,7 +102,7 @@ class Tritons(Section):
 class Limits(Section):
     """What a request may cost. One key holds at most eight times as many places of `concurrency` as are free.
     timeout_ms holds where a request names no X-Request-Timeout-Ms, which may go up to max_timeout_ms. Bodies need up to
-    concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for JSON 25 times the body."""
+    concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for JSON three times the body."""
 
     body_bytes: int = Field(4_000_000, ge=1)
     pixels: int = Field(16_000_000, ge=1)  # of an image before it is resized

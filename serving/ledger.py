@@ -1,7 +1,8 @@
 """What a repository remembers beside its models: aliases.json, and history.jsonl, one change a line.
 
 A model's config.pbtxt alone decides what is served, and is replaced first. The history follows, then the aliases, which
-are a view of both; whoever writes next makes good what a crash left out (`settle`).
+are a view of both; whoever writes next makes good what a crash left out (`settle`). Only a retirement is written down
+before it is done.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def _last(changes: list[Event]) -> Event | None:
 
 def write_aliases(repository: Path) -> None:
     """Replace aliases.json."""
+    if (repository / layout.ALIASES).is_dir():  # nobody reads it, and a file cannot replace it
+        _set_aside(repository / layout.ALIASES)
     entries = {name: asdict(entry) for name, entry in aliases(repository).items()}
     replace(repository / layout.ALIASES, json.dumps(entries, indent=2) + "\n")
 
@@ -185,19 +188,29 @@ def salvage(repository: Path) -> str:
         lost = f"{len(damaged)} of its lines"
     except BadInput:
         events, lost = [], "all of it"
-    aside = next(
-        place for number in count(1) if not (place := path.with_name(f"{layout.HISTORY}.damaged-{number}")).exists()
-    )
-    path.rename(aside)
+    aside = _set_aside(path)
     replace(path, "".join(f"{json.dumps(asdict(event))}\n" for event in events))
     return f"{path}: {lost} could not be read; {len(events)} changes stay, and the damaged file is {aside.name} now"
 
 
+def _set_aside(path: Path) -> Path:
+    """Where what stands at a path lies now: beside it."""
+    aside = next(
+        place for number in count(1) if not (place := path.with_name(f"{path.name}.damaged-{number}")).exists()
+    )
+    return path.rename(aside)
+
+
 def record(repository: Path, events: Iterable[Event]) -> None:
-    """Append to the history, and write the aliases anew. Whole files are replaced, so that no line is ever torn."""
+    """Append to the history, and write the aliases anew."""
+    append(repository, events)
+    write_aliases(repository)
+
+
+def append(repository: Path, events: Iterable[Event]) -> None:
+    """Add to the history. The whole file is replaced, so that no line is ever torn."""
     lines = [json.dumps(asdict(event)) for event in [*read_history(repository), *events]]
     replace(repository / layout.HISTORY, "".join(f"{line}\n" for line in lines))
-    write_aliases(repository)
 
 
 def event(
@@ -224,7 +237,7 @@ def settle(repository: Path) -> None:
     served = _served(repository)
     served |= {name: None for name in last if not (repository / name).exists()}
     last = {name: version for name, version in last.items() if name in served}
-    reason = "found when the next change began: whoever made it did not write it down"
+    reason = "found when the next change began: something else was written down"
     missing = [
         event(name, "recovered", served[name], last[name], None, reason) for name in last if served[name] != last[name]
     ]

@@ -399,12 +399,16 @@ def _retire_shadow(repository: Path, promoted: Promoted, done: list[str]) -> Non
 
 
 def _retire(repository: Path, name: str, reason: str, done: list[str]) -> None:
+    """Written down first: a server ends a model by the history alone, and would keep one whose retirement was cut short
+    before it. What was written down and not done, the next change finds (`ledger.settle`)."""
     served = _served_until_now(repository, name)
+    ledger.append(repository, [ledger.event(name, "retired", None, served, None, reason)])
+    done.append(f"{name} was written down as retired")
     removed = Path(tempfile.mkdtemp(prefix=layout.STAGING, dir=repository))
     (repository / name).rename(removed / name)
     done.append(f"{name} is out of service")
     ledger.sync(repository)
-    ledger.record(repository, [ledger.event(name, "retired", None, served, None, reason)])
+    ledger.write_aliases(repository)
     shutil.rmtree(removed, ignore_errors=True)
 
 

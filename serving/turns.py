@@ -22,6 +22,10 @@ ALONE, SHARED = 10.0, 1.2
 COMPANY_SECONDS = 60.0  # so long a flow that asked once is expected to ask again
 BACK_OFF = 0.9  # Clipper's
 FIRST_SLICE = 2.0
+# A size that took too long at so many tries, hiccups aside, is tried again after so many slices. Clipper tries a little
+# more than what was quick enough; two images take twice as long as one, and without this pause five of seven slices
+# were of two.
+TRIES, TRY_AGAIN = 3, 200
 
 Ask = Callable[[int, int], Coroutine[Any, Any, Any]]
 
@@ -67,6 +71,8 @@ class Turns:
         """Another model is served: what was measured says nothing about it."""
         self._sizes = {ALONE: FIRST_SLICE, SHARED: FIRST_SLICE}
         self._least = math.inf
+        self._tried = dict[int, tuple[int, float]]()  # by a slice's images: how often, and the least time that it took
+        self._held = 0  # slices since a larger size was last tried
 
     @property
     def slice(self) -> int:
@@ -153,6 +159,8 @@ class Turns:
 
     def _adapt(self, images: int, seconds: float) -> None:
         """Learn from a slice's time, infinite where it failed: by an image or a tenth for each `slice` of images."""
+        tries, least = self._tried.get(images, (0, math.inf))
+        self._tried[images] = tries + 1, min(least, seconds)
         self._least = min(self._least, seconds)
         mode = self._mode
         size, objective = self._sizes[mode], self._least * mode
@@ -160,7 +168,19 @@ class Turns:
         if seconds > objective or math.isinf(seconds):
             self._sizes[mode] = max(1.0, size * BACK_OFF**share)
         elif images >= self.slice or any(map(_first, self._jobs.values())):  # else it tells nothing of larger ones
-            self._sizes[mode] = min(float(self.most), size + share)
+            self._sizes[mode] = self._grown(size, share, objective)
+
+    def _grown(self, size: float, share: float, objective: float) -> float:
+        """A size after a slice that was quick enough; no larger slices yet where those took too long every time."""
+        grown, larger = min(float(self.most), size + share), int(size) + 1
+        tries, least = self._tried.get(larger, (0, 0.0))
+        if grown < larger or tries < TRIES or least <= objective:
+            return grown
+        self._held += 1
+        if self._held < TRY_AGAIN:
+            return size
+        self._held = 0
+        return float(larger)
 
 
 def _first(jobs: list[_Job]) -> _Job | None:

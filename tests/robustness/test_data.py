@@ -389,7 +389,7 @@ def test_malformed_run_is_named(tmp_path: Path, standard_run: Path) -> None:
     with pytest.raises(BadInput, match="SHA-256 is"):
         load_run(run)
     (run / "manifest.json").unlink()
-    (run / "state").mkdir()
+    (run / "state").mkdir(exist_ok=True)
     with pytest.raises(BadInput, match="is not finished"):
         load_run(run)
     with pytest.raises(BadInput, match="is no run"):

@@ -243,6 +243,43 @@ def test_bad_request_is_refused_with_its_reason(door: Door, case: str) -> None:
     assert door.classify(PNG).status == 200
 
 
+CONTRACT = Contract("digits", "images", (16, 16, 3), "logits", 10, 64)
+MANY = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+
+
+@pytest.mark.parametrize("indent", [None, 0, 3])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_large_tensor_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, nested: bool, indent: int | None) -> None:
+    """However it is written, and wherever its data stand: json.loads, which lets nobody else run, gets a bit a time."""
+    sizes, loads = list[int](), json.loads
+    monkeypatch.setattr(images.json, "loads", lambda text: (sizes.append(len(text)), loads(text))[1])
+    entry = {"data": MANY.tolist() if nested else MANY.ravel().tolist(), "shape": MANY.shape, "parameters": {"x": [1]}}
+    for about in (entry, dict(reversed(entry.items()))):
+        body = json.dumps({"inputs": [about | {"name": "images", "datatype": "UINT8"}]}, indent=indent).encode()
+        np.testing.assert_array_equal(images.tensor(body, CONTRACT), MANY)
+    assert max(sizes) < 2 * images.PIECE
+
+
+@pytest.mark.parametrize("wrong", ["256", "-1", "1.5", "1e1", "01", "", "[1", "1]", "[1]]", '"1"', "null", "1 1", "{}"])
+@pytest.mark.parametrize("place", [0, 20_000, 49_151])
+def test_one_wrong_number_spoils_a_large_tensor(wrong: str, place: int) -> None:
+    """Wherever it stands; and a large body of anything else is refused unread."""
+    texts = list(map(str, MANY.ravel().tolist()))
+    texts[place] = wrong
+    body = tensor("DATA", list(MANY.shape)).replace(b'"DATA"', f"[{', '.join(texts)}]".encode())
+    with pytest.raises(Problem) as caught:
+        images.tensor(body, CONTRACT)
+    assert caught.value.reason == "bad_request"
+
+
+def test_a_large_body_of_something_else_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of objects would hold up everybody for as long as many answers take."""
+    monkeypatch.setattr(images.json, "loads", lambda text: pytest.fail("read"))
+    for body in (b'{"inputs": [' + b"{}," * 300_000 + b"{}]}", tensor([{}] * 300_000, SHAPE), b"[" * 1_000_000):
+        with pytest.raises(Problem, match="expected"):
+            images.tensor(body, CONTRACT)
+
+
 def test_strings_in_a_tensor_cost_nothing(door: Door) -> None:
     """One long string among many short ones, as numpy would pad each of them to the longest."""
     body = tensor(["x" * 100_000, *[""] * 40_000], SHAPE)
@@ -812,13 +849,16 @@ def test_many_clients_at_once_get_their_own_answers(door: Door, candidate: Path)
         assert max(clients.map(client, range(len(IMAGES)))) < 1e-4
 
 
+SHARED = {f"robustness.{name}" for name in ("pictures", "config", "errors", "text", "threat")}
+
+
 def test_gateway_needs_no_training_library() -> None:
-    """What is installed for it: `pip install 'dfmcl[gateway]'`; it shares the one definition of an image."""
+    """What is installed for it: `pip install 'dfmcl[gateway]'`; it shares what an image and a local path are."""
     code = "import sys, serving.gateway; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     loaded = set(output.split())
     assert not {"torch", "onnxruntime", "torchvision", "scipy", "gating"} & loaded
-    assert {name for name in loaded if name.startswith("robustness.")} == {"robustness.pictures"}
+    assert {name for name in loaded if name.startswith("robustness.")} == SHARED
 
 
 def test_threads_end_with_the_gateway(served: Served) -> None:

@@ -23,6 +23,7 @@ from serving import environment, triton
 from serving.errors import BadInput
 from serving.gateway_config import GatewayConfig, load_config, new_key
 from serving.keys import digest_of
+from serving.ready import read_ready
 from tests.processes import wait_until
 from tests.serving.authority import Authority
 from tests.serving.doors import KEY, Door, Relay, encoded, opened, settings
@@ -99,6 +100,28 @@ def test_sigterm_finishes_what_was_begun(served: Served, tmp_path: Path) -> None
             assert entries[0]["event"] == "listening"
 
 
+def test_a_killed_gateway_is_not_taken_for_a_living_one(served: Served, tmp_path: Path) -> None:
+    """A living one's ready file is not taken from it (2); a dead one's is not believed, and goes first."""
+    config = written(tmp_path / "gateway.toml", served.ready["grpc"])
+    with running(config, tmp_path) as (process, ready):
+        command = [COMMAND, "gateway", "--config", str(config), "--ready-file", str(ready)]
+        second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert f"is that of a running server (process {process.pid})" in second.stderr
+        said = read_ready(ready)
+        assert said is not None
+        assert said["pid"] == process.pid
+    assert ready.exists()
+    assert read_ready(ready) is None
+    written(config, "127.0.0.1:1")  # nobody answers there
+    third = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: not ready.exists(), third, 30)
+    finally:
+        third.terminate()
+        assert third.wait(30) == 0
+
+
 def refused(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
@@ -140,6 +163,14 @@ def test_request_that_outlasts_the_drain_is_cut(served: Served, tmp_path: Path) 
             "above max_timeout",
         ),
         ("[triton]\nendpoints = ['a:1']\nmodel = 'm'\n[[keys]]\nname = 'a'\nsha256 = 'dfmcl_secret'", "keys.0.sha256"),
+        (
+            "open = true\n[triton]\nendpoints = ['a:1']\nmodel = 'm'\ntls = true\ntls_ca = 's3://b/ca.pem'",
+            "triton.tls_ca: s3: is no folder here",
+        ),
+        (
+            "open = true\n[listen]\ntls_certificate = 'c'\ntls_key = 'gs:k'\n[triton]\nendpoints = ['a:1']\nmodel = ''",
+            "listen.tls_key: gs: is no folder here",
+        ),
         ("open = ", "not TOML"),
     ],
 )

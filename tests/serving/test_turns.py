@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,12 +24,16 @@ class Server:
     fixed: float = 0.001
     each: float = 0.01
     now: float = 0.0
+    hiccups: random.Random | None = None  # then every third slice takes up to twice its time
     computed: list[tuple[str, int, int]] = field(default_factory=list)  # whose, from, to
 
     def ask(self, who: str) -> Any:
         async def ask(begin: int, end: int) -> tuple[int, int]:
             await asyncio.sleep(0)
-            self.now += self.fixed + self.each * (end - begin)
+            seconds = self.fixed + self.each * (end - begin)
+            if self.hiccups is not None and self.hiccups.random() < 1 / 3:
+                seconds *= 1 + self.hiccups.random()
+            self.now += seconds
             self.computed.append((who, begin, end))
             return begin, end
 
@@ -129,6 +134,25 @@ def test_slices_in_company_take_about_as_long_as_one_image(fixed: float, each: f
     for _ in range(60):
         asyncio.run(turns.all("a", 64, server.ask("a")))
     assert turns.slice > most or turns.slice == 64  # alone it may take larger ones
+
+
+def test_one_image_at_a_time_stays_so_and_hiccups_do_not_hold_others_back() -> None:
+    """Where two images take twice as long, they go together once in a hundred slices at most: whoever comes second
+    would wait for both. Where two cost little more than one, slices grow although every third takes too long."""
+    for fixed, each, small in ((0.001, 0.01, True), (0.01, 0.0001, False)):
+        server = Server(fixed, each, hiccups=random.Random(0))
+        turns = turns_of(server)
+
+        async def run(turns: Turns, server: Server) -> None:
+            for _ in range(60):
+                await together(*(turns.all(who, 64, server.ask(who)) for who in "ab"))
+
+        asyncio.run(run(turns, server))
+        sizes = [end - begin for _, begin, end in server.computed][-500:]
+        if small:
+            assert sum(size > 1 for size in sizes) <= 5
+        else:
+            assert sum(sizes) / len(sizes) > 8
 
 
 def test_slices_go_at_the_same_time_where_there_are_servers_for_them() -> None:
