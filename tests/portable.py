@@ -11,7 +11,9 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import xml.etree.ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,17 +71,42 @@ def drawn(revision: str) -> str:
     return list(PERTURBATIONS)[int(hashlib.sha256(revision.encode()).hexdigest(), 16) % len(PERTURBATIONS)]
 
 
-def run(name: str, paths: Sequence[str]) -> int:
-    """pytest's exit code under a perturbation."""
+Margins = dict[tuple[str, str], float]
+"""By test and side, `p above` or `p below` its level: the p nearest to that level."""
+
+
+def margins_in(report: Path) -> Margins:
+    """What tests recorded of themselves, from pytest's JUnit file."""
+    found: Margins = {}
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        for entry in case.iter("property"):
+            found = nearest(found, {(str(case.get("name")), str(entry.get("name"))): float(str(entry.get("value")))})
+    return found
+
+
+def nearest(one: Margins, other: Margins) -> Margins:
+    """Of each test and side the value nearest to its level: the least above, the largest below."""
+    chosen = dict(one)
+    for (test, side), value in other.items():
+        choose = min if side.endswith("above") else max
+        chosen[test, side] = choose(value, chosen.get((test, side), value))
+    return chosen
+
+
+def run(name: str, paths: Sequence[str]) -> tuple[int, Margins]:
+    """pytest's exit code under a perturbation, and the margins of its tests."""
     chosen = PERTURBATIONS[name]
     processes = max(1, PROCESSES - chosen.threads + 1)
     print(f"portable: {name}: {chosen}", flush=True)
     command = [sys.executable, "-m", "pytest", "--quiet", f"--numprocesses={processes}", "--dist=loadfile"]
     command += ["--no-loadscope-reorder", "--durations=20", *chosen.options, *(paths or NUMERIC)]
-    begun = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **chosen.environment}, check=False).returncode
+    begun, environment = time.monotonic(), {**os.environ, **chosen.environment}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        code = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=environment, check=False).returncode
+        margins = margins_in(report) if report.exists() else {}
     print(f"portable: {name}: {'green' if code == 0 else 'RED'} after {time.monotonic() - begun:.0f} s", flush=True)
-    return code
+    return code, margins
 
 
 def main() -> int:
@@ -91,7 +118,14 @@ def main() -> int:
     names = [drawn(told.drawn)] if told.drawn else told.names or list(PERTURBATIONS)
     if unknown := [name for name in names if name not in PERTURBATIONS]:
         parser.error(f"{unknown[0]}: no perturbation; choose from {', '.join(PERTURBATIONS)}")
-    red = [name for name in names if run(name, told.tests) != 0]
+    red: list[str] = []
+    weakest: Margins = {}
+    for name in names:
+        code, margins = run(name, told.tests)
+        red += [name] if code else []
+        weakest = nearest(weakest, margins)
+    for (test, side), value in sorted(weakest.items()):
+        print(f"portable: weakest {side} its level: {value:.2g}  {test}")
     print(f"portable: {len(names) - len(red)} of {len(names)} green" + (f"; red: {', '.join(red)}" if red else ""))
     return bool(red)
 

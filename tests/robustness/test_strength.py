@@ -215,19 +215,24 @@ def weaker(mine: Flags, peer: Flags) -> float:
     return PairedCounts.of(mine, peer).p_more_lost
 
 
+Record = Callable[[str, object], None]
+
+
 @pytest.mark.parametrize(("name", "norm"), ROWS)
-def test_no_attack_is_weaker_than_its_peer(held: Held, name: str, norm: str) -> None:
+def test_no_attack_is_weaker_than_its_peer(held: Held, record_property: Record, name: str, norm: str) -> None:
     """At one budget ours breaks no fewer images than chance explains."""
     mine, peer = held(name, "ours", norm), held(name, "theirs", norm)
     assert 0.05 < peer.mean() < 0.95, "an attack that breaks next to none, or all, is compared with nothing"
-    assert weaker(mine, peer) > LEVEL, PairedCounts.of(mine, peer)
+    record_property("p above", p := weaker(mine, peer))
+    assert p > LEVEL, PairedCounts.of(mine, peer)
 
 
 # torchattacks' FAB breaks with four steps in Linf what ours breaks with one.
 @pytest.mark.parametrize(("name", "norm"), [row for row in ROWS if row != ("fab-t", "linf")])
-def test_half_of_an_attack_is_noticed(held: Held, name: str, norm: str) -> None:
+def test_half_of_an_attack_is_noticed(held: Held, record_property: Record, name: str, norm: str) -> None:
     """With half the steps (FGSM: three quarters of the radius) the same test says that ours is weaker."""
-    assert weaker(held(name, "weak", norm), held(name, "theirs", norm)) < LEVEL
+    record_property("p below", p := weaker(held(name, "weak", norm), held(name, "theirs", norm)))
+    assert p < LEVEL
 
 
 # --- Square, and all together -------------------------------------------------------------------------------
@@ -251,19 +256,20 @@ def more_held(few: Border, mine: Flags, peer: Flags) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_short_square_is_stronger_than_its_peer(
-    hardened: Classifier, border: Callable[[str], Border], norm: str
+    hardened: Classifier, border: Callable[[str], Border], record_property: Record, norm: str
 ) -> None:
     """Few queries are spent on large patches: 100 break more than torchattacks' 100; a quarter of them does not."""
     few = border(norm).thinned
     peer = few.held(partial(their_square, hardened), REACH[norm])
     for queries, stronger in ((QUERIES, True), (QUERIES // 4, False)):
         mine = few.held(partial(ours, hardened, attack("square", queries=queries)), REACH[norm])
-        assert (sign_flip_p(-more_held(few, mine, peer)) < LEVEL) == stronger, (queries, mine.sum(), peer.sum())
+        record_property("p below" if stronger else "p above", p := sign_flip_p(-more_held(few, mine, peer)))
+        assert (p < LEVEL) == stronger, (queries, mine.sum(), peer.sum())
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_our_standard_suite_is_as_strong_as_autoattack(
-    hardened: Classifier, border: Callable[[str], Border], held: Held, norm: str
+    hardened: Classifier, border: Callable[[str], Border], held: Held, record_property: Record, norm: str
 ) -> None:
     """Per image the worst case of the four attacks, beside that of torchattacks' four at the same budgets."""
     suite = [*(PAIRS[name].ours for name in SUITES["standard"][:-1]), attack("square", queries=QUERIES)]
@@ -275,6 +281,8 @@ def test_our_standard_suite_is_as_strong_as_autoattack(
         left = few.only(left).held(run)
     calls = few.calls(TOGETHER)
     assert 0.05 < np.concatenate([left[rows] for rows in calls]).mean() < 0.6, "no test asset: nearly all hold, or none"
-    assert sign_flip_p(more_held(few, mine, left)) > LEVEL, (mine.sum(), left.sum())
+    record_property("p above", p := sign_flip_p(more_held(few, mine, left)))
+    assert p > LEVEL, (mine.sum(), left.sum())
     poor = held("apgd-ce", "weak", norm)
-    assert sign_flip_p(more_held(few, poor, left)) < LEVEL, "one attack with half its steps must be found weaker"
+    record_property("p below", p := sign_flip_p(more_held(few, poor, left)))
+    assert p < LEVEL, "one attack with half its steps must be found weaker"

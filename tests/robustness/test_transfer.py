@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torchattacks
@@ -207,7 +209,9 @@ def test_momentum_is_that_of_its_peer(steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_crafted_on_one_network_fools_another(name: str, networks: Networks) -> None:
+def test_what_is_crafted_on_one_network_fools_another(
+    name: str, networks: Networks, record_property: Callable[[str, object], None]
+) -> None:
     """On a network trained otherwise fewer images hold than under noise of the same size, far beyond chance."""
     data = load_dataset("digits")
     x, y = to_float(torch.from_numpy(data.x_test[:200])), torch.from_numpy(data.y_test[:200])
@@ -221,4 +225,5 @@ def test_what_is_crafted_on_one_network_fools_another(name: str, networks: Netwo
             (target(points).argmax(dim=1) == y).numpy() for points in (crafted, (x + threat.eps * signs).clamp(0, 1))
         )
     # Chance gives this once in 10^8 where the attack is no better than noise; the pinned networks give 10^-20.
-    assert PairedCounts.of(under_noise, held).p_more_lost < 1e-8, (held.sum(), under_noise.sum())
+    record_property("p below", p := PairedCounts.of(under_noise, held).p_more_lost)
+    assert p < 1e-8, (held.sum(), under_noise.sum())
