@@ -26,20 +26,36 @@ from tests.networks import Networks, network
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-# They take minutes; begun last, they would leave the other processes with nothing to do.
+# They take minutes; begun last, they would leave the other processes with nothing to do. The longest first.
 LONG = (
-    "test_readme.py", "test_strength.py", "test_gate.py", "test_alarms.py", "test_supervisor.py", "test_pipelines.py",
-    "test_train.py", "test_distribution.py", "test_page.py", "test_platform.py",
+    "test_alarms.py", "test_readme.py", "test_supervisor.py", "test_strength.py", "test_gate.py", "test_campaign.py",
+    "test_pipelines.py", "test_gateway_load.py", "test_train.py", "test_deploy_watching.py",
+)  # fmt: skip
+# More than four seconds each, for their servers, trainings and whole commands; `--quick` leaves them out, and LONG.
+SLOW = (
+    "test_attacks.py", "test_attestation.py", "test_bounds.py", "test_candidate.py", "test_card.py", "test_checks.py",
+    "test_cli.py", "test_crafted.py", "test_deploy_commands.py", "test_deploy_kubernetes.py", "test_detection.py",
+    "test_distribution.py", "test_export.py", "test_fab.py", "test_formats.py", "test_gateway.py",
+    "test_gateway_client.py", "test_gateway_endpoints.py", "test_gateway_pages.py", "test_gateway_process.py",
+    "test_gateway_renewal.py", "test_gradients.py", "test_honest.py", "test_html.py", "test_learner.py",
+    "test_model_repository.py", "test_models.py", "test_page.py", "test_parallel.py", "test_platform.py",
+    "test_promotion.py", "test_quickstart_shipped.py", "test_repair.py", "test_rollout_slices.py", "test_sidecar.py",
+    "test_sidecar_gateway.py", "test_standard.py", "test_subject.py", "test_transfer.py", "test_triton.py",
+    "test_watch_command.py", "test_watch_metrics.py", "test_watch_release.py", "test_watch_triton.py",
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, the longest before all."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first; with `--quick` none of those that are slow."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if item.path.name in (*LONG, *SLOW)])
+        items[:] = [item for item in items if item.path.name not in (*LONG, *SLOW)]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What differs on another machine, or in another draw; a test holds whatever they are."""
+    parser.addoption("--quick", action="store_true", help="only tests of files that take a few seconds")
     group = parser.getgroup("portable")
     group.addoption("--fixture-seed", type=int, default=0, help="train fixture networks from this seed; 0: the pinned")
     group.addoption("--fixture-jitter", type=int, default=0, help="which draw of 1e-6 noise on their weights; 0: none")

@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Folders and files whose tests decide by floating-point numbers.
 NUMERIC = (
-    "tests/robustness", "tests/training", "tests/gating/test_gate.py", "tests/gating/test_gradients.py",
-    "tests/serving/test_export.py", "tests/serving/test_parity.py", "tests/monitoring/test_crafting.py",
+    "tests/robustness", "tests/gating/test_gate.py", "tests/serving/test_export.py", "tests/serving/test_parity.py",
+    *(f"tests/training/test_{name}.py" for name in ("golden", "learner", "masking", "measurement", "parallel")),
 )  # fmt: skip
 PROCESSES = 3  # as `make test`; fewer where each has several threads
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustness.data import Dataset
+from robustness.data import Dataset, load_dataset
 from robustness.models import Classifier, to_float
-from tests.training.workshop import NARROW, PLAIN, batch, learner
+from tests.training.workshop import ALONE, NARROW, PLAIN, batch, learner
 from training.adversary import CRAFTS, Craft
 from training.averaging import MovingAverage
 from training.awp import perturbed, perturbed_parameters
 from training.compact import expand, shrink
 from training.config import TrainConfig, load_config
-from training.learner import Learner, batch_norms, learning_rate, twin, with_own_batch_norm
+from training.learner import Learner, batch_norms, layout_of, learning_rate, twin, with_own_batch_norm
 from training.noise import Noise
 from training.objectives import OBJECTIVES, jensen_shannon, kl, smoothed
 from training.train import build
@@ -108,6 +108,26 @@ def test_label_smoothing_equals_torchs() -> None:
     logits, y = torch.randn(8, 10, generator=torch.Generator().manual_seed(0)), torch.arange(8)
     ours = OBJECTIVES["ce"](logits, logits, smoothed(y, 10, 0.1), 0.0)
     assert torch.allclose(ours, functional.cross_entropy(logits, y, label_smoothing=0.1, reduction="none"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "channels", "layout"),
+    [
+        (1, 2, 4, torch.contiguous_format),  # the shortcut of a ResNet of width 4
+        (1, 2, 12, torch.contiguous_format),
+        (1, 2, 8, torch.channels_last),
+        (1, 1, 4, torch.channels_last),
+        (3, 2, 4, torch.channels_last),
+    ],
+)
+def test_what_onednn_cannot_lay_out_is_not(
+    kernel: int, stride: int, channels: int, layout: torch.memory_format
+) -> None:
+    """On AVX2 the weight gradient of a strided 1x1 convolution writes past its buffer, but for channels by eights."""
+    conv = nn.Conv2d(channels, 16, kernel, stride)
+    assert layout_of(nn.Sequential(nn.Conv2d(3, channels, 3), conv)) == layout
+    data, config = load_dataset("digits"), load_config("quickstart", ["model.width=4"])
+    assert Learner(config, build(config, data), 1, ALONE).view(batch(data)[0]).is_contiguous()
 
 
 def test_weight_perturbation_is_relative_uphill_and_undone(digits: Dataset) -> None:
