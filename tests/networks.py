@@ -60,9 +60,7 @@ def network(name: str, out: Path, *, seed: int = 0, jitter: int = 0) -> Path:
         shutil.copytree(PINNED / name, out)
     else:
         trained(name, out, APART * seed)
-    if jitter:
-        _shake(out, jitter)
-    return out
+    return rewritten(out, torch.float32, jitter)
 
 
 def trained(name: str, out: Path, more: int = 0) -> Path:
@@ -73,24 +71,27 @@ def trained(name: str, out: Path, more: int = 0) -> Path:
     return out
 
 
-def _shake(run: Path, draw: int) -> None:
-    """Multiply each weight by 1 + JITTER times a normal draw, and let the manifest say so."""
-    weights, stream = load_file(run / CHECKPOINT), generator(draw, "jitter")
+def rewritten(run: Path, dtype: torch.dtype, jitter: int = 0) -> Path:
+    """The run with its weights in that dtype, each times 1 + JITTER times a normal draw where one is asked for."""
+    weights, stream = load_file(run / CHECKPOINT), generator(jitter, "jitter")
     for key, weight in weights.items():
         if weight.is_floating_point():
-            weights[key] = weight * (1 + JITTER * torch.randn(weight.shape, generator=stream))
+            noise = JITTER * torch.randn(weight.shape, generator=stream) if jitter else 0
+            weights[key] = (weight.float() * (1 + noise)).to(dtype)
     save_file(weights, run / CHECKPOINT)
     manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"][CHECKPOINT] = sha256_of(run / CHECKPOINT)
     (run / MANIFEST).write_text(dump_json(manifest), encoding="utf-8")
+    return run
 
 
 def pin(name: str, scratch: Path) -> None:
-    """Train a recipe and keep its weights and manifest."""
+    """Train a recipe and keep its manifest and its weights, in float16: what counts is that they are the same."""
     made, kept = trained(name, scratch / name), PINNED / name
     kept.mkdir(parents=True, exist_ok=True)
     for file in (CHECKPOINT, MANIFEST):
         shutil.copy(made / file, kept / file)
+    rewritten(kept, torch.float16)
 
 
 if __name__ == "__main__":

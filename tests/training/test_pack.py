@@ -14,7 +14,14 @@ from robustness.data import load_dataset
 from robustness.errors import BadInput
 from robustness.models import to_float
 from robustness.runs import load_run
+from tests.networks import network
 from training.pack import pack
+
+
+@pytest.fixture(scope="module")
+def standard_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Moved a little, as the pinned weights are numbers of float16 already."""
+    return network("standard", tmp_path_factory.mktemp("runs") / "standard", jitter=1)
 
 
 @pytest.fixture(scope="module")
