@@ -29,8 +29,10 @@ def test_signs_are_flipped_in_every_way(differences: list[int]) -> None:
 
 
 def test_every_perturbation_is_drawn_by_some_commit() -> None:
-    """A commit draws one of them, the same each time; at least five other networks, and five other last digits."""
-    assert {drawn(f"commit {number}") for number in range(200)} == set(PERTURBATIONS)
+    """A commit draws one of the quick ones; in all there are five other networks, and five other last digits."""
+    found = {drawn(f"commit {number}") for number in range(200)}
+    assert len(found) >= 7
+    assert found <= set(PERTURBATIONS)
     assert len({one.seed for one in PERTURBATIONS.values() if one.seed}) >= 5
     assert len({one.jitter for one in PERTURBATIONS.values() if one.jitter}) >= 5
     assert {one.threads for one in PERTURBATIONS.values()} == {1, 2, 3}
