@@ -283,6 +283,7 @@ def test_our_standard_suite_is_as_strong_as_autoattack(
     assert 0.05 < np.concatenate([left[rows] for rows in calls]).mean() < 0.6, "no test asset: nearly all hold, or none"
     record_property("p above", p := sign_flip_p(more_held(few, mine, left)))
     assert p > LEVEL, (mine.sum(), left.sum())
-    poor = held("apgd-ce", "weak", norm)
+    # Three steps of PGD: among some 30 calls a difference must be seen in nearly all, 2^-16 is no certainty.
+    poor = held("pgd", "weak", norm)
     record_property("p below", p := sign_flip_p(more_held(few, poor, left)))
-    assert p < LEVEL, "one attack with half its steps must be found weaker"
+    assert p < LEVEL, "one poor attack must be found weaker"
