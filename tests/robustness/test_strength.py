@@ -72,7 +72,7 @@ def of_foolbox(kinds: dict[str, Callable[[float], Any]]) -> Peer:
 
 
 PAIRS = {
-    "apgd-ce": Pair(attack("apgd-ce", steps=10), attack("apgd-ce", steps=5), of_torchattacks("APGD", steps=10)),
+    "apgd-ce": Pair(attack("apgd-ce", steps=6), attack("apgd-ce", steps=3), of_torchattacks("APGD", steps=6)),
     "apgd-t": Pair(
         attack("apgd-t", steps=6, targets=TARGETS),
         attack("apgd-t", steps=3, targets=TARGETS),
