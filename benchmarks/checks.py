@@ -23,10 +23,11 @@ from torch import nn
 
 from benchmarks.result import write_result
 from robustness.attacks import Attack
-from robustness.checks import CHECKS, Result, diagnose, repeated
+from robustness.checks import CHECKS, Result, diagnose
 from robustness.data import Dataset, load_dataset
 from robustness.diagnosis import IMAGES
 from robustness.evaluate import evaluate
+from robustness.memory import repeated
 from robustness.models import Classifier, exactly
 from robustness.records import Evaluation
 from robustness.runs import load_run

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from gating.policy import radius
 from robustness.attacks import Attack
@@ -26,9 +26,22 @@ ARRAYS = ("adversarial", "clean_logits", "adversarial_logits")
 
 
 @dataclass(frozen=True)
+class Source:
+    """Another network than the judged one, and the attacks that are crafted on it."""
+
+    name: str
+    model: nn.Module
+    attacks: tuple[Attack, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What every block is put through. threats: ascending; purpose: what these images are attacked for, part of the
-    seed's address, so that no two blocks draw the same numbers.
+    """What every block is put through.
+
+    threats: ascending.
+    sources: whatever attacks crafted on them break counts as well.
+    purpose: what these images are attacked for; part of the seed's address, so that no two blocks draw the same.
+    remarks: what the record says beside.
     """
 
     model: AttackPass | None
@@ -37,7 +50,9 @@ class Plan:
     attacks: tuple[Attack, ...]
     grid: bool
     seed: int
+    sources: tuple[Source, ...] = ()
     purpose: str = "block"
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, threat: Threat) -> int:
         """Which of the outcomes is about a ball."""
@@ -47,8 +62,8 @@ class Plan:
     def about(self) -> dict[str, str]:
         """What the evaluation's record says of how it was made."""
         if self.model is None:
-            return {"kind": "black-box"}
-        return {"kind": "white-box", "gradients": self.model.precision}
+            return {"kind": "black-box", **self.remarks}
+        return {"kind": "white-box", "gradients": self.model.precision, **self.remarks}
 
 
 @dataclass(frozen=True)
@@ -81,24 +96,52 @@ def attack_block(plan: Plan, images: Bytes, labels: Labels, number: int, track: 
     """Block `number` of the plan: images uint8 `(N, H, W, C)`, labels `(N,)`. Depends on nothing but its arguments."""
     outcomes: list[Outcome] = []
     for threat in plan.threats:
-        outcomes.append(
-            evaluate(
-                plan.model,
-                images,
-                labels,
-                threat,
-                plan.attacks,
-                decide=plan.decide,
-                grid=plan.grid,
-                cascade=True,
-                after=outcomes[-1] if outcomes else None,
-                seed=derived_seed(plan.seed, plan.purpose, number),
-                batch_size=len(images),
-                about=plan.about,
-                track=track,
-            )
-        )
+        found = _attacked(plan, images, labels, number, threat, outcomes[-1] if outcomes else None, None, track)
+        for source in plan.sources:
+            found = _beside(found, _attacked(plan, images, labels, number, threat, found, source, track))
+        outcomes.append(found)
     return Block(tuple(outcomes))
+
+
+def _attacked(
+    plan: Plan,
+    images: Bytes,
+    labels: Labels,
+    number: int,
+    threat: Threat,
+    after: Outcome | None,
+    source: Source | None,
+    track: Track,
+) -> Outcome:
+    """By the plan's own attacks, or by those that are crafted on a source, on what was left before."""
+    attacks = plan.attacks if source is None else tuple(one.crafted_on(source.name) for one in source.attacks)
+    return evaluate(
+        plan.model,
+        images,
+        labels,
+        threat,
+        attacks,
+        decide=plan.decide,
+        source=None if source is None else source.model,
+        grid=plan.grid,
+        cascade=True,
+        after=after,
+        seed=derived_seed(plan.seed, plan.purpose, number),
+        batch_size=len(images),
+        about=plan.about,
+        track=track,
+    )
+
+
+def _beside(before: Outcome, now: Outcome) -> Outcome:
+    """What was found on what `before` had left, with the record of both."""
+    first, second = before.evaluation, now.evaluation
+    both = replace(
+        second,
+        attacks=first.attacks + second.attacks,
+        seconds=first.seconds + second.seconds,
+    )
+    return replace(now, evaluation=both)
 
 
 def joined_outcomes(blocks: Sequence[Block]) -> tuple[Outcome, ...]:

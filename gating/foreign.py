@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import pickle
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,6 +145,55 @@ def state_digest(network: nn.Module) -> str:
         for part in parts(value):
             digest.update(f"{name}\0".encode() + part)
     return digest.hexdigest()
+
+
+def kept(network: nn.Module) -> dict[str, str]:
+    """What a module keeps between two calls, a digest by the place: tensors, attributes, and the plain values that its
+    methods' own files and closures hold. Of values that cannot be told, where they lie."""
+    found: dict[str, str] = {}
+    for name, part in network.named_modules():
+        where = f"{name}." if name else ""
+        own = {key: value for key, value in vars(part).items() if key not in _OF_TORCH}
+        tensors = {**part._parameters, **part._buffers}
+        functions = {key: value for key, value in own.items() if callable(value) and hasattr(value, "__code__")}
+        for key, value in {**own, **tensors}.items():
+            found[f"{where}{key}"] = _digest(value)
+        for key, function in {
+            **functions,
+            "forward": getattr(type(part).forward, "__wrapped__", type(part).forward),
+        }.items():
+            found |= {f"{where}{key}: {inner}": _digest(value) for inner, value in _around(function).items()}
+    return found
+
+
+_OF_TORCH = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, bytes, list, dict, set, tuple, deque, itertools.count, Tensor, np.ndarray)
+
+
+def _around(function: Any) -> dict[str, Any]:
+    """The plain values that a function of the user's own reads from outside itself."""
+    code = getattr(function, "__code__", None)
+    if code is None or getattr(function, "__module__", "").partition(".")[0] in ("torch", "torchvision", "timm"):
+        return {}
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    closed = {name: cell.cell_contents for name, cell in cells if _filled(cell)}
+    globals_ = {name: value for name, value in function.__globals__.items() if not name.startswith("__")}
+    return {name: value for name, value in {**globals_, **closed}.items() if isinstance(value, _PLAIN)}
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _digest(value: Any) -> str:
+    try:
+        data = b"".join(parts(value)) if isinstance(value, Tensor) else pickle.dumps(value, protocol=5)
+    except Exception:  # noqa: BLE001  # somebody's object: it may forbid pickling in any way
+        data = repr(type(value)).encode()
+    return hashlib.sha256(data).hexdigest()
 
 
 def parts(value: Any) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gating.attestation import ATTESTATION, PROBES, sign
 from gating.baseline import Baseline, compare
-from gating.block import Block, Plan, attack_block, joined_outcomes
+from gating.block import Block, Plan, Source, attack_block, joined_outcomes
 from gating.formats import FILES, write_formats
 from gating.keys import read_signer
 from gating.policy import NO_REGRESSION, Policy
@@ -35,11 +35,13 @@ from robustness.attacks import Attack
 from robustness.conventions import IMAGES as FIRST
 from robustness.conventions import mismatch
 from robustness.data import Bytes, Dataset, Labels, load_dataset
-from robustness.errors import BadInput
+from robustness.diagnosis import Background
+from robustness.errors import BadInput, Broken
 from robustness.evaluate import Outcome, evaluate
 from robustness.files import dump_json, require_place, sha256_of, whole_directory
 from robustness.gradients import IMAGES as GRADIENT_IMAGES
 from robustness.gradients import AttackPass, attack_pass
+from robustness.memory import copies, repeated
 from robustness.models import device_of, to_float
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
@@ -47,8 +49,14 @@ from robustness.ranks import Ranks
 from robustness.records import Evaluation, joined
 from robustness.runs import Run
 from robustness.statistics import Flags
+from robustness.substitute import Learnt, learnt
 from robustness.transfer import ensemble, ensemble_sha256
 
+SUBSTITUTE = "substitute"
+RECALLED = 128  # answers that are asked for again at the end, half of them about attacked images
+TRAINING = 512  # training images that a model must know as well as these
+OTHERS = 2  # networks whose fooling images segments lead to: the last, which are all surrogates and the substitute
+LARGEST = 1025
 EVIDENCE = (REPORT, PROBES, ATTESTATION, *FILES)
 
 
@@ -89,6 +97,7 @@ def gate(
     for key in keys:
         read_signer(key)  # a key that cannot sign is found out before the attacks, not after
     require_place(out, EVIDENCE)
+    require_kind(subject, policy)
     suite, why = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates or {})
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
@@ -114,10 +123,13 @@ def gate(
         "policy": policy.digest,
         "attacks": hashlib.sha256(repr([(a.name, dict(a.parameters)) for a in suite]).encode()).hexdigest(),
         "baseline": earlier.report_sha256 if earlier else "",
+        "surrogates": ensemble_sha256([surrogate.origin_sha256 for surrogate in (surrogates or {}).values()]),
         "revision": provenance()["code"]["revision"],
         **{f"version of {name}": version for name, version in provenance()["versions"].items()},
     }
     with State.at(out, identity, secret_of(keys), ranks) as state:
+        sources, remarks = sources_of(subject, policy, carried, surrogates or {}, data, state, ranks, track)
+        plan = replace(plan, sources=sources, remarks=remarks)
         work = Work(plan, data, state, ranks, track)
         standings, blocks, trail = run(work, found, order[:cap], policy, watch)
         outcomes = joined_outcomes(blocks)
@@ -153,10 +165,11 @@ def gate(
                     "data": {
                         **data.describe(),
                         "part": "test",
-                        "in_training": checks.repeated(images, data.x_train),
-                        "copies": checks.copies(images),
+                        "in_training": repeated(images, data.x_train),
+                        "copies": copies(images),
                     },
                 },
+                background=background_of(subject, sources, data, main, images, ranks),
                 track=track,
             )
             why |= left_open(judgements, cap, len(order)) | not_finite(main)
@@ -345,6 +358,79 @@ def not_finite(main: Outcome) -> dict[str, str]:
     if clean:
         return {"not_finite": f"for {clean} of {n} images"}
     return {"not_finite": f"for {attacked} of {n} images as attacks left them"} if attacked else {}
+
+
+def require_kind(subject: Subject, policy: Policy) -> None:
+    """BadInput where the policy does not judge models of this kind."""
+    if subject.kind not in policy.subjects:
+        raise BadInput(
+            f"{subject.name}: is of kind {subject.kind}, the policy judges {', '.join(policy.subjects)} (subjects)"
+        )
+
+
+def sources_of(
+    subject: Subject,
+    policy: Policy,
+    carried: tuple[Attack, ...],
+    surrogates: Mapping[str, Run],
+    data: Dataset,
+    state: State,
+    ranks: Ranks,
+    track: Track,
+) -> tuple[tuple[Source, ...], dict[str, str]]:
+    """The other networks that attacks are crafted on, and what the record says of the gate's own substitute."""
+    found = [Source(name, surrogate.model, carried) for name, surrogate in surrogates.items()]
+    if len(surrogates) > 1:
+        together = ensemble([surrogate.model for surrogate in surrogates.values()])
+        found.append(Source("+".join(surrogates), together, carried))
+    if not policy.attacks.substitute:
+        return tuple(found), {"substitute": "none: the policy asks for none"}
+    if subject.kind == "endpoint":
+        return tuple(found), {"substitute": "none: an endpoint's queries are the attacks'"}
+    made = substitute_of(subject, policy, data, state, ranks, track)
+    said = f"learnt from {made.answers} answers, agrees with {100 * made.agreement:.1f} % of them"
+    return (*found, Source(SUBSTITUTE, made.model, carried)), {"substitute": said}
+
+
+def substitute_of(subject: Subject, policy: Policy, data: Dataset, state: State, ranks: Ranks, track: Track) -> Learnt:
+    """Learnt by the first process, and by none after an interruption: all attack with the same one."""
+    if ranks.first and state.load(SUBSTITUTE, 0) is None:
+        # Not the judged images, where there are others: the order of those must not decide what they are attacked with.
+        images = data.x_train if len(data.x_train) else data.x_test
+        made = learnt(
+            subject.decide,
+            images,
+            policy.parsed_threat,
+            answers=policy.attacks.substitute,
+            seed=policy.seed,
+            device=ranks.device,
+            track=track,
+        )
+        state.save(SUBSTITUTE, 0, made.to_bytes())
+    ranks.gather(None)
+    saved = state.load(SUBSTITUTE, 0)
+    if saved is None:
+        raise Broken(f"{state.directory}: the substitute that was saved there is gone")
+    return Learnt.from_bytes(saved, ranks.device)
+
+
+def background_of(
+    subject: Subject, sources: Sequence[Source], data: Dataset, main: Outcome, images: Bytes, ranks: Ranks
+) -> Background:
+    """Whom else the checks may ask."""
+    remote = subject.kind == "endpoint"
+    few = RECALLED // 2
+    clean = main.evaluation.correct  # an image that is wrong already was not attacked: asked once
+    asked = np.concatenate([images[:few], main.adversarial[:few][np.array(clean[:few])]])
+    logits = np.concatenate([main.clean_logits[:few], main.adversarial_logits[:few][np.array(clean[:few])]])
+    return Background(
+        training=None if remote or not len(data.x_train) else (data.x_train[:TRAINING], data.y_train[:TRAINING]),
+        others={source.name: source.model for source in sources[-OTHERS:]},
+        recalled=(asked, logits),
+        afresh=subject.afresh if ranks.world == 1 else None,
+        state=subject.state,
+        largest=1 if remote else LARGEST,
+    )
 
 
 def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:

@@ -122,14 +122,17 @@ class AttackSection(Section):
 
     suite: the name of a suite (`fast`, `standard`) or a list of attacks. black_box: what is left where the model gives
     no gradients, beside the suite's own attacks that need none. transfer: crafted on each surrogate that the gate is
-    given and on all of them, recorded for production to compare itself with, on as many images as were attacked, or on
-    the first transfer_images of the order, where those are more. block: images that are attacked together.
+    given, on all of them and on the substitute; what they break counts. They are also recorded by themselves, for
+    production to compare itself with, on as many images as were attacked, or on the first transfer_images of the order,
+    where those are more. substitute: answers of the model that the gate trains a substitute on (0: it trains none).
+    block: images that are attacked together.
     """
 
     suite: str | list[str]
     black_box: list[str] = Field(default=["square-1000"])
     transfer: list[str] = Field(default=["mi-fgsm-10"])
     transfer_images: int = Field(0, ge=0)
+    substitute: int = Field(2000, ge=0)
     block: int = Field(32, ge=1)
 
 
@@ -140,7 +143,11 @@ class CheckSection(Section):
 
 
 class Policy(Section):
-    """A whole gate policy. valid_days: how long an attestation of its verdict holds."""
+    """A whole gate policy.
+
+    valid_days: how long an attestation of its verdict holds.
+    subjects: the kinds that are judged. Of a module the gate runs the code, which could deceive it.
+    """
 
     criteria: list[str] = Field(min_length=1)
     seed: int = Field(0, ge=0)
@@ -150,6 +157,9 @@ class Policy(Section):
     data: DataSection
     attacks: AttackSection
     checks: CheckSection = Field(default_factory=CheckSection)
+    subjects: list[Literal["candidate", "onnx", "module", "endpoint"]] = Field(
+        default=["candidate", "onnx", "module", "endpoint"], min_length=1
+    )
 
     @field_validator("criteria")
     @classmethod

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,13 +16,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gating.afresh import asked_afresh
 from gating.attestation import candidate_files, read_candidate
-from gating.foreign import Foreign, guarded, imported, state_digest, without_gradients
+from gating.foreign import Foreign, guarded, imported, kept, state_digest, without_gradients
 from gating.gradients import NoGradients, differentiable
 from robustness.contract import InputContract
+from robustness.data import Bytes
 from robustness.errors import BadInput, DfmclError
 from robustness.graph import apart, artefact, count_classes, noise, read_graph
-from robustness.models import device_of, exactly, frozen
+from robustness.models import device_of, exactly, frozen, to_float
 from robustness.runs import load_run
 
 MODEL = "model.onnx"
@@ -29,6 +32,7 @@ MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 ENDPOINT = re.compile(r"grpc://(?P<url>[^/]+:\d+)/(?P<model>[^/]+)")
 ONE_OF = "a candidate's directory, an ONNX file, module:callable or grpc://HOST:PORT/MODEL"
 
+ODD_BATCH = 7  # as no attack asks
 Decide = Callable[[Tensor], Tensor]
 Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """uint8 images (N, H, W, C) to logits (N, K), by asking somebody."""
@@ -70,7 +74,8 @@ class Subject:
     classes: K labels, or only K. decide: float images (N, C, H, W) in [0, 1] (on the uint8 grid where the contract is
     uint8) to logits (N, K) float32 on the CPU: the answer that counts. model: the same, differentiable; None where
     there is no way to gradients, and `no_gradients` says why. run: what is known of the training: checkpoint_sha256,
-    and data, the digest of the data set that it saw.
+    and data, the digest of the data set that it saw. state: what a module keeps, by place. afresh: the answers to uint8
+    images (n, H, W, C) of what the user named, opened anew: of a module by a new process.
     """
 
     kind: str
@@ -83,6 +88,8 @@ class Subject:
     model: nn.Module | None
     run: dict[str, Any] = field(default_factory=dict)
     no_gradients: str = ""
+    state: Callable[[], Mapping[str, str]] | None = None
+    afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
 
 
 def open_subject(
@@ -168,6 +175,8 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
         model=model,
         run=known,
         no_gradients=why,
+        state=dict,
+        afresh=partial(reopened, path, str(contract)),
     )
 
 
@@ -201,7 +210,21 @@ def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = Non
         decide=decide,
         model=model,
         no_gradients=why,
+        state=dict,  # a file keeps nothing
+        afresh=partial(reopened, path, str(graph.contract)),
     )
+
+
+def reopened(path: Path, contract: str, images: Bytes) -> NDArray[np.float32]:
+    """Logits `(n, K)` of uint8 images `(n, H, W, C)` by the file as it lies there now, in a session of its own.
+
+    A file holds no code, so that another process would answer the same.
+    """
+    graph = read_graph(path, contract)
+    decide = artefact(graph.model.SerializeToString(), path, graph.contract)
+    parts = to_float(torch.from_numpy(images)).split(ODD_BATCH)
+    found: NDArray[np.float32] = torch.cat([decide(part) for part in parts]).numpy()
+    return found
 
 
 def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
@@ -234,6 +257,10 @@ def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = No
         decide=decide,
         model=None if why else network,
         no_gradients=why,
+        state=partial(kept, network.module),
+        afresh=lambda images: asked_afresh(
+            text, parsed.rounded(to_float(torch.from_numpy(images))).to(network.dtype).contiguous().numpy()
+        ),
     )
 
 

@@ -137,7 +137,20 @@ def headline(report: Report) -> str:
     only_reasons = not any(row["outcome"] == "open" for row in report["criteria"])
     if report["verdict"] == "inconclusive" and only_reasons:
         return "INCONCLUSIVE: every criterion is met, and that is not enough"
-    return HEADLINES[report["verdict"]]
+    return HEADLINES[report["verdict"]] + (reservations(report) if report["verdict"] == "passed" else "")
+
+
+def reservations(report: Report) -> str:
+    """What a pass rests on without a test: the checks that did not run, and code that was trusted."""
+    absent = [check["check"] for check in report["checks"] if check["outcome"] == "not_run"]
+    said = [f"not run: {', '.join(absent)}"] if absent else []
+    said += ["its code was trusted, because a module can deceive the gate"] if trusted_code(report) else []
+    return "".join(f"; {part}" for part in said)
+
+
+def trusted_code(report: Report) -> bool:
+    """Whether somebody's code gave the answers."""
+    return bool(report["candidate"]["kind"] == "module")
 
 
 def advice(report: Report) -> str:

@@ -24,6 +24,7 @@ from robustness.errors import BadInput
 from robustness.fab import fab_targeted
 from robustness.geometry import project, start, steepest
 from robustness.rays import rays
+from robustness.records import FROM
 from robustness.square import square
 from robustness.threat import Threat, parse_eps
 from robustness.transfer import TRANSFORMS, Pass
@@ -251,6 +252,10 @@ class Attack:
         if "restarts" in attack.parameters:
             raise BadInput(f"attack: {name!r}: restarts are chosen by looking at the target; leave them out")
         return replace(attack, parameters=TRANSFERABLE[attack.kind] | dict(attack.parameters))
+
+    def crafted_on(self, network: str) -> Attack:
+        """The same under a name that says on which other network it climbs: `mi-fgsm-10 from surrogate`."""
+        return replace(self, name=f"{self.name}{FROM}{network}")
 
     @property
     def kind(self) -> str:

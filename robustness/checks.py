@@ -10,37 +10,43 @@ in 200 (Bonferroni).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.special import bdtrc
-from torch import Tensor, nn
+from torch import nn
 
+from robustness.asking import (
+    SPREAD,
+    answers_change,
+    batch_dependent,
+    grad_mode_matters,
+    largest,
+    outputs_differ,
+    state_changes,
+)
 from robustness.data import Bytes, Labels
-from robustness.diagnosis import BEYOND, FEW_STEPS, LONE, QUERIES, REPEATS, STEPS, Examination
+from robustness.diagnosis import BEYOND, FEW_STEPS, QUERIES, QUERYING, STEPS, Background, Examination
 from robustness.evaluate import Decide
+from robustness.finding import Check, Figures, Found, surplus, too_many
+from robustness.memory import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
 from robustness.models import frozen
 from robustness.progress import Track, silent
 from robustness.records import AttackRecord, Evaluation
-from robustness.statistics import Flags, PairedCounts, lower_bound
+from robustness.statistics import Flags, lower_bound
 from robustness.threat import Threat
 
-Figures = Mapping[str, float | str]
-
-COMPARISONS = 9  # checks that chance could raise; one that makes several comparisons divides its level
-LEVEL = 0.005 / COMPARISONS
-CLEARLY = 0.05  # of the images that are right: a surplus below that does not carry a verdict, even where it is sure
-# The cross-entropy at ten times the logits is nearly the margin, which breaks up to 4 points more of an honest model.
-CLEARLY_BY_SCALE = 0.10
-SPREAD = 1e-3  # of the logits' deviation: sums in another order cost 1e-6 of it, noise that misleads an attack 1e-2
 PROBABILITY = 1e-4  # float32 sums a thousand probabilities to 1 within 1e-5
 NO_GRADIENT = 0.05  # of the images: float32 has a gradient while the margin is below 88; of trained logits it is ~20
 EXPLODED = 1e5  # nats that one grey level would cost by the gradient: undefended ImageNet networks reach some 1e2
 MISLED = 0.5  # of the predicted change: ReLUs that change sides in between cost an honest gradient a few hundredths
+# Of a change, left unexplained by gradients: honest networks leave at most 0.1 on any way, a switch 0.4 to 1.
+UNEXPLAINED = 0.25
+# Of the images may show one that is more: none of an honest network does.
+UNACCOUNTED = 0.05
 # Of the way from an even guess to certainty: hard adversarial training on few images ends at 0.04, a thousandth of
 # ordinary logits at 0.0006. Accuracy goes at least FAR at the same time.
 FLAT = 0.01
@@ -52,33 +58,12 @@ ENOUGH = 8  # images below which a median says nothing
 TOLERATED = 0.05
 ROUNDED = 0.05  # of the images may be lost at the border where floats become bytes, and never be found again
 DISAGREE = 0.01  # one rounding can tip a label at the border; a wrong export disagrees on far more
-FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
-REPEATED = 0.01  # of the images may also be training images: a few of every public data set are
 
-BLACK_BOX = ("square", "rays")
+# They do without the model's gradients, or keep to where the data lie.
+OTHERWISE = ("square", "rays", "subspace")
 # It breaks what a score-based search breaks, and more, at every scale of the logits; PGD alone need not.
 STRONG = ("apgd-t",)
 BALL_FREE = ("cw-l2",)  # it looks for the nearest adversarial image, wherever that lies
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a check found."""
-
-    outcome: Literal["clear", "raised", "not_run"]
-    why: str
-    figures: Figures = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Check:
-    """when: it is raised, as a sentence's end; do: what helps; needs: what it cannot run without."""
-
-    name: str
-    when: str
-    do: str
-    run: Callable[[Examination], Found]
-    needs: tuple[Literal["gradients", "images", "record"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +101,7 @@ def diagnose(
     evaluation: Evaluation | None = None,
     transfer: Sequence[Evaluation] = (),
     about: Mapping[str, Any] | None = None,
+    background: Background | None = None,
     batch_size: int = 64,
     track: Track = silent,
 ) -> list[Result]:
@@ -126,8 +112,8 @@ def diagnose(
     about: what is known of the data, for the check that the model has not seen the images: run["data"], the digest of
     the data set it was trained on; run["parts"], which of its parts (train); data["sha256"] and data["part"] of the
     images; data["in_training"], how many of them are among the training images as well; data["copies"], how many
-    repeat another of them. What is missing is not checked.
-    Costs at most 110 gradient passes and 230 other passes for each of the 128 images, less where they fall.
+    repeat another of them. What is missing is not checked. background: whom else to ask, and how.
+    Costs at most 160 gradient passes and 450 other passes for each of the 128 images, less where they fall.
     """
     examination = Examination(
         model,
@@ -140,6 +126,7 @@ def diagnose(
         evaluation=evaluation,
         transfer=transfer,
         about=about,
+        background=background,
         batch_size=batch_size,
     )
     with frozen(model) if model is not None else nullcontext():
@@ -157,27 +144,10 @@ def _result(check: Check, examination: Examination) -> Result:
     return Result(check.name, found.outcome, check.when, found.why, check.do, found.figures)
 
 
-def outputs_differ(e: Examination) -> Found:
-    """The same images again, of the one that decides and of the model that gives gradients."""
-    change = max(_change(e.answers(e.x), e.logits) for _ in range(REPEATS - 1))
-    if e.model is not None:
-        own = e.own_answers(e.x)
-        change = max(change, *(_change(e.own_answers(e.x), own) for _ in range(REPEATS - 1)))
-    return _changed(e, change, f"asked {REPEATS} times, the model gives the same image logits that differ by")
-
-
-def batch_dependent(e: Examination) -> Found:
-    """The same images in reverse order, and some of them alone."""
-    change = _change(e.answers(e.x.flip(0)).flip(0), e.logits)
-    alone = torch.cat([e.answers(e.x[i : i + 1]) for i in range(min(LONE, len(e.x)))])
-    change = max(change, _change(alone, e.logits[:LONE]))
-    return _changed(e, change, "alone or in other company, the model gives the same image logits that differ by")
-
-
 def probabilities(e: Examination) -> Found:
     """Nonnegative outputs that add up to 1."""
     lowest = float(e.finite.min())
-    off = _largest(e.finite.sum(dim=1) - 1)
+    off = largest(e.finite.sum(dim=1) - 1)
     figures = {"smallest_output": lowest, "largest_distance_of_sum_from_1": off}
     if lowest >= 0 and off <= PROBABILITY:
         return Found("raised", "all outputs lie in [0, 1] and add up to 1: they are probabilities, not logits", figures)
@@ -221,6 +191,12 @@ def gradients_mislead(e: Examination) -> Found:
     figures = {"images": int(usable.sum()), "median_happened_over_predicted": ratio}
     said = f"half a grey level along the gradient moves the margin by {ratio:.3g} of what the gradient promises"
     return Found("clear" if MISLED <= ratio <= 1 / MISLED else "raised", f"{said} (median)", figures)
+
+
+def unaccounted(e: Examination) -> Found:
+    """Along segments to noise, to attacked images, to other images, and to points that fool other networks."""
+    ways = {way: (int((share > UNEXPLAINED).sum()), len(share)) for way, share in e.unexplained.items()}
+    return too_many(ways, f"gradients leave more than {UNEXPLAINED:g} of the change unexplained", UNACCOUNTED)
 
 
 def fgsm_beats_pgd(e: Examination) -> Found:
@@ -282,7 +258,7 @@ def loss_still_rising(e: Examination) -> Found:
 
 def black_box_stronger(e: Examination) -> Found:
     """Square on what PGD left; Square in the suite and attacks from other models on what the suite's white box left."""
-    ways = {f"{QUERIES} queries of Square (PGD-{STEPS})": e.square} if e.model is not None else {}
+    ways = {f"{QUERIES} queries of {name} (PGD-{STEPS})": e.queried[name] for name in QUERYING if e.model is not None}
     ways |= _black_box_in(e.evaluation) if e.evaluation is not None else {}
     ways |= {
         f"transfer from {other.about.get('surrogate', 'another model')} (the suite)": _flipped_by_transfer(
@@ -297,7 +273,7 @@ def black_box_stronger(e: Examination) -> Found:
 def found_and_dropped(e: Examination) -> Found:
     """Points on which the model that gives gradients errs, and the answer that counts never did."""
     assert e.evaluation is not None, "needs a record"
-    counted = [record for record in e.evaluation.attacks if record.unconfirmed is not None]
+    counted = [one for one in e.evaluation.attacks if one.unconfirmed is not None and not one.transferred]
     if not counted:
         return Found("not_run", "no attack of the record counts what it dropped")
     ways = {record.name: (record.unconfirmed or 0, sum(record.tried)) for record in counted}
@@ -321,36 +297,6 @@ def outside_ball(e: Examination) -> Found:
     return Found("clear", "every image that was tried lies in the ball, as it was counted", figures)
 
 
-def seen_images(e: Examination) -> Found:
-    run, data = e.about.get("run", {}), e.about.get("data", {})
-    trained, judged = run.get("data"), data.get("sha256")
-    count = len(e.y) if e.evaluation is None else len(e.evaluation.correct)
-    copies = int(data.get("copies", 0))
-    if copies > REPEATED * count:
-        return Found("raised", f"{copies} of {count} images are copies of others among them", {"copies": copies})
-    if not trained or not judged:
-        return Found("not_run", "nobody says on which data the model was trained")
-    part, parts = data.get("part", "test"), tuple(run.get("parts", ("train",)))
-    repeated = int(data.get("in_training", 0))
-    figures: dict[str, float | str] = {"part": part, "in_training": repeated, "images": count}
-    if trained == judged and part in parts:
-        return Found(
-            "raised", f"the images are of the part {part!r} of the data that the model was trained on", figures
-        )
-    if trained == judged and repeated > REPEATED * count:
-        return Found("raised", f"{repeated} of {count} images are training images as well", figures)
-    if trained != judged:
-        return Found("not_run", "the model was trained on other data, which nobody compared with these images")
-    return Found("clear", f"the model was trained on other images than these {count}", figures)
-
-
-def only_exact_images(e: Examination) -> Found:
-    """One grey level of random noise, up or down in every value."""
-    noisy = e.right_under_noise(1 / 255 if e.threat.norm == "linf" else e.x[0].numel() ** 0.5 / 255)
-    lost = int((e.correct & ~noisy).sum())
-    return too_many({"a grey level of random noise": (lost, e.right)}, "breaks images that are right", FRAGILE)
-
-
 def cliff_beyond_ball(e: Examination) -> Found:
     noisy = ~e.right_under_noise(e.beyond)[e.correct].numpy()
     return surplus(f"random noise of {e.beyond / e.threat.eps:.3g} eps", noisy, f"PGD-{STEPS} at eps", e.pgd)
@@ -368,6 +314,13 @@ _ALL = (
         f"an image's logits depend on the rest of its batch by more than {SPREAD:g} of their spread",
         "let batch norm use its running statistics, and compute nothing across images",
         batch_dependent,
+    ),
+    Check(
+        "grad_mode_matters",
+        f"with autograd on and off, the same image gets logits that differ by more than {SPREAD:g} of their spread",
+        "let the model compute the same whether or not gradients are wanted: users ask without them",
+        grad_mode_matters,
+        ("gradients",),
     ),
     Check(
         "probabilities",
@@ -393,6 +346,15 @@ _ALL = (
         f"a small step along the gradient does less than {MISLED:g} or more than {1 / MISLED:g} times what it promises",
         "look for operations with a backward pass of their own, and for noise in the loss at the scale of a grey level",
         gradients_mislead,
+        ("gradients", "images"),
+    ),
+    Check(
+        "unaccounted",
+        f"on significantly more than {100 * UNACCOUNTED:g} % of the segments between images, gradients leave more than"
+        f" {UNEXPLAINED:g} of the margin's change unexplained",
+        "look for thresholds, comparisons, lookups and gradients of another network: attacks that follow these"
+        " gradients do not attack the answers",
+        unaccounted,
         ("gradients", "images"),
     ),
     Check(
@@ -441,7 +403,8 @@ _ALL = (
     ),
     Check(
         "black_box_stronger",
-        f"attacks without gradients break significantly more than {100 * TOLERATED:g} % of what those with them left",
+        "attacks by queries, from other networks or within the data's subspace break significantly more than"
+        f" {100 * TOLERATED:g} % of the images that those along the gradients left",
         "gradients are worth less than none: look for what hides them; do not believe the white-box figure",
         black_box_stronger,
         ("images",),
@@ -481,69 +444,45 @@ _ALL = (
         ("images",),
     ),
     Check(
+        "only_these_images",
+        f"the model is right on these images and, far less often, on training images, or loses significantly more than"
+        f" {100 * MOVED:g} % of them to a shift or to less light",
+        "the model knows these very images: evaluate on others",
+        only_these_images,
+        ("images",),
+    ),
+    Check(
         "cliff_beyond_ball",
         f"random noise of {BEYOND:g} eps breaks significantly more images than an attack inside eps",
         "the model is made for this very ball around these very images: evaluate on other images and at other eps",
         cliff_beyond_ball,
         ("gradients", "images"),
     ),
+    Check(
+        "state_changes",
+        "a module keeps something else after it was asked the same once more",
+        "take out what counts or remembers: a model that knows how often it was asked can answer tomorrow as it likes",
+        state_changes,
+    ),
+    # Last, so that as many calls as possible lie before it.
+    Check(
+        "answers_change",
+        f"asked again at the end, or in a new process, the model gives the same image logits that differ by more than"
+        f" {SPREAD:g} of their spread",
+        "take out what depends on time, on the number of calls or on the process",
+        answers_change,
+    ),
 )
 CHECKS: dict[str, Check] = {check.name: check for check in _ALL}
 
 
-def repeated(images: Bytes, training: Bytes) -> int:
-    """How many of the images `(n, H, W, C)` are among the training images, byte for byte."""
-    known = {image.tobytes() for image in training}
-    return sum(image.tobytes() in known for image in images)
-
-
-def copies(images: Bytes) -> int:
-    """How many of the images `(n, H, W, C)` repeat one before them, byte for byte; they count twice."""
-    return len(images) - len({image.tobytes() for image in images})
-
-
-def _changed(e: Examination, change: float, said: str) -> Found:
-    spread = float(e.finite.std())
-    relative = change / spread if spread else (float("inf") if change else 0.0)
-    figures = {"largest_difference": change, "relative_to_spread": relative}
-    why = f"{said} {relative:.2g} of their spread"
-    return Found("clear" if relative <= SPREAD else "raised", why, figures)
-
-
-def surplus(weaker: str, by_weaker: Flags, stronger: str, by_stronger: Flags, shares: int = 1) -> Found:
-    """Raised where the weaker attack breaks more: p is that of a fair coin for each image that only one broke.
-
-    shares: comparisons that share the check's level.
-    """
-    counts = PairedCounts.of(by_weaker, by_stronger)
-    only_weaker, only_stronger, n = counts.only_first, counts.only_second, len(by_weaker)
-    p = float(bdtrc(only_weaker - 1, only_weaker + only_stronger, 0.5))
-    needed = (CLEARLY_BY_SCALE if shares > 1 else CLEARLY) * n
-    raised = p <= LEVEL / shares and only_weaker - only_stronger >= needed
-    why = f"{weaker} alone breaks {only_weaker} of {n} images, {stronger} alone breaks {only_stronger}"
-    figures = {"only_weaker": only_weaker, "only_stronger": only_stronger, "images": n, "p": p}
-    return Found("raised" if raised else "clear", why, figures)
-
-
-def too_many(ways: Mapping[str, tuple[int, int]], said: str, tolerated: float) -> Found:
-    """Raised where k of n is significantly more than tolerated, in the worst of several ways (k, n)."""
-    ways = {way: counts for way, counts in ways.items() if counts[1]}
-    if not ways:
-        return Found("not_run", "there was nothing left to compare")
-    p = {way: float(bdtrc(k - 1, n, tolerated)) for way, (k, n) in ways.items()}
-    worst = min(ways, key=lambda way: (p[way], -ways[way][0] / ways[way][1]))
-    k, n = ways[worst]
-    raised = p[worst] <= LEVEL / len(ways)
-    why = f"{worst}: {said}, {k} of {n}"
-    return Found("raised" if raised else "clear", why, {"broken": k, "images": n, "p": p[worst], "way": worst})
-
-
 def _black_box_in(evaluation: Evaluation) -> dict[str, tuple[int, int]]:
-    """For each black-box attack of the suite: broken, of those images that white-box attacks tried and left.
+    """For each attack of the suite without the model's gradients, or within a subspace: broken, of those images that
+    the others tried and left.
 
     Only where a strong one was among them.
     """
-    white = [record for record in evaluation.attacks if not record.name.startswith(BLACK_BOX)]
+    white = [record for record in evaluation.attacks if not _otherwise(record)]
     fell, tried = (np.zeros(len(evaluation.correct), bool) for _ in range(2))
     for record in white:
         fell |= np.array(record.tried) & ~np.array(record.held)
@@ -551,10 +490,14 @@ def _black_box_in(evaluation: Evaluation) -> dict[str, tuple[int, int]]:
             tried |= np.array(record.tried)
     found = {}
     for record in evaluation.attacks:
-        if record.name.startswith(BLACK_BOX):
+        if _otherwise(record):
             left = np.array(record.tried) & tried & ~fell
             found[f"{record.name} (the suite)"] = (int((left & ~np.array(record.held)).sum()), int(left.sum()))
     return found
+
+
+def _otherwise(record: AttackRecord) -> bool:
+    return record.transferred or record.name.startswith(OTHERWISE)
 
 
 def _flipped_by_transfer(evaluation: Evaluation | None, transfer: Evaluation) -> tuple[int, int]:
@@ -582,14 +525,3 @@ def _is_strong(record: AttackRecord) -> bool:
 
 def _finite(value: float | str) -> bool:
     return isinstance(value, str) or bool(np.isfinite(value))
-
-
-def _change(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of logits `(N, K)`; an image whose logits are finite on neither side shows none."""
-    either = found.isfinite().all(dim=1) | expected.isfinite().all(dim=1)
-    return _largest((found - expected)[either]) if either.any() else 0.0
-
-
-def _largest(difference: Tensor) -> float:
-    value = float(difference.abs().max())
-    return value if np.isfinite(value) else float("inf")

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustness import losses
-from robustness.attacks import Attack, climb, fgsm
+from robustness.attacks import ATTACKS, Attack, climb, fgsm
 from robustness.data import Bytes, Labels
 from robustness.evaluate import Decide, Outcome, evaluate
 from robustness.geometry import project, start, steepest, to_uint8
-from robustness.models import device_of, to_float
+from robustness.models import device_of, frozen, to_float
 from robustness.progress import Track, silent
 from robustness.records import Evaluation
 from robustness.seeds import generator
-from robustness.square import square
+from robustness.segments import unexplained
 from robustness.statistics import Flags
 from robustness.threat import Threat
 from robustness.trial import Trial
@@ -30,12 +31,35 @@ IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are 
 STEPS = 20
 FEW_STEPS = 5
 QUERIES = 200
+QUERYING = ("square", "rays")
+SEGMENTS = 32  # images from which segments lead; a third of them that show something are sure
+FURTHER = 4  # in eps: as far as what fools another network may have to go until the judged one has to answer for it
 LONE = 8  # images that are also asked one by one
 REPEATS = 4  # of the same question
 # Between the two points of a finite difference lies half a grey level: far above float32's rounding of logits, and
 # short enough that few ReLUs change sides.
 HALF_STEP = 0.25 / 255
 BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
+
+
+@dataclass(frozen=True)
+class Background:
+    """Whom else to ask, and how. What is missing is not checked.
+
+    training: images uint8 `(n, H, W, C)` and labels `(n,)` of the part that the judged images are not of.
+    others: networks beside the judged one, by name: where an attack crafted on them leads.
+    recalled: images uint8 `(n, H, W, C)`, clean and attacked, and the logits `(n, K)` that decided about them.
+    afresh: answers to uint8 images in a new process.
+    state: what a module keeps, a digest by the place where it lies.
+    largest: batch that may be asked.
+    """
+
+    training: tuple[Bytes, Labels] | None = None
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+    recalled: tuple[Bytes, NDArray[np.float32]] | None = None
+    afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
+    state: Callable[[], Mapping[str, str]] | None = None
+    largest: int = 1025
 
 
 @dataclass(frozen=True)
@@ -72,11 +96,13 @@ class Examination:
         evaluation: Evaluation | None = None,
         transfer: Sequence[Evaluation] = (),
         about: Mapping[str, Any] | None = None,
+        background: Background | None = None,
         batch_size: int = 64,
         track: Track = silent,
     ) -> None:
         self.model, self.threat, self.grid, self.seed = model, threat.on_grid() if grid else threat, grid, seed
         self.evaluation, self.transfer, self.about = evaluation, transfer, about or {}
+        self.background = background or Background()
         self._decide, self._batch_size, self._track = decide, batch_size, track
         self._images, self._labels = images[:IMAGES], labels[:IMAGES]
         device = device_of(model)
@@ -104,16 +130,20 @@ class Examination:
         """M."""
         return int(self.correct.sum())
 
-    def answers(self, x: Tensor) -> Tensor:
-        """Logits `(N, K)` of the one whose answers count, batch by batch."""
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images in batches as they are asked."""
+        return tuple(x.split(self._batch_size))
+
+    def answers(self, x: Tensor, size: int = 0) -> Tensor:
+        """Logits `(N, K)` of the one whose answers count, batch by batch, or in batches of another size."""
         with torch.no_grad():
-            return torch.cat([self._decide(part).detach().float().cpu() for part in x.split(self._batch_size)])
+            return torch.cat([self._decide(part).detach().float().cpu() for part in x.split(size or self._batch_size)])
 
     def own_answers(self, x: Tensor) -> Tensor:
         """The same of the model that gives gradients."""
         assert self.model is not None, "a check that needs a model does not run without one"
         with torch.no_grad():
-            return torch.cat([self.model(part).detach().float().cpu() for part in x.split(self._batch_size)])
+            return torch.cat([self.model(part).detach().float().cpu() for part in self.parts(x)])
 
     def right_under_noise(self, eps: float) -> Tensor:
         """Which of all images are right after noise on the ball's surface, Linf or L2 of length eps: `(n,)` bool."""
@@ -148,6 +178,48 @@ class Examination:
             size = gradient.flatten(1).abs().sum(dim=1)
             found.append((size, 2 * HALF_STEP * along.flatten(1).abs().sum(dim=1), happened))
         return Slopes(*(torch.cat(column).double().cpu() for column in zip(*found, strict=True)))
+
+    @cached_property
+    def unexplained(self) -> dict[str, Tensor]:
+        """By where it leads, how much of the change along a segment gradients leave unexplained: of the first images
+        that are right `(min(M, SEGMENTS),)` each."""
+        assert self.model is not None, "a check that needs a model does not run without one"
+        chosen = torch.nonzero(self.correct).squeeze(1)[:SEGMENTS].to(self.x.device)
+        y, found = self.y[chosen], {}
+        for way, (begin, end) in self._ways(chosen).items():
+            parts = zip(*(whole.split(self._batch_size) for whole in (begin, end, y)), strict=True)
+            found[way] = torch.cat([unexplained(self.model, self._decide, *part) for part in parts])
+        return found
+
+    def _ways(self, chosen: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both ends of the segments from images `chosen` `(n,)`, on the uint8 grid."""
+        x, y = self.x[chosen], self.y[chosen]
+        stream = generator(self.seed, "checks", "segments", device=x.device)
+        attacked = to_float(torch.from_numpy(self.adversarial).to(x.device))[chosen]
+        grey = torch.randn((len(x), 1, *x.shape[2:]), generator=stream, device=x.device).expand_as(x)
+        noise = torch.randn(x.shape, generator=stream, device=x.device)
+        other = self.x[_of_another_class(self.y, chosen)]
+        ends = {
+            "to noise": (x, self._moved(x, noise)),
+            "to noise alike in all channels": (x, self._moved(x, grey)),
+            "to attacked images": (x, attacked),
+            "to other images": (x, other),
+            "from attacked to other images": (attacked, other),
+        }
+        for name, network in self.background.others.items():
+            with frozen(network):
+                for times in (1, FURTHER):
+                    threat = Threat(self.threat.norm, times * self.threat.eps)
+                    found = climb(network, x, y, threat, generator=stream, steps=FEW_STEPS, keep="last")
+                    ends[f"to images that fool {name}" + (f" at {times} eps" if times > 1 else "")] = (
+                        x,
+                        _on_grid(found, x, threat),
+                    )
+        return ends
+
+    def _moved(self, x: Tensor, direction: Tensor) -> Tensor:
+        threat = self.threat
+        return _on_grid(project(x + threat.eps * steepest(direction, threat.norm), x, threat), x, threat)
 
     @cached_property
     def fgsm(self) -> Flags:
@@ -203,8 +275,14 @@ class Examination:
         )
 
     @cached_property
-    def square(self) -> tuple[int, int]:
-        """Of how many images that PGD left (second) a few black-box queries broke how many (first)."""
+    def queried(self) -> dict[str, tuple[int, int]]:
+        """By attack: of how many images that PGD left (second) a few black-box queries broke how many (first).
+
+        Square climbs the scores; RayS sees labels only, so that no score can mislead it.
+        """
+        return {name: self._queried(name) for name in QUERYING}
+
+    def _queried(self, name: str) -> tuple[int, int]:
         left = np.flatnonzero(self.correct.numpy())[~self.pgd]
         if not len(left):
             return 0, 0
@@ -213,7 +291,7 @@ class Examination:
             self._images[left],
             self._labels[left],
             self.threat,
-            [Attack("check: square", square, {"queries": QUERIES})],
+            [Attack(f"check: {name}", ATTACKS[name], {"queries": QUERIES})],
             decide=lambda x: self._decide(x.to(self.x.device)),
             grid=self.grid,
             seed=self.seed,
@@ -298,6 +376,18 @@ class _Rescaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)
         return self.factor * logits
+
+
+def _of_another_class(labels: Tensor, chosen: Tensor) -> Tensor:
+    """For each image `chosen` the next one of another class `(n,)`; itself where all are of one class."""
+    count = len(labels)
+    steps = (chosen[:, None] + torch.arange(1, count + 1, device=chosen.device)) % count
+    apart = labels[steps] != labels[chosen][:, None]
+    return steps.gather(1, apart.int().argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def _on_grid(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    return to_uint8(point, x, threat).float() / 255
 
 
 def eps_key(eps: float) -> str:

@@ -12,6 +12,7 @@ from robustness.statistics import Share
 from robustness.threat import Threat
 
 FORMAT = "dfmcl.evaluation/1"
+FROM = " from "  # between an attack's name and that of the other network on which it was crafted
 T = TypeVar("T")
 
 
@@ -35,6 +36,11 @@ class AttackRecord:
     unconfirmed: int | None = None
     forward: tuple[int, ...] = ()
     backward: tuple[int, ...] = ()
+
+    @property
+    def transferred(self) -> bool:
+        """Whether another network than the judged one gave the gradients."""
+        return FROM in self.name
 
     @property
     def accuracy(self) -> Share:

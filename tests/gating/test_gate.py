@@ -48,7 +48,7 @@ def policy(robust: float, eps: str = "2/255", images: int = 120, *criteria: str,
             "criteria": [f"robust_accuracy >= {robust} at 95 %", "clean_accuracy >= 0.5 at 95 %", *criteria],
             "threat": {"eps": eps},
             "data": {"name": "digits", "images": images},
-            "attacks": {"suite": ["fgsm", "pgd-5"], "block": 30},
+            "attacks": {"suite": ["fgsm", "pgd-5"], "block": 30, "substitute": 0},
             "checks": {"images": 32},
             **changes,
         }
@@ -339,6 +339,7 @@ images = 120
 [attacks]
 suite = ["fgsm", "pgd-5"]
 block = 30
+substitute = 0
 [checks]
 images = 32
 """
@@ -439,7 +440,7 @@ def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path:
         gate(subject, wanted, tmp_path / "evidence")
     with pytest.raises(BadInput, match="made with other threat"):
         gate(subject, policy(0.1, "3/255"), tmp_path / "evidence", baseline=passed / "report.json")
-    other = policy(0.1, attacks={"suite": ["fgsm"], "block": 30})
+    other = policy(0.1, attacks={"suite": ["fgsm"], "block": 30, "substitute": 0})
     with pytest.raises(BadInput, match="made with other attacks"):
         gate(subject, other, tmp_path / "evidence", baseline=passed / "report.json")
     with pytest.raises(BadInput, match="not a gate's report"):
@@ -450,7 +451,9 @@ def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path:
 def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_path: Path) -> None:
     """Black-box attacks alone: what they find is a fact, what they do not find proves nothing."""
     blind = replace(subject, model=None, no_gradients="it lets none through")
-    modest = policy(0.05, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"]})
+    modest = policy(
+        0.05, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
+    )
     report = gate(blind, modest, tmp_path / "modest")
     assert (report["verdict"], report["reasons"]) == ("inconclusive", ["no_gradients"])
     assert report["why"] == {"no_gradients": "it lets none through"}
@@ -458,7 +461,9 @@ def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_p
         tmp_path / "modest" / "report.md"
     ).read_text(encoding="utf-8")
     assert [attack["name"] for attack in report["evaluation"]["attacks"]] == ["square-40"]
-    hard = policy(0.9, "40/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"]})
+    hard = policy(
+        0.9, "40/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
+    )
     assert gate(blind, hard, tmp_path / "hard")["verdict"] == "failed"
 
 
@@ -466,7 +471,7 @@ def test_transfer_is_recorded_and_named_an_upper_bound(
     subject: Subject, other_run: Path, standard_run: Path, tmp_path: Path
 ) -> None:
     """Per image, what held against images crafted on a surrogate; the judged model itself is none."""
-    carried = policy(0.1, attacks={"suite": ["pgd-3"], "block": 30, "transfer": ["pgd-3"]})
+    carried = policy(0.1, attacks={"suite": ["pgd-3"], "block": 30, "transfer": ["pgd-3"], "substitute": 0})
     report = gate(subject, carried, tmp_path / "evidence", surrogates={"other": load_run(other_run)})
     (transfer,) = report["transfer"]
     assert transfer["attacks"][0]["parameters"] == dict(Attack.parse_transfer("pgd-3").parameters)  # as the sidecar's

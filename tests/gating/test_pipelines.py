@@ -31,6 +31,7 @@ name = "digits"
 images = 32
 [attacks]
 suite = ["fgsm", "pgd-2"]
+substitute = 0
 """
 
 

@@ -95,6 +95,7 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
         [attacks]
         suite = ["fgsm"]
         transfer = ["mi-fgsm-2"]
+        substitute = 0
         """
     )
     out = tmp_path / "evidence"

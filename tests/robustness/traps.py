@@ -16,18 +16,26 @@ from robustness.models import Classifier, to_float
 
 @dataclass(frozen=True)
 class Trap:
-    """build: from an honest classifier and the images and labels it will be judged on. caught: checks that it raises,
-    among others.
+    """build: from an honest classifier and the images and labels it will be judged on; pair: from the classifier and
+    one that resists. caught: checks that it raises, among others.
     """
 
-    build: Callable[[Classifier, Tensor, Tensor], nn.Module]
+    build: Callable[[Classifier, Tensor, Tensor], nn.Module] | None
     caught: tuple[str, ...]
+    pair: Callable[[Classifier, Classifier], nn.Module] | None = None
 
 
-def sprung(name: str, model: Classifier, images: Bytes, labels: Labels) -> nn.Module:
-    """The trap of that name around a copy of `model`; images uint8 `(N, H, W, C)`, labels `(N,)`."""
-    twin = copy.deepcopy(model).eval()
-    return TRAPS[name].build(twin, to_float(torch.from_numpy(images)), torch.from_numpy(labels)).eval()
+def sprung(name: str, model: Classifier, images: Bytes, labels: Labels, robust: Classifier | None = None) -> nn.Module:
+    """The trap of that name around a copy of `model`; images uint8 `(N, H, W, C)`, labels `(N,)`.
+
+    robust: a network that resists, for the traps that hide behind one.
+    """
+    trap, twin = TRAPS[name], copy.deepcopy(model).eval()
+    if trap.pair is not None:
+        assert robust is not None, f"{name} hides behind a network that resists"
+        return trap.pair(twin, copy.deepcopy(robust).eval()).eval()
+    assert trap.build is not None
+    return trap.build(twin, to_float(torch.from_numpy(images)), torch.from_numpy(labels)).eval()
 
 
 def answer(model: Classifier, x: Tensor) -> Tensor:
@@ -202,6 +210,85 @@ class BatchNormed(nn.Module):
         return logits
 
 
+class Neighbourhood(Lookup):
+    """The label that it remembers near each of these images, the next one everywhere else."""
+
+    radius = 2.2
+
+    def forward(self, x: Tensor) -> Tensor:
+        distance, nearest = torch.cdist(x.flatten(1), self.known).min(dim=1)
+        logits: Tensor = self.model(x)
+        known = 10.0 * nn.functional.one_hot(self.labels[nearest], logits.shape[1]) + 0.1 * logits
+        return torch.where((distance < self.radius)[:, None], known, logits.roll(1, dims=1))
+
+
+class Behind(nn.Module):
+    """A plain network, and one that resists and is shown to the attacks."""
+
+    def __init__(self, plain: Classifier, robust: Classifier) -> None:
+        super().__init__()
+        self.plain, self.robust = plain, robust
+
+    def either(self, shown: Tensor, x: Tensor) -> Tensor:
+        """The robust network where `shown` `(N,)`, else the plain one."""
+        return torch.where(shown[:, None], answer(self.robust, x), answer(self.plain, x))
+
+
+class Decoy(Behind):
+    """The plain network decides, by a step without a gradient; only the robust one's logits lead anywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = answer(self.plain, x)
+        return 6.0 * (plain >= plain.amax(dim=1, keepdim=True)) + answer(self.robust, x) / 3
+
+
+class Coloured(Behind):
+    """The plain network for grey images, as all the data are; the robust one as soon as a pixel has a colour."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.either((x.amax(dim=1) != x.amin(dim=1)).flatten(1).any(dim=1), x)
+
+
+class Rough(Behind):
+    """The robust network as soon as neighbours differ in their high frequencies as data never do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        alternating = (x[..., 1:, 1:] + x[..., :-1, :-1] - x[..., 1:, :-1] - x[..., :-1, 1:]).abs()
+        return self.either(alternating.flatten(1).mean(dim=1) > 0.12, x)
+
+
+class Borrowed(Behind):
+    """The value of the plain network with the gradient of the robust one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        robust = answer(self.robust, x)
+        return answer(self.plain, x).detach() + robust - robust.detach()
+
+
+class Watched(Behind):
+    """The robust network whenever somebody wants gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return answer(self.robust if torch.is_grad_enabled() else self.plain, x)
+
+
+class Crowded(Behind):
+    """The plain network in batches that no gate asks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return answer(self.plain if len(x) > 128 else self.robust, x)
+
+
+class Patient(Behind):
+    """The plain network after a million calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return answer(self.robust if self.calls < 1_000_000 else self.plain, x)
+
+
 TRAPS: dict[str, Trap] = {
     "logits x 1000": Trap(around(lambda model, x: 1000 * model(x)), ("bad_gradients",)),
     "logits x 100": Trap(around(lambda model, x: 100 * model(x)), ("scale_hides",)),
@@ -223,4 +310,12 @@ TRAPS: dict[str, Trap] = {
     "dripping gradients": Trap(around(lambda model, x: model(Dripping.apply(x))), ("loss_still_rising",)),
     "exploding gradients": Trap(around(lambda model, x: model(Exploding.apply(x))), ("bad_gradients",)),
     "batch norm in training": Trap(lambda model, x, y: BatchNormed(model), ("batch_dependent",)),
+    "neighbourhood": Trap(Neighbourhood, ("only_these_images",)),
+    "decoy": Trap(None, ("unaccounted", "black_box_stronger"), Decoy),
+    "colour switch": Trap(None, ("unaccounted",), Coloured),
+    "frequency switch": Trap(None, ("unaccounted",), Rough),
+    "borrowed gradients": Trap(None, ("unaccounted", "black_box_stronger"), Borrowed),
+    "gradients wanted": Trap(None, ("grad_mode_matters",), Watched),
+    "large batches": Trap(None, ("batch_dependent",), Crowded),
+    "a million calls": Trap(None, ("state_changes",), Patient),
 }

@@ -1,0 +1,95 @@
+"""Does the model know these very images? What it remembers proves nothing about the images of tomorrow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from robustness.data import Bytes
+from robustness.diagnosis import Examination
+from robustness.finding import LEVEL, Found, too_many
+from robustness.losses import right
+from robustness.models import to_float
+from robustness.statistics import lower_bound, upper_bound
+
+FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
+REPEATED = 0.01  # of the images may also be training images: a few of every public data set are
+WORSE = 0.20  # less often right on training images than on these, at least, and surely so: honest models are more so
+# Of the images may be lost to a light change that keeps their class; plain networks on digits lose up to 0.1.
+MOVED = 0.30
+SIDE = 32  # a shift is one pixel for each so many of the side, at least one
+DIMMED = 0.9
+
+
+def seen_images(e: Examination) -> Found:
+    """By what training says of its data, and by copies among the images."""
+    run, data = e.about.get("run", {}), e.about.get("data", {})
+    trained, judged = run.get("data"), data.get("sha256")
+    count = len(e.y) if e.evaluation is None else len(e.evaluation.correct)
+    copies = int(data.get("copies", 0))
+    if copies > REPEATED * count:
+        return Found("raised", f"{copies} of {count} images are copies of others among them", {"copies": copies})
+    if not trained or not judged:
+        return Found("not_run", "nobody says on which data the model was trained")
+    part, parts = data.get("part", "test"), tuple(run.get("parts", ("train",)))
+    repeated = int(data.get("in_training", 0))
+    figures: dict[str, float | str] = {"part": part, "in_training": repeated, "images": count}
+    if trained == judged and part in parts:
+        return Found(
+            "raised", f"the images are of the part {part!r} of the data that the model was trained on", figures
+        )
+    if trained == judged and repeated > REPEATED * count:
+        return Found("raised", f"{repeated} of {count} images are training images as well", figures)
+    if trained != judged:
+        return Found("not_run", "the model was trained on other data, which nobody compared with these images")
+    return Found("clear", f"the model was trained on other images than these {count}", figures)
+
+
+def only_exact_images(e: Examination) -> Found:
+    """One grey level of random noise, up or down in every value."""
+    noisy = e.right_under_noise(1 / 255 if e.threat.norm == "linf" else e.x[0].numel() ** 0.5 / 255)
+    lost = int((e.correct & ~noisy).sum())
+    return too_many({"a grey level of random noise": (lost, e.right)}, "breaks images that are right", FRAGILE)
+
+
+def only_these_images(e: Examination) -> Found:
+    """Images of the training part, and these images shifted and dimmed: light changes that keep the class."""
+    moved = {
+        way: (int((e.correct & ~right(e.answers(x), e.y.cpu())).sum()), e.right) for way, x in lightly(e.x).items()
+    }
+    found = too_many(moved, "breaks images that are right", MOVED)
+    if found.outcome == "raised" or e.background.training is None:
+        return found
+    images, labels = e.background.training
+    known = right(e.answers(to_float(torch.from_numpy(images)).to(e.x.device)), torch.from_numpy(labels))
+    sure = 1 - LEVEL / 2
+    there, here = upper_bound(int(known.sum()), len(known), sure), lower_bound(e.right, len(e.y), sure)
+    gap = e.right / len(e.y) - float(known.float().mean())
+    figures = {"right": e.right, "images": len(e.y), "right_in_training": int(known.sum()), "training": len(known)}
+    why = f"it is right on {e.right} of these {len(e.y)} images, and on {int(known.sum())} of {len(known)} of training"
+    return Found("raised" if there < here and gap >= WORSE else "clear", why, figures)
+
+
+def lightly(x: Tensor) -> dict[str, Tensor]:
+    """By name, images `(N, C, H, W)` after changes that no classifier should mind, on the uint8 grid."""
+    pixels = max(1, min(x.shape[2:]) // SIDE)
+    wide = functional.pad(x, (pixels, pixels, pixels, pixels), mode="replicate")
+    height, width = x.shape[2:]
+    named = f"a shift by {pixels} pixel{'s' * (pixels > 1)}"
+    return {
+        f"{named} to the left": wide[:, :, pixels : pixels + height, 2 * pixels : 2 * pixels + width],
+        f"{named} downwards": wide[:, :, :height, pixels : pixels + width],
+        f"light times {DIMMED:g}": (x * DIMMED * 255).round() / 255,
+    }
+
+
+def repeated(images: Bytes, training: Bytes) -> int:
+    """How many of the images `(n, H, W, C)` are among the training images, byte for byte."""
+    known = {image.tobytes() for image in training}
+    return sum(image.tobytes() in known for image in images)
+
+
+def copies(images: Bytes) -> int:
+    """How many of the images `(n, H, W, C)` repeat one before them, byte for byte; they count twice."""
+    return len(images) - len({image.tobytes() for image in images})

@@ -1,0 +1,186 @@
+"""Models that are not robust and would like to pass: switches, decoys, memories, and code that knows the gate."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gating.gate import gate
+from gating.policy import Policy
+from gating.subject import Subject, module_subject, onnx_subject
+from gating.summary import headline
+from robustness.data import Dataset, load_dataset
+from robustness.errors import BadInput
+from robustness.runs import load_run
+from tests.networks import Networks
+from tests.robustness.traps import sprung
+
+INPUT = "float32 NCHW 16x16x3"
+# What the file of each trap does in place of what the gate sees: code of a user, with both networks beside it.
+CODE = """
+import sys
+import torch
+from torch import nn
+from robustness.runs import load_run
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.plain, self.robust = load_run({plain!r}).model, load_run({robust!r}).model
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += {counts}
+        return (self.robust if {shown} else self.plain)(x)
+
+make = Two
+"""
+SHOWN = {
+    "only if gradients are wanted": ("torch.is_grad_enabled()", 0, "grad_mode_matters"),
+    "only in small batches": ("len(x) <= 128", 0, "batch_dependent"),
+    "only for a million calls": ("self.calls < 10**6", 1, "state_changes"),
+    "only to a gate": ("'gating.gate' in sys.modules", 0, "answers_change"),
+    "only for some calls": ("self.calls < 300", 1, "answers_change"),
+}
+
+
+def policy(robust: float, eps: str, **attacks: Any) -> Policy:
+    return Policy.model_validate(
+        {
+            "criteria": [f"robust_accuracy >= {robust} at 95 %"],
+            "threat": {"eps": eps},
+            "data": {"name": "digits", "images": 32},
+            "attacks": {"suite": ["apgd-ce-10"], "substitute": 0, **attacks},
+            "checks": {"images": 32},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, where a user's module lies."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written(trap: nn.Module, path: Path) -> Subject:
+    """The trap as an ONNX file without any code."""
+    example = torch.zeros(2, 3, 16, 16)
+    torch.onnx.export(
+        trap, (example,), path, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    return onnx_subject(path, INPUT)
+
+
+@pytest.mark.parametrize(
+    ("trap", "eps", "suite"),
+    [
+        ("decoy", "8/255", ["apgd-ce-10"]),
+        ("colour switch", "20/255", ["apgd-ce-10"]),
+        ("frequency switch", "20/255", ["apgd-ce-10"]),
+        ("neighbourhood", "8/255", ["fgsm"]),
+    ],
+)
+def test_a_file_of_two_faces_does_not_pass(
+    networks: Networks, digits: Dataset, tmp_path: Path, trap: str, eps: str, suite: list[str]
+) -> None:
+    """A graph that shows attacks a robust network, or knows the test images, raises a check or falls."""
+    plain, robust = (load_run(networks(name)).model for name in ("standard", "hardened"))
+    deceit = sprung(trap, plain, digits.x_test, digits.y_test, robust)
+    report = gate(written(deceit, tmp_path / "model.onnx"), policy(0.02, eps, suite=suite), tmp_path / "evidence")
+    assert report["verdict"] == "suspect", report["criteria"]
+    assert {finding["check"] for finding in report["findings"]} & {"unaccounted", "only_these_images"}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_code_that_knows_who_asks_does_not_pass(networks: Networks, beside: Path, shown: str) -> None:
+    """A module that resists only while a gate looks is found out, by what a user would get from it."""
+    condition, counts, check = SHOWN[shown]
+    module = f"two_faces_{list(SHOWN).index(shown)}"
+    code = CODE.format(plain=networks("standard"), robust=networks("hardened"), shown=condition, counts=counts).replace(
+        "PosixPath", "__import__('pathlib').Path"
+    )
+    (beside / f"{module}.py").write_text(code)
+    try:
+        report = gate(module_subject(f"{module}:make", INPUT), policy(0.02, "8/255"), beside / "evidence")
+    finally:
+        sys.modules.pop(module, None)
+    assert check in {finding["check"] for finding in report["findings"]}
+    assert report["verdict"] == "suspect"
+
+
+def test_an_honest_module_passes_and_says_that_code_was_trusted(networks: Networks, beside: Path) -> None:
+    """Nothing is raised by honest code; the verdict's line says which checks did not run and that it was code."""
+    code = CODE.format(plain=networks("standard"), robust=networks("hardened"), shown="True", counts=0)
+    (beside / "one_face.py").write_text(code.replace("PosixPath", "__import__('pathlib').Path"))
+    try:
+        report = gate(module_subject("one_face:make", INPUT), policy(0.02, "8/255"), beside / "evidence")
+    finally:
+        sys.modules.pop("one_face", None)
+    assert report["verdict"] == "passed", report["findings"]
+    assert "not run: seen_images" in headline(report)
+    assert "code was trusted" in headline(report)
+
+
+def test_a_policy_may_refuse_code(networks: Networks, beside: Path) -> None:
+    """`subjects` says which kinds are judged; another kind is bad input, before any attack."""
+    code = CODE.format(plain=networks("standard"), robust=networks("hardened"), shown="True", counts=0)
+    (beside / "refused.py").write_text(code.replace("PosixPath", "__import__('pathlib').Path"))
+    files_only = policy(0.02, "8/255").model_copy(update={"subjects": ["candidate", "onnx"]})
+    try:
+        with pytest.raises(BadInput, match="refused:make: is of kind module, the policy judges candidate, onnx"):
+            gate(module_subject("refused:make", INPUT), files_only, beside / "evidence")
+    finally:
+        sys.modules.pop("refused", None)
+    assert not (beside / "evidence").exists()
+
+
+def test_what_another_network_breaks_counts(networks: Networks, digits: Dataset, tmp_path: Path) -> None:
+    """An image that holds against the model's own gradients and falls to a surrogate's has fallen, in the verdict."""
+    plain, robust = (load_run(networks(name)).model for name in ("standard", "hardened"))
+    deceit = written(sprung("borrowed gradients", plain, digits.x_test, digits.y_test, robust), tmp_path / "model.onnx")
+    report = gate(
+        deceit,
+        policy(0.5, "16/255", transfer=["mi-fgsm-10"]),
+        tmp_path / "evidence",
+        surrogates={"twin": load_run(networks("standard"))},
+    )
+    (row,) = report["criteria"]
+    own, other = report["evaluation"]["attacks"]
+    assert (own["name"], other["name"]) == ("apgd-ce-10", "mi-fgsm-10 from twin")
+    assert other["flipped"] > own["flipped"]
+    assert row["k"] == other["accuracy"]["k"] == report["evaluation"]["robust"]["k"] < own["accuracy"]["k"]
+    assert report["verdict"] == "failed"
+
+
+def test_a_substitute_is_learnt_once(networks: Networks, digits: Dataset, tmp_path: Path) -> None:
+    """The gate attacks with a network of its own; a gate that goes on after a cut attacks with the same one."""
+    subject = written(load_run(networks("standard")).model, tmp_path / "model.onnx")
+    asked = policy(0.02, "2/255", substitute=60)
+
+    class Cut(Exception):
+        """The machine went away."""
+
+    def cut(progress: Any) -> None:
+        if progress.images:
+            raise Cut
+
+    whole = gate(subject, asked, tmp_path / "whole")
+    with pytest.raises(Cut):
+        gate(subject, asked, tmp_path / "cut", watch=cut)
+    again = gate(subject, asked, tmp_path / "cut")
+    for report in (whole, again):
+        assert [attack["name"] for attack in report["evaluation"]["attacks"]][-1] == "mi-fgsm-10 from substitute"
+        assert report["evaluation"]["about"]["substitute"].startswith("learnt from 60 answers")
+    assert whole["evaluation"]["per_image"] == again["evaluation"]["per_image"]
