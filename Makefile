@@ -20,7 +20,7 @@ help:
 	@echo 'make bench-training      training speed beside the usual loop; writes benchmarks/results/training.json, .md'
 	@echo 'make bench-gate          how often the sequential bounds err, and how many images they need; writes gate.json, .md'
 	@echo 'make bench-attacks       PGD and Square beside foolbox, torchattacks and ART; writes attacks.json, .md'
-	@echo 'make bench-strength      the standard suite beside torchattacks'"'"' AutoAttack; writes strength.json, .md'
+	@echo 'make bench-strength      our AutoAttack beside torchattacks'"'"'; writes strength.json, .md'
 	@echo 'make bench-standard      FAB-T and Square on what the gate left of the shipped model'"'"'s images; writes standard.json, .md'
 	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-detection     detectors of attacks by queries: cost, false alarms, recall; DATA=cifar10.npz; writes detection.json, .md'

@@ -1,4 +1,4 @@
-"""The suite `standard` beside torchattacks' AutoAttack protocol, image by image: `make bench-strength`.
+"""The four of AutoAttack in the suite `standard` beside torchattacks' protocol, image by image: `make bench-strength`.
 
 Both attack in AutoAttack's order, each attack only what the ones before it left, at the same budgets: steps of a run,
 nine targets, queries. Whether an image fell is decided by the network in float32, and only inside the ball. Shares are
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.attacks import Counted
 from benchmarks.result import write_result
 from gating.subject import candidate_subject
-from robustness.attacks import SUITES, Attack
+from robustness.attacks import AUTOATTACK, Attack
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
 from robustness.evaluate import evaluate
@@ -67,7 +67,7 @@ def main() -> None:
         for threat in map(parse_threat, arguments.threat):
             budget = {"steps": arguments.steps, "queries": arguments.queries}
             rows += compared(folder.name, network, images, labels, threat, budget, arguments.seed)
-    last = [row for row in rows if row["attack"] == SUITES["standard"][-1]]
+    last = [row for row in rows if row["attack"] == AUTOATTACK[-1]]
     ratios = {
         "points_above_autoattack_mean": float(np.mean([row["ours"] - row["torchattacks"] for row in last])),
         "points_above_autoattack_worst": float(max(row["ours"] - row["torchattacks"] for row in last)),
@@ -98,7 +98,7 @@ def compared(
     name: str, network: nn.Module, images: Bytes, labels: Labels, threat: Threat, budget: dict[str, int], seed: int
 ) -> list[dict[str, Any]]:
     """A row for each attack of the suite; both orders of attacks begin with the images that the network gets right."""
-    kinds, numbers = SUITES["standard"], {"square": budget["queries"]}
+    kinds, numbers = AUTOATTACK, {"square": budget["queries"]}
     suite = [Attack.parse(f"{kind}-{numbers.get(kind, budget['steps'])}") for kind in kinds]
     title = f"{name}, {threat}, ours"
     found = evaluate(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from robustness import losses
 from robustness.apgd import apgd, apgd_targeted
+from robustness.confined import square_subspace, subspace
 from robustness.cw import cw_l2
 from robustness.errors import BadInput
 from robustness.fab import fab_targeted
@@ -156,16 +157,25 @@ ATTACKS: dict[str, AttackFunction] = {
     "apgd-t": apgd_targeted,
     "fab-t": fab_targeted,
     "square": square,
+    "subspace": subspace,
+    "square-subspace": square_subspace,
     "rays": rays,
     "di-fgsm": di_fgsm,
     "ti-fgsm": ti_fgsm,
     "vmi-fgsm": vmi_fgsm,
 }
 
-# The cheapest killer first. `standard` is AutoAttack's protocol: four attacks, the worst case per image.
+AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The four of AutoAttack's protocol, the cheapest killer first. Croce & Hein 2020."""
+
+# In each subspace ten steps break all but 2 of 64 images that twenty break (plain network, 8/255, 20/255), at half the
+# price.
+SUBSPACE = "subspace-10"
+
+# The worst case per image. What no honest network falls to, the subspaces, comes last: it sees only what is left.
 SUITES: dict[str, tuple[str, ...]] = {
-    "fast": ("apgd-ce", "apgd-t"),
-    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "fast": ("apgd-ce", "apgd-t", SUBSPACE),
+    "standard": (*AUTOATTACK, SUBSPACE),
 }
 
 # Those that are carried from a surrogate to another model, with what that needs: the last iterate, as one that fools
@@ -181,7 +191,7 @@ TRANSFERABLE: dict[str, dict[str, Any]] = {
 }
 
 # They ask for scores or labels only; the number in their name is that of queries.
-WITHOUT_GRADIENTS = ("square", "rays")
+WITHOUT_GRADIENTS = ("square", "square-subspace", "rays")
 
 # What they compare, scores of two proposals or the way to the border, differs by less than bfloat16's steps: that cost
 # Square 2 points of its strength and FAB-T 1 to 3.
@@ -203,8 +213,9 @@ class Attack:
     def parse(text: str) -> Attack:
         """From a name: KIND, KIND-STEPS or KIND-STEPSxRESTARTS, and @STEP_SIZE where the attack has one.
 
-        `fgsm`, `pgd-20`, `pgd-50x5`, `apgd-t`, `pgd-40@2/255`, `pgd-200x5@eps/4`. For `square-1000` and `rays-1000` the
-        number is that of queries. BadInput where the name or a number makes no sense.
+        `fgsm`, `pgd-20`, `pgd-50x5`, `apgd-t`, `subspace-10`, `pgd-40@2/255`, `pgd-200x5@eps/4`. For `square-1000`,
+        `square-subspace-1000` and `rays-1000` the number is that of queries. BadInput where the name or a number makes
+        no sense.
         """
         match = re.fullmatch(
             r"(?P<kind>[a-z0-9-]*?[a-z2])(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?(?:@(?P<step_size>.*))?", text

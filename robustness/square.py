@@ -74,17 +74,21 @@ def patch_side(proposal: int, queries: int, p_init: float, size: tuple[int, ...]
 
 def _striped(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
     """Vertical stripes of +-eps, one sign a column and channel."""
-    up = _signs((len(x), x.shape[1], 1, x.shape[3]), x, generator)
+    up = signs((len(x), x.shape[1], 1, x.shape[3]), x, generator)
     return torch.where(up, x + threat.eps, x - threat.eps).clamp(0, 1)
 
 
 def _patched(current: Tensor, x: Tensor, threat: Threat, side: int, generator: torch.Generator) -> Tensor:
-    """`current` with one square each at the ball's border, one sign a channel; never `current` itself."""
+    """`current` with one square each at the ball's border."""
+    return patched(current, (x - threat.eps).clamp(0, 1), (x + threat.eps).clamp(0, 1), side, generator)
+
+
+def patched(current: Tensor, low: Tensor, high: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """`current` `(N, C, H, W)` with one square each at `low` or `high`, one sign a channel; never `current` itself."""
     count, channels, height, width = current.shape
-    low, high = (x - threat.eps).clamp(0, 1), (x + threat.eps).clamp(0, 1)
     inside = _span(count, height, side, current, generator)[:, None, :, None]
     inside = inside & _span(count, width, side, current, generator)[:, None, None, :]
-    up = _signs((count, channels, 1, 1), current, generator)
+    up = signs((count, channels, 1, 1), current, generator)
     proposed = torch.where(inside, torch.where(up, high, low), current)
     same = (proposed == current).flatten(1).all(dim=1).view(-1, 1, 1, 1)
     # A query that changes nothing is wasted: half of all on one channel, once the patch is one pixel.
@@ -141,9 +145,9 @@ def _bumps(count: int, channels: int, side: int, like: Tensor, generator: torch.
         half = height_at[torch.maximum(rows[:, None], columns)]
         halves.append(_of_length(half[None, None], 1)[0, 0] if height else half)
     bump = _of_length(torch.cat([halves[0], -halves[1]])[None, None], 1)
-    upright = _signs((count, 1, 1, 1), like, generator)
+    upright = signs((count, 1, 1, 1), like, generator)
     bump = torch.where(upright, bump, bump.transpose(2, 3))
-    return torch.where(_signs((count, channels, 1, 1), like, generator), bump, -bump)
+    return torch.where(signs((count, channels, 1, 1), like, generator), bump, -bump)
 
 
 def _of_length(windows: Tensor, length: Tensor | float) -> Tensor:
@@ -169,6 +173,6 @@ def _span(count: int, length: int, side: int, like: Tensor, generator: torch.Gen
     return (place >= first) & (place < first + side)
 
 
-def _signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
+def signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:
     """A fair coin for each entry, bool."""
     return torch.randint(0, 2, shape, generator=generator, device=like.device).bool()

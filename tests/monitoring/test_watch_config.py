@@ -47,8 +47,8 @@ MISTAKES = {
     "unknown attack": (
         '[probe]\nattacks = ["pdg-10"]',
         "probe.attacks.0: attack: 'pdg-10' is unknown; choose from fgsm, pgd, margin-pgd, mi-fgsm, cw-l2, "
-        "apgd-ce, apgd-t, fab-t, square, rays, di-fgsm, ti-fgsm, vmi-fgsm, with -STEPS or -STEPSxRESTARTS"
-        " (found 'pdg-10')",
+        "apgd-ce, apgd-t, fab-t, square, subspace, square-subspace, rays, di-fgsm, ti-fgsm, vmi-fgsm, with "
+        "-STEPS or -STEPSxRESTARTS (found 'pdg-10')",
     ),
     "attack that does not transfer": (
         '[probe]\nattacks = ["cw-l2"]',

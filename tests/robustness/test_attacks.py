@@ -81,7 +81,7 @@ def test_cw_finds_the_least_l2_perturbation(count: int) -> None:
     assert (ratio <= 1.05).all()
 
 
-@pytest.mark.parametrize("name", [*GRADIENT_ATTACKS, "cw-l2-5", "square-30"])
+@pytest.mark.parametrize("name", [*GRADIENT_ATTACKS, "cw-l2-5", "square-30", "subspace-3x2", "square-subspace-30"])
 def test_attack_is_repeatable_and_changes_nothing(name: str) -> None:
     """Same seed, same bytes; inputs, weights and training mode are as before."""
     model, x = Linear(SHAPE).train(), images(3, SHAPE)
@@ -138,7 +138,8 @@ def test_restarts_only_help() -> None:
     "text",
     [
         *("pgd-0", "pdg-20", "fgsm-3", "pgd-20x0", "cw-l2-10x2", "square-9x2", "rays-9x2", "apgd", "", "pgd 20"),
-        *("vmi-fgsm-10x2", "fgsm@1/255", "apgd-t@eps/4", "square-9@1/255", "pgd-9@0", "pgd-9@-1/255"),
+        *("vmi-fgsm-10x2", "square-subspace-9x2", "subspace-0", "subspace-9@1/255"),
+        *("fgsm@1/255", "apgd-t@eps/4", "square-9@1/255", "pgd-9@0", "pgd-9@-1/255"),
     ],
 )
 def test_unknown_attack_is_refused(text: str) -> None:
@@ -169,16 +170,18 @@ def test_a_name_can_say_how_long_a_step_is(text: str, step: float) -> None:
 
 
 def test_a_suite_is_a_name_or_a_list() -> None:
-    """`standard` is AutoAttack's four, cheapest first; what is misspelt, empty or doubled is refused."""
-    assert [attack.name for attack in Attack.parse_suite("standard")] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    """`standard` is AutoAttack's four and the subspaces; what is misspelt, empty or doubled is refused."""
+    standard = ["apgd-ce", "apgd-t", "fab-t", "square", "subspace-10"]
+    assert [attack.name for attack in Attack.parse_suite("standard")] == standard
+    assert [attack.name for attack in Attack.parse_suite("fast")] == ["apgd-ce", "apgd-t", "subspace-10"]
     assert [attack.name for attack in Attack.parse_suite(["pgd-20", "rays-9"])] == ["pgd-20", "rays-9"]
     for suite in ("strong", [], ["fgsm", "fgsm"], ["pdg-20"]):
         with pytest.raises(BadInput, match="attack"):
             Attack.parse_suite(suite)
     without = {name for name in ATTACKS if not Attack.parse(name).needs_gradients}
-    assert without == {"square", "rays"}
+    assert without == {"square", "square-subspace", "rays"}
     exact = {name for name in ATTACKS if Attack.parse(name).needs_float32}
-    assert exact == {"fab-t", "square", "rays"}
+    assert exact == {"fab-t", "square", "square-subspace", "rays"}
 
 
 def test_every_attack_has_a_name() -> None:

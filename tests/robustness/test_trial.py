@@ -50,7 +50,13 @@ class Counted:
         self.backward += len(gradient)
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd-7x2", "mi-fgsm-4", "cw-l2-5", "apgd-ce-9x2", "apgd-t-6", "square-30"])
+NAMES = [
+    *("fgsm", "pgd-7x2", "mi-fgsm-4", "cw-l2-5", "apgd-ce-9x2", "apgd-t-6", "square-30", "subspace-3x2"),
+    "square-subspace-40",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_pass_is_counted(model: Classifier, batch: tuple[Tensor, Tensor], name: str) -> None:
     """The trial's sums are the images that went through the model, forward and backward."""
     x, y = batch

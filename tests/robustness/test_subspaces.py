@@ -1,0 +1,322 @@
+"""Subspaces: no point of an attack leaves its own, and a network that switches outside is met as users meet it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from robustness.attacks import SUITES, Attack
+from robustness.confined import STRIDE, square_subspace, subspace
+from robustness.data import Dataset, load_dataset
+from robustness.evaluate import evaluate
+from robustness.geometry import contains, contains_uint8, to_uint8
+from robustness.losses import margin
+from robustness.models import Classifier, to_float
+from robustness.runs import load_run
+from robustness.subspaces import SUBSPACES, Chart, Subspace, subspaces
+from robustness.threat import Threat
+from robustness.trial import Trial
+from tests.linear import Linear, images
+from tests.networks import Networks
+from tests.robustness.switches import Switch, high_frequencies, switches
+from tests.robustness.test_apgd import SHAPE, network, stream
+
+EPS = {"linf": [8 / 255, 20 / 255, 8.6 / 255, 1 / 255, 0.4 / 255], "l2": [1.5, 0.3, 0.02, 0.5 / 255]}
+
+
+def drawn(count: int, shape: tuple[int, int, int], seed: int, grey: bool, values: int) -> Tensor:
+    """Images on the uint8 grid of so many values, black and white among them."""
+    channels, height, width = shape
+    levels = torch.linspace(0, 255, values).round()
+    size = (count, 1 if grey else channels, height, width)
+    chosen = torch.randint(0, values, size, generator=stream(seed))
+    return (levels[chosen] / 255).expand(count, *shape)
+
+
+def enlarged(height: int, width: int) -> Tensor:
+    """The bilinear perturbations `(coarse, H * W)`, one a coordinate, by their formula and not by interpolation."""
+
+    def hats(length: int) -> Tensor:
+        coarse = -(-length // 2)
+        centres = 2 * torch.arange(coarse).double() + 0.5
+        places = torch.arange(length).double().clamp(0.5, 2 * coarse - 1.5)
+        return (1 - (places[None, :] - centres[:, None]).abs() / 2).clamp_min(0)
+
+    return torch.einsum("ah,bw->abhw", hats(height), hats(width)).flatten(2).flatten(0, 1)
+
+
+def stays(space: Subspace, moved: Tensor, x: Tensor, slack: float) -> bool:
+    """Whether `moved` levels `(N, C, H, W)` of images x lie in the subspace; slack: what rounding may add."""
+    levels = (255 * x).round()
+    if space.grey and not torch.equal(moved, moved[:, :1].expand_as(moved)):
+        return False
+    if space.channel is not None and moved[:, [c for c in range(x.shape[1]) if c != space.channel]].any():
+        return False
+    if space.low == "nearest":
+        pairs = functional.interpolate(moved[..., ::2, ::2], scale_factor=2, mode="nearest")
+        if not torch.equal(pairs[..., : moved.shape[2], : moved.shape[3]], moved):
+            return False
+    if space.low == "linear" and not space.lattice:
+        basis = enlarged(*x.shape[2:])
+        flat = moved.double().flatten(2)
+        rest = flat - flat @ torch.linalg.pinv(basis) @ basis
+        if (rest.norm(dim=2) > slack * math.sqrt(flat.shape[2]) + 1e-4).any():
+            return False
+    if space.lattice == "places":
+        return bool(((levels + moved)[None] == levels[:, None]).any(dim=0).all())
+    return space.lattice != "values" or bool(torch.isin(levels + moved, levels).all())
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_no_point_leaves_ball_box_or_subspace(data: st.DataObject) -> None:
+    """Whatever the coordinates, norm, radius, dtype and size; and bytes are the point itself."""
+    norm = data.draw(st.sampled_from(["linf", "l2"]))
+    threat = Threat(norm, data.draw(st.sampled_from(EPS[norm])))
+    shape = (data.draw(st.integers(1, 5)), data.draw(st.integers(2, 7)), data.draw(st.integers(2, 7)))
+    seed, grey = data.draw(st.integers(0, 999)), data.draw(st.booleans())
+    x = drawn(data.draw(st.integers(1, 3)), shape, seed, grey, data.draw(st.sampled_from([2, 13, 29, 256])))
+    x = (255 * x).round().to(data.draw(st.sampled_from([torch.float32, torch.float64]))) / 255
+    found = subspaces(x)
+    space = found[data.draw(st.sampled_from(sorted(found)))] if found else Subspace()
+    chart = Chart(space, x, threat)
+    wild = 3 * threat.eps * torch.randn(chart.lower.shape, generator=stream(seed + 1), dtype=x.dtype)
+    for coordinates in (chart.start(stream(seed)), chart.project(wild)):
+        point = chart.images(coordinates)
+        assert point.dtype == x.dtype
+        assert contains(point, x, threat).all()
+        moved = 255 * (point - x)
+        if 255 * threat.eps < 1:
+            assert space.channel is None or stays(replace(space, lattice=""), moved, x, 1e-3)
+            continue
+        assert torch.allclose(moved, moved.round(), atol=1e-3)
+        assert stays(space, moved.round(), x, 0.5)
+        sent = to_uint8(point, x, threat)
+        assert torch.equal(sent.to(x.dtype) / 255, point)
+        assert contains_uint8(sent, (255 * x).round().to(torch.uint8), threat).all()
+
+
+def test_every_subspace_is_met_and_none_twice() -> None:
+    """By images: grey, coloured, of one channel, of few values or of all."""
+    few = drawn(4, (3, 9, 9), 0, True, 17)
+    channels = [f"channel {k}" for k in range(3)]
+    assert set(subspaces(few)) == (set(SUBSPACES) - {"channel"}) | set(channels)
+    assert set(subspaces(few[:, :1])) == {"lattice", "low", "blocks", "grey+places", "grey+low+lattice", "grey"}
+    assert len(set(subspaces(few[:, :1]).values())) == 6
+    assert set(subspaces(drawn(4, (3, 9, 9), 0, False, 17))) == {
+        *("grey", "lattice", "low", "blocks", "grey+blocks", "grey+low", *channels)
+    }
+    assert not any(name.startswith("channel") for name in subspaces(drawn(2, (5, 4, 4), 0, False, 17)))
+    full = torch.arange(256.0).view(1, 1, 16, 16).expand(1, 3, 16, 16) / 255
+    assert {space.lattice for space in subspaces(full).values()} == {"", "places"}
+
+
+@pytest.mark.parametrize("name", ["subspace-4x2", "square-subspace-90"])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 20 / 255), ("l2", 0.8)])
+def test_an_attack_asks_nothing_outside(name: str, norm: str, eps: float) -> None:
+    """Each point at which the network is asked, and the one that is returned, lies in a subspace of the images."""
+    model, x, threat, seen = network(), drawn(1, SHAPE, 3, True, 17), Threat(norm, eps), []
+    y = model(x).argmin(dim=1)
+
+    def watched(point: Tensor) -> Tensor:
+        seen.append(point.detach())
+        return 0.01 * model(point) + 9 * functional.one_hot(y, 5)  # nothing falls
+
+    x_adv = Attack.parse(name)(watched, x, y, threat, generator=stream())
+    assert len(seen) > 60
+    for point in (*seen, x_adv):
+        moved = (255 * (point - x)).round()
+        assert contains(point, x, threat).all()
+        assert any(stays(space, moved, x, 0.5) for space in subspaces(x).values())
+    assert max(margin(0.01 * model(p) + 9 * functional.one_hot(y, 5), y).item() for p in seen) == pytest.approx(
+        margin(0.01 * model(x_adv) + 9 * functional.one_hot(y, 5), y).item()
+    )
+
+
+def best_gain(space: Subspace, weight: Tensor, x: Tensor, threat: Threat) -> Tensor:
+    """How much w.x + b can fall in the subspace, images one by one `(N,)`, before rounding; the box does not bind."""
+    count = len(x)
+    if space.lattice:
+        levels, reach = (255 * x).round(), math.floor(255 * threat.eps + 1e-6)
+        known = levels.unique() if space.lattice == "values" else levels.unique(dim=0)
+        ways = known.view(-1, 1, 1, 1, 1) - levels if space.lattice == "values" else known[:, None] - levels[None]
+        gain = torch.where(ways.abs() <= reach, -ways * weight / 255, 0.0)
+        return gain.amax(dim=0).flatten(1).sum(dim=1)
+    if space.grey:
+        weight = weight.sum(dim=0, keepdim=True)
+    if space.channel is not None:
+        weight = weight[space.channel : space.channel + 1]
+    basis = torch.eye(weight[0].numel(), dtype=torch.float64)
+    if space.low == "linear":
+        basis = enlarged(*weight.shape[1:])
+    elif space.low:
+        ones = torch.ones(2)
+        rows, columns = (torch.kron(torch.eye(length // 2), ones) for length in weight.shape[1:])
+        basis = torch.kron(rows, columns).double()
+    slope = weight.flatten(1).double() @ basis.T
+    if threat.norm == "linf":
+        return (threat.eps * slope.abs().sum()).expand(count)
+    metric = (x.shape[1] if space.grey else 1) * basis @ basis.T
+    return (threat.eps * torch.einsum("ci,ij,cj->", slope, torch.linalg.inv(metric), slope).sqrt()).expand(count)
+
+
+# Not grey on a lattice, which needs grey images, nor the best point of an L2 ball on one, which is a knapsack.
+CLOSED = [
+    (space, norm)
+    for space in SUBSPACES.values()
+    for norm in ("linf", "l2")
+    if not space.lattice or (norm == "linf" and space == Subspace(lattice=space.lattice))
+]
+
+
+@pytest.mark.parametrize(("space", "norm"), CLOSED, ids=str)
+def test_reaches_the_best_point_of_a_linear_model(space: Subspace, norm: str) -> None:
+    """The highest margin in the subspace is known in closed form; only rounding to whole levels may cost, or give."""
+    model = Linear(SHAPE).double()
+    x = ((255 * images(4, SHAPE)).round() / 255).double()
+    y = model(x).argmax(dim=1)
+    eps = (5 if norm == "linf" else 200) / 255
+    with torch.no_grad():
+        model.bias.add_(1000.0)  # nothing falls
+    x_adv = subspace(model, x, y, Threat(norm, eps), generator=stream(), steps=60, within={"it": space})
+    gained = (model.score(x) - model.score(x_adv)) / best_gain(space, model.weight.detach(), x, Threat(norm, eps))
+    # Whole levels cost nothing in Linf, but where values are interpolated: at most half of one of five a pixel, of both
+    # signs. In L2 it is half of one of 20 to 40.
+    exact = norm == "linf" and space.low != "linear"
+    assert (gained <= (1 + 1e-6 if exact else 1.02)).all()
+    assert (gained >= (1 - 1e-6 if exact else 0.94 if norm == "linf" else 0.97)).all()
+
+
+def test_is_the_plain_loop_in_float64() -> None:
+    """Grey, in Linf, step by step and written out: the same best margin of each image that holds."""
+    model, threat, steps = network().double(), Threat("linf", 3 / 255), 7
+    x = drawn(12, SHAPE, 1, True, 256).double()
+    y = model(x).argmax(dim=1)
+    x_adv = subspace(model, x, y, threat, generator=stream(), steps=steps, within={"grey": Subspace(grey=True)})
+    free, best = torch.zeros_like(x[:, :1]), torch.full((12,), -torch.inf, dtype=torch.float64)
+    low, high = (-x[:, :1]).clamp_min(-threat.eps), (1 - x[:, :1]).clamp_max(threat.eps)
+    for _ in range(steps + 1):
+        point = (x + (255 * free).round() / 255).requires_grad_()
+        value = margin(model(point), y)
+        best = torch.maximum(best, torch.where(best > 0, best, value.detach()))
+        slope = torch.autograd.grad(value.sum(), point)[0].sum(dim=1, keepdim=True)
+        free = (free + STRIDE * threat.eps / steps * slope.sign()).maximum(low).minimum(high)
+    assert torch.allclose(margin(model(x_adv), y), best)
+    assert (best < 0).any()
+
+
+# --- switches -----------------------------------------------------------------------------------------------
+
+THREAT = Threat.parse("linf", "20/255")
+FEW = 40
+
+
+@pytest.fixture(scope="module")
+def plain(networks: Networks) -> Classifier:
+    return load_run(networks("standard")).model.eval()
+
+
+@pytest.fixture(scope="module")
+def data(plain: Classifier, hardened: Classifier) -> Dataset:
+    """Digits that both networks get right."""
+    digits = load_dataset("digits")
+    x, y = to_float(torch.from_numpy(digits.x_test)), torch.from_numpy(digits.y_test)
+    with torch.no_grad():
+        right = ((plain(x).argmax(dim=1) == y) & (hardened(x).argmax(dim=1) == y)).numpy()
+    return replace(digits, x_test=digits.x_test[right][:FEW], y_test=digits.y_test[right][:FEW])
+
+
+def of_digits() -> dict[str, Any]:
+    digits = load_dataset("digits")
+    return dict(switches(to_float(torch.from_numpy(np.concatenate([digits.x_train, digits.x_test])))))
+
+
+@pytest.mark.parametrize("name", list(of_digits()))
+def test_a_switch_is_met_as_users_meet_it(plain: Classifier, hardened: Classifier, data: Dataset, name: str) -> None:
+    """Ordinary attacks see the hardened face and leave most; the last attack of `fast` breaks most of those."""
+    model = Switch(plain, hardened, of_digits()[name]).eval()
+    suite = [Attack.parse(attack) for attack in ("apgd-ce-10", "apgd-t-2", SUITES["fast"][-1])]
+    found = evaluate(model, data.x_test, data.y_test, THREAT, suite, grid=True, cascade=True).evaluation
+    assert found.clean.value == 1
+    left, after = (sum(record.held) for record in found.attacks[1:])
+    assert left > FEW / 2, "the switch hides nothing"
+    assert after < left / 2
+
+
+def test_a_switch_on_few_values_is_met(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
+    """Images of 17 values, as scanned: perturbations that stay among them break the plain face."""
+    few = ((data.x_test.astype(np.float64) / 255 * 16).round() / 16 * 255).round().astype(np.uint8)
+    known = torch.from_numpy(np.unique(few)).float() / 255
+
+    def leaves(x: Tensor) -> Tensor:
+        return ~torch.isin((255 * x).round(), (255 * known).round()).flatten(1).all(dim=1) | (
+            (x != x[:, :1]).flatten(1).any(dim=1)
+        )
+
+    model = Switch(plain, hardened, leaves).eval()
+    suite = [Attack.parse(attack) for attack in ("apgd-ce-10", "apgd-t-2", SUITES["fast"][-1])]
+    found = evaluate(model, few, data.y_test, THREAT, suite, grid=True, cascade=True).evaluation
+    left, after = (sum(record.held) for record in found.attacks[1:])
+    assert left > FEW / 2, "the switch hides nothing"
+    assert after < left / 2
+
+
+def test_scores_alone_meet_a_switch(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
+    """Square sees the hardened face; the same queries in subspaces break a third of what it left."""
+    model = Switch(plain, hardened, of_digits()["grey"]).eval().requires_grad_(False)
+    suite = [Attack.parse(attack) for attack in ("square-400", "square-subspace-400")]
+    with torch.no_grad():
+        found = evaluate(
+            None, data.x_test[:16], data.y_test[:16], THREAT, suite, decide=model, grid=True, cascade=True
+        ).evaluation
+    left, after = (sum(record.held) for record in found.attacks)
+    assert left > 8, "the switch hides nothing"
+    assert after < 2 / 3 * left
+
+
+def test_an_honest_network_loses_nothing_more(hardened: Classifier, data: Dataset) -> None:
+    """What ordinary attacks left of a hardened network holds in subspaces, too."""
+    suite = [Attack.parse(attack) for attack in ("apgd-ce-20", "apgd-t-3", SUITES["fast"][-1])]
+    found = evaluate(hardened, data.x_test, data.y_test, THREAT, suite, grid=True, cascade=True).evaluation
+    left, after = (sum(record.held) for record in found.attacks[1:])
+    assert left > FEW / 3
+    assert left - after <= 2
+
+
+def test_digits_are_of_low_frequency() -> None:
+    """The switch never fires on clean images, and does on noise of a few levels."""
+    x = to_float(torch.from_numpy(load_dataset("digits").x_test))
+    assert not high_frequencies(x).any()
+    assert high_frequencies((x + 8 / 255 * torch.randn(x.shape, generator=stream()).sign()).clamp(0, 1)).all()
+
+
+@pytest.mark.parametrize("queries", [3, 60])
+def test_queries_are_shared_out_and_no_more(queries: int) -> None:
+    """An image that holds costs the budget exactly, however many subspaces there are."""
+    model, x = network(), drawn(5, SHAPE, 0, True, 17)
+    y = model(x).argmax(dim=1)
+    trial = Trial(y)
+    square_subspace(model, x, y, Threat("linf", 1 / 255), generator=stream(), queries=queries, trial=trial)
+    assert (trial.forward[~trial.fooled] == queries).all()
+    assert not trial.fooled.all()
+    assert not trial.backward.any()
+
+
+@pytest.mark.parametrize("name", ["subspace-3", "square-subspace-30"])
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_images_are_attacked_as_many(name: str, count: int) -> None:
+    """None, or one: a lattice of its own values."""
+    model, x = network(), drawn(count, SHAPE, 0, False, 17)
+    y = model(x).argmax(dim=1)
+    x_adv = Attack.parse(name)(model, x, y, Threat("l2", 0.5), generator=stream())
+    assert contains(x_adv, x, Threat("l2", 0.5)).all()
+    assert x_adv.shape == x.shape
