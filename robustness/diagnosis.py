@@ -31,8 +31,8 @@ IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are 
 STEPS = 20
 FEW_STEPS = 5
 QUERIES = 200
-QUERYING = ("square", "rays")
-SEGMENTS = 32  # images from which segments lead; a third of them that show something are sure
+QUERYING = ("square", "rays", "square-subspace")
+SEGMENTS = 24  # images from which segments lead; a third of them that show something are sure
 FURTHER = 4  # in eps: as far as what fools another network may have to go until the judged one has to answer for it
 LONE = 8  # images that are also asked one by one
 REPEATS = 4  # of the same question
@@ -204,7 +204,6 @@ class Examination:
             "to noise alike in all channels": (x, self._moved(x, grey)),
             "to attacked images": (x, attacked),
             "to other images": (x, other),
-            "from attacked to other images": (attacked, other),
         }
         for name, network in self.background.others.items():
             with frozen(network):

@@ -87,8 +87,7 @@ def written(trap: nn.Module, path: Path) -> Subject:
     ("trap", "eps", "suite"),
     [
         ("decoy", "8/255", ["apgd-ce-10"]),
-        ("colour switch", "20/255", ["apgd-ce-10"]),
-        ("frequency switch", "20/255", ["apgd-ce-10"]),
+        ("switch on grey", "20/255", ["apgd-ce-10"]),
         ("neighbourhood", "8/255", ["fgsm"]),
     ],
 )

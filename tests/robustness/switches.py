@@ -39,7 +39,8 @@ def high_frequencies(x: Tensor) -> Tensor:
     eye = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
     enlarged = functional.interpolate(eye, scale_factor=2, mode="bilinear").flatten(1).T
     rest = torch.eye(256, dtype=torch.float64) - enlarged @ torch.linalg.pinv(enlarged)
-    return ((x.double().flatten(2) @ rest).abs() > 2.5 / 255).flatten(1).any(dim=1)
+    left = (x.double().flatten(2) @ rest).abs() > 2.5 / 255
+    return left.flatten(1).any(dim=1)
 
 
 def unseen(known: Tensor) -> Leaves:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 
 from robustness.data import Bytes, Labels
 from robustness.models import Classifier, to_float
+from tests.robustness.switches import Switch, switches
 
 
 @dataclass(frozen=True)
 class Trap:
-    """build: from an honest classifier and the images and labels it will be judged on; pair: from the classifier and
-    one that resists. caught: checks that it raises, among others.
+    """build: from an honest classifier and the images and labels it will be judged on; from one that resists and is
+    shown to attacks as well, where the trap is `behind` it. caught: checks that it raises, among others.
     """
 
-    build: Callable[[Classifier, Tensor, Tensor], nn.Module] | None
+    build: Callable[..., nn.Module]
     caught: tuple[str, ...]
-    pair: Callable[[Classifier, Classifier], nn.Module] | None = None
+    behind: bool = False
 
 
 def sprung(name: str, model: Classifier, images: Bytes, labels: Labels, robust: Classifier | None = None) -> nn.Module:
@@ -30,12 +32,11 @@ def sprung(name: str, model: Classifier, images: Bytes, labels: Labels, robust: 
 
     robust: a network that resists, for the traps that hide behind one.
     """
-    trap, twin = TRAPS[name], copy.deepcopy(model).eval()
-    if trap.pair is not None:
+    trap, networks = TRAPS[name], [copy.deepcopy(model).eval()]
+    if trap.behind:
         assert robust is not None, f"{name} hides behind a network that resists"
-        return trap.pair(twin, copy.deepcopy(robust).eval()).eval()
-    assert trap.build is not None
-    return trap.build(twin, to_float(torch.from_numpy(images)), torch.from_numpy(labels)).eval()
+        networks.append(copy.deepcopy(robust).eval())
+    return trap.build(*networks, to_float(torch.from_numpy(images)), torch.from_numpy(labels)).eval()
 
 
 def answer(model: Classifier, x: Tensor) -> Tensor:
@@ -225,13 +226,9 @@ class Neighbourhood(Lookup):
 class Behind(nn.Module):
     """A plain network, and one that resists and is shown to the attacks."""
 
-    def __init__(self, plain: Classifier, robust: Classifier) -> None:
+    def __init__(self, plain: Classifier, robust: Classifier, x: Tensor, y: Tensor) -> None:
         super().__init__()
         self.plain, self.robust = plain, robust
-
-    def either(self, shown: Tensor, x: Tensor) -> Tensor:
-        """The robust network where `shown` `(N,)`, else the plain one."""
-        return torch.where(shown[:, None], answer(self.robust, x), answer(self.plain, x))
 
 
 class Decoy(Behind):
@@ -242,19 +239,8 @@ class Decoy(Behind):
         return 6.0 * (plain >= plain.amax(dim=1, keepdim=True)) + answer(self.robust, x) / 3
 
 
-class Coloured(Behind):
-    """The plain network for grey images, as all the data are; the robust one as soon as a pixel has a colour."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.either((x.amax(dim=1) != x.amin(dim=1)).flatten(1).any(dim=1), x)
-
-
-class Rough(Behind):
-    """The robust network as soon as neighbours differ in their high frequencies as data never do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        alternating = (x[..., 1:, 1:] + x[..., :-1, :-1] - x[..., 1:, :-1] - x[..., :-1, 1:]).abs()
-        return self.either(alternating.flatten(1).mean(dim=1) > 0.12, x)
+def _switched(name: str, plain: Classifier, robust: Classifier, x: Tensor, y: Tensor) -> nn.Module:
+    return Switch(plain, robust, switches(x)[name])
 
 
 class Borrowed(Behind):
@@ -311,11 +297,14 @@ TRAPS: dict[str, Trap] = {
     "exploding gradients": Trap(around(lambda model, x: model(Exploding.apply(x))), ("bad_gradients",)),
     "batch norm in training": Trap(lambda model, x, y: BatchNormed(model), ("batch_dependent",)),
     "neighbourhood": Trap(Neighbourhood, ("only_these_images",)),
-    "decoy": Trap(None, ("unaccounted", "black_box_stronger"), Decoy),
-    "colour switch": Trap(None, ("unaccounted",), Coloured),
-    "frequency switch": Trap(None, ("unaccounted",), Rough),
-    "borrowed gradients": Trap(None, ("unaccounted", "black_box_stronger"), Borrowed),
-    "gradients wanted": Trap(None, ("grad_mode_matters",), Watched),
-    "large batches": Trap(None, ("batch_dependent",), Crowded),
-    "a million calls": Trap(None, ("state_changes",), Patient),
+    "decoy": Trap(Decoy, ("unaccounted", "black_box_stronger"), behind=True),
+    "borrowed gradients": Trap(Borrowed, ("unaccounted", "black_box_stronger"), behind=True),
+    "gradients wanted": Trap(Watched, ("grad_mode_matters",), behind=True),
+    "large batches": Trap(Crowded, ("batch_dependent",), behind=True),
+    "a million calls": Trap(Patient, ("state_changes",), behind=True),
+}
+# What they leave depends on the images: those are put in by name.
+TRAPS |= {
+    f"switch on {name}": Trap(partial(_switched, name), ("unaccounted",), behind=True)
+    for name in ("grey", "channel", "low frequency", "lattice", "grey and lattice", "grey and low frequency")
 }
