@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard \
-	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-alarms bench-watch kubernetes-rules \
+	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
 	dashboards sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
@@ -26,6 +26,7 @@ help:
 	@echo 'make bench-detection     detectors of attacks by queries: cost, false alarms, recall; DATA=cifar10.npz; writes detection.json, .md'
 	@echo 'make bench-endurance     1,000 rounds of the sidecar beside a real Triton; DATA=cifar10.npz; writes endurance.json, .md'
 	@echo 'make bench-paging        how often the sidecar pages for nothing, and how soon for something; writes paging.json, .md'
+	@echo 'make bench-bounds        whether the sidecar'"'"'s bounds are true while an accuracy changes; writes bounds.json, .md'
 	@echo 'make bench-alarms        a drill: from weaker bytes to a page and back; writes alarms.json, .md'
 	@echo 'make bench-watch         what the sidecar costs users; writes watch.json, watch_crafted.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
@@ -95,6 +96,9 @@ bench-endurance: .venv/.installed .venv-triton/.installed
 
 bench-paging: .venv/.installed
 	$(BIN)/python -m benchmarks.paging
+
+bench-bounds: .venv/.installed
+	$(BIN)/python -m benchmarks.bounds
 
 bench-alarms: .venv/.installed .venv-triton/.installed
 	$(BIN)/python -m benchmarks.alarms

@@ -59,8 +59,8 @@ ASKED_AT_ONCE = 64  # images: Triton takes no more in a request
 PROBE_IMAGES = 100  # a round of the shipped model; three narrow surrogates craft them in under a minute on two cores
 EXAMPLES = 6
 CAPTION = (
-    "<= live under an attack crafted on the surrogates: an upper bound of robust accuracy; the live bounds hold however"
-    " often one looks"
+    "<= live under an attack crafted on the surrogates: an upper bound of robust accuracy; the live bounds are of the"
+    " mean over the rounds so far, and hold however often one looks"
 )
 MIN_AGREEMENT = 0.99  # of labels with those the gate recorded: its adversarial images lie at the border, as in the gate
 WATCH = """\
@@ -373,10 +373,10 @@ def release_table(release: Promoted, evaluation: Any, replayed: dict[str, Share]
 
 
 def bounds(live: dict[str, list[Any]], name: str) -> dict[str, str]:
-    """A metric of shares with its bounds, by attack (None where it has no attack)."""
+    """A metric of shares with the bounds of its mean, by attack (None where it has no attack)."""
     value, lower, upper = (
         {sample.labels.get("attack"): sample.value for sample in live[f"{name}{suffix}"]}
-        for suffix in ("_ratio", "_lower_ratio", "_upper_ratio")
+        for suffix in ("_ratio", "_mean_lower_ratio", "_mean_upper_ratio")
     )
     return {key: share({"value": value[key], "lower_95": lower[key], "upper_95": upper[key]}) for key in value}
 

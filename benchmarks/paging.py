@@ -1,9 +1,9 @@
 """How often the sidecar's bounds page for nothing, and how soon they page for something: `make bench-paging`.
 
 Months of rounds of a model whose accuracies are exactly those that the gate recorded, and days in which one falls,
-judged as `monitoring.bounds` judges them: a page is a look at which the upper bound lies below the recorded accuracy.
-Images of a round are drawn without replacement from a pool, as the sidecar draws them. No model is involved. Beside it,
-what looking at a 95 % interval of the last six hours every minute would do, which is no such bound.
+judged as `monitoring.bounds` judges them: a page is a look at which the mean over some of the last rounds is proven to
+be below the recorded accuracy. Images of a round are drawn without replacement from a pool, as the sidecar draws them.
+No model is involved. Beside it, what looking at a 95 % interval of the last six hours would do, which is no such bound.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from rich.progress import track
 from scipy.stats import norm
 
+from benchmarks.bounds import chosen_windows, proven_below
 from benchmarks.result import write_result
-from monitoring.bounds import GRID, MONTH_SECONDS, RATIOS, RISK, bet, limit, prices, rejected
+from monitoring.bounds import LONGEST, MONTH_SECONDS, RATIOS, RISK, limit
 from robustness.statistics import lower_bound
 
 POOL = 10_000
@@ -29,8 +30,8 @@ FIGURES = (
 DROPS = (0.05, 0.10, 0.20)
 TRANSFER = 2  # attacks that the gate recorded too
 GATE_IMAGES = (1_000, 10_000)
-WARM_UP = 24 * 60  # rounds before an accuracy falls: old stakes must not make the new slower
-LONGEST = 7 * 24 * 60
+WARM_UP = 24 * 60  # rounds before an accuracy falls: what was before must not make the new slower
+LONGEST_DELAY = 7 * 24 * 60
 WINDOW = 6 * 60  # rounds of the interval that is looked at for comparison
 
 
@@ -80,15 +81,18 @@ def main() -> None:
 def false_pages(
     stream: np.random.Generator, recorded: float, images: int, months: int, rounds: int
 ) -> tuple[float, float]:
-    """Share of months with a page although nothing changed, of all bounds together, and of the naive interval."""
-    most, cost = limit(rounds, 2 * FIGURES), prices(below(recorded))
-    owned = np.full((months * FIGURES, 1, len(RATIOS)), -np.inf)
+    """Share of months with a page although nothing changed, of all bounds together, and of the naive interval.
+
+    No stake is dropped here, as the sidecar drops those from before a change: so the first share is an upper bound.
+    """
+    most, paid = limit(rounds, 2 * FIGURES), payments(recorded, images)
+    owned = np.zeros((months * FIGURES, len(RATIOS)))
     paged, naively = np.zeros(months * FIGURES, bool), np.zeros(months * FIGURES, bool)
     recent = np.zeros((WINDOW, months * FIGURES), np.int32)
     for number in track(range(rounds), f"{months} months, {images} images a round"):
         right = drawn(stream, recorded, images, months * FIGURES)
-        owned = bet(owned, right[:, None, None], images, cost, most)
-        paged |= rejected(owned, most)[:, 0]
+        owned = (owned + 1) * paid[right]
+        paged |= owned.mean(axis=1) >= most
         recent[number % WINDOW] = right
         if number + 1 >= WINDOW and number % 10 == 0:  # every tenth minute is enough to show it
             naively |= wilson_upper(recent.sum(axis=0), WINDOW * images) < recorded
@@ -105,29 +109,44 @@ def delays(
     stream: np.random.Generator, recorded: float, bar: float, drop: float, images: int, falls: int
 ) -> NDArray[np.int64]:
     """Rounds from the fall to the page, `(falls,)`."""
-    most, cost = limit(MONTH_SECONDS / INTERVAL_SECONDS, 2 * FIGURES), prices(below(bar))
-    owned = np.full((falls, 1, len(RATIOS)), -np.inf)
-    for _ in range(WARM_UP):
-        owned = bet(owned, drawn(stream, recorded, images, falls)[:, None, None], images, cost, most)
-    waited = np.full(falls, LONGEST)
-    for number in range(1, LONGEST + 1):
-        owned = bet(owned, drawn(stream, recorded - drop, images, falls)[:, None, None], images, cost, most)
-        now = rejected(owned, most)[:, 0]
-        waited[now & (waited == LONGEST)] = number
-        if (waited < LONGEST).all():
+    most, paid = limit(MONTH_SECONDS / INTERVAL_SECONDS, 2 * FIGURES), payments(bar, images)
+    right = np.zeros((falls, WARM_UP + LONGEST_DELAY), np.int64)
+    owned, waited = np.zeros((falls, len(RATIOS))), np.full(falls, LONGEST_DELAY)
+    for number in range(right.shape[1]):
+        right[:, number] = drawn(stream, recorded - drop * (number >= WARM_UP), images, falls)
+        owned = np.minimum((owned + 1) * paid[right[:, number]], 1e200)
+        if number < WARM_UP:
+            continue
+        # All stakes together own no less than those that are left, whose window is looked for only where it may matter.
+        near = np.flatnonzero((waited == LONGEST_DELAY) & (owned.mean(axis=1) >= most))
+        waited[near[paged(right[near, : number + 1], images, bar, most)]] = number + 1 - WARM_UP
+        if (waited < LONGEST_DELAY).all():
             break
     return waited
 
 
-def below(recorded: float) -> NDArray[np.float64]:
-    """The accuracy that must be rejected for a page: the largest of the grid below the recorded one, `(1,)`."""
-    return GRID[recorded - 1e-9 > GRID][-1:]
+def paged(right: NDArray[np.int64], images: int, bar: float, most: float) -> NDArray[np.bool_]:
+    """Whether the sidecar pages after such rounds, `(N, T)`, as `monitoring.bounds` decides it."""
+    held = right[:, ::-1][:, :LONGEST].cumsum(axis=1)
+    asked, found = images * np.arange(1, held.shape[1] + 1), np.zeros(len(held), bool)
+    chosen = chosen_windows(held, asked)
+    for window in np.unique(chosen):
+        those = chosen == window
+        found[those] = proven_below(
+            held[those, :window], np.broadcast_to(asked[:window], (those.sum(), window)), bar, most
+        )
+    return found
 
 
-def drawn(stream: np.random.Generator, accuracy: float, images: int, count: int) -> NDArray[np.float64]:
+def payments(accuracy: float, images: int) -> NDArray[np.float64]:
+    """What each bet against an accuracy pays for 0, 1, ... right of the images of a round, `(images + 1, RATIOS)`."""
+    return np.asarray(RATIOS ** np.arange(images + 1)[:, None] / (1 - accuracy * (1 - RATIOS)) ** images)
+
+
+def drawn(stream: np.random.Generator, accuracy: float, images: int, count: int) -> NDArray[np.int64]:
     """How many of a round's images are right, `(count,)`."""
     good = round(accuracy * POOL)
-    return stream.hypergeometric(good, POOL - good, images, count).astype(np.float64)
+    return np.asarray(stream.hypergeometric(good, POOL - good, images, count))
 
 
 def wilson_upper(right: NDArray[Any], images: int, confidence: float = 0.95) -> NDArray[np.float64]:

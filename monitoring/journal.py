@@ -93,8 +93,8 @@ class VersionTotals:
         """With the counts of one more round. limit: of a new bound, see bounds.limit."""
         attacks, bounds = dict(self.attacks), dict(self.bounds)
 
-        def bet(name: str, share: Share) -> None:
-            bounds[name] = (bounds.get(name) or Bounds.none(limit)).after(share.k, share.n)
+        def count(name: str, share: Share) -> None:
+            bounds[name] = bounds.get(name, Bounds(limit)).after(share.k, share.n, result.started)
 
         for attack in result.attacks:
             old, held = attacks.get(attack.name, AttackTotals()), sum(attack.held)
@@ -105,12 +105,12 @@ class VersionTotals:
                 successes=old.successes + sum(result.correct) - held,
                 queries=old.queries + attack.queries,
             )
-            bet(attack.name, result.under(attack))
+            count(attack.name, result.under(attack))
         totals = replace(self, attacks=attacks, bounds=bounds, recent=(*self.recent, result)[-RECENT:])
         if result.via != TRITON:
             return totals
-        bet("clean", result.clean)
-        bet("worst_case", result.worst_case)
+        count("clean", result.clean)
+        count("worst_case", result.worst_case)
         totals = replace(totals, samples=self.samples + len(result.correct), correct=self.correct + sum(result.correct))
         if result.replay is None:
             return totals
@@ -194,7 +194,7 @@ class PathTotals:
 
 @dataclass(frozen=True)
 class Point:
-    """Of the page's curve: live worst case after a round, with its bounds. time: unix seconds."""
+    """Of the page's curve: live worst case after a round, and the bounds of its mean then. time: unix seconds."""
 
     time: float
     version: str

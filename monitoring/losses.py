@@ -9,15 +9,16 @@ from monitoring.journal import VersionTotals
 from monitoring.release import Attested
 from robustness.statistics import Share, lower_bound
 
-# integrity: a recorded answer came out differently. The others: even the upper bound of a live figure is below what the
-# gate's policy asks for, or below what the gate measured, less what its few images may have been lucky by.
+# integrity: a recorded answer came out differently. The others: over some of the last rounds the mean of a live figure
+# is below the gate's policy, or below what the gate measured, less what its few images may have been lucky by. Not over
+# the whole window: its youngest rounds prove a loss before it is cut (`make bench-bounds`).
 LOSSES = ("integrity", "threshold", "transfer", "clean")
 
 
 def bars(
     attested: Attested, norm: str, epsilon: str, surrogates: str, attacks: Sequence[str]
 ) -> dict[tuple[str, str], float]:
-    """By (loss, live figure): the accuracy below which that loss is proven, once the figure's upper bound is there.
+    """By (loss, live figure): the accuracy below which that loss is proven, once the figure's stretch_upper is there.
 
     norm, epsilon: the watch's ball; surrogates: SHA-256 of those it crafts on; attacks: all of the watch, by name.
     """
@@ -38,6 +39,6 @@ def bars(
 
 def losses(totals: VersionTotals, bars: Mapping[tuple[str, str], float]) -> frozenset[str]:
     """Which losses are proven now. bars: of the version's gate; none where nothing is known of it."""
-    upper = {figure: bounds.upper for figure, bounds in totals.bounds.items()}
+    upper = {figure: bounds.stretch_upper for figure, bounds in totals.bounds.items()}
     proven = {loss for (loss, figure), bar in bars.items() if upper.get(figure, 1.0) < bar}
     return frozenset(proven | ({"integrity"} if totals.integrity is False else set()))

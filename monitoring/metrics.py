@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from monitoring.budget import Budget
-from monitoring.journal import AttackTotals, Histogram, Journal, VersionTotals
+from monitoring.journal import RECENT, AttackTotals, Histogram, Journal, VersionTotals
 from monitoring.losses import LOSSES
 from monitoring.mitigation import ACTIONS, OUTCOMES
 from monitoring.release import STATES, Attested, Release
@@ -306,28 +306,43 @@ def _replayed(identity: Identity, journal: Journal) -> Iterator[Metric]:
 
 
 def _live(identity: Identity, now: Snapshot) -> Iterator[Metric]:
-    """Shares of recent rounds, and what all rounds prove."""
+    """Shares of recent rounds, and what a window of rounds proves."""
     versions = now.journal.versions
     yield from _bounded(
-        "robustness_clean_accuracy",
-        "Clean accuracy in recent rounds",
+        "Clean accuracy",
         [({"model": identity.model, "version": totals.version}, totals, "clean") for totals in versions],
+        ratio="robustness_clean_accuracy_ratio",
+        lower="robustness_clean_accuracy_mean_lower_ratio",
+        upper="robustness_clean_accuracy_mean_upper_ratio",
+        rounds="robustness_clean_accuracy_mean_rounds",
+        start="robustness_clean_accuracy_mean_start_timestamp_seconds",
+        stretch="robustness_clean_accuracy_stretch_upper_ratio",
     )
     yield from _bounded(
-        "robustness_robust_accuracy",
-        "Accuracy under this attack in recent rounds",
+        "Accuracy under this attack",
         [
             (_ball(identity, totals.version) | {"attack": attack.name}, totals, attack.name)
             for totals in versions
             for attack in identity.attacks
         ],
         BOUND,
+        ratio="robustness_robust_accuracy_ratio",
+        lower="robustness_robust_accuracy_mean_lower_ratio",
+        upper="robustness_robust_accuracy_mean_upper_ratio",
+        rounds="robustness_robust_accuracy_mean_rounds",
+        start="robustness_robust_accuracy_mean_start_timestamp_seconds",
+        stretch="robustness_robust_accuracy_stretch_upper_ratio",
     )
     yield from _bounded(
-        "robustness_worst_case_accuracy",
-        "Share of images of recent rounds that are right and that no transfer attack flipped",
+        "Share of images that are right and that no transfer attack flipped",
         [(_ball(identity, totals.version), totals, "worst_case") for totals in versions],
         BOUND,
+        ratio="robustness_worst_case_accuracy_ratio",
+        lower="robustness_worst_case_accuracy_mean_lower_ratio",
+        upper="robustness_worst_case_accuracy_mean_upper_ratio",
+        rounds="robustness_worst_case_accuracy_mean_rounds",
+        start="robustness_worst_case_accuracy_mean_start_timestamp_seconds",
+        stretch="robustness_worst_case_accuracy_stretch_upper_ratio",
     )
     rates = [
         (_ball(identity, totals.version) | {"attack": attack.name}, totals.success(attack.name))
@@ -341,7 +356,8 @@ def _live(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     )
     yield _gauge(
         "robustness_loss_proven",
-        "1 if this loss is a fact, or shown by bounds: wrong once in 100 months, and once in 100 versions.",
+        "1 if this loss is a fact, or a mean over some of the last rounds is proven to be below its bar: wrong once in "
+        "100 months, and once in 100 versions.",
         [
             ({"model": identity.model, "version": totals.version, "reason": reason}, float(reason in lost))
             for totals in versions
@@ -359,7 +375,7 @@ def _bars(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     ]
     yield _gauge(
         "robustness_loss_bar_ratio",
-        "Where a loss is proven: once the upper bound of this live figure is below, 0 to 1.",
+        "Where a loss is proven: once the stretch_upper_ratio of this live figure is below, 0 to 1.",
         rows,
     )
 
@@ -373,17 +389,49 @@ def _its_ball(attested: Attested) -> dict[str, str]:
 
 
 def _bounded(
-    name: str, documentation: str, rows: Iterable[tuple[Labels, VersionTotals, str]], remark: str = ""
+    documentation: str,
+    rows: Iterable[tuple[Labels, VersionTotals, str]],
+    remark: str = "",
+    *,
+    ratio: str,
+    lower: str,
+    upper: str,
+    rounds: str,
+    start: str,
+    stretch: str,
 ) -> Iterator[Metric]:
-    """Three metrics, as a label for the bound would make sums meaningless."""
-    known = [(labels, totals.lately(of), totals.bounds[of]) for labels, totals, of in rows if of in totals.bounds]
+    """Six metrics of a live figure, as a label for the bound would make sums meaningless.
+
+    documentation: the figure, as a sentence begins.
+    rows: labels, totals, and the figure's name there.
+    remark: a sentence about the figure.
+    ratio: the metric's name of its share in recent rounds.
+    lower, upper: of the bounds of its mean over a window that ends now.
+    rounds, start: of that window's length, and of when it began.
+    stretch: of the bound of its mean over some of that window's last rounds.
+    """
+    rows = list(rows)
+    recent = [(labels, totals.lately(of)) for labels, totals, of in rows]
+    known = [(labels, totals.bounds[of]) for labels, totals, of in rows if of in totals.bounds]
+    mean = f"{documentation}: its mean over the last W rounds, W = {rounds}"
     yield _gauge(
-        f"{name}_ratio",
-        f"{documentation}, 0 to 1. {remark}".strip(),
-        [(labels, lately.value) for labels, lately, _ in known if lately.n],
+        ratio,
+        f"{documentation} in the last {RECENT} rounds, 0 to 1. {remark}".strip(),
+        [(labels, share.value) for labels, share in recent if share.n],
     )
-    yield _gauge(f"{name}_lower_ratio", f"It is no lower now: {ANYTIME}", [(row, one.lower) for row, _, one in known])
-    yield _gauge(f"{name}_upper_ratio", f"It is no higher now: {ANYTIME}", [(row, one.upper) for row, _, one in known])
+    yield _gauge(lower, f"{mean}, is above this; {ANYTIME}", [(labels, one.lower) for labels, one in known])
+    yield _gauge(upper, f"{mean}, is below this; {ANYTIME}", [(labels, one.upper) for labels, one in known])
+    yield _gauge(
+        rounds,
+        "The W of the bounds of the mean: the longest window that ends now and shows no change.",
+        [(labels, float(one.rounds)) for labels, one in known],
+    )
+    yield _gauge(start, "When the first of these W rounds began, unix time.", [(row, one.start) for row, one in known])
+    yield _gauge(
+        stretch,
+        f"{documentation}: its mean over the last rounds, some number of them and W at most, is below this; {ANYTIME}",
+        [(labels, one.stretch_upper) for labels, one in known],
+    )
 
 
 def _attested(name: str, documentation: str, rows: Iterable[tuple[Labels, Share]]) -> Iterator[Metric]:

@@ -11,6 +11,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from monitoring.bounds import Bounds
 from monitoring.journal import Journal, Point, VersionTotals
 from monitoring.metrics import Identity, Snapshot
 from monitoring.release import Release
@@ -108,8 +109,8 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
         attack.name: f"{attack.name} {'transfer' if attack.surrogate else 'query'}" for attack in identity.attacks
     }
     rows = [
-        f"<tr><td>{escape(name)}<td>{_lately(totals, of)}<td>{_percent(totals.bounds[of].lower)} to "
-        f"{_percent(totals.bounds[of].upper)}<td>{escape(gated.get(of, 'not recorded'))}</tr>"
+        f"<tr><td>{escape(name)}<td>{_lately(totals, of)}{_proven(totals.bounds[of])}"
+        f"<td>{escape(gated.get(of, 'not recorded'))}</tr>"
         for of, name in names.items()
         if of in totals.bounds
     ]
@@ -121,7 +122,8 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
         else "<p>Nothing is replayed: there is no evidence with the gate's answers.</p>"
     )
     return (
-        '<h2>Accuracy</h2><div class="scroll"><table><tr><th><th>live, recent rounds<th>proven now'
+        '<h2>Accuracy</h2><div class="scroll"><table><tr><th><th>live, recent rounds'
+        "<th>mean over the last W rounds, proven<th>W, since (UTC)<th>proven over the last of these, some number"
         f"<th>at the gate [95 %]</tr>{''.join(rows)}</table></div>{replayed}"
     )
 
@@ -129,6 +131,13 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
 def _lately(totals: VersionTotals, of: str) -> str:
     share = totals.lately(of)
     return _percent(share.value) if share.n else "not in recent rounds"
+
+
+def _proven(bounds: Bounds) -> str:
+    return (
+        f"<td>{_percent(bounds.lower)} to {_percent(bounds.upper)}<td>{bounds.rounds:,}, {_date(bounds.start)}"
+        f"<td>below {_percent(bounds.stretch_upper)}"
+    )
 
 
 def _asked(threshold: float | None) -> str:
@@ -171,8 +180,8 @@ def _curve(journal: Journal, release: Release) -> str:
     return (
         '<h2>Worst case over time, %</h2><figure><svg viewBox="0 0 '
         f'{WIDTH} {HEIGHT}" role="img" aria-label="worst case over time">{"".join(parts)}</svg><figcaption>'
-        "An upper bound of robust accuracy. Line: recent rounds; band: what all rounds prove of now."
-        "</figcaption></figure>"
+        "An upper bound of robust accuracy. Line: recent rounds; band: what was proven then of its mean over the last "
+        "W rounds.</figcaption></figure>"
     )
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from monitoring.results import Round, round_from_json
 from robustness.errors import BadInput
 
-READ_AGAIN = 10_000  # rounds, a week of one a minute: reading takes a millisecond each, and nobody is served meanwhile
+# Rounds, whatever became of them: enough for the longest windows of both ways, so that bounds go on as they were.
+# Reading takes a millisecond each, and nobody is served meanwhile.
+READ_AGAIN = 20_000
 
 
 class Record:

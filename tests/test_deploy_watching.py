@@ -301,7 +301,8 @@ def test_the_first_row_answers_the_question() -> None:
         assert f"robustness_{name}" in asked
     (worst,) = [panel for panel in board["panels"] if "robustness_worst_case_accuracy_ratio" in str(panel)]
     assert worst["title"].startswith("Upper bound of robust accuracy")
-    for name in ("gate_accuracy", "gate_threshold", "worst_case_accuracy_lower", "worst_case_accuracy_upper"):
+    live = ("worst_case_accuracy_mean_lower", "worst_case_accuracy_mean_upper", "worst_case_accuracy_stretch_upper")
+    for name in ("gate_accuracy", "gate_threshold", *live):
         assert f"robustness_{name}_ratio" in str(worst)
 
 

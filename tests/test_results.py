@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -140,6 +141,42 @@ def test_what_benchmarks_found_stands_on_the_pages(page: str, record: str, said:
     changes = {name.removeprefix("user_").replace("_with_probes_vs_without", ""): r - 1 for name, r in ratios.items()}
     text = " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
     assert said.format_map(changes | ratios).replace("%", " %") in text
+
+
+def recorded(name: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def test_the_sidecars_delays_stand_on_its_page() -> None:
+    """A row for each number of images a round and at the gate, as bench-paging left it."""
+
+    def pair(row: dict[str, Any], points: int) -> str:
+        median, most = row[f"minutes_to_page_{points}_points"], row[f"p90_{points}_points"]
+        return f"{median:,.0f}, {'over a week' if most >= 7 * 24 * 60 else f'{most:,.0f}'}"
+
+    page = (ROOT / "docs" / "sre.md").read_text(encoding="utf-8")
+    for row in recorded("paging"):
+        delays = " | ".join(pair(row, points) for points in (5, 10, 20))
+        assert f"| {row['images_a_round']} | {row['gate_images']} | {delays} |" in page
+    worst = max(row["false_pages_a_month"] for row in recorded("paging"))
+    assert f"False pages, simulated: {100 * worst:.1f} % of 200 months at most" in page
+    assert f"simulated, {100 * worst:.1f} % of 200 at most" in page
+
+
+def test_how_soon_bounds_follow_stands_on_the_sidecars_page() -> None:
+    """A row for each change after 500 rounds, as bench-bounds left it; in no stream was a bound wrong about its mean,
+    or lower above upper, and fewer than were allowed to are where it could be seen."""
+    page = (ROOT / "docs" / "sre.md").read_text(encoding="utf-8")
+    rows = recorded("bounds")
+    for row in rows:
+        if row.get("changes_after") == 500:
+            now = f"{row['until_now_median']:.0f} ({row['until_now_p90']:.0f})"
+            page_in = f"{row['pages_median']:.0f}" if "pages_median" in row else ""
+            ends = f"{row['page_ends_median']:.0f}" if "page_ends_median" in row else ""
+            assert f"| {row['stream']} | {now} | {row['former_until_now_median']:.0f} | {page_in} | {ends} |" in page
+    assert not any(row.get("wrong") or row.get("lower_above_upper") for row in rows)
+    assert all(row["wrong_of_20_percent"] < 0.2 for row in rows if "wrong_of_20_percent" in row)
+    assert max(row["width_1000_vs_former"] for row in rows if "width_1000_vs_former" in row) < 1.15
 
 
 def test_peers_are_compared_on_the_network_that_is_shipped() -> None:

@@ -28,11 +28,12 @@ GOOD, BAD, NOTICE, PLAIN = "green", "red", "orange", "blue"
 
 
 def band(metric: str, by: str, legend: str) -> list[Query]:
-    """A figure between its bounds."""
+    """A figure in recent rounds, the bounds of its mean over the last W, and what some of these prove."""
     return [
-        (f"max by ({by}) ({metric}_upper_ratio{{{VERSION}}})", f"{legend} upper"),
+        (f"max by ({by}) ({metric}_mean_upper_ratio{{{VERSION}}})", f"{legend} mean, upper"),
         (f"max by ({by}) ({metric}_ratio{{{VERSION}}})", legend),
-        (f"max by ({by}) ({metric}_lower_ratio{{{VERSION}}})", f"{legend} lower"),
+        (f"max by ({by}) ({metric}_mean_lower_ratio{{{VERSION}}})", f"{legend} mean, lower"),
+        (f"max by ({by}) ({metric}_stretch_upper_ratio{{{VERSION}}})", f"{legend} some rounds, upper"),
     ]
 
 
@@ -182,7 +183,8 @@ def overview() -> models.Dashboard:
         fact(
             "Loss of robustness",
             "PROVEN: an answer is not the gate's, or a bound that errs once in 100 months says that the model "
-            "resists less than was asserted. Not proven is not the same as robust: see the bounds below.",
+            "resisted less than was asserted, on average over some of the last rounds. Not proven is not the same as "
+            "robust: see the bounds below.",
             (f"max by (model) (robustness_loss_proven{{{MODEL}}} {current})", "{{model}}"),
             steps=[(None, GOOD), (1, BAD)],
             words={0: "not proven", 1: "PROVEN"},
@@ -224,16 +226,17 @@ def overview() -> models.Dashboard:
         course(
             "Upper bound of robust accuracy: worst case of the live attacks",
             "Share of images that are right and that no live attack flips. Attackers with gradients do better, so "
-            "the truth lies below: the gate's white-box figure (dashed) is the one that counts. Once even the upper "
-            "line is below the threshold, the policy is certainly broken.",
+            "the truth lies below: the gate's white-box figure (dashed) is the one that counts. Thin lines: bounds of "
+            "the mean over the last W rounds (W: Robustness of a model), and of the mean over some of these. Once even "
+            "the latter is below the threshold, the policy is certainly broken.",
             *band("robustness_worst_case_accuracy", "version", "live {{version}}"),
             (f"max by (version) (robustness_gate_accuracy_ratio{{{VERSION}}})", "gate, white box {{version}}"),
             (f"max by (version) (robustness_gate_threshold_ratio{{{VERSION}}})", "gate, threshold {{version}}"),
         ),
         course(
             "Accuracy on unchanged images",
-            "What is right without any attack, between bounds that hold however often one looks; dashed: the gate's "
-            "figure and the policy's threshold.",
+            "What is right without any attack in recent rounds, beside bounds of its mean over the last W rounds, "
+            "which hold however often one looks; dashed: the gate's figure and the policy's threshold.",
             *band("robustness_clean_accuracy", "version", "live {{version}}"),
             (f"max by (version) (robustness_gate_clean_accuracy_ratio{{{VERSION}}})", "gate {{version}}"),
             (f"max by (version) (robustness_gate_clean_threshold_ratio{{{VERSION}}})", "gate, threshold {{version}}"),
@@ -289,14 +292,34 @@ def model() -> models.Dashboard:
         ),
         course(
             "Bounds under each attack",
-            "Between these the truth lies for this attack; they err once in 100 months, all together. Dashed: the "
-            "lower bound of the gate. A live upper bound below it is a proven loss, reason transfer.",
-            (f"{live} (robustness_robust_accuracy_upper_ratio{{{VERSION}}})", "{{attack}} {{version}} upper"),
-            (f"{live} (robustness_robust_accuracy_lower_ratio{{{VERSION}}})", "{{attack}} {{version}} lower"),
+            "Between upper and lower lies the mean accuracy over the last W rounds (beside); below the third lies the "
+            "mean over some of these. They err once in 100 months, all together. Dashed: the lower bound of the gate. "
+            "Once the third is below it, a loss is proven, reason transfer.",
+            (
+                f"{live} (robustness_robust_accuracy_mean_upper_ratio{{{VERSION}}})",
+                "{{attack}} {{version}} mean, upper",
+            ),
+            (
+                f"{live} (robustness_robust_accuracy_mean_lower_ratio{{{VERSION}}})",
+                "{{attack}} {{version}} mean, lower",
+            ),
+            (
+                f"{live} (robustness_robust_accuracy_stretch_upper_ratio{{{VERSION}}})",
+                "{{attack}} {{version}} some rounds, upper",
+            ),
             (
                 f"{live} (robustness_gate_transfer_accuracy_lower_ratio{{{VERSION}}})",
                 "gate {{attack}} {{version}} lower",
             ),
+        ),
+        course(
+            "Rounds that the bounds are about",
+            "W: the longest window of rounds that ends now and shows no change, 8,192 at most. It falls after a drop "
+            "or a rise, and grows while nothing changes.",
+            (f"{gate} (robustness_worst_case_accuracy_mean_rounds{{{VERSION}}})", "worst case {{version}}"),
+            (f"{gate} (robustness_clean_accuracy_mean_rounds{{{VERSION}}})", "unchanged {{version}}"),
+            (f"{live} (robustness_robust_accuracy_mean_rounds{{{VERSION}}})", "{{attack}} {{version}}"),
+            unit="none",
         ),
         course(
             "Six hours of each attack, and what the gate leads to expect",

@@ -146,16 +146,12 @@ def test_a_lucky_gate_is_no_loss() -> None:
     """The gate's 100 images may have been luckier than 39 of 40 samples, the most that its 95 % interval allows for:
     what is compared allows for one in 100 versions, all figures together."""
     lucky = replace(ATTESTED, clean=Share(98, 100), clean_threshold=None, transfer={})
-    totals = VersionTotals("1", bounds={"clean": bounds_at(0.925)})
+    unproven = Bounds(LIMIT).after(922_000, 1_000_000, 0.0)
+    assert 0.922 < unproven.stretch_upper < 0.925
+    totals = VersionTotals("1", bounds={"clean": unproven})
     assert lucky.clean.bounds[0] > 0.925 > 0.9
     assert found(totals, lucky) == set()
-    assert found(replace(totals, bounds={"clean": bounds_at(0.9)}), lucky) == {"clean"}
+    proven = Bounds(LIMIT).after(897_000, 1_000_000, 0.0)
+    assert proven.stretch_upper < 0.9
+    assert found(replace(totals, bounds={"clean": proven}), lucky) == {"clean"}
     assert RISK == 0.01
-
-
-def bounds_at(upper: float) -> Bounds:
-    """Bounds whose upper one is that."""
-    none = Bounds.none(1.0)
-    below = none.below.copy()
-    below[round(upper * 500) :] = 10.0
-    return replace(none, below=below)

@@ -21,7 +21,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from monitoring.bounds import MONTH_SECONDS, Bounds, after_all, limit
+from monitoring.bounds import MONTH_SECONDS, Bounds, limit
 from monitoring.budget import Budget
 from monitoring.config import WatchConfig
 from monitoring.crafting import Pace
@@ -625,9 +625,12 @@ def test_a_restart_goes_on_where_the_record_ends(endpoint: Any, write_config: Ma
     totals = sidecar.journal.current
     assert totals is not None
     assert totals.samples == 20
-    expected = after_all(Bounds.none(sidecar.journal.limit), [(one.worst_case.k, 4) for one in rounds])
-    assert totals.bounds["worst_case"].upper == expected.upper
-    assert np.array_equal(totals.bounds["worst_case"].below, expected.below)
+    expected = Bounds(sidecar.journal.limit)
+    for one in rounds:
+        expected = expected.after(one.worst_case.k, 4, one.started)
+    found = totals.bounds["worst_case"]
+    for part in ("limit", "rounds", "start", "lower", "upper", "stretch_upper"):
+        assert getattr(found, part) == getattr(expected, part)
 
 
 @pytest.mark.parametrize(

@@ -265,16 +265,19 @@ def test_what_the_loop_does_is_said_as_it_is() -> None:
         ("robustness_worst_case_accuracy", BALL, "worst_case"),
     ],
 )
-def test_live_bounds_are_those_of_all_rounds(name: str, labels: dict[str, str], of: str) -> None:
+def test_live_bounds_are_those_of_their_window(name: str, labels: dict[str, str], of: str) -> None:
     """Against Bounds on the counts of every round, while the ratio is over the recent ones; the search counts once."""
     outcomes = [one for number in range(1, 61) for one in (result(number), search(number))]
     seen = journal(*outcomes)
     counts = {"clean": (3, 4), ATTACKS[0]: (2, 4), SEARCH: (1, 2), "worst_case": (1, 4)}
-    expected = Bounds.none(LIMIT)
-    for _ in range(60):
-        expected = expected.after(*counts[of])
-    assert value(seen, f"{name}_upper_ratio", **labels) == expected.upper < 1
-    assert value(seen, f"{name}_lower_ratio", **labels) == expected.lower
+    expected = Bounds(LIMIT)
+    for number in range(1, 61):
+        expected = expected.after(*counts[of], 1000.0 * number)
+    assert value(seen, f"{name}_mean_upper_ratio", **labels) == expected.upper < 1
+    assert value(seen, f"{name}_mean_lower_ratio", **labels) == expected.lower
+    assert value(seen, f"{name}_mean_rounds", **labels) == expected.rounds == 60
+    assert value(seen, f"{name}_mean_start_timestamp_seconds", **labels) == expected.start == 1000
+    assert value(seen, f"{name}_stretch_upper_ratio", **labels) == expected.stretch_upper < expected.upper
     assert value(seen, f"{name}_ratio", **labels) == counts[of][0] / counts[of][1]
 
 
@@ -295,11 +298,13 @@ def test_the_gates_bounds_are_exact(name: str, labels: dict[str, str], k: int, n
 
 
 def test_only_recent_rounds_make_the_ratio() -> None:
-    """After twenty rounds of another kind nothing of the first is in it; bounds and totals keep all."""
+    """After twenty rounds of another kind nothing of the first is in it; totals keep all, and the bounds are of the
+    rounds since the change."""
     good = [replace(result(number), correct=(True,) * 4) for number in range(1, 31)]
     seen = journal(*(result(number) for number in range(1, 31)), *good)
     assert value(seen, "robustness_clean_accuracy_ratio", **V) == 1
     assert value(seen, "robustness_clean_correct_total", **V) == 30 * 3 + 30 * 4
+    assert value(seen, "robustness_clean_accuracy_mean_rounds", **V) <= 45
 
 
 def test_a_search_that_was_not_lately_has_no_ratio() -> None:
@@ -307,7 +312,9 @@ def test_a_search_that_was_not_lately_has_no_ratio() -> None:
     seen = journal(search(), *(result(number) for number in range(1, RECENT + 1)))
     found = samples(seen)
     attacks = {dict(labels)["attack"] for name, labels in found if name == "robustness_robust_accuracy_ratio"}
-    bounded = {dict(labels)["attack"] for name, labels in found if name == "robustness_robust_accuracy_upper_ratio"}
+    bounded = {
+        dict(labels)["attack"] for name, labels in found if name == "robustness_robust_accuracy_mean_upper_ratio"
+    }
     assert attacks == set(ATTACKS)
     assert bounded == {*ATTACKS, SEARCH}
     assert not any(math.isnan(number) for number in found.values())
@@ -471,8 +478,17 @@ def test_names_and_help_follow_the_conventions() -> None:
         assert "Upper bound of robust accuracy" in family.documentation
 
 
+LIVE = (
+    "ratio",
+    "mean_lower_ratio",
+    "mean_upper_ratio",
+    "mean_rounds",
+    "mean_start_timestamp_seconds",
+    "stretch_upper_ratio",
+)
 V_, B_, A_, VIA_ = "model version", "model version norm epsilon", "model version norm epsilon attack", "model via"
-# What rules, dashboards and others' queries are written for; * stands for the three of a figure and its bounds.
+# What rules, dashboards and others' queries are written for; * stands for the three of a gated figure and its bounds, +
+# for the six of a live one.
 CONTRACT = {
     "build_info": "version revision",
     "attack_info": "attack norm epsilon surrogate steps params_sha256",
@@ -484,9 +500,9 @@ CONTRACT = {
     "gate_accuracy_*ratio": B_,
     "gate_clean_accuracy_*ratio": V_,
     "gate_transfer_accuracy_*ratio": A_,
-    "clean_accuracy_*ratio": V_,
-    "robust_accuracy_*ratio": A_,
-    "worst_case_accuracy_*ratio": B_,
+    "clean_accuracy_+": V_,
+    "robust_accuracy_+": A_,
+    "worst_case_accuracy_+": B_,
     "attack_success_ratio": A_,
     **dict.fromkeys(("clean_samples_total", "clean_correct_total"), V_),
     **{f"attack_{what}_total": A_ for what in ("samples", "correct", "attempts", "successes", "queries")},
@@ -512,9 +528,9 @@ CONTRACT = {
 def test_names_and_labels_are_a_contract() -> None:
     """Exactly these series' names, each with exactly these labels."""
     expected = {
-        f"robustness_{name.replace('*', bound)}": set(labels.split())
+        f"robustness_{name.replace('*', part).replace('+', part)}": set(labels.split())
         for name, labels in CONTRACT.items()
-        for bound in (("", "lower_", "upper_") if "*" in name else ("",))
+        for part in (("", "lower_", "upper_") if "*" in name else LIVE if "+" in name else ("",))
     }
     found = samples(journal(result(), search(), failure(2), skip(3)))
     assert {name: set(dict(labels)) for name, labels in found} == expected
