@@ -1,4 +1,4 @@
-"""Honest networks of many kinds, trained in seconds by a plain loop: other layers, other images, other numbers of classes.
+"""Honest networks of many kinds, trained in seconds by a plain loop: other layers, images and numbers of classes.
 
 None of them comes from the project's own trainer, whose networks `benchmarks/checks.py` looks at as well.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustness.attacks import pgd
-from robustness.data import Dataset
+from robustness.data import Bytes, Dataset, Labels
 from robustness.models import frozen, to_float
 from robustness.seeds import generator
 from robustness.threat import Threat
@@ -86,11 +86,7 @@ def seen_as(kind: str, digits: Dataset) -> Dataset:
     return digits
 
 
-def _paired(
-    images: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
-    labels: np.ndarray[tuple[int], np.dtype[np.int64]],
-    count: int,
-) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.uint8]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def _paired(images: Bytes, labels: Labels, count: int) -> tuple[Bytes, Labels]:
     left, right = np.random.default_rng(0).integers(len(images), size=(2, count))
     return np.concatenate([images[left], images[right]], axis=2), 10 * labels[left] + labels[right]
 

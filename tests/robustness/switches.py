@@ -39,7 +39,7 @@ def high_frequencies(x: Tensor) -> Tensor:
     eye = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
     enlarged = functional.interpolate(eye, scale_factor=2, mode="bilinear").flatten(1).T
     rest = torch.eye(256, dtype=torch.float64) - enlarged @ torch.linalg.pinv(enlarged)
-    left = (x.double().flatten(2) @ rest).abs() > 2.5 / 255
+    left: Tensor = (x.double().flatten(2) @ rest).abs() > 2.5 / 255
     return left.flatten(1).any(dim=1)
 
 
