@@ -31,7 +31,7 @@ ONE_OF = "a candidate's directory, an ONNX file, module:callable or grpc://HOST:
 
 Decide = Callable[[Tensor], Tensor]
 Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""uint8 images (N, H, W, C) to logits (N, K), by asking somebody."""
+"""uint8 images (N, H, W, C) to logits (N, K), by questions to the subject."""
 
 
 class Described(Protocol):
