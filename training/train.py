@@ -32,6 +32,7 @@ from training.limits import EndedAtOnce, Limits
 from training.masking import MaskStatistics
 from training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run, write_state
 
+ELSEWHERE = "stopped; the first process says which state is saved"
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit
 SAVE_SHARE = 1 / 30  # of the time goes to saving at most: not every epoch of a GPU is saved
 CHECK_STEPS = {"cpu": 1, "cuda": 20}  # asking a GPU for the loss, or other GPUs for a vote, means waiting for it
@@ -55,11 +56,16 @@ def train(
     process takes its part of every batch. Returns the manifest. BadInput where another process trains into `out`;
     EndedAtOnce for a KeyboardInterrupt, which leaves the last saved state.
     """
-    ranks = Ranks.join()
+    ranks, limits = Ranks.join(), limits or Limits()
     try:
         with only_writer(out, ranks):
-            return _train(config, out, ranks, resume, limits or Limits(), compact, track, log)
-    except KeyboardInterrupt:
+            return _train(config, out, ranks, resume, limits, compact, track, log)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # torch's, for an exchange with a process that the second signal reached first.
+        if isinstance(error, RuntimeError) and not (ranks.world > 1 and limits.over):
+            raise
+        if not ranks.first:
+            raise EndedAtOnce(f"{out}: {ELSEWHERE}") from None
         step = saved_step(out)
         kept = "no state was saved yet" if step is None else f"its state of step {step} is saved"
         raise EndedAtOnce(f"{out}: ended at once; {kept}; repeat the command with --resume") from None
@@ -166,6 +172,8 @@ def _train(
         ):
             if step % every == 0 and ranks.agree(limits.over):
                 save()
+                if not ranks.first:
+                    raise Interrupted(f"{out}: {ELSEWHERE}")
                 raise Interrupted(
                     f"{out}: stopped and saved at step {done} of {total_steps}; repeat the command with --resume"
                 )

@@ -306,7 +306,7 @@ def test_what_is_no_state_is_left_alone(subject: Subject, tmp_path: Path) -> Non
     assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
     notes.rename(notes.with_name(".state.json.123.part"))
     (notes.parent / LOCK).touch()
-    assert gate(subject, policy(0.1, images=30), out)["verdict"] == "passed"
+    assert gate(subject, policy(0.1), out)["verdict"] == "passed"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence"]
 
 

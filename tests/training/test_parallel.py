@@ -160,7 +160,8 @@ def test_two_trainings_of_several_processes_do_not_share_a_place(tmp_path: Path)
 
 
 def test_ctrl_c_saves_under_torchrun_and_a_second_one_too(tmp_path: Path) -> None:
-    """torchrun hands the first on and dies of the second; its processes save and end by themselves."""
+    """torchrun hands the first on and dies of the second, after a SIGTERM to its processes: the first of them says,
+    alone, which state is on disk, and it is."""
     out = tmp_path / "run"
     overrides = [part for change in [*CHANGES, "optimization.epochs=2000"] for part in ("--set", change)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
@@ -176,8 +177,9 @@ def test_ctrl_c_saves_under_torchrun_and_a_second_one_too(tmp_path: Path) -> Non
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert errors.count("dfmcl: stopping at the next step") == 1
-    (step,) = set(re.findall(rf"dfmcl: {out}: stopped and saved at step (\d+) of", errors))
-    assert torch.load(out / STATE, weights_only=True)["step"] == int(step)
+    steps = re.findall(rf"dfmcl: {out}: (?:stopped and saved at|ended at once; its state of) step (\d+) ", errors)
+    assert len(steps) == 1, errors
+    assert torch.load(out / STATE, weights_only=True)["step"] == int(steps[0])
     assert not list(out.rglob(".*"))
 
 
