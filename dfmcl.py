@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -27,8 +27,10 @@ EXTRAS = {
     **dict.fromkeys(("gateway", "apikey"), "gateway"),
     **dict.fromkeys(("watch", "craft"), "monitor"),
 }
+CLEARING_SECONDS = 2.0  # in which a further Ctrl-C is not heard
 OURS = ("robustness", "training", "gating", "serving", "monitoring")
-BROKEN = 5
+BROKEN, INTERRUPTED = 5, 130
+STOPPING = "stopping at the next step, and saving the state; a second signal ends at once, with the state saved before"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -41,29 +43,43 @@ app = typer.Typer(
 def guarded(function: Callable[..., int | None]) -> Callable[..., None]:
     """The function, with whatever it raises turned into one line and an exit code, never 1 by accident."""
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> None:
+    def attempt(*args: Any, **kwargs: Any) -> None:
         try:
             for value in kwargs.values():
                 for path in value if isinstance(value, list) else [value]:
                     require_local(path)
             code = function(*args, **kwargs) or 0
             sys.stdout.flush()
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
         except SystemExit as error:
             if error.code not in (130, 143):  # a signal's; any other is a model's own code that wants to end us
                 warn(f"a model's code called sys.exit({error.code!r}), which decides nothing")
                 raise SystemExit(BROKEN) from None
             raise
-        except BrokenPipeError:  # whoever read our output has left; nobody is there to be told
+        except BrokenPipeError:  # the reader of our output has left; nobody is there to be told
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(BROKEN) from None
         except Exception as error:  # noqa: BLE001  # this is where every exception ends, with its meaning
             raise SystemExit(explain(error, function.__name__)) from None
         raise SystemExit(code)
 
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        try:
+            attempt(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            raise SystemExit(cut_off(error, function.__name__)) from None
+
     return call
+
+
+def cut_off(error: BaseException, subcommand: str) -> int:
+    """The exit code of a Ctrl-C, told as the command told the one before that, which this one may have interrupted."""
+    while error.__context__ is not None:
+        error = error.__context__
+        if getattr(error, "exit_code", 0) == INTERRUPTED:
+            assert isinstance(error, Exception)
+            return explain(error, subcommand)
+    return INTERRUPTED
 
 
 def command(function: Callable[..., int | None]) -> Callable[..., None]:
@@ -89,6 +105,8 @@ def explain(error: Exception, subcommand: str) -> int:
 
     code = getattr(error, "exit_code", BROKEN)
     message = str(error)
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the next Ctrl-C would cut off the line that this one asked for
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in OURS:
         message, code = f"{error.name} is not installed; pip install 'dfmcl[{EXTRAS.get(subcommand, 'train')}]'", 2
     elif lacks_memory(error):
@@ -123,13 +141,39 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         yield from progress.track(items, total=total, description=label)
 
 
-def stop_on_signals() -> threading.Event:
-    """An event that SIGINT and SIGTERM set, so that work ends at its next boundary; a second signal kills."""
-    stop = threading.Event()
+def raising(error: BaseException) -> Callable[[int, object], None]:
+    """A signal handler that raises this error, but not again at once: many presses of Ctrl-C would cut off the clearing
+    up, and the line that says what is kept."""
+    last = float("-inf")
 
-    def handle(number: int, _frame: object) -> None:
+    def handle(_number: int, _frame: object) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > CLEARING_SECONDS:
+            last = now
+            raise error
+
+    return handle
+
+
+def stop_on_signals(first: str = "") -> threading.Event:
+    """An event that SIGINT and SIGTERM set, so that work ends at its next boundary; a second signal kills.
+
+    first: a line for the first signal, of work that saves its state; its second one is a KeyboardInterrupt.
+    """
+    stop, interrupt = threading.Event(), raising(KeyboardInterrupt())
+
+    def handle(number: int, frame: object) -> None:
+        if first and stop.is_set():
+            interrupt(number, frame)
+            return
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
+        if not first:
+            signal.signal(number, signal.SIG_DFL)
+        elif os.environ.get("RANK", "0") == "0":
+            begin = "\n" if sys.stderr.isatty() else ""  # below the progress bar
+            with suppress(OSError):
+                os.write(2, f"{begin}dfmcl: {first}\n".encode())  # print() may be what the signal interrupted
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
@@ -137,7 +181,7 @@ def stop_on_signals() -> threading.Event:
 
 
 def say(line: str) -> None:
-    """Print one line at once, also into a pipe; a name or a reason in it, whoever chose it, starts no other."""
+    """Print one line at once, also into a pipe; a name or a reason in it, even a stranger's, starts no other."""
     from robustness.text import printable
 
     print(printable(line), flush=True)
@@ -198,7 +242,7 @@ def train(
         parsed,
         out,
         resume=resume,
-        limits=Limits.of(stop_on_signals(), max_minutes),
+        limits=Limits.of(stop_on_signals(STOPPING), max_minutes),
         compact=compact_state,
         track=track,
         log=say,
@@ -225,7 +269,7 @@ def campaign(
 ) -> int:
     """Train and measure many runs under a time budget: 0 all done, 130 cut, 2 or 5 a run failed."""
     from robustness.errors import BadInput
-    from training.campaign import read_records, run_campaign, write_tables
+    from training.campaign import only_writer, read_records, run_campaign, write_tables
     from training.limits import Limits
     from training.plan import load_campaign, runs
 
@@ -235,20 +279,22 @@ def campaign(
         if not out.is_dir():
             raise BadInput(f"--out {out}: no such directory; name the one that holds the campaign's records")
         every = runs(parsed, plan, overrides)
-        write_tables(parsed, every, read_records(parsed, every, out), out)
+        with only_writer(out):
+            write_tables(parsed, every, read_records(parsed, every, out), out)
         say(f"{out / 'table.md'}")
         return 0
-    progress = run_campaign(
-        parsed,
-        plan,
-        out,
-        overrides=overrides,
-        limits=Limits.of(stop_on_signals(), budget_minutes),
-        device=device,
-        command=f"dfmcl campaign {plan} --out {out}",
-        track=track,
-        log=say,
-    )
+    with only_writer(out):
+        progress = run_campaign(
+            parsed,
+            plan,
+            out,
+            overrides=overrides,
+            limits=Limits.of(stop_on_signals(STOPPING), budget_minutes),
+            device=device,
+            command=f"dfmcl campaign {plan} --out {out}",
+            track=track,
+            log=say,
+        )
     say(f"{out / 'table.md'}: {progress}")
     return progress.exit_code
 
@@ -286,40 +332,39 @@ def evaluate(
     from robustness.attacks import Attack
     from robustness.data import load_dataset
     from robustness.errors import BadInput
-    from robustness.files import dump_json, require_file_place, write_text
+    from robustness.files import dump_json, only_writer, write_text
     from robustness.runs import load_run, parse_device
     from robustness.suite import FORMAT, measure, parse_threat, record
 
-    if out is not None:
-        require_file_place(out, FORMAT)  # before the attacks, not after
     if suite and attack:
         raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")
     attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()
     where = parse_device(device)
-    trained = load_run(run, where)
-    source = load_run(surrogate, where) if surrogate else None
-    threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
-    entry = trained.data
-    data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
-    if data.remark:
-        say(data.remark)
-    evaluations = measure(
-        trained, data, threats, attacks=attacks, cascade=bool(suite), surrogate=source, images=images, seed=seed,
-        track=track,
-    )  # fmt: skip
-    say(f"{run} on {len(evaluations[0].correct)} test images of {data.name}; 95 % intervals")
-    say(f"  {'clean':34} {evaluations[0].clean}")
-    if wild := evaluations[0].not_finite:
-        say(f"  logits are not finite for {wild} of {len(evaluations[0].correct)} images, which count as wrong")
-    for evaluation in evaluations:
-        transfer = "transfer " if evaluation.about["kind"] == "transfer" else ""
-        for result in evaluation.attacks:
-            say(f"  {f'{transfer}{result.name}, {evaluation.threat}':34} {result.accuracy}")
-        if len(evaluation.attacks) > 1:
-            say(f"  {f'worst case, {evaluation.threat}':34} {evaluation.robust}")
-    if out is not None:
-        write_text(out, dump_json(record(trained, data, evaluations)))
-        say(f"record: {out}")
+    with nullcontext() if out is None else only_writer(out, FORMAT):  # asked before the attacks, not after
+        trained = load_run(run, where)
+        source = load_run(surrogate, where) if surrogate else None
+        threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
+        entry = trained.data
+        data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
+        if data.remark:
+            say(data.remark)
+        evaluations = measure(
+            trained, data, threats, attacks=attacks, cascade=bool(suite), surrogate=source, images=images, seed=seed,
+            track=track,
+        )  # fmt: skip
+        say(f"{run} on {len(evaluations[0].correct)} test images of {data.name}; 95 % intervals")
+        say(f"  {'clean':34} {evaluations[0].clean}")
+        if wild := evaluations[0].not_finite:
+            say(f"  logits are not finite for {wild} of {len(evaluations[0].correct)} images, which count as wrong")
+        for evaluation in evaluations:
+            transfer = "transfer " if evaluation.about["kind"] == "transfer" else ""
+            for result in evaluation.attacks:
+                say(f"  {f'{transfer}{result.name}, {evaluation.threat}':34} {result.accuracy}")
+            if len(evaluation.attacks) > 1:
+                say(f"  {f'worst case, {evaluation.threat}':34} {evaluation.robust}")
+        if out is not None:
+            write_text(out, dump_json(record(trained, data, evaluations)))
+            say(f"record: {out}")
 
 
 @command
@@ -332,6 +377,8 @@ def pack(
     from training.pack import pack as run_pack
 
     names = [run.resolve().name for run in runs]
+    if out.resolve() == Path(out.resolve().anchor):
+        raise BadInput(f"--out {out}: is the root of all files; name a directory in it")
     if len(set(names)) < len(names):
         raise BadInput(f"runs {', '.join(names)}: two have the same name; rename a directory")
     for run, name in zip(runs, names, strict=True):
@@ -349,7 +396,7 @@ def export(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
 ) -> None:
-    """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to what it came from."""
+    """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to its source."""
     from serving.errors import BadInput
 
     foreign, names = source.is_file(), read_labels(labels)
@@ -500,8 +547,16 @@ def sign(
 ) -> None:
     """Sign evidence, or add a signature to the ones it has."""
     from gating.attestation import ATTESTATION, sign_evidence
+    from robustness.files import clear_parts
+    from robustness.locks import beside, held
 
-    say(f"{evidence / ATTESTATION}: signed; holds until {sign_evidence(evidence, key):%Y-%m-%d}")
+    place = evidence.resolve()
+    if not os.access(place.parent, os.W_OK):  # a volume of its own
+        place /= ATTESTATION
+    with held(beside(place), evidence):  # of two that sign at once, one signature would be lost
+        clear_parts(evidence, {ATTESTATION})
+        until = sign_evidence(evidence, key)
+    say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
 
 
 @command
@@ -857,7 +912,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends nothing
     arguments = sorted(sys.argv[1:], key=lambda argument: argument != "--verbose")  # stable: only --verbose moves
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds, so that staging is cleared
+    signal.signal(signal.SIGTERM, raising(SystemExit(128 + signal.SIGTERM)))  # unwinds, so that staging is cleared
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else a shell wants it ignored
+        signal.signal(signal.SIGINT, raising(KeyboardInterrupt()))
     try:
         raise SystemExit(app(arguments or ["--help"], prog_name="dfmcl", standalone_mode=False))
     except Exception as error:  # typer's usage errors have no public class in common

@@ -206,7 +206,7 @@ class Look:
         return found[0][1] if found else 0.0
 
     def pages(self) -> set[str]:
-        """Critical alerts that somebody is told of: active, and not inhibited."""
+        """Critical alerts that reach a receiver: active, and not inhibited."""
         alerts = observing.fetch(f"{self._alertmanager}/api/v2/alerts?active=true&inhibited=false")
         return {alert["labels"]["alertname"] for alert in alerts if alert["labels"]["severity"] == "critical"}
 
@@ -237,7 +237,7 @@ class Look:
 
 
 class Restartable:
-    """A bare Triton on fixed ports, as somebody else might run it: it verifies nothing. A context manager."""
+    """A bare Triton on fixed ports, as another team might run it: it verifies nothing. A context manager."""
 
     def __init__(self, folder: Path, ports: dict[str, int]) -> None:
         self._folder, self._stack = folder, ExitStack()
@@ -301,7 +301,7 @@ def command(folder: Path, name: str, port: int) -> Iterator[subprocess.Popen[byt
 
 @contextmanager
 def user(folder: Path, port: int) -> Iterator[None]:
-    """Somebody who asks for a label now and then, whatever the answer."""
+    """A user who asks for a label now and then, whatever the answer."""
     stop, url = threading.Event(), f"http://127.0.0.1:{port}"
     with np.load(folder / "images.npz") as data:
         images, classes = data["x_test"], len(data["classes"])

@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def small_run(out: Path) -> Path:
-    """Full width on digits, for whoever has no run at hand."""
+    """Full width on digits, where no run is at hand."""
     overrides = ["model.width=64", "optimization.epochs=2", "curriculum.steps=2", "curriculum.beta=16/255"]
     train(load_config("quickstart_surrogate", [*overrides, "optimization.precision=bfloat16"]), out, log=print)
     return out

@@ -1,6 +1,6 @@
 """What Triton and the gateway cost beside bare ONNX Runtime: `make bench-serving`.
 
-One ONNX file (a full-width ResNet-18 of random weights on 32 x 32 images; what it answers does not matter here), one
+One ONNX file (a full-width ResNet-18 of random weights on 32 x 32 images; its answers do not matter here), one
 run, all ways of asking in turn. Triton runs as `dfmcl serve` runs it, on the config.pbtxt that promotion writes. Bare
 is ONNX Runtime in this process with its default threads.
 """

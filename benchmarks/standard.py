@@ -3,7 +3,7 @@
 The gate's policy asks for the first half of AutoAttack's protocol; this is the second, at its whole length, on the
 gate's own images and as the gate would: bytes, gradients in float32 from the ONNX file, which decides. As two cores
 need 47 s an image, they are taken by turns: the one nearest to the border (by the margin at which APGD-T ended), where
-an attack has most to gain, and the next of a draw among all, which speaks for those that nobody attacked.
+an attack has most to gain, and the next of a draw among all, which speaks for the images that nobody attacked.
 It stops after --minutes, and goes on from its record when called again.
 """
 

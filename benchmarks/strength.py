@@ -2,7 +2,7 @@
 
 Both attack in AutoAttack's order, each attack only what the ones before it left, at the same budgets: steps of a run,
 nine targets, queries. Whether an image fell is decided by the network in float32, and only inside the ball. Shares are
-those that hold after an attack and all before it.
+the images that hold after an attack and all before it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the sidecar costs users: latency and throughput at saturation with and without it: `make bench-watch`.
 
-A full-width ResNet-18 (random weights: what it answers does not matter here) behind a real Triton, sixteen clients that
+A full-width ResNet-18 (random weights: its answers do not matter here) behind a real Triton, sixteen clients that
 each ask again as soon as they are answered, and a real `dfmcl watch` with its default budget, which is halted in every
 other stretch, so that it costs nothing there. Twice: the sidecar on a core of its own, and all on the same cores. With
 --crafted, on the same cores, after `dfmcl craft`.

@@ -1,4 +1,4 @@
-"""A module of somebody else's code: kept from harming its judge, and each of its failures told in one line."""
+"""A module of foreign code: kept from harming its judge, and each of its failures told in one line."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def shown(x: Tensor, layout: str = "") -> str:
 
 @contextmanager
 def guarded(said: str) -> Iterator[None]:
-    """Somebody else's code inside: whatever it raises is BadInput, be it sys.exit or no Exception at all."""
+    """Foreign code inside: whatever it raises is BadInput, be it sys.exit or no Exception at all."""
     try:
         yield
     except (KeyboardInterrupt, DfmclError):

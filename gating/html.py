@@ -120,7 +120,7 @@ def newly_broken(baseline: Mapping[str, Any] | None) -> str:
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:
-    """Where the figures come from, in the order in which somebody who doubts them asks."""
+    """Where the figures come from, in the order of a doubter's questions."""
     candidate, statistics = report["candidate"], report["statistics"]
     facts: dict[str, Any] = {
         "created": report["created"],

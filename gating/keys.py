@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput, unwritable
 
 
 def keygen(out: Path) -> str:
@@ -76,4 +76,4 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
     except FileExistsError:
         raise BadInput(f"{path}: exists, and a key is never overwritten; name another") from None
     except OSError as error:
-        raise Broken(f"{path}: cannot be written: {error.strerror}") from None
+        raise unwritable(path, error) from None

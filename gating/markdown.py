@@ -11,8 +11,8 @@ from gating import summary
 from gating.summary import Report, percent
 from robustness.text import as_markdown, printable
 
-# A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and whoever posts the page adds some of his own.
-# Bytes here, of which a character takes one or more.
+# A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and the poster adds some.
+# Bytes here; a character takes one or more.
 LIMIT = 60_000
 ROOM = 12_000  # bytes for one table; five of them and all the rest are below LIMIT
 NEWLY_BROKEN = 50

@@ -1,7 +1,7 @@
 """What an interrupted gate has done so far: blocks on disk, bound to everything that they depend on.
 
 They decide a verdict, and lie where a pipeline's caches and checkouts bring in files. So each is sealed with a secret
-that whoever brings them does not have; what was not sealed with it is attacked again.
+that a stranger does not have; what was not sealed with it is attacked again.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import hashlib
 import hmac
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gating.keys import read_signer
-from robustness.errors import BadInput, Broken
-from robustness.files import dump_json, read_json, write_bytes, write_text
+from robustness.errors import BadInput, Interrupted
+from robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
+from robustness.locks import LOCK, held
 from robustness.ranks import Ranks
 
 FORMAT = "dfmcl.gate-state/1"
 IDENTITY = "state.json"
 SEAL_BYTES = 32
+SIGTERM = 143  # the exit code of a process that was asked to end
 
 
 def secret_of(keys: Sequence[Path]) -> bytes:
@@ -57,20 +58,17 @@ class State:
     @staticmethod
     @contextmanager
     def at(out: Path, identity: Mapping[str, str], secret: bytes, ranks: Ranks) -> Iterator[State]:
-        """The state of the gate that writes to `out`; BadInput where there is one of another gate.
+        """The state of the gate that writes to `out`; BadInput where there is one of another gate, or it is at work.
 
-        An empty one is removed when the gate ends before its first block, by an error or not.
+        An empty one is removed when the gate ends before its first block, by an error or not. Interrupted, which says
+        what is kept, for a signal.
         """
         seal = hmac.digest(ranks.gather(secret)[0], dump_json(dict(identity)).encode(), "sha256")
         state = State(out.with_name(f"{out.name}.partial"), seal)
-        try:
-            if ranks.first:
-                state._claim(identity)
-            ranks.gather(None)  # nobody writes before the first has looked
+        with ExitStack() as stack:
+            ranks.first_does(lambda: stack.enter_context(state._claimed(identity)))
             yield state
-        finally:
-            if ranks.first and state.directory.is_dir() and not any(state.directory.glob("*.npz")):
-                state.done()
+            ranks.gather(None)  # the first goes last: the next gate finds nobody at work
 
     def load(self, purpose: str, number: int) -> bytes | None:
         """Block `number`; None where it is not done, or not by this gate."""
@@ -94,11 +92,43 @@ class State:
 
     def done(self) -> None:
         """The evidence is written: what led to it can go."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for path in (self.directory / IDENTITY, *self._blocks()):
+            path.unlink(missing_ok=True)
+
+    def _blocks(self) -> list[Path]:
+        return list(self.directory.glob("*.npz"))
+
+    @contextmanager
+    def _claimed(self, identity: Mapping[str, str]) -> Iterator[None]:
+        """Only this gate writes here inside; a signal's end says what is kept."""
+        try:
+            with held(self.directory / LOCK, self.directory):
+                self._claim(identity)
+                try:
+                    yield
+                except (KeyboardInterrupt, SystemExit) as signalled:
+                    raise self._interrupted(signalled) from None
+                finally:
+                    if not self._blocks():
+                        self.done()
+        finally:
+            with suppress(OSError):  # blocks are left, or another gate has come
+                self.directory.rmdir()
+
+    def _interrupted(self, signalled: BaseException) -> BaseException:
+        code = signalled.code if isinstance(signalled, SystemExit) else Interrupted.exit_code
+        if code not in (Interrupted.exit_code, SIGTERM):
+            return signalled  # of a model's own code
+        count = len(self._blocks())
+        kept = f"{count} blocks of images are done and kept" if count else "no block of images was done yet"
+        error = Interrupted(f"{self.directory}: interrupted; {kept}; repeat the command to go on")
+        error.exit_code = int(code)
+        return error
 
     def _claim(self, identity: Mapping[str, str]) -> None:
+        clear_parts(self.directory)
         path = self.directory / IDENTITY
-        if path.is_file():
+        if path.is_file() and self._blocks():
             found = read_json(path).get("identity")
             found = found if isinstance(found, dict) else {}
             other = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
@@ -109,10 +139,6 @@ class State:
                     " was begun, remove the directory, or name another --out"
                 )
             return
-        if self.directory.exists():
+        if {found.name for found in self.directory.iterdir()} - {LOCK, IDENTITY}:
             raise BadInput(f"{self.directory}: is no state of a gate; remove it, or name another --out")
-        try:
-            self.directory.mkdir(parents=True)
-        except OSError as error:
-            raise Broken(f"{self.directory}: cannot be made: {error.strerror or error}") from None
         write_text(path, dump_json({"format": FORMAT, "identity": dict(identity)}))

@@ -35,7 +35,7 @@ ONE_OF = "a candidate's directory, an ONNX file, module:callable or grpc://HOST:
 ODD_BATCH = 7  # as no attack asks
 Decide = Callable[[Tensor], Tensor]
 Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""uint8 images (N, H, W, C) to logits (N, K), by asking somebody."""
+"""uint8 images (N, H, W, C) to logits (N, K), by questions to the subject."""
 
 
 class Described(Protocol):

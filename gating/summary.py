@@ -255,7 +255,7 @@ def class_rows(report: Report) -> list[ClassRow]:
 
 
 def classes_by_weight(report: Report) -> list[ClassRow]:
-    """Classes whose criterion is missed or open first, then those of which the smallest share held."""
+    """Classes whose criterion is missed or open first, then the classes with the smallest share that held."""
     weight = {"missed": 0, "open": 1}
     return sorted(
         class_rows(report),
@@ -271,13 +271,13 @@ def confusion(classes: int, probes: Probes) -> NDArray[np.int64]:
 
 
 def checks_by_weight(report: Report) -> list[Mapping[str, Any]]:
-    """All checks: raised ones first, then those that could not run."""
+    """All checks: raised ones first, then checks that could not run."""
     weight = {"raised": 0, "not_run": 1, "clear": 2}
     return sorted(report["checks"], key=lambda check: weight[check["outcome"]])
 
 
 def by_weight(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Criteria: missed ones first, then those that are open."""
+    """Criteria: missed ones first, then open ones."""
     weight = {"missed": 0, "open": 1, "met": 2}
     return sorted(rows, key=lambda row: weight[row["outcome"]])
 

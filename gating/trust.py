@@ -49,7 +49,7 @@ def load_trust(path: Path) -> Trust:
 def follow_trust(path: Path, say: Callable[[str], None]) -> Callable[[], Trust]:
     """What a trust file says whenever it is asked, read anew with its keys and policies: a few tenths of a millisecond.
 
-    Keys are revoked by what a file says, not by its absence: while it cannot be read, what it said last holds, and
+    Keys are revoked by what a file says, not by its absence: while it cannot be read, its last content holds, and
     `say` is told once. BadInput where it cannot be read now.
     """
     last, trouble = load_trust(path), ""

@@ -22,7 +22,7 @@ Outcome = Literal["met", "missed", "open"]
 class Claim:
     """One share that must reach a threshold: a criterion, or a criterion for one class.
 
-    class_index: the images of which class it is about; None: all. population: how many of those the data set holds.
+    class_index: the class whose images it is about; None: all. population: how many of those the data set holds.
     """
 
     criterion: Criterion

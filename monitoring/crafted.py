@@ -24,7 +24,7 @@ from monitoring.probes import Scene, craft
 from monitoring.surrogates import Surrogates, load_surrogates
 from robustness.attacks import Attack, Model
 from robustness.data import Bytes, load_dataset
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput, Broken, unwritable
 from robustness.files import dump_json, read_json, sha256_of, whole_directory, write_text
 from robustness.geometry import contains_uint8
 from robustness.gradients import attack_pass
@@ -38,7 +38,7 @@ FORMAT = "dfmcl.crafted/1"
 MANIFEST = "crafted.json"
 AGAIN = "make it with dfmcl craft"
 BATCH = 64
-ROUND = 0  # of which the attacks' randomness is; those of a watch begin at 1
+ROUND = 0  # the attacks draw as in this round; a watch's own rounds begin at 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def craft_pool(recipe: Recipe, out: Path, *, device: torch.device | str = "cpu",
                         chosen[begin : begin + BATCH] = True
                         file.write(craft(source, scene.only(chosen), attack, part=begin).tobytes())
             except OSError as error:
-                raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
+                raise unwritable(out, error) from None
             entries[attack.name] = {"parameters": dict(attack.parameters), "file": path.name, "sha256": sha256_of(path)}
         manifest = {"format": FORMAT, "recipe": recipe.to_json(), "attacks": entries}
         write_text(staged / MANIFEST, dump_json(manifest))

@@ -34,7 +34,7 @@ Labels = Mapping[str, str]
 class AttackInfo:
     """An attack's definition. steps: or queries an image; surrogate: names of the runs, "" for a search by queries.
 
-    params_sha256: of all that fixes what it does.
+    params_sha256: of all parameters that decide its result.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What is done, once, when a loss is proven: somebody is told, or a command is run. By default neither."""
+"""The answer to a proven loss, once: a webhook is told, or a command is run. By default neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished rounds on disk, one JSON line each: evidence that outlives the process, and what it starts from again.
+"""Finished rounds on disk, one JSON line each: evidence that outlives the process, and the start of the next one.
 
 Whatever the disk does, probing goes on: what could not be written is counted.
 """

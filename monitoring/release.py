@@ -125,7 +125,7 @@ def follow(repository: Path, model: str, trust: Callable[[], Trust] | None) -> F
 
 @dataclass(frozen=True)
 class _Found:
-    """What was read last, and what it was read from."""
+    """The content that was read last, and its source."""
 
     version: str
     stamp: frozenset[tuple[str, int, int]]

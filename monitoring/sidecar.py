@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,8 @@ from monitoring.rounds import Plan, run_query_round, run_round
 from monitoring.server import application, served
 from monitoring.surrogates import Surrogates
 from robustness.attacks import Attack
-from robustness.errors import BadInput
+from robustness.errors import BadInput, DfmclError
+from robustness.locks import Taken, beside, held
 from robustness.progress import Track, silent
 from robustness.provenance import revision, versions
 from serving.client import Client
@@ -72,10 +73,44 @@ def watch(
     With `rounds`, run that many, serve no HTTP, do nothing about a loss, and return 0 if all were
     measured, else 5: a look by hand beside a watch that runs. One line a round goes to `log`.
 
-    Raises BadInput (2) for data, surrogates, keys or evidence that cannot be used, Broken (5) for a port in use.
+    Raises BadInput (2) for data, surrogates, keys or evidence that cannot be used, or a record that another watch
+    writes; Broken (5) for a port in use.
     """
     if rounds is not None:
         config = config.model_copy(update={"mitigation": config_of.Mitigation()})
+    with _recorded(config, rounds, log) as config:
+        return _watch(config, rounds, stop, clock, log, track)
+
+
+@contextmanager
+def _recorded(config: WatchConfig, rounds: int | None, log: Callable[[str], None]) -> Iterator[WatchConfig]:
+    """Hold the record, as two that append to it would give two rounds one number; a look by hand does without it.
+
+    Where it cannot be locked, probing goes on, as it does where it cannot be written.
+    """
+    path = Path(config.record.path)
+    with ExitStack() as stack:
+        try:
+            if config.record.path:
+                stack.enter_context(held(beside(path), path))
+        except Taken as error:
+            if rounds is None:
+                raise
+            log(f"{error}; these rounds are not written down")
+            config = config.model_copy(update={"record": config_of.Record()})
+        except DfmclError as error:
+            log(str(error))
+        yield config
+
+
+def _watch(
+    config: WatchConfig,
+    rounds: int | None,
+    stop: threading.Event,
+    clock: Clock,
+    log: Callable[[str], None],
+    track: Track,
+) -> int:
     work = prepare(config, track)
     if work.recipe.remark:
         log(work.recipe.remark)
@@ -155,7 +190,7 @@ def prepare(config: WatchConfig, track: Track = silent) -> Work:
 
 
 class Sidecar:
-    """The loop and what it has seen. The loop's thread writes, all others read snapshots."""
+    """The loop and its findings. The loop's thread writes, all others read snapshots."""
 
     def __init__(
         self, config: WatchConfig, work: Work, clock: Clock, stop: threading.Event, log: Callable[[str], None]

@@ -1,4 +1,4 @@
-"""An .npz of images and labels that somebody else wrote: what it holds, or one line that says what to save instead."""
+"""A user's .npz of images and labels: its content, or one line that says what to save instead."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Answer = Callable[[Tensor], Tensor]
 """Floats `(N, C, H, W)`, which under a convention may lie outside [0, 1], to logits `(N, K)`."""
 Convention = Callable[[Tensor], Tensor]
 
-IMAGES = 128  # looked at, of which one half chooses the convention and the other judges it
+IMAGES = 128  # one half chooses the convention, the other half judges it
 FINAL = 3  # conventions that a quarter of the images leaves in the choice
 BATCH = 16
 RIGHT = 0.75  # of the images: a model that is right on so many is not asked further

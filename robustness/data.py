@@ -30,7 +30,7 @@ DIGITS_SPLIT_SEED = 20260
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set; `path` and `image_size` are what it takes to load it again; skipped: files, by reason."""
+    """A named data set; `path` and `image_size` suffice to load it again; skipped: files, by reason."""
 
     name: str
     x_train: Bytes

@@ -3,12 +3,14 @@
 DfmclError
  ├─ Refused   1  the answer is no: a model that has not passed, a digest that does not hold
  ├─ BadInput  2  a file, key or argument is wrong
- └─ Broken    5  the machine, the network or a server is in the way
+ ├─ Broken    5  the machine, the network or a server is in the way
+ └─ Interrupted  130 or 143  a signal or the clock ended the work, and it can go on
 """
 
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 
 class DfmclError(Exception):
@@ -33,6 +35,21 @@ class Broken(DfmclError):
     """The surroundings failed: disk, port, process, network."""
 
     exit_code = 5
+
+
+class Interrupted(DfmclError):
+    """The work was asked to stop; the message says what is kept and how to go on."""
+
+    exit_code = 130
+
+
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}  # nothing that another argument mends
+
+
+def unwritable(path: Path, error: OSError) -> DfmclError:
+    """BadInput for a place that cannot be written, such as one below a file; Broken where the machine is in the way."""
+    kind = Broken if error.errno in MACHINE else BadInput
+    return kind(f"{path}: cannot be written: {error.strerror or error}")
 
 
 # As numpy, torch on a CPU and on a GPU, CUDA's libraries and ONNX Runtime say it; their classes have nothing in common.

@@ -73,7 +73,7 @@ def onto_plane(x: Tensor, w: Tensor, excess: Tensor, norm: str) -> Tensor:
     corner, order = corner.sort(dim=1)
     full, slope = (size * room).gather(1, order), (size * speed).gather(1, order)
     before = full.cumsum(dim=1) - full  # undone by coordinates that have used up their room
-    rest = slope.flip(1).cumsum(dim=1).flip(1)  # slope of those that have not
+    rest = slope.flip(1).cumsum(dim=1).flip(1)  # slope of the pixels that have not
     undone = before + torch.where(rest > 0, corner * rest, 0)  # at each corner
     wanted = excess.abs()[:, None]
     first = (undone < wanted).sum(dim=1, keepdim=True).clamp(max=x.shape[1] - 1)

@@ -1,18 +1,24 @@
-"""Files that are either whole or not there: staged beside their place, then renamed."""
+"""Files that are either whole or not there: staged beside their place, then renamed.
+
+What is staged is called `.NAME.X.part`. A process that was killed leaves it; the next writer, once it holds the place's
+lock, removes it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput, unwritable
+from robustness.locks import beside, held
 
 
 def sha256_of(path: Path) -> str:
@@ -53,9 +59,21 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise Broken(f"{path}: cannot be written: {error.strerror or error}") from None
+    except BaseException as error:  # also a second Ctrl-C
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from None
+        raise
+
+
+def clear_parts(folder: Path, names: Collection[str] | None = None) -> None:
+    """Remove what killed writers left of these files (None: of any) in a folder that nobody else writes to now."""
+    for path in folder.glob(".*.part"):
+        staged = re.fullmatch(r"\.(.+)\.\d+\.part", path.name)
+        if staged and (names is None or staged[1] in names):
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
@@ -63,22 +81,36 @@ def whole_directory(out: Path, names: Collection[str]) -> Iterator[Path]:
     """Yield a staging directory that becomes `out` when the block ends well, and vanishes when it does not.
 
     An existing `out` is replaced only if nothing is in it but files of these names, i.e. what the same command wrote.
+    BadInput where another process is about to replace it.
     """
-    staged = _staging(out, names)
-    try:
-        staged.chmod(0o755)  # mkdtemp makes 0700; servers that read this run under other users
-        yield staged
+    _require_replaceable(out)
+    with held(beside(out), out):
+        _clear_staged(out)
+        staged = _staging(out, names)
         try:
-            _swap(staged, out)
-        except OSError as error:
-            raise Broken(f"{out}: cannot be replaced: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+            staged.chmod(0o755)  # mkdtemp makes 0700; servers that read this run under other users
+            yield staged
+            try:
+                _swap(staged, out)
+            except OSError as error:
+                raise unwritable(out, error) from None
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def require_place(out: Path, names: Collection[str]) -> None:
     """Raise now, before the work, what `whole_directory` would raise about its place."""
-    shutil.rmtree(_staging(out, names))
+    _require_replaceable(out)
+    shutil.rmtree(_staging(out, names), ignore_errors=True)  # the lock's holder may have removed it already
+
+
+@contextmanager
+def only_writer(path: Path, format: str) -> Iterator[None]:  # as the files themselves call it
+    """Keep others from writing a JSON file of a format for as long as the block runs; see `require_file_place`."""
+    require_file_place(path, format)
+    with held(beside(path), path):
+        clear_parts(path.parent, {path.name})
+        yield
 
 
 def require_file_place(path: Path, format: str) -> None:  # as the files themselves call it
@@ -95,7 +127,7 @@ def require_file_place(path: Path, format: str) -> None:  # as the files themsel
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise Broken(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise unwritable(path, error) from None
 
 
 def require_regular(path: Path) -> None:
@@ -111,20 +143,41 @@ def holds(path: Path, format: str) -> bool:  # as above
     return not begin or f'"format": "{format}"'.encode() in begin
 
 
-def _staging(out: Path, names: Collection[str]) -> Path:
-    """An empty directory beside `out`, which may take its place."""
+def _require_replaceable(out: Path) -> None:
     if out.name in ("", "..") or os.path.ismount(out):
         raise BadInput(f"{out}: cannot be replaced as a whole; name a directory in it")
+
+
+def _clear_staged(out: Path) -> None:
+    """Remove what killed processes staged; what was `out` comes back where the kill came between two renames."""
+    for path in out.parent.glob(".*"):
+        found = re.fullmatch(rf"\.{re.escape(out.name)}\.[a-z0-9_]{{8}}\.(part|old)", path.name)
+        if found is None or path.is_symlink():
+            continue
+        if found[1] == "old" and not os.path.lexists(out):
+            path.rename(out)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _staging(out: Path, names: Collection[str]) -> Path:
+    """An empty directory beside `out`, which may take its place."""
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise BadInput(f"{out}: is a file; name a directory")
     try:
-        strangers = sorted(path.name for path in out.iterdir() if path.name not in names) if out.exists() else []
+        found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        strangers = [name for name in found if name not in names and not _left_of(name, names)]
         if strangers:
             raise BadInput(f"{out}: holds {strangers[0]}, which this command did not write; name another directory")
         out.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     except OSError as error:
-        raise Broken(f"{out}: cannot be written: {error.strerror or error}") from None
+        raise unwritable(out, error) from None
+
+
+def _left_of(name: str, names: Collection[str]) -> bool:
+    """Whether a file is what a killed process left of one of these: half of it, or its lock."""
+    left = re.fullmatch(r"\.(.+)\.(\d+\.part|lock)", name)
+    return left is not None and left[1] in names
 
 
 def _swap(staged: Path, out: Path) -> None:

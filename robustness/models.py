@@ -105,7 +105,7 @@ class ResNet18(nn.Module):
         if activation == "silu":  # smooth activations suit adversarial training (Pang et al. 2021)
             for module in list(self.modules()):
                 if hasattr(module, "relu"):
-                    module.relu = nn.SiLU()  # in place, autograd would copy what it needs of the input
+                    module.relu = nn.SiLU()  # in place, autograd would copy a part of the input
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.maxpool(self.relu(self.bn1(self.conv1(x))))

@@ -44,11 +44,18 @@ def opened(file: BinaryIO, formats: tuple[str, ...], max_pixels: int) -> Image.I
         frames = _frames(picture)
     if frames > 1:
         raise Unusable("wrong_input", f"has {frames} frames or pages; save one of them")
-    if picture.mode.startswith(("I", "F")) or any(deep in str(tile[3]) for tile in picture.tile for deep in DEEP):
+    if picture.mode.startswith(("I", "F")) or any(_is_deep(tile[0], tile[3]) for tile in picture.tile):
         raise Unusable("wrong_input", "has more than 8 bits a channel; save it with 8")
     if picture.mode not in MODES:
         raise Unusable("wrong_input", f"has colours of mode {picture.mode}; save it as RGB")
     return picture
+
+
+def _is_deep(codec: str, arguments: object) -> bool:
+    """Whether a part of a file has more than 8 bits a channel. arguments: of Pillow's decoder."""
+    if codec.startswith("ppm"):  # mode and largest value
+        return isinstance(arguments, tuple) and arguments[-1] > 255
+    return any(deep in str(arguments) for deep in DEEP)
 
 
 def upright(picture: Image.Image, mode: str) -> Image.Image:

@@ -8,7 +8,7 @@ views would each have to be taught to it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from robustness.errors import BadInput
+from robustness.errors import BadInput, DfmclError
 
 T = TypeVar("T")
 
@@ -90,6 +90,17 @@ class Ranks:
         values: list[T] = [value] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def first_does(self, action: Callable[[], None]) -> None:
+        """The first process acts, the others wait for it; an error of ours that it meets is raised by all."""
+        met: DfmclError | None = None
+        if self.first:
+            try:
+                action()
+            except DfmclError as error:
+                met = error
+        if told := self.gather(met)[0]:
+            raise told
 
     @staticmethod
     def alone(device: torch.device | str = "cpu") -> Ranks:

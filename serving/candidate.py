@@ -154,7 +154,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_files(directory: Path) -> Manifest:
-    """The manifest of a candidate whose files are all there and hash to what it says; BadInput otherwise."""
+    """The manifest of a candidate whose files are all there and have the digests that it names; BadInput otherwise."""
     manifest = read_manifest(directory)
     for name, expected in sorted(manifest.files.items()):
         path = directory / name

@@ -20,7 +20,7 @@ MAX_SURGE = 0.25  # of deploy/kubernetes/base/triton.yaml, as is maxUnavailable 
 class Replica:
     """One replica and how it is run.
 
-    images_per_second: what it answers when it is saturated. utilisation: how much of that is planned for, as queues
+    images_per_second: its answers when it is saturated. utilisation: how much of that is planned for, as queues
     grow without bound towards 1. ready_seconds: from a new pod to a ready one. hourly: its price, in any currency.
     """
 

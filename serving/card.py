@@ -10,8 +10,9 @@ from typing import Any
 from robustness.text import as_markdown
 from serving import repository as layout
 from serving.candidate import Manifest, read_manifest
-from serving.errors import BadInput, Broken
-from serving.promotion import Promoted, require_repository, verify_release
+from serving.errors import BadInput
+from serving.ledger import replace
+from serving.promotion import Promoted, only_writer, require_repository, verify_release
 
 Record = Mapping[str, Any]
 
@@ -108,11 +109,11 @@ def write_card(run: Path, repository: Path, name: str, evaluation: Path | None =
             raise BadInput(f"{evaluation}: is about another run than {run}")
         folders = sorted((repository / name / layout.SURROGATES).glob("*/manifest.json"))
         surrogates = {folder.parent.name: _read(folder) for folder in folders}
-        path.write_text(card(release, manifest, report, training, surrogates, record["evaluations"]), encoding="utf-8")
+        text = card(release, manifest, report, training, surrogates, record["evaluations"])
     except KeyError as error:
         raise BadInput(f"{run} or {release.path}: a record lacks {error}; train, gate and promote again") from None
-    except OSError as error:
-        raise Broken(f"{path}: cannot be written: {error.strerror or error}") from None
+    with only_writer(repository, settle=False):
+        replace(path, text)
     return path
 
 

@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 
 from serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 
-LOWEST = 2  # priority of whoever gives way; users are 1 by default
+LOWEST = 2  # priority of a client that gives way; users are 1 by default
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),  # the model's max_batch_size bounds a message
     ("grpc.max_receive_message_length", -1),

@@ -1,4 +1,4 @@
-"""Attacks by queries on live traffic, noticed and told to whoever runs the service, never to whoever asks.
+"""Attacks by queries on live traffic, noticed and told to the operator of the service, never to the client.
 
     Gateway, after an answer --> queue --> one thread: Fingerprint --> History of the key --> Alarm --> log, metrics
 
@@ -33,7 +33,7 @@ Log = Callable[[dict[str, Any]], None]
 
 
 class Watched:
-    """One key: what it asked about, and an alarm for each detector."""
+    """One key: its questions, and an alarm for each detector."""
 
     def __init__(self, caller: Caller, settings: Detection) -> None:
         self.caller = caller
@@ -62,7 +62,7 @@ class Examiner:
         self._metrics.remembered.set(sum(other.history.held for other in self._watched.values()))
 
     def tick(self, now: float) -> None:
-        """End what has been quiet for long enough, and forget keys of which nothing counts any more."""
+        """End what has been quiet for long enough, and forget keys without an image that counts."""
         for watched in list(self._watched.values()):
             for alarm in watched.alarms.values():
                 self._end(watched.caller, alarm.end(now))
@@ -137,7 +137,7 @@ class Worker:
         metrics.queue.set_function(self._waiting.qsize)
 
     def offer(self, caller: Caller, images: Image) -> None:
-        """Have images (N, H, W, C) examined some time; those that find the queue full are dropped. Never waits.
+        """Have images (N, H, W, C) examined some time; images that find the queue full are dropped. Never waits.
 
         For one thread: two that ask for the queue's length at once might both find the last place.
         """

@@ -64,7 +64,7 @@ class Security:
 
 
 class Endpoint:
-    """One Triton. up: whether it answers; served, contract: what it serves, once it has answered."""
+    """One Triton. up: whether it answers; served, contract: of its model, once it has answered."""
 
     def __init__(self, url: str, model: str, security: Security | None) -> None:
         self.url, self.up = url, False
@@ -200,7 +200,7 @@ class Endpoint:
         await old.close()
 
     async def _describe(self, seconds: float) -> tuple[Contract, Served]:
-        """What it serves now, from its configuration and an inference of one black image; sets `up`."""
+        """Its model now, from its configuration and an inference of one black image; sets `up`."""
         deadline = time.monotonic() + seconds
         where = f"model {self._model!r} at {self.url}"
         config = await _answered(
@@ -236,7 +236,7 @@ class Endpoint:
 
 
 class Pool:
-    """Several endpoints as one: round robin over those that answer, with one second chance for a request."""
+    """Several endpoints as one: round robin over endpoints that answer, with one second chance for a request."""
 
     def __init__(
         self,
@@ -312,7 +312,7 @@ class Pool:
         raise AssertionError("the second attempt returns or raises")
 
     def _order(self, shape: tuple[int, ...]) -> list[Endpoint]:
-        """All endpoints, those that answer and take such images first; of them the one where least waits, by turns."""
+        """All endpoints, first the ones that answer and take such images; of these the least busy one, by turns."""
         self._turn = (self._turn + 1) % len(self.endpoints)
         turned = self.endpoints[self._turn :] + self.endpoints[: self._turn]
         return sorted(

@@ -14,6 +14,9 @@ ServingError
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 
 class ServingError(Exception):
     """Base of this room's errors; `exit_code` is the exit code of a process that ends with it."""
@@ -39,8 +42,17 @@ class Broken(ServingError):
     exit_code = 5
 
 
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}  # nothing that another argument mends
+
+
+def unwritable(path: Path | str, error: OSError) -> ServingError:
+    """BadInput for a place that cannot be written, such as one below a file; Broken where the machine is in the way."""
+    kind = Broken if error.errno in MACHINE else BadInput
+    return kind(f"{path}: cannot be written: {error.strerror or error}")
+
+
 class Crashed(Broken):
-    """A server died of a signal, by its own fault or by somebody's hand."""
+    """A server died of a signal, by its own fault or by a kill from outside."""
 
 
 class WrongAnswer(ServingError):

@@ -3,7 +3,7 @@
 The graph takes uint8 (N, H, W, C) with any N and returns float32 logits (N, K); cast, transpose and normalisation are
 inside, masks are off, no operator draws random numbers, and nothing in it tells where it was made. Weights may be
 stored as float16, which halves the file; all is computed in float32, as ONNX Runtime folds the casts when it loads.
-A foreign file computes as it came; what it lacks is put around it.
+A foreign file computes as it came; missing parts are put around it.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track
 
 
 def with_wire_format(graph: Graph, classes: int) -> onnx.ModelProto:
-    """The graph behind what turns uint8 (N, H, W, C) into what it takes, in the order of `to_float`; float32 logits."""
+    """The graph behind a conversion of uint8 (N, H, W, C) to its input, in the order of `to_float`; float32 logits."""
     model = onnx.compose.add_prefix(graph.model, "wrapped.")  # so that no name in it is one of ours
     inner = replace(graph, model=model)
     entry, answer = inner.input, inner.output

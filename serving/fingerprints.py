@@ -21,7 +21,7 @@ DETECTORS: tuple[DetectorName, ...] = get_args(DetectorName)
 STEP = 50  # of the quantisation, in 255ths
 WINDOW = 20  # values in a row
 TAGS = 50  # digests kept of an image
-WINDOWS = 4096  # hashed of a larger image, evenly spread, so that its size does not decide what it costs
+WINDOWS = 4096  # hashed of a larger image, evenly spread, so that its size does not decide the cost
 # Of the perceptual hash.
 GRID = 8  # blocks a side
 CONTRAST = 8.0  # in 255ths: blocks that differ by less say nothing, as a perturbation of 8/255 can turn them round

@@ -56,7 +56,7 @@ from serving.renewal import Source, renew
 
 CLASSIFY = "/v1/classify"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds; logged only where they fail
-SECRET = re.compile(rf"{PREFIX}[^/]+")  # an API key that somebody has put into a path
+SECRET = re.compile(rf"{PREFIX}[^/]+")  # an API key that a client has put into a path
 PATH_CHARACTERS = 128  # of a stranger's path that go into the log
 BYTES_A_NUMBER = 4  # of JSON, with its comma
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -388,7 +388,7 @@ class Gateway:
                 message["headers"] += self._common_headers(exchange)
             await send(message)
 
-        # Starlette raises what it cannot route only inside of what it takes for an application.
+        # Starlette raises an error of routing only inside of a callable that it takes for an application.
         scope["app"], scope["exchange"] = self, exchange
         try:
             await router(scope, receive, answer)
@@ -618,7 +618,7 @@ def _router(routes: Routes) -> Router:
 
 
 def _problem(error: BaseException) -> Problem:
-    """What an exception means to whoever asked."""
+    """What an exception means to the client."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, AnswerError):

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from serving.client import Answer
 from serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 
-# What a status means for whoever measures; others below 500 are refusals.
+# The meaning of a status for a measurement; others below 500 are refusals.
 BY_STATUS: dict[int, tuple[type[AnswerError], str]] = {
     408: (DeadlineExceeded, "timeout"),
     429: (Unavailable, "queue_full"),

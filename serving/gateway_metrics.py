@@ -77,7 +77,7 @@ EXAMINATION_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 1.0
 
 
 class DetectionMetrics:
-    """What the detectors of attacks saw: users' images, and the canary's apart, by what it says that it sends."""
+    """What the detectors of attacks saw: users' images, and the canary's apart, by the kind that it announces."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, what: str, *labels: str) -> Counter:

@@ -11,7 +11,7 @@ ONES = np.array([word.bit_count() for word in range(1 << 16)], np.uint8)  # nump
 
 
 class History:
-    """The last `queries` different images of one key, of which those of the last `seconds` count."""
+    """The last `queries` different images of one key; images older than `seconds` do not count."""
 
     def __init__(self, queries: int, seconds: float) -> None:
         self.seen = 0  # images remembered so far, forgotten ones too

@@ -34,7 +34,7 @@ UNTOLD = ("", "application/octet-stream", "image/*", "application/x-www-form-url
 FORM, TENSOR = "multipart/form-data", "application/json"
 TYPES = (*FORMATS, *filter(None, UNTOLD), FORM, TENSOR)  # all that a request may say; it may say nothing too
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
-PARTS = 16  # of a form, of which one is the image
+PARTS = 16  # of a form; one is the image
 DATA = re.compile(rb'"data"\s*:\s*\[')
 NUMBERS = b"0123456789,[] \t\r\n"  # all that a list of whole numbers from 0 on may hold, nested or not
 # json.loads lets no other thread run until it returns, which for 64 small images is as long as an answer takes. So JSON

@@ -1,7 +1,7 @@
 """What a repository remembers beside its models: aliases.json, and history.jsonl, one change a line.
 
 A model's config.pbtxt alone decides what is served, and is replaced first. The history follows, then the aliases, which
-are a view of both; whoever writes next makes good what a crash left out (`settle`). Only a retirement is written down
+are a view of both; the next writer makes good what a crash left out (`settle`). Only a retirement is written down
 before it is done.
 """
 

@@ -40,7 +40,7 @@ _OF_ANSWERS = {
 
 
 class Problem(Exception):
-    """A request that ends without an answer. `detail` is for the log alone, the message for whoever asked."""
+    """A request that ends without an answer. `detail` is for the log alone, the message for the client."""
 
     def __init__(self, reason: str, message: str, *, retry_seconds: int | None = None, detail: str = "") -> None:
         super().__init__(message)

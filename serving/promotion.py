@@ -113,7 +113,7 @@ def give_back(
 ) -> Promoted | None:
     """Return to a version that was live a moment ago, as the one after it is not trusted or answers otherwise.
 
-    instead_of: that one; None, and nothing is done, where somebody promoted another meanwhile.
+    instead_of: that one; None, and nothing is done, where another was promoted meanwhile.
     """
     require_repository(repository)
     with only_writer(repository) as done:
@@ -159,7 +159,7 @@ def given_up(repository: Path, promoted: Promoted) -> str:
 def retire(repository: Path, name: str, *, reason: str = "") -> None:
     """Take a model out of service, all its versions with it; its numbers stay taken. BadInput where there is none.
 
-    Also one that is damaged: what it serves need not be known to take it away.
+    Also a damaged one: its version need not be known to take it away.
     """
     require_repository(repository)
     _require_printable(reason)
@@ -461,7 +461,7 @@ def only_writer(repository: Path, *, settle: bool = True) -> Iterator[list[str]]
             _clear_staging(repository)
             if settle:
                 for name in layout.model_names(repository):
-                    with suppress(BadInput):  # a model that somebody damaged is no reason to hold up the others
+                    with suppress(BadInput):  # a damaged model is no reason to hold up the others
                         let_gpu_follow(repository / name)
                 ledger.settle(repository)
             yield done
@@ -480,7 +480,7 @@ def _clear_staging(repository: Path) -> None:
 
 @contextmanager
 def _locked(repository: Path) -> Iterator[None]:
-    """Hold the file that says who may write; anew where somebody removed it meanwhile, as two would hold two files."""
+    """Hold the file that says who may write; anew where a user removed it meanwhile, as two would hold two files."""
     path, deadline = repository / LOCK, time.monotonic() + LOCK_SECONDS
     while True:
         with path.open("w") as lock:
@@ -498,7 +498,7 @@ def _is_file_at(file: IO[str], path: Path) -> bool:
 
 
 def _take(lock: IO[str], repository: Path, deadline: float) -> None:
-    """Wait for whoever is changing the repository, but not for ever."""
+    """Wait for the process that changes the repository, but not for ever."""
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -51,7 +51,7 @@ class Pulse:
 
 @contextmanager
 def asking() -> Iterator[ThreadPoolExecutor]:
-    """Threads for the questions of pulses. In the end nobody waits for those that still hang: their server goes."""
+    """Threads for the questions of pulses. In the end nobody waits for threads that still hang: their server goes."""
     askers = ThreadPoolExecutor(32, "pulse")
     try:
         yield askers

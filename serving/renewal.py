@@ -1,4 +1,4 @@
-"""Files that are read again when they change, while whoever read them goes on."""
+"""Files that are read again when they change, while their readers go on."""
 
 from __future__ import annotations
 

@@ -81,6 +81,15 @@ def _repaired(repository: Path, name: str, trust: Trust, now: datetime | None, d
     return Repaired(name, f"no version may be served: {reasons}; promote a candidate", False)
 
 
+def mendable(repository: Path, name: str, trust: Trust | None, now: datetime | None) -> bool:
+    """Whether a version of a model may be served, so that `repair` helps once nothing is in its way."""
+    for version in _choices(repository, name):
+        with suppress(*UNFIT):
+            promotion.verify_version(repository / name / str(version), trust, now)
+            return True
+    return False
+
+
 def _why(error: Exception) -> str:
     """Without the advice to do what is being done."""
     return str(error).removesuffix(f"; {layout.MEND}")

@@ -13,7 +13,7 @@ from gating.attestation import Trust, inspect, read_attestation
 from serving import ledger, promotion
 from serving import repository as layout
 from serving.errors import BadInput, Refused
-from serving.repair import UNFIT, models
+from serving.repair import UNFIT, mendable, models
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def _standing(
             expires = read_attestation(release.path, trust).expires.isoformat()
     except UNFIT as error:
         trouble = str(error)
+        if trouble.endswith(layout.MEND) and not mendable(repository, name, trust, now):
+            trouble = f"{trouble.removesuffix(layout.MEND)}no version there may be served; promote a candidate"
     return Standing(
         name,
         champion=None if trouble else aliases.champion,

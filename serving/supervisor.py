@@ -122,7 +122,7 @@ class _Pauses:
 
 @dataclass
 class _Post:
-    """What the loop around a server was told, and what it knows of what is live."""
+    """What the loop around a server was told, and its knowledge of the live versions."""
 
     repository: Path
     private: Path  # where nobody else writes: Triton reads what was verified, not what lies in the repository by then
@@ -263,7 +263,7 @@ def _watch(server: Server, post: _Post) -> None:
 
 def _heed_trust(post: _Post) -> None:
     """Take note of whom the trust file names now. What is live goes on where nobody vouches for it any more: to take
-    it from its users is a decision of whoever revoked the key, who is told."""
+    it from its users is a decision of the person who revoked the key, who is told."""
     trust = post.ask_trust and post.ask_trust()
     if trust == post.trust:
         return
@@ -380,7 +380,7 @@ def _try(server: Server, post: _Post, release: Promoted, image: npt.NDArray[np.u
 
 
 def _not_adopted(post: _Post, name: str, mark: Mark, error: Exception) -> str:
-    """Turn down what is not trusted here, whoever promoted it; why it is left as it is, where it cannot be judged, or
+    """Turn down what is not trusted here, by any promoter; why it is left as it is, where it cannot be judged, or
     is the live version with files that were changed: there is nothing to return to."""
     again = look(post.repository).marks.get(name)
     if again is None or again.config != mark.config:
@@ -509,7 +509,7 @@ def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) 
             raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")
         if time.monotonic() > deadline:
             raise Broken(f"not live after {timeout_seconds:g} s: {missing}; `dfmcl rollback` returns")
-        time.sleep(0.2)  # whoever serves there can only be asked
+        time.sleep(0.2)  # the server there can only be asked
 
 
 def _given_up(repository: Path, promoted: Promoted) -> str:

@@ -172,7 +172,7 @@ def hide_token(server: Server) -> bool:
 
 
 def defunct(parent: int) -> set[int]:
-    """Children of a process that died and whose end it does not take note of: Triton waits for those that it ended."""
+    """Children of a process that died and whose end it does not take note of: Triton waits for its own victims."""
     if not (dead := _zombies(parent)):
         return dead
     time.sleep(REAP_SECONDS)

@@ -29,7 +29,7 @@ settings.load_profile("patient")
 # They take minutes; begun last, they would leave the other processes with nothing to do. The longest first.
 LONG = (
     "test_alarms.py", "test_readme.py", "test_supervisor.py", "test_strength.py", "test_gate.py", "test_campaign.py",
-    "test_pipelines.py", "test_gateway_load.py", "test_train.py", "test_deploy_watching.py",
+    "test_two_at_once.py", "test_pipelines.py", "test_gateway_load.py", "test_train.py", "test_deploy_watching.py",
 )  # fmt: skip
 # More than four seconds each, for their servers, trainings and whole commands; `--quick` leaves them out, and LONG.
 SLOW = (
@@ -46,7 +46,7 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long files first; with `--quick` none of those that are slow."""
+    """Long files first; with `--quick` no slow ones."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if config.getoption("--quick"):
         config.hook.pytest_deselected(items=[item for item in items if item.path.name in (*LONG, *SLOW)])

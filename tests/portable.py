@@ -1,6 +1,6 @@
 """The numeric tests once more, as another processor or another draw would run them: `python -m tests.portable`.
 
-All perturbations run, one by one, or those that are named; with `--drawn REVISION` the one that a commit draws.
+All perturbations run, one by one, or the named ones; with `--drawn REVISION` the one that a commit draws.
 A test that is green here holds on processors that nobody here has.
 """
 

@@ -32,7 +32,7 @@ def wait_until(
 
 @contextmanager
 def tritons_own_ports() -> Iterator[None]:
-    """For pages whose commands stand there as they are: one test at a time; skips where somebody else listens."""
+    """For pages whose commands stand there as they are: one test at a time; skips where another program listens."""
     with (Path(tempfile.gettempdir()) / f"dfmcl-tests-ports-{os.getuid()}").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if any(listening(port) for port in TRITON):

@@ -81,7 +81,8 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
         "unknown key": (["train", f"{tmp_path}/wrong.toml", "--out", out], 2, "unknown key model.widht"),
         "taken directory": (["train", "quickstart", "--out", f"{tmp_path}/taken"], 2, "exists and is not empty"),
         "missing data": (["train", "paper", "--set", "data.path=no.npz", "--out", out], 2, "no.npz: no such file"),
-        "out below a file": (["train", "quickstart", "--out", f"{tmp_path}/plain/run"], 5, "cannot be written"),
+        "out below a file": (["train", "quickstart", "--out", f"{tmp_path}/plain/run"], 2, "cannot be written"),
+        "pack to the root": (["pack", f"{tmp_path}/nothing", "--out", "/"], 2, "--out /: is the root of all files"),
         "no run": (["evaluate", f"{tmp_path}/nothing"], 2, "nothing: is no run"),
         "suite and attacks": (
             ["evaluate", f"{tmp_path}/nothing", "--suite", "fast", "--attack", "fgsm"],
@@ -143,6 +144,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
 
 CASES = [
     "no such preset", "unknown key", "taken directory", "missing data", "out below a file", "no run",
+    "pack to the root",
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
     "empty repository", "no watch config", "images that no memory holds", "a bomb among the images",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
@@ -245,7 +247,7 @@ def raised(error: Exception) -> None:
 
 @pytest.mark.parametrize("library", LACKS)
 def test_a_lack_of_memory_is_no_bug_of_ours(library: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Whoever ran out of it: 2, one line, what to do; never "internal error ... report it"."""
+    """Whichever library ran out of it: 2, one line, what to do; never "internal error ... report it"."""
     code, line = as_user_sees(LACKS[library][0], capfd)
     assert code == 2
     assert line.startswith("dfmcl: evaluate: ")
@@ -334,12 +336,12 @@ def test_a_reader_that_leaves_is_no_bug(tmp_path: Path) -> None:
     assert process.wait() != 0
 
 
-def test_repository_that_cannot_be_written_is_broken(tmp_path: Path, standard_run: Path) -> None:
-    """Disk trouble is 5: a file stands where the repository should be."""
+def test_a_place_that_cannot_be_written_is_bad_input(tmp_path: Path, standard_run: Path) -> None:
+    """A file stands where the directory should be."""
     blocked = tmp_path / "models"
     blocked.write_text("a file")
     result = run("export", str(standard_run), "--out", str(blocked / "candidate"))
-    assert result.returncode == 5
+    assert result.returncode == 2
     assert "cannot be written" in result.stderr
     assert shutil.which("dfmcl", path=COMMAND.parent)
 

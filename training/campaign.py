@@ -24,20 +24,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from robustness.data import Dataset, load_dataset
-from robustness.errors import BadInput, DfmclError, lacks_memory, without_memory
-from robustness.files import dump_json, read_json, write_bytes, write_text
+from robustness.errors import BadInput, DfmclError, Interrupted, lacks_memory, unwritable, without_memory
+from robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
+from robustness.locks import LOCK, held
 from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
 from robustness.provenance import now, provenance
 from robustness.records import Evaluation
 from robustness.runs import load_run, parse_device
-from training.limits import Interrupted, Limits
+from training.limits import EndedAtOnce, Limits
 from training.measurement import Partial, chosen_images, measure
 from training.plan import Campaign, Run, runs, source_of
 from training.plots import draw
 from training.record import Record, entry_of, read_record, write_record
 from training.table import table
 from training.train import train
+
+FOLDERS = ("records", "partial", "runs", "weights")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def run_campaign(
     """Do what is not done yet of a campaign, and rewrite its tables after each run.
 
     source: the campaign's file or name, for messages. overrides: for every run, such as where the data lie. A run that
-    fails is recorded as such, and tried again by the next call, after those that were never tried. BadInput where
+    fails is recorded as such, and tried again by the next call, after the runs that were never tried. BadInput where
     `out` holds a record that another config or other measurements made.
     """
     limits = limits or Limits()
@@ -88,7 +91,7 @@ def run_campaign(
     waiting = [run for run in all_runs if not (run.name in records and records[run.name].done)]
     if waiting and any(run.measured for run in all_runs):
         chosen_images(load(waiting[0]), campaign)  # missing or too small data are known before hours of training
-    for folder in ("records", "partial", "runs", "weights"):
+    for folder in FOLDERS:
         make_directory(out / folder)
     cut, code = False, 0
     # What failed before comes last, but sources come first in any case: the others are attacked from them.
@@ -97,6 +100,8 @@ def run_campaign(
             limits.check()
             log(f"{run.name}: {sum(record.done for record in records.values())} of {len(all_runs)} runs done")
             record = perform(run, campaign, all_runs, out, load, limits, device, command, track, log)
+        except EndedAtOnce:
+            raise
         except Interrupted:
             cut = True
             break
@@ -113,6 +118,23 @@ def run_campaign(
     write_tables(campaign, all_runs, records, out)
     done = sum(record.done for record in records.values())
     return Progress(len(all_runs), done, len(records) - done, cut, code)
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """Keep other campaigns out of `out`, and remove what killed ones left half written there.
+
+    BadInput where another process has it; EndedAtOnce, which says what is kept, for a second signal.
+    """
+    with held(out / LOCK, out):
+        for folder in (out, *(out / name for name in FOLDERS)):
+            clear_parts(folder)
+        try:
+            yield
+        except (KeyboardInterrupt, EndedAtOnce):
+            count = len(list((out / "records").glob("*.json")))
+            kept = f"{count} records and what was saved of the run that was cut are kept"
+            raise EndedAtOnce(f"{out}: ended at once; {kept}; repeat the command to continue") from None
 
 
 def read_records(campaign: Campaign, all_runs: Sequence[Run], out: Path) -> dict[str, Record]:
@@ -240,7 +262,7 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be made: {error.strerror}; name another --out") from None
+        raise unwritable(path, error) from None
 
 
 def load_once(track: Track) -> Callable[[Run], Dataset]:
@@ -259,7 +281,7 @@ def load_once(track: Track) -> Callable[[Run], Dataset]:
 
 
 def write_weights(path: Path, model: Classifier) -> None:
-    """A network in float16, and beside it what it takes to build it."""
+    """A network in float16, and beside it the description to build it from."""
     tensors = {
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in model.state_dict().items()

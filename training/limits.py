@@ -8,13 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event
 
-from robustness.errors import DfmclError
+from robustness.errors import Interrupted
 
 
-class Interrupted(DfmclError):
-    """The work was asked to stop and has saved its state."""
-
-    exit_code = 130
+class EndedAtOnce(Interrupted):
+    """A second signal came before the work had stopped; what was saved before is whole."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 For feature map c of image n, g = mean over h, w of |dL/df[n, c, h, w]| with L the image's own cross-entropy
 (under TRADES against its clean prediction: the gradient of the KL). The literal rule is p = sigmoid(alpha * g); every
 element of the map is kept ("keep_with_p", the source's pseudocode) or masked ("mask_with_p", its prose) with
-probability p, independently. The ranked rule does what the text intends: maps are masked at a base rate, and those that
+probability p, independently. The ranked rule does what the text intends: maps are masked at a base rate, and maps that
 stand out by their gradient more often. (By the curve of the sigmoid the mean of p lies above a small rate: 0.21, 0.24
 and 0.30 for a rate of 0.2 and alpha 0.5, 1 and 2; `prior` pulls it back.) Two dropouts that look at no gradient are the
 controls. Masks exist in the training step only: a classifier in eval mode knows nothing of them.

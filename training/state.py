@@ -21,6 +21,7 @@ from training.compact import expand, shrink
 from training.config import TrainConfig
 
 STATE = Path("state") / "state.pt"
+HISTORY = "metrics.csv"
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,21 @@ def read_state(out: Path, config: TrainConfig, data_sha256: str) -> dict[str, An
     return {**state, "learner": expand(state["learner"])} if state["compact"] else state
 
 
+def saved_step(out: Path) -> int | None:
+    """After how many steps the state was saved that `--resume` goes on from; None where there is none."""
+    try:
+        return int(torch.load(out / STATE, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except Exception:  # noqa: BLE001  # torch.load raises whatever its unpickler meets; none to go on from, in any case
+        return None
+
+
 def write_history(out: Path, history: list[Epoch]) -> None:
-    """metrics.csv: one row an epoch, rewritten whole."""
+    """One row an epoch, rewritten whole."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Epoch)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(epoch) for epoch in history)
-    write_text(out / "metrics.csv", text.getvalue())
+    write_text(out / HISTORY, text.getvalue())
 
 
 def write_run(

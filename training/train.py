@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,23 @@ import torch
 
 from robustness.attacks import Attack
 from robustness.data import Bytes, Dataset, Labels, load_dataset
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput, Broken, Interrupted, unwritable
 from robustness.evaluate import evaluate
+from robustness.files import clear_parts
+from robustness.locks import LOCK, held
 from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
 from robustness.ranks import Ranks
-from robustness.runs import MANIFEST, load_run
+from robustness.runs import CHECKPOINT, MANIFEST, load_run
 from robustness.seeds import generator
 from robustness.threat import Threat
 from training.config import TrainConfig
 from training.learner import Learner
-from training.limits import Interrupted, Limits
+from training.limits import EndedAtOnce, Limits
 from training.masking import MaskStatistics
-from training.state import STATE, Epoch, read_state, write_history, write_run, write_state
+from training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run, write_state
 
+ELSEWHERE = "stopped; the first process says which state is saved"
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit
 SAVE_SHARE = 1 / 30  # of the time goes to saving at most: not every epoch of a GPU is saved
 CHECK_STEPS = {"cpu": 1, "cuda": 20}  # asking a GPU for the loss, or other GPUs for a vote, means waiting for it
@@ -49,13 +53,40 @@ def train(
     Where the limits end, the run ends at the next step's boundary, its state saved (Interrupted); `resume` continues
     from there, on a CPU with the same number of threads bit for bit as if nothing had happened. compact: a state under
     60 MB for full width, to be carried to another machine; it resumes closely, not bit for bit. Under torchrun each
-    process takes its part of every batch. Returns the manifest.
+    process takes its part of every batch. Returns the manifest. BadInput where another process trains into `out`;
+    EndedAtOnce for a KeyboardInterrupt, which leaves the last saved state.
     """
-    ranks = Ranks.join()
+    ranks, limits = Ranks.join(), limits or Limits()
     try:
-        return _train(config, out, ranks, resume, limits or Limits(), compact, track, log)
+        with only_writer(out, ranks):
+            return _train(config, out, ranks, resume, limits, compact, track, log)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # torch's, for an exchange with a process that the second signal reached first.
+        if isinstance(error, RuntimeError) and not (ranks.world > 1 and limits.over):
+            raise
+        if not ranks.first:
+            raise EndedAtOnce(f"{out}: {ELSEWHERE}") from None
+        step = saved_step(out)
+        kept = "no state was saved yet" if step is None else f"its state of step {step} is saved"
+        raise EndedAtOnce(f"{out}: ended at once; {kept}; repeat the command with --resume") from None
     finally:
         ranks.leave()
+
+
+@contextmanager
+def only_writer(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other trainings out of `out`, and remove what killed ones left half written there."""
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            if out.exists() and not out.is_dir():
+                raise BadInput(f"{out}: is a file; name a directory")
+            stack.enter_context(held(out / LOCK, out))
+            clear_parts(out, {CHECKPOINT, MANIFEST, HISTORY})
+            clear_parts(out / STATE.parent, {STATE.name})
+
+        ranks.first_does(claim)
+        yield
 
 
 def _train(
@@ -68,14 +99,13 @@ def _train(
     track: Track,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file; name a directory")
-    if out.exists() and any(out.iterdir()):
+    found = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
+    if found:
         if not resume:
             raise BadInput(f"{out}: exists and is not empty; use --resume to continue it, or another directory")
         # A kill before the first state leaves what a run writes and nothing to resume from: it begins anew.
         known = (out / MANIFEST).exists() or (out / STATE).exists()
-        if not known and not {path.name for path in out.iterdir()} <= {"state", "metrics.csv", "tensorboard"}:
+        if not known and not found <= {STATE.parent.name, HISTORY, "tensorboard"}:
             raise BadInput(f"{out}: holds no state of a run; name another directory, or the run's own")
     data = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
     if (out / MANIFEST).exists():
@@ -96,7 +126,7 @@ def _train(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Broken(f"{out}: cannot be written: {error.strerror}") from None
+        raise unwritable(out, error) from None
     done, history, seconds = 0, [], 0.0
     total = torch.zeros((), dtype=torch.float64, device=device)
     every = CHECK_STEPS[device.type]
@@ -113,7 +143,7 @@ def _train(
     if ranks.agree(done != ranks.told([done])[0]):
         raise BadInput(f"{out}: the processes found different states there; use a directory that all nodes share")
 
-    saved, cost = time.monotonic(), 0.0  # when, and what it cost
+    saved, cost = time.monotonic(), 0.0  # when, and its seconds
 
     def check(step: int) -> None:
         if not math.isfinite(total.item()):
@@ -142,6 +172,8 @@ def _train(
         ):
             if step % every == 0 and ranks.agree(limits.over):
                 save()
+                if not ranks.first:
+                    raise Interrupted(f"{out}: {ELSEWHERE}")
                 raise Interrupted(
                     f"{out}: stopped and saved at step {done} of {total_steps}; repeat the command with --resume"
                 )
@@ -229,7 +261,7 @@ def split(data: Dataset, config: TrainConfig) -> tuple[Labels, Labels]:
 
 
 def require_every_class(data: Dataset, labels: Labels) -> None:
-    """BadInput where a class has no image among those that may be trained on."""
+    """BadInput where a class has no image to train on."""
     counts, all_counts = (np.bincount(part, minlength=len(data.classes)) for part in (labels, data.y_train))
     lacking = np.flatnonzero(counts == 0)
     if len(lacking):

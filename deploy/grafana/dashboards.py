@@ -1,6 +1,6 @@
 """Writes the dashboards beside it: `make dashboards`. A test compares what is committed with what this writes.
 
-One for whoever is on duty (is it still robust?), one for a model in depth, one for the sidecar's own health.
+One for the engineer on duty (is it still robust?), one for a model in depth, one for the sidecar's own health.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def test_a_module_in_float64_is_asked_in_float32_unless_declared(write: Write) -
 
 
 def test_a_default_type_of_the_modules_is_not_ours(write: Write) -> None:
-    """Whoever sets torch's default at import changes his module, and none of our sums."""
+    """A module that sets torch's default at import changes itself, and none of our sums."""
     subject = write("torch.set_default_dtype(torch.float64)\nmake = Net")
     assert torch.get_default_dtype() == torch.float32
     assert attacked(subject, 20)[1] == 20

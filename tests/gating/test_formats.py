@@ -1,4 +1,4 @@
-"""report.json in its other forms: valid for whoever parses them, and the same figures in each."""
+"""report.json in its other forms: valid for any parser, and the same figures in each."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ COMMENT = 65_536  # characters that GitHub takes
 
 
 def many(classes: int, missed: int = 0, name: str = "class") -> dict[str, Any]:
-    """A report with a robust criterion for each of very many classes, of which the last are missed."""
+    """A report with a robust criterion for each of very many classes; the last are missed."""
     report = sample()
     names = [f"{name} {number}" for number in range(classes)]
     report["data"]["classes"] = names

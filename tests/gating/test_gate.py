@@ -32,6 +32,7 @@ from robustness.attacks import Attack
 from robustness.data import load_dataset
 from robustness.errors import BadInput, DfmclError
 from robustness.evaluate import evaluate
+from robustness.locks import LOCK
 from robustness.models import exactly
 from robustness.runs import load_run
 from robustness.statistics import lower_bound, upper_bound
@@ -212,7 +213,7 @@ T = TypeVar("T")
 
 
 class Cut(Exception):
-    """Somebody pulls the plug."""
+    """The plug is pulled."""
 
 
 def cut_after(blocks: int) -> Any:
@@ -295,9 +296,23 @@ def test_the_state_of_another_gate_is_refused(subject: Subject, tmp_path: Path) 
     assert sorted(path.name for path in (tmp_path / "evidence.partial").iterdir()) == begun
 
 
+def test_what_is_no_state_is_left_alone(subject: Subject, tmp_path: Path) -> None:
+    """A user's directory of that name is named, and stays; one that a killed gate had only begun is taken."""
+    out, notes = tmp_path / "evidence", tmp_path / "evidence.partial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(BadInput, match=r"evidence\.partial: is no state of a gate; remove it"):
+        gate(subject, policy(0.1), out)
+    assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
+    notes.rename(notes.with_name(".state.json.123.part"))
+    (notes.parent / LOCK).touch()
+    assert gate(subject, policy(0.1), out)["verdict"] == "passed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence"]
+
+
 @pytest.mark.parametrize("damage", ["torn", "exchanged", "of another key"])
 def test_a_block_that_this_gate_did_not_seal_is_attacked_again(subject: Subject, tmp_path: Path, damage: str) -> None:
-    """Whoever brings a file into the state's directory, with a cache or a commit, decides nothing."""
+    """A stranger who brings a file into the state's directory, with a cache or a commit, decides nothing."""
     wanted = policy(0.1, images=90, statistics="fixed")
     whole = gate(subject, wanted, tmp_path / "whole")
     out, state = tmp_path / "evidence", tmp_path / "evidence.partial"
@@ -649,8 +664,8 @@ def test_a_model_of_floats_is_attacked_at_every_radius_that_is_named(subject: Su
 
 PLACES = {
     "a file": ("../file", 2),
-    "in a file": ("../file/out", 5),
-    "a file system that takes nothing": ("/proc/out", 5),
+    "in a file": ("../file/out", 2),
+    "a file system that takes nothing": ("/proc/out", 2),
     "the working directory": (".", 2),
     "somebody's directory": ("..", 2),
 }

@@ -72,7 +72,7 @@ def hostile() -> tuple[dict[str, Any], Probes]:
     ids=["passed", "failed", "inconclusive", "suspect"],
 )
 def test_the_verdict_stands_first_with_what_decided_it(report: dict[str, Any], verdict: str, said: str) -> None:
-    """Whoever opens the page reads the verdict, its reason, and whose model by which policy, before anything else."""
+    """A reader of the page meets the verdict, its reason, and whose model by which policy, before anything else."""
     text = " ".join(Page(html(report, probes(report))).text.split())
     begin = text.index("</style>") if "</style>" in text else 0
     head = text[begin : text.index("To pass, every lower bound")]

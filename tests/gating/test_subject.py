@@ -328,7 +328,7 @@ QUANTIZED = graph_of(
     scale=np.array(1 / 7, np.float32),
     zero=np.array(0, np.uint8),
 )
-WRAPS = graph_of(  # 200 + 100 is 44 in bytes, and 300 for whoever computes in floats
+WRAPS = graph_of(  # 200 + 100 is 44 in bytes, and 300 in floats
     helper.make_node("Add", ["x", "hundred"], ["sum"]),
     helper.make_node("Cast", ["sum"], ["r"], to=TensorProto.FLOAT),
     *means("r"),

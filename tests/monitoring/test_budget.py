@@ -23,7 +23,7 @@ def test_a_window_is_spent_and_begins_again() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.integers(0, 12)), max_size=60))
 def test_no_window_holds_more_than_is_allowed(asked: list[tuple[float, int]]) -> None:
-    """Whoever asks before spending never spends more in a window, however the questions are spaced."""
+    """A caller that asks before spending never spends more in a window, however the questions are spaced."""
     budget, now, spent = Budget(20, 60.0), 0.0, dict[int, int]()
     for pause, images in asked:
         now += pause

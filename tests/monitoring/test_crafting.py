@@ -234,7 +234,7 @@ def test_parts_of_a_scene_have_chances_of_their_own() -> None:
 
 
 def test_leaving_ends_a_rest() -> None:
-    """Whoever leaves the crafter, for an error of its own say, waits for no rest of an hour."""
+    """A caller that leaves the crafter, for an error of its own say, waits for no rest of an hour."""
     left = threading.Event()
     paced = made(images=many(200), count=40, pace=Pace(3600.0, left))
     begun = time.monotonic()
@@ -260,7 +260,7 @@ def test_an_error_in_the_thread_reaches_the_round() -> None:
 
 
 def test_stop_ends_crafting_within_a_forward_pass() -> None:
-    """However long an attack would take: the thread ends, and whoever waits is told to stop."""
+    """However long an attack would take: the thread ends, and the waiting thread is told to stop."""
     stop, begun, passes = threading.Event(), threading.Event(), Source()
 
     def source(x: torch.Tensor) -> torch.Tensor:

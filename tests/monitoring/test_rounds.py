@@ -38,7 +38,7 @@ from tests.monitoring.greys import (
 
 
 class Served:
-    """The model, and what it was sent."""
+    """The model, and the images that it was sent."""
 
     def __init__(self, predict: Callable[[np.ndarray], Answer] = served) -> None:
         self.predict, self.sent = predict, list[np.ndarray]()
@@ -191,7 +191,7 @@ def test_the_kill_switch_ends_a_round_without_an_opinion(spared: int) -> None:
 
 @pytest.mark.parametrize("spared", range(7))
 def test_stop_leaves_no_round(spared: int) -> None:
-    """Stopped goes through: whoever runs the rounds drops this one."""
+    """Stopped goes through: the loop around the rounds drops this one."""
     server = Served()
     with pytest.raises(Stopped):
         one_round(plan(("fgsm", "pgd-3")), server, manners=manners(wait=stopping(spared)))

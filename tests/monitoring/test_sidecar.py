@@ -392,7 +392,7 @@ def test_the_evidence_stands_beside_the_live_figures(
 def test_evidence_shows_without_replay(
     endpoint: Any, write_config: Make, start_watch: Make, until: Make, tmp_path: Path
 ) -> None:
-    """Whoever replays nothing still sees the gate's figures."""
+    """A watch that replays nothing still sees the gate's figures."""
     config = write_config(endpoint.port, probe={"replay": 0}, release={"evidence": gated(tmp_path / "evidence")})
     watching = start_watch(config)
     until(lambda: "robustness_gate_threshold_ratio" in watching.metrics())
@@ -704,7 +704,7 @@ def test_sixty_rounds_leave_no_more_than_twenty(
 
     (series_20, threads_20, mb_20), (series_60, threads_60, mb_60) = held(20), held(60)
     assert series_60 == series_20
-    assert threads_60 <= threads_20 + 4  # whoever is being answered right now
+    assert threads_60 <= threads_20 + 4  # requests that are being answered right now
     assert mb_60 < mb_20 + 30
 
 

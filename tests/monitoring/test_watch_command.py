@@ -78,3 +78,31 @@ def test_a_signal_in_a_round_leaves_whole_rounds_and_the_next_process_goes_on(
     entries = [json.loads(line)["round"] for line in record.read_text().splitlines()]
     assert [round_from_json(entry).number for entry in entries] == list(range(1, len(entries) + 1))
     assert rounds(log)[0] == 3
+
+
+def test_one_watch_writes_a_record(endpoint: Any, write_config: Make, command: Make, until: Make) -> None:
+    """A second watch on the same record ends with 2 and names the first; a look by hand beside it measures, and leaves
+    the record alone, so that no number comes twice."""
+    config = write_config(endpoint.port, record={"path": "rounds.jsonl"})
+    record = Path(config.record.path)
+    first, log = command()
+    until(lambda: rounds(log) or first.poll() is not None, 300)
+    second, said = command()
+    assert second.wait(120) == 2
+    assert f"rounds.jsonl: process {first.pid} on " in said.read_text()
+    program = [
+        Path(sys.executable).with_name("dfmcl"),
+        "watch",
+        "--config",
+        log.with_name("watch.toml"),
+        "--rounds",
+        "1",
+    ]
+    by_hand = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert "these rounds are not written down" in by_hand.stdout
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(120) == 0
+    numbers = [json.loads(line)["round"]["number"] for line in record.read_text().splitlines()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert not list(record.parent.glob(".*.lock"))

@@ -266,7 +266,7 @@ def test_without_keys_nothing_is_verified(models: Path) -> None:
 
 @pytest.mark.parametrize("version", ["2", "999999999"])
 def test_a_version_that_nobody_promoted_has_no_evidence(models: Path, key: Path, version: str) -> None:
-    """Somebody serves something else."""
+    """Another model is served."""
     found = follow(models, "digits", lambda: trusting(key))(version)
     assert (found.state, found.attested, found.replay, found.verified) == ("missing", None, None, False)
     assert f"digits/{version}" in found.why
@@ -330,7 +330,7 @@ def test_what_does_not_hold_is_invalid(models: Path, key: Path, damage: Callable
 
 
 def test_a_signature_of_a_stranger_is_invalid(models: Path, tmp_path: Path) -> None:
-    """Whoever holds another key."""
+    """A signer with another key."""
     stranger = make_key(tmp_path / "stranger")
     found = follow(models, "digits", lambda: trusting(stranger))("1")
     assert (found.state, found.verified) == ("invalid", False)

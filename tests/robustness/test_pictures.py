@@ -104,6 +104,16 @@ def test_several_frames_or_pages_are_no_image(tmp_path: Path, kind: str) -> None
         trained(tmp_path, data)
 
 
+@pytest.mark.parametrize(("head", "words"), [("P6 20 20 65535", 2), ("P6 20 20 1023", 2), ("P3 20 20 65535", 0)])
+def test_a_deep_ppm_is_refused_as_a_deep_png_is(tmp_path: Path, head: str, words: int) -> None:
+    """Pillow halves its numbers without a word; up to 255 it is an image."""
+    body = b"\0\1" * (20 * 20 * 3) if words else b"1 " * (20 * 20 * 3)
+    with pytest.raises(BadInput, match=r"odd\.ppm: has more than 8 bits a channel; save it with 8"):
+        trained(tmp_path / "deep", head.encode() + b"\n" + body, "ppm")
+    shallow = head.rpartition(" ")[0].encode() + b" 100\n" + body
+    assert trained(tmp_path / "shallow", shallow, "ppm", side=20).shape == (20, 20, 3)
+
+
 @pytest.mark.parametrize("orientation", TURNED)
 def test_an_image_is_upright(orientation: int) -> None:
     """By EXIF's own table, at the image's own size."""

@@ -1,4 +1,4 @@
-"""Nothing that somebody wrote acts where it is shown, and no address is taken for a path."""
+"""Nothing that a stranger wrote acts where it is shown, and no address is taken for a path."""
 
 from __future__ import annotations
 

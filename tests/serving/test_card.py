@@ -83,7 +83,7 @@ def test_a_gate_that_stopped_by_itself_gives_bounds_that_allow_it(repository: Pa
 def test_what_was_measured_beside_the_gate_stands_in_it(
     repository: Path, standard_run: Path, other_run: Path, tmp_path: Path
 ) -> None:
-    """A record of the run adds a row and a metric; another run's is refused. Transfer is named as what it is."""
+    """A record of the run adds a row and a metric; another run's is refused. Transfer is named as transfer."""
     copy, data = shutil.copytree(repository, tmp_path / "models"), load_dataset("digits")
     for run, other in ((standard_run, other_run), (other_run, None)):
         evaluations = measure(

@@ -104,7 +104,7 @@ def test_dropout_of_an_inference_graph_is_not_random() -> None:
 
 
 def test_a_run_without_numbers_is_refused(tmp_path: Path, run_directory: Path) -> None:
-    """A weight that is no number is the model's fault, not that of somebody's versions: exit code 1."""
+    """A weight that is no number is the model's fault, not the versions': exit code 1."""
     run = shutil.copytree(run_directory, tmp_path / "run")
     weights = load_file(run / "checkpoint.safetensors")
     weights["net.fc.bias"][0] = torch.nan

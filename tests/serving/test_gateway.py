@@ -544,7 +544,7 @@ def send_on(sock: socket.socket, seconds: float) -> None:
 
 
 def test_slow_clients_are_let_go(served: Served) -> None:
-    """Whoever takes too long over headers or body, sends nothing, or sends on after a refusal, is cut off."""
+    """A client that takes too long over headers or body, sends nothing, or sends on after a refusal, is cut off."""
     with opened(settings([served.ready["grpc"]], limits={"read_seconds": 0.3})) as door:
         head = f"POST /v1/classify HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\n"
         for sent, status in (

@@ -279,12 +279,11 @@ def test_listening_with_mutual_tls(served: Served, authority: Authority, tmp_pat
         door.tls = believing
 
 
-def test_triton_over_mutual_tls(
-    served: Served, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A real Triton that asks for certificates: with ours it answers, without it does not."""
+@contextmanager
+def mutual_triton(served: Served, authority: Authority, log: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Another Triton on the same repository, at this HOST:PORT, that talks to holders of a certificate only."""
     found, ports = environment.find_environment(None), triton.claim_ports(http=0, grpc=0, metrics=0)
-    own, client = authority.issue("triton"), authority.issue("gateway-as-client")
+    own = authority.issue("triton")
     secured = [
         "--grpc-use-ssl-mutual=true",
         f"--grpc-server-cert={own.certificate}",
@@ -293,9 +292,17 @@ def test_triton_over_mutual_tls(
     ]
     plain = triton.server_command
     monkeypatch.setattr(triton, "server_command", lambda *args, **options: [*plain(*args, **options), *secured])
-    with triton.running(found, served.repository, ports, ["digits"], tmp_path / "triton.log", fixed=False) as server:
+    with triton.running(found, served.repository, ports, ["digits"], log, fixed=False) as server:
         wait_until(lambda: not refused(ports["grpc"]), server.process, 60)
-        url = f"127.0.0.1:{ports['grpc']}"
+        yield f"127.0.0.1:{ports['grpc']}"
+
+
+def test_triton_over_mutual_tls(
+    served: Served, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real Triton that asks for certificates: with ours it answers, without it does not."""
+    client = authority.issue("gateway-as-client")
+    with mutual_triton(served, authority, tmp_path / "triton.log", monkeypatch) as url:
         tls = {"tls": True, "tls_ca": str(authority.ca)}
         shown = {"tls_certificate": str(client.certificate), "tls_key": str(client.key)}
         with opened(settings([url], triton=tls | shown)) as door:

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 
 from robustness.data import load_dataset
-from serving import environment, triton
 from serving.gateway_config import load_config
 from serving.keys import digest_of
 from serving.renewal import Source
 from tests.processes import wait_until
 from tests.serving.authority import Authority
 from tests.serving.doors import Door, encoded, settings
-from tests.serving.test_gateway_process import refused, written
+from tests.serving.test_gateway_process import mutual_triton, written
 from tests.serving.workshop import Served
 
 PNG = encoded(load_dataset("digits").x_test[0])
@@ -133,7 +132,7 @@ def authority(tmp_path: Path) -> Authority:
 
 
 def served_certificate(door: Door) -> str:
-    """Of a new connection, whoever signed it."""
+    """Of a new connection, by any signer."""
     return ssl.get_server_certificate(("127.0.0.1", door.port))
 
 
@@ -202,21 +201,11 @@ def test_renewed_certificate_is_shown_to_triton(
     served: Served, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A certificate that Triton does not believe is replaced by one that it does: the gateway gets ready."""
-    found, ports = environment.find_environment(None), triton.claim_ports(http=0, grpc=0, metrics=0)
-    own, right, wrong = authority.issue("triton"), authority.issue("right"), Authority(tmp_path / "no").issue("wrong")
-    secured = [
-        "--grpc-use-ssl-mutual=true",
-        f"--grpc-server-cert={own.certificate}",
-        f"--grpc-server-key={own.key}",
-        f"--grpc-root-cert={authority.ca}",
-    ]
-    plain = triton.server_command
-    monkeypatch.setattr(triton, "server_command", lambda *args, **options: [*plain(*args, **options), *secured])
+    right, wrong = authority.issue("right"), Authority(tmp_path / "no").issue("wrong")
     files = [str(shutil.copy(path, tmp_path)) for path in (wrong.certificate, wrong.key)]
     tls = {"tls": True, "tls_ca": str(authority.ca), "tls_certificate": files[0], "tls_key": files[1]}
-    with triton.running(found, served.repository, ports, ["digits"], tmp_path / "triton.log", fixed=False) as server:
-        wait_until(lambda: not refused(ports["grpc"]), server.process, 60)
-        door = Door(settings([f"127.0.0.1:{ports['grpc']}"], triton=tls)).start()
+    with mutual_triton(served, authority, tmp_path / "triton.log", monkeypatch) as url:
+        door = Door(settings([url], triton=tls)).start()
         try:
             wait_until(lambda: door.lines("endpoint"), seconds=10)
             assert door.get("/readyz").status == 503

@@ -125,7 +125,7 @@ def test_second_promotion_writes_version_2_and_keeps_version_1(
 
 
 def test_version_number_is_not_used_again(repository: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
-    """A number whose directory somebody removed stays taken: dashboards and evidence refer to it."""
+    """A number whose directory was removed stays taken: dashboards and evidence refer to it."""
     promote(candidate, evidence, repository, name="digits", trust=trust)
     promote(candidate, evidence, repository, name="other", trust=trust)
     shutil.rmtree(repository / "digits" / "1")
@@ -293,7 +293,7 @@ def test_a_version_carries_its_own_proof(repository: Path, evidence: Path, trust
 def test_a_swapped_release_is_refused_by_its_signature_only(
     repository: Path, candidate: Path, trust: Trust, tmp_path: Path
 ) -> None:
-    """Whoever can write the repository can make model and report fit each other, but cannot sign."""
+    """A writer of the repository can make model and report fit each other, but cannot sign."""
     version = repository / "digits" / "1"
     with (version / "model.onnx").open("ab") as file:
         file.write(b"\x1a\x00")
@@ -603,7 +603,7 @@ def test_whatever_the_umask_triton_can_read(tmp_path: Path, candidate: Path, evi
 def test_a_lock_that_is_held_is_not_waited_for_forever(
     repository: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 5: whoever holds it may hang."""
+    """Exit code 5: its holder may hang."""
     monkeypatch.setattr(promotion, "LOCK_SECONDS", 0.2)
     with (repository / ".promotion.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -612,7 +612,7 @@ def test_a_lock_that_is_held_is_not_waited_for_forever(
 
 
 def test_a_lock_file_that_was_removed_lets_no_two_write(repository: Path) -> None:
-    """Somebody tidied up while a second one waited: that one then waits for the holder of the new file."""
+    """A user tidied up while a second one waited: that one then waits for the holder of the new file."""
     path = repository / ".promotion.lock"
     waiting = threading.Thread(target=retire, args=(repository, "digits"))
     with path.open("w") as old:
@@ -652,7 +652,7 @@ def test_a_name_that_ends_as_a_shadow_is_refused(
 def test_what_was_returned_from_may_serve_later(
     repository: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
-    """Somebody found out why, and served it: then it is what was before the next."""
+    """A user found out why, and served it: then it is what was before the next."""
     promote(candidate, evidence, repository, name="digits", trust=trust)
     give_back(repository, "digits", 1, "no memory")
     rollback(repository, "digits", trust=trust, version=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import BadInput, Broken
+from serving.errors import BadInput
 from serving.ready import claim_ready, read_ready, write_ready
 from tests.processes import wait_until
 from tests.serving.workshop import run_python
@@ -59,10 +59,27 @@ def test_a_process_number_that_was_given_again_is_another(tmp_path: Path) -> Non
     assert read_ready(path) is None
 
 
-def test_a_ready_file_that_cannot_be_removed_is_broken(tmp_path: Path) -> None:
-    """A directory stands in its place."""
-    with pytest.raises(Broken, match="cannot be written"):
-        claim_ready(tmp_path)
+@pytest.mark.parametrize("wrong", ["", "file/ready.json"])
+def test_a_ready_file_that_cannot_be_written_is_bad_input(tmp_path: Path, wrong: str) -> None:
+    """A directory stands in its place, or it would lie below a file: said before the server starts."""
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match="cannot be written"):
+        claim_ready(tmp_path / wrong)
+
+
+def test_of_two_that_claimed_a_ready_file_one_writes_it(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Both were started before either was ready: the second learns it then, and the file is the first one's."""
+    path = tmp_path / "ready.json"
+    claim_ready(path)
+    process = run_python(OTHER, str(path))
+    request.addfinalizer(process.kill)
+    wait_until(path.exists, process)
+    with pytest.raises(BadInput, match=f"running server .process {process.pid}.; name another"):
+        write_ready(path, http="mine")
+    said = read_ready(path)
+    assert said is not None
+    assert said["pid"] == process.pid
+    assert [found.name for found in tmp_path.iterdir()] == ["ready.json"]
 
 
 def test_what_is_no_file_stays(tmp_path: Path) -> None:

@@ -168,6 +168,17 @@ def test_repair_leads_back_to_service(two: Path, trust: Trust, damage: str) -> N
     assert prune(two, "digits", keep=1) in ([], [1], [2])
 
 
+@pytest.mark.parametrize("emptied", [[2], [1, 2]])
+def test_status_advises_what_helps(two: Path, trust: Trust, emptied: list[int]) -> None:
+    """`repair` where a version is left that it can serve, else a promotion; and `repair` says the same."""
+    for version in emptied:
+        empty(two / "digits" / str(version))
+    (row,) = standings(two, trust)
+    helps = emptied != [1, 2]
+    assert row.trouble.endswith("`dfmcl repair` mends it" if helps else "; promote a candidate")
+    assert [each.whole for each in repair(two, trust)] == [helps]
+
+
 # What only `repair` takes on: who appends to a history that cannot be read would lose it.
 UNREADABLE = {f"history.jsonl {how}" for how in ("cut", "garbled", "foreign", "a directory")}
 UNREADABLE |= {damage for damage in DAMAGES if damage.startswith("history:")}
@@ -324,7 +335,7 @@ def test_a_model_whose_directory_is_gone_is_not_forgotten(
 
 
 def test_what_was_retired_is_not_brought_back(two: Path, tmp_path: Path, trust: Trust) -> None:
-    """A backup that somebody copies in is served when a person asks for it by its number."""
+    """A backup that a user copies in is served when a person asks for it by its number."""
     backup = shutil.copytree(two / "digits", tmp_path / "backup")
     retire(two, "digits")
     shutil.copytree(backup, two / "digits")

@@ -27,7 +27,7 @@ from serving.client import Client
 from serving.errors import Broken, Refused, ServingError
 from serving.export import export
 from serving.ledger import Aliases, aliases, read_history
-from serving.promotion import promote, retire, rollback
+from serving.promotion import Promoted, promote, retire, rollback
 from serving.ready import read_ready
 from serving.status import standings
 from serving.supervisor import wait_until_live
@@ -47,6 +47,15 @@ def another(tmp_path_factory: pytest.TempPathFactory, key: Path) -> tuple[Path, 
     directory = tmp_path_factory.mktemp("another")
     export(write_run(directory / "run", seed=1), directory / "candidate")
     return directory / "candidate", write_evidence(directory / "evidence", directory / "candidate", key)
+
+
+@pytest.fixture
+def bring(
+    repository: Path, candidate: Path, evidence: Path, another: tuple[Path, Path], trust: Trust
+) -> Callable[..., Promoted]:
+    """Promotes "another" candidate, or the "first" one again."""
+    pairs = {"first": (candidate, evidence), "another": another}
+    return lambda which="another", name="digits": promote(*pairs[which], repository, name=name, trust=trust)
 
 
 @pytest.fixture
@@ -387,17 +396,10 @@ def test_a_repository_that_is_away_ends_nothing(
 
 
 def test_a_revoked_key_lets_nothing_new_in(
-    repository: Path,
-    candidate: Path,
-    evidence: Path,
-    another: tuple[Path, Path],
-    tmp_path: Path,
-    key: Path,
-    trust: Trust,
-    needs_triton: None,
+    repository: Path, bring: Callable[..., Promoted], tmp_path: Path, key: Path, needs_triton: None
 ) -> None:
     """A running server heeds the trust file: what is live goes on and it is said, what comes is turned down, with the
-    reason for whoever promoted it, and the repository goes back. A file that cannot be read revokes nothing."""
+    reason for the user who promoted it, and the repository goes back. A file that cannot be read revokes nothing."""
     file, said = write_trust(make_key(tmp_path / "keys", "ours")), []
     ours = file.read_text()
     shutil.copy(key.with_suffix(".pub"), file.with_name("theirs.pub"))
@@ -407,11 +409,11 @@ def test_a_revoked_key_lets_nothing_new_in(
     file.write_text(both[:20])
     wait_until(lambda: said)
     with Client(server.ready["grpc"], "digits") as client, Client(server.ready["grpc"], "other") as other:
-        wait_until_live(client, promote(*another, repository, name="digits", trust=trust), 60)
+        wait_until_live(client, bring(), 60)
         file.write_text(ours)
         wait_until(lambda: any("no longer trusted" in line and "version 2 goes on" in line for line in server.said))
         assert len(said) == 2, "once that it cannot be read, once that it can"
-        third = promote(candidate, evidence, repository, name="digits", trust=trust)
+        third = bring("first")
         with pytest.raises(Refused, match=r"version 3 was given up: .*0 trusted keys signed"):
             wait_until_live(client, third, 60)
         assert client.describe().version == "2"
@@ -419,7 +421,7 @@ def test_a_revoked_key_lets_nothing_new_in(
         [returned] = [change for change in read_history(repository) if change.event == "returned"]
         assert (returned.before, returned.version) == (3, 2)
 
-        first = promote(candidate, evidence, repository, name="other", trust=trust)
+        first = bring("first", "other")
         with pytest.raises(Refused, match=r"version 1 was given up: .*0 trusted keys signed"):
             wait_until_live(other, first, 60)
         assert aliases(repository)["other"].champion is None
@@ -483,7 +485,7 @@ def test_a_server_that_cannot_be_kept_alive_is_given_up(repository: Path, tmp_pa
 def test_what_nobody_trusted_signed_is_not_taken_over(
     server: Served, repository: Path, another: tuple[Path, Path]
 ) -> None:
-    """Whoever can write the repository cannot bring in a model; the version that is live goes on."""
+    """A writer of the repository cannot bring in a model; the version that is live goes on."""
     version = shutil.copytree(repository / "digits" / "1", repository / "digits" / "2")
     shutil.copy(another[0] / "model.onnx", version)
     config = repository / "digits" / "config.pbtxt"

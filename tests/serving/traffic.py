@@ -1,6 +1,6 @@
 """Traffic drivers: clients that never stop asking while something is changed, and count what they were answered.
 
-As a program a crowd of clients, in a process of its own: what it computes is not taken from whoever measures.
+As a program a crowd of clients, in a process of its own: its computing is not taken from the measuring process.
 """
 
 from __future__ import annotations

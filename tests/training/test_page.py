@@ -41,5 +41,5 @@ def test_commands_of_the_page_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_on_the_page(name: str) -> None:
-    """Whoever chooses finds each preset there, but for the quickstart's inner ones."""
+    """A reader who chooses finds each preset there, but for the quickstart's inner ones."""
     assert f"`{name}`" in TEXT or name.startswith("quickstart_") or name == "cifar10_narrow"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +17,16 @@ import torch
 from torch import Tensor
 
 from robustness.data import load_dataset
-from robustness.errors import BadInput
+from robustness.errors import BadInput, Interrupted
+from robustness.locks import LOCK, held
 from robustness.ranks import Ranks
 from robustness.runs import load_run
+from tests.processes import wait_until
 from tests.training.workshop import StopAfter, batch, quiet
 from training.config import load_config
 from training.learner import Learner
-from training.limits import Interrupted, Limits
+from training.limits import Limits
+from training.state import STATE
 from training.train import build, train
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +147,40 @@ def test_a_state_that_not_all_processes_see_is_named(tmp_path: Path) -> None:
     assert both.returncode != 0
     assert both.stderr.count("the processes found different states there; use a directory that all nodes share") == 2
     assert not (tmp_path / "run1" / "checkpoint.safetensors").exists()
+
+
+def test_two_trainings_of_several_processes_do_not_share_a_place(tmp_path: Path) -> None:
+    """Another process holds the run: all processes of the second end with its line, and what is there stays."""
+    overrides = [part for change in CHANGES for part in ("--set", change)]
+    with held(tmp_path / "run" / LOCK, tmp_path / "run"):
+        both = torchrun("quickstart", *overrides, "--out", str(tmp_path / "run"))
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    assert both.returncode != 0
+    assert both.stderr.count(f"run: process {os.getpid()} on {socket.gethostname()} writes there") == 2
+
+
+def test_ctrl_c_saves_under_torchrun_and_a_second_one_too(tmp_path: Path) -> None:
+    """torchrun hands the first on and dies of the second, after a SIGTERM to its processes: the first of them says,
+    alone, which state is on disk, and it is."""
+    out = tmp_path / "run"
+    overrides = [part for change in [*CHANGES, "optimization.epochs=2000"] for part in ("--set", change)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*launch, "training.train", "quickstart", *overrides, "--out", str(out)],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until((out / STATE).exists, process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)  # as fast as a hand is
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("dfmcl: stopping at the next step") == 1
+    steps = re.findall(rf"dfmcl: {out}: (?:stopped and saved at|ended at once; its state of) step (\d+) ", errors)
+    assert len(steps) == 1, errors
+    assert torch.load(out / STATE, weights_only=True)["step"] == int(steps[0])
+    assert not list(out.rglob(".*"))
 
 
 def alone() -> Ranks:

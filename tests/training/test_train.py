@@ -20,7 +20,7 @@ from PIL import Image
 
 import dfmcl
 from robustness.data import load_dataset
-from robustness.errors import BadInput, Broken
+from robustness.errors import BadInput, Broken, Interrupted
 from robustness.files import sha256_of
 from robustness.runs import CHECKPOINT, load_run
 from tests.processes import wait_until
@@ -29,7 +29,7 @@ from training import train as loop
 from training.augmentation import augment, crop, flip
 from training.config import TrainConfig, load_config, preset_names
 from training.learner import Learner
-from training.limits import Interrupted, Limits
+from training.limits import Limits
 from training.objectives import OBJECTIVES
 from training.state import STATE
 from training.train import split, train
@@ -302,6 +302,34 @@ def test_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
     state = torch.load(out / STATE, weights_only=True)
     assert state["step"] > 0
     assert not list(out.glob("**/*.part"))
+
+
+@pytest.mark.parametrize("presses", [2, 5])
+def test_a_second_signal_ends_at_once_and_says_what_is_saved(tmp_path: Path, presses: int) -> None:
+    """Ctrl-C in the middle of a long step, again and again: the first line says what happens, the last one which state
+    is on disk, and that state goes on."""
+    out, slow = tmp_path / "run", [*TINY, "optimization.epochs=100", "curriculum.attacks=['pgd']"]
+    slow += ["model.width=16", "curriculum.steps=300", "heldout.images=2", "curriculum.schedule=constant"]
+    command = [Path(sys.executable).with_name("dfmcl"), "train", "quickstart", "--out", str(out), "--max-minutes", "9"]
+    process = subprocess.Popen(
+        [*command, *(word for change in slow for word in ("--set", change))],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_until((out / STATE).exists, process)
+    saved = torch.load(out / STATE, weights_only=True)["step"]
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    lines = iter(process.stderr.readline, "")
+    assert next(line for line in lines if line.startswith("dfmcl: ")).startswith("dfmcl: stopping at the next step")
+    for _ in range(presses - 1):
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = f"ended at once; its state of step {saved} is saved; repeat the command with --resume"
+    assert errors == f"dfmcl: {out}: {said}\n"
+    assert not list(out.rglob(".*"))
+    with pytest.raises(Interrupted, match=rf"stopped and saved at step {saved} of"):
+        train(load_config("quickstart", slow), out, resume=True, limits=Limits(StopAfter(0)), log=quiet)
 
 
 def test_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
