@@ -502,10 +502,10 @@ def gate(
 @command
 def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]) -> int:
     """Say again what a gate found, and end with its exit code."""
+    from gating.attestation import read_evidence
     from gating.markdown import markdown
-    from gating.report import read_report
 
-    report = read_report(evidence)
+    report, _ = read_evidence(evidence)
     say_page(markdown(report, details=False))
     return int(report["exit_code"])
 
@@ -521,12 +521,13 @@ def connect(clients: ExitStack, url: str, model: str) -> tuple[Any, Callable[[An
 def read_labels(path: Path | None) -> tuple[str, ...] | None:
     """A file's lines, None where none is named."""
     from robustness.errors import BadInput
+    from robustness.reader import TEXT_BYTES, read_plain
 
     if path is None:
         return None
     try:
-        return tuple(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
+        return tuple(read_plain(path, TEXT_BYTES, named=True).decode("utf-8").splitlines())
+    except (OSError, ValueError) as error:
         raise BadInput(f"--labels {path}: not readable: {error}") from None
 
 
@@ -574,10 +575,10 @@ def verify(
     from gating.trust import load_trust
 
     trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
-    if evidence is None and (path / "config.pbtxt").is_file():
-        from serving.promotion import verify_release
+    if evidence is None:
+        from serving.promotion import verify_path
 
-        path = verify_release(path.resolve().parent, path.resolve().name, trusted, now).path
+        path = verify_path(path, trusted, now)
     report = run_verify(path, evidence or path, trusted, now)
     signed = read_attestation(evidence or path, trusted)
     say(f"{path}: passed on {report['created'][:10]}, {'; '.join(row['criterion'] for row in report['criteria'])}")

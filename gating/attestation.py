@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,9 +19,21 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error as SignatureError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
+from gating.faults import BadEvidence, NotAttested, refusal
 from gating.keys import read_signer
-from gating.statement import ROBUSTNESS, STATEMENT, TEST_RESULT, expiry, statements, subjects
+from gating.statement import (
+    ROBUSTNESS,
+    STATEMENT,
+    TEST_RESULT,
+    VALID_DAYS,
+    expiry,
+    robustness,
+    statements,
+    subjects,
+    test_result,
+)
 from robustness.files import write_text
+from robustness.reader import MANIFEST_BYTES, RECORD_BYTES, Unfit, leaves, opened, parse_object, read_plain, why_unread
 
 REPORT_FORMAT = "dfmcl.report/2"
 CANDIDATE_FORMAT = "dfmcl.candidate/1"
@@ -32,18 +45,9 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 CLOCK_SKEW = timedelta(minutes=10)  # between the machine of the gate and this one
 
 Statement = dict[str, Any]
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
-
-class NotAttested(Exception):
-    """The evidence does not vouch for these bytes."""
-
-    exit_code = 1
-
-
-class BadEvidence(Exception):
-    """Evidence or candidate is missing or malformed."""
-
-    exit_code = 2
+__all__ = ["BadEvidence", "NotAttested"]
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,15 @@ def sign(report: dict[str, Any], report_sha256: str, keys: Sequence[Path], *, ex
 def sign_evidence(evidence: Path, keys: Sequence[Path]) -> datetime:
     """Sign what the gate wrote, or add signatures to those that are there; returns until when they hold.
 
-    Nobody signs blindly: what is there must be what the gate would have written beside this report. How long it holds
-    is the policy's.
+    Nobody signs blindly: the report must follow from its own record, the files must be those that it names, and what
+    is signed already must be what the gate would have written beside this report. How long it holds is the policy's.
     """
     path = evidence / ATTESTATION
-    report, digest = _read_report(evidence)
-    _require_evidence(report, evidence)
-    envelopes = _envelopes(path) if path.exists() else None
-    fresh = _unsigned(report, digest, _object(report, "policy", evidence).get("valid_days"))
+    report, digest = read_evidence(evidence)
+    envelopes = _envelopes(path) if os.path.lexists(path) else None
+    fresh = _unsigned(report, digest, report["policy"].get("valid_days", VALID_DAYS))
     if envelopes is not None and [_said(envelope) for envelope in envelopes] != [_said(envelope) for envelope in fresh]:
-        raise NotAttested(f"{path}: does not say what {REPORT} says; remove it and sign again")
+        raise refusal("unlike", f"{path}: does not say what {REPORT} says")
     write_text(path, _signed(envelopes or fresh, [read_signer(key) for key in keys]))
     return datetime.fromisoformat(json.loads(fresh[1].payload)["predicate"]["expires"])
 
@@ -113,85 +116,106 @@ def read_attestation(evidence: Path, trust: Trust) -> Attestation:
     envelopes = _envelopes(path)
     signers = _signers_of_all(envelopes, trust.keys)
     if len(envelopes) != 2:
-        raise NotAttested(f"{path}: holds {len(envelopes)} envelopes, expected 2; sign the evidence again")
+        raise refusal("envelopes", f"{path}: holds {len(envelopes)} envelopes, expected 2")
     if len(signers) < max(trust.threshold, 1):
-        raise NotAttested(
-            f"{path}: {len(signers)} trusted keys signed both statements as they are here, {trust.threshold} must;"
-            " sign with dfmcl sign, or trust the signer"
-        )
+        said = f"{len(signers)} trusted keys signed both statements as they are here, {trust.threshold} must"
+        raise refusal("forged" if _is_forged(envelopes, trust.keys) else "signers", f"{path}: {said}")
     by_kind: dict[str, Statement] = {}
     for envelope in envelopes:
         if envelope.payload_type != PAYLOAD_TYPE:
-            raise NotAttested(f"{path}: payload type is {envelope.payload_type!r}, expected {PAYLOAD_TYPE!r}")
+            raise refusal("statements", f"{path}: payload type is {envelope.payload_type!r}, expected {PAYLOAD_TYPE!r}")
         statement = _parsed(envelope.payload, path)
         if statement.get("_type") != STATEMENT:
-            raise NotAttested(f"{path}: statement type is {statement.get('_type')!r}, expected {STATEMENT!r}")
+            raise refusal("statements", f"{path}: statement type is {statement.get('_type')!r}, expected {STATEMENT!r}")
         by_kind[str(statement.get("predicateType"))] = statement
     if by_kind.keys() != {TEST_RESULT, ROBUSTNESS}:
-        raise NotAttested(f"{path}: predicate types are {', '.join(by_kind)}; expected {TEST_RESULT}, {ROBUSTNESS}")
+        raise refusal(
+            "statements",
+            f"{path}: predicate types are {', '.join(by_kind)}; expected {TEST_RESULT}, {ROBUSTNESS}",
+        )
     try:
-        test_result, robustness = by_kind[TEST_RESULT], by_kind[ROBUSTNESS]
-        subject = _subject(robustness)
+        test_result, robust = by_kind[TEST_RESULT], by_kind[ROBUSTNESS]
+        subject = _subject(robust)
         if _subject(test_result) != subject:
-            raise NotAttested(f"{path}: its two statements are about different files; sign the evidence again")
-        return Attestation(subject, test_result["predicate"], robustness["predicate"], tuple(sorted(signers)))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BadEvidence(f"{path}: a malformed statement was signed: {_reason(error)}; sign again") from None
+            raise refusal("statements", f"{path}: its two statements are about different files")
+        return Attestation(subject, test_result["predicate"], robust["predicate"], tuple(sorted(signers)))
+    except MALFORMED as error:
+        raise refusal("statement", f"{path}: a malformed statement was signed: {_reason(error)}") from None
 
 
 def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None = None) -> dict[str, Any]:
     """The report, if enough trusted keys say that exactly the candidate's bytes passed, and still do at `now` (UTC).
 
-    NotAttested (1): they do not say it, or not about these bytes, or what the trust file asks for does not hold.
-    BadEvidence (2): missing or malformed files. A promoted version is its own evidence.
+    NotAttested (1): they do not say it, or not about these bytes, or the report contradicts itself, or what the trust
+    file asks for does not hold. BadEvidence (2): missing or malformed files. A promoted version is its own evidence.
     """
     path = evidence / ATTESTATION
     attestation = read_attestation(evidence, trust)
     try:
         signed = _require_current(attestation, trust, now or datetime.now(UTC), path)
-        report, found = _read_report(evidence)
-        if found != signed:
-            raise NotAttested(f"{evidence / REPORT}: is not the report that was signed; gate and sign again")
-        if attestation.subject != subjects(report):
-            raise NotAttested(f"{path}: is about other files than {REPORT}; sign the evidence again")
-        if attestation.robustness["policy"]["sha256"] != report["policy"]["sha256"]:
-            raise NotAttested(f"{path}: is about another policy than {REPORT}; sign the evidence again")
-        _require_passed(report, candidate, evidence)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadEvidence(f"{path}: a malformed statement was signed: {_reason(error)}; sign again") from None
+        if read_report(evidence / REPORT)[1] != signed:
+            raise refusal("unlike", f"{evidence / REPORT}: is not the report that was signed")
+        report = inspect(candidate, evidence)
+        _require_alike(attestation, report, signed, path)
+    except MALFORMED as error:
+        raise refusal("statement", f"{path}: a malformed statement was signed: {_reason(error)}") from None
     return report
 
 
 def inspect(candidate: Path, evidence: Path) -> dict[str, Any]:
     """The report, if it holds a passing verdict for exactly the candidate's bytes; who wrote it, nobody asks here."""
-    report, _ = _read_report(evidence)
+    if _same(candidate, evidence) and leaves(candidate):  # a version is what lies in the repository
+        raise refusal("unreadable", f"{candidate}: is a link that leaves its directory")
+    report, _ = read_evidence(evidence)
     _require_passed(report, candidate, evidence)
     return report
 
 
+def read_evidence(evidence: Path) -> tuple[dict[str, Any], str]:
+    """The report of a gate and the SHA-256 of its bytes, whatever its verdict and whoever wrote it.
+
+    All that follows from its own record is derived again, and its files must be those that it names: NotAttested (1)
+    where they differ. BadEvidence (2) where a file is missing or cannot be read as what it should be.
+    """
+    from gating.derivation import require_derived  # here, as it loads numpy and scipy
+    from gating.probes import read_answers
+
+    path = evidence / REPORT
+    report, digest = read_report(path)
+    _require_evidence(report, evidence)
+    require_derived(report, path, read_answers(evidence / PROBES, _shape(report, path)))
+    return report, digest
+
+
+def read_report(path: Path) -> tuple[dict[str, Any], str]:
+    """A report.json, nothing of it believed yet, and the SHA-256 of the very bytes it was read from."""
+    data = _read(path, RECORD_BYTES)
+    return _object_of(path, data, REPORT_FORMAT), hashlib.sha256(data).hexdigest()
+
+
 def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a plain file's bytes."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BadEvidence(f"{path}: {error.strerror}; make it again with dfmcl export or dfmcl gate") from None
+    except FileNotFoundError as error:
+        raise refusal("missing", f"{path}: {error.strerror}") from None
+    except (OSError, Unfit) as error:
+        raise refusal("unreadable", f"{path}: {why_unread(error)}") from None
 
 
 def read_candidate(candidate: Path) -> dict[str, Any]:
     """The manifest of a candidate whose files are the ones it lists, byte for byte; BadEvidence otherwise."""
-    manifest = _json(candidate / MANIFEST, CANDIDATE_FORMAT)
-    files = _object(manifest, "files", candidate)
-    if "model.onnx" not in files:
-        raise BadEvidence(f"{candidate / MANIFEST}: lists no model.onnx; export the candidate again")
-    for name, digest in files.items():
+    manifest = _manifest(candidate)
+    for name, digest in manifest["files"].items():
         if Path(name).name != name:
-            raise BadEvidence(f"{candidate / MANIFEST}: {name!r} is no plain file name; export the candidate again")
+            raise refusal("candidate", f"{candidate / MANIFEST}: {name!r} is no plain file name")
         found = file_digest(candidate / name)
         if found != digest:
-            raise BadEvidence(
+            raise refusal(
+                "candidate",
                 f"{candidate / name}: SHA-256 is {found[:12]}..., its manifest says {str(digest)[:12]}...;"
-                " the file was changed after export, export the candidate again"
+                " the file was changed after export",
             )
     return manifest
 
@@ -202,34 +226,58 @@ def candidate_files(candidate: Path) -> dict[str, str]:
     return {**files, MANIFEST: file_digest(candidate / MANIFEST)}
 
 
+def _manifest(candidate: Path) -> dict[str, Any]:
+    path = candidate / MANIFEST
+    manifest = _object_of(path, _read(path, MANIFEST_BYTES), CANDIDATE_FORMAT)
+    if "model.onnx" not in _object(manifest, "files", path):
+        raise refusal("candidate", f"{path}: lists no model.onnx")
+    return manifest
+
+
 def _require_current(attestation: Attestation, trust: Trust, now: datetime, path: Path) -> str:
     """The SHA-256 of the report that the statements are about, once their verdict, policy and dates hold."""
-    test_result, robustness = attestation.test_result, attestation.robustness
-    if robustness["verdict"] != "passed":
-        raise NotAttested(f"{path}: the verdict is {robustness['verdict']!r}; only what passed is promoted")
+    test_result, robust = attestation.test_result, attestation.robustness
+    _require_verdict(robust["verdict"], path)
     if test_result["result"] != "PASSED":
-        raise NotAttested(f"{path}: the test result is {test_result['result']!r}; only what passed is promoted")
-    policy = robustness["policy"]["sha256"]
+        raise refusal("statements", f"{path}: the test result is {test_result['result']!r}, and the verdict 'passed'")
+    policy, data = robust["policy"]["sha256"], robust["data"]["sha256"]
     if trust.policies is not None and policy not in trust.policies:
-        raise NotAttested(f"{path}: policy {policy[:12]}... is none that the trust file allows; gate by one of those")
-    if trust.data is not None and robustness["data"]["sha256"] not in trust.data:
-        raise NotAttested(
-            f"{path}: was judged on data {robustness['data']['sha256'][:12]}..., which the trust file does not list"
+        raise refusal("policy", f"{path}: policy {policy[:12]}... is none that the trust file allows")
+    if trust.data is not None and data not in trust.data:
+        raise refusal("data", f"{path}: was judged on data {data[:12]}..., which the trust file does not list")
+    created, expires = attestation.created, attestation.expires
+    if created > now + CLOCK_SKEW:
+        raise refusal("early", f"{path}: was made on {created:%Y-%m-%d %H:%M}, in the future")
+    if now >= expires:
+        raise refusal("expired", f"{path}: expired on {expires:%Y-%m-%d}")
+    if trust.max_age is not None and now - created > trust.max_age:
+        raise refusal(
+            "old",
+            f"{path}: the gate ran on {created:%Y-%m-%d}, longer ago than the trust file's {trust.max_age.days} days",
         )
-    if attestation.created > now + CLOCK_SKEW:
-        raise NotAttested(f"{path}: was made on {attestation.created:%Y-%m-%d %H:%M}, in the future; check the clocks")
-    if now >= attestation.expires:
-        raise NotAttested(f"{path}: expired on {attestation.expires:%Y-%m-%d}; run dfmcl gate again")
-    if trust.max_age is not None and now - attestation.created > trust.max_age:
-        raise NotAttested(
-            f"{path}: the gate ran on {attestation.created:%Y-%m-%d}, longer ago than the trust file's"
-            f" {trust.max_age.days} days; run dfmcl gate again"
-        )
-    report_sha256 = str(robustness["report"]["sha256"])
+    report_sha256 = str(robust["report"]["sha256"])
     configured = {entry["name"]: entry["digest"]["sha256"] for entry in test_result["configuration"]}
     if configured[REPORT] != report_sha256:
-        raise NotAttested(f"{path}: its two statements are about different reports; sign the evidence again")
+        raise refusal("statements", f"{path}: its two statements are about different reports")
     return report_sha256
+
+
+def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha256: str, path: Path) -> None:
+    """The statements say of their report what it says itself; entries of other versions of ours are not compared."""
+    if attestation.subject != subjects(report):
+        raise refusal("unlike", f"{path}: is about other files than {REPORT}")
+    expires = expiry(report, report["policy"].get("valid_days", VALID_DAYS))
+    for said, made in (
+        (attestation.test_result, test_result(report, report_sha256)),
+        (attestation.robustness, robustness(report, report_sha256, expires)),
+    ):
+        if other := [key for key in made if key in said and said[key] != json.loads(json.dumps(made[key]))]:
+            raise refusal("unlike", f"{path}: says another {other[0]} than {REPORT}")
+
+
+def _require_verdict(verdict: object, path: Path) -> None:
+    if verdict != "passed":
+        raise refusal("verdict", f"{path}: the verdict is {verdict!r}")
 
 
 def _require_passed(report: dict[str, Any], candidate: Path, evidence: Path) -> None:
@@ -239,33 +287,35 @@ def _require_passed(report: dict[str, Any], candidate: Path, evidence: Path) -> 
     allowed = {*files, *(beside if _same(candidate, evidence) else ())}
     try:
         found = sorted(path.name for path in candidate.iterdir())
+    except FileNotFoundError as error:
+        raise refusal("missing", f"{candidate}: {error.strerror}; name a candidate or a promoted version") from None
     except OSError as error:
-        raise BadEvidence(f"{candidate}: {error.strerror}; name a candidate or a promoted version") from None
+        raise refusal("unreadable", f"{candidate}: {error.strerror}; name a candidate or a promoted version") from None
     if missing := sorted({"model.onnx", MANIFEST} - files.keys()):
-        raise NotAttested(f"{evidence}: was not made for {missing[0]}; run dfmcl gate on this candidate")
+        raise refusal("bytes", f"{evidence}: was not made for {missing[0]}")
     if extra := [name for name in found if name not in allowed]:
-        raise NotAttested(f"{candidate / extra[0]}: was not judged; remove it, or run dfmcl gate on what is there")
+        raise refusal("stranger", f"{candidate / extra[0]}: was not judged")
     for name, digest in files.items():
-        _require_file(candidate, name, digest, "is not what the gate judged; run dfmcl gate on this candidate")
-    _require_evidence(report, evidence)
-    if report.get("verdict") != "passed":
-        raise NotAttested(f"{evidence}: the verdict is {report.get('verdict')!r}; only what passed is promoted")
+        _require_file(candidate, name, digest, "bytes", "is not what the gate judged")
+    if (listed := _manifest(candidate)["files"]) != {name: files[name] for name in files if name != MANIFEST}:
+        raise refusal("candidate", f"{candidate / MANIFEST}: lists {', '.join(listed)}, with other digests than judged")
+    _require_verdict(report.get("verdict"), evidence)
 
 
 def _require_evidence(report: dict[str, Any], evidence: Path) -> None:
-    files = _object(report, "files", evidence)
+    files = _object(report, "files", evidence / REPORT)
     if PROBES not in files:
-        raise BadEvidence(f"{evidence / REPORT}: lists no {PROBES}; run dfmcl gate again")
+        raise refusal("malformed", f"{evidence / REPORT}: lists no {PROBES}")
     for name, digest in files.items():
-        _require_file(evidence, name, digest, "is not what the gate wrote; run dfmcl gate on this candidate again")
+        _require_file(evidence, name, digest, "evidence", "is not what the gate wrote")
 
 
-def _require_file(directory: Path, name: str, digest: str, otherwise: str) -> None:
+def _require_file(directory: Path, name: str, digest: str, fault: str, otherwise: str) -> None:
     path = directory / name
-    if Path(name).name != name or path.is_symlink() or (path.exists() and not path.is_file()):
-        raise NotAttested(f"{path}: is no plain file; {otherwise.partition('; ')[2]}")
+    if Path(name).name != name:
+        raise refusal("malformed", f"{directory}: {name[:80]!r} is no plain file name")
     if file_digest(path) != digest:
-        raise NotAttested(f"{path}: {otherwise}")
+        raise refusal(fault, f"{path}: {otherwise}")
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -277,8 +327,8 @@ def _unsigned(report: dict[str, Any], report_sha256: str, expires_days: Any) -> 
     try:
         made = statements(report, report_sha256, expiry(report, expires_days))
         texts = [json.dumps(statement, sort_keys=True, separators=(",", ":"), allow_nan=False) for statement in made]
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise BadEvidence(f"the report cannot be signed: {_reason(error)}; run dfmcl gate again") from None
+    except MALFORMED as error:
+        raise refusal("malformed", f"the report cannot be signed: {_reason(error)}") from None
     return [Envelope(text.encode(), PAYLOAD_TYPE, {}) for text in texts]
 
 
@@ -296,18 +346,14 @@ def _signed(envelopes: Sequence[Envelope], signers: Iterable[CryptoSigner]) -> s
 
 def _envelopes(path: Path) -> list[Envelope]:
     """One DSSE envelope a line, nothing of them believed yet."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        raise NotAttested(f"{path}: no such file; gate with --key, or dfmcl sign the evidence") from None
-    except OSError as error:
-        raise BadEvidence(f"{path}: {error.strerror}") from None
+    if not os.path.lexists(path):
+        raise refusal("unsigned", f"{path}: no such file")
     envelopes = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(path, MANIFEST_BYTES).splitlines(), 1):
         try:
-            envelopes.append(Envelope.from_dict(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SignatureError) as error:
-            raise BadEvidence(f"{path}: line {number} is no DSSE envelope: {_reason(error)}; sign again") from None
+            envelopes.append(Envelope.from_dict(parse_object(line)))
+        except (*MALFORMED, SignatureError) as error:
+            raise refusal("envelope", f"{path}: line {number} is no DSSE envelope: {_reason(error)}") from None
     return envelopes
 
 
@@ -323,48 +369,57 @@ def _is_signed_by(envelope: Envelope, key: SSlibKey) -> bool:
         return False
 
 
+def _is_forged(envelopes: Sequence[Envelope], keys: Sequence[SSlibKey]) -> bool:
+    """Whether a payload carries a trusted key's signature that is not of this payload."""
+    named = [(envelope, key) for envelope in envelopes for key in keys if key.keyid in envelope.signatures]
+    return not all(_is_signed_by(envelope, key) for envelope, key in named)
+
+
 def _parsed(payload: bytes, path: Path) -> Statement:
     try:
-        value = json.loads(payload)
-    except (ValueError, RecursionError) as error:
-        raise BadEvidence(f"{path}: a payload that is no JSON was signed: {error}; sign again") from None
-    if not isinstance(value, dict):
-        raise BadEvidence(f"{path}: a payload that is no statement was signed; sign again")
-    return value
+        return parse_object(payload)
+    except Unfit as error:
+        raise refusal("statement", f"{path}: a payload that is no statement was signed: {error}") from None
 
 
 def _subject(statement: Statement) -> dict[str, str]:
     return {str(entry["name"]): str(entry["digest"]["sha256"]) for entry in statement["subject"]}
 
 
-def _read_report(evidence: Path) -> tuple[dict[str, Any], str]:
-    """The report, and the SHA-256 of the very bytes it was read from."""
-    path = evidence / REPORT
+def _read(path: Path, most: int) -> bytes:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadEvidence(f"{path}: {error.strerror}") from None
-    return _json(path, REPORT_FORMAT, data), hashlib.sha256(data).hexdigest()
+        return read_plain(path, most)
+    except FileNotFoundError as error:
+        raise refusal("missing", f"{path}: {error.strerror}") from None
+    except (OSError, Unfit) as error:
+        raise refusal("unreadable", f"{path}: {why_unread(error)}") from None
+
+
+def _object_of(path: Path, data: bytes, expected: str) -> dict[str, Any]:
+    """The JSON object of a format that a file holds."""
+    try:
+        value = parse_object(data)
+    except Unfit as error:
+        raise refusal("unreadable", f"{path}: {error}") from None
+    if value.get("format") != expected:
+        raise refusal("format", f"{path}: format is {str(value.get('format'))[:80]!r}; expected {expected!r}")
+    return value
 
 
 def _object(value: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
     found = value.get(key)
-    if not isinstance(found, dict):
-        raise BadEvidence(f"{where}: {key} is {type(found).__name__}, expected an object; make it again")
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found if key == "files"):
+        raise refusal("malformed", f"{where}: {key} is {type(found).__name__}, expected an object")
     return found
 
 
-def _json(path: Path, expected: str, data: bytes | None = None) -> dict[str, Any]:
+def _shape(report: dict[str, Any], path: Path) -> tuple[int, int, int, int, int]:
+    """Of the probes that a report is about: images, height, width, channels, classes."""
     try:
-        value = json.loads(path.read_bytes() if data is None else data)
-    except OSError as error:
-        raise BadEvidence(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadEvidence(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict) or value.get("format") != expected:
-        found = value.get("format") if isinstance(value, dict) else type(value).__name__
-        raise BadEvidence(f"{path}: format is {found!r}; expected {expected!r}")
-    return value
+        height, width, channels = (int(size) for size in report["candidate"]["input"]["shape"])
+        return len(report["per_image"]["label"]), height, width, channels, len(report["data"]["classes"])
+    except MALFORMED as error:
+        raise refusal("malformed", f"{path}: not a gate's report ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:

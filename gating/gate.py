@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from gating.attestation import ATTESTATION, PROBES, sign
 from gating.baseline import Baseline, compare
 from gating.block import Block, Plan, Source, attack_block, joined_outcomes
+from gating.derivation import Record, order_of, wild
 from gating.formats import FILES, write_formats
 from gating.keys import read_signer
+from gating.pairs import Pairs
 from gating.policy import NO_REGRESSION, Policy
 from gating.probes import as_npz
 from gating.report import REPORT, build_report
@@ -98,7 +100,7 @@ def gate(
         read_signer(key)  # a key that cannot sign is found out before the attacks, not after
     require_place(out, EVIDENCE)
     require_kind(subject, policy)
-    suite, why = suite_of(subject, policy)
+    suite, no_gradients = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates or {})
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
     require_fit(subject, data, policy)
@@ -131,7 +133,7 @@ def gate(
         sources, remarks = sources_of(subject, policy, carried, surrogates or {}, data, state, ranks, track)
         plan = replace(plan, sources=sources, remarks=remarks)
         work = Work(plan, data, state, ranks, track)
-        standings, blocks, trail = run(work, found, order[:cap], policy, watch)
+        standings, blocks = run(work, found, order[:cap], policy, watch)
         outcomes = joined_outcomes(blocks)
         index = order[: len(outcomes[0].adversarial)]
         judgements = [standing_judgement(standing, policy) for standing in standings]
@@ -172,31 +174,30 @@ def gate(
                 background=background_of(subject, sources, data, main, images, ranks),
                 track=track,
             )
-            why |= left_open(judgements, cap, len(order)) | not_finite(main)
             with whole_directory(out, names=EVIDENCE) as staged:
                 arrays = probes(images, labels, main)
                 (staged / PROBES).write_bytes(as_npz(arrays))
                 report = build_report(
-                    policy=policy,
-                    judgements=judgements,
-                    comparison=comparison,
-                    checks=[result.to_json() for result in results],
-                    why=why,
-                    statistics={
-                        "kind": policy.statistics,
-                        "population": len(order),
-                        "attacked": len(index),
-                        "cap": cap,
-                        "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
-                    },
-                    progress=trail,
+                    Record(
+                        policy=policy,
+                        policy_sha256=policy.digest,
+                        data_sha256=data.sha256,
+                        model_sha256=subject.digest,
+                        grid=grid,
+                        population=len(order),
+                        classes=data.classes,
+                        class_images=np.bincount(data.y_test, minlength=len(data.classes)).tolist(),
+                        labels=labels,
+                        evaluations=[outcome.evaluation for outcome in outcomes],
+                        transfer=recorded,
+                        checks=[result.to_json() for result in results],
+                        pairs=comparison,
+                        no_gradients=no_gradients,
+                        not_finite=wild(arrays),
+                    ),
                     subject=subject_entry(subject),
                     run={key: value for key, value in subject.run.items() if key == "checkpoint_sha256"},
                     data={**data.describe(), "part": "test", "images": len(data.x_test), "classes": list(data.classes)},
-                    evaluations=[outcome.evaluation for outcome in outcomes],
-                    main=main.evaluation,
-                    transfer=recorded,
-                    per_image={"index": index.tolist(), "label": labels.tolist()},
                     files={PROBES: sha256_of(staged / PROBES)},
                     provenance={
                         **provenance(),
@@ -245,14 +246,13 @@ class Work:
 
 def run(
     work: Work, found: Sequence[Claim], order: NDArray[np.int64], policy: Policy, watch: Callable[[Progress], None]
-) -> tuple[list[Standing], list[Block], list[dict[str, Any]]]:
-    """Attack block after block until the claims are decided: standings, the blocks that count, bounds after each."""
+) -> tuple[list[Standing], list[Block]]:
+    """Attack block after block until the claims are decided: standings, and the blocks that count."""
     labels = work.data.y_test
     among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
     standings = [Standing.begin(claim, among) for claim in found]
     places = {claim.criterion: work.plan.place(policy.threat_of(claim.criterion)) for claim in found}
     blocks: list[Block] = []
-    trail: list[dict[str, Any]] = []
     seen, begun = 0, time.perf_counter()
     watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
     for arrived in work.rounds(order, "block", policy.attacks.block):
@@ -266,18 +266,13 @@ def run(
             blocks.append(block)
             seen += size
             judgements = tuple(standing_judgement(standing, policy) for standing in standings)
-            trail += [
-                {"images": seen, "criterion": number, "lower": judgement.lower, "upper": judgement.upper}
-                for number, judgement in enumerate(judgements)
-                if not judgement.criterion.by_class
-            ]
             if settled(judgements, policy):
                 break
         needed = len(order) if policy.statistics == "fixed" else expected(judgements, seen, len(order))
         watch(Progress(seen, needed, time.perf_counter() - begun, judgements))
         if settled(judgements, policy):
             break
-    return standings, blocks, trail
+    return standings, blocks
 
 
 def settled(judgements: Sequence[Judgement], policy: Policy) -> bool:
@@ -329,7 +324,7 @@ def compared(
     policy: Policy,
     *,
     skip: bool,
-) -> dict[str, Any]:
+) -> Pairs:
     """The candidate on the baseline's images; those not attacked yet are attacked now, unless it failed already."""
     eps = work.plan.place(policy.parsed_threat)
     held = dict(zip(index.tolist(), outcomes[eps].evaluation.robust_images, strict=True))
@@ -341,23 +336,6 @@ def compared(
                 found += block.outcomes[eps].evaluation.robust_images
         held |= dict(zip(rest.tolist(), found, strict=True))
     return compare(earlier, held)
-
-
-def left_open(judgements: Sequence[Judgement], cap: int, population: int) -> dict[str, str]:
-    """Why claims are open at the end; nothing where one is missed, for then the gate stopped at that."""
-    outcomes = [judgement.outcome for judgement in judgements]
-    if "missed" in outcomes or "open" not in outcomes:
-        return {}
-    return {"cap_reached": f"{cap} of {population} images"} if cap < population else {"images_spent": ""}
-
-
-def not_finite(main: Outcome) -> dict[str, str]:
-    """On how many images the model answered something that is no number, as they came and as attacks left them."""
-    n, clean = len(main.clean_logits), main.evaluation.not_finite
-    attacked = int((~np.isfinite(main.adversarial_logits)).any(axis=1).sum())
-    if clean:
-        return {"not_finite": f"for {clean} of {n} images"}
-    return {"not_finite": f"for {attacked} of {n} images as attacks left them"} if attacked else {}
 
 
 def require_kind(subject: Subject, policy: Policy) -> None:
@@ -454,17 +432,17 @@ def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
         raise BadInput(f"{subject.name}: {found}")
 
 
-def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], dict[str, str]]:
-    """The attacks that can run, and the reasons why what they find will not do to pass."""
+def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], str | None]:
+    """The attacks that can run, and where gradients are missing, why: what these attacks find will not do to pass."""
     attacks = Attack.parse_suite(policy.attacks.suite)
     if subject.model is not None:
-        return attacks, {}
+        return attacks, None
     named = {attack.name for attack in attacks}
     blind = [attack for attack in attacks if not attack.needs_gradients]
     blind += [attack for attack in Attack.parse_suite(policy.attacks.black_box) if attack.name not in named]
     if not blind or any(attack.needs_gradients for attack in blind):
         raise BadInput("policy attacks.black_box: needs attacks without gradients, such as square-1000")
-    return tuple(blind), {"no_gradients": subject.no_gradients}
+    return tuple(blind), subject.no_gradients
 
 
 def carried_of(subject: Subject, policy: Policy, surrogates: Mapping[str, Run]) -> tuple[Attack, ...]:
@@ -515,12 +493,6 @@ def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
 def size_of(shape: Sequence[int]) -> str:
     """`32x32x3`."""
     return "x".join(str(side) for side in shape)
-
-
-def order_of(model: str, data: str, policy: str, count: int) -> NDArray[np.int64]:
-    """A permutation of the test images, drawn from the digests of model, data and policy: nobody chooses it."""
-    digest = hashlib.sha256("\n".join((model, data, policy)).encode()).digest()
-    return np.random.default_rng(list(digest)).permutation(count)
 
 
 def transferred(

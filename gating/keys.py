@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from robustness.errors import BadInput, unwritable
+from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 
 
 def keygen(out: Path) -> str:
@@ -61,9 +62,9 @@ def read_public(path: Path) -> SSlibKey:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; `dfmcl keygen` writes keys") from None
+        return read_plain(path, TEXT_BYTES, named=True)
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: {why_unread(error)}; `dfmcl keygen` writes keys") from None
 
 
 def _write_new(path: Path, data: bytes, mode: int) -> None:

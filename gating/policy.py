@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from gating.statement import VALID_DAYS
 from robustness.config import LocalPath, Section, read_toml, validated
 from robustness.errors import BadInput
 from robustness.threat import Threat, parse_eps
@@ -152,7 +154,7 @@ class Policy(Section):
     criteria: list[str] = Field(min_length=1)
     seed: int = Field(0, ge=0)
     statistics: Literal["sequential", "fixed"] = "sequential"
-    valid_days: int = Field(90, ge=1)
+    valid_days: int = Field(VALID_DAYS, ge=1)
     threat: ThreatSection
     data: DataSection
     attacks: AttackSection
@@ -216,7 +218,21 @@ class Policy(Section):
     @property
     def digest(self) -> str:
         """SHA-256 of the policy's canonical JSON: comments and layout of the file do not count."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        return digest_of(self.model_dump())
+
+    @staticmethod
+    def of_text(text: Mapping[str, Any]) -> Policy:
+        """The policy that a report holds; ValueError where it is none. Keys that it lacks have their defaults."""
+        return Policy.model_validate_json(json.dumps(text))
+
+    def place(self, threat: Threat, grid: bool) -> int:
+        """Which of `threats(grid)` a ball is."""
+        return [radius(one, grid) for one in self.threats(grid)].index(radius(threat, grid))
+
+
+def digest_of(text: Mapping[str, Any]) -> str:
+    """SHA-256 of a policy as canonical JSON."""
+    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
 
 
 def radius(threat: Threat, grid: bool) -> float:

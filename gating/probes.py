@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,10 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gating.attestation import BadEvidence
+from gating.faults import refusal
+from robustness.reader import opened
 
 # What numpy.load raises, depending on which byte is another.
-DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, lzma.LZMAError, zlib.error)
+DAMAGED = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, TypeError, NotImplementedError, OverflowError,
+    zipfile.BadZipFile, lzma.LZMAError, zlib.error,
+)  # fmt: skip
+ANSWERS = ("labels", "clean_logits", "adversarial_logits")
+MEMBERS = ("images", "change", *ANSWERS)
+MOST_BYTES = 2**32  # unpacked: 14,000 images of 224 x 224 as they were and what was added to them
 
 
 def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
@@ -40,20 +48,63 @@ def read_probes(path: Path) -> dict[str, NDArray[Any]]:
     images, change, adversarial: uint8 `(N, H, W, C)`; labels: `(N,)`; clean_logits, adversarial_logits: float32
     `(N, K)`.
     """
+    found = _arrays(path, MEMBERS, None)
+    return {**found, "adversarial": found["images"] + found["change"]}  # modulo 256
+
+
+def read_answers(path: Path, shape: tuple[int, int, int, int, int]) -> dict[str, NDArray[Any]]:
+    """Labels and logits only, which takes milliseconds; BadEvidence also where the archive is of another shape.
+
+    shape: images, height, width, channels and classes of the report that the probes belong to.
+    """
+    return _arrays(path, ANSWERS, shape)
+
+
+def _arrays(
+    path: Path, wanted: tuple[str, ...], shape: tuple[int, int, int, int, int] | None
+) -> dict[str, NDArray[Any]]:
+    """Some of the members, once the headers of all of them fit together; no byte beyond what they say is unpacked."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            found: dict[str, NDArray[Any]] = {name: np.asarray(archive[name]) for name in archive.files}
-        images, change = found["images"], found["change"]
-        labels, logits = found["labels"], (found["clean_logits"], found["adversarial_logits"])
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
+            shapes = {entry.filename.removesuffix(".npy"): _header(archive, entry) for entry in archive.infolist()}
+            said = ", ".join(f"{name} {dtype} {sizes}" for name, (sizes, dtype) in shapes.items())
+            if shapes.keys() != {*MEMBERS}:
+                raise refusal("probes", f"{path}: what it holds is not {', '.join(MEMBERS)}")
+            if not _fit(shapes, shape):
+                raise refusal("probes", f"{path}: what it holds does not fit together ({said[:400]})")
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > MOST_BYTES:
+                raise refusal("probes", f"{path}: unpacks to {unpacked:,} bytes, and at most {MOST_BYTES:,} are read")
+            return {name: _member(archive, name) for name in wanted}
     except DAMAGED as error:
-        raise BadEvidence(f"{path}: not the gate's probes ({error}); run dfmcl gate again") from None
-    fit = (
-        images.dtype == change.dtype == np.uint8
-        and images.ndim == 4
-        and images.shape == change.shape
-        and labels.shape == images.shape[:1]
-    )
-    if not fit or any(part.ndim != 2 or len(part) != len(images) for part in logits):
-        shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in found.items())
-        raise BadEvidence(f"{path}: what it holds does not fit together ({shapes}); run dfmcl gate again")
-    return {**found, "adversarial": images + change}  # modulo 256
+        raise refusal("probes", f"{path}: not the gate's probes ({error})") from None
+
+
+def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type that a member says it has; ValueError where its size is another."""
+    with archive.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        sizes, _, dtype = read(member, max_header_size=1000)
+        begin = member.tell()
+    if dtype.hasobject or math.prod(sizes) * dtype.itemsize != entry.file_size - begin:
+        raise ValueError(f"{entry.filename[:40]} holds no {dtype} {sizes}")
+    return sizes, dtype
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    with archive.open(f"{name}.npy") as member:
+        array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+        return array
+
+
+def _fit(
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], expected: tuple[int, int, int, int, int] | None
+) -> bool:
+    """Whether the members are the gate's for the same images."""
+    (images, bytes_), (change, same), (labels, integer) = shapes["images"], shapes["change"], shapes["labels"]
+    (clean, one), (adversarial, other) = shapes["clean_logits"], shapes["adversarial_logits"]
+    typed = (bytes_ == same == np.uint8) and integer.kind in "iuf" and one.kind == other.kind == "f"
+    if not typed or len(images) != 4 or images != change or labels != images[:1] or clean != adversarial:
+        return False
+    return len(clean) == 2 and clean[0] == images[0] and expected in (None, (*images, clean[1]))

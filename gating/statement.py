@@ -16,6 +16,7 @@ TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 ROBUSTNESS = "https://dfmcl.dev/attestation/robustness/v1"
 
 Report = Mapping[str, Any]
+VALID_DAYS = 90  # of an attestation, where the policy does not say
 COPIED = ("verdict", "reasons", "statistics", "criteria", "created", "run", "code", "versions", "hardware", "processes")
 MEASURED = ("threat", "grid", "seed", "images", "clean", "robust")
 ABOUT_ATTACK = ("name", "parameters", "accuracy", "tried", "flipped", "outside")

@@ -62,9 +62,18 @@ def claims(criteria: Sequence[Criterion], classes: Sequence[str], labels: NDArra
 
     BadInput where one is about a class without an image: what cannot be tested is not met.
     """
+    return claims_about(criteria, classes, np.bincount(labels, minlength=len(classes)).tolist(), len(labels))
+
+
+def claims_about(
+    criteria: Sequence[Criterion], classes: Sequence[str], sizes: Sequence[int] | None, population: int
+) -> tuple[Claim, ...]:
+    """The same from how many images each class has; None: nobody knows, and ValueError where a criterion asks."""
     found: list[Claim] = []
-    sizes = np.bincount(labels, minlength=len(classes)).tolist()
-    empty = [name for name, size in zip(classes, sizes, strict=True) if not size]
+    if sizes is None and any(criterion.by_class for criterion in criteria):
+        raise ValueError("criteria about classes need the number of images of each")
+    sizes = sizes or ()
+    empty = [name for name, size in zip(classes, sizes, strict=False) if not size]
     for criterion in criteria:
         if criterion.by_class:
             if empty:
@@ -74,7 +83,7 @@ def claims(criteria: Sequence[Criterion], classes: Sequence[str], labels: NDArra
                 )
             found += [Claim(criterion, size, index, classes[index]) for index, size in enumerate(sizes)]
         else:
-            found.append(Claim(criterion, len(labels)))
+            found.append(Claim(criterion, population))
     return tuple(found)
 
 
@@ -111,6 +120,13 @@ class Standing:
     def after(self, outcomes: Flags) -> Standing:
         """With the next outcomes `(M,)` of the claim's own images."""
         return replace(self, lower=self.lower.after(outcomes), upper=self.upper.after(outcomes))
+
+    def bounds_after(self, images: int) -> tuple[float, float]:
+        """Lower and upper bound of the share, after so many of the images that were seen."""
+        if not images:
+            return 0.0, 1.0
+        population = self.claim.population
+        return float(self.lower.lower[images - 1]) / population, float(self.upper.upper[images - 1]) / population
 
     @property
     def judgement(self) -> Judgement:

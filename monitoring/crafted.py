@@ -30,6 +30,7 @@ from robustness.geometry import contains_uint8
 from robustness.gradients import attack_pass
 from robustness.models import to_float
 from robustness.progress import Track, silent
+from robustness.reader import Unfit, opened, why_unread
 from robustness.threat import Threat
 
 Indices = npt.NDArray[np.int64]
@@ -150,12 +151,12 @@ def load_crafted(recipe: Recipe, path: Path) -> Mapping[str, Crafted]:
             raise BadInput(f"{path}: holds no {attack.name}, or one with other parameters; {AGAIN}")
         file = path / Path(str(entry.get("file"))).name
         try:
-            opened = file.open("rb")
-        except OSError as error:
-            raise BadInput(f"{file}: not readable: {error.strerror}; {AGAIN}") from None
-        if hashlib.file_digest(opened, "sha256").hexdigest() != entry.get("sha256"):
+            images = opened(file)
+        except (OSError, Unfit) as error:
+            raise BadInput(f"{file}: not readable: {why_unread(error)}; {AGAIN}") from None
+        if hashlib.file_digest(images, "sha256").hexdigest() != entry.get("sha256"):
             raise BadInput(f"{file}: is not the file that {MANIFEST} names; {AGAIN}")
-        crafted[attack.name] = Crafted(recipe.pool, recipe.threat, file, opened)
+        crafted[attack.name] = Crafted(recipe.pool, recipe.threat, file, images)
     return crafted
 
 

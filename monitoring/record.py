@@ -13,6 +13,7 @@ from pathlib import Path
 
 from monitoring.results import Round, round_from_json
 from robustness.errors import BadInput
+from robustness.reader import Unfit, opened, parse_object
 
 # Rounds, whatever became of them: enough for the longest windows of both ways, so that bounds go on as they were.
 # Reading takes a millisecond each, and nobody is served meanwhile.
@@ -54,18 +55,18 @@ class Record:
     def rounds(self) -> Iterator[tuple[bool, Round]]:
         """The newest of what was written before, oldest first, and whether it is of this plan; other lines are left
         out."""
-        newest: deque[str] = deque(maxlen=READ_AGAIN)
+        newest: deque[bytes] = deque(maxlen=READ_AGAIN)
         for path in (self._old, self._path):
             try:
-                with path.open(encoding="utf-8", errors="replace") as file:
+                with opened(path, named=True) as file:
                     newest.extend(file)
             except FileNotFoundError:
                 continue
-            except OSError:
+            except (OSError, Unfit):
                 self.failures += 1
         for line in newest:
             try:
-                entry = json.loads(line)
+                entry = parse_object(line)
                 yield entry["plan"] == self._plan, round_from_json(entry["round"])
-            except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, BadInput):
+            except (ValueError, KeyError, TypeError, ArithmeticError, BadInput):
                 continue

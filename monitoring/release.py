@@ -17,17 +17,16 @@ import numpy.typing as npt
 
 from gating.attestation import (
     PROBES,
-    REPORT_FORMAT,
     BadEvidence,
     NotAttested,
     Trust,
     read_attestation,
+    read_evidence,
     verify,
 )
 from gating.probes import read_probes
 from robustness.data import Bytes
 from robustness.errors import BadInput
-from robustness.files import read_json
 from robustness.statistics import Share
 
 REPORT = "report.json"
@@ -161,11 +160,15 @@ def _read(directory: Path, trust: Trust | None) -> Release:
 
 
 def read_report(evidence: Path) -> Attested:
-    """The report of an evidence directory (a promoted version holds one too); BadInput where it is none."""
+    """The report of an evidence directory (a promoted version holds one too); BadInput where it is none.
+
+    All that follows from its own record is derived again, and its files must be those that it names.
+    """
     path = evidence / REPORT
-    report = read_json(path)
-    if report.get("format") != REPORT_FORMAT:
-        raise BadInput(f"{path}: format is {report.get('format')!r}; expected {REPORT_FORMAT!r}")
+    try:
+        report, _ = read_evidence(evidence)
+    except (NotAttested, BadEvidence) as error:
+        raise BadInput(str(error)) from None
     try:
         evaluation = report["evaluation"]
         norm, epsilon = str(evaluation["threat"]["norm"]), str(evaluation["threat"]["label"])
@@ -191,9 +194,6 @@ def read_report(evidence: Path) -> Attested:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else error
         raise BadInput(f"{path}: not a gate report ({reason}); run dfmcl gate again") from None
-    shares = (attested.clean, attested.robust, *attested.transfer.values())
-    if attested.state not in STATES or not all(0 <= share.k <= share.n and share.n for share in shares):
-        raise BadInput(f"{path}: not a gate report (its verdict or counts are impossible); run dfmcl gate again")
     return attested
 
 

@@ -41,6 +41,7 @@ from robustness.errors import BadInput, DfmclError
 from robustness.locks import Taken, beside, held
 from robustness.progress import Track, silent
 from robustness.provenance import revision, versions
+from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 from serving.client import Client
 from serving.errors import BadInput as Misfit
 from serving.errors import Rejected
@@ -501,9 +502,11 @@ def _key(path: str) -> str:
     if not path:
         return ""
     try:
-        key = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
+        key = read_plain(Path(path), TEXT_BYTES, named=True).decode("utf-8").strip()
+    except UnicodeDecodeError:
+        reason = "not text"
+    except (OSError, Unfit) as error:
+        reason = why_unread(error)
     else:
         if re.fullmatch(r"[!-~]+", key):
             return key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from robustness.errors import BadInput
 from robustness.progress import Track
+from robustness.reader import opened
 
 Array = NDArray[Any]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -85,6 +87,7 @@ def classes_of(held: Mapping[str, Array], path: str, known: tuple[str, ...] = ()
 def _arrays(path: str, track: Track) -> dict[str, Array]:
     expected = f"expected {', '.join(KEYS)}"
     try:
+        opened(Path(path), named=True).close()  # neither a FIFO nor a device, which would keep the next line waiting
         if not zipfile.is_zipfile(path):
             raise BadInput(f"{path}: not readable as .npz: {_not_zip(path)}; save it with np.savez: {expected}")
         with np.load(path, allow_pickle=False) as archive:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from robustness.errors import BadInput
+from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 from robustness.text import why_not_local
 from robustness.threat import parse_eps
 
@@ -45,13 +46,17 @@ Radius = Annotated[str, AfterValidator(_is_radius)]
 def read_toml(path: Path, advice: str) -> dict[str, Any]:
     """The table of a TOML file; BadInput names the file and the place, or ends with the advice where it is missing."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: {getattr(error, 'strerror', None) or 'not text'}; {advice}") from None
+        text = read_plain(path, TEXT_BYTES, named=True).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not text; {advice}") from None
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: {why_unread(error)}; {advice}") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"{path}: not TOML: {error}") from None
+    except RecursionError:
+        raise BadInput(f"{path}: not TOML that anybody writes: it is nested too deeply") from None
 
 
 def shipped(package: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from robustness.errors import BadInput, unwritable
 from robustness.locks import beside, held
+from robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
 
 
 def sha256_of(path: Path) -> str:
@@ -27,17 +28,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; BadInput where it is missing or is no JSON object."""
+def read_json(path: Path, most: int = RECORD_BYTES) -> dict[str, Any]:
+    """A JSON object from a plain file of at most so many bytes; BadInput where it is missing or no such thing."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(read_plain(path, most))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: {why_unread(error)}") from None
 
 
 def dump_json(value: Any) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from robustness.contract import InputContract
 from robustness.errors import BadInput, lacks_memory
+from robustness.reader import Unfit, read_plain, why_unread
 
 FREE = "batch"  # the name of a dimension of any size
 DOMAINS = ("", "ai.onnx")  # two names of the standard operators
@@ -30,6 +31,7 @@ TYPES = {
 }
 # Two forms of one file sum float32 in the same order, or nearly; a wrong axis or a mixed batch is off by a tenth.
 SAME = 1e-4
+MOST_BYTES = 2**31  # what protobuf can hold
 FATAL = 4  # ONNX Runtime's severity: what a trial reports as an error is an answer here, not news
 
 
@@ -272,9 +274,9 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | None]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror or error}") from None
+        return read_plain(path, MOST_BYTES, named=True)
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: cannot be read: {why_unread(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -107,8 +107,8 @@ class Evaluation:
                     **({} if record.unconfirmed is None else {"unconfirmed": record.unconfirmed}),
                     "seconds": record.seconds,
                     "per_image": {
-                        "tried": _bits(record.tried),
-                        "held": _bits(record.held),
+                        "tried": bits(record.tried),
+                        "held": bits(record.held),
                         **(
                             {"forward": list(record.forward), "backward": list(record.backward)}
                             if record.forward
@@ -118,7 +118,7 @@ class Evaluation:
                 }
                 for record in self.attacks
             ],
-            "per_image": {"correct": _bits(self.correct), "robust": _bits(self.robust_images)},
+            "per_image": {"correct": bits(self.correct), "robust": bits(self.robust_images)},
             "seconds": self.seconds,
         }
 
@@ -131,13 +131,13 @@ class Evaluation:
                 threat=Threat(**value["threat"]),
                 grid=value["grid"] == "uint8",
                 seed=value["seed"],
-                correct=_flags(value["per_image"]["correct"]),
+                correct=from_bits(value["per_image"]["correct"]),
                 attacks=tuple(
                     AttackRecord(
                         name=record["name"],
                         parameters=dict(record["parameters"]),
-                        held=_flags(record["per_image"]["held"]),
-                        tried=_flags(record["per_image"]["tried"]),
+                        held=from_bits(record["per_image"]["held"]),
+                        tried=from_bits(record["per_image"]["tried"]),
                         outside=record["outside"],
                         seconds=record["seconds"],
                         unconfirmed=record.get("unconfirmed"),
@@ -159,11 +159,13 @@ def _share(share: Share) -> dict[str, Any]:
     return {"k": share.k, "n": share.n, "value": share.value, "lower_95": lower, "upper_95": upper}
 
 
-def _bits(flags: tuple[bool, ...]) -> str:
+def bits(flags: tuple[bool, ...]) -> str:
+    """Flags as they lie in our JSON: `0110`."""
     return "".join("01"[flag] for flag in flags)
 
 
-def _flags(bits: str) -> tuple[bool, ...]:
+def from_bits(bits: str) -> tuple[bool, ...]:
+    """The inverse of `bits`."""
     return tuple(bit == "1" for bit in bits)
 
 

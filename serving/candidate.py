@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from robustness.reader import MANIFEST_BYTES, parse_object, read_plain
 from serving.errors import BadInput
 
 FORMAT = "dfmcl.candidate/1"
@@ -145,11 +146,11 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a candidate, or of a promoted version; BadInput where there is none or it is malformed."""
     path = directory / MANIFEST
     try:
-        return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Manifest.from_json(parse_object(read_plain(path, MANIFEST_BYTES)))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; `dfmcl export` writes candidates") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else error
+        reason = f"lacks {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: not a candidate's manifest: {reason}") from None
 
 

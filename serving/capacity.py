@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from robustness.reader import RECORD_BYTES, parse_object, read_plain
 from serving.errors import BadInput
 
 MEASURED = Path("benchmarks/results/serving.json")  # what `make bench-serving` writes
@@ -85,7 +85,7 @@ def rollout_waves(replicas: int, max_surge: float = MAX_SURGE) -> int:
 def measured_images_per_second(path: Path, case: str = CASE) -> float:
     """A replica's figure from the serving benchmark's record; BadInput where it has none."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = parse_object(read_plain(path, RECORD_BYTES, named=True))["rows"]
         return float(next(row["images_per_s"] for row in rows if row["case"] == case))
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         raise BadInput(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
 from robustness.text import as_markdown
 from serving import repository as layout
 from serving.candidate import Manifest, read_manifest
@@ -247,9 +248,6 @@ def _settings(config: Record) -> Iterator[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: not a JSON object")
-    return value
+        return parse_object(read_plain(path, RECORD_BYTES))
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: not readable: {why_unread(error)}") from None

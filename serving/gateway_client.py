@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
+from robustness.reader import Unfit, parse_json
 from serving.client import Answer
 from serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 
@@ -134,8 +135,8 @@ class GatewayClient:
     def _post(self, body: bytes) -> dict[str, Any]:
         status, data, again = self._exchange(body)
         try:
-            parsed = json.loads(data)
-        except (ValueError, RecursionError):
+            parsed = parse_json(data)
+        except Unfit:
             parsed = None
         if status == 200 and isinstance(parsed, dict):
             return parsed

@@ -6,14 +6,14 @@ Relative paths are relative to the file they stand in.
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from robustness.config import LocalPath
+from robustness.config import LocalPath, read_toml
+from robustness.errors import BadInput as Unread
 from serving.errors import BadInput
 from serving.fingerprints import DETECTORS, DetectorName
 from serving.keys import Bucket, Caller, Keyring, digest_of, make_key
@@ -237,12 +237,9 @@ def load_config(path: Path | str) -> GatewayConfig:
     """A gateway from a TOML file, its paths made independent of the working directory. BadInput names file and key."""
     path = Path(path)
     try:
-        config = GatewayConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise BadInput(f"{path}: {reason}; name a TOML file such as deploy/gateway.toml") from None
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path}: not TOML: {error}") from None
+        config = GatewayConfig.model_validate(read_toml(path, "name a TOML file such as deploy/gateway.toml"))
+    except Unread as error:
+        raise BadInput(str(error)) from None
     except ValidationError as error:
         raise BadInput(f"{path}: {_first_complaint(error)}") from None
     return config.model_copy(

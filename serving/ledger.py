@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, get_args
 
+from robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
 from serving import repository as layout
 from serving.errors import BadInput
 
@@ -147,11 +148,11 @@ def read_lines(repository: Path) -> tuple[list[Event], list[Damage]]:
     """The changes that can be read, oldest first, and what cannot be."""
     path = repository / layout.HISTORY
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_plain(path, RECORD_BYTES).split(b"\n")
     except FileNotFoundError:
         return [], []
-    except OSError as error:
-        raise BadInput(f"{path}: not readable: {error.strerror or error}; {layout.MEND}") from None
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: not readable: {why_unread(error)}; {layout.MEND}") from None
     events: list[Event] = []
     damaged: list[Damage] = []
     for number, line in enumerate(lines, 1):
@@ -159,14 +160,14 @@ def read_lines(repository: Path) -> tuple[list[Event], list[Damage]]:
             continue
         try:
             events.append(_parsed(line))
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             damaged.append((number, f"not a change of this repository ({error})"))
     return events, damaged
 
 
 def _parsed(line: bytes) -> Event:
     """An event from its line; ValueError or TypeError where it is none: other programs write here too."""
-    change = Event(**json.loads(line))
+    change = Event(**parse_object(line))
     datetime.fromisoformat(change.time)
     if change.event not in get_args(Kind) or not layout.MODEL_NAME.fullmatch(change.model):
         raise ValueError(f"{change.event!r} of {change.model!r}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from gating.attestation import Trust, inspect, verify
+from robustness.reader import leaves
 from serving import ledger
 from serving import repository as layout
 from serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_files
@@ -58,10 +59,8 @@ def promote(
     """
     if layout.checked_name(name).endswith(layout.SHADOW):
         raise BadInput(f"model name {name!r}: ends as the shadow of another model; name that one and --shadow")
+    verify(candidate, evidence, trust, now)  # first, so that a fault has the code that `dfmcl verify` gives it
     manifest = verify_files(candidate)
-    if extra := sorted({path.name for path in candidate.iterdir()} - FILES - {MANIFEST}):
-        raise BadInput(f"{candidate / extra[0]}: not part of a candidate; remove it or export again")
-    verify(candidate, evidence, trust, now)
     stage = partial(_stage_version, candidate, evidence, trust, now)
     with only_writer(repository) as done:
         _require_same_interface(repository, manifest, name)
@@ -202,6 +201,8 @@ def verify_release(repository: Path, name: str, trust: Trust | None = None, now:
     model = repository / name
     if not model.is_dir():
         raise BadInput(f"{model}: no such model; there are {', '.join(layout.model_names(repository)) or 'none'}")
+    if leaves(model):
+        raise Refused(f"{model}: is a link out of the repository; promotion did not write this")
     version = layout.served_version(model)
     if version is None:
         raise Refused(f"{model}: has no {layout.CONFIG}; {layout.MEND}")
@@ -230,6 +231,16 @@ def verify_version(directory: Path, trust: Trust | None = None, now: datetime | 
     return verify_files(directory)
 
 
+def verify_path(path: Path, trust: Trust, now: datetime | None = None) -> Path:
+    """The version that a path names, verified: a model in a repository, one of its versions, or a copy of one."""
+    path = Path(os.path.normpath(path.absolute()))  # not resolved: a link must not hide where it lies
+    if (path / layout.CONFIG).is_file():
+        return verify_release(path.parent, path.name, trust, now).path
+    if layout.VERSION.fullmatch(path.name) and (path.is_symlink() or (path.parent / layout.CONFIG).exists()):
+        verify_version(path, trust, now)
+    return path
+
+
 def _require_no_strangers(model: Path) -> None:
     if found := layout.strangers(model):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
@@ -255,7 +266,7 @@ def require_repository(repository: Path) -> None:
 def is_ours(repository: Path, name: str) -> bool:
     """Whether promotion made a model's directory, whatever has been damaged in it since."""
     model = repository / name
-    if not model.is_dir():
+    if not model.is_dir() or leaves(model):
         return False
     if any((model / str(number) / MANIFEST).exists() for number in layout.version_numbers(model)):
         return True

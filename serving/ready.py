@@ -16,13 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from robustness.reader import TEXT_BYTES, parse_object, read_plain
 from serving.errors import BadInput, unwritable
 
 
 def read_ready(path: Path) -> dict[str, Any] | None:
     """What a ready file says; None where there is none, or where the process that wrote it is gone."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = parse_object(read_plain(path, TEXT_BYTES, named=True))
         alive = _born(said["pid"]) == said["started"]
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -19,6 +19,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 from serving.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest
 from serving.errors import BadInput, Refused
 
@@ -131,9 +132,12 @@ def parse_config(text: str, where: str | Path) -> Any:
 def read_config(path: Path) -> Any:
     """A config.pbtxt of a repository, as a ModelConfig; BadInput where it cannot be read."""
     try:
-        return parse_config(path.read_text(encoding="utf-8"), path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not readable ({getattr(error, 'strerror', None) or 'not text'}); {MEND}") from None
+        text = read_plain(path, TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: not readable (not text); {MEND}") from None
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: not readable ({why_unread(error)}); {MEND}") from None
+    return parse_config(text, path)
 
 
 def served_version(model: Path, config: str = CONFIG) -> int | None:

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from robustness.reader import TEXT_BYTES, Unfit, read_plain
 from serving import repository as layout
 from serving.errors import BadInput
 
@@ -55,9 +56,11 @@ def look(repository: Path) -> Sight:
 def _mark(model: Path) -> Mark | None:
     """None where there is no config, as in what is no model."""
     try:
-        config = (model / layout.CONFIG).read_bytes()
+        config = read_plain(model / layout.CONFIG, TEXT_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except Unfit as error:
+        raise BadInput(f"{model / layout.CONFIG}: {error}") from None
     if (version := layout.served_version(model)) is None:
         return None
     stats = [(model / str(version) / name).stat() for name in sorted(layout.VERSION_FILES)]

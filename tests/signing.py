@@ -1,20 +1,32 @@
-"""Signed evidence without running a gate: a minimal report for a real candidate, and real keys."""
+"""Signed evidence without running a gate: true reports about a real candidate, and real keys."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gating.attestation import ATTESTATION, Trust, candidate_files, sign
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import dfmcl
+from gating.attestation import ATTESTATION, MANIFEST, PROBES, Trust, candidate_files, sign
+from gating.derivation import Record
 from gating.keys import keygen, read_public
+from gating.policy import Policy
+from gating.probes import as_npz
+from gating.report import build_report
 from robustness.files import sha256_of
 from robustness.records import AttackRecord, Evaluation
 from robustness.threat import Threat
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire
-POLICY = "a" * 64
+CRITERIA = ("robust_accuracy >= 0.45 at 95 %", "clean_accuracy >= 0.5 at 95 %")
+IMAGES = 40
+Array = NDArray[Any]
 
 
 def make_key(folder: Path, name: str = "release") -> Path:
@@ -36,77 +48,151 @@ def write_trust(key: Path) -> Path:
     return path
 
 
-def minimal_report(files: dict[str, str], probes_sha256: str, **changes: Any) -> dict[str, Any]:
-    """A report that holds all its schema asks for; `changes` replace top-level entries."""
-    flags = (True, True, False)
-    attack = AttackRecord("fgsm", {"steps": 1}, flags, (True,) * 3, 0, 0.1, 0, (1, 1, 1), (1, 1, 1))
-    evaluation = Evaluation(Threat.parse("linf", "38/255"), True, 0, (True,) * 3, (attack,), 0.1)
-    return {
-        "format": "dfmcl.report/2",
-        "created": CREATED,
-        "verdict": "passed",
-        "exit_code": 0,
-        "reasons": [],
-        "statistics": {"kind": "sequential", "population": 450, "attacked": 3, "cap": 450, "order_sha256": "b" * 64},
-        "criteria": [criterion("robust_accuracy", 0.45), criterion("clean_accuracy", 0.9)],
-        "progress": [{"images": 3, "criterion": 0, "lower": 0.5, "upper": 0.9}],
-        "checks": [check("outputs_differ", "clear"), check("seen_images", "not_run")],
-        "findings": [],
-        "evaluation": evaluation.to_json(),
-        "radii": [],
-        "transfer": [],
-        "per_image": {"index": [7, 1, 3], "label": [0, 1, 2]},
-        "baseline": None,
-        "files": {"probes.npz": probes_sha256},
-        "policy": {
-            "criteria": ["robust_accuracy >= 0.45 at 95 %", "clean_accuracy >= 0.9 at 95 %"],
-            "seed": 0,
-            "valid_days": VALID_DAYS,
-            "threat": {"norm": "linf", "eps": "38/255"},
-            "data": {"name": "digits"},
-            "attacks": {"suite": ["fgsm"]},
-            "sha256": POLICY,
-        },
-        "candidate": {
-            "kind": "candidate",
-            "name": "candidate",
-            "model_sha256": files["model.onnx"],
-            "files": files,
-            "input": {"dtype": "uint8", "layout": "NHWC", "shape": [16, 16, 3]},
-        },
-        "run": {"checkpoint_sha256": "c" * 64},
-        "data": {"name": "digits", "sha256": "d" * 64, "part": "test", "images": 450, "classes": list("0123456789")},
-        "code": {"revision": "e" * 40},
-        "versions": {"python": "3.11.7"},
-        "hardware": {"machine": "x86_64"},
-        "seconds": 0.1,
-        "processes": 1,
-        **changes,
+def policy_of(criteria: Sequence[str] = CRITERIA, **changes: Any) -> Policy:
+    """The policy of these reports, which attacks all images once."""
+    text = {
+        "criteria": list(criteria),
+        "statistics": "fixed",
+        "valid_days": VALID_DAYS,
+        "threat": {"eps": "38/255"},
+        "data": {"name": "digits"},
+        "attacks": {"suite": ["fgsm"]},
     }
+    return Policy.of_text(text | changes)
 
 
-def criterion(metric: str, threshold: float, outcome: str = "met") -> dict[str, Any]:
-    """A row of criteria."""
-    return {
-        "criterion": f"{metric} >= {threshold:g} at 95 %",
-        "metric": metric,
-        "eps": None,
-        "class": None,
-        "threshold": threshold,
-        "confidence": 0.95,
-        "outcome": outcome,
-        "decided_after": 3,
-        "k": 2,
-        "n": 3,
-        "value": 2 / 3,
-        "lower": 0.5,
-        "upper": 0.9,
-    }
+POLICY = policy_of().digest
+
+
+def evaluated(correct: Array, held: Array, eps: str = "38/255", about: Mapping[str, Any] | None = None) -> Evaluation:
+    """One attack on images, of which `correct` `(N,)` were right and `held` `(N,)` are so still."""
+    right, kept = tuple(correct.tolist()), tuple((correct & held).tolist())
+    passes = tuple(int(tried) for tried in right)
+    attack = AttackRecord("fgsm", {"steps": 1}, kept, right, 0, 0.1, 0, passes, passes)
+    return Evaluation(Threat.parse("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
 
 
 def check(name: str, outcome: str) -> dict[str, Any]:
     """A row of checks."""
     return {"check": name, "outcome": outcome, "when": "always", "why": "", "do": "", "figures": {}}
+
+
+CHECKS = (check("outputs_differ", "clear"), check("seen_images", "not_run"))
+
+
+def true_report(
+    probes: Mapping[str, Array],
+    files: Mapping[str, str],
+    *,
+    policy: Policy | None = None,
+    checks: Sequence[Mapping[str, Any]] = CHECKS,
+    run: Mapping[str, str] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """The report of a gate whose attacks led to these probes, about a candidate of these files.
+
+    changes: of the record behind it.
+    """
+    policy, labels = policy or policy_of(), np.asarray(probes["labels"], np.int64)
+    clean, adversarial = (probes[key].argmax(axis=1) == labels for key in ("clean_logits", "adversarial_logits"))
+    classes = [str(number) for number in range(probes["clean_logits"].shape[1])]
+    about: dict[str, Any] = {
+        "policy": policy,
+        "policy_sha256": policy.digest,
+        "data_sha256": "d" * 64,
+        "model_sha256": files["model.onnx"],
+        "grid": True,
+        "population": len(labels),
+        "classes": classes,
+        "class_images": np.bincount(labels, minlength=len(classes)).tolist(),
+        "labels": labels,
+        "evaluations": [evaluated(clean, adversarial)],
+        "transfer": [],
+        "checks": checks,
+    }
+    record = Record(**(about | changes))
+    return build_report(
+        record,
+        subject={
+            "kind": "candidate",
+            "name": "candidate",
+            "model_sha256": record.model_sha256,
+            "files": dict(files),
+            "input": {"dtype": "uint8", "layout": "NHWC", "shape": list(probes["images"].shape[1:])},
+        },
+        run=run or {"checkpoint_sha256": "c" * 64},
+        data={
+            "name": "digits",
+            "sha256": record.data_sha256,
+            "part": "test",
+            "images": record.population,
+            "classes": list(record.classes),
+        },
+        files={},
+        provenance={
+            "code": {"revision": "e" * 40},
+            "versions": {"python": "3.11.7"},
+            "hardware": {"machine": "x86_64"},
+            "seconds": 0.1,
+            "processes": 1,
+        },
+        created=CREATED,
+    )
+
+
+def probes_of(shape: Sequence[int], classes: int, images: int = IMAGES) -> dict[str, Array]:
+    """What a gate would keep of so many black images, all answered right, of which the first one fell."""
+    labels = np.arange(images) % classes
+    logits = 8 * np.eye(classes, dtype=np.float32)
+    adversarial = logits[labels]
+    adversarial[0] = logits[(labels[0] + 1) % classes]
+    pictures = np.zeros((images, *shape), np.uint8)
+    return {
+        "images": pictures,
+        "change": pictures,
+        "labels": labels,
+        "clean_logits": logits[labels],
+        "adversarial_logits": adversarial,
+    }
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "passed": {},
+    "failed": {"criteria": ["robust_accuracy >= 0.9999 at 95 %"], "wrong": True},
+    "inconclusive": {"criteria": [CRITERIA[0], "clean_accuracy >= 0.99999 at 95 %"]},
+    "suspect": {"checks": [check("outputs_differ", "raised"), CHECKS[1]]},
+}
+
+
+def report_on(candidate: Path, evidence: Path, verdict: str = "passed", **changes: Any) -> dict[str, Any]:
+    """A true report of a verdict about a candidate on disk, and its probes.npz in the evidence directory.
+
+    Images and answers are those of the probes that lie there, if any do; as nobody knows their labels, the model's
+    own answers are the labels (or never are, where it failed).
+    """
+    manifest, path, wanted = json.loads((candidate / MANIFEST).read_text()), evidence / PROBES, dict(OTHER[verdict])
+    if path.exists():
+        with np.load(path) as archive:
+            probes = {name: archive[name] for name in archive.files}
+        probes["labels"] = probes["clean_logits"].argmax(axis=1)
+    else:
+        probes = probes_of(manifest["input"]["shape"], len(manifest["labels"]))
+    if wanted.pop("wrong", False):
+        probes["labels"] = (probes["clean_logits"].argmax(axis=1) + 1) % probes["clean_logits"].shape[1]
+        probes["adversarial_logits"] = probes["clean_logits"]
+    if criteria := wanted.pop("criteria", None):
+        wanted["policy"] = policy_of(criteria)
+    path.write_bytes(as_npz(probes))
+    report = true_report(probes, candidate_files(candidate), **(wanted | changes))
+    assert "policy" in changes or report["verdict"] == verdict
+    return report | {"files": {PROBES: sha256_of(path)}}
+
+
+def code_of(*arguments: str) -> object:
+    """The exit code of a `dfmcl` command, run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        dfmcl.app(list(arguments), standalone_mode=False)
+    return ended.value.code
 
 
 def write_report(evidence: Path, report: dict[str, Any], *keys: Path) -> Path:
@@ -119,12 +205,7 @@ def write_report(evidence: Path, report: dict[str, Any], *keys: Path) -> Path:
 
 
 def sign_again(evidence: Path, key: Path, **changes: Any) -> None:
-    """Evidence whose report is changed and whose signature fits the change, as by a gate that found something else."""
+    """Evidence with other top-level entries in its report, and a signature that fits them, as nobody should give it."""
     report = json.loads((evidence / "report.json").read_text()) | changes
     report["files"] = {name: sha256_of(evidence / name) for name in report["files"]}
     write_report(evidence, report, key)
-
-
-def report_on(candidate: Path, evidence: Path, **changes: Any) -> dict[str, Any]:
-    """A minimal report about a candidate on disk, whose probes lie in the evidence directory."""
-    return minimal_report(candidate_files(candidate), sha256_of(evidence / "probes.npz"), **changes)

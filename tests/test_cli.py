@@ -134,7 +134,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
             2,
             "--trust",
         ),
-        "no evidence": (["verdict", f"{tmp_path}/no"], 2, "report.json: no such file"),
+        "no evidence": (["verdict", f"{tmp_path}/no"], 2, "report.json: No such file"),
         "empty repository": (["serve", "--repository", f"{tmp_path}/taken"], 2, "no promoted model"),
         "no watch config": (["watch", "--config", f"{tmp_path}/none.toml"], 2, "none.toml: No such file"),
         "nowhere to craft to": (["craft", "--config", "deploy/watch.toml"], 2, "probe.crafted is not set; name"),

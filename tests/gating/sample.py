@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gating.pairs import Pairs
 from gating.summary import flags
 from robustness.data import load_dataset
 from robustness.records import AttackRecord, Evaluation
 from robustness.sequential import ConfidenceSequence
-from robustness.statistics import PairedCounts, lower_bound, upper_bound
+from robustness.statistics import lower_bound, upper_bound
 from robustness.threat import Threat
 
 IMAGES, POPULATION, BLOCK = 200, 450, 8
@@ -118,7 +119,8 @@ def sample(threshold: float = 0.3, *, kind: str = "sequential", raised: tuple[st
         else ("passed", 0)
     )
     before = np.roll(held, 3)
-    counts = PairedCounts.of(before, held)
+    index, flags_of = tuple(drawn["index"].tolist()), (tuple(before.tolist()), tuple(held.tolist()))
+    pairs = Pairs(digest("baseline"), digest("earlier"), IMAGES, index, *flags_of)
     regression = {**_criterion("no_regression", 0.0, ~(before & ~held)), "criterion": "no_regression at 95 %"}
     criteria.append(regression | {"threshold": None, "lower": None, "upper": None, "outcome": "met"})
     surrogate = {"kind": "transfer", "surrogate": "surrogate-pgd", "surrogate_sha256": digest("surrogate")}
@@ -144,15 +146,7 @@ def sample(threshold: float = 0.3, *, kind: str = "sequential", raised: tuple[st
             "radii": [evaluation(4), small, evaluation(24)],
             "transfer": [evaluation(16, 1.4, surrogate)],
             "per_image": {"index": drawn["index"].tolist(), "label": drawn["labels"].tolist()},
-            "baseline": {
-                "report_sha256": digest("baseline"),
-                "model_sha256": digest("earlier"),
-                "images": IMAGES,
-                "only_baseline": counts.only_first,
-                "only_candidate": counts.only_second,
-                "p": counts.p_more_lost,
-                "newly_broken": drawn["index"][before & ~held].tolist(),
-            },
+            "baseline": pairs.to_json(),
             "files": {"probes.npz": digest("probes")},
             "policy": {
                 "criteria": [row["criterion"] for row in criteria],

@@ -27,10 +27,9 @@ from monitoring.config import WatchConfig
 from monitoring.crafting import Pace
 from monitoring.results import RoundFailure, RoundResult, RoundSkipped, round_from_json
 from monitoring.sidecar import Sidecar, prepare, watch
-from robustness.data import load_dataset
 from robustness.errors import BadInput, Broken
 from robustness.files import sha256_of
-from tests.monitoring.conftest import FULL, Still, oracle, series, write_probes, write_report
+from tests.monitoring.conftest import FULL, Still, series, write_report
 
 Make = Callable[..., Any]
 BUSY = (grpc.StatusCode.UNAVAILABLE, FULL)
@@ -55,12 +54,6 @@ def free_port() -> int:
     with closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def gated(folder: Path, logits: np.ndarray | None = None, **changes: object) -> Path:
-    """Evidence with 16 recorded answers: those of the endpoint, or others."""
-    images = load_dataset("digits").x_test[:16]
-    return write_probes(write_report(folder, **changes), images, oracle(images) if logits is None else logits)
 
 
 def test_one_round_reports_and_leaves_nothing_behind(endpoint: Any, write_config: Make) -> None:
@@ -346,7 +339,7 @@ def test_two_versions_stand_side_by_side_and_no_more(
     endpoint: Any, write_config: Make, start_watch: Make, until: Make, tmp_path: Path
 ) -> None:
     """After a promotion both have figures, after the next one the first is gone, with its evidence."""
-    watching = start_watch(write_config(endpoint.port, release={"evidence": gated(tmp_path / "evidence")}))
+    watching = start_watch(write_config(endpoint.port, release={"evidence": write_report(tmp_path / "evidence")}))
 
     def versions(metric: str) -> set[str]:
         return set(re.findall(rf'robustness_{metric}{{[^}}]*version="(\d+)"', watching.get("/metrics")[0]))
@@ -377,7 +370,7 @@ def test_the_evidence_stands_beside_the_live_figures(
     endpoint: Any, write_config: Make, start_watch: Make, until: Make, tmp_path: Path
 ) -> None:
     """Of the version that answers: threshold, measured figures, and that its recorded answers are given."""
-    watching = start_watch(write_config(endpoint.port, release={"evidence": gated(tmp_path / "evidence")}))
+    watching = start_watch(write_config(endpoint.port, release={"evidence": write_report(tmp_path / "evidence")}))
     until(lambda: "robustness_target_integrity" in watching.metrics())
     found = watching.metrics()
     assert found["robustness_gate_threshold_ratio"] == 0.45
@@ -393,7 +386,7 @@ def test_evidence_shows_without_replay(
     endpoint: Any, write_config: Make, start_watch: Make, until: Make, tmp_path: Path
 ) -> None:
     """A watch that replays nothing still sees the gate's figures."""
-    config = write_config(endpoint.port, probe={"replay": 0}, release={"evidence": gated(tmp_path / "evidence")})
+    config = write_config(endpoint.port, probe={"replay": 0}, release={"evidence": write_report(tmp_path / "evidence")})
     watching = start_watch(config)
     until(lambda: "robustness_gate_threshold_ratio" in watching.metrics())
     assert "robustness_target_integrity" not in watching.metrics()
@@ -405,7 +398,7 @@ def test_other_bytes_behind_the_endpoint_are_a_proven_loss_and_acted_on(
     """A recorded answer that differs: integrity 0, the loss is proven at once, and the command is run once."""
     told = tmp_path / "told"
     command = ["/bin/sh", "-c", f"cat >> {told}; echo >> {told}"]
-    evidence = gated(tmp_path / "evidence", np.zeros((16, 10), np.float32))
+    evidence = write_report(tmp_path / "evidence", logits=lambda images: np.zeros((len(images), 10), np.float32))
     watching = start_watch(write_config(endpoint.port, release={"evidence": evidence}, mitigation={"command": command}))
     until(lambda: watching.metrics().get("robustness_mitigations_total command ok") == 1)
     assert watching.metric("target_integrity") == 0
@@ -484,7 +477,7 @@ def test_a_clock_that_falls_back_spoils_nothing(
 ) -> None:
     """Durations stay those that passed, counts and shares those of the rounds, the page is drawn; the record too."""
     config = write_config(
-        endpoint.port, record={"path": "rounds.jsonl"}, release={"evidence": gated(tmp_path / "evidence")}
+        endpoint.port, record={"path": "rounds.jsonl"}, release={"evidence": write_report(tmp_path / "evidence")}
     )
     watching = start_watch(config, clock=Fallen())
     until(lambda: watching.metric("probe_rounds_total triton") >= 4)
@@ -692,7 +685,7 @@ def test_sixty_rounds_leave_no_more_than_twenty(
     config = write_config(
         endpoint.port,
         probe={"interval_seconds": 0.001, "images": 4},
-        release={"evidence": gated(tmp_path / "evidence")},
+        release={"evidence": write_report(tmp_path / "evidence")},
         record={"path": "rounds.jsonl"},
     )
     watching = start_watch(config)

@@ -63,7 +63,7 @@ def repository(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
     evidence.mkdir()
     images = load_dataset("digits").x_test[:64]
     logits = predictor(candidate / "model.onnx")(images).logits
-    probes = {"images": images, "change": np.zeros_like(images), "labels": np.zeros(64)}
+    probes = {"images": images, "change": np.zeros_like(images), "labels": np.zeros(64, np.int64)}
     probes |= {"clean_logits": logits, "adversarial_logits": logits}
     np.savez(evidence / "probes.npz", **probes)
     checkpoint = {"checkpoint_sha256": sha256_of(run / "checkpoint.safetensors")}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gating.attestation import ATTESTATION, BadEvidence, NotAttested, Trust, candidate_files
+from gating.attestation import ATTESTATION, BadEvidence, NotAttested, Trust
 from serving import promotion
 from serving.candidate import FILES, read_manifest, sha256_of
 from serving.errors import BadInput, Broken, Refused
@@ -25,7 +25,7 @@ from serving.repair import repair
 from serving.repository import VERSION_FILES, configs, model_names, parse_config
 from serving.status import standings
 from tests.serving.workshop import run_python, write_evidence
-from tests.signing import CREATED, make_key, sign_again, trusting
+from tests.signing import CREATED, make_key, report_on, sign_again, trusting, write_report
 
 # In a process of its own for each repository: at the K-th step that changes it (a file opened for writing or removed,
 # a rename, a directory made or removed) it dies, as if the power failed; or the disk is full from then on.
@@ -154,22 +154,22 @@ def test_evidence_for_other_bytes_is_refused(tmp_path: Path, candidate: Path, ev
     assert not (tmp_path / "models").exists()
 
 
-def test_tampered_model_is_bad_input(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
-    """A model that is not the one of its manifest ends with exit code 2."""
+def test_tampered_model_is_refused(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
+    """A model that is not the one that was judged ends with exit code 1, as `verify` has it."""
     tampered = shutil.copytree(candidate, tmp_path / "candidate")
     with (tampered / "model.onnx").open("r+b") as file:
         file.seek(1000)
         file.write(b"\xff")
-    with pytest.raises(BadInput, match=r"model\.onnx: sha256") as caught:
+    with pytest.raises(NotAttested, match=r"model\.onnx: is not what the gate judged") as caught:
         promote(tampered, evidence, tmp_path / "models", name="digits", trust=trust)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 1
 
 
-def test_extra_file_is_bad_input(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
+def test_extra_file_is_refused(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """A library beside the model would become Triton's backend; nothing unknown gets in."""
     extra = shutil.copytree(candidate, tmp_path / "candidate")
     (extra / "libtriton_onnxruntime.so").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"libtriton_onnxruntime\.so: not part of a candidate"):
+    with pytest.raises(NotAttested, match=r"libtriton_onnxruntime\.so: was not judged"):
         promote(extra, evidence, tmp_path / "models", name="digits", trust=trust)
 
 
@@ -298,9 +298,7 @@ def test_a_swapped_release_is_refused_by_its_signature_only(
     with (version / "model.onnx").open("ab") as file:
         file.write(b"\x1a\x00")
     rewrite_manifest(version)
-    report = json.loads((version / "report.json").read_text())
-    report["candidate"]["files"] = candidate_files(version)
-    (version / "report.json").write_text(json.dumps(report))
+    write_report(version, report_on(version, version))
     for path, text in configs(read_manifest(version), "digits", 1).items():
         (repository / "digits" / path).write_text(text)
     assert verify_release(repository, "digits").version == 1

@@ -30,14 +30,14 @@ def test_storage_that_fails_is_no_absence(
 ) -> None:
     """A stale handle of NFS, a failing disk, a permission: no test can make these, as tests may be run by root."""
 
-    def fail(path: Path) -> None:
+    def fail(path: Path, *arguments: object) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
     real = Path.stat
     if where == "the repository":
         monkeypatch.setattr(sight.os, "scandir", fail)
     elif where == "the config":
-        monkeypatch.setattr(Path, "read_bytes", fail)
+        monkeypatch.setattr(sight, "read_plain", fail)
     else:
         monkeypatch.setattr(Path, "stat", lambda path, **kw: fail(path) if path.name == "report.json" else real(path))
     seen = sight.look(repository)

@@ -61,7 +61,7 @@ def write_evidence(directory: Path, candidate: Path, key: Path, verdict: str = "
         clean_logits=logits,
         adversarial_logits=logits,
     )
-    return write_report(directory, report_on(candidate, directory, verdict=verdict), key)
+    return write_report(directory, report_on(candidate, directory, verdict), key)
 
 
 def onnx_logits(model: Path, images: np.ndarray) -> np.ndarray:

@@ -1,0 +1,79 @@
+"""Two models on the same images, one after the other: which of them the second newly loses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from robustness.records import bits, from_bits
+from robustness.statistics import PairedCounts
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A baseline and a candidate on images of the baseline.
+
+    index: positions in the data set; before, after: whether baseline and candidate held each.
+    of: how many images the baseline has; fewer are compared where the candidate failed before.
+    """
+
+    report_sha256: str
+    model_sha256: str
+    of: int
+    index: tuple[int, ...]
+    before: tuple[bool, ...]
+    after: tuple[bool, ...]
+
+    @property
+    def images(self) -> int:
+        return len(self.index)
+
+    @property
+    def held(self) -> int:
+        """How many of the images compared the baseline held, which is all that can be lost."""
+        return sum(self.before)
+
+    @property
+    def newly_broken(self) -> list[int]:
+        """The images that the baseline held and the candidate does not."""
+        triples = zip(self.index, self.before, self.after, strict=True)
+        return [index for index, before, after in triples if before and not after]
+
+    @cached_property
+    def counts(self) -> PairedCounts:
+        if not self.index:
+            return PairedCounts(0, 0)
+        return PairedCounts.of(np.array(self.before, bool), np.array(self.after, bool))
+
+    @property
+    def p(self) -> float:
+        """How likely chance alone breaks at least so many of the images on which the two differ. McNemar 1947."""
+        return self.counts.p_more_lost
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's `baseline` entry: paired counts, the exact one-sided p, and what they follow from."""
+        return {
+            "report_sha256": self.report_sha256,
+            "model_sha256": self.model_sha256,
+            "images": self.images,
+            "of": self.of,
+            "held": self.held,
+            "only_baseline": self.counts.only_first,
+            "only_candidate": self.counts.only_second,
+            "p": self.p,
+            "newly_broken": self.newly_broken,
+            "per_image": {"index": list(self.index), "before": bits(self.before), "after": bits(self.after)},
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Pairs:
+        """KeyError or TypeError where it is no such entry."""
+        each = value["per_image"]
+        before, after = from_bits(each["before"]), from_bits(each["after"])
+        return Pairs(
+            str(value["report_sha256"]), str(value["model_sha256"]), value["of"], tuple(each["index"]), before, after
+        )

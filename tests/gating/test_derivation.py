@@ -1,0 +1,266 @@
+"""A report says what follows from its own record: any other word in it is refused, by whichever command reads it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from gating.attestation import NotAttested, candidate_files, read_evidence
+from gating.derivation import order_of, require_derived
+from gating.faults import EvidenceError
+from gating.pairs import Pairs
+from gating.probes import as_npz
+from robustness.files import sha256_of
+from serving.export import export
+from tests.serving.workshop import write_run
+from tests.signing import (
+    check,
+    code_of,
+    evaluated,
+    make_key,
+    policy_of,
+    probes_of,
+    report_on,
+    sign_again,
+    true_report,
+    write_report,
+    write_trust,
+)
+
+CRITERIA = (
+    "robust_accuracy >= 0.3 at 95 %",
+    "robust_accuracy(8/255) >= 0.4 at 95 %",
+    "clean_accuracy >= 0.5 at 95 %",
+    "class_clean_accuracy >= 0.05 at 95 %",
+    "no_regression at 95 %",
+)
+BLOCK, POPULATION = 8, 100
+# Measured, or about another file: nothing in the report says what they should be.
+GIVEN = ("seconds", "seed", "parameters", "about", "outside", "unconfirmed", "forward", "backward")
+GIVEN_PATHS = {
+    ("baseline", "report_sha256"), ("baseline", "model_sha256"), ("baseline", "per_image", "index"), ("checks",),
+    # What transfers from surrogates decides nothing; its counts follow from its own bits.
+    ("transfer",), ("transfer", 0, "threat"), ("transfer", 0, "attacks"), ("transfer", 0, "attacks", 0, "name"),
+}  # fmt: skip
+DERIVED = (
+    "verdict", "exit_code", "reasons", "why", "statistics", "criteria", "progress", "findings", "checks", "policy",
+    "evaluation", "radii", "transfer", "per_image", "baseline",
+)  # fmt: skip
+
+
+def whole_report(candidate: Path, evidence: Path) -> dict[str, Any]:
+    """A passing report with all its parts: two radii, classes, a baseline, transfer, statistics that stop early."""
+    reports = (whole_report_on(count, candidate, evidence) for count in range(BLOCK, POPULATION, BLOCK))
+    return next(report for report in reports if report["statistics"]["attacked"] == len(report["per_image"]["label"]))
+
+
+def whole_report_on(count: int, candidate: Path, evidence: Path) -> dict[str, Any]:
+    """The same on so many images, which may be too few or too many to stop at."""
+    manifest = json.loads((candidate / "manifest.json").read_text())
+    probes = probes_of(manifest["input"]["shape"], len(manifest["labels"]), count)
+    (evidence / "probes.npz").write_bytes(as_npz(probes))
+    right = np.ones(count, bool)
+    held = probes["adversarial_logits"].argmax(axis=1) == probes["labels"]
+    before = tuple(held.tolist())
+    about = {"kind": "transfer", "surrogate": "other", "surrogate_sha256": "3" * 64}
+    policy = policy_of(CRITERIA, statistics="sequential", attacks={"suite": ["fgsm"], "block": BLOCK})
+    record = {"model_sha256": candidate_files(candidate)["model.onnx"], "data_sha256": "d" * 64}
+    index = order_of(*record.values(), policy.digest, POPULATION)[:count]
+    report = true_report(
+        probes,
+        candidate_files(candidate),
+        policy=policy,
+        population=POPULATION,
+        class_images=[POPULATION // 10] * 10,
+        evaluations=[evaluated(right, right, "8/255"), evaluated(right, held)],
+        transfer=[evaluated(right, right, "38/255", about)],
+        checks=[check("outputs_differ", "clear"), check("seen_images", "not_run")],
+        pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before),
+    )
+    return report | {"files": {"probes.npz": sha256_of(evidence / "probes.npz")}}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A really exported candidate, signed evidence that it passed, and who is trusted."""
+    home = tmp_path_factory.mktemp("derivation")
+    export(write_run(home / "run"), home / "candidate")
+    key = make_key(home, "release")
+    write_trust(key)
+    (home / "evidence").mkdir()
+    write_report(home / "evidence", whole_report(home / "candidate", home / "evidence"), key)
+    return home
+
+
+@pytest.fixture
+def place(home: Path, tmp_path: Path) -> Path:
+    """The same, to be spoiled."""
+    return shutil.copytree(home, tmp_path / "home")
+
+
+def commands(home: Path) -> dict[str, list[str]]:
+    """The four commands that read a report as evidence."""
+    evidence, trust = str(home / "evidence"), ["--trust", str(home / "release.toml")]
+    candidate = [str(home / "candidate"), "--evidence", evidence, *trust]
+    return {
+        "sign": ["sign", evidence, "--key", str(home / "release.key")],
+        "verify": ["verify", *candidate],
+        "verdict": ["verdict", evidence],
+        "promote": ["promote", *candidate, "--repository", str(home / "models"), "--name", "digits"],
+    }
+
+
+def test_a_report_that_follows_is_believed_by_all(place: Path) -> None:
+    """Nothing below is refused for another reason: untouched, all four commands end with 0."""
+    report = json.loads((place / "evidence" / "report.json").read_text())
+    jsonschema.validate(report, json.loads((resources.files("gating") / "report.schema.json").read_text()))
+    assert (report["verdict"], len(report["progress"]) >= 6) == ("passed", True)
+    assert {name: code_of(*arguments) for name, arguments in commands(place).items()} == dict.fromkeys(
+        ("sign", "verify", "verdict", "promote"), 0
+    )
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of a report whose values follow; of a long list its first, and its length."""
+    inner = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list) and value and path != ("baseline", "per_image", "index"):
+        inner = [(0, value[0]), (len(value) - 1, value[-1])]
+    for key, one in inner:
+        if key not in GIVEN and path != ("transfer", 0, "threat"):
+            yield from leaves(one, (*path, key))
+    if isinstance(value, dict) or path in GIVEN_PATHS:
+        return
+    if isinstance(value, list) or path[0] != "checks" or path[-1] == "outcome":
+        yield path
+
+
+def other(value: Any) -> Any:
+    """Something else of the same type."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return value + 1 if isinstance(value, int) else value - 0.01 if value > 0.5 else value + 0.01
+    if isinstance(value, list):
+        return value[:-1] if value else ["cap_reached"]
+    if value and not value.strip("01"):
+        return value[:-1] + "10"[int(value[-1])]
+    return {"passed": "failed", "met": "missed", "clear": "raised", "not_run": "raised"}.get(value, f"{value}0")
+
+
+def changed(report: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
+    """A copy with one value replaced."""
+    spoiled = copy.deepcopy(report)
+    inner: Any = spoiled
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = other(inner[path[-1]])
+    return spoiled
+
+
+def test_no_field_can_be_changed(place: Path) -> None:
+    """Each value that follows from the record, replaced alone: the reader of evidence refuses it and names a field."""
+    evidence = place / "evidence"
+    report = json.loads((evidence / "report.json").read_text())
+    paths = [path for key in DERIVED for path in leaves(report[key], (key,))]
+    assert len(paths) > 200
+    found = {path: fault_of(evidence, changed(report, path)) for path in paths}
+    assert [path for path, fault in found.items() if fault not in ("contradiction", "malformed", "probes")] == []
+
+
+def fault_of(evidence: Path, report: dict[str, Any]) -> str:
+    """Why a report is not believed; empty where it is."""
+    (evidence / "report.json").write_text(json.dumps(report))
+    try:
+        read_evidence(evidence)
+    except EvidenceError as error:
+        return "of two lines" if "\n" in str(error) else error.fault
+    return ""
+
+
+LIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a criterion was missed": lambda r: r["criteria"][0].update(k=0, outcome="missed"),
+    "a check was raised": lambda r: r["checks"][0].update(outcome="raised"),
+    "a softer policy under the old digest": lambda r: r["policy"].update(criteria=["robust_accuracy >= 0.01 at 50 %"]),
+    "a softer policy and its rows": lambda r: (
+        r["policy"].update(criteria=["robust_accuracy >= 0.01 at 50 %"]),
+        r["criteria"][0].update(criterion="robust_accuracy >= 0.01 at 50 %", threshold=0.01, confidence=0.5),
+    ),
+    "a bound": lambda r: r["criteria"][0].update(lower=0.9),
+    "a count": lambda r: r["evaluation"]["robust"].update(k=48),
+    "the order": lambda r: r["per_image"]["index"].reverse(),
+    "the exit code": lambda r: r.update(exit_code=3),
+    "a failure": lambda r: r.update(verdict="failed", exit_code=1),
+    "a finding": lambda r: r["findings"].append({"check": "x", "why": "y", "do": "z"}),
+    "an attack less": lambda r: (
+        r["evaluation"]["attacks"].clear(),
+        r["evaluation"]["per_image"].update(robust=r["evaluation"]["per_image"]["correct"]),
+    ),
+    "a baseline less": lambda r: r.update(baseline=None),
+    "another model": lambda r: r["candidate"].update(model_sha256="0" * 64),
+    "other data": lambda r: r["data"].update(sha256="0" * 64),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_contradiction_is_refused_by_all_four_commands(
+    place: Path, capfd: pytest.CaptureFixture[str], lie: str
+) -> None:
+    """Signed by a trusted key as it stands, it is 1 for all four, in one line that says why."""
+    evidence = place / "evidence"
+    report = json.loads((evidence / "report.json").read_text())
+    LIES[lie](report)
+    sign_again(evidence, place / "release.key", **report)
+    assert (evidence / "report.json").read_text() == json.dumps(report)
+    expected = {"a failure": {"verify": "verdict", "promote": "verdict"}}.get(lie, {})
+    for name, arguments in commands(place).items():
+        assert code_of(*arguments) == 1, name
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1
+        assert ("the verdict is" if name in expected else "follows from its own record") in said, (name, said)
+    assert not (place / "models").exists()
+
+
+def test_an_early_stop_is_no_stop(home: Path) -> None:
+    """A record cut after a block at which the gate would have gone on is not one of the gate's."""
+    report = json.loads((home / "evidence" / "report.json").read_text())
+    short = copy.deepcopy(report)
+    for part in (short["evaluation"], *short["radii"]):
+        for bits in (part["per_image"], *(attack["per_image"] for attack in part["attacks"])):
+            bits.update({key: value[:BLOCK] for key, value in bits.items()})
+    short["per_image"] = {key: value[:BLOCK] for key, value in short["per_image"].items()}
+    with pytest.raises(NotAttested, match=r"per_image\.label: entries is 8, and 100 follows|baseline"):
+        require_derived(short, home / "evidence" / "report.json")
+
+
+def test_probes_that_say_otherwise_are_refused(place: Path) -> None:
+    """Logits of another answer than the record's, or labels of other images, contradict it, whatever the digests."""
+    evidence = place / "evidence"
+    report = report_on(place / "candidate", evidence)
+    with np.load(evidence / "probes.npz") as archive:
+        probes = {name: archive[name] for name in archive.files}
+    for key in ("labels", "clean_logits", "adversarial_logits"):
+        spoiled = {**probes, key: np.roll(probes[key], 1, axis=0)}
+        (evidence / "probes.npz").write_bytes(as_npz(spoiled))
+        write_report(evidence, report | {"files": {"probes.npz": sha256_of(evidence / "probes.npz")}})
+        with pytest.raises(NotAttested, match=rf"probes\.npz: {key}"):
+            read_evidence(evidence)
+
+
+def test_the_same_last_digits_are_not_asked_for(home: Path) -> None:
+    """Another scipy's last digits are no contradiction; a billionth of a bound is."""
+    path = home / "evidence" / "report.json"
+    report = json.loads(path.read_text())
+    report["criteria"][0]["lower"] *= 1 + 1e-13
+    require_derived(report, path)
+    report["criteria"][0]["lower"] *= 1 + 1e-7
+    with pytest.raises(NotAttested, match=r"criteria\[0\]\.lower is"):
+        require_derived(report, path)
