@@ -29,7 +29,7 @@ from robustness.asking import (
     state_changes,
 )
 from robustness.data import Bytes, Labels
-from robustness.diagnosis import BEYOND, FEW_STEPS, QUERIES, QUERYING, STEPS, Background, Examination
+from robustness.diagnosis import BEYOND, FEW_STEPS, QUERYING, STEPS, Background, Examination
 from robustness.evaluate import Decide
 from robustness.finding import Check, Figures, Found, surplus, too_many
 from robustness.memory import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
@@ -258,7 +258,8 @@ def loss_still_rising(e: Examination) -> Found:
 
 def black_box_stronger(e: Examination) -> Found:
     """Square on what PGD left; Square in the suite and attacks from other models on what the suite's white box left."""
-    ways = {f"{QUERIES} queries of {name} (PGD-{STEPS})": e.queried[name] for name in QUERYING if e.model is not None}
+    queried = QUERYING if e.model is not None else {}
+    ways = {f"{queries} queries of {name} (PGD-{STEPS})": e.queried[name] for name, queries in queried.items()}
     ways |= _black_box_in(e.evaluation) if e.evaluation is not None else {}
     ways |= {
         f"transfer from {other.about.get('surrogate', 'another model')} (the suite)": _flipped_by_transfer(

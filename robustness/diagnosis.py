@@ -30,8 +30,8 @@ from robustness.trial import Trial
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
 STEPS = 20
 FEW_STEPS = 5
-QUERIES = 200
-QUERYING = ("square", "rays", "square-subspace")
+# What is left after PGD is attacked by queries: by scores, by labels only, so that no score can mislead, in subspaces.
+QUERYING = {"square": 200, "rays": 120, "square-subspace": 120}
 SEGMENTS = 24  # images from which segments lead; a third of them that show something are sure
 FURTHER = 4  # in eps: as far as what fools another network may have to go until the judged one has to answer for it
 LONE = 8  # images that are also asked one by one
@@ -275,10 +275,7 @@ class Examination:
 
     @cached_property
     def queried(self) -> dict[str, tuple[int, int]]:
-        """By attack: of how many images that PGD left (second) a few black-box queries broke how many (first).
-
-        Square climbs the scores; RayS sees labels only, so that no score can mislead it.
-        """
+        """By attack: of how many images that PGD left (second) a few black-box queries broke how many (first)."""
         return {name: self._queried(name) for name in QUERYING}
 
     def _queried(self, name: str) -> tuple[int, int]:
@@ -290,7 +287,7 @@ class Examination:
             self._images[left],
             self._labels[left],
             self.threat,
-            [Attack(f"check: {name}", ATTACKS[name], {"queries": QUERIES})],
+            [Attack(f"check: {name}", ATTACKS[name], {"queries": QUERYING[name]})],
             decide=lambda x: self._decide(x.to(self.x.device)),
             grid=self.grid,
             seed=self.seed,

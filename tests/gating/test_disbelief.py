@@ -148,10 +148,10 @@ def test_a_policy_may_refuse_code(networks: Networks, beside: Path) -> None:
 def test_what_another_network_breaks_counts(networks: Networks, digits: Dataset, tmp_path: Path) -> None:
     """An image that holds against the model's own gradients and falls to a surrogate's has fallen, in the verdict."""
     plain, robust = (load_run(networks(name)).model for name in ("standard", "hardened"))
-    deceit = written(sprung("borrowed gradients", plain, digits.x_test, digits.y_test, robust), tmp_path / "model.onnx")
+    deceit = written(sprung("decoy", plain, digits.x_test, digits.y_test, robust), tmp_path / "model.onnx")
     report = gate(
         deceit,
-        policy(0.5, "16/255", transfer=["mi-fgsm-10"]),
+        policy(0.5, "8/255", transfer=["mi-fgsm-10"]),
         tmp_path / "evidence",
         surrogates={"twin": load_run(networks("standard"))},
     )

@@ -247,12 +247,10 @@ def without_time(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_it_stops_as_soon_as_the_bounds_decide(passed: Path) -> None:
-    """An easy claim needs a block or two of the 120 images it may look at, and says after how many it was met."""
+    """The block of 30 in which the last claim is decided is the last one, of the 120 images that may be looked at."""
     report = report_of(passed)
-    assert report["statistics"]["attacked"] < 120 == report["statistics"]["cap"]
-    assert report["statistics"]["attacked"] % 30 == 0
-    robust = report["criteria"][0]
-    assert robust["decided_after"] <= report["statistics"]["attacked"]
+    decided = max(row["decided_after"] for row in report["criteria"])
+    assert report["statistics"]["attacked"] == 30 * -(-decided // 30) <= 120 == report["statistics"]["cap"]
     assert report["progress"][-1]["images"] == report["statistics"]["attacked"]
 
 
@@ -390,9 +388,9 @@ images = 32
 
 
 def test_radii_and_classes_are_claims_of_their_own(subject: Subject, tmp_path: Path) -> None:
-    """A claim at a smaller radius is met where the main one is open; a floor that one class misses blocks the model."""
-    more = ["robust_accuracy(1/255) >= 0.2 at 95 %"]
-    report = gate(subject, policy(0.6, "2/255", 60, *more), tmp_path / "radii")
+    """A claim at a smaller radius is met by what holds there; a floor that one class misses blocks the model."""
+    more = ["robust_accuracy(1/255) >= 0.02 at 95 %"]
+    report = gate(subject, policy(0.0, "2/255", 60, *more), tmp_path / "radii")
     assert [evaluation["threat"]["label"] for evaluation in report["radii"]] == ["1/255"]
     assert report["radii"][0]["robust"]["k"] > report["evaluation"]["robust"]["k"]
     assert report["criteria"][2]["eps"] == "1/255"
@@ -468,7 +466,7 @@ def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_p
     """Black-box attacks alone: what they find is a fact, what they do not find proves nothing."""
     blind = replace(subject, model=None, no_gradients="it lets none through")
     modest = policy(
-        0.05, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
+        0.0, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
     )
     report = gate(blind, modest, tmp_path / "modest")
     assert (report["verdict"], report["reasons"]) == ("inconclusive", ["no_gradients"])

@@ -34,15 +34,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_bfloat16_passes_stay_close(digits: Dataset) -> None:
-    """The same updates in bfloat16: losses within a few per cent; weights, gradients and averages stay float32."""
-    losses: list[list[float]] = []
+    """The same update in bfloat16: loss and gradient hardly differ; weights, gradients and averages stay float32."""
+    losses, gradients = list[float](), list[torch.Tensor]()
     for precision in ("float32", "bfloat16"):
         one = learner(digits, *PLAIN, f"optimization.precision={precision}", "optimization.ema=0.9")
-        losses.append([one.update(*batch(digits, step), step).item() for step in range(1, 9)])
+        losses.append(one.update(*batch(digits, 1), 1).item())
+        found = [parameter.grad for parameter in one.model.parameters()]
+        gradients.append(torch.cat([gradient.flatten() for gradient in found if gradient is not None]))
         tensors = [*one.model.parameters(), *one.model.buffers(), *one.result.parameters()]
         assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
         assert all(parameter.grad.dtype == torch.float32 for parameter in one.model.parameters())
-    assert losses[0] == pytest.approx(losses[1], rel=0.08)
+    # Eight bits of a mantissa: each of 20 layers may be off by half a step, 0.2 %. What follows from the first update on
+    # is another training, whose losses may go anywhere.
+    assert losses[0] == pytest.approx(losses[1], rel=20 * 0.002)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
     assert losses[0] != losses[1]
 
 
