@@ -44,10 +44,10 @@ def test_bfloat16_passes_stay_close(digits: Dataset) -> None:
         tensors = [*one.model.parameters(), *one.model.buffers(), *one.result.parameters()]
         assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.float32}
         assert all(parameter.grad.dtype == torch.float32 for parameter in one.model.parameters())
-    # Eight bits of a mantissa: each of 20 layers may be off by half a step, 0.2 %. What follows from the first update on
-    # is another training, whose losses may go anywhere.
+    # Eight bits of a mantissa: each of 20 layers may be off by half a step, 0.2 %. What follows from the first update
+    # on is another training, whose losses may go anywhere.
     assert losses[0] == pytest.approx(losses[1], rel=20 * 0.002)
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.5  # of two unrelated gradients of 10,000 weights: 0.00 +- 0.01
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.5  # two that have nothing to do with each other: 0.00 +- 0.01
     assert losses[0] != losses[1]
 
 
