@@ -440,7 +440,7 @@ def gate(
         Path | None, typer.Option(help="The run it was exported from; else gradients come from the ONNX file.")
     ] = None,
     surrogate: Annotated[
-        list[Path] | None, typer.Option(help="A run to craft transfer attacks on, for the record; repeatable.")
+        list[Path] | None, typer.Option(help="A run to craft transfer attacks on; what they break counts; repeatable.")
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="report.json of the model that no_regression compares with.")
