@@ -80,6 +80,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="cifar10.npz, for the shipped model and EfficientNet-Lite0")
     parser.add_argument("--seed", type=int, default=0, help="of the attacks")
     arguments = parser.parse_args()
+    large = (
+        [row for make in (shipped, foreign) for row in make(arguments.data, arguments.seed)] if arguments.data else []
+    )
     rows: list[dict[str, Any]] = []
     # A process for each core, with one thread: small networks gain little from more.
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
@@ -105,8 +108,7 @@ def main() -> None:
         )
         for name, (results, took, robust) in zip(TRAPS, caught, strict=True):
             rows.append(described("trap", name, str(threat), [(results, took)], robust))
-    if arguments.data:
-        rows += [*shipped(arguments.data, arguments.seed), *foreign(arguments.data, arguments.seed)]
+    rows += large
     honest = [row for row in rows if row["kind"] == "honest"]
     runs, raised = sum(row["runs"] for row in honest), sum(row["raised"] for row in honest)
     traps = [row for row in rows if row["kind"] == "trap"]
