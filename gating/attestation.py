@@ -149,6 +149,9 @@ def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None =
     NotAttested (1): they do not say it, or not about these bytes, or the report contradicts itself, or what the trust
     file asks for does not hold. BadEvidence (2): missing or malformed files. A promoted version is its own evidence.
     """
+    for named, file in ((candidate, MANIFEST), (evidence, REPORT)):
+        if not named.exists():
+            raise refusal("missing", f"{named / file}: no such file")
     path = evidence / ATTESTATION
     attestation = read_attestation(evidence, trust)
     try:

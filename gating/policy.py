@@ -134,7 +134,7 @@ class AttackSection(Section):
     black_box: list[str] = Field(default=["square-1000", "square-subspace-1000"])
     transfer: list[str] = Field(default=["mi-fgsm-10"])
     transfer_images: int = Field(0, ge=0)
-    substitute: int = Field(2000, ge=0)
+    substitute: int = Field(1200, ge=0)
     block: int = Field(32, ge=1)
 
 

@@ -22,7 +22,7 @@ POLICY = Policy.model_validate(
         "criteria": ["robust_accuracy >= 0.05 at 95 %", "clean_accuracy >= 0.5 at 95 %"],
         "threat": {"eps": "3/255"},
         "data": {"name": "digits", "images": 100},
-        "attacks": {"suite": ["fgsm", "pgd-3"]},
+        "attacks": {"suite": ["fgsm", "pgd-3"], "substitute": 0},
     }
 )
 

@@ -41,8 +41,6 @@ class Two(nn.Module):
 make = Two
 """
 SHOWN = {
-    "only if gradients are wanted": ("torch.is_grad_enabled()", 0, "grad_mode_matters"),
-    "only in small batches": ("len(x) <= 128", 0, "batch_dependent"),
     "only for a million calls": ("self.calls < 10**6", 1, "state_changes"),
     "only to a gate": ("'gating.gate' in sys.modules", 0, "answers_change"),
     "only for some calls": ("self.calls < 300", 1, "answers_change"),
@@ -88,7 +86,6 @@ def written(trap: nn.Module, path: Path) -> Subject:
     [
         ("decoy", "8/255", ["apgd-ce-10"]),
         ("switch on grey", "20/255", ["apgd-ce-10"]),
-        ("neighbourhood", "8/255", ["fgsm"]),
     ],
 )
 def test_a_file_of_two_faces_does_not_pass(

@@ -86,7 +86,15 @@ def record(name: str, held: tuple[bool, ...] = EVERY, **facts: Any) -> AttackRec
     return AttackRecord(name, {}, held, EVERY, **{"outside": 0, "seconds": 1.0, "unconfirmed": 0, **facts})
 
 
-@pytest.mark.parametrize(("trap", "check"), [(name, check) for name, trap in TRAPS.items() for check in trap.caught])
+# benchmarks/checks.py springs all of them; of the six switches one that looks at one thing and one that looks at two.
+SPRUNG = {
+    name: trap
+    for name, trap in TRAPS.items()
+    if not name.startswith("switch on") or name in ("switch on grey", "switch on grey and low frequency")
+}
+
+
+@pytest.mark.parametrize(("trap", "check"), [(name, check) for name, trap in SPRUNG.items() for check in trap.caught])
 def test_a_trap_is_caught(
     fragile: Classifier, robust: Classifier, other: Classifier, digits: Dataset, trap: str, check: str
 ) -> None:

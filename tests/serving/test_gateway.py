@@ -849,7 +849,7 @@ def test_many_clients_at_once_get_their_own_answers(door: Door, candidate: Path)
         assert max(clients.map(client, range(len(IMAGES)))) < 1e-4
 
 
-SHARED = {f"robustness.{name}" for name in ("pictures", "config", "errors", "text", "threat")}
+SHARED = {f"robustness.{name}" for name in ("pictures", "config", "errors", "reader", "text", "threat")}
 
 
 def test_gateway_needs_no_training_library() -> None:
