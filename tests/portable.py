@@ -19,12 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What decides by floating-point numbers most of all, and what CI has the time for; then all that does.
+# What CI has the time for: attacks beside their peers, golden losses, two processes. Then all that decides by numbers.
 CORE = (
+    *(f"tests/robustness/test_{name}.py" for name in ("apgd", "attacks", "strength", "subspaces", "transfer")),
+    *(f"tests/training/test_{name}.py" for name in ("golden", "masking", "parallel")),
+)
+NUMERIC = (
     "tests/robustness",
     *(f"tests/training/test_{name}.py" for name in ("golden", "learner", "masking", "measurement", "parallel")),
+    *("tests/gating/test_gate.py", "tests/gating/test_disbelief.py"),
+    *("tests/serving/test_export.py", "tests/serving/test_parity.py"),
 )
-NUMERIC = (*CORE, "tests/gating/test_gate.py", "tests/serving/test_export.py", "tests/serving/test_parity.py")
 PROCESSES = 3  # as `make test`; fewer where each has several threads
 
 
