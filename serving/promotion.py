@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from gating.attestation import Trust, inspect, verify
+from robustness.locks import OPEN
 from robustness.reader import leaves
 from serving import ledger
 from serving import repository as layout
@@ -494,7 +495,7 @@ def _locked(repository: Path) -> Iterator[None]:
     """Hold the file that says who may write; anew where a user removed it meanwhile, as two would hold two files."""
     path, deadline = repository / LOCK, time.monotonic() + LOCK_SECONDS
     while True:
-        with path.open("w") as lock:
+        with os.fdopen(os.open(path, OPEN, 0o666), "w") as lock:  # neither waits at a FIFO nor empties a link's file
             _take(lock, repository, deadline)
             if _is_file_at(lock, path):
                 yield
