@@ -23,10 +23,11 @@ from scipy.stats import hypergeom
 from benchmarks.result import RESULTS, write_result
 from gating.probes import read_probes
 from gating.subject import Subject, open_subject
-from robustness.attacks import SUITES, Attack
+from robustness.attacks import Attack
 from robustness.errors import BadInput
 from robustness.evaluate import evaluate
 from robustness.records import Evaluation, joined
+from robustness.suites import SUITES
 from robustness.threat import Threat
 
 Rows = NDArray[np.int64]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.attacks import Counted
 from benchmarks.result import write_result
 from gating.subject import candidate_subject
-from robustness.attacks import AUTOATTACK, Attack
+from robustness.attacks import Attack
 from robustness.data import Bytes, Labels
 from robustness.errors import BadInput
 from robustness.evaluate import evaluate
@@ -32,6 +32,7 @@ from robustness.models import frozen, to_float
 from robustness.runs import load_run
 from robustness.statistics import PairedCounts
 from robustness.suite import parse_threat
+from robustness.suites import AUTOATTACK
 from robustness.threat import Threat
 
 SHIPPED = Path("model_repository/resnet18-cifar10")

@@ -42,6 +42,7 @@ REPORT = "report.json"
 PROBES = "probes.npz"
 ATTESTATION = "attestation.intoto.jsonl"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
+FILE_BYTES = 2**32  # an ONNX file holds 2 GiB at most, and probes unpack to 4
 CLOCK_SKEW = timedelta(minutes=10)  # between the machine of the gate and this one
 
 Statement = dict[str, Any]
@@ -197,9 +198,9 @@ def read_report(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a plain file's bytes."""
+    """Hex SHA-256 of a plain file's bytes, of FILE_BYTES at most: a file of holes would be read for hours."""
     try:
-        with opened(path) as file:
+        with opened(path, FILE_BYTES) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise refusal("missing", f"{path}: {error.strerror}") from None
@@ -300,9 +301,26 @@ def _require_passed(report: dict[str, Any], candidate: Path, evidence: Path) -> 
         raise refusal("stranger", f"{candidate / extra[0]}: was not judged")
     for name, digest in files.items():
         _require_file(candidate, name, digest, "bytes", "is not what the gate judged")
-    if (listed := _manifest(candidate)["files"]) != {name: files[name] for name in files if name != MANIFEST}:
+    manifest = _manifest(candidate)
+    if (listed := manifest["files"]) != {name: files[name] for name in files if name != MANIFEST}:
         raise refusal("candidate", f"{candidate / MANIFEST}: lists {', '.join(listed)}, with other digests than judged")
+    _require_interface(report, manifest, evidence)
     _require_verdict(report.get("verdict"), evidence)
+
+
+def _require_interface(report: dict[str, Any], manifest: dict[str, Any], evidence: Path) -> None:
+    """The report is about the images, classes and run that the candidate's own manifest names."""
+    try:
+        asked, run = report["candidate"]["input"], (manifest.get("run") or {}).get("checkpoint_sha256")
+        pairs = {
+            "candidate.input": (asked, {key: manifest["input"][key] for key in asked}),
+            "data.classes": (report["data"]["classes"], manifest["labels"]),
+            "run.checkpoint_sha256": (report["run"].get("checkpoint_sha256"), run),
+        }
+    except MALFORMED as error:
+        raise refusal("malformed", f"{evidence / REPORT}: not about such a candidate ({_reason(error)})") from None
+    if other := [name for name, (said, named) in pairs.items() if said != named]:
+        raise refusal("bytes", f"{evidence / REPORT}: {other[0]} is another one than {MANIFEST} names")
 
 
 def _require_evidence(report: dict[str, Any], evidence: Path) -> None:
@@ -386,7 +404,10 @@ def _parsed(payload: bytes, path: Path) -> Statement:
 
 
 def _subject(statement: Statement) -> dict[str, str]:
-    return {str(entry["name"]): str(entry["digest"]["sha256"]) for entry in statement["subject"]}
+    found = {str(entry["name"]): str(entry["digest"]["sha256"]) for entry in statement["subject"]}
+    if len(found) < len(statement["subject"]):  # other verifiers may believe the other one
+        raise ValueError("a file stands twice among its subjects")
+    return found
 
 
 def _read(path: Path, most: int) -> bytes:

@@ -66,10 +66,10 @@ def _arrays(
     """Some of the members, once the headers of all of them fit together; no byte beyond what they say is unpacked."""
     try:
         with opened(path) as file, zipfile.ZipFile(file) as archive:
+            if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in MEMBERS):  # nor one of them twice
+                raise refusal("probes", f"{path}: what it holds is not {', '.join(MEMBERS)}")
             shapes = {entry.filename.removesuffix(".npy"): _header(archive, entry) for entry in archive.infolist()}
             said = ", ".join(f"{name} {dtype} {sizes}" for name, (sizes, dtype) in shapes.items())
-            if shapes.keys() != {*MEMBERS}:
-                raise refusal("probes", f"{path}: what it holds is not {', '.join(MEMBERS)}")
             if not _fit(shapes, shape):
                 raise refusal("probes", f"{path}: what it holds does not fit together ({said[:400]})")
             unpacked = sum(entry.file_size for entry in archive.infolist())

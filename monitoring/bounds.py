@@ -10,8 +10,8 @@ replacement and independently of the past, so that r^s is on average (1 - q (1 -
 accuracy (Hoeffding 1963): priced with the true q of each round, no stake grows on average, and the sum of all stakes
 grows by at most 1 a round. Such a sum reaches c within N rounds with probability at most N / c (Ville 1939; an
 e-detector in the form of Shiryaev & Roberts: Shin, Ramdas & Rinaldo 2024). Assume that it does not. log(1 - q (1 - r))
-is concave in q, so that a stake which is priced with one accuracy p, the mean of its images' or more, never owns more
-than with the true prices (Jensen). Therefore, for all stretches of all rounds at once,
+is concave in q, so that a stake which is priced with one accuracy p, no more than the mean of its images, never owns
+more than with the true prices (Jensen). Therefore, for all stretches of all rounds at once,
 
 * a stake that owns c against p by itself proves: the mean accuracy since its start is below p;
 * stakes that own c against p together prove: since the start of one of them, the mean accuracy is below p.

@@ -25,8 +25,8 @@ from robustness.errors import BadInput
 from robustness.fab import fab_targeted
 from robustness.geometry import project, start, steepest
 from robustness.rays import rays
-from robustness.records import FROM
 from robustness.square import square
+from robustness.suites import FROM, SUITES, WITHOUT_GRADIENTS
 from robustness.threat import Threat, parse_eps
 from robustness.transfer import TRANSFORMS, Pass
 from robustness.trial import Trial
@@ -165,19 +165,6 @@ ATTACKS: dict[str, AttackFunction] = {
     "vmi-fgsm": vmi_fgsm,
 }
 
-AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""The four of AutoAttack's protocol, the cheapest killer first. Croce & Hein 2020."""
-
-# In each subspace ten steps break all but 2 of 64 images that twenty break (plain network, 8/255, 20/255), at half the
-# price.
-SUBSPACE = "subspace-10"
-
-# The worst case per image. What no honest network falls to, the subspaces, comes last: it sees only what is left.
-SUITES: dict[str, tuple[str, ...]] = {
-    "fast": ("apgd-ce", "apgd-t", SUBSPACE),
-    "standard": (*AUTOATTACK, SUBSPACE),
-}
-
 # Those that are carried from a surrogate to another model, with what that needs: the last iterate, as one that fools
 # the surrogate early says little about the other.
 TRANSFERABLE: dict[str, dict[str, Any]] = {
@@ -189,9 +176,6 @@ TRANSFERABLE: dict[str, dict[str, Any]] = {
     "ti-fgsm": {"steps": 10, "keep": "last"},
     "vmi-fgsm": {"steps": 10, "keep": "last"},  # 55 passes of the surrogates an image, the others 10
 }
-
-# They ask for scores or labels only; the number in their name is that of queries.
-WITHOUT_GRADIENTS = ("square", "square-subspace", "rays")
 
 # What they compare, scores of two proposals or the way to the border, differs by less than bfloat16's steps: that cost
 # Square 2 points of its strength and FAB-T 1 to 3.

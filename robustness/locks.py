@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,6 +58,8 @@ def _take(lock: Path, place: Path) -> int:
     while True:
         file = _opened(lock, place)
         try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise BadInput(f"{place}: {lock}, its lock, is no regular file; remove it")
             _lock(file, place)
             if _is_at(file, lock):
                 os.ftruncate(file, 0)

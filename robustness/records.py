@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 from robustness.errors import BadInput
 from robustness.statistics import Share
+from robustness.suites import FROM
 from robustness.threat import Threat
 
 FORMAT = "dfmcl.evaluation/1"
-FROM = " from "  # between an attack's name and that of the other network on which it was crafted
 T = TypeVar("T")
 
 

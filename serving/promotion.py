@@ -23,6 +23,8 @@ from serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_f
 from serving.errors import BadInput, Broken, Refused
 
 LOCK = ".promotion.lock"
+# As other locks: not through a link, whose file would be emptied, and waiting at no pipe.
+OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 LOCK_SECONDS = 30.0  # a promotion holds it for a second or two
 
 
@@ -494,7 +496,7 @@ def _locked(repository: Path) -> Iterator[None]:
     """Hold the file that says who may write; anew where a user removed it meanwhile, as two would hold two files."""
     path, deadline = repository / LOCK, time.monotonic() + LOCK_SECONDS
     while True:
-        with path.open("w") as lock:
+        with os.fdopen(os.open(path, OPEN, 0o666), "w") as lock:
             _take(lock, repository, deadline)
             if _is_file_at(lock, path):
                 yield

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ import numpy as np
 import pytest
 
 from gating.attestation import NotAttested, candidate_files, read_evidence
-from gating.derivation import order_of, require_derived
+from gating.derivation import derived, order_of, recorded, require_derived
 from gating.faults import EvidenceError
 from gating.pairs import Pairs
 from gating.probes import as_npz
+from gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
+from robustness import checks
 from robustness.files import sha256_of
+from robustness.records import Evaluation
 from serving.export import export
 from tests.serving.workshop import write_run
 from tests.signing import (
-    check,
     code_of,
     evaluated,
     make_key,
@@ -72,18 +75,19 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> dict[str, An
     held = probes["adversarial_logits"].argmax(axis=1) == probes["labels"]
     before = tuple(held.tolist())
     about = {"kind": "transfer", "surrogate": "other", "surrogate_sha256": "3" * 64}
-    policy = policy_of(CRITERIA, statistics="sequential", attacks={"suite": ["fgsm"], "block": BLOCK})
+    policy = policy_of(CRITERIA, statistics="sequential", attacks={"suite": ["fgsm"], "substitute": 0, "block": BLOCK})
     record = {"model_sha256": candidate_files(candidate)["model.onnx"], "data_sha256": "d" * 64}
     index = order_of(*record.values(), policy.digest, POPULATION)[:count]
     report = true_report(
         probes,
         candidate_files(candidate),
         policy=policy,
+        run=manifest["run"],
+        classes=manifest["labels"],
         population=POPULATION,
         class_images=[POPULATION // 10] * 10,
         evaluations=[evaluated(right, right, "8/255"), evaluated(right, held)],
         transfer=[evaluated(right, right, "38/255", about)],
-        checks=[check("outputs_differ", "clear"), check("seen_images", "not_run")],
         pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before),
     )
     return report | {"files": {"probes.npz": sha256_of(evidence / "probes.npz")}}
@@ -186,6 +190,15 @@ def fault_of(evidence: Path, report: dict[str, Any]) -> str:
     return ""
 
 
+def unseen(value: dict[str, Any], image: int) -> dict[str, Any]:
+    """An evaluation whose first attack was not shown an image that it broke."""
+    one = Evaluation.from_json(value)
+    first, *others = one.attacks
+    assert not first.held[image]
+    tried = tuple(flag and place != image for place, flag in enumerate(first.tried))
+    return replace(one, attacks=(replace(first, tried=tried), *others)).to_json()
+
+
 LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a criterion was missed": lambda r: r["criteria"][0].update(k=0, outcome="missed"),
     "a check was raised": lambda r: r["checks"][0].update(outcome="raised"),
@@ -205,6 +218,21 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
         r["evaluation"]["per_image"].update(robust=r["evaluation"]["per_image"]["correct"]),
     ),
     "a baseline less": lambda r: r.update(baseline=None),
+    "no checks": lambda r: r["checks"].clear(),
+    "a check less": lambda r: r["checks"].pop(3),
+    "a check twice": lambda r: r["checks"].append(r["checks"][0]),
+    "another check in its place": lambda r: r["checks"][5].update(check="bad_gradient"),
+    "a check that did not run": lambda r: r["checks"][0].update(outcome="not_run"),
+    "an attack from another network less": lambda r: r["evaluation"]["attacks"].pop(),
+    "an attack more": lambda r: r["evaluation"]["attacks"].append({**r["evaluation"]["attacks"][0], "name": "pgd-20"}),
+    "an attack that did not see an image": lambda r: r["evaluation"]["attacks"].__setitem__(
+        0, unseen(r["evaluation"], 0)["attacks"][0]
+    ),
+    "points outside the ball that no check saw": lambda r: r["evaluation"]["attacks"][0].update(outside=1),
+    "another part of the data": lambda r: r["data"].update(part="train"),
+    "another kind": lambda r: r["candidate"].update(kind="module"),
+    "another data set": lambda r: r["data"].update(name="cifar10"),
+    "a count that is no whole number": lambda r: r["evaluation"].update(images=float(r["evaluation"]["images"])),
     "another model": lambda r: r["candidate"].update(model_sha256="0" * 64),
     "other data": lambda r: r["data"].update(sha256="0" * 64),
 }
@@ -264,3 +292,107 @@ def test_the_same_last_digits_are_not_asked_for(home: Path) -> None:
     report["criteria"][0]["lower"] *= 1 + 1e-7
     with pytest.raises(NotAttested, match=r"criteria\[0\]\.lower is"):
         require_derived(report, path)
+
+
+def test_an_image_that_fell_in_a_smaller_ball_fell_in_a_larger_one(place: Path) -> None:
+    """A record that lets it stand again is refused, though all its figures follow from that."""
+    path = place / "evidence" / "report.json"
+    report = json.loads(path.read_text())
+    record = recorded(report)
+    small, main = record.evaluations
+    (attack,) = small.attacks[:1]
+    held = tuple(flag and place != 1 for place, flag in enumerate(attack.held))
+    fallen = [replace(one, held=held, tried=held if number else one.tried) for number, one in enumerate(small.attacks)]
+    again = derived(replace(record, evaluations=(replace(small, attacks=tuple(fallen)), main)))
+    assert again["verdict"] == "passed"
+    with pytest.raises(NotAttested, match=r"fgsm: images tried"):
+        require_derived(report | again | {"policy": report["policy"]}, path)
+
+
+MEASURED: tuple[Callable[[dict[str, Any], dict[str, Any]], object], ...] = (
+    lambda report, attack: attack.update(seconds="long"),
+    lambda report, attack: attack.update(seconds=10**400),
+    lambda report, attack: attack.update(outside=None),
+    lambda report, attack: attack["per_image"].update(forward=["many"] * len(attack["per_image"]["held"])),
+    lambda report, attack: attack["per_image"].update(backward=[1]),
+    lambda report, attack: report.update(created="2026-01-02T03:04:05"),
+)
+
+
+@pytest.mark.parametrize("spoil", MEASURED)
+def test_what_is_only_measured_has_its_type(
+    place: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], object]
+) -> None:
+    """Nothing derives it, and a page shows it: what is no number is no report, and no error of ours."""
+    path = place / "evidence" / "report.json"
+    report = json.loads(path.read_text())
+    spoil(report, report["evaluation"]["attacks"][0])
+    path.write_text(json.dumps(report))
+    assert code_of("verdict", str(place / "evidence")) == 2
+
+
+def test_the_roster_is_that_of_the_gate() -> None:
+    """The names that a reader without torch knows are those of the checks that run, in their order."""
+    assert tuple(checks.CHECKS) == CHECKS
+    assert {*CHECKS} >= LATER | SELDOM
+
+
+@pytest.mark.parametrize(
+    ("attacks", "kind", "surrogates", "blind", "names"),
+    [
+        ({"suite": "fast", "substitute": 9}, "onnx", [], False, "apgd-ce apgd-t subspace-10 pgd-3:substitute"),
+        ({"suite": "fast"}, "onnx", ["a"], False, "apgd-ce apgd-t"),
+        ({"suite": ["fgsm"], "substitute": 0}, "candidate", ["a", "b", "a+b"], False, "fgsm pgd-3:a pgd-3:b pgd-3:a+b"),
+        ({"suite": ["fgsm", "rays-9"], "substitute": 9}, "endpoint", ["a"], True, "rays-9 square-9 pgd-3:a"),
+        ({"suite": ["square-9"], "substitute": 9}, "onnx", [], True, "square-9 pgd-3:substitute"),
+    ],
+)
+def test_a_policy_implies_its_attacks(
+    attacks: dict[str, Any], kind: str, surrogates: list[str], blind: bool, names: str
+) -> None:
+    """The suite's, without gradients those by queries; then from each other network. None of it where none was."""
+    policy = {"attacks": {"transfer": ["pgd-3"], "black_box": ["square-9"], **attacks}}
+    found = attacks_of(policy, blind=blind, sources=sources_of(policy, kind, surrogates))
+    assert found == [name.replace(":", " from ") for name in names.split()]
+
+
+@pytest.mark.parametrize(("suite", "substitute"), [("fast", 0), (["fgsm"], 2000), (["fgsm", "pgd-20"], 0)])
+def test_attacks_that_the_policy_implies_and_that_did_not_run_are_missed(
+    place: Path, suite: str | list[str], substitute: int
+) -> None:
+    """A record that holds FGSM alone is none of a gate by such a policy, and no signature makes it one."""
+    evidence, candidate = place / "evidence", place / "candidate"
+    policy = policy_of(attacks={"suite": suite, "substitute": substitute})
+    write_report(evidence, report_on(candidate, evidence, policy=policy), place / "release.key")
+    for name, arguments in commands(place).items():
+        assert code_of(*arguments) == 1, name
+
+
+@pytest.mark.parametrize("key", ["adversarial_logits", "clean_logits"])
+def test_answers_to_wrong_images_are_the_clean_ones(place: Path, key: str) -> None:
+    """What was wrong as it came was not attacked: another answer, or one that is a number once, is no gate's."""
+    evidence, files = place / "evidence", candidate_files(place / "candidate")
+    probes = probes_of((16, 16, 3), 10)
+    for logits in (probes["clean_logits"], probes["adversarial_logits"]):
+        logits[2] = np.roll(logits[1], 4)
+    probes[key][2, 5] = np.nan
+    report = true_report(probes, files, policy=policy_of(["robust_accuracy >= 0.1 at 95 %"]))
+    (evidence / "probes.npz").write_bytes(as_npz(probes))
+    write_report(evidence, report | {"files": {"probes.npz": sha256_of(evidence / "probes.npz")}})
+    with pytest.raises(NotAttested, match="wrong images with other adversarial logits is 1"):
+        read_evidence(evidence)
+
+
+@pytest.mark.parametrize("part", ["run", "data"])
+def test_a_report_about_another_interface_is_refused(place: Path, capfd: pytest.CaptureFixture[str], part: str) -> None:
+    """Signed as it stands: classes or a run that the candidate's own manifest does not name."""
+    evidence = place / "evidence"
+    report = report_on(place / "candidate", evidence)
+    changes = {
+        "run": {"checkpoint_sha256": "0" * 64},
+        "data": report["data"] | {"classes": [f"class {name}" for name in report["data"]["classes"]]},
+    }
+    write_report(evidence, report | {part: changes[part]}, place / "release.key")
+    for name in ("verify", "promote"):
+        assert code_of(*commands(place)[name]) == 1
+        assert "than manifest.json names" in capfd.readouterr().err

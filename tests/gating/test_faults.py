@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import shutil
+import warnings
+import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,6 +93,14 @@ def other_probes(home: Path) -> None:
     resign(home)
 
 
+def a_member_twice(home: Path) -> None:
+    """One reader takes the first, and another the last."""
+    with warnings.catch_warnings(), zipfile.ZipFile(home / "evidence" / "probes.npz", "a") as archive:
+        warnings.simplefilter("ignore")  # zipfile's own, of the name
+        archive.writestr("labels.npy", archive.read("labels.npy"))
+    resign(home)
+
+
 def forged(home: Path) -> None:
     one, two = lines(home / "evidence")
     statement = said(home / "evidence")[1]
@@ -125,6 +135,14 @@ def another_subject(home: Path) -> None:
     changed(1, subject=[{"name": "x", "digest": {"sha256": "0"}}])(home / "evidence", home / "release.key")
 
 
+def a_subject_twice(home: Path) -> None:
+    """Of two digests, one verifier believes the first, and another the last."""
+    statements = said(home / "evidence")
+    for one in statements:
+        one["subject"].insert(0, {"name": "model.onnx", "digest": {"sha256": "0" * 64}})
+    write_lines(home / "evidence", [enveloped(one, home / "release.key") for one in statements])
+
+
 def signed_nonsense(home: Path) -> None:
     write_lines(home / "evidence", [enveloped([], home / "release.key")] * 2)
 
@@ -140,6 +158,8 @@ PRODUCED: dict[str, list[tuple[Callable[[Path], object], tuple[str, ...]]]] = {
     "unreadable": [
         (as_fifo, READERS),
         (as_huge, READERS),
+        (lambda home: os.truncate(home / "candidate" / "model.onnx", 2**40), JUDGES),
+        (lambda home: os.truncate(home / "evidence" / "probes.npz", 2**40), READERS),
         (lambda home: rewrite(home, "[" * 10**6), READERS),
         (attestation_as_fifo, ("sign", *JUDGES)),
         (lambda home: rewrite(home, '{"format": 1, "format": 2}'), READERS),
@@ -155,9 +175,9 @@ PRODUCED: dict[str, list[tuple[Callable[[Path], object], tuple[str, ...]]]] = {
     "format": [(lambda home: rewrite(home, '{"format": "dfmcl.report/1"}'), READERS)],
     "malformed": [(without_labels, READERS)],
     "envelope": [(lambda home: (home / "evidence" / ATTESTATION).write_text("{}\n"), ("sign", *JUDGES))],
-    "statement": [(signed_nonsense, JUDGES)],
+    "statement": [(signed_nonsense, JUDGES), (a_subject_twice, JUDGES)],
     "candidate": [(other_manifest, JUDGES)],
-    "probes": [(other_probes, READERS)],
+    "probes": [(other_probes, READERS), (a_member_twice, READERS)],
     "unsigned": [(lambda home: (home / "evidence" / ATTESTATION).unlink(), JUDGES)],
     "signers": [
         (by_a_stranger, JUDGES),

@@ -134,7 +134,7 @@ def test_a_policy_without_a_clean_criterion_has_no_clean_threshold(make_report: 
             "format is 'dfmcl.report/9'; expected 'dfmcl.report/2'; make it again",
         ),
         "no figures": ({"evaluation": {}}, "not a gate's report (evaluation: format is None; expected"),
-        "time": ({"created": "today"}, "not a gate report (Invalid isoformat string: 'today'); run dfmcl gate again"),
+        "time": ({"created": "today"}, "not a gate's report (Invalid isoformat string: 'today'); run dfmcl gate again"),
         "verdict": ({"verdict": "splendid"}, "verdict is 'splendid', and 'passed' follows from its own record"),
         "counts": ({"progress": []}, "progress: entries is 0, and 16 follows from its own record"),
         "no images": ({"per_image": {"index": [], "label": []}}, "what it holds does not fit together"),

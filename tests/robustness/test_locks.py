@@ -78,6 +78,14 @@ def test_a_link_in_its_place_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "mine"
 
 
+def test_a_pipe_in_its_place_is_bad_input(tmp_path: Path) -> None:
+    """Nothing can be written into it that names a holder."""
+    os.mkfifo(tmp_path / "lock")
+    said = r"run: .*/lock, its lock, is no regular file"
+    with pytest.raises(BadInput, match=said), held(tmp_path / "lock", tmp_path / "run"):
+        pass
+
+
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No such one is at hand; this is what Lustre without `flock` answers."""
 

@@ -21,12 +21,13 @@ import torchattacks
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustness.attacks import ATTACKS, AUTOATTACK, SUITES, Attack
+from robustness.attacks import ATTACKS, Attack
 from robustness.data import load_dataset
 from robustness.evaluate import evaluate
 from robustness.geometry import contains
 from robustness.models import Classifier, to_bytes, to_float
 from robustness.statistics import Flags, PairedCounts
+from robustness.suites import AUTOATTACK, SUITES
 from robustness.threat import Threat
 from tests.signs import sign_flip_p
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from robustness.attacks import SUITES, Attack
+from robustness.attacks import Attack
 from robustness.confined import STRIDE, square_subspace, subspace
 from robustness.data import Dataset, load_dataset
 from robustness.evaluate import evaluate
@@ -23,6 +23,7 @@ from robustness.losses import margin
 from robustness.models import Classifier, to_float
 from robustness.runs import load_run
 from robustness.subspaces import SUBSPACES, Chart, Subspace, subspaces
+from robustness.suites import SUITES
 from robustness.threat import Threat
 from robustness.trial import Trial
 from tests.linear import Linear, images

@@ -13,9 +13,9 @@ import pytest
 
 from gating.attestation import BadEvidence, Trust, inspect, verify
 from serving.candidate import read_manifest
-from serving.errors import BadInput, Refused
+from serving.errors import BadInput, Broken, Refused
 from serving.ledger import read_lines
-from serving.promotion import promote, prune, rollback, verify_path, verify_release
+from serving.promotion import LOCK, promote, prune, rollback, verify_path, verify_release
 from serving.sight import look
 from serving.status import standings
 from tests.signing import code_of
@@ -87,6 +87,22 @@ def test_no_file_of_a_repository_keeps_anybody_waiting(
         assert code_of("verify", str(repository / "digits"), "--trust", str(trust_file)) in (1, 2)
     look(repository)
     assert time.monotonic() - begun < AT_ONCE
+
+
+def test_a_repository_whose_lock_is_a_pipe_or_a_link_keeps_nobody_waiting(
+    repository: Path, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """A pipe without a reader is locked like a file; a link is no lock, and what it names is not emptied."""
+    as_fifo(repository / LOCK)
+    begun = time.monotonic()
+    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
+    assert time.monotonic() - begun < AT_ONCE
+    (repository / LOCK).unlink()
+    (repository.parent / "mine").write_text("mine")
+    (repository / LOCK).symlink_to(repository.parent / "mine")
+    with pytest.raises(Broken, match="nothing was changed"):
+        promote(candidate, evidence, repository, name="digits", trust=trust)
+    assert (repository.parent / "mine").read_text() == "mine"
 
 
 def test_a_manifest_says_one_thing(candidate: Path, tmp_path: Path) -> None:

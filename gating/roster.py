@@ -1,0 +1,59 @@
+"""What a gate's report cannot lack: each attack that its policy implies, and each check. An absent one found nothing.
+
+A policy that says nothing of a substitute is of a gate before there was one: it had fewer checks and shorter suites,
+and an attack from another network did not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from robustness.suites import AUTOATTACK, FROM, SUITES, WITHOUT_GRADIENTS
+
+SUBSTITUTE = "substitute"
+# In the order in which they run.
+CHECKS = (
+    "outputs_differ", "batch_dependent", "grad_mode_matters", "probabilities", "flat_outputs", "bad_gradients",
+    "gradients_mislead", "unaccounted", "fgsm_beats_pgd", "weaker_with_steps", "weaker_with_eps", "unlimited_fails",
+    "scale_hides", "loss_still_rising", "black_box_stronger", "found_and_dropped", "artefact_disagrees", "outside_ball",
+    "seen_images", "only_exact_images", "only_these_images", "cliff_beyond_ball", "state_changes", "answers_change",
+)  # fmt: skip
+LATER = {"grad_mode_matters", "unaccounted", "only_these_images", "state_changes", "answers_change"}
+# Of a model with gradients that is right on some image: they need more than that, such as the manifest of a run.
+SELDOM = {
+    "gradients_mislead", "unaccounted", "black_box_stronger", "found_and_dropped", "seen_images", "only_these_images",
+    "state_changes", "answers_change",
+}  # fmt: skip
+SHORTER: dict[str, tuple[str, ...]] = {"fast": ("apgd-ce", "apgd-t"), "standard": AUTOATTACK}
+
+
+def is_early(policy: Mapping[str, Any]) -> bool:
+    """Whether a policy, as its report has it, is of a gate before there was a substitute."""
+    return SUBSTITUTE not in policy["attacks"]
+
+
+def absent_checks(found: Sequence[str], *, early: bool) -> list[str]:
+    """The checks that a gate ran and that are not among these names; a name twice is one too few."""
+    return [name for name in CHECKS if found.count(name) != 1 and not (early and name in LATER)]
+
+
+def attacks_of(policy: Mapping[str, Any], *, blind: bool, sources: Sequence[str]) -> list[str]:
+    """Names of all attacks on each image, in their order, by a policy as its report has it.
+
+    blind: the model gave no gradients. sources: other networks that attacks were crafted on.
+    """
+    asked, suites = policy["attacks"], SHORTER if is_early(policy) else SUITES
+    suite = list(suites[asked["suite"]] if isinstance(asked["suite"], str) else asked["suite"])
+    if blind:
+        queried = [name for name in suite if name.startswith(WITHOUT_GRADIENTS)]
+        suite = queried + [name for name in asked["black_box"] if name not in queried]
+    if is_early(policy):
+        return suite
+    return suite + [f"{name}{FROM}{source}" for source in sources for name in asked["transfer"]]
+
+
+def sources_of(policy: Mapping[str, Any], kind: str, surrogates: Sequence[str]) -> list[str]:
+    """The networks that attacks were crafted on: surrogates, by name, and the substitute, but for an endpoint's."""
+    learnt = kind != "endpoint" and policy["attacks"].get(SUBSTITUTE, 0) > 0
+    return [*surrogates, *([SUBSTITUTE] if learnt else [])]
