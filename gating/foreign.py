@@ -148,21 +148,22 @@ def state_digest(network: nn.Module) -> str:
 
 
 def kept(network: nn.Module) -> dict[str, str]:
-    """What a module keeps between two calls, a digest by the place: tensors, attributes, and the plain values that its
-    methods' own files and closures hold. Of values that cannot be told, where they lie."""
+    """What a module keeps between two calls, a digest by the place: tensors, attributes, also of its class, and the
+    plain values that its methods' own files and closures hold. Of values that cannot be told, where they lie."""
     found: dict[str, str] = {}
+    told = set[Any]()  # a hundred blocks of one class read the same file
     for name, part in network.named_modules():
         where = f"{name}." if name else ""
         own = {key: value for key, value in vars(part).items() if key not in _OF_TORCH}
         tensors = {**part._parameters, **part._buffers}
         functions = {key: value for key, value in own.items() if callable(value) and hasattr(value, "__code__")}
-        for key, value in {**own, **tensors}.items():
+        for key, value in {**own, **tensors, **_shared(type(part))}.items():
             found[f"{where}{key}"] = _digest(value)
-        for key, function in {
-            **functions,
-            "forward": getattr(type(part).forward, "__wrapped__", type(part).forward),
-        }.items():
-            found |= {f"{where}{key}: {inner}": _digest(value) for inner, value in _around(function).items()}
+        forward = getattr(type(part), "forward", None)  # a script has none in Python
+        for key, function in {**functions, "forward": getattr(forward, "__wrapped__", forward)}.items():
+            around = {} if function in told else _around(function)
+            found |= {f"{where}{key}: {inner}": _digest(value) for inner, value in around.items()}
+            told.add(function)
     return found
 
 
@@ -173,12 +174,25 @@ _PLAIN = (bool, int, float, complex, str, bytes, list, dict, set, tuple, deque, 
 def _around(function: Any) -> dict[str, Any]:
     """The plain values that a function of the user's own reads from outside itself."""
     code = getattr(function, "__code__", None)
-    if code is None or getattr(function, "__module__", "").partition(".")[0] in ("torch", "torchvision", "timm"):
+    if code is None or _of_a_library(function):
         return {}
     cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
     closed = {name: cell.cell_contents for name, cell in cells if _filled(cell)}
     globals_ = {name: value for name, value in function.__globals__.items() if not name.startswith("__")}
     return {name: value for name, value in {**globals_, **closed}.items() if isinstance(value, _PLAIN)}
+
+
+def _shared(kind: type) -> dict[str, Any]:
+    """The plain values that all modules of a user's class share, its own and those of its bases."""
+    held = {
+        name: value for base in reversed(kind.__mro__) if not _of_a_library(base) for name, value in vars(base).items()
+    }
+    return {name: value for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith("__")}
+
+
+def _of_a_library(defined: Any) -> bool:
+    # What torch.fx writes lies in no module: its name is None.
+    return (getattr(defined, "__module__", None) or "").partition(".")[0] in ("torch", "torchvision", "timm")
 
 
 def _filled(cell: Any) -> bool:

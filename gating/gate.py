@@ -400,15 +400,26 @@ def background_of(
     few = RECALLED // 2
     clean = main.evaluation.correct  # an image that is wrong already was not attacked: asked once
     asked = np.concatenate([images[:few], main.adversarial[:few][np.array(clean[:few])]])
-    logits = np.concatenate([main.clean_logits[:few], main.adversarial_logits[:few][np.array(clean[:few])]])
+    attacked = main.adversarial_logits[:few][np.array(clean[:few])]
+    if not main.evaluation.grid and len(attacked):  # those are of points in floats, which nobody kept: asked as bytes
+        again = to_float(torch.from_numpy(asked[-len(attacked) :]))
+        attacked = torch.cat([subject.decide(part) for part in again.split(few)]).numpy()
+    logits = np.concatenate([main.clean_logits[:few], attacked])
     return Background(
-        training=None if remote or not len(data.x_train) else (data.x_train[:TRAINING], data.y_train[:TRAINING]),
+        training=None if remote or not len(data.x_train) else training_of(data),
         others={source.name: source.model for source in sources[-OTHERS:]},
         recalled=(asked, logits),
         afresh=subject.afresh if ranks.world == 1 else None,
         state=subject.state,
         largest=1 if remote else LARGEST,
     )
+
+
+def training_of(data: Dataset) -> tuple[Bytes, Labels]:
+    """Images and labels `(n,)`, at most TRAINING, from all over the training part, which may lie class by class."""
+    count = len(data.x_train)
+    chosen = np.linspace(0, count - 1, min(count, TRAINING)).round().astype(np.int64)
+    return data.x_train[chosen], data.y_train[chosen]
 
 
 def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:

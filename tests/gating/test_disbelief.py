@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gating.gate import gate
+from gating.gate import TRAINING, gate, training_of
 from gating.policy import Policy
 from gating.subject import Subject, module_subject, onnx_subject
 from gating.summary import headline
@@ -180,3 +182,21 @@ def test_a_substitute_is_learnt_once(networks: Networks, digits: Dataset, tmp_pa
         assert [attack["name"] for attack in report["evaluation"]["attacks"]][-1] == "mi-fgsm-10 from substitute"
         assert report["evaluation"]["about"]["substitute"].startswith("learnt from 60 answers")
     assert whole["evaluation"]["per_image"] == again["evaluation"]["per_image"]
+
+
+@pytest.mark.parametrize("count", [1, 300, 1300])
+def test_training_images_are_of_every_class_where_they_lie_class_by_class(digits: Dataset, count: int) -> None:
+    """As folders are read. One class alone, a hard one, would make an honest model look as if it knew the others."""
+    by_class = np.argsort(digits.y_train[:count], kind="stable")
+    folder = replace(digits, x_train=digits.x_train[by_class], y_train=digits.y_train[by_class])
+    images, labels = training_of(folder)
+    assert len(images) == len(labels) == min(count, TRAINING)
+    assert set(labels) == set(digits.y_train[:count])
+
+
+def test_an_honest_file_in_floats_answers_as_before(networks: Networks, tmp_path: Path) -> None:
+    """Attacks end between grey levels there, and the evidence keeps bytes: their answers are not compared."""
+    subject = written(load_run(networks("standard")).model, tmp_path / "model.onnx")
+    report = gate(subject, policy(0.02, "1.4/255", suite=["margin-pgd-5"]), tmp_path / "evidence")
+    found = {check["check"]: check for check in report["checks"]}
+    assert found["answers_change"]["outcome"] == "clear", found["answers_change"]["why"]

@@ -228,6 +228,40 @@ def test_a_script_and_a_module_without_weights_are_modules(write: Write) -> None
         assert held <= right == 20
 
 
+KINDS = {
+    "a script": "make = lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)))",
+    "a trace": "make = lambda: torch.jit.trace(Net(), torch.zeros(1, 3, 8, 8))",
+    "a graph": "import torch.fx\nmake = lambda: torch.fx.symbolic_trace(Net())",
+}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_what_a_module_of_any_kind_keeps_can_be_told(write: Write, what: str) -> None:
+    """A forward may be compiled, or lie in no file; asked once more, an honest module keeps what it kept."""
+    subject = write(KINDS[what])
+    assert subject.state is not None
+    before = subject.state()
+    subject.decide(noise(subject.contract, 2))
+    assert before == subject.state() != {}
+
+
+COUNTERS = {
+    "in itself": "self.calls = getattr(self, 'calls', 0) + 1",
+    "in its class": "Made.calls = getattr(Made, 'calls', 0) + 1",
+    "in its file": "global calls; calls = globals().get('calls', 0) + 1",
+}
+
+
+@pytest.mark.parametrize("where", COUNTERS)
+def test_a_module_that_counts_keeps_something_else(write: Write, where: str) -> None:
+    """A number of calls is found wherever a module can keep it plainly."""
+    subject = write(FORWARD.format(f"{COUNTERS[where]}; return y(x)"))
+    assert subject.state is not None
+    before = subject.state()
+    subject.decide(noise(subject.contract, 2))
+    assert before != subject.state()
+
+
 def test_a_module_in_float64_is_asked_in_float32_unless_declared(write: Write) -> None:
     """Its own precision where the contract says so."""
     for contract, dtype in ((CONTRACT, torch.float32), (CONTRACT.replace("32", "64", 1), torch.float64)):

@@ -215,6 +215,16 @@ def test_a_model_that_knows_the_test_images_only_is_noticed(
         assert run("only_these_images", honest, digits, background=training).outcome == "clear"
 
 
+@pytest.mark.parametrize("side", [8, 12, 16, 32, 70])
+def test_light_changes_are_light_at_every_size(side: int) -> None:
+    """A ramp over the image moves by a tenth of its height at most, and stays bytes."""
+    x = (torch.linspace(0, 1, side).mul(255).round() / 255).expand(1, 1, side, side)
+    for moved in lightly(x).values():
+        assert moved.shape == x.shape
+        assert torch.equal((255 * moved).round() / 255, moved)
+        assert (moved - x).abs().max() <= 0.1 + 1 / 255
+
+
 def replace_lightly(known: nn.Module, digits: Dataset) -> nn.Module:
     """The same memory, also of each image after the light changes that the check makes."""
     x = to_float(torch.from_numpy(digits.x_test[:N]))
