@@ -118,7 +118,10 @@ class Record:
 
 
 def order_of(model: str, data: str, policy: str, count: int) -> NDArray[np.int64]:
-    """A permutation of the test images, drawn from the digests of model, data and policy: nobody chooses it."""
+    """A permutation of the test images, drawn from the digests of model, data and policy.
+
+    Nobody chooses it for a given file; but an author who tries many files of one model can find one that it flatters.
+    """
     digest = hashlib.sha256("\n".join((model, data, policy)).encode()).digest()
     return np.random.default_rng(list(digest)).permutation(count)
 

@@ -43,9 +43,7 @@ class Substitute(nn.Module):
         self.net = ResNet18(WIDTH, classes, channels, blocks=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if max(x.shape[2:]) > SIDE:
-            x = functional.interpolate(x, size=(SIDE, SIDE), mode="area")
-        logits: Tensor = self.net(2 * x - 1)
+        logits: Tensor = self.net(2 * _seen(x) - 1)
         return logits
 
 
@@ -98,33 +96,56 @@ def learnt(
     stream = generator(seed, "substitute", device=device)
     count = min(len(images), max(1, answers // PARTS))
     chosen = torch.randperm(len(images), generator=generator(seed, "substitute", "images"))[:count]
-    x = to_float(torch.from_numpy(images)[chosen]).to(device)
-    first = _labels(decide, x)
+    # As bytes, and what was asked in the substitute's own size: whole and in floats they would take gigabytes.
+    parts = [part.to(device) for part in torch.from_numpy(images)[chosen].split(BATCH)]
+    asked = [_Asked.of(decide, to_float(part)) for part in parts]
+    truth = [one.labels for one in asked]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derived_seed(seed, "substitute", "weights"))
-        model = Substitute(x.shape[1], int(first[1])).to(device)
+        model = Substitute(images.shape[3], asked[0].classes).to(device)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
-    asked, labels = [x], [first[0]]
     for number in track(range(ROUNDS), "substitute", ROUNDS):
-        new = [_around(x, threat, stream)]
+        asked += [_Asked.of(decide, _around(to_float(part), threat, stream)) for part in parts]
         if number:
             with frozen(model):
-                fooling = mi_fgsm(model, x, labels[0], threat, generator=stream, steps=STEPS)
-            new.append(to_uint8(fooling, x, threat).float() / 255)
-        asked += new
-        labels += [_labels(decide, part)[0] for part in new]
-        _train(model, optimizer, torch.cat(asked), torch.cat(labels), stream)
+                for part, labels in zip(parts, truth, strict=True):
+                    asked.append(_Asked.of(decide, _fooling(model, to_float(part), labels, threat, stream)))
+        _train(model, optimizer, _Asked.joined(asked), stream)
     model.eval().requires_grad_(False)
-    everything, truth = torch.cat(asked), torch.cat(labels)
-    agreement = float((_labels(model, everything)[0] == truth).float().mean())
-    return Learnt(model, len(truth), agreement)
-
-
-def _labels(decide: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, int]:
-    """The labels `(N,)` that it gives, and K."""
+    everything = _Asked.joined(asked)
     with torch.no_grad():
-        logits = torch.cat([decide(part) for part in x.split(BATCH)])
-    return logits.argmax(dim=1).to(x.device), logits.shape[1]
+        found = torch.cat([model(part).argmax(dim=1) for part in everything.points.split(BATCH)])
+    return Learnt(model, len(found), float((found == everything.labels).float().mean()))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Images as the substitute sees them `(N, C, H, W)`, the labels that were given `(N,)`, and K."""
+
+    points: Tensor
+    labels: Tensor
+    classes: int
+
+    @staticmethod
+    def of(decide: Callable[[Tensor], Tensor], x: Tensor) -> _Asked:
+        with torch.no_grad():
+            logits = decide(x)
+        return _Asked(_seen(x), logits.argmax(dim=1).to(x.device), logits.shape[1])
+
+    @staticmethod
+    def joined(several: list[_Asked]) -> _Asked:
+        points, labels = (torch.cat(column) for column in zip(*((a.points, a.labels) for a in several), strict=True))
+        return _Asked(points, labels, several[0].classes)
+
+
+def _seen(x: Tensor) -> Tensor:
+    """Images in the size that the substitute looks at."""
+    return functional.interpolate(x, size=(SIDE, SIDE), mode="area") if max(x.shape[2:]) > SIDE else x
+
+
+def _fooling(model: nn.Module, x: Tensor, labels: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
+    found = mi_fgsm(model, x, labels, threat, generator=stream, steps=STEPS)
+    return to_uint8(found, x, threat).float() / 255
 
 
 def _around(x: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
@@ -142,14 +163,12 @@ def _around(x: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
     return to_uint8(project(x + length * steepest(noise, threat.norm), x, threat), x, threat).float() / 255
 
 
-def _train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, stream: torch.Generator
-) -> None:
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, asked: _Asked, stream: torch.Generator) -> None:
     model.train()
     for _ in range(EPOCHS):
-        for index in torch.randperm(len(x), generator=stream, device=x.device).split(BATCH):
+        for index in torch.randperm(len(asked.labels), generator=stream, device=asked.labels.device).split(BATCH):
             if len(index) > 1:  # a batch norm needs two
                 optimizer.zero_grad()
-                functional.cross_entropy(model(x[index]), labels[index]).backward()
+                functional.cross_entropy(model(asked.points[index]), asked.labels[index]).backward()
                 optimizer.step()
     model.eval()

@@ -258,7 +258,7 @@ BYTES: dict[str, tuple[Callable[[Path, Path], object], type[Exception], str]] = 
     "link": (as_link, BadEvidence, "labels.txt: is no plain file"),
     "no probes": (lambda c, e: (e / "probes.npz").unlink(), BadEvidence, "probes.npz: No such file"),
     "no report": (lambda c, e: (e / "report.json").unlink(), BadEvidence, "report.json: No such file"),
-    "no candidate": (lambda c, e: shutil.rmtree(c), BadEvidence, "candidate: No such file"),
+    "no candidate": (lambda c, e: shutil.rmtree(c), BadEvidence, "manifest.json: no such file"),
     "unsigned": (lambda c, e: (e / ATTESTATION).unlink(), NotAttested, "attestation.intoto.jsonl: no such file"),
 }
 
