@@ -157,7 +157,8 @@ def kept(network: nn.Module) -> dict[str, str]:
         own = {key: value for key, value in vars(part).items() if key not in _OF_TORCH}
         tensors = {**part._parameters, **part._buffers}
         functions = {key: value for key, value in own.items() if callable(value) and hasattr(value, "__code__")}
-        for key, value in {**own, **tensors, **_shared(type(part))}.items():
+        shared = {f"{key} of the class": value for key, value in _shared(type(part)).items()}
+        for key, value in {**own, **tensors, **shared}.items():
             found[f"{where}{key}"] = _digest(value)
         forward = getattr(type(part), "forward", None)  # a script has none in Python
         for key, function in {**functions, "forward": getattr(forward, "__wrapped__", forward)}.items():
