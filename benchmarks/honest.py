@@ -24,7 +24,7 @@ HARD = Threat("linf", 16 / 255)
 
 
 def plain(channels: int, classes: int, activation: Callable[[], nn.Module], norm: bool, pool: bool) -> nn.Module:
-    """Four convolutions, two of which halve the sides, with a linear layer on top."""
+    """Four convolutions, the second and fourth halve the sides; a linear layer on top."""
 
     def layer(inputs: int, maps: int, halved: bool) -> list[nn.Module]:
         stride = 2 if halved and not pool else 1

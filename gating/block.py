@@ -113,7 +113,7 @@ def _attacked(
     source: Source | None,
     track: Track,
 ) -> Outcome:
-    """By the plan's own attacks, or by those that are crafted on a source, on what was left before."""
+    """By the plan's own attacks, or by attacks crafted on a source, on the images left before."""
     attacks = plan.attacks if source is None else tuple(one.crafted_on(source.name) for one in source.attacks)
     return evaluate(
         plan.model,

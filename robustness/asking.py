@@ -74,7 +74,7 @@ def answers_change(e: Examination) -> Found:
 
 
 def state_changes(e: Examination) -> Found:
-    """What a module keeps, before and after one more question that it was asked already."""
+    """The state of a module, before and after one more question that it was asked already."""
     state = e.background.state
     if state is None:
         return Found("not_run", "nobody can see what the model keeps from one question to the next")

@@ -89,7 +89,7 @@ def learnt(
 ) -> Learnt:
     """Train a substitute on at most `answers` of the labels that `decide` gives.
 
-    decide: float images `(N, C, H, W)` to logits `(N, K)`. images: uint8 `(n, H, W, C)`, not those that are judged.
+    decide: float images `(N, C, H, W)` to logits `(N, K)`. images: uint8 `(n, H, W, C)`, other than the judged ones.
     threat: how far around them it is asked, as bytes.
     Its randomness comes from `seed` alone.
     """
