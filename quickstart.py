@@ -46,6 +46,7 @@ KEY = "release"
 TRUST_FILE = """\
 # Written by quickstart.py: promotion lets in what this key signed, by this policy.
 threshold = 1
+drawn = true # that key drew the order of the images, too
 keys = ["{key}.pub"]
 policies = [{policy}]
 """

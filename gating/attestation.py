@@ -57,6 +57,7 @@ class Trust:
 
     policies: digests of the policies that may let a model pass; None: any. max_age: since the gate ran; None: any.
     data: digests of the data sets that may be judged on, as a policy names a place and not its content; None: any.
+    drawn: whether one of the keys must have drawn the order of the images.
     """
 
     keys: tuple[SSlibKey, ...]
@@ -64,6 +65,7 @@ class Trust:
     policies: frozenset[str] | None = None
     max_age: timedelta | None = None
     data: frozenset[str] | None = None
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def sign_evidence(evidence: Path, keys: Sequence[Path]) -> datetime:
     fresh = _unsigned(report, digest, report["policy"].get("valid_days", VALID_DAYS))
     if envelopes is not None and [_said(envelope) for envelope in envelopes] != [_said(envelope) for envelope in fresh]:
         raise refusal("unlike", f"{path}: does not say what {REPORT} says")
-    write_text(path, _signed(envelopes or fresh, [read_signer(key) for key in keys]))
+    signers = [read_signer(key) for key in keys]
+    _require_drawn(report, [signer.public_key for signer in signers], evidence / REPORT, by_one=False)
+    write_text(path, _signed(envelopes or fresh, signers))
     return datetime.fromisoformat(json.loads(fresh[1].payload)["predicate"]["expires"])
 
 
@@ -161,6 +165,7 @@ def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None =
             raise refusal("unlike", f"{evidence / REPORT}: is not the report that was signed")
         report = inspect(candidate, evidence)
         _require_alike(attestation, report, signed, path)
+        _require_drawn(report, trust.keys, evidence / REPORT, by_one=trust.drawn)
     except MALFORMED as error:
         raise refusal("statement", f"{path}: a malformed statement was signed: {_reason(error)}") from None
     return report
@@ -277,6 +282,23 @@ def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha2
     ):
         if other := [key for key in made if key in said and said[key] != json.loads(json.dumps(made[key]))]:
             raise refusal("unlike", f"{path}: says another {other[0]} than {REPORT}")
+
+
+def _require_drawn(report: dict[str, Any], keys: Iterable[SSlibKey], path: Path, *, by_one: bool) -> None:
+    """Refuse an order that names one of the keys, which did not draw it; by_one: also one that none of them drew."""
+    from gating.order import Draw, Matter  # here, as it loads numpy
+
+    said = report["statistics"].get("draw")
+    if said is None:
+        if by_one:
+            raise refusal("order", f"{path}: the order follows from digests alone")
+        return
+    draw, own = Draw.from_json(said), {key.keyid: key for key in keys}
+    digests = report["candidate"]["model_sha256"], report["data"]["sha256"], report["policy"]["sha256"]
+    if draw.keyid not in own and by_one:
+        raise refusal("order", f"{path}: key {draw.keyid[:12]} drew the order, and is not trusted")
+    if draw.keyid in own and not draw.is_by(own[draw.keyid], Matter(*digests, report["data"]["images"])):
+        raise refusal("order", f"{path}: key {draw.keyid[:12]} did not draw the order that names it")
 
 
 def _require_verdict(verdict: object, path: Path) -> None:

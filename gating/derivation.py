@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gating.faults import refusal
+from gating.order import Draw, Matter, order_of
 from gating.pairs import Pairs
 from gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
 from gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
@@ -53,6 +54,7 @@ class Record:
     pairs: baseline and candidate on the baseline's images, where there is a baseline.
     no_gradients: why only black-box attacks could run; None where gradients were there.
     not_finite: images whose logits are not finite as attacks left them.
+    draw: of the order, by the gate's key; None where the digests alone fix it.
     """
 
     policy: Policy
@@ -70,11 +72,17 @@ class Record:
     pairs: Pairs | None = None
     no_gradients: str | None = None
     not_finite: int = 0
+    draw: Draw | None = None
+
+    @property
+    def matter(self) -> Matter:
+        """What the order is of."""
+        return Matter(self.model_sha256, self.data_sha256, self.policy_sha256, self.population)
 
     @property
     def order(self) -> NDArray[np.int64]:
         """All images of the data set `(population,)`, in the order in which they are attacked."""
-        return order_of(self.model_sha256, self.data_sha256, self.policy_sha256, self.population)
+        return order_of(self.matter, self.draw)
 
     @property
     def cap(self) -> int:
@@ -115,15 +123,6 @@ class Record:
         """How many images were attacked after each block."""
         size, count = self.policy.attacks.block, len(self.labels)
         return [*range(size, count, size), count]
-
-
-def order_of(model: str, data: str, policy: str, count: int) -> NDArray[np.int64]:
-    """A permutation of the test images, drawn from the digests of model, data and policy.
-
-    Nobody chooses it for a given file; but an author who tries many files of one model can find one that it flatters.
-    """
-    digest = hashlib.sha256("\n".join((model, data, policy)).encode()).digest()
-    return np.random.default_rng(list(digest)).permutation(count)
 
 
 @dataclass(frozen=True)
@@ -171,6 +170,7 @@ def derived(record: Record) -> Row:
     verdict = decide([row["outcome"] for row in rows], findings, list(why))
     order = record.order
     sizes = {} if record.class_images is None else {"class_images": list(record.class_images)}
+    draw = {} if record.draw is None else {"draw": record.draw.to_json()}
     return {
         "verdict": verdict,
         "exit_code": EXIT_CODES[verdict],
@@ -183,6 +183,7 @@ def derived(record: Record) -> Row:
             "cap": record.cap,
             "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
             **sizes,
+            **draw,
         },
         "criteria": rows,
         "progress": progress(record, courses, among),
@@ -317,7 +318,7 @@ def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> Record:
     main = Evaluation.from_json(report["evaluation"])
     grid = candidate["input"]["dtype"] == "uint8"
     evaluations.insert(policy.place(policy.parsed_threat, grid), main)
-    blind = main.about.get("kind") == "black-box"
+    blind, draw = main.about.get("kind") == "black-box", report["statistics"].get("draw")
     return Record(
         policy=policy,
         policy_sha256=digest_of(text),
@@ -334,6 +335,7 @@ def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> Record:
         pairs=None if report["baseline"] is None else Pairs.from_json(report["baseline"]),
         no_gradients=str(why.get("no_gradients", "")) if blind else None,
         not_finite=_not_finite(why, len(report["per_image"]["label"])) if probes is None else wild(probes),
+        draw=None if draw is None else Draw.from_json(draw),
     )
 
 

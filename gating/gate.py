@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from gating.attestation import ATTESTATION, PROBES, sign
 from gating.baseline import Baseline, compare
 from gating.block import Block, Plan, Source, attack_block, joined_outcomes
-from gating.derivation import Record, order_of, wild
+from gating.derivation import Record, wild
 from gating.formats import FILES, write_formats
 from gating.keys import read_signer
+from gating.order import Draw, Matter, order_of
 from gating.pairs import Pairs
 from gating.policy import NO_REGRESSION, Policy
 from gating.probes import as_npz
@@ -91,13 +92,12 @@ def gate(
     """Judge `subject` by `policy`, write the evidence to `out`, and return the report.
 
     surrogates: by name, to record how much holds against images crafted on them. baseline: report.json of an earlier
-    model, for `no_regression`. keys: sign the evidence with each.
+    model, for `no_regression`. keys: sign the evidence with each; the first draws the order.
     An interrupted gate goes on where it was, if it is told the same again.
     """
     started = time.perf_counter()
     ranks = ranks or Ranks.alone()
-    for key in keys:
-        read_signer(key)  # a key that cannot sign is found out before the attacks, not after
+    signers = [read_signer(key) for key in keys]  # a key that cannot sign is found out before the attacks, not after
     require_place(out, EVIDENCE)
     require_kind(subject, policy)
     suite, no_gradients = suite_of(subject, policy)
@@ -112,7 +112,9 @@ def gate(
         data.classes,
         data.y_test,
     )
-    order = order_of(subject.digest, data.sha256, policy.digest, len(data.x_test))
+    matter = Matter(subject.digest, data.sha256, policy.digest, len(data.x_test))
+    draw = Draw.by(signers[0], matter) if signers else None
+    order = order_of(matter, draw)
     cap = policy.data.images or len(order)
     require_answers(subject, data.x_test[order[:FIRST]], data.y_test[order[:FIRST]])
     climbed = climbed_by(subject, data.x_test[order], ranks)
@@ -123,6 +125,7 @@ def gate(
         "run": str(subject.run.get("checkpoint_sha256", "")),
         "data": data.sha256,
         "policy": policy.digest,
+        "order": hashlib.sha256(order.tobytes()).hexdigest(),
         "attacks": hashlib.sha256(repr([(a.name, dict(a.parameters)) for a in suite]).encode()).hexdigest(),
         "baseline": earlier.report_sha256 if earlier else "",
         "surrogates": ensemble_sha256([surrogate.origin_sha256 for surrogate in (surrogates or {}).values()]),
@@ -194,6 +197,7 @@ def gate(
                         pairs=comparison,
                         no_gradients=no_gradients,
                         not_finite=wild(arrays),
+                        draw=draw,
                     ),
                     subject=subject_entry(subject),
                     run={key: value for key, value in subject.run.items() if key == "checkpoint_sha256"},

@@ -133,7 +133,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         "policy": report["policy"]["sha256"],
         "data": report["data"]["sha256"],
         "statistics": f"{statistics['kind']}, cap {statistics['cap']:,} of {statistics['population']:,} images",
-        "order of the images": statistics["order_sha256"],
+        "order of the images": summary.order(report),
         "seed": report["evaluation"]["seed"],
         **report["files"],
         "wall time": summary.duration(report["seconds"]),

@@ -155,7 +155,7 @@ def _provenance(report: Report) -> Iterator[str]:
         "model": report["candidate"]["model_sha256"],
         "policy": report["policy"]["sha256"],
         "data": report["data"]["sha256"],
-        "order of the images": report["statistics"]["order_sha256"],
+        "order of the images": summary.order(report),
         "created": report["created"],
         "code": report["code"]["revision"],
         "seed": report["evaluation"]["seed"],

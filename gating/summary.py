@@ -105,6 +105,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def order(report: Mapping[str, Any]) -> str:
+    """Which order the images were attacked in, and who drew it."""
+    statistics = report["statistics"]
+    by = f"key {statistics['draw']['keyid'][:12]}" if "draw" in statistics else "digests alone"
+    return f"{statistics['order_sha256']}, drawn by {by}"
+
+
 def threat(evaluation: Mapping[str, Any]) -> str:
     """`Linf 8/255 as uint8`."""
     norm = {"linf": "Linf", "l2": "L2"}.get(evaluation["threat"]["norm"], evaluation["threat"]["norm"])

@@ -21,13 +21,15 @@ class TrustFile(Section):
     """Paths are relative to the file. keys: public ones; list old and new while they rotate.
 
     policies: files or SHA-256 digests of those that may let a model pass; without it any may. data: SHA-256 of the data
-    sets that may be judged on, as reports give it; without it any may.
+    sets that may be judged on, as reports give it; without it any may. drawn: whether one of the keys must have drawn
+    the order of the images, so that an author cannot try files until an order flatters one.
     """
 
     threshold: int = Field(1, ge=1)
     keys: list[str] = Field(min_length=1)
     policies: list[str] | None = Field(None, min_length=1)
     max_age_days: int | None = Field(None, ge=1)
+    drawn: bool = False
     data: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] | None = Field(None, min_length=1)
 
 
@@ -42,6 +44,7 @@ def load_trust(path: Path) -> Trust:
         threshold=parsed.threshold,
         policies=None if parsed.policies is None else frozenset(_digest(path, name) for name in parsed.policies),
         data=None if parsed.data is None else frozenset(parsed.data),
+        drawn=parsed.drawn,
         max_age=None if parsed.max_age_days is None else timedelta(days=parsed.max_age_days),
     )
 

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from gating.attestation import NotAttested, candidate_files, read_evidence
-from gating.derivation import derived, order_of, recorded, require_derived
+from gating.derivation import derived, recorded, require_derived
 from gating.faults import EvidenceError
+from gating.order import Matter, order_of
 from gating.pairs import Pairs
 from gating.probes import as_npz
 from gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
@@ -76,8 +77,8 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> dict[str, An
     before = tuple(held.tolist())
     about = {"kind": "transfer", "surrogate": "other", "surrogate_sha256": "3" * 64}
     policy = policy_of(CRITERIA, statistics="sequential", attacks={"suite": ["fgsm"], "substitute": 0, "block": BLOCK})
-    record = {"model_sha256": candidate_files(candidate)["model.onnx"], "data_sha256": "d" * 64}
-    index = order_of(*record.values(), policy.digest, POPULATION)[:count]
+    record = {"model": candidate_files(candidate)["model.onnx"], "data": "d" * 64}
+    index = order_of(Matter(**record, policy=policy.digest, images=POPULATION))[:count]
     report = true_report(
         probes,
         candidate_files(candidate),

@@ -16,6 +16,8 @@ import pytest
 
 from gating.attestation import ATTESTATION, file_digest
 from gating.faults import FAULTS, BadEvidence, NotAttested
+from gating.keys import read_public
+from gating.order import Draw
 from serving.export import export
 from tests.gating.test_attestation import changed, enveloped, lines, said, write_lines
 from tests.gating.test_derivation import commands
@@ -147,6 +149,13 @@ def signed_nonsense(home: Path) -> None:
     write_lines(home / "evidence", [enveloped([], home / "release.key")] * 2)
 
 
+def claimed(home: Path) -> None:
+    """An order whose signature somebody tried until it pleased, in the name of the key that is trusted."""
+    draw = Draw(read_public(home / "release.pub").keyid, "0123456789abcdef" * 8)
+    report = report_on(home / "candidate", home / "evidence", draw=draw)
+    write_report(home / "evidence", report, home / "release.key")
+
+
 NOW = datetime.now(UTC).isoformat(timespec="seconds")
 PRODUCED: dict[str, list[tuple[Callable[[Path], object], tuple[str, ...]]]] = {
     "missing": [
@@ -200,6 +209,10 @@ PRODUCED: dict[str, list[tuple[Callable[[Path], object], tuple[str, ...]]]] = {
     "verdict": [(failed, JUDGES)],
     "policy": [(lambda home: trust(home, f'policies = ["{"b" * 64}"]'), JUDGES)],
     "data": [(lambda home: trust(home, f'data = ["{"e" * 64}"]'), JUDGES)],
+    "order": [
+        (lambda home: trust(home, "drawn = true"), JUDGES),
+        (claimed, ("sign", *JUDGES)),
+    ],
     "early": [(lambda home: dated(home, "2999-01-01T00:00:00+00:00"), JUDGES)],
     "expired": [(lambda home: dated(home, "2001-01-01T00:00:00+00:00"), JUDGES)],
     "old": [(lambda home: (dated(home, "2001-01-01T00:00:00+00:00", 36500), trust(home, "max_age_days = 1")), JUDGES)],
