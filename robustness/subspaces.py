@@ -1,4 +1,5 @@
-"""Subspaces in which data live: perturbations alike in all channels, of low frequency, on values that the data have."""
+"""Subspaces in which data live: perturbations alike in all channels, of low frequency, on values that the data have,
+at places where the data differ."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ COARSE = 2  # pixels from one free value to the next, where frequencies are low
 LOW = {"linear": 1, "nearest": 0}
 HALVINGS = 10  # of the scale at which an L2 perturbation is rounded; a thousandth of a length is less than a level
 CHANNELS = 4  # with more of them, none is attacked by itself
+VARIED = 0.25  # of the images have another level than the median there, or a place is one that seldom changes
 TINY = 1e-6  # 8/255 * 255 must stay 8 in floating point
 NOWHERE = 10**6  # a level outside every ball
 
@@ -31,12 +33,14 @@ class Subspace:
     low: a key of LOW, by which it is drawn from values `COARSE` pixels apart.
     channel: which one is perturbed, where it is only one.
     lattice: `values` that the batch of clean images has anywhere, or `places`: that it has at this row and column.
+    varied: only places where the images of the batch differ, as no margin or corner does that is seldom inked.
     """
 
     grey: bool = False
     low: str = ""
     channel: int | None = None
     lattice: str = ""
+    varied: bool = False
 
 
 # A point in a combination lies in each of its parts, so it passes a switch on any of them, and on all at once. Only
@@ -47,9 +51,11 @@ SUBSPACES: dict[str, Subspace] = {
     "low": Subspace(low="linear"),
     "blocks": Subspace(low="nearest"),
     "channel": Subspace(channel=0),
+    "varied": Subspace(varied=True),
     "grey+blocks": Subspace(grey=True, low="nearest"),
     "grey+low": Subspace(grey=True, low="linear"),
     "grey+lattice": Subspace(grey=True, lattice="values"),
+    "grey+varied": Subspace(grey=True, varied=True),
     "grey+places": Subspace(grey=True, lattice="places"),
     "grey+low+lattice": Subspace(grey=True, low="linear", lattice="values"),
 }
@@ -60,13 +66,16 @@ def subspaces(x: Tensor) -> dict[str, Subspace]:
 
     `channel` stands for each channel. One channel is grey anyway, and a lattice of all 256 values none: there
     perturbations of whole levels remain. Grey on a lattice is left out where images are coloured, as equal steps from
-    values that differ do not end on the lattice.
+    values that differ do not end on the lattice. Where all places vary, or none, there is no such part.
     """
     channels, coloured = x.shape[1], bool((x != x[:, :1]).any())
     dense = len((255 * x).round().unique()) == 256
+    everywhere = len({*varied(x).flatten().tolist()}) < 2
     once: dict[Subspace, str] = {}
     for name, space in SUBSPACES.items():
         if coloured and space.grey and space.lattice:
+            continue
+        if space.varied and everywhere:
             continue
         several = range(channels if 1 < channels <= CHANNELS else 0)
         lattice = "" if dense and space.lattice == "values" else space.lattice
@@ -75,6 +84,15 @@ def subspaces(x: Tensor) -> dict[str, Subspace]:
         for one, found in named.items():
             once.setdefault(found, one)
     return {name: space for space, name in once.items()}
+
+
+def varied(x: Tensor) -> Tensor:
+    """Where images `(N, C, H, W)` differ: `(1, 1, H, W)` bool, by the channel that differs most."""
+    if not len(x):
+        return x.new_zeros(1, 1, *x.shape[2:], dtype=torch.bool)
+    levels = (255 * x).round()
+    shares = (levels != levels.median(dim=0, keepdim=True).values).to(x.dtype).mean(dim=0, keepdim=True)
+    return shares.amax(dim=1, keepdim=True) >= VARIED
 
 
 class Chart:
@@ -91,6 +109,9 @@ class Chart:
         self.whole = 255 * threat.eps + TINY >= 1
         reach = threat.eps if threat.norm == "linf" else 1.0
         self.lower, self.upper = -self._free(x, reach), self._free(1 - x, reach)
+        if space.varied:
+            self.open = varied(x)
+            self.lower, self.upper = self.open * self.lower, self.open * self.upper
         self.rows, self.columns = (_drawn(length, space.low, x) for length in x.shape[2:])
         self.lattice = Lattice.of(x, space.lattice) if space.lattice and self.whole else None
 
@@ -127,6 +148,8 @@ class Chart:
         """The step that raises the loss most, by the loss's gradient: of size 1 in Linf, of length 1 in L2."""
         if self.threat.norm == "linf":
             return gradient.sign()
+        if self.space.varied:
+            gradient = self.open * gradient
         if self.space.low:  # where slopes overlap, the steepest way is not along the gradient of the coordinates
             rows, columns = (torch.linalg.inv(drawn @ drawn.T) for drawn in (self.rows, self.columns))
             gradient = rows @ gradient @ columns

@@ -55,6 +55,19 @@ def unseen(known: Tensor) -> Leaves:
     return leaves
 
 
+def off_the_ink(known: Tensor) -> Leaves:
+    """More places that few of the known images ink are inked than in half of those images."""
+    grey = (255 * known).round()
+    middle = grey.median(dim=0).values
+    seldom = ((grey - middle).abs() > 5).float().mean(dim=0) < 0.1
+
+    def inked(x: Tensor) -> Tensor:
+        return (seldom & (((255 * x).round() - middle).abs() > 5)).flatten(1).sum(dim=1)
+
+    most = inked(known).median()
+    return lambda x: inked(x) > most
+
+
 def either(*all_of: Leaves) -> Leaves:
     """Has left at least one of several."""
     return lambda x: torch.stack([leaves(x) for leaves in all_of]).any(dim=0)
@@ -67,6 +80,8 @@ def switches(known: Tensor) -> dict[str, Leaves]:
         "channel": others_alike(1),
         "low frequency": high_frequencies,
         "lattice": unseen(known),
+        "seldom inked": off_the_ink(known),
+        "grey and seldom inked": either(coloured, off_the_ink(known)),
         "grey and lattice": either(coloured, unseen(known)),
         "grey and low frequency": either(coloured, high_frequencies),
     }

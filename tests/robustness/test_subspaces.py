@@ -22,7 +22,7 @@ from robustness.geometry import contains, contains_uint8, to_uint8
 from robustness.losses import margin
 from robustness.models import Classifier, to_float
 from robustness.runs import load_run
-from robustness.subspaces import SUBSPACES, Chart, Subspace, subspaces
+from robustness.subspaces import SUBSPACES, Chart, Subspace, subspaces, varied
 from robustness.suites import SUITES
 from robustness.threat import Threat
 from robustness.trial import Trial
@@ -61,6 +61,8 @@ def stays(space: Subspace, moved: Tensor, x: Tensor, slack: float) -> bool:
     if space.grey and not torch.equal(moved, moved[:, :1].expand_as(moved)):
         return False
     if space.channel is not None and moved[:, [c for c in range(x.shape[1]) if c != space.channel]].any():
+        return False
+    if space.varied and moved[:, :, ~varied(x)[0, 0]].any():
         return False
     if space.low == "nearest":
         pairs = functional.interpolate(moved[..., ::2, ::2], scale_factor=2, mode="nearest")
@@ -110,9 +112,13 @@ def test_every_subspace_is_met_and_none_twice() -> None:
     """By images: grey, coloured, of one channel, of few values or of all."""
     few = drawn(4, (3, 9, 9), 0, True, 17)
     channels = [f"channel {k}" for k in range(3)]
-    assert set(subspaces(few)) == (set(SUBSPACES) - {"channel"}) | set(channels)
+    everywhere = set(SUBSPACES) - {"channel", "varied", "grey+varied"} | set(channels)
+    assert set(subspaces(few)) == everywhere
+    framed = functional.pad(few, (1, 1, 1, 1))
+    assert set(subspaces(framed)) == everywhere | {"varied", "grey+varied"}
     assert set(subspaces(few[:, :1])) == {"lattice", "low", "blocks", "grey+places", "grey+low+lattice", "grey"}
     assert len(set(subspaces(few[:, :1]).values())) == 6
+    assert "grey+varied" not in subspaces(framed[:, :1])  # one channel is grey anyway
     assert set(subspaces(drawn(4, (3, 9, 9), 0, False, 17))) == {
         *("grey", "lattice", "low", "blocks", "grey+blocks", "grey+low", *channels)
     }
@@ -152,6 +158,8 @@ def best_gain(space: Subspace, weight: Tensor, x: Tensor, threat: Threat) -> Ten
         ways = known.view(-1, 1, 1, 1, 1) - levels if space.lattice == "values" else known[:, None] - levels[None]
         gain = torch.where(ways.abs() <= reach, -ways * weight / 255, 0.0)
         return gain.amax(dim=0).flatten(1).sum(dim=1)
+    if space.varied:
+        weight = varied(x)[0] * weight
     if space.grey:
         weight = weight.sum(dim=0, keepdim=True)
     if space.channel is not None:
@@ -184,6 +192,8 @@ def test_reaches_the_best_point_of_a_linear_model(space: Subspace, norm: str) ->
     """The highest margin in the subspace is known in closed form; only rounding to whole levels may cost, or give."""
     model = Linear(SHAPE).double()
     x = ((255 * images(4, SHAPE)).round() / 255).double()
+    if space.varied:
+        x[:, :, :2] = x[:1, :, :2]
     y = model(x).argmax(dim=1)
     eps = (5 if norm == "linf" else 200) / 255
     with torch.no_grad():
