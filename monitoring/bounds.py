@@ -19,6 +19,10 @@ more than with the true prices (Jensen). Therefore, for all stretches of all rou
 What rejects p rejects all above it; the smallest p is found by bisection. Failures, turned round, give lower bounds.
 At the share p that was seen no stake has won (Jensen again), so that lower < share < upper for every stretch.
 
+Assumed: one model answers all of a round; whether a round counts does not depend on its answers (one that fails halfway
+is dropped); and each round is drawn anew. Figures of one round may share its images: each has its own part of the risk.
+Each new version begins with stakes of its own, so that the risk is that of a month and a version.
+
 Which stretch is published is a choice, and no choice can make it wrong. Here it is the longest that shows no change:
 windows are grown as long as no cut divides one into parts that differ (as ADWIN does: Bifet & Gavalda 2007).
 """
