@@ -272,7 +272,7 @@ def _require_current(attestation: Attestation, trust: Trust, now: datetime, path
 
 
 def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha256: str, path: Path) -> None:
-    """The statements say of their report what it says itself; entries of other versions of ours are not compared."""
+    """The statements say of their report what it says itself, no more and no less."""
     if attestation.subject != subjects(report):
         raise refusal("unlike", f"{path}: is about other files than {REPORT}")
     expires = expiry(report, report["policy"].get("valid_days", VALID_DAYS))
@@ -280,7 +280,9 @@ def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha2
         (attestation.test_result, test_result(report, report_sha256)),
         (attestation.robustness, robustness(report, report_sha256, expires)),
     ):
-        if other := [key for key in made if key in said and said[key] != json.loads(json.dumps(made[key]))]:
+        again = json.loads(json.dumps(made))
+        other = [key for key in {**again, **said} if (key in said, said.get(key)) != (key in again, again.get(key))]
+        if other:
             raise refusal("unlike", f"{path}: says another {other[0]} than {REPORT}")
 
 

@@ -38,6 +38,8 @@ def opened(path: Path, most: int | None = None, *, named: bool = False) -> Buffe
     Neither a FIFO without a writer nor a device without an end keeps anybody waiting. named: by the user, who may
     name a link to anywhere; a link that lies among somebody's files must stay in its directory.
     """
+    if "\0" in str(path):
+        raise Unfit("is no file name: it holds a null character")
     if not named and leaves(path):
         raise Unfit("is no plain file, but a link that leaves its directory")
     _require_plain(path.stat(), most)

@@ -299,6 +299,17 @@ def predicated(place: int, **entries: Any) -> Callable[[Path, Path], None]:
     return spoil
 
 
+def without(place: int, entry: str) -> Callable[[Path, Path], None]:
+    """Statement number `place` without an entry of its predicate, validly signed."""
+
+    def spoil(evidence: Path, key: Path) -> None:
+        predicate = said(evidence)[place]["predicate"]
+        del predicate[entry]
+        changed(place, predicate=predicate)(evidence, key)
+
+    return spoil
+
+
 def swapped(e: Path, k: Path) -> None:
     """Each payload under the other's signature."""
     one, two = lines(e)
@@ -373,6 +384,8 @@ ENVELOPES: dict[str, tuple[Callable[[Path, Path], object], type[Exception], str]
         NotAttested,
         "says another policy than report.json",
     ),
+    "one entry more": (predicated(1, note="splendid"), NotAttested, "says another note than report.json"),
+    "one entry less": (without(1, "checks"), NotAttested, "says another checks than report.json"),
     "naive clock": (
         predicated(1, expires="2027-01-01T00:00:00"),
         BadEvidence,

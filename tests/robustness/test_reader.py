@@ -79,6 +79,13 @@ def test_links_may_stay_or_be_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    """A manifest may name anything; the system call raises ValueError for a null character."""
+    for name in ("a\0b", "\0"):
+        with pytest.raises(Unfit, match="is no file name: it holds a null character"):
+            opened(tmp_path / name)
+
+
 TEXTS: dict[str, tuple[bytes, str]] = {
     "cut": (b'{"a": 1', "not readable as JSON"),
     "a key twice": (b'{"verdict": "failed", "verdict": "passed"}', "'verdict' stands twice in one object"),
