@@ -21,6 +21,7 @@ from robustness.threat import Threat
 
 EPOCHS, BATCH, LEARNING_RATE = 6, 64, 3e-3
 HARD = Threat("linf", 16 / 255)
+FEW = {"two": 2, "three": 3}  # classes
 
 
 def plain(channels: int, classes: int, activation: Callable[[], nn.Module], norm: bool, pool: bool) -> nn.Module:
@@ -55,9 +56,11 @@ KINDS: dict[str, Kind] = {
     "ReLU": Kind(),
     "SiLU": Kind(nn.SiLU),
     "GELU": Kind(nn.GELU),
+    "hard swish": Kind(nn.Hardswish),
     "max-pooling": Kind(pool=True),
     "no batch norm": Kind(norm=False),
     "one channel": Kind(images="grey"),
+    "2 classes": Kind(images="two"),
     "3 classes": Kind(images="three"),
     "100 classes": Kind(images="pairs"),
 }
@@ -65,18 +68,18 @@ KINDS |= {f"{name}, hardened": replace(kind, hardened=True, radius=16) for name,
 
 
 def seen_as(kind: str, digits: Dataset) -> Dataset:
-    """The digits as they are, in one channel, three classes of them, or two beside each other as 100 classes."""
+    """The digits as they are, in one channel, two or three classes of them, or two beside each other as 100 classes."""
     if kind == "grey":
         return replace(digits, x_train=digits.x_train[..., :1].copy(), x_test=digits.x_test[..., :1].copy())
-    if kind == "three":
-        train, test = digits.y_train < 3, digits.y_test < 3
+    if kind in FEW:
+        train, test = digits.y_train < FEW[kind], digits.y_test < FEW[kind]
         return replace(
             digits,
             x_train=digits.x_train[train],
             y_train=digits.y_train[train],
             x_test=digits.x_test[test],
             y_test=digits.y_test[test],
-            classes=digits.classes[:3],
+            classes=digits.classes[: FEW[kind]],
         )
     if kind == "pairs":
         x_train, y_train = _paired(digits.x_train, digits.y_train, 6000)
