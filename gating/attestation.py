@@ -98,7 +98,7 @@ def sign(report: dict[str, Any], report_sha256: str, keys: Sequence[Path], *, ex
 
 
 def sign_evidence(evidence: Path, keys: Sequence[Path]) -> datetime:
-    """Sign what the gate wrote, or add signatures to those that are there; returns until when they hold.
+    """Sign the evidence, or add signatures to it; returns the time at which they expire.
 
     Nobody signs blindly: the report must follow from its own record, the files must be those that it names, and what
     is signed already must be what the gate would have written beside this report. How long it holds is the policy's.
@@ -181,7 +181,7 @@ def inspect(candidate: Path, evidence: Path) -> dict[str, Any]:
 
 
 def read_evidence(evidence: Path) -> tuple[dict[str, Any], str]:
-    """The report of a gate and the SHA-256 of its bytes, whatever its verdict and whoever wrote it.
+    """The report of a gate and the SHA-256 of its bytes, whatever its verdict and its writer.
 
     All that follows from its own record is derived again, and its files must be those that it names: NotAttested (1)
     where they differ. BadEvidence (2) where a file is missing or cannot be read as what it should be.

@@ -405,7 +405,7 @@ def _require_subject(report: Mapping[str, Any], record: Record, path: Path) -> N
 
 
 def _require_checks(report: Mapping[str, Any], record: Record, path: Path) -> None:
-    """Each check once, and those that could run did."""
+    """Each check stands there once, and each that could run did."""
     checks = record.checks
     _require(path, "checks: outcomes", sorted({check["outcome"] for check in checks} - OUTCOMES), [])
     names = [check["check"] for check in checks]

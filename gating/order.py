@@ -1,4 +1,4 @@
-"""The order in which a gate attacks the test images: a permutation that follows from the digests of what it judges.
+"""The order in which a gate attacks the test images: a permutation by the digests of model, data and policy.
 
 An author who tries many files of one model can find one that such an order flatters. The signature of a key that he
 does not hold, mixed in, takes that away: Ed25519 signatures (RFC 8032) are deterministic, so a gate's holder draws one

@@ -55,7 +55,7 @@ class Pairs:
         return self.counts.p_more_lost
 
     def to_json(self) -> dict[str, Any]:
-        """The report's `baseline` entry: paired counts, the exact one-sided p, and what they follow from."""
+        """The report's `baseline` entry: paired counts, the exact one-sided p, and the flags behind them."""
         return {
             "report_sha256": self.report_sha256,
             "model_sha256": self.model_sha256,

@@ -63,7 +63,7 @@ def read_answers(path: Path, shape: tuple[int, int, int, int, int]) -> dict[str,
 def _arrays(
     path: Path, wanted: tuple[str, ...], shape: tuple[int, int, int, int, int] | None
 ) -> dict[str, NDArray[Any]]:
-    """Some of the members, once the headers of all of them fit together; no byte beyond what they say is unpacked."""
+    """Some of the members, once the headers of all fit together; no byte beyond the sizes in them is unpacked."""
     try:
         with opened(path) as file, zipfile.ZipFile(file) as archive:
             if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in MEMBERS):  # nor one of them twice

@@ -119,7 +119,7 @@ def threat(evaluation: Mapping[str, Any]) -> str:
 
 
 def claim(report: Report) -> str:
-    """What the verdict speaks of: exactly these images, or what they were drawn from."""
+    """The subject of the verdict: exactly these images, or the population that they were drawn from."""
     statistics = report["statistics"]
     part = f"{report['data']['name']} ({report['data']['part']} part)"
     skipped = described(report["data"].get("skipped", {}))

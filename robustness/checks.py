@@ -68,7 +68,7 @@ BALL_FREE = ("cw-l2",)  # it looks for the nearest adversarial image, wherever t
 
 @dataclass(frozen=True)
 class Result:
-    """A check and what it found, as the report keeps it."""
+    """A check and its finding, as the report keeps it."""
 
     check: str
     outcome: Literal["clear", "raised", "not_run"]
@@ -508,7 +508,7 @@ def _flipped_by_transfer(evaluation: Evaluation | None, transfer: Evaluation) ->
 
 
 def _left_by(evaluation: Evaluation, e: Examination) -> Flags:
-    """Which of the images that are right the suite left `(M,)`; none of those that it never looked at."""
+    """Which of the images that are right the suite left `(M,)`; images that it never saw do not count."""
     left = np.zeros(len(e.y), bool)
     held = evaluation.robust_images[: len(e.y)]
     left[: len(held)] = held

@@ -1,4 +1,4 @@
-"""The frame around attacks: it looks at what they return, checks the ball, classifies again, and counts."""
+"""The frame around attacks: it checks each returned image against the ball, classifies it again, and counts."""
 
 from __future__ import annotations
 

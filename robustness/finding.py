@@ -31,7 +31,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Check:
-    """when: it is raised, as a sentence's end; do: what helps; needs: what it cannot run without."""
+    """when: it is raised, as a sentence's end; do: what helps; needs: the facts without which it does not run."""
 
     name: str
     when: str

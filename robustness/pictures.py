@@ -33,7 +33,7 @@ class Unusable(Exception):
 
 
 def opened(file: BinaryIO, formats: tuple[str, ...], max_pixels: int) -> Image.Image:
-    """A picture of which only the header was read. formats: Pillow's names. Unusable where it becomes no image."""
+    """A picture whose header alone was read. formats: Pillow's names. Unusable where it becomes no image."""
     unreadable = f"is no readable {' or '.join(formats)} file"
     with _told(unreadable, max_pixels):
         picture = Image.open(file, formats=formats)

@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A classifier in eval mode and float32, and what its training wrote about it."""
+    """A classifier in eval mode and float32, and the manifest of its training."""
 
     path: Path
     model: Classifier

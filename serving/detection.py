@@ -52,7 +52,7 @@ class Examiner:
         self._watched: OrderedDict[str, Watched] = OrderedDict()  # the key that asked last is last
 
     def examine(self, caller: Caller, image: Image, now: float) -> None:
-        """Compare an image (H, W, C) with what its key asked about before, and remember it. now: in seconds."""
+        """Compare an image (H, W, C) with the earlier ones of its key, and remember it. now: in seconds."""
         watched = self._watch(caller)
         resemblance = watched.history.resemblance(self._fingerprint(image), now)
         self._metrics.examined(caller.probe, repeat=resemblance is None)

@@ -275,7 +275,7 @@ def _security(triton: Tritons) -> Security | None:
 
 @dataclass(slots=True)
 class Exchange:
-    """A request on its way: what its line in the log will say.
+    """A request on its way, with the entries of its line in the log.
 
     begun, heard: time.monotonic() when its headers were there, and when it was whole. Between the two we wait for the
     client: that is neither our latency nor taken from the time to answer.

@@ -1,4 +1,4 @@
-"""API keys: who asks, what they may see, and how many images they may send. Only digests of keys are kept anywhere."""
+"""API keys: who asks, which models each sees, and how many images it may send. Only digests of keys are kept."""
 
 from __future__ import annotations
 

@@ -29,6 +29,8 @@ from tests.processes import wait_until
 from tests.serving.workshop import Served, command_of, private_of, processes_of, run_python, write_evidence
 from tests.signing import report_on, write_report
 
+ANYWHERE = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+
 
 def post(url: str, body: object) -> int:
     """The status of a POST with a JSON body."""
@@ -88,7 +90,7 @@ def test_port_in_use_is_broken(repository: Path, needs_triton: None) -> None:
 def test_missing_environment_is_broken(repository: Path, tmp_path: Path) -> None:
     """The message says how to get one."""
     with pytest.raises(Broken, match=r"make quickstart.*DFMCL_TRITON_PYTHON") as caught:
-        supervisor.serve(repository, triton_python=tmp_path / "python")
+        supervisor.serve(repository, triton_python=tmp_path / "python", **ANYWHERE)
     assert caught.value.exit_code == 5
 
 
@@ -96,7 +98,7 @@ def test_environment_without_triton_is_broken(repository: Path, monkeypatch: pyt
     """The project's own interpreter is not Triton's."""
     monkeypatch.setenv("DFMCL_TRITON_PYTHON", sys.executable)
     with pytest.raises(Broken, match="not a Triton environment"):
-        supervisor.serve(repository)
+        supervisor.serve(repository, **ANYWHERE)
 
 
 def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None, tmp_path: Path) -> None:
@@ -118,14 +120,14 @@ def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None,
 def test_empty_repository_is_bad_input(tmp_path: Path) -> None:
     """There is nothing to serve, and the message says how to change that."""
     with pytest.raises(BadInput, match="dfmcl promote"):
-        supervisor.serve(tmp_path)
+        supervisor.serve(tmp_path, **ANYWHERE)
 
 
 def test_repository_with_a_stranger_is_refused(repository: Path) -> None:
     """A library that would replace the backend keeps the server from starting."""
     (repository / "digits" / "libtriton_onnxruntime.so").write_bytes(b"")
     with pytest.raises(Refused, match="promotion did not write this"):
-        supervisor.serve(repository)
+        supervisor.serve(repository, **ANYWHERE)
 
 
 def test_model_that_triton_cannot_load_is_broken(
@@ -273,4 +275,4 @@ def test_stop_before_ready_is_no_error(repository: Path, needs_triton: None) -> 
     """A server that is stopped while it starts ends quietly."""
     stop = threading.Event()
     stop.set()
-    assert supervisor.serve(repository, http_port=0, grpc_port=0, metrics_port=0, stop=stop) == 0
+    assert supervisor.serve(repository, **ANYWHERE, stop=stop) == 0
