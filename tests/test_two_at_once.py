@@ -29,10 +29,13 @@ criteria = ["robust_accuracy >= 0.3 at 95 %"]
 eps = "1/255"
 [data]
 name = "digits"
-images = 300
+images = 100
 [attacks]
 suite = ["fgsm", "pgd-40"]
+substitute = 0
 block = 10
+[checks]
+images = 32
 """
 WATCH = """
 [target]

@@ -32,6 +32,8 @@ images = 32
 [attacks]
 suite = ["fgsm", "pgd-2"]
 substitute = 0
+[checks]
+images = 32
 """
 
 

@@ -95,6 +95,8 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
         suite = ["fgsm"]
         transfer = ["mi-fgsm-2"]
         substitute = 0
+        [checks]
+        images = 32
         """
     )
     out = tmp_path / "evidence"
