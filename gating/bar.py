@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from gating.gate import Progress, unwatched
+from gating.sequence import Progress, unwatched
 from robustness.progress import Track, silent
 
 T = TypeVar("T")

@@ -22,12 +22,13 @@ import torch
 import yaml
 
 from gating.attestation import BadEvidence, read_evidence
-from gating.gate import Progress, gate
+from gating.gate import gate
 from gating.keys import keygen
 from gating.markdown import markdown
 from gating.pairs import Pairs
 from gating.policy import Policy, load_policy
 from gating.probes import as_npz, read_probes
+from gating.sequence import Progress
 from gating.state import SEAL_BYTES
 from gating.subject import Subject, candidate_subject
 from robustness.attacks import Attack

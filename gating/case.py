@@ -1,0 +1,206 @@
+"""A gate's case: one model, one policy and the images, checked against each other before any attack."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gating.baseline import Baseline
+from gating.keys import read_signer
+from gating.order import Draw, Matter, order_of
+from gating.policy import NO_REGRESSION, Policy
+from gating.subject import Subject
+from gating.verdict import Claim, claims
+from robustness.attacks import Attack
+from robustness.conventions import IMAGES as FIRST
+from robustness.conventions import mismatch
+from robustness.data import Bytes, Dataset, Labels, load_dataset
+from robustness.errors import BadInput
+from robustness.models import device_of, to_float
+from robustness.progress import Track
+from robustness.provenance import provenance
+from robustness.runs import Run
+from robustness.transfer import ensemble_sha256
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a gate judges, by which rules, on which images.
+
+    surrogates: networks of others by name.
+    earlier: the baseline's images and answers, for `no_regression`.
+    suite: the attacks that can run; no_gradients: why only black-box ones, None where all can.
+    carried: the attacks that are crafted on other networks.
+    claims: all that the criteria say about the data set, but for `no_regression`.
+    matter, draw: of the order in which images are attacked.
+    """
+
+    subject: Subject
+    policy: Policy
+    data: Dataset
+    surrogates: Mapping[str, Run]
+    earlier: Baseline | None
+    suite: tuple[Attack, ...]
+    no_gradients: str | None
+    carried: tuple[Attack, ...]
+    claims: Sequence[Claim]
+    matter: Matter
+    draw: Draw | None
+
+    @property
+    def grid(self) -> bool:
+        """Whether adversarial images count as uint8."""
+        return self.subject.contract.dtype == "uint8"
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """All test images `(population,)` as they are attacked."""
+        return order_of(self.matter, self.draw)
+
+    @property
+    def cap(self) -> int:
+        """How many of them may be attacked."""
+        return self.policy.data.images or len(self.order)
+
+    def test(self, index: NDArray[np.int64]) -> tuple[Bytes, Labels]:
+        """Images and labels of the test part at `index`."""
+        return self.data.x_test[index], self.data.y_test[index]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Everything that the blocks of an interrupted gate depend on."""
+        found = provenance()
+        suite = [(attack.name, dict(attack.parameters)) for attack in self.suite]
+        return {
+            "subject": self.subject.digest,
+            "run": str(self.subject.run.get("checkpoint_sha256", "")),
+            "data": self.data.sha256,
+            "policy": self.policy.digest,
+            "order": hashlib.sha256(self.order.tobytes()).hexdigest(),
+            "attacks": hashlib.sha256(repr(suite).encode()).hexdigest(),
+            "baseline": self.earlier.report_sha256 if self.earlier else "",
+            "surrogates": ensemble_sha256([surrogate.origin_sha256 for surrogate in self.surrogates.values()]),
+            "revision": found["code"]["revision"],
+            **{f"version of {name}": version for name, version in found["versions"].items()},
+        }
+
+
+def prepare(
+    subject: Subject,
+    policy: Policy,
+    surrogates: Mapping[str, Run],
+    baseline: Path | None,
+    keys: Sequence[Path],
+    track: Track,
+) -> Case:
+    """Read what a gate needs, and refuse what does not go together: BadInput, before any attack.
+
+    baseline: report.json of an earlier model. keys: private ones; the first draws the order.
+    """
+    signers = [read_signer(key) for key in keys]  # a key that cannot sign is found out before the attacks, not after
+    require_kind(subject, policy)
+    suite, no_gradients = suite_of(subject, policy)
+    carried = carried_of(subject, policy, surrogates)
+    data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
+    require_fit(subject, data, policy)
+    criteria = policy.parsed_criteria
+    earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test)) if baseline else None
+    if earlier is None and any(criterion.metric == NO_REGRESSION for criterion in criteria):
+        raise BadInput(f"criterion {NO_REGRESSION}: needs --baseline, the report.json of the model to compare with")
+    found = claims([one for one in criteria if one.metric != NO_REGRESSION], data.classes, data.y_test)
+    matter = Matter(subject.digest, data.sha256, policy.digest, len(data.x_test))
+    draw = Draw.by(signers[0], matter) if signers else None
+    case = Case(subject, policy, data, surrogates, earlier, suite, no_gradients, carried, found, matter, draw)
+    require_answers(subject, *case.test(case.order[:FIRST]))
+    return case
+
+
+def require_kind(subject: Subject, policy: Policy) -> None:
+    """BadInput where the policy does not judge models of this kind."""
+    if subject.kind not in policy.subjects:
+        raise BadInput(
+            f"{subject.name}: is of kind {subject.kind}, the policy judges {', '.join(policy.subjects)} (subjects)"
+        )
+
+
+def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], str | None]:
+    """The attacks that can run, and where gradients are missing, why: what these attacks find will not do to pass."""
+    attacks = Attack.parse_suite(policy.attacks.suite)
+    if subject.model is not None:
+        return attacks, None
+    named = {attack.name for attack in attacks}
+    blind = [attack for attack in attacks if not attack.needs_gradients]
+    blind += [attack for attack in Attack.parse_suite(policy.attacks.black_box) if attack.name not in named]
+    if not blind or any(attack.needs_gradients for attack in blind):
+        raise BadInput("policy attacks.black_box: needs attacks without gradients, such as square-1000")
+    return tuple(blind), subject.no_gradients
+
+
+def carried_of(subject: Subject, policy: Policy, surrogates: Mapping[str, Run]) -> tuple[Attack, ...]:
+    """The attacks that are crafted on surrogates; BadInput where one makes no sense, or a surrogate is the subject."""
+    names = policy.attacks.transfer
+    if not names or len(set(names)) < len(names):
+        raise BadInput(f"policy attacks.transfer: {', '.join(names) or 'none'}: name at least one, and each once")
+    for surrogate in surrogates.values():
+        if surrogate.origin_sha256 == subject.run.get("checkpoint_sha256"):
+            raise BadInput(f"{surrogate.path}: is the judged model itself; a surrogate must be another one")
+    return tuple(Attack.parse_transfer(name) for name in names)
+
+
+def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
+    """BadInput where images and model do not go together, or more images are asked for than there are."""
+    contract = subject.contract
+    shape = (contract.height, contract.width, contract.channels)
+    names = subject.classes if isinstance(subject.classes, tuple) else data.classes
+    count = len(names) if isinstance(subject.classes, tuple) else subject.classes
+    where = f"policy data {policy.data.name}"
+    if data.input_shape != shape:
+        raise BadInput(
+            f"{where}: images are {size_of(data.input_shape)}, the model takes {size_of(shape)} (height x width x"
+            " channels); check data in the policy, and --input"
+        )
+    if count != len(data.classes):
+        raise BadInput(f"{where}: has {len(data.classes)} classes, the model {count}; check data in the policy")
+    for place, (ours, theirs) in enumerate(zip(data.classes, names, strict=True)):
+        if ours != theirs:
+            raise BadInput(
+                f"{where}: class {place} is {ours!r}, the model's label {place} is {theirs!r}; bring the labels into"
+                " the order of the logits, or name the data set that the model tells apart"
+            )
+    if policy.data.images > len(data.x_test):
+        raise BadInput(
+            f"policy data.images is {policy.data.images}; {policy.data.name} has {len(data.x_test)} test images"
+        )
+
+
+def size_of(shape: Sequence[int]) -> str:
+    """`32x32x3`."""
+    return "x".join(str(side) for side in shape)
+
+
+def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
+    """BadInput where the model answers none of the first images with numbers, or was trained behind another convention.
+
+    An endpoint is not asked: its queries are the attacks', and it says itself what it takes.
+    """
+    if subject.kind == "endpoint":
+        return
+    x = to_float(torch.from_numpy(images))
+    if not subject.decide(x).isfinite().all(dim=1).any():
+        raise BadInput(
+            f"{subject.name}: logits are not finite for {len(x)} of {len(x)} images; look for weights that are not, for"
+            " a division by zero or an overflow in it"
+        )
+    # In floats the artefact itself can be asked; a uint8 one by what stands in for it, where there is anything.
+    stands_in = subject.contract.dtype == "uint8" and subject.model is not None
+    answer = subject.model if stands_in and subject.model is not None else subject.decide
+    device, bytes_only = device_of(subject.model), subject.contract.dtype == "uint8" and not stands_in
+    if (found := mismatch(answer, images, labels, device=device, bytes_only=bytes_only)) is not None:
+        raise BadInput(f"{subject.name}: {found}")

@@ -1,0 +1,162 @@
+"""Block after block of images is attacked until every claim is met, one is missed, or no more may be attacked.
+
+Several processes (torchrun) share the blocks; nothing in the result depends on how many there are, nor on how often the
+gate was interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gating.baseline import Baseline, compare
+from gating.block import Block, Plan, attack_block
+from gating.pairs import Pairs
+from gating.policy import NO_REGRESSION, Policy
+from gating.state import State
+from gating.verdict import Claim, Judgement, Standing, one_look
+from robustness.data import Dataset, Labels
+from robustness.evaluate import Outcome
+from robustness.progress import Track
+from robustness.ranks import Ranks
+from robustness.statistics import Flags
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a gate stands. expected: images after which it will probably be decided; seconds: spent on attacks."""
+
+    images: int
+    expected: int
+    seconds: float
+    judgements: tuple[Judgement, ...]
+
+
+def unwatched(progress: Progress) -> None:
+    """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What attacking a block takes, wherever its images come from."""
+
+    plan: Plan
+    data: Dataset
+    state: State
+    ranks: Ranks
+    track: Track
+
+    def rounds(self, order: NDArray[np.int64], purpose: str, size: int) -> Iterator[list[Block]]:
+        """Blocks of `size` images of the order, as many at a time as there are processes; each block is saved."""
+        parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
+        for begin in range(0, len(parts), self.ranks.world):
+            mine = begin + self.ranks.rank
+            block = self._block(parts[mine], purpose, mine) if mine < len(parts) else None
+            yield [found for found in self.ranks.gather(block) if found is not None]
+
+    def _block(self, index: NDArray[np.int64], purpose: str, number: int) -> Block:
+        done = self.state.load(purpose, number)
+        if done is not None:
+            return Block.from_bytes(done)
+        plan = Plan(**{**vars(self.plan), "purpose": purpose})
+        block = attack_block(plan, self.data.x_test[index], self.data.y_test[index], number, self.track)
+        self.state.save(purpose, number, block.to_bytes())
+        return block
+
+
+def run(
+    work: Work, found: Sequence[Claim], order: NDArray[np.int64], policy: Policy, watch: Callable[[Progress], None]
+) -> tuple[list[Standing], list[Block]]:
+    """Attack block after block until the claims are decided: standings, and the blocks that count."""
+    labels = work.data.y_test
+    among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
+    standings = [Standing.begin(claim, among) for claim in found]
+    places = {claim.criterion: work.plan.place(policy.threat_of(claim.criterion)) for claim in found}
+    blocks: list[Block] = []
+    seen, begun = 0, time.perf_counter()
+    watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
+    for arrived in work.rounds(order, "block", policy.attacks.block):
+        for block in arrived:
+            size = len(block.outcomes[0].adversarial)
+            own = labels[order[seen : seen + size]]
+            standings = [
+                standing.after(outcomes_of(standing.claim, block, own, places[standing.claim.criterion]))
+                for standing in standings
+            ]
+            blocks.append(block)
+            seen += size
+            judgements = tuple(standing_judgement(standing, policy) for standing in standings)
+            if settled(judgements, policy):
+                break
+        needed = len(order) if policy.statistics == "fixed" else expected(judgements, seen, len(order))
+        watch(Progress(seen, needed, time.perf_counter() - begun, judgements))
+        if settled(judgements, policy):
+            break
+    return standings, blocks
+
+
+def settled(judgements: Sequence[Judgement], policy: Policy) -> bool:
+    """Whether more images can change nothing. One look is one look: `fixed` statistics never stop early."""
+    if policy.statistics == "fixed":
+        return False
+    outcomes = [judgement.outcome for judgement in judgements]
+    return "missed" in outcomes or "open" not in outcomes
+
+
+def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
+    """By the statistics that the policy asks for."""
+    if policy.statistics == "sequential":
+        return standing.judgement
+    return one_look(standing.claim, standing.lower.outcomes, standing.among)
+
+
+def outcomes_of(claim: Claim, block: Block, labels: Labels, place: int) -> Flags:
+    """What a block's images, with their labels `(N,)`, say about a claim: `(M,)` of its own class, or all.
+
+    place: of the outcome at the claim's radius.
+    """
+    evaluation = block.outcomes[place].evaluation
+    flags = np.array(evaluation.robust_images if claim.criterion.robust else evaluation.correct)
+    return flags if claim.class_index is None else flags[labels == claim.class_index]
+
+
+def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:
+    """Images after which all claims are probably decided, if the shares stay what they are; at most `most`.
+
+    Wald's mean for a test that knows the share, log(1 / alpha) over the divergence from the threshold, and a third.
+    """
+    needed = float(seen)
+    for judgement in judgements:
+        if judgement.outcome == "open" and judgement.share.n:
+            share = (judgement.share.k + 1) / (judgement.share.n + 2)
+            threshold = min(max(judgement.criterion.threshold, 1e-3), 1 - 1e-3)
+            divergence = share * np.log(share / threshold) + (1 - share) * np.log((1 - share) / (1 - threshold))
+            own = 1.33 * np.log(1 / (1 - judgement.criterion.confidence)) / max(divergence, 1e-6)
+            needed = max(needed, own * seen / judgement.share.n)
+    return int(min(max(needed, seen), most))
+
+
+def compared(
+    work: Work,
+    earlier: Baseline,
+    index: NDArray[np.int64],
+    outcomes: Sequence[Outcome],
+    policy: Policy,
+    *,
+    skip: bool,
+) -> Pairs:
+    """The candidate on the baseline's images; those not attacked yet are attacked now, unless it failed already."""
+    eps = work.plan.place(policy.parsed_threat)
+    held = dict(zip(index.tolist(), outcomes[eps].evaluation.robust_images, strict=True))
+    rest = np.array([i for i in earlier.index if i not in held], dtype=np.int64)
+    if not skip and len(rest):
+        found: list[bool] = []
+        for arrived in work.rounds(rest, "baseline", policy.attacks.block):
+            for block in arrived:
+                found += block.outcomes[eps].evaluation.robust_images
+        held |= dict(zip(rest.tolist(), found, strict=True))
+    return compare(earlier, held)
