@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,15 +64,22 @@ def evaluate(
     about: Mapping[str, Any] | None = None,
     track: Track = silent,
 ) -> Outcome:
-    """Attack `model` on uint8 images `(N, H, W, C)` and count, per image, what still holds.
+    """Attack `model` on uint8 images `(N, H, W, C)` with labels `(N,)` and count, per image, what still holds.
 
-    decide: whose answers count (default: the model itself, in float32). source: where gradients come from (default:
-    the model; a surrogate for a transfer attack), climbed as a fast copy, in bfloat16 where precision and hardware
-    allow it; an AttackPass is climbed as it is. Attacks
-    without gradients climb it in float32. Without model and source the attacks query `decide`, so only those that
-    need no gradients can run. grid: count only bytes inside the ball, eps rounded down to the uint8 grid.
-    cascade: an attack sees only what earlier ones left, which is the worst case at less cost. after: in a cascade, what
-    was found in a smaller ball around the same images: what fell there has fallen here.
+    model: what is attacked; None where only answers can be had, so that attacks that need gradients cannot run.
+    threat: the ball; on the grid, eps rounded down to whole levels.
+    attacks: one after another.
+    decide: whose answers count; default: the model itself, in float32.
+    source: where gradients come from, a surrogate for a transfer attack; default: the model. It is climbed as a fast
+        copy, in bfloat16 where precision and hardware allow it; an AttackPass is climbed as it is.
+    grid: count only bytes inside the ball.
+    cascade: an attack sees only what earlier ones left, which is the worst case at less cost.
+    after: in a cascade, what was found in a smaller ball around the same images: what fell there has fallen here.
+    seed: of the attacks' draws, with the attack's name and the number of the batch.
+    batch_size: images that are attacked together.
+    precision: of the fast copy, `auto`, `float32` or `bfloat16`.
+    about: for the record.
+    track: where progress goes.
 
     Every point on which the source errs is decided at once, and an image that fell is shown to the attack no more; what
     an attack returns is decided as well. A result outside the ball is counted as `outside`, never as a success; on the
@@ -89,56 +96,96 @@ def evaluate(
         if model is None:
             raise BadInput("evaluate: neither a model nor somebody to decide; hand in one of them")
         decide = exactly(model)
-    device = device_of(source)
-    x_all, y_all = torch.from_numpy(images), torch.from_numpy(labels)
-    adversarial = images.copy()
-    records: list[AttackRecord] = []
     with _frozen(model), _frozen(source):
-        climbed = decide if source is None else _climbed(source, to_float(x_all[:IMAGES]).to(device), precision)
-        if after is None:
-            clean_logits = torch.cat([_answer(decide, to_float(x).to(device)) for x in _batches(batch_size, x_all)])
-            adversarial_logits = clean_logits.clone()
-        else:
-            adversarial = after.adversarial.copy()
-            clean_logits = torch.from_numpy(after.clean_logits)
-            adversarial_logits = torch.from_numpy(after.adversarial_logits).clone()
-        correct = right(clean_logits, y_all)
-        left = correct & torch.tensor(after.evaluation.robust_images) if after is not None else correct.clone()
-        for attack in attacks:
-            begun = time.perf_counter()
-            tried = (left if cascade else correct).clone()
-            counts = _Counts.none(len(images))
-            where = torch.nonzero(tried).squeeze(1)
-            chunks = list(_batches(batch_size, where))
-            for number, index in enumerate(track(chunks, f"{attack.name} at {threat}", len(chunks))):
-                x = to_float(x_all[index]).to(device)
-                y = y_all[index].to(device)
-                stream = generator(seed, attack.name, number, device=device)
-                kept = _Kept(decide, x, y, threat, grid)
-                trial = Trial(y, kept.confirm if source is not None else None)  # a query decides itself
-                shown = climbed.exact if isinstance(climbed, AttackPass) and attack.needs_float32 else climbed
-                kept.conclude(attack(shown, x, y, threat, generator=stream, trial=trial))
-                newest = index[kept.fooled | (~kept.outside & left[index])]
-                chosen = torch.isin(index, newest)
-                as_bytes = to_bytes(kept.points if grid else to_uint8(kept.points, x, threat)).cpu().numpy()
-                adversarial[newest.numpy()] = as_bytes[chosen.numpy()]
-                adversarial_logits[newest] = kept.logits[chosen]
-                left[index[kept.fooled]] = False
-                counts.add(index, kept, trial)
-            seconds = time.perf_counter() - begun
-            # In a cascade "held" means held so far, so that every record is an accuracy on all images.
-            records.append(counts.record(attack, left if cascade else tried & ~counts.fooled, tried, seconds))
+        bench = _Bench(images, labels, threat, decide, device_of(source), grid, cascade, seed, batch_size, track)
+        climbed = None if source is None else _climbed(source, bench.batch(slice(IMAGES))[0], precision)
+        bench.begin(after)
+        records = tuple(bench.record(attack, climbed) for attack in attacks)
     evaluation = Evaluation(
         threat=threat,
         grid=grid,
         seed=seed,
-        correct=tuple(correct.tolist()),
-        attacks=tuple(records),
+        correct=tuple(bench.correct.tolist()),
+        attacks=records,
         seconds=time.perf_counter() - started,
         about=about or {},
-        not_finite=int((~clean_logits.isfinite().all(dim=1)).sum()),
+        not_finite=int((~bench.clean_logits.isfinite().all(dim=1)).sum()),
     )
-    return Outcome(evaluation, adversarial, clean_logits.numpy(), adversarial_logits.numpy())
+    return Outcome(evaluation, bench.adversarial, bench.clean_logits.numpy(), bench.adversarial_logits.numpy())
+
+
+@dataclass
+class _Bench:
+    """All images under one attack after another: what came of each so far.
+
+    images: uint8 `(N, H, W, C)`; labels: `(N,)`; the next ones as `evaluate` has them.
+    adversarial, clean_logits, adversarial_logits: as Outcome has them, on the CPU.
+    correct, left: which images were right as they came, and which no attack flipped, `(N,)`.
+    """
+
+    images: Bytes
+    labels: Labels
+    threat: Threat
+    decide: Decide
+    device: torch.device
+    grid: bool
+    cascade: bool
+    seed: int
+    batch_size: int
+    track: Track
+    adversarial: Bytes = field(init=False)
+    clean_logits: Tensor = field(init=False)
+    adversarial_logits: Tensor = field(init=False)
+    correct: Tensor = field(init=False)
+    left: Tensor = field(init=False)
+
+    def begin(self, after: Outcome | None) -> None:
+        """Ask for the clean answers, or take over what was found in a smaller ball."""
+        if after is None:
+            parts = _batches(self.batch_size, torch.from_numpy(self.images))
+            self.clean_logits = torch.cat([_answer(self.decide, to_float(part).to(self.device)) for part in parts])
+            self.adversarial, self.adversarial_logits = self.images.copy(), self.clean_logits.clone()
+        else:
+            self.clean_logits = torch.from_numpy(after.clean_logits)
+            self.adversarial = after.adversarial.copy()
+            self.adversarial_logits = torch.from_numpy(after.adversarial_logits).clone()
+        self.correct = right(self.clean_logits, torch.from_numpy(self.labels))
+        self.left = self.correct.clone()
+        if after is not None:
+            self.left &= torch.tensor(after.evaluation.robust_images)
+
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images and labels at `index` as attacks see them."""
+        x, y = torch.from_numpy(self.images)[index], torch.from_numpy(self.labels)[index]
+        return to_float(x).to(self.device), y.to(self.device)
+
+    def record(self, attack: Attack, climbed: AttackPass | None) -> AttackRecord:
+        """Put the images through an attack; climbed: where its gradients come from, None where it only asks."""
+        begun, tried = time.perf_counter(), (self.left if self.cascade else self.correct).clone()
+        counts = _Counts(len(self.images))
+        chunks = list(_batches(self.batch_size, torch.nonzero(tried).squeeze(1)))
+        for number, index in enumerate(self.track(chunks, f"{attack.name} at {self.threat}", len(chunks))):
+            x, y = self.batch(index)
+            stream = generator(self.seed, attack.name, number, device=self.device)
+            kept = _Kept(self.decide, x, y, self.threat, self.grid)
+            trial = Trial(y, None if climbed is None else kept.confirm)  # a query decides itself
+            shown: Decide = self.decide
+            if climbed is not None:
+                shown = climbed.exact if attack.needs_float32 else climbed
+            kept.conclude(attack(shown, x, y, self.threat, generator=stream, trial=trial))
+            self._keep(index, x, kept)
+            counts.add(index, kept, trial)
+        # In a cascade "held" means held so far, so that every record is an accuracy on all images.
+        held = self.left if self.cascade else tried & ~counts.fooled
+        return counts.record(attack, held, tried, time.perf_counter() - begun)
+
+    def _keep(self, index: Tensor, x: Tensor, kept: _Kept) -> None:
+        newest = index[kept.fooled | (~kept.outside & self.left[index])]
+        chosen = torch.isin(index, newest)
+        as_bytes = to_bytes(kept.points if self.grid else to_uint8(kept.points, x, self.threat)).cpu().numpy()
+        self.adversarial[newest.numpy()] = as_bytes[chosen.numpy()]
+        self.adversarial_logits[newest] = kept.logits[chosen]
+        self.left[index[kept.fooled]] = False
 
 
 class _Kept:
@@ -174,19 +221,12 @@ class _Kept:
         self.logits[rows], self.fooled[rows], self.outside[rows] = judged.logits, judged.fooled, judged.outside
 
 
-@dataclass(frozen=True)
 class _Counts:
     """What one attack did and cost, per image `(N,)`."""
 
-    fooled: Tensor
-    outside: Tensor
-    unconfirmed: Tensor
-    forward: Tensor
-    backward: Tensor
-
-    @staticmethod
-    def none(size: int) -> _Counts:
-        return _Counts(*torch.zeros(3, size, dtype=torch.bool), *torch.zeros(2, size, dtype=torch.int64))
+    def __init__(self, size: int) -> None:
+        self.fooled, self.outside, self.unconfirmed = torch.zeros(3, size, dtype=torch.bool)
+        self.forward, self.backward = torch.zeros(2, size, dtype=torch.int64)
 
     def add(self, index: Tensor, kept: _Kept, trial: Trial) -> None:
         self.fooled[index], self.outside[index] = kept.fooled, kept.outside

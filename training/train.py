@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import torch
 
 from robustness.attacks import Attack
 from robustness.data import Bytes, Dataset, Labels, load_dataset
-from robustness.errors import BadInput, Broken, Interrupted, unwritable
+from robustness.errors import BadInput, unwritable
 from robustness.evaluate import evaluate
 from robustness.files import clear_parts
 from robustness.locks import LOCK, held
@@ -24,18 +23,12 @@ from robustness.models import Classifier, ModelSpec
 from robustness.progress import Track, silent
 from robustness.ranks import Ranks
 from robustness.runs import CHECKPOINT, MANIFEST, load_run
-from robustness.seeds import generator
 from robustness.threat import Threat
 from training.config import TrainConfig
+from training.course import ELSEWHERE, Course
 from training.learner import Learner
 from training.limits import EndedAtOnce, Limits
-from training.masking import MaskStatistics
-from training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run, write_state
-
-ELSEWHERE = "stopped; the first process says which state is saved"
-SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit
-SAVE_SHARE = 1 / 30  # of the time goes to saving at most: not every epoch of a GPU is saved
-CHECK_STEPS = {"cpu": 1, "cuda": 20}  # asking a GPU for the loss, or other GPUs for a vote, means waiting for it
+from training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run
 
 
 def train(
@@ -99,14 +92,7 @@ def _train(
     track: Track,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
-    found = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
-    if found:
-        if not resume:
-            raise BadInput(f"{out}: exists and is not empty; use --resume to continue it, or another directory")
-        # A kill before the first state leaves what a run writes and nothing to resume from: it begins anew.
-        known = (out / MANIFEST).exists() or (out / STATE).exists()
-        if not known and not found <= {STATE.parent.name, HISTORY, "tensorboard"}:
-            raise BadInput(f"{out}: holds no state of a run; name another directory, or the run's own")
+    require_room(out, resume)
     data = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
     if (out / MANIFEST).exists():
         return finished(out, config, data)
@@ -115,123 +101,48 @@ def _train(
         log, track = (lambda line: None), silent
     if data.remark:
         log(data.remark)
-
-    device = ranks.device
-    images, labels = torch.from_numpy(data.x_train[fit]).to(device), torch.from_numpy(data.y_train[fit]).to(device)
-    size, epochs = config.optimization.batch_size, config.optimization.epochs
-    steps_an_epoch = len(images) // size
-    total_steps = steps_an_epoch * epochs
-    learner = Learner(config, build(config, data), total_steps, ranks)
+    course = Course(config, out, data, fit, build(config, data), ranks, limits, compact)
     ranks.agree(False)  # nobody creates the directory before all have looked at it
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(out, error) from None
-    done, history, seconds = 0, [], 0.0
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    every = CHECK_STEPS[device.type]
-
     state = read_state(out, config, data.sha256) if resume else None
     if state is not None:
-        learner.load_state_dict(state["learner"])
-        done, seconds = state["step"], state["seconds"]
-        total.fill_(state["loss"])
-        history = [Epoch(**row) for row in state["history"]]
-        if state["threads"] != torch.get_num_threads():
-            log(f"resuming with {torch.get_num_threads()} threads, saved with {state['threads']}: not bit for bit")
-        log(f"resuming at step {done} of {total_steps}" + (" from a compact state" if state["compact"] else ""))
-    if ranks.agree(done != ranks.told([done])[0]):
+        course.go_on(state, log)
+    if ranks.agree(course.done != ranks.told([course.done])[0]):
         raise BadInput(f"{out}: the processes found different states there; use a directory that all nodes share")
-
-    saved, cost = time.monotonic(), 0.0  # when, and its seconds
-
-    def check(step: int) -> None:
-        if not math.isfinite(total.item()):
-            before = f" or up to {every - 1} steps before" if every > 1 else ", before the optimizer's step"
-            raise Broken(
-                f"{out}: the loss is {total.item()} at epoch {(step - 1) // steps_an_epoch + 1}, step {step}{before};"
-                f" lower optimization.lr ({config.optimization.lr}) or look at the data"
-            )
-
-    def save() -> None:
-        nonlocal saved, cost
-        begun = time.monotonic()
-        check(done)
-        if ranks.first:
-            progress = {"step": done, "seconds": seconds, "loss": total.item(), "data": data.sha256}
-            rows = [asdict(epoch) for epoch in history]
-            write_state(out, config, {"learner": learner.state_dict(), **progress, "history": rows}, compact)
-        saved = time.monotonic()
-        cost = saved - begun
-
-    for epoch in range(done // steps_an_epoch + 1, epochs + 1):
-        first = (epoch - 1) * steps_an_epoch
-        order = torch.randperm(len(images), generator=generator(config.seed, "order", epoch)).to(device)
-        for step in track(
-            range(done + 1, first + steps_an_epoch + 1), f"epoch {epoch}/{epochs}", first + steps_an_epoch - done
-        ):
-            if step % every == 0 and ranks.agree(limits.over):
-                save()
-                if not ranks.first:
-                    raise Interrupted(f"{out}: {ELSEWHERE}")
-                raise Interrupted(
-                    f"{out}: stopped and saved at step {done} of {total_steps}; repeat the command with --resume"
-                )
-            begun = time.perf_counter()
-            batch = order[(step - first - 1) * size :][:size]
-            loss = learner.loss(images[batch], labels[batch], step)
-            total += loss
-            last = step == first + steps_an_epoch
-            # Not on an epoch's last step: its line is written, and saved with it, only after the measurement below.
-            due = time.monotonic() - saved > SAVE_SECONDS and not last
-            if last or due or step % every == 0:
-                check(step)
-            learner.apply(step)
-            done = step
-            seconds += time.perf_counter() - begun
-            if due:
-                save()
-        ranks.average([total])
+    epochs = config.optimization.epochs
+    for epoch in range(course.done // course.steps + 1, epochs + 1):
+        course.run(epoch, track)
         measured = epoch % config.heldout.every == 0 or epoch == epochs
         nothing = (math.nan, math.nan)
-        clean, robust = ranks.told(measure(learner, data, heldout, config) if ranks.first and measured else nothing)
-        speed = steps_an_epoch * size / max(seconds, 1e-9)
-        history.append(summary(learner, epoch, done, total.item() / steps_an_epoch, clean, robust, speed))
-        log(history[-1].line(epochs))
-        if measured and learner.falls_back([row.heldout_pgd for row in history if not math.isnan(row.heldout_pgd)]):
-            log(f"epoch {epoch}: PGD accuracy has collapsed (catastrophic overfitting); N-FGSM takes FGSM's share")
-        seconds = 0.0
-        total.zero_()
+        found = measure(course.learner, data, heldout, config) if ranks.first and measured else nothing
+        clean, robust = ranks.told(found)
+        course.conclude(epoch, clean, robust, log)
         if ranks.first:
-            write_history(out, history)
-            write_tensorboard(out, history[-1], learner.p)
-        if epoch == epochs or (time.monotonic() - saved) * SAVE_SHARE > cost:
-            save()
+            write_history(out, course.history)
+            write_tensorboard(out, course.history[-1], course.learner.p)
+        if epoch == epochs or course.due:
+            course.save()
     if not ranks.first:
         return {}
-    result = {"train_images": len(fit), "heldout_images": len(heldout), "epochs": len(history), **asdict(history[-1])}
-    return write_run(out, config, learner.result, data.classes, data.describe(), result)
+    last = course.history[-1]
+    result = {"train_images": len(fit), "heldout_images": len(heldout), "epochs": len(course.history), **asdict(last)}
+    return write_run(out, config, course.learner.result, data.classes, data.describe(), result)
 
 
-def summary(learner: Learner, epoch: int, step: int, loss: float, clean: float, robust: float, speed: float) -> Epoch:
-    """The record of an epoch; masks as they were in its last step."""
-    masks = MaskStatistics.of(learner.p) if learner.p is not None else MaskStatistics(0.0, 0.0, 0.0, 0.0, ())
-    return Epoch(
-        epoch=epoch,
-        step=step,
-        train_loss=loss,
-        heldout_clean=clean,
-        heldout_pgd=robust,
-        eps=learner.strength(step),
-        alpha=learner.mask.alpha.item(),
-        p_mean=masks.mean,
-        p_std=masks.std,
-        p_low=masks.low,
-        p_high=masks.high,
-        p_counts=" ".join(map(str, masks.counts)),
-        fell_back=learner.fallen_back,
-        images_per_second=speed,
-    )
+def require_room(out: Path, resume: bool) -> None:
+    """BadInput where `out` holds something, and no run that may be resumed."""
+    found = {path.name for path in out.iterdir()} - {LOCK} if out.exists() else set()
+    if not found:
+        return
+    if not resume:
+        raise BadInput(f"{out}: exists and is not empty; use --resume to continue it, or another directory")
+    # A kill before the first state leaves what a run writes and nothing to resume from: it begins anew.
+    known = (out / MANIFEST).exists() or (out / STATE).exists()
+    if not known and not found <= {STATE.parent.name, HISTORY, "tensorboard"}:
+        raise BadInput(f"{out}: holds no state of a run; name another directory, or the run's own")
 
 
 def finished(out: Path, config: TrainConfig, data: Dataset) -> dict[str, Any]:

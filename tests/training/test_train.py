@@ -25,6 +25,7 @@ from robustness.files import sha256_of
 from robustness.runs import CHECKPOINT, load_run
 from tests.processes import wait_until
 from tests.training.workshop import StopAfter, quiet
+from training import course
 from training import train as loop
 from training.augmentation import augment, crop, flip
 from training.config import TrainConfig, load_config, preset_names
@@ -147,7 +148,7 @@ def test_compact_state_resumes_closely(tmp_path: Path) -> None:
 
 def test_killed_run_loses_only_the_steps_since_its_last_state(tmp_path: Path, uncut: Path) -> None:
     """SIGKILL in the middle of a real process, then --resume: the uncut run's bytes."""
-    script = "import training.train as t; t.SAVE_SECONDS = 0.0; import dfmcl; dfmcl.main()"
+    script = "import training.course as t; t.SAVE_SECONDS = 0.0; import dfmcl; dfmcl.main()"
     overrides = [part for override in TINY for part in ("--set", override)]
     command = [sys.executable, "-c", script, "train", "quickstart", *overrides, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -260,7 +261,7 @@ def test_a_kill_between_epoch_and_measurement_loses_no_line(
 ) -> None:
     """Saving at every step and dying in the measurement after epoch 1, the resumed record is the uncut one."""
     config = load_config("quickstart", TINY)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(course, "SAVE_SECONDS", 0.0)
     with monkeypatch.context() as context:
         context.setattr(loop, "measure", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -409,8 +410,8 @@ def test_epochs_that_are_not_measured_train_alike(tmp_path: Path, uncut: Path) -
 def test_saving_takes_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs that are over before a save has paid are not saved; the first and the last are."""
     saved: list[int] = []
-    monkeypatch.setattr(loop, "write_state", lambda out, config, state, compact: saved.append(state["step"]))
-    monkeypatch.setattr(loop, "SAVE_SHARE", 1e-12)
+    monkeypatch.setattr(course, "write_state", lambda out, config, state, compact: saved.append(state["step"]))
+    monkeypatch.setattr(course, "SAVE_SHARE", 1e-12)
     train(load_config("quickstart", TINY), tmp_path / "run", log=quiet)
     assert saved == [3, 9]
 
