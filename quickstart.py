@@ -27,16 +27,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gating.attestation import BadEvidence, NotAttested
-from gating.probes import read_probes
-from gating.trust import load_trust
-from robustness.errors import DfmclError
-from robustness.statistics import Share
-from serving import repository as layout
-from serving.client import Client
-from serving.errors import ServingError
-from serving.promotion import Promoted, verify_release
-from serving.ready import read_ready
+from dfmcl.gating.attestation import BadEvidence, NotAttested
+from dfmcl.gating.probes import read_probes
+from dfmcl.gating.trust import load_trust
+from dfmcl.robustness.errors import DfmclError
+from dfmcl.robustness.statistics import Share
+from dfmcl.serving import repository as layout
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import ServingError
+from dfmcl.serving.promotion import Promoted, verify_release
+from dfmcl.serving.ready import read_ready
 
 HOME = Path(".quickstart")
 DFMCL = Path(sys.executable).with_name("dfmcl")

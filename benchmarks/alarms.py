@@ -33,12 +33,12 @@ import onnx
 from onnx import numpy_helper
 
 from benchmarks.result import write_result
-from serving import environment
-from serving.client import Client
-from serving.errors import ServingError
-from serving.gateway_client import GatewayClient
-from serving.gateway_config import new_key
-from serving.triton import claim_ports, running
+from dfmcl.serving import environment
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import ServingError
+from dfmcl.serving.gateway_client import GatewayClient
+from dfmcl.serving.gateway_config import new_key
+from dfmcl.serving.triton import claim_ports, running
 from tests import observing
 from tests.processes import wait_until
 

@@ -27,17 +27,17 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.result import write_result
-from robustness.attacks import Attack
-from robustness.data import Dataset, load_dataset
-from robustness.evaluate import evaluate
-from robustness.geometry import contains
-from robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
-from robustness.records import AttackRecord
-from robustness.runs import load_run
-from robustness.square import SHORTEST
-from robustness.threat import Threat
-from training.config import load_config
-from training.train import train
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.geometry import contains
+from dfmcl.robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
+from dfmcl.robustness.records import AttackRecord
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.square import SHORTEST
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.config import load_config
+from dfmcl.training.train import train
 
 SHIPPED = Path(__file__).parents[1] / "model_repository" / "resnet18-cifar10" / "1" / "model.onnx"
 EPS_OF_NORM = 1e-5  # that a batch norm adds to the variance, unless told otherwise

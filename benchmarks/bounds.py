@@ -1,8 +1,8 @@
 """Whether the sidecar's bounds are true while an accuracy changes, and how soon they follow: `make bench-bounds`.
 
-Streams of rounds are judged as `monitoring.bounds` judges them, and each bound is compared with the very mean it is
-about: drops and rises of several sizes and times, drifts, an accuracy that alternates. No model is involved. Beside it,
-what was published before: an e-detector's two bounds "of now", whose stakes are never dropped.
+Streams of rounds are judged as `dfmcl.monitoring.bounds` judges them, and each bound is compared with the very mean it
+is about: drops and rises of several sizes and times, drifts, an accuracy that alternates. No model is involved. Beside
+it, what was published before: an e-detector's two bounds "of now", whose stakes are never dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.progress import track
 from scipy.stats import beta
 
 from benchmarks.result import write_result
-from monitoring.bounds import RISK, WINDOWS, least_rejected, limit, rejects, undivided, windows_of
+from dfmcl.monitoring.bounds import RISK, WINDOWS, least_rejected, limit, rejects, undivided, windows_of
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -121,7 +121,8 @@ class Judged:
 
 
 def now_judged(right: Counts, truth: Floats, bar: float, seen: float = SEEN) -> Judged:
-    """By `monitoring.bounds`, round after round. seen: the promise of wrong_of_seen, of these streams' own rounds."""
+    """By `dfmcl.monitoring.bounds`, round after round. seen: the promise of wrong_of_seen, of these streams' own
+    rounds."""
     strict, loose = limit(MONTH, 2 * FIGURES), 2 * right.shape[1] / seen
     found = Judged(*(np.zeros(right.shape, bool) for _ in range(6)))
     for at in range(right.shape[1]):

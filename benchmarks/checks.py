@@ -35,23 +35,23 @@ from torch.nn import functional
 
 from benchmarks.honest import KINDS, learnt, seen_as
 from benchmarks.result import write_result
-from gating.foreign import kept
-from gating.subject import onnx_subject
-from robustness.attacks import Attack
-from robustness.checks import CHECKS, diagnose
-from robustness.data import Bytes, Dataset, load_dataset
-from robustness.diagnosis import IMAGES, Background
-from robustness.evaluate import evaluate
-from robustness.memory import repeated
-from robustness.models import Classifier, exactly, frozen, to_bytes, to_float
-from robustness.records import Evaluation
-from robustness.runs import load_run
-from robustness.statistics import upper_bound
-from robustness.substitute import learnt as learnt_from
-from robustness.threat import Threat
+from dfmcl.gating.foreign import kept
+from dfmcl.gating.subject import onnx_subject
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.checks import CHECKS, diagnose
+from dfmcl.robustness.data import Bytes, Dataset, load_dataset
+from dfmcl.robustness.diagnosis import IMAGES, Background
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.memory import repeated
+from dfmcl.robustness.models import Classifier, exactly, frozen, to_bytes, to_float
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.statistics import upper_bound
+from dfmcl.robustness.substitute import learnt as learnt_from
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.config import load_config
+from dfmcl.training.train import train
 from tests.robustness.traps import TRAPS, sprung
-from training.config import load_config
-from training.train import train
 
 SMALL = ["model.width=8", "data.train_images=600", "heldout.images=20", "heldout.attack_steps=1"]
 SHORT, LONGER = [*SMALL, "optimization.epochs=4"], [*SMALL, "optimization.epochs=6"]

@@ -23,11 +23,11 @@ from PIL import Image
 from rich.progress import track
 
 from benchmarks.result import write_result
-from robustness.data import load_dataset
-from serving.fingerprints import DETECTORS, STEP, TAGS, WINDOW, Fingerprinter, outline, salted_tags
-from serving.gateway_config import Detection
-from serving.history import History
-from serving.keys import Caller
+from dfmcl.robustness.data import load_dataset
+from dfmcl.serving.fingerprints import DETECTORS, STEP, TAGS, WINDOW, Fingerprinter, outline, salted_tags
+from dfmcl.serving.gateway_config import Detection
+from dfmcl.serving.history import History
+from dfmcl.serving.keys import Caller
 from tests.serving.queries import Disguise, Images, Stream, attack, blinded, noisy
 
 MODEL = Path("model_repository") / "resnet18-cifar10" / "1" / "model.onnx"

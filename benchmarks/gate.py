@@ -1,7 +1,7 @@
 """How often the sequential gate errs, and how many images it needs: `make bench-gate`.
 
 10,000 images, threshold 0.45, alpha 5 %, a look after every image. For each true number of successes, random orders are
-drawn and judged as `robustness.sequential` judges them, until it decides; beside the simulation stands the exact
+drawn and judged as `dfmcl.robustness.sequential` judges them, until it decides; beside the simulation stands the exact
 distribution, by dynamic programming over all orders. Three other rules at the same alpha, exact only, for comparison:
 an exact fixed-sample bound looked at after every image (which is not valid), betting on a uniform prior over all
 counts, and a single bet that knows the true share (which no rule can know). No model and no data set is involved.
@@ -22,7 +22,7 @@ from scipy.special import gammaln
 from scipy.stats import beta, hypergeom
 
 from benchmarks.result import write_result
-from robustness.sequential import ConfidenceSequence, Counts, log_wealth
+from dfmcl.robustness.sequential import ConfidenceSequence, Counts, log_wealth
 
 POPULATION, THRESHOLD, ALPHA = 10_000, 0.45, 0.05
 NEEDED = round(THRESHOLD * POPULATION)  # the smallest count that meets the threshold

@@ -1,8 +1,9 @@
 """How often the sidecar's bounds page for nothing, and how soon they page for something: `make bench-paging`.
 
 Months of rounds of a model whose accuracies are exactly those that the gate recorded, and days in which one falls,
-judged as `monitoring.bounds` judges them: a page is a look at which the mean over some of the last rounds is proven to
-be below the recorded accuracy. Images of a round are drawn without replacement from a pool, as the sidecar draws them.
+judged as `dfmcl.monitoring.bounds` judges them: a page is a look at which the mean over some of the last rounds is
+proven to be below the recorded accuracy. Images of a round are drawn without replacement from a pool, as the sidecar
+draws them.
 No model is involved. Beside it, what looking at a 95 % interval of the last six hours would do, which is no such bound.
 """
 
@@ -18,8 +19,8 @@ from scipy.stats import norm
 
 from benchmarks.bounds import chosen_windows, proven_below
 from benchmarks.result import write_result
-from monitoring.bounds import LONGEST, MONTH_SECONDS, RATIOS, RISK, limit
-from robustness.statistics import lower_bound
+from dfmcl.monitoring.bounds import LONGEST, MONTH_SECONDS, RATIOS, RISK, limit
+from dfmcl.robustness.statistics import lower_bound
 
 POOL = 10_000
 INTERVAL_SECONDS = 60.0
@@ -100,7 +101,7 @@ def false_pages(
 
 
 def bars(recorded: float) -> dict[str, float]:
-    """Where the sidecar pages, by how many images the gate's figure is from; see monitoring.losses."""
+    """Where the sidecar pages, by how many images the gate's figure is from; see dfmcl.monitoring.losses."""
     figures = 1 + TRANSFER
     return {f"{n:,}": lower_bound(round(recorded * n), n, 1 - RISK / figures) for n in GATE_IMAGES}
 
@@ -126,7 +127,7 @@ def delays(
 
 
 def paged(right: NDArray[np.int64], images: int, bar: float, most: float) -> NDArray[np.bool_]:
-    """Whether the sidecar pages after such rounds, `(N, T)`, as `monitoring.bounds` decides it."""
+    """Whether the sidecar pages after such rounds, `(N, T)`, as `dfmcl.monitoring.bounds` decides it."""
     held = right[:, ::-1][:, :LONGEST].cumsum(axis=1)
     asked, found = images * np.arange(1, held.shape[1] + 1), np.zeros(len(held), bool)
     chosen = chosen_windows(held, asked)

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from robustness.files import dump_json, write_text
-from robustness.provenance import now, provenance
+from dfmcl.robustness.files import dump_json, write_text
+from dfmcl.robustness.provenance import now, provenance
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -33,17 +33,17 @@ from tritonclient import grpc
 from tritonclient.utils import shared_memory
 
 from benchmarks.result import write_result
-from robustness.data import Dataset, load_dataset
-from robustness.files import sha256_of
-from robustness.models import Classifier, ModelSpec
-from serving import gateway
-from serving.candidate import INPUT, OUTPUT
-from serving.client import Client
-from serving.environment import find_environment
-from serving.export import export
-from serving.gateway_config import GatewayConfig
-from serving.promotion import promote
-from serving.triton import HOST, KEY, Server, claim_ports, running
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.files import sha256_of
+from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.serving import gateway
+from dfmcl.serving.candidate import INPUT, OUTPUT
+from dfmcl.serving.client import Client
+from dfmcl.serving.environment import find_environment
+from dfmcl.serving.export import export
+from dfmcl.serving.gateway_config import GatewayConfig
+from dfmcl.serving.promotion import promote
+from dfmcl.serving.triton import HOST, KEY, Server, claim_ports, running
 from tests.signing import make_key, report_on, trusting, write_report
 
 NAME = "resnet18"

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 
 from benchmarks.attacks import Counted
 from benchmarks.result import write_result
-from gating.subject import candidate_subject
-from robustness.attacks import Attack
-from robustness.data import Bytes, Labels
-from robustness.errors import BadInput
-from robustness.evaluate import evaluate
-from robustness.geometry import contains
-from robustness.models import frozen, to_float
-from robustness.runs import load_run
-from robustness.statistics import PairedCounts
-from robustness.suite import parse_threat
-from robustness.suites import AUTOATTACK
-from robustness.threat import Threat
+from dfmcl.gating.subject import candidate_subject
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.data import Bytes, Labels
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.geometry import contains
+from dfmcl.robustness.models import frozen, to_float
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.statistics import PairedCounts
+from dfmcl.robustness.suite import parse_threat
+from dfmcl.robustness.suites import AUTOATTACK
+from dfmcl.robustness.threat import Threat
 
 SHIPPED = Path("model_repository/resnet18-cifar10")
 NETWORKS = (SHIPPED / "1", *(SHIPPED / "surrogates" / f"surrogate-{name}" for name in ("pgd", "pgd-8", "trades")))

@@ -21,10 +21,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.result import write_result
-from robustness.models import Classifier, ModelSpec, to_float
-from robustness.ranks import Ranks
-from training.config import TrainConfig
-from training.learner import Learner
+from dfmcl.robustness.models import Classifier, ModelSpec, to_float
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.training.config import TrainConfig
+from dfmcl.training.learner import Learner
 
 GFLOP_FORWARD = 1.11  # a full-width ResNet-18 on one image: 0.555 GMAC
 EPS, PGD_STEPS = 8 / 255, 10
@@ -173,7 +173,7 @@ def ours(
     width: int, size: int, images: Tensor, labels: Tensor, *, attacks: list[str], precision: str = "bfloat16",
     masks: bool = False,
 ) -> Step:  # fmt: skip
-    """An update of `training.learner`, from bytes to moved weights."""
+    """An update of `dfmcl.training.learner`, from bytes to moved weights."""
     config = TrainConfig.model_validate(
         {
             "model": {"width": width},

@@ -27,10 +27,10 @@ from rich.progress import track
 
 from benchmarks.result import write_result
 from benchmarks.serving import CLIENTS, NAME, Seconds, candidate, concurrent_triton, served, triton_version, write_run
-from monitoring.config import Budget, Probe
-from robustness.data import Bytes, Labels, load_dataset
-from robustness.models import ModelSpec
-from serving.triton import HOST, claim_ports
+from dfmcl.monitoring.config import Budget, Probe
+from dfmcl.robustness.data import Bytes, Labels, load_dataset
+from dfmcl.robustness.models import ModelSpec
+from dfmcl.serving.triton import HOST, claim_ports
 from tests.processes import wait_until
 
 POOL = 10_000  # as many as CIFAR-10 has; most images of every round are new to the crafter

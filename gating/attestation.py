@@ -19,9 +19,9 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error as SignatureError
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from gating.faults import BadEvidence, NotAttested, refusal
-from gating.keys import read_signer
-from gating.statement import (
+from dfmcl.gating.faults import BadEvidence, NotAttested, refusal
+from dfmcl.gating.keys import read_signer
+from dfmcl.gating.statement import (
     ROBUSTNESS,
     STATEMENT,
     TEST_RESULT,
@@ -32,8 +32,17 @@ from gating.statement import (
     subjects,
     test_result,
 )
-from robustness.files import write_text
-from robustness.reader import MANIFEST_BYTES, RECORD_BYTES, Unfit, leaves, opened, parse_object, read_plain, why_unread
+from dfmcl.robustness.files import write_text
+from dfmcl.robustness.reader import (
+    MANIFEST_BYTES,
+    RECORD_BYTES,
+    Unfit,
+    leaves,
+    opened,
+    parse_object,
+    read_plain,
+    why_unread,
+)
 
 REPORT_FORMAT = "dfmcl.report/2"
 CANDIDATE_FORMAT = "dfmcl.candidate/1"
@@ -186,8 +195,8 @@ def read_evidence(evidence: Path) -> tuple[dict[str, Any], str]:
     All that follows from its own record is derived again, and its files must be those that it names: NotAttested (1)
     where they differ. BadEvidence (2) where a file is missing or cannot be read as what it should be.
     """
-    from gating.derivation import require_derived  # here, as it loads numpy and scipy
-    from gating.probes import read_answers
+    from dfmcl.gating.derivation import require_derived  # here, as it loads numpy and scipy
+    from dfmcl.gating.probes import read_answers
 
     path = evidence / REPORT
     report, digest = read_report(path)
@@ -288,7 +297,7 @@ def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha2
 
 def _require_drawn(report: dict[str, Any], keys: Iterable[SSlibKey], path: Path, *, by_one: bool) -> None:
     """Refuse an order that names one of the keys, which did not draw it; by_one: also one that none of them drew."""
-    from gating.order import Draw, Matter  # here, as it loads numpy
+    from dfmcl.gating.order import Draw, Matter  # here, as it loads numpy
 
     said = report["statistics"].get("draw")
     if said is None:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gating.attestation import read_report
-from gating.derivation import require_derived
-from gating.faults import EvidenceError
-from gating.pairs import Pairs
-from gating.policy import Policy
-from robustness.errors import BadInput
-from robustness.records import from_bits
+from dfmcl.gating.attestation import read_report
+from dfmcl.gating.derivation import require_derived
+from dfmcl.gating.faults import EvidenceError
+from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.policy import Policy
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.records import from_bits
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gating.baseline import Baseline
-from gating.keys import read_signer
-from gating.order import Draw, Matter, order_of
-from gating.policy import NO_REGRESSION, Policy
-from gating.subject import Subject
-from gating.verdict import Claim, claims
-from robustness.attacks import Attack
-from robustness.conventions import IMAGES as FIRST
-from robustness.conventions import mismatch
-from robustness.data import Bytes, Dataset, Labels, load_dataset
-from robustness.errors import BadInput
-from robustness.models import device_of, to_float
-from robustness.progress import Track
-from robustness.provenance import provenance
-from robustness.runs import Run
-from robustness.transfer import ensemble_sha256
+from dfmcl.gating.baseline import Baseline
+from dfmcl.gating.keys import read_signer
+from dfmcl.gating.order import Draw, Matter, order_of
+from dfmcl.gating.policy import NO_REGRESSION, Policy
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.verdict import Claim, claims
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.conventions import IMAGES as FIRST
+from dfmcl.robustness.conventions import mismatch
+from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.models import device_of, to_float
+from dfmcl.robustness.progress import Track
+from dfmcl.robustness.provenance import provenance
+from dfmcl.robustness.runs import Run
+from dfmcl.robustness.transfer import ensemble_sha256
 
 
 @dataclass(frozen=True)

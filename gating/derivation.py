@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gating.faults import refusal
-from gating.order import Draw, Matter, order_of
-from gating.pairs import Pairs
-from gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
-from gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
-from gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, claims_about, decide, one_look
-from robustness.errors import BadInput
-from robustness.records import Evaluation
-from robustness.statistics import Flags
+from dfmcl.gating.faults import refusal
+from dfmcl.gating.order import Draw, Matter, order_of
+from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
+from dfmcl.gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
+from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, claims_about, decide, one_look
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.statistics import Flags
 
 Probes = Mapping[str, NDArray[Any]]
 Row = dict[str, Any]

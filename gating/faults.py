@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustness.errors import DfmclError
+from dfmcl.robustness.errors import DfmclError
 
 
 class EvidenceError(DfmclError):

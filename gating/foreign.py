@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustness.contract import DTYPES, InputContract
-from robustness.errors import BadInput, DfmclError
-from robustness.graph import first_line, noise
+from dfmcl.robustness.contract import DTYPES, InputContract
+from dfmcl.robustness.errors import BadInput, DfmclError
+from dfmcl.robustness.graph import first_line, noise
 
 DETACHED = "no gradient reaches the image: its forward detaches it, or computes outside torch's autograd"
 SIGNALLED = (130, 143)  # how a process ends that was asked to by SIGINT or SIGTERM

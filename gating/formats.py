@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from gating.html import html
-from gating.junit import junit
-from gating.markdown import markdown
-from gating.openmetrics import openmetrics
-from gating.summary import Probes, Report
+from dfmcl.gating.html import html
+from dfmcl.gating.junit import junit
+from dfmcl.gating.markdown import markdown
+from dfmcl.gating.openmetrics import openmetrics
+from dfmcl.gating.summary import Probes, Report
 
 FORMATS: dict[str, Callable[[Report, Probes], str]] = {
     "report.md": lambda report, probes: markdown(report),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gating.summary import Probes
+from dfmcl.gating.summary import Probes
 
 Pixels = NDArray[np.uint8]
 SHOWN = 12

@@ -17,33 +17,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gating.attestation import ATTESTATION, PROBES, sign
-from gating.block import Plan, Source, joined_outcomes
-from gating.case import Case, prepare
-from gating.derivation import Record, wild
-from gating.formats import FILES, write_formats
-from gating.pairs import Pairs
-from gating.policy import Policy
-from gating.probes import as_npz
-from gating.report import REPORT, build_report
-from gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
-from gating.sources import sources_of, transferred
-from gating.state import State, secret_of
-from gating.subject import Subject
-from robustness import checks
-from robustness.data import Bytes, Dataset, Labels
-from robustness.diagnosis import Background
-from robustness.evaluate import Outcome
-from robustness.files import dump_json, require_place, sha256_of, whole_directory
-from robustness.gradients import IMAGES as GRADIENT_IMAGES
-from robustness.gradients import AttackPass, attack_pass
-from robustness.memory import copies, repeated
-from robustness.models import to_float
-from robustness.progress import Track, silent
-from robustness.provenance import now, provenance
-from robustness.ranks import Ranks
-from robustness.records import Evaluation, joined
-from robustness.runs import Run
+from dfmcl.gating.attestation import ATTESTATION, PROBES, sign
+from dfmcl.gating.block import Plan, Source, joined_outcomes
+from dfmcl.gating.case import Case, prepare
+from dfmcl.gating.derivation import Record, wild
+from dfmcl.gating.formats import FILES, write_formats
+from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.policy import Policy
+from dfmcl.gating.probes import as_npz
+from dfmcl.gating.report import REPORT, build_report
+from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
+from dfmcl.gating.sources import sources_of, transferred
+from dfmcl.gating.state import State, secret_of
+from dfmcl.gating.subject import Subject
+from dfmcl.robustness import checks
+from dfmcl.robustness.data import Bytes, Dataset, Labels
+from dfmcl.robustness.diagnosis import Background
+from dfmcl.robustness.evaluate import Outcome
+from dfmcl.robustness.files import dump_json, require_place, sha256_of, whole_directory
+from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
+from dfmcl.robustness.gradients import AttackPass, attack_pass
+from dfmcl.robustness.memory import copies, repeated
+from dfmcl.robustness.models import to_float
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.provenance import now, provenance
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.records import Evaluation, joined
+from dfmcl.robustness.runs import Run
 
 RECALLED = 128  # answers that are asked for again at the end, half of them about attacked images
 TRAINING = 512  # training images that a model must know as well as these
@@ -279,7 +279,7 @@ def subject_entry(subject: Subject) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":  # `torchrun -m -- gating.gate SUBJECT ...`, also where nothing is installed
+if __name__ == "__main__":  # `torchrun -m -- dfmcl.gating.gate SUBJECT ...`, also where nothing is installed
     import runpy
 
     sys.argv.insert(1, "gate")

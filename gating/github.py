@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gating import summary
-from gating.markdown import markdown
-from gating.summary import Report
-from robustness.text import printable
+from dfmcl.gating import summary
+from dfmcl.gating.markdown import markdown
+from dfmcl.gating.summary import Report
+from dfmcl.robustness.text import printable
 
 # GitHub shows this many of a kind for one step and drops the rest.
 MOST = 10

@@ -12,12 +12,12 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from gating import charts, summary
-from gating.gallery import gallery
-from gating.markdown import NEWLY_BROKEN
-from gating.summary import Probes, Report
-from robustness.text import printable
-from robustness.threat import Threat
+from dfmcl.gating import charts, summary
+from dfmcl.gating.gallery import gallery
+from dfmcl.gating.markdown import NEWLY_BROKEN
+from dfmcl.gating.summary import Probes, Report
+from dfmcl.robustness.text import printable
+from dfmcl.robustness.threat import Threat
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
 MATRIX = 16

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from gating import summary
-from gating.summary import Report, percent
-from robustness.text import printable
+from dfmcl.gating import summary
+from dfmcl.gating.summary import Report, percent
+from dfmcl.robustness.text import printable
 
 # What XML 1.0 cannot hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import CryptoSigner, SSlibKey
 
-from robustness.errors import BadInput, unwritable
-from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
+from dfmcl.robustness.errors import BadInput, unwritable
+from dfmcl.robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 
 
 def keygen(out: Path) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
-from gating import summary
-from gating.summary import Report, percent
-from robustness.text import as_markdown, printable
+from dfmcl.gating import summary
+from dfmcl.gating.summary import Report, percent
+from dfmcl.robustness.text import as_markdown, printable
 
 # A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and the poster adds some.
 # Bytes here; a character takes one or more.

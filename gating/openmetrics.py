@@ -12,8 +12,8 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from gating import summary
-from gating.summary import Report
+from dfmcl.gating import summary
+from dfmcl.gating.summary import Report
 
 Labels = Mapping[str, str]
 Rows = Iterable[tuple[Labels, float | None]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from robustness.records import bits, from_bits
-from robustness.statistics import PairedCounts
+from dfmcl.robustness.records import bits, from_bits
+from dfmcl.robustness.statistics import PairedCounts
 
 
 @dataclass(frozen=True)

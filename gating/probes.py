@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gating.faults import refusal
-from robustness.reader import opened
+from dfmcl.gating.faults import refusal
+from dfmcl.robustness.reader import opened
 
 # What numpy.load raises, depending on which byte is another.
 DAMAGED = (

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gating.baseline import Baseline, compare
-from gating.block import Block, Plan, attack_block
-from gating.pairs import Pairs
-from gating.policy import NO_REGRESSION, Policy
-from gating.state import State
-from gating.verdict import Claim, Judgement, Standing, one_look
-from robustness.data import Dataset, Labels
-from robustness.evaluate import Outcome
-from robustness.progress import Track
-from robustness.ranks import Ranks
-from robustness.statistics import Flags
+from dfmcl.gating.baseline import Baseline, compare
+from dfmcl.gating.block import Block, Plan, attack_block
+from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.policy import NO_REGRESSION, Policy
+from dfmcl.gating.state import State
+from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
+from dfmcl.robustness.data import Dataset, Labels
+from dfmcl.robustness.evaluate import Outcome
+from dfmcl.robustness.progress import Track
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.statistics import Flags
 
 
 @dataclass(frozen=True)

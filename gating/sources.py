@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gating.block import Source
-from gating.case import Case
-from gating.state import State
-from robustness.errors import Broken
-from robustness.evaluate import evaluate
-from robustness.progress import Track
-from robustness.ranks import Ranks
-from robustness.records import Evaluation
-from robustness.substitute import Learnt, learnt
-from robustness.transfer import ensemble, ensemble_sha256
+from dfmcl.gating.block import Source
+from dfmcl.gating.case import Case
+from dfmcl.gating.state import State
+from dfmcl.robustness.errors import Broken
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.progress import Track
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.substitute import Learnt, learnt
+from dfmcl.robustness.transfer import ensemble, ensemble_sha256
 
 SUBSTITUTE = "substitute"
 

@@ -15,11 +15,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gating.keys import read_signer
-from robustness.errors import BadInput, Interrupted
-from robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
-from robustness.locks import LOCK, held
-from robustness.ranks import Ranks
+from dfmcl.gating.keys import read_signer
+from dfmcl.robustness.errors import BadInput, Interrupted
+from dfmcl.robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
+from dfmcl.robustness.locks import LOCK, held
+from dfmcl.robustness.ranks import Ranks
 
 FORMAT = "dfmcl.gate-state/1"
 IDENTITY = "state.json"

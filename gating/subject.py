@@ -16,16 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gating.afresh import asked_afresh
-from gating.attestation import candidate_files, read_candidate
-from gating.foreign import Foreign, guarded, imported, kept, state_digest, without_gradients
-from gating.gradients import NoGradients, differentiable
-from robustness.contract import InputContract
-from robustness.data import Bytes
-from robustness.errors import BadInput, DfmclError
-from robustness.graph import apart, artefact, count_classes, noise, read_graph
-from robustness.models import device_of, exactly, frozen, to_float
-from robustness.runs import load_run
+from dfmcl.gating.afresh import asked_afresh
+from dfmcl.gating.attestation import candidate_files, read_candidate
+from dfmcl.gating.foreign import Foreign, guarded, imported, kept, state_digest, without_gradients
+from dfmcl.gating.gradients import NoGradients, differentiable
+from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.errors import BadInput, DfmclError
+from dfmcl.robustness.graph import apart, artefact, count_classes, noise, read_graph
+from dfmcl.robustness.models import device_of, exactly, frozen, to_float
+from dfmcl.robustness.runs import load_run
 
 MODEL = "model.onnx"
 MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustness.folder import described
-from robustness.statistics import Share
+from dfmcl.robustness.folder import described
+from dfmcl.robustness.statistics import Share
 
 Report = Mapping[str, Any]
 Probes = Mapping[str, NDArray[Any]]

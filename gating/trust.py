@@ -10,11 +10,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gating.attestation import Trust
-from gating.keys import read_public
-from gating.policy import load_policy
-from robustness.config import Section, read_toml, validated
-from robustness.errors import BadInput
+from dfmcl.gating.attestation import Trust
+from dfmcl.gating.keys import read_public
+from dfmcl.gating.policy import load_policy
+from dfmcl.robustness.config import Section, read_toml, validated
+from dfmcl.robustness.errors import BadInput
 
 
 class TrustFile(Section):

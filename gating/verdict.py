@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gating.policy import Criterion
-from robustness.errors import BadInput
-from robustness.sequential import ConfidenceSequence
-from robustness.statistics import Flags, Share, lower_bound, upper_bound
+from dfmcl.gating.policy import Criterion
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.sequential import ConfidenceSequence
+from dfmcl.robustness.statistics import Flags, Share, lower_bound, upper_bound
 
 EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 3, "suspect": 4}
 Outcome = Literal["met", "missed", "open"]

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from monitoring.probes import query_attack
-from robustness.attacks import Attack
-from robustness.config import LocalPath, Radius, Section, read_toml, validated
-from robustness.errors import BadInput
-from robustness.threat import Threat
+from dfmcl.monitoring.probes import query_attack
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.config import LocalPath, Radius, Section, read_toml, validated
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.threat import Threat
 
 WEEK_SECONDS = 7 * 24 * 3600.0
 

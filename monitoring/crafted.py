@@ -18,20 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from monitoring.config import WatchConfig
-from monitoring.crafting import Pool, draw
-from monitoring.probes import Scene, craft
-from monitoring.surrogates import Surrogates, load_surrogates
-from robustness.attacks import Attack, Model
-from robustness.data import Bytes, load_dataset
-from robustness.errors import BadInput, Broken, unwritable
-from robustness.files import dump_json, read_json, sha256_of, whole_directory, write_text
-from robustness.geometry import contains_uint8
-from robustness.gradients import attack_pass
-from robustness.models import to_float
-from robustness.progress import Track, silent
-from robustness.reader import Unfit, opened, why_unread
-from robustness.threat import Threat
+from dfmcl.monitoring.config import WatchConfig
+from dfmcl.monitoring.crafting import Pool, draw
+from dfmcl.monitoring.probes import Scene, craft
+from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
+from dfmcl.robustness.attacks import Attack, Model
+from dfmcl.robustness.data import Bytes, load_dataset
+from dfmcl.robustness.errors import BadInput, Broken, unwritable
+from dfmcl.robustness.files import dump_json, read_json, sha256_of, whole_directory, write_text
+from dfmcl.robustness.geometry import contains_uint8
+from dfmcl.robustness.gradients import attack_pass
+from dfmcl.robustness.models import to_float
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.reader import Unfit, opened, why_unread
+from dfmcl.robustness.threat import Threat
 
 Indices = npt.NDArray[np.int64]
 

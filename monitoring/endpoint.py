@@ -11,11 +11,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from monitoring.results import REASONS, Query
-from robustness.data import Bytes
-from serving.client import Answer
-from serving.errors import AnswerError, Rejected, ServingError, Unavailable
-from serving.errors import BadInput as Misfit
+from dfmcl.monitoring.results import REASONS, Query
+from dfmcl.robustness.data import Bytes
+from dfmcl.serving.client import Answer
+from dfmcl.serving.errors import AnswerError, Rejected, ServingError, Unavailable
+from dfmcl.serving.errors import BadInput as Misfit
 
 # A query is one request. Users wait behind it: one of 16 images moved their 99th percentile at saturation on two cores.
 QUERY_IMAGES = 4

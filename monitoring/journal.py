@@ -9,8 +9,8 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from monitoring.bounds import Bounds
-from monitoring.results import (
+from dfmcl.monitoring.bounds import Bounds
+from dfmcl.monitoring.results import (
     PATHS,
     REASONS,
     SKIPS,
@@ -22,7 +22,7 @@ from monitoring.results import (
     RoundResult,
     RoundSkipped,
 )
-from robustness.statistics import Share
+from dfmcl.robustness.statistics import Share
 
 RECENT = 20  # rounds of any outcome; live shares are over the measured ones among them
 KEPT_FAILURES = 50  # failures outlive successes, as one looks for them after the fact

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from monitoring.bounds import RISK
-from monitoring.journal import VersionTotals
-from monitoring.release import Attested
-from robustness.statistics import Share, lower_bound
+from dfmcl.monitoring.bounds import RISK
+from dfmcl.monitoring.journal import VersionTotals
+from dfmcl.monitoring.release import Attested
+from dfmcl.robustness.statistics import Share, lower_bound
 
 # integrity: a recorded answer came out differently. The others: over some of the last rounds the mean of a live figure
 # is below the gate's policy, or below what the gate measured, less what its few images may have been lucky by. Not over

@@ -18,12 +18,12 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from monitoring.budget import Budget
-from monitoring.journal import RECENT, AttackTotals, Histogram, Journal, VersionTotals
-from monitoring.losses import LOSSES
-from monitoring.mitigation import ACTIONS, OUTCOMES
-from monitoring.release import STATES, Attested, Release
-from robustness.statistics import Share
+from dfmcl.monitoring.budget import Budget
+from dfmcl.monitoring.journal import RECENT, AttackTotals, Histogram, Journal, VersionTotals
+from dfmcl.monitoring.losses import LOSSES
+from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
+from dfmcl.monitoring.release import STATES, Attested, Release
+from dfmcl.robustness.statistics import Share
 
 BOUND = "Upper bound of robust accuracy: the attack does not know the weights."
 ANYTIME = "wrong at most once in 100 months with all others together, however often one looks, 0 to 1."

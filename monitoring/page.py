@@ -11,12 +11,12 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from monitoring.bounds import Bounds
-from monitoring.journal import Journal, Point, VersionTotals
-from monitoring.metrics import Identity, Snapshot
-from monitoring.release import Release
-from monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
-from robustness.data import Bytes
+from dfmcl.monitoring.bounds import Bounds
+from dfmcl.monitoring.journal import Journal, Point, VersionTotals
+from dfmcl.monitoring.metrics import Identity, Snapshot
+from dfmcl.monitoring.release import Release
+from dfmcl.monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
+from dfmcl.robustness.data import Bytes
 
 LINKS = {"/metrics": "for Prometheus", "/rounds.json": "the rounds below, per image", "/-/healthy": "liveness"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 260, 44, 14, 12, 30

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monitoring.endpoint import Logits
-from robustness.attacks import Attack, Model
-from robustness.data import Bytes, Labels
-from robustness.errors import BadInput
-from robustness.geometry import contains_uint8, to_uint8
-from robustness.models import to_bytes, to_float
-from robustness.seeds import generator
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.monitoring.endpoint import Logits
+from dfmcl.robustness.attacks import Attack, Model
+from dfmcl.robustness.data import Bytes, Labels
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.geometry import contains_uint8, to_uint8
+from dfmcl.robustness.models import to_bytes, to_float
+from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 # What an outsider with nothing but answers can do: scores for one, labels for the other.
 BY_QUERIES = ("square", "rays")

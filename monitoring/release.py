@@ -15,19 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gating.attestation import (
-    PROBES,
-    BadEvidence,
-    NotAttested,
-    Trust,
-    read_attestation,
-    read_evidence,
-    verify,
-)
-from gating.probes import read_probes
-from robustness.data import Bytes
-from robustness.errors import BadInput
-from robustness.statistics import Share
+from dfmcl.gating.attestation import PROBES, BadEvidence, NotAttested, Trust, read_attestation, read_evidence, verify
+from dfmcl.gating.probes import read_probes
+from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.statistics import Share
 
 REPORT = "report.json"
 # missing: there is no evidence for this version; invalid: it is not believable; expired: it was, until a date that has

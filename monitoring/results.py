@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from robustness.data import Bytes
-from robustness.errors import BadInput
-from robustness.statistics import Share
+from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.statistics import Share
 
 FORMAT = "dfmcl.round/2"
 # Which way a round went: by gRPC straight to Triton, or by HTTP through the gateway as any customer's request.

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from monitoring.endpoint import Clock, Endpoint, Manners, Paused, Predict, reason_of
-from monitoring.probes import NO_ATTACK, PROBES, Ask, Found, Scene
-from monitoring.release import Find, Release
-from monitoring.results import (
+from dfmcl.monitoring.endpoint import Clock, Endpoint, Manners, Paused, Predict, reason_of
+from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Ask, Found, Scene
+from dfmcl.monitoring.release import Find, Release
+from dfmcl.monitoring.results import (
     GATEWAY,
     TRITON,
     AttackResult,
@@ -26,10 +26,10 @@ from monitoring.results import (
     RoundSkipped,
     compared,
 )
-from robustness.attacks import Attack
-from robustness.statistics import Flags
-from robustness.threat import Threat
-from serving.errors import Rejected, ServingError
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.statistics import Flags
+from dfmcl.robustness.threat import Threat
+from dfmcl.serving.errors import Rejected, ServingError
 
 EXAMPLES = 2  # of an attack and round, for the page
 

@@ -16,36 +16,36 @@ from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from gating.trust import follow_trust
-from monitoring import config as config_of
-from monitoring import mitigation, page, release
-from monitoring.bounds import MONTH_SECONDS, limit
-from monitoring.budget import BackOff, Budget
-from monitoring.config import Query, WatchConfig
-from monitoring.crafted import Crafted, Recipe, load_crafted, prepared_scenes
-from monitoring.crafting import Crafter, Pace, require_fit, scenes
-from monitoring.endpoint import Clock, Latencies, Manners, Stopped
-from monitoring.journal import VERSIONS, Journal
-from monitoring.losses import bars, losses
-from monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
-from monitoring.mitigation import Mitigation
-from monitoring.probes import NEEDS_SCORES, query_attack
-from monitoring.record import Record
-from monitoring.release import REPORT, Find, Release
-from monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
-from monitoring.rounds import Plan, run_query_round, run_round
-from monitoring.server import application, served
-from monitoring.surrogates import Surrogates
-from robustness.attacks import Attack
-from robustness.errors import BadInput, DfmclError
-from robustness.locks import Taken, beside, held
-from robustness.progress import Track, silent
-from robustness.provenance import revision, versions
-from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
-from serving.client import Client
-from serving.errors import BadInput as Misfit
-from serving.errors import Rejected
-from serving.gateway_client import GatewayClient
+from dfmcl.gating.trust import follow_trust
+from dfmcl.monitoring import config as config_of
+from dfmcl.monitoring import mitigation, page, release
+from dfmcl.monitoring.bounds import MONTH_SECONDS, limit
+from dfmcl.monitoring.budget import BackOff, Budget
+from dfmcl.monitoring.config import Query, WatchConfig
+from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted, prepared_scenes
+from dfmcl.monitoring.crafting import Crafter, Pace, require_fit, scenes
+from dfmcl.monitoring.endpoint import Clock, Latencies, Manners, Stopped
+from dfmcl.monitoring.journal import VERSIONS, Journal
+from dfmcl.monitoring.losses import bars, losses
+from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
+from dfmcl.monitoring.mitigation import Mitigation
+from dfmcl.monitoring.probes import NEEDS_SCORES, query_attack
+from dfmcl.monitoring.record import Record
+from dfmcl.monitoring.release import REPORT, Find, Release
+from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
+from dfmcl.monitoring.rounds import Plan, run_query_round, run_round
+from dfmcl.monitoring.server import application, served
+from dfmcl.monitoring.surrogates import Surrogates
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.errors import BadInput, DfmclError
+from dfmcl.robustness.locks import Taken, beside, held
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.provenance import revision, versions
+from dfmcl.robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import BadInput as Misfit
+from dfmcl.serving.errors import Rejected
+from dfmcl.serving.gateway_client import GatewayClient
 
 HEALTHY_INTERVALS = 3
 # Of an interval, in which the next round's images are made; more than a minute of spreading gains nothing.

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from robustness import losses
-from robustness.geometry import project, start, steepest
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness import losses
+from dfmcl.robustness.geometry import project, start, steepest
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

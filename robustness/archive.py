@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustness.errors import BadInput
-from robustness.progress import Track
-from robustness.reader import opened
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.progress import Track
+from dfmcl.robustness.reader import opened
 
 Array = NDArray[Any]
 KEYS = ("x_train", "y_train", "x_test", "y_test")

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from robustness.diagnosis import LONE, REPEATS, Examination
-from robustness.finding import Found
-from robustness.models import frozen, to_float
+from dfmcl.robustness.diagnosis import LONE, REPEATS, Examination
+from dfmcl.robustness.finding import Found
+from dfmcl.robustness.models import frozen, to_float
 
 SPREAD = 1e-3  # of the logits' deviation: sums in another order cost 1e-6 of it, noise that misleads an attack 1e-2
 # Images in a batch: around each size at which a server, a cache or a script cuts, as far as VALUES fit.

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustness import losses
-from robustness.apgd import apgd, apgd_targeted
-from robustness.confined import square_subspace, subspace
-from robustness.cw import cw_l2
-from robustness.errors import BadInput
-from robustness.fab import fab_targeted
-from robustness.geometry import project, start, steepest
-from robustness.rays import rays
-from robustness.square import square
-from robustness.suites import FROM, SUITES, WITHOUT_GRADIENTS
-from robustness.threat import Threat, parse_eps
-from robustness.transfer import TRANSFORMS, Pass
-from robustness.trial import Trial
+from dfmcl.robustness import losses
+from dfmcl.robustness.apgd import apgd, apgd_targeted
+from dfmcl.robustness.confined import square_subspace, subspace
+from dfmcl.robustness.cw import cw_l2
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.fab import fab_targeted
+from dfmcl.robustness.geometry import project, start, steepest
+from dfmcl.robustness.rays import rays
+from dfmcl.robustness.square import square
+from dfmcl.robustness.suites import FROM, SUITES, WITHOUT_GRADIENTS
+from dfmcl.robustness.threat import Threat, parse_eps
+from dfmcl.robustness.transfer import TRANSFORMS, Pass
+from dfmcl.robustness.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustness.asking import (
+from dfmcl.robustness.asking import (
     SPREAD,
     answers_change,
     batch_dependent,
@@ -28,16 +28,16 @@ from robustness.asking import (
     outputs_differ,
     state_changes,
 )
-from robustness.data import Bytes, Labels
-from robustness.diagnosis import BEYOND, FEW_STEPS, QUERYING, STEPS, Background, Examination
-from robustness.evaluate import Decide
-from robustness.finding import Check, Figures, Found, surplus, too_many
-from robustness.memory import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
-from robustness.models import frozen
-from robustness.progress import Track, silent
-from robustness.records import AttackRecord, Evaluation
-from robustness.statistics import Flags, lower_bound
-from robustness.threat import Threat
+from dfmcl.robustness.data import Bytes, Labels
+from dfmcl.robustness.diagnosis import BEYOND, FEW_STEPS, QUERYING, STEPS, Background, Examination
+from dfmcl.robustness.evaluate import Decide
+from dfmcl.robustness.finding import Check, Figures, Found, surplus, too_many
+from dfmcl.robustness.memory import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
+from dfmcl.robustness.models import frozen
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.statistics import Flags, lower_bound
+from dfmcl.robustness.threat import Threat
 
 PROBABILITY = 1e-4  # float32 sums a thousand probabilities to 1 within 1e-5
 NO_GRADIENT = 0.05  # of the images: float32 has a gradient while the margin is below 88; of trained logits it is ~20

@@ -9,10 +9,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from robustness.errors import BadInput
-from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
-from robustness.text import why_not_local
-from robustness.threat import parse_eps
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
+from dfmcl.robustness.text import why_not_local
+from dfmcl.robustness.threat import parse_eps
 
 M = TypeVar("M", bound=BaseModel)
 

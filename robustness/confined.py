@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from robustness.losses import margin, value_and_gradient
-from robustness.square import SEARCHES, patch_side, patched, signs
-from robustness.subspaces import Chart, Subspace, subspaces
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.losses import margin, value_and_gradient
+from dfmcl.robustness.square import SEARCHES, patch_side, patched, signs
+from dfmcl.robustness.subspaces import Chart, Subspace, subspaces
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustness.data import Bytes, Labels
-from robustness.losses import right
-from robustness.models import to_float
-from robustness.statistics import Flags, PairedCounts
+from dfmcl.robustness.data import Bytes, Labels
+from dfmcl.robustness.losses import right
+from dfmcl.robustness.models import to_float
+from dfmcl.robustness.statistics import Flags, PairedCounts
 
 Answer = Callable[[Tensor], Tensor]
 """Floats `(N, C, H, W)`, which under a convention may lie outside [0, 1], to logits `(N, K)`."""

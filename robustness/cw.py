@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustness.geometry import norms
-from robustness.losses import margin
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.geometry import norms
+from dfmcl.robustness.losses import margin
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 
 def cw_l2(

@@ -13,19 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from robustness import losses
-from robustness.attacks import ATTACKS, Attack, climb, fgsm
-from robustness.data import Bytes, Labels
-from robustness.evaluate import Decide, Outcome, evaluate
-from robustness.geometry import project, start, steepest, to_uint8
-from robustness.models import device_of, frozen, to_float
-from robustness.progress import Track, silent
-from robustness.records import Evaluation
-from robustness.seeds import generator
-from robustness.segments import unexplained
-from robustness.statistics import Flags
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness import losses
+from dfmcl.robustness.attacks import ATTACKS, Attack, climb, fgsm
+from dfmcl.robustness.data import Bytes, Labels
+from dfmcl.robustness.evaluate import Decide, Outcome, evaluate
+from dfmcl.robustness.geometry import project, start, steepest, to_uint8
+from dfmcl.robustness.models import device_of, frozen, to_float
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.segments import unexplained
+from dfmcl.robustness.statistics import Flags
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
 STEPS = 20

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustness.geometry import norms, project, start
-from robustness.losses import targeted_margin, value_and_gradient
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.geometry import norms, project, start
+from dfmcl.robustness.losses import targeted_margin, value_and_gradient
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 Model = Callable[[Tensor], Tensor]
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from robustness.errors import BadInput, unwritable
-from robustness.locks import beside, held
-from robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
+from dfmcl.robustness.errors import BadInput, unwritable
+from dfmcl.robustness.locks import beside, held
+from dfmcl.robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
 
 
 def sha256_of(path: Path) -> str:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from scipy.special import bdtrc
 
-from robustness.diagnosis import Examination
-from robustness.statistics import Flags, PairedCounts
+from dfmcl.robustness.diagnosis import Examination
+from dfmcl.robustness.statistics import Flags, PairedCounts
 
 Figures = Mapping[str, float | str]
 

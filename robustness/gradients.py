@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from robustness.errors import BadInput, DfmclError
-from robustness.losses import margin, value_and_gradient
-from robustness.models import frozen
+from dfmcl.robustness.errors import BadInput, DfmclError
+from dfmcl.robustness.losses import margin, value_and_gradient
+from dfmcl.robustness.models import frozen
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 IMAGES = 4  # enough for a proof: what was folded wrongly, or has no precision, is wrong on each

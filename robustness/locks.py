@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from robustness.errors import BadInput, unwritable
+from dfmcl.robustness.errors import BadInput, unwritable
 
 LOCK = ".lock"
 TRIES = 100

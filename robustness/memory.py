@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustness.data import Bytes
-from robustness.diagnosis import Examination
-from robustness.finding import LEVEL, Found, too_many
-from robustness.losses import right
-from robustness.models import to_float
-from robustness.statistics import lower_bound, upper_bound
+from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.diagnosis import Examination
+from dfmcl.robustness.finding import LEVEL, Found, too_many
+from dfmcl.robustness.losses import right
+from dfmcl.robustness.models import to_float
+from dfmcl.robustness.statistics import lower_bound, upper_bound
 
 FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
 REPEATED = 0.01  # of the images may also be training images: a few of every public data set are

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustness.errors import BadInput
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 PRECISION = 1e-3  # of eps: how exactly the radius at which a ray crosses the border is found
 

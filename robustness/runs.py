@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from robustness.errors import BadInput, lacks_memory
-from robustness.files import read_json, sha256_of
-from robustness.models import Classifier, ModelSpec
+from dfmcl.robustness.errors import BadInput, lacks_memory
+from dfmcl.robustness.files import read_json, sha256_of
+from dfmcl.robustness.models import Classifier, ModelSpec
 
 FORMAT = "dfmcl.run/1"
 CHECKPOINT = "checkpoint.safetensors"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from robustness.losses import margin, value_and_gradient
+from dfmcl.robustness.losses import margin, value_and_gradient
 
 POINTS = 16  # of the sum along a segment, at first
 MORE = 64  # where that leaves more than DOUBT: ReLUs change sides on a long way, and the sum gets better

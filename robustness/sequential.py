@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
 
-from robustness.errors import BadInput
-from robustness.statistics import Flags
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.statistics import Flags
 
 Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustness.geometry import norms, project
-from robustness.losses import margin
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.geometry import norms, project
+from dfmcl.robustness.losses import margin
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 # Where the patch's share of the image is halved, in ten-thousandths of all queries (section 5 of the paper).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

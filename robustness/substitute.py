@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustness.attacks import mi_fgsm
-from robustness.data import Bytes
-from robustness.geometry import project, steepest, to_uint8
-from robustness.models import ResNet18, frozen, to_float
-from robustness.progress import Track, silent
-from robustness.seeds import derived_seed, generator
-from robustness.threat import Threat
+from dfmcl.robustness.attacks import mi_fgsm
+from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.geometry import project, steepest, to_uint8
+from dfmcl.robustness.models import ResNet18, frozen, to_float
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.seeds import derived_seed, generator
+from dfmcl.robustness.threat import Threat
 
 SIDE = 32  # larger images are looked at in this size: the substitute is small, and transfer cares for coarse patterns
 WIDTH = 8

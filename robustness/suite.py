@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from robustness.attacks import Attack
-from robustness.data import Dataset
-from robustness.errors import BadInput
-from robustness.evaluate import evaluate
-from robustness.hyperscore import combined_value, hyperscore
-from robustness.progress import Track, silent
-from robustness.provenance import now, provenance
-from robustness.records import Evaluation
-from robustness.runs import Run
-from robustness.threat import Threat
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.data import Dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.hyperscore import combined_value, hyperscore
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.provenance import now, provenance
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.runs import Run
+from dfmcl.robustness.threat import Threat
 
 FORMAT = "dfmcl.evaluations/1"
 WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}

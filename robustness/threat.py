@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from robustness.errors import BadInput
+from dfmcl.robustness.errors import BadInput
 
 NORMS = ("linf", "l2")
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustness.errors import BadInput
-from robustness.geometry import start
-from robustness.threat import Threat
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.geometry import start
+from dfmcl.robustness.threat import Threat
 
 Pass = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 """Points `(N, C, H, W)`, labels `(N,)`, whether a gradient is wanted: loss `(N,)`, its gradient, logits `(N, K)`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustness.losses import right
+from dfmcl.robustness.losses import right
 
 Confirm = Callable[[Tensor, Tensor], Tensor]
 """Rows `(M,)` and points `(M, C, H, W)` on which the attack's model errs; returns which of them count, `(M,)` bool."""

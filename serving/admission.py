@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from serving.problems import RETRY_SECONDS, Problem
+from dfmcl.serving.problems import RETRY_SECONDS, Problem
 
 # A flow may hold so many times the places that are free, so that a few always are (dynamic thresholds: Choudhury and
 # Hahne, IEEE/ACM Transactions on Networking 6, 1998).

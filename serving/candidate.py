@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from robustness.reader import MANIFEST_BYTES, parse_object, read_plain
-from serving.errors import BadInput
+from dfmcl.robustness.reader import MANIFEST_BYTES, parse_object, read_plain
+from dfmcl.serving.errors import BadInput
 
 FORMAT = "dfmcl.candidate/1"
 MANIFEST = "manifest.json"

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
-from robustness.text import as_markdown
-from serving import repository as layout
-from serving.candidate import Manifest, read_manifest
-from serving.errors import BadInput
-from serving.ledger import replace
-from serving.promotion import Promoted, only_writer, require_repository, verify_release
+from dfmcl.robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
+from dfmcl.robustness.text import as_markdown
+from dfmcl.serving import repository as layout
+from dfmcl.serving.candidate import Manifest, read_manifest
+from dfmcl.serving.errors import BadInput
+from dfmcl.serving.ledger import replace
+from dfmcl.serving.promotion import Promoted, only_writer, require_repository, verify_release
 
 Record = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
+from dfmcl.serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 
 LOWEST = 2  # priority of a client that gives way; users are 1 by default
 CHANNEL_OPTIONS = [

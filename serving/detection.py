@@ -15,13 +15,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from serving import webhook
-from serving.campaigns import Alarm, Campaign, Rule
-from serving.fingerprints import Fingerprinter, Image
-from serving.gateway_config import Detection
-from serving.gateway_metrics import DetectionMetrics
-from serving.history import History
-from serving.keys import Caller
+from dfmcl.serving import webhook
+from dfmcl.serving.campaigns import Alarm, Campaign, Rule
+from dfmcl.serving.fingerprints import Fingerprinter, Image
+from dfmcl.serving.gateway_config import Detection
+from dfmcl.serving.gateway_metrics import DetectionMetrics
+from dfmcl.serving.history import History
+from dfmcl.serving.keys import Caller
 
 # Of similarity, from which on two images are near-duplicates: half of the tags, as Blacklight's authors have it; and
 # nine tenths of the contrasts, the most that different photographs do not reach (benchmarks/results/detection.md).

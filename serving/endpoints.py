@@ -21,9 +21,9 @@ import numpy.typing as npt
 import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
-from serving.client import CHANNEL_OPTIONS, Contract, Served, answer_error
-from serving.errors import AnswerError, DeadlineExceeded, Rejected, Unavailable
-from serving.turns import Turns
+from dfmcl.serving.client import CHANNEL_OPTIONS, Contract, Served, answer_error
+from dfmcl.serving.errors import AnswerError, DeadlineExceeded, Rejected, Unavailable
+from dfmcl.serving.turns import Turns
 
 CANARY_PRIORITY = 2  # of Triton's queue: users are 1 by default
 CANARY_WEIGHT = 0.1  # of a user's share, where several wait for their turns here

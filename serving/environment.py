@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving.errors import Broken
+from dfmcl.serving.errors import Broken
 
 BACKEND = Path(__file__).parent / "backend" / "model.py"
 SHARED_MEMORY = Path("/dev/shm")  # Triton's python backend keeps its regions there and nowhere else
@@ -65,7 +65,7 @@ class Environment:
 def find_environment(python: Path | None) -> Environment:
     """The environment of `python`, else DFMCL_TRITON_PYTHON, else .venv-triton here or beside the code; or Broken."""
     named = python or os.environ.get("DFMCL_TRITON_PYTHON")
-    nearby = [root / ".venv-triton" / "bin" / "python" for root in (Path.cwd(), Path(__file__).parents[1])]
+    nearby = [root / ".venv-triton" / "bin" / "python" for root in (Path.cwd(), Path(__file__).parents[2])]
     choices = [Path(named)] if named else nearby
     # Not resolved: a virtual environment is known by the link that starts it.
     found = next((path.absolute() for path in choices if path.is_file()), None)

@@ -26,18 +26,18 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from robustness.attacks import pgd
-from robustness.data import load_dataset
-from robustness.files import whole_directory
-from robustness.geometry import to_uint8
-from robustness.graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
-from robustness.models import Classifier, frozen, to_bytes, to_float
-from robustness.progress import Track, silent
-from robustness.provenance import now, versions
-from robustness.runs import Run, load_run
-from robustness.seeds import generator
-from robustness.threat import Threat
-from serving.candidate import (
+from dfmcl.robustness.attacks import pgd
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.files import whole_directory
+from dfmcl.robustness.geometry import to_uint8
+from dfmcl.robustness.graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
+from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.provenance import now, versions
+from dfmcl.robustness.runs import Run, load_run
+from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.threat import Threat
+from dfmcl.serving.candidate import (
     AS_THEY_CAME,
     INPUT,
     LABELS,
@@ -51,7 +51,7 @@ from serving.candidate import (
     sha256_of,
     write_manifest,
 )
-from serving.errors import BadInput, Broken, Refused
+from dfmcl.serving.errors import BadInput, Broken, Refused
 
 OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
 OLDEST_OPSET = 7  # that ONNX Runtime promises to run
@@ -335,7 +335,7 @@ def strip(model: onnx.ModelProto) -> None:
 
 def require_no_paths(model: onnx.ModelProto) -> None:
     """Raise Broken where a model still holds a path of this machine, outside its weights."""
-    here = [Path.home(), Path.cwd(), Path(__file__).parents[1], Path(tempfile.gettempdir()), Path(sys.prefix)]
+    here = [Path.home(), Path.cwd(), Path(__file__).parents[2], Path(tempfile.gettempdir()), Path(sys.prefix)]
     places = {str(place) for place in [*here, sysconfig.get_path("purelib")]} - {"/"}
     text = onnx.ModelProto()
     text.CopyFrom(model)

@@ -39,20 +39,20 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from serving import images, pages
-from serving.admission import Admission, Place
-from serving.client import Contract
-from serving.detection import Worker
-from serving.endpoints import Pool, Reply, Security
-from serving.errors import AnswerError, BadInput, Broken
-from serving.gateway_config import GatewayConfig, Tritons, load_config
-from serving.gateway_metrics import DetectionMetrics, Metrics
-from serving.keys import ANYONE, PREFIX, Caller
-from serving.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
-from serving.openapi import describe
-from serving.problems import RETRY_SECONDS, Problem
-from serving.ready import claim_ready, write_ready
-from serving.renewal import Source, renew
+from dfmcl.serving import images, pages
+from dfmcl.serving.admission import Admission, Place
+from dfmcl.serving.client import Contract
+from dfmcl.serving.detection import Worker
+from dfmcl.serving.endpoints import Pool, Reply, Security
+from dfmcl.serving.errors import AnswerError, BadInput, Broken
+from dfmcl.serving.gateway_config import GatewayConfig, Tritons, load_config
+from dfmcl.serving.gateway_metrics import DetectionMetrics, Metrics
+from dfmcl.serving.keys import ANYONE, PREFIX, Caller
+from dfmcl.serving.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
+from dfmcl.serving.openapi import describe
+from dfmcl.serving.problems import RETRY_SECONDS, Problem
+from dfmcl.serving.ready import claim_ready, write_ready
+from dfmcl.serving.renewal import Source, renew
 
 CLASSIFY = "/v1/classify"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds; logged only where they fail

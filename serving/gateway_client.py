@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from robustness.reader import Unfit, parse_json
-from serving.client import Answer
-from serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
+from dfmcl.robustness.reader import Unfit, parse_json
+from dfmcl.serving.client import Answer
+from dfmcl.serving.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 
 # The meaning of a status for a measurement; others below 500 are refusals.
 BY_STATUS: dict[int, tuple[type[AnswerError], str]] = {

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from robustness.config import LocalPath, read_toml
-from robustness.errors import BadInput as Unread
-from serving.errors import BadInput
-from serving.fingerprints import DETECTORS, DetectorName
-from serving.keys import Bucket, Caller, Keyring, digest_of, make_key
-from serving.repository import MODEL_NAME
+from dfmcl.robustness.config import LocalPath, read_toml
+from dfmcl.robustness.errors import BadInput as Unread
+from dfmcl.serving.errors import BadInput
+from dfmcl.serving.fingerprints import DETECTORS, DetectorName
+from dfmcl.serving.keys import Bucket, Caller, Keyring, digest_of, make_key
+from dfmcl.serving.repository import MODEL_NAME
 
 
 class Section(BaseModel):

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from serving.endpoints import Pool
-from serving.fingerprints import DETECTORS
-from serving.problems import STATUSES
+from dfmcl.serving.endpoints import Pool
+from dfmcl.serving.fingerprints import DETECTORS
+from dfmcl.serving.problems import STATUSES
 
 OUTCOMES = ("ok", "refused", "failed")  # 2xx; 4xx, the asker's; 5xx, ours
 # From a small image on an idle machine (about 3 ms) to the longest deadline that the configuration may allow.

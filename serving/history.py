@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from serving.fingerprints import TAGS, Fingerprint, Words
+from dfmcl.serving.fingerprints import TAGS, Fingerprint, Words
 
 ONES = np.array([word.bit_count() for word in range(1 << 16)], np.uint8)  # numpy counts bits itself only from 2.0 on
 

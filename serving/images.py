@@ -21,9 +21,9 @@ from PIL import Image
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from robustness import pictures
-from serving.client import Contract
-from serving.problems import RETRY_SECONDS, Problem
+from dfmcl.robustness import pictures
+from dfmcl.serving.client import Contract
+from dfmcl.serving.problems import RETRY_SECONDS, Problem
 
 FIELD = "image"  # of a form
 # Each type that says what an image file is, to Pillow's name; other names for JPEG and PNG are in wide use.

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from serving.problems import Problem
+from dfmcl.serving.problems import Problem
 
 PREFIX = "dfmcl_"  # lets secret scanners find a key that was committed somewhere
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from gating.attestation import BadEvidence
-from gating.probes import read_probes
-from serving import repository as layout
-from serving.client import Client
-from serving.errors import BadInput, WrongAnswer
-from serving.promotion import Promoted
+from dfmcl.gating.attestation import BadEvidence
+from dfmcl.gating.probes import read_probes
+from dfmcl.serving import repository as layout
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import BadInput, WrongAnswer
+from dfmcl.serving.promotion import Promoted
 
 IMAGES = 32  # as they were, and as many adversarial ones; together one full batch
 # Of the largest logit: batch shape and threads reorder float32 sums, about 1e-6; another model is whole logits away.

@@ -18,9 +18,9 @@ from itertools import count
 from pathlib import Path
 from typing import Literal, get_args
 
-from robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
-from serving import repository as layout
-from serving.errors import BadInput
+from dfmcl.robustness.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
+from dfmcl.serving import repository as layout
+from dfmcl.serving.errors import BadInput
 
 Kind = Literal["promoted", "rolled_back", "returned", "retired", "pruned", "failed", "recovered", "repaired"]
 Damage = tuple[int, str]  # a line's number, and why it is no event

@@ -18,9 +18,9 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serving.errors import BadInput, Broken
-from serving.gateway_config import Listen
-from serving.problems import RETRY_SECONDS, Problem
+from dfmcl.serving.errors import BadInput, Broken
+from dfmcl.serving.gateway_config import Listen
+from dfmcl.serving.problems import RETRY_SECONDS, Problem
 
 HEADER_BYTES = 65_536  # of one request
 IDLE_SECONDS = 30  # of a connection between two requests

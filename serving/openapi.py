@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.gateway_config import GatewayConfig
-from serving.images import FIELD, FORM, TENSOR, TYPES
-from serving.problems import STATUSES
+from dfmcl.serving.gateway_config import GatewayConfig
+from dfmcl.serving.images import FIELD, FORM, TENSOR, TYPES
+from dfmcl.serving.problems import STATUSES
 
 # What an endpoint may say in place of an answer; 495 and 499 are for nobody to see.
 CLASSIFY_REASONS = frozenset(STATUSES) - {"client_left", "handshake", "not_found", "method_not_allowed"}

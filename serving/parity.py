@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from gating.attestation import BadEvidence
-from gating.probes import read_probes
-from serving import repository as layout
-from serving.candidate import INPUT, MODEL
-from serving.errors import BadInput
+from dfmcl.gating.attestation import BadEvidence
+from dfmcl.gating.probes import read_probes
+from dfmcl.serving import repository as layout
+from dfmcl.serving.candidate import INPUT, MODEL
+from dfmcl.serving.errors import BadInput
 
 AGREEMENT = 0.999  # of labels, on clean and on adversarial images
 TOLERANCE = 1e-3  # of the largest logit, as the known answers have it

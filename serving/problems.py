@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving.errors import AnswerError
+from dfmcl.serving.errors import AnswerError
 
 STATUSES = {
     "bad_request": 400,  # a header, a query parameter or a JSON body that cannot be understood

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from gating.attestation import Trust, inspect, verify
-from robustness.reader import leaves
-from serving import ledger
-from serving import repository as layout
-from serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_files
-from serving.errors import BadInput, Broken, Refused
+from dfmcl.gating.attestation import Trust, inspect, verify
+from dfmcl.robustness.reader import leaves
+from dfmcl.serving import ledger
+from dfmcl.serving import repository as layout
+from dfmcl.serving.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_files
+from dfmcl.serving.errors import BadInput, Broken, Refused
 
 LOCK = ".promotion.lock"
 # As other locks: not through a link, whose file would be emptied, and waiting at no pipe.

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from serving.errors import AnswerError, Broken
-from serving.triton import HOST, Server, last_meaningful_line
+from dfmcl.serving.errors import AnswerError, Broken
+from dfmcl.serving.triton import HOST, Server, last_meaningful_line
 
 FAILURES = 3  # in a row
 METRICS_SECONDS = 2.0  # a listener and a thread of their own, which no flood of inferences reaches

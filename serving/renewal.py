@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serving.errors import BadInput
+from dfmcl.serving.errors import BadInput
 
 TICK_SECONDS = 0.4  # a change is acted upon after two: it has to stand still for one, as files are not written at once
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from gating.attestation import BadEvidence, NotAttested, Trust
-from serving import ledger, promotion
-from serving import repository as layout
-from serving.errors import BadInput, ServingError
+from dfmcl.gating.attestation import BadEvidence, NotAttested, Trust
+from dfmcl.serving import ledger, promotion
+from dfmcl.serving import repository as layout
+from dfmcl.serving.errors import BadInput, ServingError
 
 UNFIT = (ServingError, NotAttested, BadEvidence, OSError)
 

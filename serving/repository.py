@@ -19,9 +19,9 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
-from serving.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest
-from serving.errors import BadInput, Refused
+from dfmcl.robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
+from dfmcl.serving.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest
+from dfmcl.serving.errors import BadInput, Refused
 
 CONFIG = "config.pbtxt"
 GPU_CONFIG = "configs/gpu.pbtxt"

@@ -9,9 +9,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from robustness.reader import TEXT_BYTES, Unfit, read_plain
-from serving import repository as layout
-from serving.errors import BadInput
+from dfmcl.robustness.reader import TEXT_BYTES, Unfit, read_plain
+from dfmcl.serving import repository as layout
+from dfmcl.serving.errors import BadInput
 
 
 @dataclass(frozen=True)

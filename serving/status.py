@@ -9,11 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gating.attestation import Trust, inspect, read_attestation
-from serving import ledger, promotion
-from serving import repository as layout
-from serving.errors import BadInput, Refused
-from serving.repair import UNFIT, mendable, models
+from dfmcl.gating.attestation import Trust, inspect, read_attestation
+from dfmcl.serving import ledger, promotion
+from dfmcl.serving import repository as layout
+from dfmcl.serving.errors import BadInput, Refused
+from dfmcl.serving.repair import UNFIT, mendable, models
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gating.attestation import BadEvidence, NotAttested, Trust
-from serving import ledger, promotion
-from serving import repository as layout
-from serving.client import Client
-from serving.environment import Environment, find_environment, footprint
-from serving.errors import AnswerError, BadInput, Broken, Crashed, Refused, WrongAnswer
-from serving.known_answers import known_answers, require_known_answers
-from serving.promotion import Promoted, verify_release
-from serving.pulse import Pulse, asking
-from serving.ready import claim_ready, write_ready
-from serving.sight import Mark, look
-from serving.triton import HOST, Server, claim_ports, hide_token, last_meaningful_line, running
+from dfmcl.gating.attestation import BadEvidence, NotAttested, Trust
+from dfmcl.serving import ledger, promotion
+from dfmcl.serving import repository as layout
+from dfmcl.serving.client import Client
+from dfmcl.serving.environment import Environment, find_environment, footprint
+from dfmcl.serving.errors import AnswerError, BadInput, Broken, Crashed, Refused, WrongAnswer
+from dfmcl.serving.known_answers import known_answers, require_known_answers
+from dfmcl.serving.promotion import Promoted, verify_release
+from dfmcl.serving.pulse import Pulse, asking
+from dfmcl.serving.ready import claim_ready, write_ready
+from dfmcl.serving.sight import Mark, look
+from dfmcl.serving.triton import HOST, Server, claim_ports, hide_token, last_meaningful_line, running
 
 STARTUP_SECONDS = 120.0
 TICK_SECONDS = 0.5  # how soon a promotion or a dead process is noticed

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from tritonclient.utils import InferenceServerException
 
-from serving.client import Client
-from serving.environment import Environment, footprint, install_backends
-from serving.errors import BadInput, Broken, Crashed, Rejected
+from dfmcl.serving.client import Client
+from dfmcl.serving.environment import Environment, footprint, install_backends
+from dfmcl.serving.errors import BadInput, Broken, Crashed, Rejected
 
 HOST = "127.0.0.1"
 # Whatever changes or reveals the server; inference, health, metadata and model-config stay open.

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from robustness.files import dump_json, sha256_of
-from robustness.runs import CHECKPOINT, MANIFEST
-from robustness.seeds import generator
-from training.config import load_config
-from training.train import train
+from dfmcl.robustness.files import dump_json, sha256_of
+from dfmcl.robustness.runs import CHECKPOINT, MANIFEST
+from dfmcl.robustness.seeds import generator
+from dfmcl.training.config import load_config
+from dfmcl.training.train import train
 
 Networks = Callable[[str], Path]  # a name to its run
 PINNED = Path(__file__).parent / "fixtures"

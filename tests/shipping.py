@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gating.gate import gate
-from gating.policy import Policy
-from gating.subject import open_subject
-from gating.trust import load_trust
-from serving.card import write_card
-from serving.export import export
-from serving.promotion import promote
+from dfmcl.gating.gate import gate
+from dfmcl.gating.policy import Policy
+from dfmcl.gating.subject import open_subject
+from dfmcl.gating.trust import load_trust
+from dfmcl.serving.card import write_card
+from dfmcl.serving.export import export
+from dfmcl.serving.promotion import promote
+from dfmcl.training.pack import pack
 from tests.signing import VALID_DAYS, make_key, write_trust
-from training.pack import pack
 
 NAME = "stand-in"
 POLICY = Policy.model_validate(

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import dfmcl
-from gating.attestation import ATTESTATION, MANIFEST, PROBES, Trust, candidate_files, sign
-from gating.derivation import Record
-from gating.keys import keygen, read_public
-from gating.policy import Policy
-from gating.probes import as_npz
-from gating.report import build_report
-from robustness.checks import CHECKS
-from robustness.files import sha256_of
-from robustness.records import AttackRecord, Evaluation
-from robustness.threat import Threat
+import dfmcl.cli.command
+from dfmcl.gating.attestation import ATTESTATION, MANIFEST, PROBES, Trust, candidate_files, sign
+from dfmcl.gating.derivation import Record
+from dfmcl.gating.keys import keygen, read_public
+from dfmcl.gating.policy import Policy
+from dfmcl.gating.probes import as_npz
+from dfmcl.gating.report import build_report
+from dfmcl.robustness.checks import CHECKS
+from dfmcl.robustness.files import sha256_of
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.threat import Threat
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire
@@ -216,7 +216,7 @@ def report_on(candidate: Path, evidence: Path, verdict: str = "passed", **change
 def code_of(*arguments: str) -> object:
     """The exit code of a `dfmcl` command, run in this process."""
     with pytest.raises(SystemExit) as ended:
-        dfmcl.app(list(arguments), standalone_mode=False)
+        dfmcl.cli.command.app(list(arguments), standalone_mode=False)
     return ended.value.code
 
 

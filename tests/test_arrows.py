@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("robustness", "training", "gating", "serving", "monitoring")
-TOP = (*ROOMS, "benchmarks", "tests", "dfmcl", "quickstart")
+TOP = ("dfmcl", *ROOMS, "benchmarks", "tests", "quickstart")
 ALLOWED = {
     "robustness": set(),
     "training": {"robustness"},
@@ -47,9 +47,9 @@ def imports(source: str) -> set[str]:
 
 
 def forbidden(path: str, source: str) -> set[str]:
-    """Imports of ours that no arrow allows."""
+    """Imports of ours that no arrow allows; a room is `dfmcl.ROOM` and nothing else."""
     room = path.partition("/")[0]
-    allowed = {room} | ALLOWED[room] | EXCEPTIONS.get(path, set())
+    allowed = {f"dfmcl.{name}" for name in {room} | ALLOWED[room] | EXCEPTIONS.get(path, set())}
     ours = {name for name in imports(source) if name.partition(".")[0] in TOP}
     return {name for name in ours if not any(name == ok or name.startswith(f"{ok}.") for ok in allowed)}
 
@@ -60,15 +60,25 @@ def test_no_forbidden_arrow(path: str) -> None:
     assert not forbidden(path, (ROOT / path).read_text())
 
 
+def test_a_room_has_one_name() -> None:
+    """What may import every room imports it as `dfmcl.ROOM` too: under two names a module would be two modules."""
+    others = [ROOT / "quickstart.py", *(ROOT / "deploy").rglob("*.py")]
+    others += [path for folder in ("dfmcl/cli", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    found = {path: {name for name in imports(path.read_text()) if name.partition(".")[0] in ROOMS} for path in others}
+    assert not {path: names for path, names in found.items() if names}
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("robustness/x.py", "import training"),
-        ("training/x.py", "def f():\n    from gating.policy import Policy"),
-        ("serving/promotion.py", "from robustness.runs import load_run"),
-        ("serving/client.py", "import gating.attestation"),
-        ("monitoring/x.py", "from serving import export"),
-        ("monitoring/x.py", "from gating import gate"),
+        ("robustness/x.py", "import dfmcl.training"),
+        ("robustness/x.py", "from robustness.runs import load_run"),
+        ("training/x.py", "def f():\n    from dfmcl.gating.policy import Policy"),
+        ("serving/promotion.py", "from dfmcl.robustness.runs import load_run"),
+        ("serving/client.py", "import dfmcl.gating.attestation"),
+        ("serving/x.py", "from dfmcl.cli import main"),
+        ("monitoring/x.py", "from dfmcl.serving import export"),
+        ("monitoring/x.py", "from dfmcl.gating import gate"),
         ("gating/x.py", "from tests.linear import Linear"),
     ],
 )
@@ -78,13 +88,16 @@ def test_a_forbidden_arrow_is_noticed(path: str, source: str) -> None:
 
 
 LIGHT = {
-    "gating.policy, gating.verdict, gating.attestation, gating.report": {"torch", "onnxruntime"},
-    "gating.formats, gating.github": {"torch", "onnxruntime"},
-    "serving.client": {"torch", "onnx", "onnxruntime", "robustness", "gating", "pydantic", "typer"},
-    "gating.attestation": {"torch", "numpy", "scipy", "pydantic"},
-    "serving.gateway, serving.images": {"torch", "onnxruntime", "torchvision"},
-    "robustness.pictures, robustness.folder, robustness.archive": {"torch", "torchvision"},
-    "dfmcl": {"torch", "numpy", "pydantic", "tritonclient", "rich.progress"},
+    "dfmcl.gating.policy, dfmcl.gating.verdict, dfmcl.gating.attestation, dfmcl.gating.report": {
+        "torch",
+        "onnxruntime",
+    },
+    "dfmcl.gating.formats, dfmcl.gating.github": {"torch", "onnxruntime"},
+    "dfmcl.serving.client": {"torch", "onnx", "onnxruntime", "dfmcl.robustness", "dfmcl.gating", "pydantic", "typer"},
+    "dfmcl.gating.attestation": {"torch", "numpy", "scipy", "pydantic"},
+    "dfmcl.serving.gateway, dfmcl.serving.images": {"torch", "onnxruntime", "torchvision"},
+    "dfmcl.robustness.pictures, dfmcl.robustness.folder, dfmcl.robustness.archive": {"torch", "torchvision"},
+    "dfmcl.cli": {"torch", "numpy", "pydantic", "tritonclient", "rich.progress"},
 }
 
 

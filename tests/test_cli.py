@@ -21,8 +21,9 @@ import pytest
 import torch
 import typer
 
-import dfmcl
-from robustness.errors import Refused
+import dfmcl.cli
+import dfmcl.cli.command
+from dfmcl.robustness.errors import Refused
 from tests.processes import wait_until
 from tests.robustness.pictures import png
 
@@ -165,7 +166,7 @@ def test_wrong_call_gives_one_line_and_its_exit_code(
     monkeypatch.setattr(sys, "argv", ["dfmcl", *arguments])  # in here: a process each would import torch each, 3 s
     niceness = os.nice(0)
     with signals_put_back(), pytest.raises(SystemExit) as ended:
-        dfmcl.main()
+        dfmcl.cli.main()
     assert os.nice(0) == niceness, "what comes after it in this process would starve"
     out, err = capfd.readouterr()
     assert ended.value.code == code, err
@@ -218,7 +219,7 @@ def as_user_sees(allocate: Callable[[], object], capfd: pytest.CaptureFixture[st
     try:
         allocate()
     except Exception as error:  # noqa: BLE001  # which one is what the test is about
-        return dfmcl.explain(error, "evaluate"), capfd.readouterr().err
+        return dfmcl.cli.command.explain(error, "evaluate"), capfd.readouterr().err
     raise AssertionError("a petabyte was there")
 
 
@@ -288,7 +289,7 @@ def test_an_uncaught_exception_is_never_1(error: Exception, code: int, capsys: p
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        dfmcl.guarded(fail)()
+        dfmcl.cli.command.guarded(fail)()
     assert caught.value.code == code
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -297,7 +298,7 @@ def test_an_uncaught_exception_is_never_1(error: Exception, code: int, capsys: p
 def test_code_that_exits_decides_nothing(called: int | None, code: int) -> None:
     """A model's own code may call sys.exit(0), which would read as passed; a signal's code stays."""
     with pytest.raises(SystemExit) as caught:
-        dfmcl.guarded(lambda: sys.exit(called))()
+        dfmcl.cli.command.guarded(lambda: sys.exit(called))()
     assert caught.value.code == code
 
 
@@ -346,7 +347,7 @@ def test_a_place_that_cannot_be_written_is_bad_input(tmp_path: Path, standard_ru
     assert shutil.which("dfmcl", path=COMMAND.parent)
 
 
-COMMANDS = {command.name: inspect.unwrap(command.callback) for command in dfmcl.app.registered_commands}
+COMMANDS = {command.name: inspect.unwrap(command.callback) for command in dfmcl.cli.command.app.registered_commands}
 
 
 def path_options() -> list[tuple[str, str]]:
@@ -375,7 +376,7 @@ def called(
     """Exit code, stdout and stderr of a call in this process."""
     monkeypatch.setattr(sys, "argv", ["dfmcl", *arguments])
     with signals_put_back(), pytest.raises(SystemExit) as ended:
-        dfmcl.main()
+        dfmcl.cli.main()
     return ended.value.code, *capfd.readouterr()
 
 

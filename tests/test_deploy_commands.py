@@ -20,16 +20,16 @@ import pytest
 import typer
 import yaml
 
-import dfmcl
-from gating.trust import load_trust
-from monitoring.config import load_config as load_watch
-from serving.client import Client
-from serving.environment import Environment, find_environment, footprint, install_backends
-from serving.errors import Broken
-from serving.gateway_config import load_config as load_gateway
+import dfmcl.cli.command
+from dfmcl.gating.trust import load_trust
+from dfmcl.monitoring.config import load_config as load_watch
+from dfmcl.serving.client import Client
+from dfmcl.serving.environment import Environment, find_environment, footprint, install_backends
+from dfmcl.serving.errors import Broken
+from dfmcl.serving.gateway_config import load_config as load_gateway
+from dfmcl.training.config import load_config as load_training
 from tests.deploying import DEPLOY, MODEL, OVERLAYS, ROOT, named, pods, rendered
 from tests.processes import wait_until
-from training.config import load_config as load_training
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
 # What Triton 24.10, pip's, does not know yet; NVIDIA's image of 26.07 does.
@@ -53,7 +53,7 @@ def test_dfmcl_accepts_every_command() -> None:
     found = dict(commands())
     assert len(found) == 3 + 3 + 1 + 3
     assert {words[1] for words in found.values()} == {"verify", "gateway", "watch"}
-    group: Any = typer.main.get_command(dfmcl.app)
+    group: Any = typer.main.get_command(dfmcl.cli.command.app)
     for where, words in found.items():
         context = group.commands[words[1]].make_context(words[1], words[2:])
         assert context.params, where
@@ -153,7 +153,7 @@ def test_the_training_jobs_overrides_are_keys_of_the_preset() -> None:
     """What pytorchjob.yaml sets is known to the configuration; the job's program is the trainer."""
     (job,) = rendered("training/pytorchjob.yaml")
     words = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["command"]
-    assert words[:3] == ["torchrun", "-m", "training.train"]
+    assert words[:3] == ["torchrun", "-m", "dfmcl.training.train"]
     overrides = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
     config = load_training(words[3], overrides)
     assert config.optimization.batch_size == 512

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serving import gateway_metrics
-from serving.gateway_config import load_config
+from dfmcl.serving import gateway_metrics
+from dfmcl.serving.gateway_config import load_config
 from tests.deploying import DEPLOY, OVERLAYS, ROOT, pods, rendered, tool
 
 COMPOSE = DEPLOY / "compose.yaml"

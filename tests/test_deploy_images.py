@@ -88,7 +88,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if line.startswith("!"):
             source = ROOT / line[1:].rstrip("/")
             if source.is_dir():
-                shutil.copytree(source, out / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, out / source.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, out)
     return out
@@ -103,7 +103,7 @@ def test_the_context_builds_the_wheel(context: Path, tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("dfmcl-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        path.relative_to(ROOT).as_posix()
+        f"dfmcl/{path.relative_to(ROOT).as_posix()}"
         for room in ("robustness", "training", "gating", "serving", "monitoring")
         for path in (ROOT / room).rglob("*")
         if path.suffix in (".py", ".toml", ".json", ".jinja", ".txt", ".html")

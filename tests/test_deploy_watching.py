@@ -21,15 +21,15 @@ import typer
 import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 
-import dfmcl
-from monitoring.budget import Budget
-from monitoring.journal import Journal
-from monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
-from monitoring.release import Attested, Release
-from monitoring.results import GATEWAY, TRITON, AttackResult, Query, ReplayResult, RoundResult
-from robustness.statistics import Share
-from serving.endpoints import Pool
-from serving.gateway_metrics import DetectionMetrics, Metrics
+import dfmcl.cli.command
+from dfmcl.monitoring.budget import Budget
+from dfmcl.monitoring.journal import Journal
+from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
+from dfmcl.monitoring.release import Attested, Release
+from dfmcl.monitoring.results import GATEWAY, TRITON, AttackResult, Query, ReplayResult, RoundResult
+from dfmcl.robustness.statistics import Share
+from dfmcl.serving.endpoints import Pool
+from dfmcl.serving.gateway_metrics import DetectionMetrics, Metrics
 from tests import observing
 from tests.deploying import DEPLOY, ROOT, tool
 from tests.processes import wait_until
@@ -173,7 +173,7 @@ def test_every_alert_has_a_runbook() -> None:
 
 def test_runbooks_name_commands_that_exist() -> None:
     """Every line that begins with dfmcl is parsed by it: at night nobody wants to look up an option."""
-    group: Any = typer.main.get_command(dfmcl.app)
+    group: Any = typer.main.get_command(dfmcl.cli.command.app)
     lines = {
         line.strip()
         for path in [*RUNBOOKS.glob("*.md"), ROOT / "docs" / "sre.md"]

@@ -26,14 +26,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
-    """Presets, schema and Triton requirements are in; tests and deploy are not."""
+    """Presets, schema, templates and Triton requirements are in."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "training" / "presets").glob("*.toml")}
-    wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "training" / "campaigns").glob("*.toml")}
-    wanted |= {"gating/report.schema.json", "serving/triton-requirements.txt", "serving/backend/model.py", "dfmcl.py"}
-    assert wanted <= names
-    tops = {name.partition("/")[0] for name in names if "dist-info" not in name}
-    assert tops == {"dfmcl.py", "robustness", "training", "gating", "serving", "monitoring"}
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "training").glob("*/*.toml")}
+    wanted |= {"gating/report.schema.json", "gating/report.html.jinja", "serving/index.html"}
+    wanted |= {"serving/triton-requirements.txt", "serving/backend/model.py", "cli/__init__.py", "__main__.py"}
+    assert {f"dfmcl/{name}" for name in wanted} <= names
+    assert not {name for name in names if name.endswith("/") or "__pycache__" in name}
+
+
+def test_nothing_but_dfmcl_appears_in_site_packages(wheel: Path, tmp_path: Path) -> None:
+    """No other name of ours can hide a user's folder, or a package of somebody else."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), str(wheel)]
+    subprocess.run(command, check=True)
+    tops = {path.name for path in tmp_path.iterdir()} - {"bin"}
+    assert {re.sub(r"^dfmcl-.*\.dist-info$", "dist-info", name) for name in tops} == {"dfmcl", "dist-info"}
 
 
 def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) -> None:
@@ -121,7 +128,7 @@ def test_the_gateway_needs_its_extra_alone(wheel: Path, index: None, tmp_path: P
     """The image's `gateway` target, in effect: it loads its program and its configuration."""
     binaries = installed(wheel, "gateway", tmp_path / "env")
     config = ROOT / "deploy" / "resnet18-cifar10" / "gateway.toml"
-    code = f"import serving.gateway, serving.gateway_config as c; c.load_config({str(config)!r})"
+    code = f"import dfmcl.serving.gateway, dfmcl.serving.gateway_config as c; c.load_config({str(config)!r})"
     for command in ([binaries / "python", "-c", code], [binaries / "dfmcl", "apikey", "someone"]):
         made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from robustness.runs import CHECKPOINT, load_run
+from dfmcl.robustness.runs import CHECKPOINT, load_run
 from tests.conftest import LONG, SLOW
 from tests.networks import JITTER, PINNED, RECIPES, network
 from tests.portable import NUMERIC, PERTURBATIONS, ROOT, drawn, margins_in, nearest

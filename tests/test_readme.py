@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from robustness.provenance import revision
-from serving import environment
-from serving.errors import Broken
+from dfmcl.robustness.provenance import revision
+from dfmcl.serving import environment
+from dfmcl.serving.errors import Broken
+from dfmcl.training.config import load_config, preset_names
 from tests.processes import tritons_own_ports, wait_until
-from training.config import load_config, preset_names
 
 ROOT = Path(__file__).parents[1]
 TRAINED = {"quickstart": "hardened", "quickstart_surrogate": "surrogate"}  # by `make quickstart`: preset, folder

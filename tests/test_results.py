@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from benchmarks.attacks import SHIPPED, Counted, shipped, torchattacks_square
-from robustness.models import to_float
-from robustness.records import Evaluation
-from robustness.statistics import clopper_pearson
-from robustness.threat import Threat
-from training.plan import load_campaign, runs
-from training.record import read_record
-from training.table import table
+from dfmcl.robustness.models import to_float
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.statistics import clopper_pearson
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.plan import load_campaign, runs
+from dfmcl.training.record import read_record
+from dfmcl.training.table import table
 
 ROOT = Path(__file__).parents[1]
 MODEL = "resnet18-cifar10"

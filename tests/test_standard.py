@@ -15,10 +15,10 @@ from scipy.stats import hypergeom
 
 from benchmarks import result, standard
 from benchmarks.standard import ATTACKS, RISK, SHIPPED, begun, by_turns, draw, margins, may_fall, rank
-from gating.probes import read_probes
-from robustness.errors import BadInput
-from robustness.records import AttackRecord, Evaluation
-from robustness.threat import Threat
+from dfmcl.gating.probes import read_probes
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.threat import Threat
 
 
 def test_a_margin_is_positive_where_an_image_held() -> None:

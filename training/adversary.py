@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustness.attacks import Loss, Model, climb, fgsm
-from robustness.losses import cross_entropy, margin
-from robustness.threat import Threat
-from training.noise import Noise
+from dfmcl.robustness.attacks import Loss, Model, climb, fgsm
+from dfmcl.robustness.losses import cross_entropy, margin
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.noise import Noise
 
 Craft = Callable[..., Tensor]
 

@@ -100,7 +100,7 @@ def autoaugment(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Operations and magnitudes are those of torchvision's AutoAugment, which draws once for a batch.
     """
-    from training import policies  # here, as torchvision takes long to load
+    from dfmcl.training import policies  # here, as torchvision takes long to load
 
     moved = flip(padcrop(images, generator), generator)
     return policies.follow(policies.cifar10_policy(images.shape[1], images.shape[2]), moved, generator)
@@ -114,7 +114,7 @@ def idbh(images: Tensor, generator: torch.Generator, erasing: float = 0.5) -> Te
     CropShift's 10 pixels of 32 scale with the side, degrees of rotation are no whole numbers, a shear's slope rather
     than its angle is uniform (within 1 %), and operations are torchvision's on tensors where theirs are Pillow's.
     """
-    from training import policies
+    from dfmcl.training import policies
 
     moved = crop_shift(flip(images, generator), generator, most=10 * min(images.shape[1:3]) // 32)
     return erase(policies.follow(policies.COLOUR_SHAPE, moved, generator), generator, erasing)

@@ -23,22 +23,22 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from robustness.data import Dataset, load_dataset
-from robustness.errors import BadInput, DfmclError, Interrupted, lacks_memory, unwritable, without_memory
-from robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
-from robustness.locks import LOCK, held
-from robustness.models import Classifier, ModelSpec
-from robustness.progress import Track, silent
-from robustness.provenance import now, provenance
-from robustness.records import Evaluation
-from robustness.runs import load_run, parse_device
-from training.limits import EndedAtOnce, Limits
-from training.measurement import Partial, chosen_images, measure
-from training.plan import Campaign, Run, runs, source_of
-from training.plots import draw
-from training.record import Record, entry_of, read_record, write_record
-from training.table import table
-from training.train import train
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.errors import BadInput, DfmclError, Interrupted, lacks_memory, unwritable, without_memory
+from dfmcl.robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
+from dfmcl.robustness.locks import LOCK, held
+from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.provenance import now, provenance
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.runs import load_run, parse_device
+from dfmcl.training.limits import EndedAtOnce, Limits
+from dfmcl.training.measurement import Partial, chosen_images, measure
+from dfmcl.training.plan import Campaign, Run, runs, source_of
+from dfmcl.training.plots import draw
+from dfmcl.training.record import Record, entry_of, read_record, write_record
+from dfmcl.training.table import table
+from dfmcl.training.train import train
 
 FOLDERS = ("records", "partial", "runs", "weights")
 
@@ -305,7 +305,7 @@ def find_source(run: Run | None, out: Path, device: str) -> Classifier | str:
     return model.eval().to(device)
 
 
-if __name__ == "__main__":  # `python -m training.campaign FILE --out DIR`, for a checkout where nothing is installed
+if __name__ == "__main__":  # `python -m dfmcl.training.campaign FILE --out DIR`, also where nothing is installed
     import runpy
     import sys
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from robustness.config import LocalPath, Radius, Section, read_shipped, shipped, validated
-from robustness.errors import BadInput
+from dfmcl.robustness.config import LocalPath, Radius, Section, read_shipped, shipped, validated
+from dfmcl.robustness.errors import BadInput
 
-PRESETS = "training.presets"  # the package that carries them
+PRESETS = "dfmcl.training.presets"  # the package that carries them
 
 Augmentation = Literal["none", "crop", "crop-flip", "autoaugment", "idbh"]
 AttackName = Literal["fgsm", "n-fgsm", "pgd", "cw", "kl"]

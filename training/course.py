@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from robustness.data import Dataset, Labels
-from robustness.errors import Broken, Interrupted
-from robustness.models import Classifier
-from robustness.progress import Track
-from robustness.ranks import Ranks
-from robustness.seeds import generator
-from training.config import TrainConfig
-from training.learner import Learner
-from training.limits import Limits
-from training.masking import MaskStatistics
-from training.state import Epoch, write_state
+from dfmcl.robustness.data import Dataset, Labels
+from dfmcl.robustness.errors import Broken, Interrupted
+from dfmcl.robustness.models import Classifier
+from dfmcl.robustness.progress import Track
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.seeds import generator
+from dfmcl.training.config import TrainConfig
+from dfmcl.training.learner import Learner
+from dfmcl.training.limits import Limits
+from dfmcl.training.masking import MaskStatistics
+from dfmcl.training.state import Epoch, write_state
 
 ELSEWHERE = "stopped; the first process says which state is saved"
 SAVE_SECONDS = 60.0  # what a kill can cost at most, besides the step that it hit

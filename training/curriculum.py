@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from robustness.seeds import generator
+from dfmcl.robustness.seeds import generator
 
 
 def progress(step: int, total_steps: int, warmup: float = 0.0, hold: float = 0.0) -> float:

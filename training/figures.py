@@ -7,11 +7,11 @@ from itertools import pairwise
 from statistics import mean, stdev
 from typing import Any
 
-from robustness.hyperscore import combined_value
-from robustness.statistics import Flags, Share
-from robustness.threat import Threat, eps_label
-from training.plan import WORST, Campaign, Method
-from training.record import Record
+from dfmcl.robustness.hyperscore import combined_value
+from dfmcl.robustness.statistics import Flags, Share
+from dfmcl.robustness.threat import Threat, eps_label
+from dfmcl.training.plan import WORST, Campaign, Method
+from dfmcl.training.record import Record
 
 NOT_MEASURED = "not measured"
 

@@ -10,21 +10,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from robustness.errors import BadInput
-from robustness.models import Classifier, to_float
-from robustness.ranks import Ranks
-from robustness.seeds import generator
-from robustness.threat import parse_eps
-from training.adversary import CRAFTS
-from training.augmentation import augment
-from training.averaging import MovingAverage
-from training.awp import perturbed, perturbed_parameters
-from training.config import TrainConfig
-from training.curriculum import attack_steps, draw, progress, strength
-from training.graphs import Pass, recorded
-from training.masking import DynamicFeatureMask, find_layer, has_pooled_linear_tail, running_statistics_kept
-from training.noise import Noise
-from training.objectives import OBJECTIVES, jensen_shannon, smoothed
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.models import Classifier, to_float
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.threat import parse_eps
+from dfmcl.training.adversary import CRAFTS
+from dfmcl.training.augmentation import augment
+from dfmcl.training.averaging import MovingAverage
+from dfmcl.training.awp import perturbed, perturbed_parameters
+from dfmcl.training.config import TrainConfig
+from dfmcl.training.curriculum import attack_steps, draw, progress, strength
+from dfmcl.training.graphs import Pass, recorded
+from dfmcl.training.masking import DynamicFeatureMask, find_layer, has_pooled_linear_tail, running_statistics_kept
+from dfmcl.training.noise import Noise
+from dfmcl.training.objectives import OBJECTIVES, jensen_shannon, smoothed
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 

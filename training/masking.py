@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustness.errors import BadInput
-from robustness.models import Classifier
-from training.adversary import soft_cross_entropy
-from training.config import Masking
-from training.noise import Noise
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.models import Classifier
+from dfmcl.training.adversary import soft_cross_entropy
+from dfmcl.training.config import Masking
+from dfmcl.training.noise import Noise
 
 BINS = 10
 

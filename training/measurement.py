@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustness.data import Bytes, Dataset, Labels
-from robustness.errors import BadInput
-from robustness.evaluate import evaluate
-from robustness.files import dump_json, read_json, write_text
-from robustness.models import Classifier, exactly, frozen, to_float
-from robustness.progress import Track
-from robustness.records import AttackRecord, Evaluation
-from robustness.seeds import derived_seed
-from robustness.statistics import Flags
-from robustness.threat import Threat
-from training.plan import Campaign, PlannedAttack
+from dfmcl.robustness.data import Bytes, Dataset, Labels
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.files import dump_json, read_json, write_text
+from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
+from dfmcl.robustness.progress import Track
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.seeds import derived_seed
+from dfmcl.robustness.statistics import Flags
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.plan import Campaign, PlannedAttack
 
 SHUFFLE_SEED = 0  # of the test images, the same for every run, so that any two can be compared image by image
 SAVE_SECONDS = 20.0  # what a kill costs a measurement at most, besides the batch that it hit

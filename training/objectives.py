@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.adversary import soft_cross_entropy
+from dfmcl.training.adversary import soft_cross_entropy
 
 Objective = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 

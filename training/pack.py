@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors.torch import save
 
-from robustness.errors import BadInput
-from robustness.files import dump_json, sha256_of, whole_directory
-from robustness.runs import CHECKPOINT, MANIFEST, load_run
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.files import dump_json, sha256_of, whole_directory
+from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
 
 
 def pack(run: Path, out: Path) -> dict[str, Any]:

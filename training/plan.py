@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, InstanceOf
 
-from robustness.attacks import Attack
-from robustness.config import Radius, Section, read_shipped, shipped, validated
-from robustness.errors import BadInput
-from robustness.threat import Threat, eps_label, parse_eps
-from training.config import TrainConfig, load_config
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.config import Radius, Section, read_shipped, shipped, validated
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.threat import Threat, eps_label, parse_eps
+from dfmcl.training.config import TrainConfig, load_config
 
 S = TypeVar("S", bound=Section)
-CAMPAIGNS = "training.campaigns"  # the package that carries them
+CAMPAIGNS = "dfmcl.training.campaigns"  # the package that carries them
 WORST = "worst case"  # right, and flipped by no attack that was run at this threat
 
 

@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from robustness.threat import eps_label, parse_eps
-from training.figures import accuracy_over_eps, informed, measured_methods, of
-from training.plan import Campaign
-from training.record import Record
+from dfmcl.robustness.threat import eps_label, parse_eps
+from dfmcl.training.figures import accuracy_over_eps, informed, measured_methods, of
+from dfmcl.training.plan import Campaign
+from dfmcl.training.record import Record
 
 
 def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from robustness.errors import BadInput
-from robustness.files import dump_json, read_json, write_text
-from robustness.records import Evaluation
-from robustness.statistics import Flags
-from robustness.threat import Threat
-from training.plan import WORST, Run
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.files import dump_json, read_json, write_text
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.statistics import Flags
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.plan import WORST, Run
 
 FORMAT = "dfmcl.campaign.record/1"
 DERIVED = ("accuracy", "clean", "robust", "flipped")  # of an evaluation's JSON; the bits say it again

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from robustness.errors import BadInput, Broken, lacks_memory
-from robustness.files import dump_json, sha256_of, write_bytes, write_text
-from robustness.models import Classifier
-from robustness.provenance import now, provenance
-from robustness.runs import CHECKPOINT, FORMAT, MANIFEST
-from training.compact import expand, shrink
-from training.config import TrainConfig
+from dfmcl.robustness.errors import BadInput, Broken, lacks_memory
+from dfmcl.robustness.files import dump_json, sha256_of, write_bytes, write_text
+from dfmcl.robustness.models import Classifier
+from dfmcl.robustness.provenance import now, provenance
+from dfmcl.robustness.runs import CHECKPOINT, FORMAT, MANIFEST
+from dfmcl.training.compact import expand, shrink
+from dfmcl.training.config import TrainConfig
 
 STATE = Path("state") / "state.pt"
 HISTORY = "metrics.csv"

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from robustness.hyperscore import hyperscore
-from robustness.statistics import PairedCounts, bootstrap_difference
-from robustness.threat import Threat, eps_label, parse_eps
-from training.figures import (
+from dfmcl.robustness.hyperscore import hyperscore
+from dfmcl.robustness.statistics import PairedCounts, bootstrap_difference
+from dfmcl.robustness.threat import Threat, eps_label, parse_eps
+from dfmcl.training.figures import (
     NOT_MEASURED,
     at,
     cell,
@@ -24,8 +24,8 @@ from training.figures import (
     paired_flags,
     reach,
 )
-from training.plan import WORST, Campaign
-from training.record import Record
+from dfmcl.training.plan import WORST, Campaign
+from dfmcl.training.record import Record
 
 SWEEP = 4  # a measurement at this many radii or more is shown as accuracy over eps
 

@@ -1,4 +1,4 @@
-"""The loop: from images to a hardened checkpoint. `torchrun -m training.train` runs it on several devices."""
+"""The loop: from images to a hardened checkpoint. `torchrun -m dfmcl.training.train` runs it on several devices."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from robustness.attacks import Attack
-from robustness.data import Bytes, Dataset, Labels, load_dataset
-from robustness.errors import BadInput, unwritable
-from robustness.evaluate import evaluate
-from robustness.files import clear_parts
-from robustness.locks import LOCK, held
-from robustness.models import Classifier, ModelSpec
-from robustness.progress import Track, silent
-from robustness.ranks import Ranks
-from robustness.runs import CHECKPOINT, MANIFEST, load_run
-from robustness.threat import Threat
-from training.config import TrainConfig
-from training.course import ELSEWHERE, Course
-from training.learner import Learner
-from training.limits import EndedAtOnce, Limits
-from training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
+from dfmcl.robustness.errors import BadInput, unwritable
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.files import clear_parts
+from dfmcl.robustness.locks import LOCK, held
+from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.config import TrainConfig
+from dfmcl.training.course import ELSEWHERE, Course
+from dfmcl.training.learner import Learner
+from dfmcl.training.limits import EndedAtOnce, Limits
+from dfmcl.training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run
 
 
 def train(
@@ -239,7 +239,7 @@ def write_tensorboard(out: Path, epoch: Epoch, p: torch.Tensor | None) -> None:
     writer.close()
 
 
-if __name__ == "__main__":  # `torchrun -m training.train CONFIG --out RUN`, also where nothing is installed
+if __name__ == "__main__":  # `torchrun -m dfmcl.training.train CONFIG --out RUN`, also where nothing is installed
     import runpy
 
     sys.argv.insert(1, "train")

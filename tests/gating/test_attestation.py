@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from gating.attestation import (
+from dfmcl.gating.attestation import (
     ATTESTATION,
     PAYLOAD_TYPE,
     BadEvidence,
@@ -42,13 +42,13 @@ from gating.attestation import (
     sign_evidence,
     verify,
 )
-from gating.keys import keygen, read_public, read_signer
-from gating.policy import load_policy
-from gating.statement import ROBUSTNESS, TEST_RESULT
-from gating.trust import load_trust
-from robustness.checks import CHECKS
-from robustness.errors import BadInput
-from serving.export import export
+from dfmcl.gating.keys import keygen, read_public, read_signer
+from dfmcl.gating.policy import load_policy
+from dfmcl.gating.statement import ROBUSTNESS, TEST_RESULT
+from dfmcl.gating.trust import load_trust
+from dfmcl.robustness.checks import CHECKS
+from dfmcl.robustness.errors import BadInput
+from dfmcl.serving.export import export
 from tests.serving.workshop import write_run
 from tests.signing import (
     CREATED,
@@ -136,7 +136,7 @@ def enveloped(statement: Any, *keys: Path, kind: str = PAYLOAD_TYPE) -> dict[str
 
 def test_the_tests_report_is_one_of_the_gates(pair: tuple[Path, Path]) -> None:
     """What is signed below has the form that the gate's schema prescribes."""
-    schema = json.loads((resources.files("gating") / "report.schema.json").read_text())
+    schema = json.loads((resources.files("dfmcl.gating") / "report.schema.json").read_text())
     jsonschema.validate(json.loads((pair[1] / "report.json").read_text()), schema)
 
 
@@ -685,7 +685,7 @@ def test_the_commands_sign_and_verify(pair: tuple[Path, Path], tmp_path: Path) -
     """keygen, sign, verify, promote, verify again on the model and on its version; 1 where it does not hold."""
 
     def dfmcl(*arguments: str, code: int = 0) -> str:
-        command = [sys.executable, str(ROOT / "dfmcl.py"), *arguments]
+        command = [sys.executable, "-m", "dfmcl", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr

@@ -15,17 +15,17 @@ import jsonschema
 import numpy as np
 import pytest
 
-from gating.attestation import NotAttested, candidate_files, read_evidence
-from gating.derivation import derived, recorded, require_derived
-from gating.faults import EvidenceError
-from gating.order import Matter, order_of
-from gating.pairs import Pairs
-from gating.probes import as_npz
-from gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
-from robustness import checks
-from robustness.files import sha256_of
-from robustness.records import Evaluation
-from serving.export import export
+from dfmcl.gating.attestation import NotAttested, candidate_files, read_evidence
+from dfmcl.gating.derivation import derived, recorded, require_derived
+from dfmcl.gating.faults import EvidenceError
+from dfmcl.gating.order import Matter, order_of
+from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.probes import as_npz
+from dfmcl.gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
+from dfmcl.robustness import checks
+from dfmcl.robustness.files import sha256_of
+from dfmcl.robustness.records import Evaluation
+from dfmcl.serving.export import export
 from tests.serving.workshop import write_run
 from tests.signing import (
     code_of,
@@ -127,7 +127,7 @@ def commands(home: Path) -> dict[str, list[str]]:
 def test_a_report_that_follows_is_believed_by_all(place: Path) -> None:
     """Nothing below is refused for another reason: untouched, all four commands end with 0."""
     report = json.loads((place / "evidence" / "report.json").read_text())
-    jsonschema.validate(report, json.loads((resources.files("gating") / "report.schema.json").read_text()))
+    jsonschema.validate(report, json.loads((resources.files("dfmcl.gating") / "report.schema.json").read_text()))
     assert (report["verdict"], len(report["progress"]) >= 6) == ("passed", True)
     assert {name: code_of(*arguments) for name, arguments in commands(place).items()} == dict.fromkeys(
         ("sign", "verify", "verdict", "promote"), 0

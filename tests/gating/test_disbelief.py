@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from gating.gate import TRAINING, gate, training_of
-from gating.policy import Policy
-from gating.subject import Subject, module_subject, onnx_subject
-from gating.summary import headline
-from robustness.data import Dataset, load_dataset
-from robustness.errors import BadInput
-from robustness.runs import load_run
+from dfmcl.gating.gate import TRAINING, gate, training_of
+from dfmcl.gating.policy import Policy
+from dfmcl.gating.subject import Subject, module_subject, onnx_subject
+from dfmcl.gating.summary import headline
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.runs import load_run
 from tests.networks import Networks
 from tests.robustness.traps import sprung
 
@@ -28,7 +28,7 @@ CODE = """
 import sys
 import torch
 from torch import nn
-from robustness.runs import load_run
+from dfmcl.robustness.runs import load_run
 
 class Two(nn.Module):
     def __init__(self):
@@ -44,7 +44,7 @@ make = Two
 """
 SHOWN = {
     "only for a million calls": ("self.calls < 10**6", 1, "state_changes"),
-    "only to a gate": ("'gating.gate' in sys.modules", 0, "answers_change"),
+    "only to a gate": ("'dfmcl.gating.gate' in sys.modules", 0, "answers_change"),
     "only for some calls": ("self.calls < 300", 1, "answers_change"),
 }
 

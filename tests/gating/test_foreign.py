@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gating.subject import Subject, module_subject
-from robustness.errors import BadInput
-from robustness.evaluate import evaluate
-from robustness.graph import noise
-from robustness.models import to_bytes
-from robustness.suite import parse_threat
+from dfmcl.gating.subject import Subject, module_subject
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.graph import noise
+from dfmcl.robustness.models import to_bytes
+from dfmcl.robustness.suite import parse_threat
 
 NAME = "dfmcl_module_of_a_user"
 CONTRACT = "float32 NCHW 8x8x3"
@@ -113,7 +113,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def attacked(subject: Subject, images: int) -> tuple[int, int]:
     """How many of so many images hold against PGD with the subject's gradients, or Square without; and of how many."""
-    from robustness.attacks import Attack
+    from dfmcl.robustness.attacks import Attack
 
     data = to_bytes(noise(subject.contract, images)).numpy()
     with torch.no_grad():

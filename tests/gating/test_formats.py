@@ -18,13 +18,13 @@ import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from gating import summary
-from gating.formats import FILES, FORMATS, write_formats
-from gating.github import MOST, commands, publish
-from gating.html import html
-from gating.junit import junit
-from gating.markdown import LIMIT, markdown
-from gating.openmetrics import openmetrics
+from dfmcl.gating import summary
+from dfmcl.gating.formats import FILES, FORMATS, write_formats
+from dfmcl.gating.github import MOST, commands, publish
+from dfmcl.gating.html import html
+from dfmcl.gating.junit import junit
+from dfmcl.gating.markdown import LIMIT, markdown
+from dfmcl.gating.openmetrics import openmetrics
 from tests.gating.sample import probes, sample
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ verdicts = pytest.mark.parametrize("verdict", VERDICTS)
 
 
 def schema() -> dict[str, Any]:
-    text = (resources.files("gating") / "report.schema.json").read_text(encoding="utf-8")
+    text = (resources.files("dfmcl.gating") / "report.schema.json").read_text(encoding="utf-8")
     return dict(json.loads(text))
 
 
@@ -406,6 +406,6 @@ def test_publishing_happens_on_github_only(tmp_path: Path) -> None:
 
 def test_formats_load_no_training_library() -> None:
     """A report is rendered where neither torch nor ONNX Runtime is wanted."""
-    code = "import sys, gating.formats, gating.github; print(*sys.modules)"
+    code = "import sys, dfmcl.gating.formats, dfmcl.gating.github; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"torch", "onnxruntime", "onnx", "matplotlib"} & set(loaded.stdout.split())

@@ -21,26 +21,26 @@ import pytest
 import torch
 import yaml
 
-from gating.attestation import BadEvidence, read_evidence
-from gating.gate import gate
-from gating.keys import keygen
-from gating.markdown import markdown
-from gating.pairs import Pairs
-from gating.policy import Policy, load_policy
-from gating.probes import as_npz, read_probes
-from gating.sequence import Progress
-from gating.state import SEAL_BYTES
-from gating.subject import Subject, candidate_subject
-from robustness.attacks import Attack
-from robustness.data import load_dataset
-from robustness.errors import BadInput, DfmclError
-from robustness.evaluate import evaluate
-from robustness.locks import LOCK
-from robustness.models import exactly
-from robustness.runs import load_run
-from robustness.statistics import lower_bound, upper_bound
-from robustness.threat import Threat
-from serving.export import export
+from dfmcl.gating.attestation import BadEvidence, read_evidence
+from dfmcl.gating.gate import gate
+from dfmcl.gating.keys import keygen
+from dfmcl.gating.markdown import markdown
+from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.policy import Policy, load_policy
+from dfmcl.gating.probes import as_npz, read_probes
+from dfmcl.gating.sequence import Progress
+from dfmcl.gating.state import SEAL_BYTES
+from dfmcl.gating.subject import Subject, candidate_subject
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput, DfmclError
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.locks import LOCK
+from dfmcl.robustness.models import exactly
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.statistics import lower_bound, upper_bound
+from dfmcl.robustness.threat import Threat
+from dfmcl.serving.export import export
 from tests.signing import make_key, policy_of, probes_of, true_report
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_verdicts(subject: Subject, tmp_path: Path, robust: float, eps: str, ver
 
 def test_report_follows_its_schema(passed: Path) -> None:
     """report.json validates against the packaged JSON Schema, and a changed one does not."""
-    schema = json.loads((resources.files("gating") / "report.schema.json").read_text())
+    schema = json.loads((resources.files("dfmcl.gating") / "report.schema.json").read_text())
     report = report_of(passed)
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gating.formats import FILES
-from robustness.files import sha256_of
-from serving.export import export
+from dfmcl.gating.formats import FILES
+from dfmcl.robustness.files import sha256_of
+from dfmcl.serving.export import export
 
 ROOT = Path(__file__).parents[2]
 CI = ROOT / "deploy" / "ci"

@@ -18,9 +18,9 @@ import torchvision
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from gating.foreign import state_digest
-from gating.gradients import NoGradients, differentiable
-from gating.subject import (
+from dfmcl.gating.foreign import state_digest
+from dfmcl.gating.gradients import NoGradients, differentiable
+from dfmcl.gating.subject import (
     Asked,
     QueriesSpent,
     Subject,
@@ -30,13 +30,13 @@ from gating.subject import (
     onnx_subject,
     open_subject,
 )
-from robustness.contract import InputContract
-from robustness.errors import BadInput
-from robustness.gradients import attack_pass
-from robustness.graph import noise, read_graph
-from robustness.models import frozen
-from robustness.runs import load_run
-from serving.export import export
+from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.gradients import attack_pass
+from dfmcl.robustness.graph import noise, read_graph
+from dfmcl.robustness.models import frozen
+from dfmcl.robustness.runs import load_run
+from dfmcl.serving.export import export
 from tests.serving.workshop import write_run
 
 SAME = 1e-4  # of the largest value: float32 sums in another order, measured at 1e-6

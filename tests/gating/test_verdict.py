@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gating.policy import Criterion
-from gating.verdict import EXIT_CODES, Claim, Judgement, Standing, claims, decide, one_look
-from robustness.errors import BadInput
-from robustness.statistics import lower_bound, upper_bound
+from dfmcl.gating.policy import Criterion
+from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, claims, decide, one_look
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.statistics import lower_bound, upper_bound
 
 CLASSES = ("cat", "dog", "ship")
 counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from monitoring.crafting import Pool, draw, scenes
-from monitoring.endpoint import Latencies, Manners, Stopped
-from monitoring.probes import Scene
-from monitoring.release import Release
-from monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
-from monitoring.rounds import Plan, run_round
-from robustness.attacks import Attack
-from robustness.threat import Threat
-from serving.client import Answer
+from dfmcl.monitoring.crafting import Pool, draw, scenes
+from dfmcl.monitoring.endpoint import Latencies, Manners, Stopped
+from dfmcl.monitoring.probes import Scene
+from dfmcl.monitoring.release import Release
+from dfmcl.monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
+from dfmcl.monitoring.rounds import Plan, run_round
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.threat import Threat
+from dfmcl.serving.client import Answer
 from tests.monitoring.conftest import Ticking
 
 GREYS = np.array([10, 100, 110, 120, 135, 145, 155, 250], np.uint8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, hypergeom
 
 from benchmarks.bounds import IMAGES, POOL, drawn, now_judged
-from monitoring.bounds import (
+from dfmcl.monitoring.bounds import (
     EVIDENCE,
     LONGEST,
     RATIOS,
@@ -26,7 +26,7 @@ from monitoring.bounds import (
     undivided,
     windows_of,
 )
-from monitoring.record import READ_AGAIN
+from dfmcl.monitoring.record import READ_AGAIN
 
 Rounds = list[tuple[int, int]]
 # Stretches of rounds, each with a count of its own, as if an accuracy jumped: (right, images) of each round.

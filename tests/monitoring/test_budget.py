@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitoring.budget import NO_ROOM, BackOff, Budget
-from monitoring.results import REASONS
+from dfmcl.monitoring.budget import NO_ROOM, BackOff, Budget
+from dfmcl.monitoring.results import REASONS
 
 
 def test_a_window_is_spent_and_begins_again() -> None:

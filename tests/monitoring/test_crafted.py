@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from monitoring.config import WatchConfig
-from monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted, prepared_scenes
-from monitoring.crafting import Pool, draw
-from monitoring.sidecar import watch
-from monitoring.surrogates import load_surrogates
-from robustness.attacks import Attack
-from robustness.data import load_dataset
-from robustness.errors import BadInput, Broken
-from robustness.geometry import contains_uint8
-from robustness.threat import Threat
+from dfmcl.monitoring.config import WatchConfig
+from dfmcl.monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted, prepared_scenes
+from dfmcl.monitoring.crafting import Pool, draw
+from dfmcl.monitoring.sidecar import watch
+from dfmcl.monitoring.surrogates import load_surrogates
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput, Broken
+from dfmcl.robustness.geometry import contains_uint8
+from dfmcl.robustness.threat import Threat
 
 Make = Callable[..., Any]
 FEW = 100  # more than one batch
@@ -197,7 +197,7 @@ def test_nothing_half_written(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
             raise MemoryError
         return np.zeros((64, 16, 16, 3), np.uint8)
 
-    monkeypatch.setattr("monitoring.crafted.craft", dies)
+    monkeypatch.setattr("dfmcl.monitoring.crafted.craft", dies)
     with pytest.raises(MemoryError):
         craft_pool(replace(recipe, seed=1), tmp_path / "crafted")
     assert {path.name: path.read_bytes() for path in (tmp_path / "crafted").iterdir()} == before
@@ -214,7 +214,7 @@ def test_a_watch_that_finds_them_crafts_nothing(
     def forbidden(*arguments: Any, **options: Any) -> None:
         raise AssertionError("somebody crafts")
 
-    monkeypatch.setattr("monitoring.crafting.craft", forbidden)
+    monkeypatch.setattr("dfmcl.monitoring.crafting.craft", forbidden)
     said: list[str] = []
     assert watch(settings, rounds=3, stop=threading.Event(), log=said.append) == 0
     assert sum("transfer pgd-2" in line for line in said) == 3

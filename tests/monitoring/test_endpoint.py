@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from monitoring.endpoint import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Endpoint, Latencies, Paused
-from monitoring.results import REASONS
-from serving.client import Answer
-from serving.errors import AnswerError, DeadlineExceeded, Rejected, ServingError, Unavailable
-from serving.errors import BadInput as Misfit
+from dfmcl.monitoring.endpoint import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Endpoint, Latencies, Paused
+from dfmcl.monitoring.results import REASONS
+from dfmcl.serving.client import Answer
+from dfmcl.serving.errors import AnswerError, DeadlineExceeded, Rejected, ServingError, Unavailable
+from dfmcl.serving.errors import BadInput as Misfit
 from tests.monitoring.conftest import Still
 from tests.monitoring.greys import failed, manners, one_round, plan, served
 

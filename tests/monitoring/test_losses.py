@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from monitoring.bounds import RISK, Bounds, limit
-from monitoring.journal import VersionTotals
-from monitoring.losses import LOSSES, bars, losses
-from monitoring.release import Attested
-from monitoring.results import AttackResult, ReplayResult, RoundResult
-from robustness.statistics import Share
+from dfmcl.monitoring.bounds import RISK, Bounds, limit
+from dfmcl.monitoring.journal import VersionTotals
+from dfmcl.monitoring.losses import LOSSES, bars, losses
+from dfmcl.monitoring.release import Attested
+from dfmcl.monitoring.results import AttackResult, ReplayResult, RoundResult
+from dfmcl.robustness.statistics import Share
 
 ATTACKS = ("mi-fgsm-10", "pgd-10")
 OURS = "a" * 64

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from monitoring.mitigation import Mitigation, command, webhook
+from dfmcl.monitoring.mitigation import Mitigation, command, webhook
 from tests.monitoring.conftest import wait_for
 
 NONE: frozenset[str] = frozenset()

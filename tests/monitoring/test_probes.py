@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from monitoring.endpoint import Endpoint
-from monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
-from robustness.attacks import Attack
-from robustness.errors import BadInput
-from robustness.threat import Threat
-from serving.client import Answer
+from dfmcl.monitoring.endpoint import Endpoint
+from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.threat import Threat
+from dfmcl.serving.client import Answer
 from tests.linear import Linear
 from tests.linear import images as near_grey
 from tests.monitoring.conftest import Still

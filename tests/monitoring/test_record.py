@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from monitoring.record import Record
-from monitoring.results import Query, Round, RoundFailure, RoundSkipped
+from dfmcl.monitoring.record import Record
+from dfmcl.monitoring.results import Query, Round, RoundFailure, RoundSkipped
 from tests.monitoring.greys import measured, one_round, plan
 
 MEASURED = measured(one_round(plan()))
@@ -53,7 +53,7 @@ def test_there_may_be_nothing_to_read(tmp_path: Path) -> None:
 
 def test_a_long_record_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start must not take minutes: the newest rounds, over both files."""
-    monkeypatch.setattr("monitoring.record.READ_AGAIN", 4)
+    monkeypatch.setattr("dfmcl.monitoring.record.READ_AGAIN", 4)
     path = tmp_path / "rounds.jsonl"
     log = record(path, max_bytes=3 * LINE)
     for number in range(1, 10):

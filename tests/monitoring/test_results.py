@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitoring.results import (
+from dfmcl.monitoring.results import (
     PATHS,
     REASONS,
     SKIPS,
@@ -24,7 +24,7 @@ from monitoring.results import (
     compared,
     round_from_json,
 )
-from robustness.errors import BadInput
+from dfmcl.robustness.errors import BadInput
 from tests.monitoring.greys import measured, one_round, plan
 
 finite = st.floats(0, 1e12, allow_nan=False)

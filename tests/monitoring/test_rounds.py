@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from monitoring.crafting import scenes
-from monitoring.endpoint import Latencies, Stopped
-from monitoring.probes import query_attack
-from monitoring.release import Release, Replay
-from monitoring.results import GATEWAY, AttackResult, RoundResult
-from monitoring.rounds import EXAMPLES, run_query_round
-from serving.client import Answer
-from serving.errors import Unavailable
+from dfmcl.monitoring.crafting import scenes
+from dfmcl.monitoring.endpoint import Latencies, Stopped
+from dfmcl.monitoring.probes import query_attack
+from dfmcl.monitoring.release import Release, Replay
+from dfmcl.monitoring.results import GATEWAY, AttackResult, RoundResult
+from dfmcl.monitoring.rounds import EXAMPLES, run_query_round
+from dfmcl.serving.client import Answer
+from dfmcl.serving.errors import Unavailable
 from tests.monitoring.conftest import Still, Ticking
 from tests.monitoring.greys import (
     BALL,

@@ -21,14 +21,14 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from monitoring.bounds import MONTH_SECONDS, Bounds, limit
-from monitoring.budget import Budget
-from monitoring.config import WatchConfig
-from monitoring.crafting import Pace
-from monitoring.results import RoundFailure, RoundResult, RoundSkipped, round_from_json
-from monitoring.sidecar import Sidecar, prepare, watch
-from robustness.errors import BadInput, Broken
-from robustness.files import sha256_of
+from dfmcl.monitoring.bounds import MONTH_SECONDS, Bounds, limit
+from dfmcl.monitoring.budget import Budget
+from dfmcl.monitoring.config import WatchConfig
+from dfmcl.monitoring.crafting import Pace
+from dfmcl.monitoring.results import RoundFailure, RoundResult, RoundSkipped, round_from_json
+from dfmcl.monitoring.sidecar import Sidecar, prepare, watch
+from dfmcl.robustness.errors import BadInput, Broken
+from dfmcl.robustness.files import sha256_of
 from tests.monitoring.conftest import FULL, Still, series, write_report
 
 Make = Callable[..., Any]
@@ -143,7 +143,7 @@ def test_a_bug_in_a_round_is_counted_as_internal(
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("monitoring.sidecar.run_round", broken)
+    monkeypatch.setattr("dfmcl.monitoring.sidecar.run_round", broken)
     code, lines = some_rounds(write_config(endpoint.port), 2)
     assert code == 5
     assert lines[1].startswith("round 1 by triton: failed (internal): ZeroDivisionError: division by zero")
@@ -158,7 +158,7 @@ def test_a_surrogate_that_dies_is_counted_as_internal(
     def broken(*arguments: object, **options: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr("monitoring.crafting.craft", broken)
+    monkeypatch.setattr("dfmcl.monitoring.crafting.craft", broken)
     code, lines = some_rounds(write_config(endpoint.port), 2)
     assert code == 5
     assert lines[1].startswith("round 1 by triton: failed (internal): MemoryError: no room")
@@ -654,7 +654,7 @@ def test_images_lie_ready_before_their_round(
     endpoint: Any, write_config: Make, start_watch: Make, until: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rounds ahead."""
-    monkeypatch.setattr("monitoring.sidecar.SPREAD_SECONDS", 1.0)  # each would take 21
+    monkeypatch.setattr("dfmcl.monitoring.sidecar.SPREAD_SECONDS", 1.0)  # each would take 21
     watching = start_watch(write_config(endpoint.port, probe={"interval_seconds": 30.0}))
     until(lambda: watching.metric("probe_prepared_rounds") == 2)
 
@@ -670,7 +670,7 @@ def test_crafting_takes_its_time_unless_somebody_waits(
 ) -> None:
     """Most of an interval and a minute at most for a watch; who asks for one round gets it at once."""
     paces: list[float] = []
-    monkeypatch.setattr("monitoring.sidecar.Pace", lambda given, left: paces.append(given) or Pace(given, left))
+    monkeypatch.setattr("dfmcl.monitoring.sidecar.Pace", lambda given, left: paces.append(given) or Pace(given, left))
     config = write_config(endpoint.port, probe={"interval_seconds": interval})
     assert some_rounds(config)[0] == 0
     assert paces == []

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from monitoring.surrogates import load_surrogates
-from robustness.data import Dataset, load_dataset
-from robustness.errors import BadInput
-from robustness.files import sha256_of
-from robustness.runs import load_run
-from robustness.transfer import ensemble_sha256
-from training.pack import pack
+from dfmcl.monitoring.surrogates import load_surrogates
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.files import sha256_of
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.transfer import ensemble_sha256
+from dfmcl.training.pack import pack
 
 MakeRun = Callable[..., Path]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from monitoring.results import round_from_json
+from dfmcl.monitoring.results import round_from_json
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]

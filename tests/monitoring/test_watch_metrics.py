@@ -17,14 +17,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 from scipy.stats import binomtest
 
-from monitoring.bounds import Bounds, limit
-from monitoring.budget import Budget
-from monitoring.journal import KEPT_EXAMPLES, KEPT_FAILURES, POINTS, RECENT, VERSIONS, Histogram, Journal
-from monitoring.losses import LOSSES
-from monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
-from monitoring.mitigation import ACTIONS, OUTCOMES
-from monitoring.release import STATES, Attested, Release
-from monitoring.results import (
+from dfmcl.monitoring.bounds import Bounds, limit
+from dfmcl.monitoring.budget import Budget
+from dfmcl.monitoring.journal import KEPT_EXAMPLES, KEPT_FAILURES, POINTS, RECENT, VERSIONS, Histogram, Journal
+from dfmcl.monitoring.losses import LOSSES
+from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
+from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
+from dfmcl.monitoring.release import STATES, Attested, Release
+from dfmcl.monitoring.results import (
     GATEWAY,
     PATHS,
     REASONS,
@@ -39,7 +39,7 @@ from monitoring.results import (
     RoundResult,
     RoundSkipped,
 )
-from robustness.statistics import Share
+from dfmcl.robustness.statistics import Share
 
 ATTACKS = ("mi-fgsm-10", "pgd-10")
 SEARCH = "square-100"

@@ -14,21 +14,21 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from gating.gate import gate
-from gating.policy import load_policy
-from gating.probes import as_npz
-from gating.subject import open_subject
-from gating.trust import follow_trust
-from monitoring.release import Release, Replay, always, follow, nothing, read_replay, read_report
-from monitoring.surrogates import load_surrogates
-from robustness.data import load_dataset
-from robustness.errors import BadInput
-from robustness.files import sha256_of
-from robustness.records import Evaluation
-from robustness.runs import load_run
-from robustness.statistics import Share
-from robustness.threat import Threat
-from serving import promotion
+from dfmcl.gating.gate import gate
+from dfmcl.gating.policy import load_policy
+from dfmcl.gating.probes import as_npz
+from dfmcl.gating.subject import open_subject
+from dfmcl.gating.trust import follow_trust
+from dfmcl.monitoring.release import Release, Replay, always, follow, nothing, read_replay, read_report
+from dfmcl.monitoring.surrogates import load_surrogates
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.files import sha256_of
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.statistics import Share
+from dfmcl.robustness.threat import Threat
+from dfmcl.serving import promotion
 from tests.monitoring.conftest import GATED, write_probes
 from tests.signing import evaluated, make_key, policy_of, report_on, trusting, write_trust
 from tests.signing import write_report as write_evidence
@@ -373,7 +373,7 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
     reads: list[Path] = []
     real = read_report
     monkeypatch.setattr(
-        "monitoring.release.read_report", lambda directory: (reads.append(directory), real(directory))[1]
+        "dfmcl.monitoring.release.read_report", lambda directory: (reads.append(directory), real(directory))[1]
     )
     find, model = follow(models, "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
     assert find("1") is find("1")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness.data import load_dataset
-from robustness.models import Classifier, to_float
-from robustness.runs import load_run
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.models import Classifier, to_float
+from dfmcl.robustness.runs import load_run
 from tests.networks import Networks
 
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robustness import losses
-from robustness.apgd import apgd, apgd_targeted, checkpoints, stalled
-from robustness.attacks import Attack, climb
-from robustness.errors import BadInput
-from robustness.geometry import contains, norms, project, steepest
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness import losses
+from dfmcl.robustness.apgd import apgd, apgd_targeted, checkpoints, stalled
+from dfmcl.robustness.attacks import Attack, climb
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.geometry import contains, norms, project, steepest
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 SHAPE = (3, 6, 6)
 

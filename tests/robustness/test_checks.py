@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 from torch import nn
 
-from gating.foreign import kept
-from robustness.attacks import Attack
-from robustness.checks import CHECKS, Result, diagnose
-from robustness.data import Bytes, Dataset, load_dataset
-from robustness.diagnosis import Background, Examination
-from robustness.evaluate import Outcome, evaluate
-from robustness.finding import CLEARLY, LEVEL, Found, surplus, too_many
-from robustness.memory import copies, lightly, repeated
-from robustness.models import Classifier, exactly, frozen, to_float
-from robustness.records import AttackRecord, Evaluation
-from robustness.runs import load_run
-from robustness.segments import unexplained
-from robustness.threat import Threat
+from dfmcl.gating.foreign import kept
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.checks import CHECKS, Result, diagnose
+from dfmcl.robustness.data import Bytes, Dataset, load_dataset
+from dfmcl.robustness.diagnosis import Background, Examination
+from dfmcl.robustness.evaluate import Outcome, evaluate
+from dfmcl.robustness.finding import CLEARLY, LEVEL, Found, surplus, too_many
+from dfmcl.robustness.memory import copies, lightly, repeated
+from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.segments import unexplained
+from dfmcl.robustness.threat import Threat
 from tests.networks import Networks
 from tests.robustness.traps import TRAPS, Neighbourhood, sprung
 

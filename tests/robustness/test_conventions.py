@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustness.conventions import CIFAR10, IMAGENET, IMAGES, Mismatch, conventions, mismatch, normalised
-from robustness.data import load_dataset
-from robustness.models import to_float
-from robustness.runs import load_run
+from dfmcl.robustness.conventions import CIFAR10, IMAGENET, IMAGES, Mismatch, conventions, mismatch, normalised
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.models import to_float
+from dfmcl.robustness.runs import load_run
 
 CPU = torch.device("cpu")
 Answer = Callable[[Tensor], Tensor]

@@ -20,9 +20,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
-from robustness.data import DIGITS_SPLIT_SEED, load_dataset
-from robustness.errors import BadInput
-from robustness.runs import load_run
+from dfmcl.robustness.data import DIGITS_SPLIT_SEED, load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.runs import load_run
 from tests.robustness.pictures import readable
 
 READABLE = readable()
@@ -331,7 +331,7 @@ def test_a_file_without_permission_is_named(tree: Path) -> None:
     """To root every file is open, so that root's process becomes another user's before it reads."""
     path = tree / "train" / "dog" / "0.png"
     path.chmod(0)
-    code = "import os, sys; from robustness.folder import read_image; os.getuid() or os.seteuid(65534);"
+    code = "import os, sys; from dfmcl.robustness.folder import read_image; os.getuid() or os.seteuid(65534);"
     command = [sys.executable, "-c", f"{code} read_image(sys.argv[1], 16)", str(path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.stderr.splitlines()[-1].endswith(f"{path}: Permission denied; remove it, or make it readable")
@@ -362,7 +362,7 @@ def test_digits_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     # A corner of the enlarged image is the corner of the small one.
     corners = np.concatenate([data.x_test, data.x_train])[:, ::15, ::15, 0]
     assert np.array_equal(corners, np.round(bunch.images[order][:, ::7, ::7] / 16 * 255).astype(np.uint8))
-    monkeypatch.setattr("robustness.data.find_spec", lambda name: None)
+    monkeypatch.setattr("dfmcl.robustness.data.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="sklearn"):
         load_dataset("digits")
 

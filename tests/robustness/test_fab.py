@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from robustness.attacks import Attack
-from robustness.fab import fab_targeted, onto_plane
-from robustness.geometry import contains, norms
-from robustness.models import Classifier
-from robustness.seeds import generator
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.fab import fab_targeted, onto_plane
+from dfmcl.robustness.geometry import contains, norms
+from dfmcl.robustness.models import Classifier
+from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 
 SIZE = 5
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from robustness.errors import BadInput, unwritable
-from robustness.files import clear_parts, whole_directory, write_bytes
+from dfmcl.robustness.errors import BadInput, unwritable
+from dfmcl.robustness.files import clear_parts, whole_directory, write_bytes
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from gating.foreign import kept
-from robustness.attacks import Attack
-from robustness.checks import diagnose
-from robustness.data import Dataset, load_dataset
-from robustness.diagnosis import Background
-from robustness.evaluate import evaluate
-from robustness.memory import repeated
-from robustness.models import exactly, to_float
-from robustness.runs import load_run
-from robustness.threat import Threat
+from dfmcl.gating.foreign import kept
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.checks import diagnose
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.diagnosis import Background
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.memory import repeated
+from dfmcl.robustness.models import exactly, to_float
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.threat import Threat
 from tests.networks import Networks
 
 N = 48

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from robustness.errors import BadInput
-from robustness.locks import Taken, held
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.locks import Taken, held
 
 ROUNDS = """
 import sys
 from pathlib import Path
-from robustness.locks import Taken, held
+from dfmcl.robustness.locks import Taken, held
 place, done = Path(sys.argv[1]), 0
 while done < 200:
     try:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from robustness.models import Classifier, ModelSpec
+from dfmcl.robustness.models import Classifier, ModelSpec
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,8 @@ INITIAL = [0.136768, 0.131300, -0.027694, -0.164062]
 
 def test_commands_load_no_library_in_vain() -> None:
     """torchvision and scipy.stats take as long to load as torch, and few commands need them."""
-    code = "import sys, training.train, gating.gate, monitoring.sidecar, robustness.suite; print(*sys.modules)"
+    modules = "dfmcl.training.train, dfmcl.gating.gate, dfmcl.monitoring.sidecar, dfmcl.robustness.suite"
+    code = f"import sys, {modules}; print(*sys.modules)"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = made.stdout.split()
     assert "torch" in loaded

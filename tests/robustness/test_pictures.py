@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
-from robustness import folder
-from robustness.data import load_dataset
-from robustness.errors import BadInput
-from robustness.pictures import Unusable, fitted, opened, upright
-from serving import images
-from serving.client import Contract
-from serving.problems import Problem
+from dfmcl.robustness import folder
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.pictures import Unusable, fitted, opened, upright
+from dfmcl.serving import images
+from dfmcl.serving.client import Contract
+from dfmcl.serving.problems import Problem
 from tests.robustness.pictures import ORIENTATION, TURNED, Array, drawn, oriented, other, readable, saved, unreadable
 
 SIDE = 16
@@ -65,13 +65,13 @@ def test_both_rooms_refuse_in_the_same_words(tmp_path: Path, name: str) -> None:
 
 def test_a_bomb_is_one_line(tmp_path: Path) -> None:
     """Pillow's own warning, which names no file, does not stand beside ours; a warning as an error changes nothing."""
-    code = "import sys; from robustness.folder import read_image; read_image(sys.argv[1], 16)"
+    code = "import sys; from dfmcl.robustness.folder import read_image; read_image(sys.argv[1], 16)"
     (tmp_path / "odd.png").write_bytes(UNREADABLE["a bomb below Pillow's own bound"][0])
     for options in ((), ("-W", "error")):
         command = [sys.executable, *options, "-c", code, str(tmp_path / "odd.png")]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "Warning" not in ended.stderr
-        assert ended.stderr.splitlines()[-1].startswith("robustness.errors.BadInput: ")
+        assert ended.stderr.splitlines()[-1].startswith("dfmcl.robustness.errors.BadInput: ")
         assert "odd.png: has 12000 x 12000 pixels, may have up to" in ended.stderr.splitlines()[-1]
 
 

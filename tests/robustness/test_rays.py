@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robustness.attacks import Attack
-from robustness.errors import BadInput
-from robustness.geometry import contains
-from robustness.rays import PRECISION, blocks, rays
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.geometry import contains
+from dfmcl.robustness.rays import PRECISION, blocks, rays
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 

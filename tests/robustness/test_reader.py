@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from robustness.config import read_toml
-from robustness.errors import BadInput
-from robustness.files import read_json
-from robustness.reader import DEPTH, MANIFEST_BYTES, Unfit, opened, parse_json, parse_object, read_plain
+from dfmcl.robustness.config import read_toml
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.files import read_json
+from dfmcl.robustness.reader import DEPTH, MANIFEST_BYTES, Unfit, opened, parse_json, parse_object, read_plain
 
 MOST = 1000
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustness.errors import BadInput
-from robustness.sequential import ConfidenceSequence, log_wealth
-from robustness.statistics import lower_bound
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.sequential import ConfidenceSequence, log_wealth
+from dfmcl.robustness.statistics import lower_bound
 
 ALPHA = 0.05
 

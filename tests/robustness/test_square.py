@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustness.attacks import Attack
-from robustness.errors import BadInput
-from robustness.geometry import contains, norms
-from robustness.losses import margin
-from robustness.square import _bumps, _patched, _shifted, _tiled, patch_side, square
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.geometry import contains, norms
+from dfmcl.robustness.losses import margin
+from dfmcl.robustness.square import _bumps, _patched, _shifted, _tiled, patch_side, square
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 

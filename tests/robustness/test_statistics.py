@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from robustness.errors import BadInput
-from robustness.hyperscore import combined_value, hyperscore
-from robustness.statistics import PairedCounts, bootstrap_difference, clopper_pearson, lower_bound, upper_bound
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.hyperscore import combined_value, hyperscore
+from dfmcl.robustness.statistics import PairedCounts, bootstrap_difference, clopper_pearson, lower_bound, upper_bound
 
 
 def tail(k: int, n: int, p: float) -> float:

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from robustness.attacks import Attack
-from robustness.confined import STRIDE, square_subspace, subspace
-from robustness.data import Dataset, load_dataset
-from robustness.evaluate import evaluate
-from robustness.geometry import contains, contains_uint8, to_uint8
-from robustness.losses import margin
-from robustness.models import Classifier, to_float
-from robustness.runs import load_run
-from robustness.subspaces import SUBSPACES, Chart, Subspace, subspaces, varied
-from robustness.suites import SUITES
-from robustness.threat import Threat
-from robustness.trial import Trial
+from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.confined import STRIDE, square_subspace, subspace
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.geometry import contains, contains_uint8, to_uint8
+from dfmcl.robustness.losses import margin
+from dfmcl.robustness.models import Classifier, to_float
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.subspaces import SUBSPACES, Chart, Subspace, subspaces, varied
+from dfmcl.robustness.suites import SUITES
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.switches import Switch, high_frequencies, switches

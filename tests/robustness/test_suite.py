@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robustness.data import load_dataset
-from robustness.runs import load_run
-from robustness.suite import measure, parse_threat
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.suite import measure, parse_threat
 
 
 def test_a_suite_shows_each_attack_what_is_left(standard_run: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustness.text import printable, why_not_local
+from dfmcl.robustness.text import printable, why_not_local
 
 
 @given(st.text(st.characters(codec=None)))

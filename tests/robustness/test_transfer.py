@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustness.attacks import Attack, climb
-from robustness.data import load_dataset
-from robustness.errors import BadInput
-from robustness.geometry import contains, norms
-from robustness.losses import margin
-from robustness.models import frozen, to_float
-from robustness.runs import load_run
-from robustness.seeds import generator
-from robustness.statistics import PairedCounts
-from robustness.threat import Threat
-from robustness.transfer import SAMPLES, SMALLEST, WITHIN, blurred, diverse, ensemble, smoothed, tuned
-from robustness.trial import Trial
+from dfmcl.robustness.attacks import Attack, climb
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.geometry import contains, norms
+from dfmcl.robustness.losses import margin
+from dfmcl.robustness.models import frozen, to_float
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.statistics import PairedCounts
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.transfer import SAMPLES, SMALLEST, WITHIN, blurred, diverse, ensemble, smoothed, tuned
+from dfmcl.robustness.trial import Trial
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.test_apgd import SHAPE, greys, network, stream

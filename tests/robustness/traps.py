@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustness.data import Bytes, Labels
-from robustness.models import Classifier, to_float
+from dfmcl.robustness.data import Bytes, Labels
+from dfmcl.robustness.models import Classifier, to_float
 from tests.robustness.switches import Switch, switches
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gating.attestation import Trust
-from serving import environment, promotion
-from serving.errors import Broken
-from serving.export import export
+from dfmcl.gating.attestation import Trust
+from dfmcl.serving import environment, promotion
+from dfmcl.serving.errors import Broken
+from dfmcl.serving.export import export
 from tests.serving.workshop import Served, write_evidence, write_run
 from tests.signing import make_key, trusting, write_trust
 

@@ -14,15 +14,15 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 from torch.nn import functional
 
-from robustness.rays import rays
-from robustness.square import square
-from robustness.threat import Threat
-from robustness.trial import Trial
-from serving.detection import Examiner
-from serving.fingerprints import DETECTORS
-from serving.gateway_config import Detection
-from serving.gateway_metrics import DetectionMetrics
-from serving.keys import Caller
+from dfmcl.robustness.rays import rays
+from dfmcl.robustness.square import square
+from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.trial import Trial
+from dfmcl.serving.detection import Examiner
+from dfmcl.serving.fingerprints import DETECTORS
+from dfmcl.serving.gateway_config import Detection
+from dfmcl.serving.gateway_metrics import DetectionMetrics
+from dfmcl.serving.keys import Caller
 
 Images = npt.NDArray[np.uint8]
 Predict = Callable[[Images], npt.NDArray[np.float32]]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.candidate import Manifest, labels_text, read_manifest, verify_files
-from serving.errors import BadInput
+from dfmcl.serving.candidate import Manifest, labels_text, read_manifest, verify_files
+from dfmcl.serving.errors import BadInput
 
 
 def test_manifest_survives_its_round_trip(candidate: Path) -> None:

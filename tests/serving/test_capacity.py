@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.capacity import (
+from dfmcl.serving.capacity import (
     CASE,
     MAX_SURGE,
     MIN_REPLICAS,
@@ -26,7 +26,7 @@ from serving.capacity import (
     rollout_waves,
     table,
 )
-from serving.errors import BadInput
+from dfmcl.serving.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy" / "kubernetes" / "base"
@@ -81,7 +81,7 @@ def test_the_plan_is_the_manifests() -> None:
     assert triton["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": f"{100 * MAX_SURGE:.0f}%"}
     scaler = next(yaml.safe_load_all((BASE / "autoscaling.yaml").read_text()))
     assert scaler["spec"]["minReplicas"] == MIN_REPLICAS
-    from monitoring.config import load_config
+    from dfmcl.monitoring.config import load_config
 
     probe = load_config(ROOT / "deploy" / "resnet18-cifar10" / "watch.toml").probe
     images = 1 + probe.replay + probe.images * (1 + len(probe.attacks))

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from robustness.data import load_dataset
-from robustness.runs import load_run
-from robustness.suite import measure, parse_threat, record
-from serving.candidate import read_manifest
-from serving.card import card, write_card
-from serving.errors import BadInput
-from serving.promotion import verify_release
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.suite import measure, parse_threat, record
+from dfmcl.serving.candidate import read_manifest
+from dfmcl.serving.card import card, write_card
+from dfmcl.serving.errors import BadInput
+from dfmcl.serving.promotion import verify_release
 from tests.shipping import NAME, ship
 
 

@@ -17,22 +17,22 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gating.attestation import Trust
-from gating.subject import candidate_subject, open_subject
-from robustness.contract import InputContract
-from robustness.data import load_dataset
-from robustness.errors import BadInput as RunError
-from robustness.graph import noise
-from robustness.models import to_bytes, to_float
-from robustness.runs import Run, load_run
-from serving import export as exporting
-from serving import promotion
-from serving.candidate import FILES, Manifest, read_manifest, sha256_of
-from serving.client import Client
-from serving.errors import BadInput, Broken, Refused
+from dfmcl.gating.attestation import Trust
+from dfmcl.gating.subject import candidate_subject, open_subject
+from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput as RunError
+from dfmcl.robustness.graph import noise
+from dfmcl.robustness.models import to_bytes, to_float
+from dfmcl.robustness.runs import Run, load_run
+from dfmcl.serving import export as exporting
+from dfmcl.serving import promotion
+from dfmcl.serving.candidate import FILES, Manifest, read_manifest, sha256_of
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import BadInput, Broken, Refused
+from dfmcl.training.pack import pack
 from tests.gating.test_subject import Tiny, Wired, graph_of, means, to_onnx, zeros
 from tests.serving.workshop import ROOT, Served, onnx_logits, write_evidence, write_run
-from training.pack import pack
 
 
 def graph_with(*nodes: onnx.NodeProto) -> onnx.GraphProto:
@@ -497,12 +497,12 @@ def test_command_wraps_a_file(tmp_path: Path) -> None:
     """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for what it lacks."""
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
     (tmp_path / "labels.txt").write_text("\n".join(LETTERS))
-    command = [sys.executable, "dfmcl.py", "export", str(path), "--out", str(tmp_path / "candidate")]
+    command = [sys.executable, "-m", "dfmcl", "export", str(path), "--out", str(tmp_path / "candidate")]
     meant = ["--input", "float32 NCHW", "--labels", str(tmp_path / "labels.txt")]
     for call, message in (
         (command, "--input 'float32 NCHW' --labels FILE"),
         ([*command, *meant, "--weights", "float16"], "an ONNX file keeps its weights as they are"),
-        ([*command[:3], str(tmp_path), *command[4:], *meant], "is no ONNX file; a run knows its --input and --labels"),
+        ([*command[:4], str(tmp_path), *command[5:], *meant], "is no ONNX file; a run knows its --input and --labels"),
     ):
         refused = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr

@@ -27,15 +27,15 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
-from robustness.data import load_dataset
-from robustness.folder import read_image
-from serving import images
-from serving.client import Contract
-from serving.gateway import softmax
-from serving.gateway_metrics import OUTCOMES
-from serving.keys import Bucket, digest_of
-from serving.listener import affordable, bind
-from serving.problems import STATUSES, Problem
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.folder import read_image
+from dfmcl.serving import images
+from dfmcl.serving.client import Contract
+from dfmcl.serving.gateway import softmax
+from dfmcl.serving.gateway_metrics import OUTCOMES
+from dfmcl.serving.keys import Bucket, digest_of
+from dfmcl.serving.listener import affordable, bind
+from dfmcl.serving.problems import STATUSES, Problem
 from tests.processes import wait_until
 from tests.robustness.pictures import readable, unreadable
 from tests.serving.doors import CANARY, KEY, KEYS, PRIVILEGED, Door, Relay, encoded, opened, settings
@@ -815,7 +815,7 @@ def test_bug_is_500_and_the_next_request_is_answered(served: Served, monkeypatch
     """Whatever breaks: a reason, no trace of it for the client, and where it was for the log."""
     with opened(settings([served.ready["grpc"]])) as door:
         with monkeypatch.context() as broken:
-            broken.setattr("serving.gateway.softmax", lambda logits: 1 / 0)
+            broken.setattr("dfmcl.serving.gateway.softmax", lambda logits: 1 / 0)
             answer = door.classify(PNG)
         assert (answer.status, answer.reason) == (500, "internal")
         assert "ZeroDivision" not in answer.body.decode()
@@ -849,16 +849,16 @@ def test_many_clients_at_once_get_their_own_answers(door: Door, candidate: Path)
         assert max(clients.map(client, range(len(IMAGES)))) < 1e-4
 
 
-SHARED = {f"robustness.{name}" for name in ("pictures", "config", "errors", "reader", "text", "threat")}
+SHARED = {f"dfmcl.robustness.{name}" for name in ("pictures", "config", "errors", "reader", "text", "threat")}
 
 
 def test_gateway_needs_no_training_library() -> None:
     """What is installed for it: `pip install 'dfmcl[gateway]'`; it shares what an image and a local path are."""
-    code = "import sys, serving.gateway; print(*sys.modules)"
+    code = "import sys, dfmcl.serving.gateway; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     loaded = set(output.split())
-    assert not {"torch", "onnxruntime", "torchvision", "scipy", "gating"} & loaded
-    assert {name for name in loaded if name.startswith("robustness.")} == SHARED
+    assert not {"torch", "onnxruntime", "torchvision", "scipy", "dfmcl.gating"} & loaded
+    assert {name for name in loaded if name.startswith("dfmcl.robustness.")} == SHARED
 
 
 def test_threads_end_with_the_gateway(served: Served) -> None:

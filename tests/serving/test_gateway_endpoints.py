@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robustness.data import load_dataset
+from dfmcl.robustness.data import load_dataset
 from tests.processes import wait_until
 from tests.serving.doors import PRIVILEGED, Door, Relay, encoded, opened, settings
 from tests.serving.traffic import Traffic
@@ -155,7 +155,7 @@ def test_silent_endpoint_is_taken_out_by_the_check(
     served: Served, expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It accepts and does not answer: within a check it gets no more requests; when it answers again it does."""
-    monkeypatch.setattr("serving.endpoints.CHECK_DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr("dfmcl.serving.endpoints.CHECK_DEADLINE_SECONDS", 0.3)
     with Relay(served.ready["grpc"]) as relay, opened(settings([relay.url, served.ready["grpc"]])) as door:
         wait_until(lambda: up(door, relay.url), seconds=10)
         relay.freeze()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from robustness.data import load_dataset
+from dfmcl.robustness.data import load_dataset
 from tests.gating.browser import BROWSER, MISSING, OPTIONS, OWN
 from tests.serving.doors import KEY, Door, encoded, opened, settings
 from tests.serving.workshop import Served

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from robustness.data import load_dataset
-from serving.gateway_config import load_config
-from serving.keys import digest_of
-from serving.renewal import Source
+from dfmcl.robustness.data import load_dataset
+from dfmcl.serving.gateway_config import load_config
+from dfmcl.serving.keys import digest_of
+from dfmcl.serving.renewal import Source
 from tests.processes import wait_until
 from tests.serving.authority import Authority
 from tests.serving.doors import Door, encoded, settings

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from gating.attestation import BadEvidence, Trust, inspect, verify
-from serving.candidate import read_manifest
-from serving.errors import BadInput, Broken, Refused
-from serving.ledger import read_lines
-from serving.promotion import LOCK, promote, prune, rollback, verify_path, verify_release
-from serving.sight import look
-from serving.status import standings
+from dfmcl.gating.attestation import BadEvidence, Trust, inspect, verify
+from dfmcl.serving.candidate import read_manifest
+from dfmcl.serving.errors import BadInput, Broken, Refused
+from dfmcl.serving.ledger import read_lines
+from dfmcl.serving.promotion import LOCK, promote, prune, rollback, verify_path, verify_release
+from dfmcl.serving.sight import look
+from dfmcl.serving.status import standings
 from tests.signing import code_of
 
 AT_ONCE = 5.0  # seconds for a command on a busy machine; a FIFO would keep it for ever

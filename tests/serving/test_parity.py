@@ -9,8 +9,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from serving.errors import BadInput
-from serving.parity import ELSEWHERE, compare
+from dfmcl.serving.errors import BadInput
+from dfmcl.serving.parity import ELSEWHERE, compare
 
 
 def test_each_way_of_computing_is_compared(repository: Path) -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from gating.attestation import ATTESTATION, BadEvidence, NotAttested, Trust
-from serving import promotion
-from serving.candidate import FILES, read_manifest, sha256_of
-from serving.errors import BadInput, Broken, Refused
-from serving.ledger import Aliases, aliases, is_retired, read_history
-from serving.promotion import give_back, note_failure, promote, prune, retire, rollback, verify_release
-from serving.repair import repair
-from serving.repository import VERSION_FILES, configs, model_names, parse_config
-from serving.status import standings
+from dfmcl.gating.attestation import ATTESTATION, BadEvidence, NotAttested, Trust
+from dfmcl.serving import promotion
+from dfmcl.serving.candidate import FILES, read_manifest, sha256_of
+from dfmcl.serving.errors import BadInput, Broken, Refused
+from dfmcl.serving.ledger import Aliases, aliases, is_retired, read_history
+from dfmcl.serving.promotion import give_back, note_failure, promote, prune, retire, rollback, verify_release
+from dfmcl.serving.repair import repair
+from dfmcl.serving.repository import VERSION_FILES, configs, model_names, parse_config
+from dfmcl.serving.status import standings
 from tests.serving.workshop import run_python, write_evidence
 from tests.signing import CREATED, make_key, report_on, sign_again, trusting, write_report
 
@@ -32,9 +32,9 @@ from tests.signing import CREATED, make_key, report_on, sign_again, trusting, wr
 BREAKING = """
 import json, os, sys
 from pathlib import Path
-from gating.trust import load_trust
-from serving.promotion import promote, prune, retire, rollback
-from serving.repair import repair
+from dfmcl.gating.trust import load_trust
+from dfmcl.serving.promotion import promote, prune, retire, rollback
+from dfmcl.serving.repair import repair
 how, code, candidate, evidence, trust = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]
 trust = load_trust(Path(trust))
 for step, path in enumerate(sys.argv[6:], start=1):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving import pulse
-from serving.client import Client
-from serving.errors import Unavailable
-from serving.triton import Server
+from dfmcl.serving import pulse
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import Unavailable
+from dfmcl.serving.triton import Server
 from tests.serving.workshop import Served
 
 

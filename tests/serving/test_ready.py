@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import BadInput
-from serving.ready import claim_ready, read_ready, write_ready
+from dfmcl.serving.errors import BadInput
+from dfmcl.serving.ready import claim_ready, read_ready, write_ready
 from tests.processes import wait_until
 from tests.serving.workshop import run_python
 
-OTHER = "import sys; from pathlib import Path; from serving.ready import write_ready\n" \
+OTHER = "import sys; from pathlib import Path; from dfmcl.serving.ready import write_ready\n" \
     "write_ready(Path(sys.argv[1]), http='x'); sys.stdin.read()"  # fmt: skip
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from gating.attestation import Trust
-from serving.client import Client
-from serving.errors import BadInput, Refused
-from serving.ledger import read_history
-from serving.promotion import give_back, promote, prune, retire, rollback, verify_release
-from serving.repair import repair
-from serving.repository import VERSION_FILES, version_numbers
-from serving.status import standings
+from dfmcl.gating.attestation import Trust
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import BadInput, Refused
+from dfmcl.serving.ledger import read_history
+from dfmcl.serving.promotion import give_back, promote, prune, retire, rollback, verify_release
+from dfmcl.serving.repair import repair
+from dfmcl.serving.repository import VERSION_FILES, version_numbers
+from dfmcl.serving.status import standings
 from tests.serving.test_promotion import listing
 from tests.serving.workshop import Served
 from tests.signing import CREATED, make_key, trusting

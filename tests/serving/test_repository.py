@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.candidate import read_manifest
-from serving.errors import BadInput, Refused
-from serving.repository import checked_name, configs, parse_config, require_ours
+from dfmcl.serving.candidate import read_manifest
+from dfmcl.serving.errors import BadInput, Refused
+from dfmcl.serving.repository import checked_name, configs, parse_config, require_ours
 
 
 def test_config_says_what_triton_needs(candidate: Path) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from robustness.data import load_dataset
-from serving import environment, triton
-from serving.endpoints import Endpoint, Reply
+from dfmcl.robustness.data import load_dataset
+from dfmcl.serving import environment, triton
+from dfmcl.serving.endpoints import Endpoint, Reply
 from tests.processes import wait_until
 from tests.serving.test_gateway_process import refused
 from tests.serving.workshop import Served, onnx_logits

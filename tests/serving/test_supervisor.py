@@ -18,20 +18,20 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from gating.attestation import Trust
-from gating.trust import follow_trust
-from robustness.data import load_dataset
-from serving import pulse, supervisor, triton
-from serving.candidate import FILES, sha256_of
-from serving.client import Client
-from serving.errors import Broken, Refused, ServingError
-from serving.export import export
-from serving.ledger import Aliases, aliases, read_history
-from serving.promotion import Promoted, promote, retire, rollback
-from serving.ready import read_ready
-from serving.status import standings
-from serving.supervisor import wait_until_live
-from serving.triton import Server, claim_ports
+from dfmcl.gating.attestation import Trust
+from dfmcl.gating.trust import follow_trust
+from dfmcl.robustness.data import load_dataset
+from dfmcl.serving import pulse, supervisor, triton
+from dfmcl.serving.candidate import FILES, sha256_of
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import Broken, Refused, ServingError
+from dfmcl.serving.export import export
+from dfmcl.serving.ledger import Aliases, aliases, read_history
+from dfmcl.serving.promotion import Promoted, promote, retire, rollback
+from dfmcl.serving.ready import read_ready
+from dfmcl.serving.status import standings
+from dfmcl.serving.supervisor import wait_until_live
+from dfmcl.serving.triton import Server, claim_ports
 from tests.processes import wait_until
 from tests.serving.doors import PRIVILEGED, Door, settings
 from tests.serving.traffic import Ask, Traffic

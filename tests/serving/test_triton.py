@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gating.attestation import Trust
-from serving import environment, supervisor, triton
-from serving.candidate import FILES, sha256_of
-from serving.client import Client
-from serving.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
-from serving.promotion import promote
-from serving.ready import read_ready
+from dfmcl.gating.attestation import Trust
+from dfmcl.serving import environment, supervisor, triton
+from dfmcl.serving.candidate import FILES, sha256_of
+from dfmcl.serving.client import Client
+from dfmcl.serving.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
+from dfmcl.serving.promotion import promote
+from dfmcl.serving.ready import read_ready
 from tests.processes import wait_until
 from tests.serving.workshop import Served, command_of, private_of, processes_of, run_python, write_evidence
 from tests.signing import report_on, write_report
@@ -185,7 +185,7 @@ def test_killed_server_is_noticed(repository: Path, tmp_path: Path, needs_triton
 SERVE = """
 import sys
 from pathlib import Path
-from serving.supervisor import serve
+from dfmcl.serving.supervisor import serve
 ports = {"http_port": 0, "grpc_port": int(sys.argv[4]), "metrics_port": 0}
 sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
 """

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from serving.admission import GREED, LONGEST_PAUSE, PATIENCE, PER_SECOND, Admission
-from serving.problems import Problem
-from serving.turns import COMPANY_SECONDS, Turns
+from dfmcl.serving.admission import GREED, LONGEST_PAUSE, PATIENCE, PER_SECOND, Admission
+from dfmcl.serving.problems import Problem
+from dfmcl.serving.turns import COMPANY_SECONDS, Turns
 
 
 @dataclass

@@ -17,12 +17,12 @@ import onnxruntime as ort
 import torch
 from safetensors.torch import save_file
 
-from gating.attestation import Trust
-from robustness.data import load_dataset
-from robustness.files import sha256_of
-from robustness.models import Classifier, ModelSpec
-from serving import supervisor
-from serving.ready import read_ready
+from dfmcl.gating.attestation import Trust
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.files import sha256_of
+from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.serving import supervisor
+from dfmcl.serving.ready import read_ready
 from tests.signing import report_on, write_report
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from robustness.data import Dataset, load_dataset
+from dfmcl.robustness.data import Dataset, load_dataset
 
 
 @pytest.fixture(scope="session")

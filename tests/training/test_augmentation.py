@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
-from training import policies
-from training.augmentation import AUGMENTATIONS, augment, crop, crop_shift, erase, flip, idbh
-from training.config import Augmentation
-from training.policies import COLOUR_SHAPE, NAMES, OPERATIONS, Policy, Step, cifar10_policy, draw, follow
+from dfmcl.training import policies
+from dfmcl.training.augmentation import AUGMENTATIONS, augment, crop, crop_shift, erase, flip, idbh
+from dfmcl.training.config import Augmentation
+from dfmcl.training.policies import COLOUR_SHAPE, NAMES, OPERATIONS, Policy, Step, cifar10_policy, draw, follow
 
 KINDS = tuple(AUGMENTATIONS)
 SHAPES = [(8, 8, 3), (9, 13, 1), (16, 16, 3), (17, 17, 3), (32, 32, 3), (33, 28, 1)]

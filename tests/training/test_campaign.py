@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 import torch
 
-import dfmcl
-from robustness.data import load_dataset
-from robustness.errors import BadInput
-from robustness.runs import load_run
+import dfmcl.cli.training
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.runs import load_run
+from dfmcl.training.campaign import number, read_records, run_campaign, write_tables
+from dfmcl.training.limits import Limits
+from dfmcl.training.measurement import SHUFFLE_SEED
+from dfmcl.training.plan import WORST, load_campaign, runs
+from dfmcl.training.record import read_record
 from tests.processes import wait_until
 from tests.training.workshop import THREAT, TINY, StopAfter, quiet
-from training.campaign import number, read_records, run_campaign, write_tables
-from training.limits import Limits
-from training.measurement import SHUFFLE_SEED
-from training.plan import WORST, load_campaign, runs
-from training.record import read_record
 
 ROOT = Path(__file__).parents[2]
 
@@ -275,25 +275,26 @@ def test_command_with_no_time_left(workplace: Path, tmp_path: Path, capsys: pyte
     """A budget that is spent ends with 130 and one line; --table-only writes the table without any work."""
     options: dict[str, Any] = {"out": tmp_path / "out", "data_path": str(workplace / "digits.npz"), "device": "cpu"}
     with pytest.raises(SystemExit) as caught:
-        dfmcl.campaign(str(workplace / "tiny.toml"), budget_minutes=0.0, **options)
+        dfmcl.cli.training.campaign(str(workplace / "tiny.toml"), budget_minutes=0.0, **options)
     assert caught.value.code == 130
     assert "0 of 3 runs done; repeat the command to continue" in capsys.readouterr().out
     (tmp_path / "out" / "table.md").unlink()
     with pytest.raises(SystemExit) as caught:
-        dfmcl.campaign(str(workplace / "tiny.toml"), table_only=True, **options)
+        dfmcl.cli.training.campaign(str(workplace / "tiny.toml"), table_only=True, **options)
     assert caught.value.code == 0
     assert "0 of 3 runs done" in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(SystemExit) as caught:
-        dfmcl.campaign(str(workplace / "tiny.toml"), table_only=True, **{**options, "out": tmp_path / "elsewhere"})
+        dfmcl.cli.training.campaign(
+            str(workplace / "tiny.toml"), table_only=True, **{**options, "out": tmp_path / "elsewhere"}
+        )
     assert caught.value.code == 2
     assert "elsewhere: no such directory" in capsys.readouterr().err
 
 
 def test_killed_and_continued_from_a_bare_checkout(workplace: Path, uncut: Path, tmp_path: Path) -> None:
     """kill -9 in the middle, on a machine where dfmcl and its optional libraries are not installed; then to the end."""
-    for room in ("robustness", "training"):
-        shutil.copytree(ROOT / room, tmp_path / "checkout" / room)
-    shutil.copy(ROOT / "dfmcl.py", tmp_path / "checkout")
+    for folder in ("dfmcl", "robustness", "training"):
+        shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, symlinks=True)
     absent = ("dfmcl", "__editable__", "tensorboard", "sklearn", "scikit_learn", "onnx", "matplotlib")
     (tmp_path / "site").mkdir()
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
@@ -304,7 +305,7 @@ def test_killed_and_continued_from_a_bare_checkout(workplace: Path, uncut: Path,
         sys.executable,
         "-S",
         "-m",
-        "training.campaign",
+        "dfmcl.training.campaign",
         str(workplace / "tiny.toml"),
         "--out",
         str(tmp_path / "out"),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from robustness.errors import BadInput
-from training.config import TrainConfig, load_config, preset_names
+from dfmcl.robustness.errors import BadInput
+from dfmcl.training.config import TrainConfig, load_config, preset_names
 
 
 @pytest.mark.parametrize("name", preset_names())

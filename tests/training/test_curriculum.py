@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dfmcl.training.adversary import CRAFTS, noisy_single_step
+from dfmcl.training.curriculum import attack_steps, draw, progress, strength
+from dfmcl.training.noise import Noise
 from tests.linear import Linear, images
-from training.adversary import CRAFTS, noisy_single_step
-from training.curriculum import attack_steps, draw, progress, strength
-from training.noise import Noise
 
 steps = st.integers(1, 10_000).flatmap(lambda total: st.tuples(st.integers(1, total), st.just(total)))
 

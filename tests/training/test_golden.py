@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustness.data import Dataset
-from robustness.models import Classifier, to_float
-from robustness.seeds import generator
+from dfmcl.robustness.data import Dataset
+from dfmcl.robustness.models import Classifier, to_float
+from dfmcl.robustness.seeds import generator
+from dfmcl.training.augmentation import augment
+from dfmcl.training.train import build
 from tests.training.workshop import PLAIN, batch, learner
-from training.augmentation import augment
-from training.train import build
 
 # In float64 no sign of a gradient hangs on rounding: the order of sums, and with it the processor, changes nothing.
 EXACT = torch.float64

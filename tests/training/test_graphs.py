@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness.models import Classifier, ModelSpec
-from robustness.ranks import Ranks
-from training.config import TrainConfig
-from training.learner import Learner
+from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.training.config import TrainConfig
+from dfmcl.training.learner import Learner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustness.data import Dataset, load_dataset
-from robustness.models import Classifier, to_float
+from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.models import Classifier, to_float
+from dfmcl.training.adversary import CRAFTS, Craft
+from dfmcl.training.averaging import MovingAverage
+from dfmcl.training.awp import perturbed, perturbed_parameters
+from dfmcl.training.compact import expand, shrink
+from dfmcl.training.config import TrainConfig, load_config
+from dfmcl.training.learner import Learner, batch_norms, layout_of, learning_rate, twin, with_own_batch_norm
+from dfmcl.training.noise import Noise
+from dfmcl.training.objectives import OBJECTIVES, jensen_shannon, kl, smoothed
+from dfmcl.training.train import build
 from tests.training.workshop import ALONE, NARROW, PLAIN, batch, learner
-from training.adversary import CRAFTS, Craft
-from training.averaging import MovingAverage
-from training.awp import perturbed, perturbed_parameters
-from training.compact import expand, shrink
-from training.config import TrainConfig, load_config
-from training.learner import Learner, batch_norms, layout_of, learning_rate, twin, with_own_batch_norm
-from training.noise import Noise
-from training.objectives import OBJECTIVES, jensen_shannon, kl, smoothed
-from training.train import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -251,7 +251,7 @@ def test_curriculum_reaches_the_attack(digits: Dataset, monkeypatch: pytest.Monk
 
         return craft
 
-    monkeypatch.setattr("training.learner.CRAFTS", {name: recorder(name) for name in CRAFTS})
+    monkeypatch.setattr("dfmcl.training.learner.CRAFTS", {name: recorder(name) for name in CRAFTS})
     options = ["masking.enabled=false", "curriculum.beta=8/255", "curriculum.warmup=0.2", "curriculum.hold=0.4"]
     pool = ["curriculum.attacks=['fgsm','pgd']", "curriculum.weights=[1e-9, 1.0]", "curriculum.final_steps=6"]
     one = learner(digits, *options, *pool)
@@ -372,7 +372,7 @@ def test_only_passes_that_are_used_are_recorded(
 
         return replayed
 
-    monkeypatch.setattr("training.learner.recorded", recorded)
+    monkeypatch.setattr("dfmcl.training.learner.recorded", recorded)
     options = [f"objective.name={objective}", "objective.views=1", f"masking.layer={layer}", "curriculum.steps=2"]
     one = learner(digits, *PLAIN[1:], *options, f"curriculum.attacks={attacks}")
     one.record([network.features for network in one.networks], [0, 1])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustness.errors import BadInput
-from robustness.models import Classifier, ModelSpec
-from training import masking
-from training.adversary import soft_cross_entropy
-from training.config import Masking
-from training.masking import (
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.training import masking
+from dfmcl.training.adversary import soft_cross_entropy
+from dfmcl.training.config import Masking
+from dfmcl.training.masking import (
     RULES,
     DynamicFeatureMask,
     MaskStatistics,
@@ -22,8 +22,8 @@ from training.masking import (
     sample,
     z_score,
 )
-from training.noise import Noise
-from training.objectives import smoothed
+from dfmcl.training.noise import Noise
+from dfmcl.training.objectives import smoothed
 
 
 def noise(seed: int = 0) -> Noise:

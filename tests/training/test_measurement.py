@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.measurement import Partial, exactly
+from dfmcl.training.measurement import Partial, exactly
 
 
 def test_deciding_puts_tf32_back() -> None:

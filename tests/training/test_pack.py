@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from robustness.data import load_dataset
-from robustness.errors import BadInput
-from robustness.models import to_float
-from robustness.runs import load_run
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.models import to_float
+from dfmcl.robustness.runs import load_run
+from dfmcl.training.pack import pack
 from tests.networks import network
-from training.pack import pack
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from robustness.data import load_dataset
-from robustness.runs import load_run
-from training.config import preset_names
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.runs import load_run
+from dfmcl.training.config import preset_names
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

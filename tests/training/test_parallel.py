@@ -16,18 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustness.data import load_dataset
-from robustness.errors import BadInput, Interrupted
-from robustness.locks import LOCK, held
-from robustness.ranks import Ranks
-from robustness.runs import load_run
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput, Interrupted
+from dfmcl.robustness.locks import LOCK, held
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.runs import load_run
+from dfmcl.training.config import load_config
+from dfmcl.training.learner import Learner
+from dfmcl.training.limits import Limits
+from dfmcl.training.state import STATE
+from dfmcl.training.train import build, train
 from tests.processes import wait_until
 from tests.training.workshop import StopAfter, batch, quiet
-from training.config import load_config
-from training.learner import Learner
-from training.limits import Limits
-from training.state import STATE
-from training.train import build, train
 
 ROOT = Path(__file__).parents[2]
 CHANGES = [
@@ -47,7 +47,7 @@ CHANGES = [
 
 
 def torchrun(
-    *arguments: str, program: Sequence[str] = ("-m", "training.train"), processes: int = 2
+    *arguments: str, program: Sequence[str] = ("-m", "dfmcl.training.train"), processes: int = 2
 ) -> subprocess.CompletedProcess[str]:
     """A real torchrun with gloo on this machine; one thread each."""
     with socket.socket() as free:
@@ -62,7 +62,7 @@ def torchrun(
 UPDATES = """
 import sys, torch
 from pathlib import Path
-from robustness.ranks import Ranks
+from dfmcl.robustness.ranks import Ranks
 from tests.training.test_parallel import updated
 ranks = Ranks.join()
 torch.save(updated(ranks), Path(sys.argv[1]) / f"{ranks.rank}.pt")
@@ -106,12 +106,12 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
 STATISTICS = """
 import sys, torch
 from pathlib import Path
-from robustness.data import load_dataset
+from dfmcl.robustness.data import load_dataset
 from tests.training.workshop import StopAfter, batch, quiet
-from training.config import load_config
-from training.learner import Learner
-from robustness.ranks import Ranks
-from training.train import build
+from dfmcl.training.config import load_config
+from dfmcl.training.learner import Learner
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.training.train import build
 ranks, data = Ranks.join(), load_dataset("digits")
 config = load_config("quickstart", ["model.width=4", "optimization.batch_size=20", "curriculum.steps=1"])
 learner = Learner(config, build(config, data), 10, ranks)
@@ -136,7 +136,8 @@ def test_a_state_that_not_all_processes_see_is_named(tmp_path: Path) -> None:
     """Each node with a disk of its own: only the first process finds the state, and all end with the reason."""
     script = tmp_path / "resume.py"
     script.write_text(
-        "import os, sys; sys.argv[sys.argv.index('--out') + 1] += os.environ['RANK']; import dfmcl; dfmcl.main()"
+        "import os, sys; sys.argv[sys.argv.index('--out') + 1] += os.environ['RANK']; "
+        "from dfmcl.cli import main; main()"
     )
     overrides = [part for change in CHANGES for part in ("--set", change)]
     command = ["train", "quickstart", *overrides, "--out", str(tmp_path / "run")]
@@ -167,7 +168,7 @@ def test_ctrl_c_saves_under_torchrun_and_a_second_one_too(tmp_path: Path) -> Non
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [*launch, "training.train", "quickstart", *overrides, "--out", str(out)],
+        [*launch, "dfmcl.training.train", "quickstart", *overrides, "--out", str(out)],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_until((out / STATE).exists, process)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from robustness.errors import BadInput
+from dfmcl.robustness.errors import BadInput
+from dfmcl.training.plan import campaign_names, load_campaign, runs
 from tests.training.workshop import TINY
-from training.plan import campaign_names, load_campaign, runs
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustness.errors import BadInput
-from robustness.records import AttackRecord, Evaluation
-from robustness.threat import Threat
+from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.plan import load_campaign, runs
+from dfmcl.training.record import Record, pack, read_record, unpack, write_record
 from tests.training.workshop import first_of, synthetic
-from training.plan import load_campaign, runs
-from training.record import Record, pack, read_record, unpack, write_record
 
 
 @given(st.lists(st.booleans(), max_size=50))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dfmcl.training.figures import reach
+from dfmcl.training.plan import Campaign, load_campaign
+from dfmcl.training.table import table
 from tests.training.workshop import TINY, first_of, synthetic
-from training.figures import reach
-from training.plan import Campaign, load_campaign
-from training.table import table
 
 
 def varied(tmp_path: Path, extra: str = "") -> Campaign:

@@ -18,22 +18,23 @@ import pytest
 import torch
 from PIL import Image
 
-import dfmcl
-from robustness.data import load_dataset
-from robustness.errors import BadInput, Broken, Interrupted
-from robustness.files import sha256_of
-from robustness.runs import CHECKPOINT, load_run
+import dfmcl.cli.release
+import dfmcl.cli.robustness
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.errors import BadInput, Broken, Interrupted
+from dfmcl.robustness.files import sha256_of
+from dfmcl.robustness.runs import CHECKPOINT, load_run
+from dfmcl.training import course
+from dfmcl.training import train as loop
+from dfmcl.training.augmentation import augment, crop, flip
+from dfmcl.training.config import TrainConfig, load_config, preset_names
+from dfmcl.training.learner import Learner
+from dfmcl.training.limits import Limits
+from dfmcl.training.objectives import OBJECTIVES
+from dfmcl.training.state import STATE
+from dfmcl.training.train import split, train
 from tests.processes import wait_until
 from tests.training.workshop import StopAfter, quiet
-from training import course
-from training import train as loop
-from training.augmentation import augment, crop, flip
-from training.config import TrainConfig, load_config, preset_names
-from training.learner import Learner
-from training.limits import Limits
-from training.objectives import OBJECTIVES
-from training.state import STATE
-from training.train import split, train
 
 TINY = [
     "model.width=4",
@@ -68,9 +69,9 @@ def test_a_run_on_a_folder_says_what_it_did_not_read(tmp_path: Path, capfd: pyte
     remark = f"{tmp_path / 'images'}: skipped 2 files: 1 .heic, 1 hidden (supported: "
     assert log[0].startswith(remark)
     assert manifest["data"]["skipped"] == {".heic": 1, "hidden": 1}
-    dfmcl.evaluate.__wrapped__(tmp_path / "run", attack=["fgsm"], images=8)
+    dfmcl.cli.robustness.evaluate.__wrapped__(tmp_path / "run", attack=["fgsm"], images=8)
     assert capfd.readouterr().out.startswith(remark)
-    dfmcl.export.__wrapped__(tmp_path / "run", tmp_path / "candidate")
+    dfmcl.cli.release.export.__wrapped__(tmp_path / "run", tmp_path / "candidate")
     assert capfd.readouterr().out.startswith(remark)
 
 
@@ -148,7 +149,7 @@ def test_compact_state_resumes_closely(tmp_path: Path) -> None:
 
 def test_killed_run_loses_only_the_steps_since_its_last_state(tmp_path: Path, uncut: Path) -> None:
     """SIGKILL in the middle of a real process, then --resume: the uncut run's bytes."""
-    script = "import training.course as t; t.SAVE_SECONDS = 0.0; import dfmcl; dfmcl.main()"
+    script = "import dfmcl.training.course as t; t.SAVE_SECONDS = 0.0; from dfmcl.cli import main; main()"
     overrides = [part for override in TINY for part in ("--set", override)]
     command = [sys.executable, "-c", script, "train", "quickstart", *overrides, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

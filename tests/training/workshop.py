@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustness.data import Dataset
-from robustness.ranks import Ranks
-from robustness.records import AttackRecord, Evaluation
-from robustness.threat import Threat
-from training.config import load_config
-from training.learner import Learner
-from training.record import Record
-from training.train import build
+from dfmcl.robustness.data import Dataset
+from dfmcl.robustness.ranks import Ranks
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.threat import Threat
+from dfmcl.training.config import load_config
+from dfmcl.training.learner import Learner
+from dfmcl.training.record import Record
+from dfmcl.training.train import build
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NARROW = ["model.width=4", "optimization.batch_size=12", "curriculum.steps=2"]

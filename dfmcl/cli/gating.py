@@ -1,0 +1,160 @@
+"""From a model to a signed verdict: `dfmcl gate`, `verdict`, `keygen`, `sign`, `verify`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfmcl.cli.arguments import read_labels
+from dfmcl.cli.command import command
+from dfmcl.cli.output import say, say_page
+
+
+@command
+def gate(
+    subject: Annotated[
+        str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
+    ],
+    policy: Annotated[Path, typer.Option(help="The policy (TOML).")],
+    out: Annotated[Path, typer.Option(help="Where the evidence goes.")],
+    run: Annotated[
+        Path | None, typer.Option(help="The run it was exported from; else gradients come from the ONNX file.")
+    ] = None,
+    surrogate: Annotated[
+        list[Path] | None, typer.Option(help="A run to craft transfer attacks on; what they break counts; repeatable.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="report.json of the model that no_regression compares with.")
+    ] = None,
+    key: Annotated[list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable.")] = None,
+    contract: Annotated[
+        str | None, typer.Option("--input", help="What a foreign model takes, such as 'float32 NCHW 32x32x3'.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
+    ] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
+) -> int:
+    """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
+    from dfmcl.gating.policy import load_policy
+
+    parsed = load_policy(policy)  # before torch loads: a wrong key is answered at once
+
+    from dfmcl.gating.bar import bar
+    from dfmcl.gating.gate import gate as run_gate
+    from dfmcl.gating.github import publish
+    from dfmcl.gating.markdown import markdown
+    from dfmcl.gating.subject import open_subject
+    from dfmcl.robustness.ranks import Ranks
+    from dfmcl.robustness.runs import load_run
+
+    ranks = Ranks.join()
+    try:
+        with ExitStack() as open_clients, bar(shown=ranks.first) as (show, watch):
+            judged = open_subject(
+                subject,
+                run=run,
+                contract=contract,
+                labels=read_labels(labels),
+                connect=functools.partial(connect, open_clients),
+                budget=queries,
+            )
+            report = run_gate(
+                judged,
+                parsed,
+                out,
+                surrogates={path.resolve().name: load_run(path, ranks.device) for path in surrogate or ()},
+                baseline=baseline,
+                keys=key or (),
+                ranks=ranks,
+                track=show,
+                watch=watch,
+            )
+        if ranks.first:
+            say_page(markdown(report, details=False))
+            publish(report, policy, os.environ, say)
+            say(f"evidence: {out}")
+    finally:
+        ranks.leave()
+    # torchrun makes 1, "failed", of whatever a process ends with: `dfmcl verdict` tells what the evidence says.
+    return 0 if ranks.world > 1 else int(report["exit_code"])
+
+
+@command
+def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]) -> int:
+    """Say again what a gate found, and end with its exit code."""
+    from dfmcl.gating.attestation import read_evidence
+    from dfmcl.gating.markdown import markdown
+
+    report, _ = read_evidence(evidence)
+    say_page(markdown(report, details=False))
+    return int(report["exit_code"])
+
+
+def connect(clients: ExitStack, url: str, model: str) -> tuple[Any, Callable[[Any], Any]]:
+    """A live endpoint as the gate asks it; its client closes with `clients`."""
+    from dfmcl.serving.client import Client
+
+    client = clients.enter_context(Client(url, model))
+    return client.describe(), lambda images: client.predict(images).logits
+
+
+@command
+def keygen(
+    out: Annotated[Path, typer.Argument(help="Writes OUT.key, to keep secret, and OUT.pub, to hand out.")],
+) -> None:
+    """Make a key pair (ed25519) to sign evidence with."""
+    from dfmcl.gating.keys import keygen as run_keygen
+
+    say(f"{out}.key: keep it secret; {out}.pub: name it in a trust file; key id {run_keygen(out)[:12]}")
+
+
+@command
+def sign(
+    evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")],
+    key: Annotated[list[Path], typer.Option(help="A private key; repeatable.")],
+) -> None:
+    """Sign evidence, or add a signature to the ones it has."""
+    from dfmcl.gating.attestation import ATTESTATION, sign_evidence
+    from dfmcl.robustness.files import clear_parts
+    from dfmcl.robustness.locks import beside, held
+
+    place = evidence.resolve()
+    if not os.access(place.parent, os.W_OK):  # a volume of its own
+        place /= ATTESTATION
+    with held(beside(place), evidence):  # of two that sign at once, one signature would be lost
+        clear_parts(evidence, {ATTESTATION})
+        until = sign_evidence(evidence, key)
+    say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
+
+
+@command
+def verify(
+    path: Annotated[Path, typer.Argument(help="A candidate, or a model in Triton's repository, or a version of one.")],
+    trust: Annotated[Path, typer.Option(help="Whose signature counts (TOML).")],
+    evidence: Annotated[Path | None, typer.Option(help="A candidate's evidence; a version holds its own.")] = None,
+    at: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Judge as of that day (UTC). Default: now.")
+    ] = None,
+) -> None:
+    """Prove that exactly these bytes passed, by signatures that are trusted and still hold: 0, or 1 and why not."""
+    from dfmcl.gating.attestation import read_attestation
+    from dfmcl.gating.attestation import verify as run_verify
+    from dfmcl.gating.trust import load_trust
+
+    trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
+    if evidence is None:
+        from dfmcl.serving.promotion import verify_path
+
+        path = verify_path(path, trusted, now)
+    report = run_verify(path, evidence or path, trusted, now)
+    signed = read_attestation(evidence or path, trusted)
+    say(f"{path}: passed on {report['created'][:10]}, {'; '.join(row['criterion'] for row in report['criteria'])}")
+    say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")

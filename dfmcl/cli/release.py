@@ -1,0 +1,246 @@
+"""From a run to a version that is served, and back: `dfmcl export`, `promote`, `rollback`, `status`, ..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfmcl.cli.arguments import LIVE, NAME, REPOSITORY, TRUST, WAIT, read_labels
+from dfmcl.cli.command import command
+from dfmcl.cli.output import say, say_page, track, warn
+
+
+@command
+def export(
+    source: Annotated[Path, typer.Argument(help="A run's directory, or an ONNX classifier of any origin.")],
+    out: Annotated[Path, typer.Option(help="The candidate's directory.")],
+    weights: Annotated[str | None, typer.Option(help="How a run's weights are stored: float32 or float16.")] = None,
+    contract: Annotated[
+        str | None, typer.Option("--input", help="What the ONNX file takes, such as 'float32 NCHW'.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
+) -> None:
+    """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to its source."""
+    from dfmcl.serving.errors import BadInput
+
+    foreign, names = source.is_file(), read_labels(labels)
+    if foreign and (contract is None or names is None):
+        raise BadInput(f"{source}: say what it takes and what it tells apart: --input 'float32 NCHW' --labels FILE")
+    if foreign and weights is not None:
+        raise BadInput(f"{source}: an ONNX file keeps its weights as they are; leave --weights out")
+    if not foreign and (contract is not None or names is not None):
+        raise BadInput(f"{source}: is no ONNX file; a run knows its --input and --labels, leave them out")
+
+    from dfmcl.serving.export import export as run_export  # after the questions that need no torch
+    from dfmcl.serving.export import wrap
+
+    if contract is not None and names is not None:
+        manifest = wrap(source, out, contract=contract, labels=names, track=track)
+    else:
+        manifest = run_export(source, out, weights=weights or "float32", track=track, log=say)
+    parity: Any = manifest["parity"]
+    images = "images of smooth colours and noise" if foreign else "images"
+    rounding = (
+        f"; {weights} changes {100 * (1 - parity['checkpoint_label_agreement']):.1f} % of the labels and logits by up"
+        f" to {parity['checkpoint_max_abs_difference']:.1e}"
+    )
+    say(
+        f"{out}: model.onnx; against {source} on {parity['images']} {images}: largest difference"
+        f" {parity['max_abs_difference']:.1e} (tolerance {parity['tolerance']:.1e}),"
+        f" {100 * parity['label_agreement']:.1f} % equal labels{rounding if weights == 'float16' else ''}"
+    )
+    if contract is not None and not contract.split()[0].startswith("uint8"):
+        say(f"{out}: {source} is sent pixels / 255, no mean taken off; `dfmcl gate` finds out whether that is right")
+
+
+@command
+def promote(
+    candidate: Annotated[Path, typer.Argument(help="A candidate's directory.")],
+    evidence: Annotated[Path, typer.Option(help="What the gate wrote about it.")],
+    repository: REPOSITORY,
+    name: NAME,
+    trust: TRUST,
+    threads: Annotated[
+        int | None, typer.Option(min=0, help="ONNX Runtime's per inference on a CPU; 0: one a core.")
+    ] = None,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Beside the served version, as NAME-shadow.")] = False,
+    live: LIVE = None,
+    wait: WAIT = 120,
+) -> None:
+    """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
+    from dfmcl.gating.trust import load_trust
+    from dfmcl.serving.promotion import promote as run_promote
+
+    promoted = run_promote(
+        candidate, evidence, repository, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
+    )
+    say(f"{promoted.path}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    await_live(promoted, live, wait)
+
+
+@command
+def rollback(
+    repository: REPOSITORY,
+    name: NAME,
+    trust: TRUST,
+    version: Annotated[int | None, typer.Option(min=1, help="Default: the one that was served before.")] = None,
+    reason: Annotated[str, typer.Option(help="For the history.")] = "",
+    live: LIVE = None,
+    wait: WAIT = 120,
+) -> None:
+    """Serve an earlier version of a model again."""
+    from dfmcl.gating.trust import load_trust
+    from dfmcl.serving.promotion import rollback as run_rollback
+
+    promoted = run_rollback(repository, name, trust=load_trust(trust), version=version, reason=reason)
+    say(f"{promoted.path}: {promoted.model} is back at version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    await_live(promoted, live, wait)
+
+
+def await_live(promoted: Any, url: str | None, seconds: float) -> None:
+    """Wait until an endpoint answers with a version; at once where none is named."""
+    from dfmcl.serving.client import Client
+    from dfmcl.serving.supervisor import wait_until_live
+
+    if url is not None:
+        with Client(url, promoted.model) as client:
+            wait_until_live(client, promoted, seconds)
+        say(f"{url}: answers with version {promoted.version} as the gate saw it answer")
+
+
+@command
+def status(
+    repository: REPOSITORY,
+    trust: Annotated[Path | None, typer.Option(help="Whose signature counts (TOML). Default: digests only.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> int:
+    """What a repository serves, by which verdict, for how long: 0, or 1 where nothing or not all would be served."""
+    import json
+
+    from dfmcl.gating.trust import load_trust
+    from dfmcl.serving.status import standings
+
+    found = standings(repository, None if trust is None else load_trust(trust))
+    if as_json:
+        say_page(json.dumps([row.to_json() for row in found], indent=2))
+    for row in [] if as_json else found:
+        roles = {"champion": row.champion, "previous": row.previous, "candidate": row.candidate}
+        held = [f"{role} {version}" for role, version in roles.items() if version is not None]
+        named = "nothing is" if row.configured is None else f"version {row.configured} is not"
+        served = [] if row.champion is not None else [f"{named} served"]
+        on_disk = ", ".join(map(str, row.versions)) or "nothing"
+        say(f"{row.model}: {', '.join(served + held)}; on disk {on_disk}; model.onnx {row.sha256[:12] or '?'}")
+        until = f"; holds until {row.expires[:10]}" if row.expires else ""
+        say(f"  {row.trouble or '; '.join(row.criteria)}{until}")
+        if row.doubt:
+            say(f"  {row.doubt}")
+    damage = history_damage(repository)
+    if not found:
+        (warn if as_json else say)(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+    return int(damage or not found or any(row.trouble or row.doubt for row in found))
+
+
+def history_damage(repository: Path) -> bool:
+    """Warn of each line of the history that cannot be read; whether there is one."""
+    from dfmcl.serving.ledger import read_lines
+    from dfmcl.serving.repository import HISTORY, MEND
+
+    _, damaged = read_lines(repository)
+    for number, why in damaged:
+        warn(f"{repository / HISTORY}: line {number}: {why}; {MEND}")
+    return bool(damaged)
+
+
+@command
+def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> int:
+    """Every change of what a repository serves, oldest first: 0, or 1 where there is none or a line is damaged."""
+    from dfmcl.serving.ledger import read_lines
+    from dfmcl.serving.promotion import require_repository
+
+    require_repository(repository)
+    changes = [change for change in read_lines(repository)[0] if name in (None, change.model)]
+    for change in changes:
+        served = None if change.event == "failed" else change.version
+        version = "nothing" if served is None else f"version {served}"
+        before = "" if change.before is None else f", before {change.before}"
+        why = f"; {change.reason}" if change.reason else ""
+        say(f"{change.time}  {change.model}  {change.event}  {version}{before}, by {change.actor}{why}")
+    damage = history_damage(repository)
+    if not changes:
+        say(f"{repository}: no change{f' of {name}' if name else ''} was ever written down; `dfmcl promote` makes one")
+    return int(damage or not changes)
+
+
+@command
+def repair(
+    repository: REPOSITORY,
+    trust: TRUST,
+    name: Annotated[str | None, typer.Option(help="One model only. Default: all.")] = None,
+) -> int:
+    """Serve what verifies, whichever file was damaged, emptied or removed: 0, or 1 where a model stays unserved."""
+    from dfmcl.gating.trust import load_trust
+    from dfmcl.serving.repair import repair as run_repair
+
+    found = run_repair(repository, load_trust(trust), name=name)
+    for row in found:
+        say(f"{row.about}: {row.said}")
+    if not found:
+        say(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+    return int(not found or not all(row.whole for row in found))
+
+
+@command
+def prune(
+    repository: REPOSITORY,
+    name: NAME,
+    keep: Annotated[int, typer.Option(min=1, help="So many of the newest stay, and what serves or served last.")] = 3,
+) -> None:
+    """Remove old versions of a model; their numbers stay taken."""
+    from dfmcl.serving.promotion import prune as run_prune
+
+    removed = run_prune(repository, name, keep=keep)
+    say(f"{name}: removed {', '.join(f'version {number}' for number in removed) or 'nothing'}")
+
+
+@command
+def retire(
+    repository: REPOSITORY, name: NAME, reason: Annotated[str, typer.Option(help="For the history.")] = ""
+) -> None:
+    """Take a model out of service, all its versions with it."""
+    from dfmcl.serving.promotion import retire as run_retire
+
+    run_retire(repository, name, reason=reason)
+    say(f"{name}: retired")
+
+
+@command
+def parity(
+    version: Annotated[Path, typer.Argument(help="A promoted version, such as models/digits/1.")],
+) -> int:
+    """Compare every execution provider and precision present with what the gate recorded: 0, or 1 where one differs."""
+    from dfmcl.serving.parity import compare
+
+    equal = True
+    for row in compare(version):
+        equal = equal and row.equal
+        found = row.trouble or (
+            f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
+            f" {100 * row.adversarial_agreement:.1f} % of adversarial images, {100 * row.held:.1f} % of those right"
+        )
+        say(f"{'equal' if row.equal else 'DIFFERS'}  {row.provider}, {row.setting}: {found}")
+    return int(not equal)
+
+
+@command
+def card(
+    run: Annotated[Path, typer.Argument(help="The run that the served version was exported from.")],
+    repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
+    name: Annotated[str, typer.Option(help="The model's name in Triton.")],
+    evaluation: Annotated[Path | None, typer.Option(help="A record of the run by `dfmcl evaluate --out`.")] = None,
+) -> None:
+    """Write the model card of what is served: README.md, all figures from run and evidence."""
+    from dfmcl.serving.card import write_card
+
+    say(f"{write_card(run, repository, name, evaluation)}: written")

@@ -1,0 +1,70 @@
+"""How much a run resists: `dfmcl evaluate`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dfmcl.cli.command import command
+from dfmcl.cli.output import say, track
+
+
+@command
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    threat: Annotated[
+        list[str] | None, typer.Option(help="8/255 (Linf) or l2:0.5; repeatable. Default: the run's beta.")
+    ] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="fgsm, pgd-20, pgd-50x5, margin-pgd-20, cw-l2, ...; repeatable.")
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="fast or standard instead of --attack: each attack on what those before it left.")
+    ] = "",
+    surrogate: Annotated[Path | None, typer.Option(help="A run to craft transfer attacks on.")] = None,
+    images: Annotated[int, typer.Option(min=0, help="How many test images; 0 means all.")] = 0,
+    data_path: Annotated[str, typer.Option(help="Where the run's data set lies now.")] = "",
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda. Default: the GPU, where there is one.")] = "",
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the record here (JSON).")] = None,
+) -> None:
+    """Measure a run's accuracy under attack on test images."""
+    from dfmcl.robustness.attacks import Attack
+    from dfmcl.robustness.data import load_dataset
+    from dfmcl.robustness.errors import BadInput
+    from dfmcl.robustness.files import dump_json, only_writer, write_text
+    from dfmcl.robustness.runs import load_run, parse_device
+    from dfmcl.robustness.suite import FORMAT, measure, parse_threat, record
+
+    if suite and attack:
+        raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")
+    attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()
+    where = parse_device(device)
+    with nullcontext() if out is None else only_writer(out, FORMAT):  # asked before the attacks, not after
+        trained = load_run(run, where)
+        source = load_run(surrogate, where) if surrogate else None
+        threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
+        entry = trained.data
+        data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
+        if data.remark:
+            say(data.remark)
+        evaluations = measure(
+            trained, data, threats, attacks=attacks, cascade=bool(suite), surrogate=source, images=images, seed=seed,
+            track=track,
+        )  # fmt: skip
+        say(f"{run} on {len(evaluations[0].correct)} test images of {data.name}; 95 % intervals")
+        say(f"  {'clean':34} {evaluations[0].clean}")
+        if wild := evaluations[0].not_finite:
+            say(f"  logits are not finite for {wild} of {len(evaluations[0].correct)} images, which count as wrong")
+        for evaluation in evaluations:
+            transfer = "transfer " if evaluation.about["kind"] == "transfer" else ""
+            for result in evaluation.attacks:
+                say(f"  {f'{transfer}{result.name}, {evaluation.threat}':34} {result.accuracy}")
+            if len(evaluation.attacks) > 1:
+                say(f"  {f'worst case, {evaluation.threat}':34} {evaluation.robust}")
+        if out is not None:
+            write_text(out, dump_json(record(trained, data, evaluations)))
+            say(f"record: {out}")
