@@ -44,10 +44,10 @@ setup: .venv/.installed .venv-triton/.installed
 	@touch $@
 
 # Triton's pip runtime needs numpy < 2, so it lives apart, as it would in its own container.
-.venv-triton/.installed: serving/triton-requirements.txt
+.venv-triton/.installed: serving/triton/requirements.txt
 	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12; name one with PYTHON=...'; exit 2; }
 	$(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/pip install --requirement serving/triton-requirements.txt
+	.venv-triton/bin/pip install --requirement serving/triton/requirements.txt
 	@touch $@
 
 quickstart: setup

@@ -27,15 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dfmcl.gating.attestation import BadEvidence, NotAttested
-from dfmcl.gating.probes import read_probes
-from dfmcl.gating.trust import load_trust
-from dfmcl.robustness.errors import DfmclError
+from dfmcl.common.errors import DfmclError
+from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.trust import load_trust
+from dfmcl.release import layout
+from dfmcl.release.promotion import Promoted, verify_release
 from dfmcl.robustness.statistics import Share
-from dfmcl.serving import repository as layout
-from dfmcl.serving.client import Client
-from dfmcl.serving.errors import ServingError
-from dfmcl.serving.promotion import Promoted, verify_release
+from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import read_ready
 
 HOME = Path(".quickstart")
@@ -257,7 +255,7 @@ def verify(repository: Path, trust: Path) -> Promoted:
     try:
         console.print(f"\n$ dfmcl verify {repository / names[0]} --trust {trust}", style="bold", soft_wrap=True)
         release = verify_release(repository, names[0], load_trust(trust))
-    except (ServingError, DfmclError, NotAttested, BadEvidence) as error:
+    except DfmclError as error:
         raise StageFailed(str(error)) from None
     card = repository / release.model / layout.CARD
     if not card.is_file() or release.sha256 not in card.read_text(encoding="utf-8"):

@@ -33,12 +33,12 @@ import onnx
 from onnx import numpy_helper
 
 from benchmarks.result import write_result
-from dfmcl.serving import environment
-from dfmcl.serving.client import Client
-from dfmcl.serving.errors import ServingError
-from dfmcl.serving.gateway_client import GatewayClient
-from dfmcl.serving.gateway_config import new_key
-from dfmcl.serving.triton import claim_ports, running
+from dfmcl.common.errors import DfmclError
+from dfmcl.serving.clients.gateway import GatewayClient
+from dfmcl.serving.clients.triton import Client
+from dfmcl.serving.gateway.config import new_key
+from dfmcl.serving.triton import environment
+from dfmcl.serving.triton.process import claim_ports, running
 from tests import observing
 from tests.processes import wait_until
 
@@ -280,7 +280,7 @@ class Restartable:
         try:
             with Client(f"127.0.0.1:{self._ports['grpc']}", MODEL, timeout_seconds=2) as client:
                 client.describe()
-        except ServingError:
+        except DfmclError:
             return False
         return True
 
@@ -312,7 +312,7 @@ def user(folder: Path, port: int) -> Iterator[None]:
             for number in itertools.count():
                 if stop.wait(0.1):
                     return
-                with suppress(ServingError):
+                with suppress(DfmclError):
                     client.predict(images[number % len(images)][None])
 
     thread = threading.Thread(target=ask)

@@ -27,15 +27,15 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from benchmarks.result import write_result
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.square import SHORTEST
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.geometry import contains
 from dfmcl.robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.square import SHORTEST
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
 

@@ -37,7 +37,7 @@ from benchmarks.honest import KINDS, learnt, seen_as
 from benchmarks.result import write_result
 from dfmcl.gating.foreign import kept
 from dfmcl.gating.subject import onnx_subject
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.checks import CHECKS, diagnose
 from dfmcl.robustness.data import Bytes, Dataset, load_dataset
 from dfmcl.robustness.diagnosis import IMAGES, Background
@@ -48,7 +48,7 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import upper_bound
 from dfmcl.robustness.substitute import learnt as learnt_from
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
 from tests.robustness.traps import TRAPS, sprung

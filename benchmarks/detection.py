@@ -24,10 +24,10 @@ from rich.progress import track
 
 from benchmarks.result import write_result
 from dfmcl.robustness.data import load_dataset
-from dfmcl.serving.fingerprints import DETECTORS, STEP, TAGS, WINDOW, Fingerprinter, outline, salted_tags
-from dfmcl.serving.gateway_config import Detection
-from dfmcl.serving.history import History
-from dfmcl.serving.keys import Caller
+from dfmcl.serving.detection.fingerprints import DETECTORS, STEP, TAGS, WINDOW, Fingerprinter, outline, salted_tags
+from dfmcl.serving.detection.history import History
+from dfmcl.serving.gateway.config import Detection
+from dfmcl.serving.gateway.keys import Caller
 from tests.serving.queries import Disguise, Images, Stream, attack, blinded, noisy
 
 MODEL = Path("model_repository") / "resnet18-cifar10" / "1" / "model.onnx"

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dfmcl.robustness.files import dump_json, write_text
+from dfmcl.common.files import dump_json, write_text
 from dfmcl.robustness.provenance import now, provenance
 
 RESULTS = Path(__file__).parent / "results"

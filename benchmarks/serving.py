@@ -33,17 +33,17 @@ from tritonclient import grpc
 from tritonclient.utils import shared_memory
 
 from benchmarks.result import write_result
+from dfmcl.common.files import sha256_of
+from dfmcl.release.candidate import INPUT, OUTPUT
+from dfmcl.release.export import export
+from dfmcl.release.promotion import promote
 from dfmcl.robustness.data import Dataset, load_dataset
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.models import Classifier, ModelSpec
-from dfmcl.serving import gateway
-from dfmcl.serving.candidate import INPUT, OUTPUT
-from dfmcl.serving.client import Client
-from dfmcl.serving.environment import find_environment
-from dfmcl.serving.export import export
-from dfmcl.serving.gateway_config import GatewayConfig
-from dfmcl.serving.promotion import promote
-from dfmcl.serving.triton import HOST, KEY, Server, claim_ports, running
+from dfmcl.serving.clients.triton import Client
+from dfmcl.serving.gateway import app as gateway
+from dfmcl.serving.gateway.config import GatewayConfig
+from dfmcl.serving.triton.environment import find_environment
+from dfmcl.serving.triton.process import HOST, KEY, Server, claim_ports, running
 from tests.signing import make_key, report_on, trusting, write_report
 
 NAME = "resnet18"
@@ -78,8 +78,8 @@ def main() -> None:
         " percentiles over all requests",
         "seed": 0,
         "note": f"ResNet-18 of width {arguments.width}, uint8 32 x 32 images; Triton {triton_version()} with the python"
-        " backend of serving/backend, one instance, no queue delay, ONNX Runtime's default threads; clients on the"
-        " same cores as the servers; gateway: one PNG a request over a kept HTTP connection; shared memory: system,"
+        " backend of serving/triton/backend, one instance, no queue delay, ONNX Runtime's default threads; clients on"
+        " the same cores as the servers; gateway: one PNG a request over a kept HTTP connection; shared memory: system,"
         " registered with the token that production keeps from clients",
     }
     write_result("serving", "Serving beside bare ONNX Runtime", rows, ratios_of(rows), conditions)

@@ -21,14 +21,14 @@ from rich.progress import track
 from scipy.stats import hypergeom
 
 from benchmarks.result import RESULTS, write_result
-from dfmcl.gating.probes import read_probes
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.subject import Subject, open_subject
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.errors import BadInput
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.records import Evaluation, joined
-from dfmcl.robustness.suites import SUITES
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 Rows = NDArray[np.int64]
 

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 
 from benchmarks.attacks import Counted
 from benchmarks.result import write_result
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.subject import candidate_subject
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.data import Bytes, Labels
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.geometry import contains
 from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import PairedCounts
 from dfmcl.robustness.suite import parse_threat
-from dfmcl.robustness.suites import AUTOATTACK
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains
 
 SHIPPED = Path("model_repository/resnet18-cifar10")
 NETWORKS = (SHIPPED / "1", *(SHIPPED / "surrogates" / f"surrogate-{name}" for name in ("pgd", "pgd-8", "trades")))

@@ -30,7 +30,7 @@ from benchmarks.serving import CLIENTS, NAME, Seconds, candidate, concurrent_tri
 from dfmcl.monitoring.config import Budget, Probe
 from dfmcl.robustness.data import Bytes, Labels, load_dataset
 from dfmcl.robustness.models import ModelSpec
-from dfmcl.serving.triton import HOST, claim_ports
+from dfmcl.serving.triton.process import HOST, claim_ports
 from tests.processes import wait_until
 
 POOL = 10_000  # as many as CIFAR-10 has; most images of every round are new to the crafter

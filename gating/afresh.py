@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 
 SECONDS = 600
 # Images come through standard input and logits leave through standard output; a module may print, to standard error.

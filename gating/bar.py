@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from dfmcl.common.progress import Track, silent
 from dfmcl.gating.sequence import Progress, unwatched
-from dfmcl.robustness.progress import Track, silent
 
 T = TypeVar("T")
 PAUSE = 10.0  # seconds between lines that nobody watches

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfmcl.gating.attestation import read_report
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.derivation import require_derived
-from dfmcl.gating.faults import EvidenceError
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
-from dfmcl.robustness.errors import BadInput
+from dfmcl.gating.signing.attestation import read_report
+from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.robustness.records import from_bits
 
 

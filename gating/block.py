@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dfmcl.common.progress import Track, silent
 from dfmcl.gating.policy import radius
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Outcome, evaluate
 from dfmcl.robustness.gradients import AttackPass
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.records import Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 ARRAYS = ("adversarial", "clean_logits", "adversarial_logits")
 

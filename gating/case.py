@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dfmcl.common.errors import BadInput
+from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline
-from dfmcl.gating.keys import read_signer
 from dfmcl.gating.order import Draw, Matter, order_of
 from dfmcl.gating.policy import NO_REGRESSION, Policy
+from dfmcl.gating.signing.keys import read_signer
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.verdict import Claim, claims
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.conventions import IMAGES as FIRST
 from dfmcl.robustness.conventions import mismatch
 from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.models import device_of, to_float
-from dfmcl.robustness.progress import Track
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
-from dfmcl.robustness.transfer import ensemble_sha256
 
 
 @dataclass(frozen=True)

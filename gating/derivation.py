@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfmcl.gating.faults import refusal
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.order import Draw, Matter, order_of
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
 from dfmcl.gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
+from dfmcl.gating.signing.faults import refusal
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, claims_about, decide, one_look
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
 

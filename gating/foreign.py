@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.robustness.contract import DTYPES, InputContract
-from dfmcl.robustness.errors import BadInput, DfmclError
 from dfmcl.robustness.graph import first_line, noise
 
 DETACHED = "no gradient reaches the image: its forward detaches it, or computes outside torch's autograd"

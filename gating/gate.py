@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfmcl.gating.attestation import ATTESTATION, PROBES, sign
+from dfmcl.common.files import dump_json, require_place, sha256_of, whole_directory
+from dfmcl.common.progress import Track, silent
 from dfmcl.gating.block import Plan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
 from dfmcl.gating.derivation import Record, wild
-from dfmcl.gating.formats import FILES, write_formats
+from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.probes import as_npz
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
+from dfmcl.gating.signing.attestation import ATTESTATION, PROBES, sign
+from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.sources import sources_of, transferred
 from dfmcl.gating.state import State, secret_of
 from dfmcl.gating.subject import Subject
@@ -34,12 +36,10 @@ from dfmcl.robustness import checks
 from dfmcl.robustness.data import Bytes, Dataset, Labels
 from dfmcl.robustness.diagnosis import Background
 from dfmcl.robustness.evaluate import Outcome
-from dfmcl.robustness.files import dump_json, require_place, sha256_of, whole_directory
 from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
 from dfmcl.robustness.gradients import AttackPass, attack_pass
 from dfmcl.robustness.memory import copies, repeated
 from dfmcl.robustness.models import to_float
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import Evaluation, joined

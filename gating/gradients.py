@@ -20,8 +20,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from dfmcl.common.errors import DfmclError, lacks_memory
 from dfmcl.robustness.contract import InputContract
-from dfmcl.robustness.errors import DfmclError, lacks_memory
 from dfmcl.robustness.graph import FATAL, Graph, apart, first_line, freed, noise
 
 # Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a

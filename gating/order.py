@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from securesystemslib.exceptions import Error as SignatureError
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 
 PURPOSE = "dfmcl order of images/1"  # such a text is no DSSE payload, which begins with DSSEv1
 

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from dfmcl.gating.statement import VALID_DAYS
-from dfmcl.robustness.config import LocalPath, Section, read_toml, validated
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.threat import Threat, parse_eps
+from dfmcl.common.errors import BadInput
+from dfmcl.common.toml import LocalPath, Section, read_toml, validated
+from dfmcl.gating.signing.statement import VALID_DAYS
+from dfmcl.robustness.threats.ball import Threat, parse_eps
 
 METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
 NO_REGRESSION = "no_regression"

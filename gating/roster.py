@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dfmcl.robustness.suites import AUTOATTACK, FROM, SUITES, WITHOUT_GRADIENTS
+from dfmcl.robustness.attacks.suites import AUTOATTACK, FROM, SUITES, WITHOUT_GRADIENTS
 
 SUBSTITUTE = "substitute"
 # In the order in which they run.

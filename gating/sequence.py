@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline, compare
 from dfmcl.gating.block import Block, Plan, attack_block
 from dfmcl.gating.pairs import Pairs
@@ -21,7 +22,6 @@ from dfmcl.gating.state import State
 from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.evaluate import Outcome
-from dfmcl.robustness.progress import Track
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.statistics import Flags
 

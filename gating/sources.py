@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.common.errors import Broken
+from dfmcl.common.progress import Track
 from dfmcl.gating.block import Source
 from dfmcl.gating.case import Case
 from dfmcl.gating.state import State
-from dfmcl.robustness.errors import Broken
+from dfmcl.robustness.attacks.transfer import ensemble, ensemble_sha256
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.progress import Track
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.substitute import Learnt, learnt
-from dfmcl.robustness.transfer import ensemble, ensemble_sha256
 
 SUBSTITUTE = "substitute"
 

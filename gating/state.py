@@ -15,10 +15,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfmcl.gating.keys import read_signer
-from dfmcl.robustness.errors import BadInput, Interrupted
-from dfmcl.robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
-from dfmcl.robustness.locks import LOCK, held
+from dfmcl.common.errors import BadInput, Interrupted
+from dfmcl.common.files import clear_parts, dump_json, read_json, write_bytes, write_text
+from dfmcl.common.locks import LOCK, held
+from dfmcl.gating.signing.keys import read_signer
 from dfmcl.robustness.ranks import Ranks
 
 FORMAT = "dfmcl.gate-state/1"

@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.gating.afresh import asked_afresh
-from dfmcl.gating.attestation import candidate_files, read_candidate
 from dfmcl.gating.foreign import Foreign, guarded, imported, kept, state_digest, without_gradients
 from dfmcl.gating.gradients import NoGradients, differentiable
+from dfmcl.gating.signing.attestation import candidate_files, read_candidate
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes
-from dfmcl.robustness.errors import BadInput, DfmclError
 from dfmcl.robustness.graph import apart, artefact, count_classes, noise, read_graph
 from dfmcl.robustness.models import device_of, exactly, frozen, to_float
 from dfmcl.robustness.runs import load_run

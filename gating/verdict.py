@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.statistics import Flags, Share, lower_bound, upper_bound
 

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from dfmcl.common.errors import BadInput
+from dfmcl.common.toml import LocalPath, Section, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.config import LocalPath, Radius, Section, read_toml, validated
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.radius import Radius
 
 WEEK_SECONDS = 7 * 24 * 3600.0
 

@@ -18,20 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dfmcl.common.errors import BadInput, Broken, unwritable
+from dfmcl.common.files import dump_json, read_json, sha256_of, whole_directory, write_text
+from dfmcl.common.progress import Track, silent
+from dfmcl.common.reader import Unfit, opened, why_unread
 from dfmcl.monitoring.config import WatchConfig
 from dfmcl.monitoring.crafting import Pool, draw
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
-from dfmcl.robustness.attacks import Attack, Model
+from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, load_dataset
-from dfmcl.robustness.errors import BadInput, Broken, unwritable
-from dfmcl.robustness.files import dump_json, read_json, sha256_of, whole_directory, write_text
-from dfmcl.robustness.geometry import contains_uint8
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
-from dfmcl.robustness.progress import Track, silent
-from dfmcl.robustness.reader import Unfit, opened, why_unread
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains_uint8
 
 Indices = npt.NDArray[np.int64]
 

@@ -11,11 +11,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dfmcl.common.errors import AnswerError, BadInput, DfmclError, Rejected, Unavailable
 from dfmcl.monitoring.results import REASONS, Query
 from dfmcl.robustness.data import Bytes
-from dfmcl.serving.client import Answer
-from dfmcl.serving.errors import AnswerError, Rejected, ServingError, Unavailable
-from dfmcl.serving.errors import BadInput as Misfit
+from dfmcl.serving.clients.triton import Answer
 
 # A query is one request. Users wait behind it: one of 16 images moved their 99th percentile at saturation on two cores.
 QUERY_IMAGES = 4
@@ -85,7 +84,7 @@ class Endpoint:
         self._slow, self._rest = 0, 0.0
 
     def through(self, predict: Predict) -> Callable[[Bytes], Logits]:
-        """Asks by `predict`: logits (N, K) of uint8 images (N, H, W, C), N >= 0; ServingError where any query fails.
+        """Asks by `predict`: logits (N, K) of uint8 images (N, H, W, C), N >= 0; DfmclError where any query fails.
 
         Nothing is retried. Paused or Stopped between two queries, where that is asked for.
         """
@@ -106,7 +105,7 @@ class Endpoint:
             answer = predict(images)
             _require_sense(answer, (len(images), self._classes))
             reason = ""
-        except ServingError as error:
+        except DfmclError as error:
             reason = reason_of(error)
             raise
         finally:
@@ -131,9 +130,9 @@ def _require_sense(answer: Answer, shape: tuple[int, int]) -> None:
         raise Rejected(f"version {answer.version[:40]!r} is no 64-bit number", "bad_output")
 
 
-def reason_of(error: ServingError) -> str:
+def reason_of(error: DfmclError) -> str:
     """Which of REASONS an error of the client is."""
-    if isinstance(error, Misfit):
+    if isinstance(error, BadInput):
         return "rejected"  # the endpoint takes other images than ours
     reason = error.reason if isinstance(error, AnswerError) else "unknown"
     reason = {"invalid": "rejected", "unknown_model": "rejected", "internal": "server_error"}.get(reason, reason)

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.endpoint import Logits
-from dfmcl.robustness.attacks import Attack, Model
+from dfmcl.robustness.attacks.registry import Attack, Model
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.geometry import contains_uint8, to_uint8
 from dfmcl.robustness.models import to_bytes, to_float
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains_uint8, to_uint8
 
 # What an outsider with nothing but answers can do: scores for one, labels for the other.
 BY_QUERIES = ("square", "rays")

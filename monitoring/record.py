@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
+from dfmcl.common.errors import BadInput
+from dfmcl.common.reader import Unfit, opened, parse_object
 from dfmcl.monitoring.results import Round, round_from_json
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.reader import Unfit, opened, parse_object
 
 # Rounds, whatever became of them: enough for the longest windows of both ways, so that bounds go on as they were.
 # Reading takes a millisecond each, and nobody is served meanwhile.

@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dfmcl.gating.attestation import PROBES, BadEvidence, NotAttested, Trust, read_attestation, read_evidence, verify
-from dfmcl.gating.probes import read_probes
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.attestation import (
+    PROBES,
+    BadEvidence,
+    NotAttested,
+    Trust,
+    read_attestation,
+    read_evidence,
+    verify,
+)
+from dfmcl.gating.signing.probes import read_probes
 from dfmcl.robustness.data import Bytes
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.statistics import Share
 
 REPORT = "report.json"

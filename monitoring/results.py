@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import Bytes
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.statistics import Share
 
 FORMAT = "dfmcl.round/2"

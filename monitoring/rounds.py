@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dfmcl.common.errors import DfmclError, Rejected
 from dfmcl.monitoring.endpoint import Clock, Endpoint, Manners, Paused, Predict, reason_of
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Ask, Found, Scene
 from dfmcl.monitoring.release import Find, Release
@@ -26,10 +27,9 @@ from dfmcl.monitoring.results import (
     RoundSkipped,
     compared,
 )
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threat import Threat
-from dfmcl.serving.errors import Rejected, ServingError
+from dfmcl.robustness.threats.ball import Threat
 
 EXAMPLES = 2  # of an attack and round, for the page
 
@@ -134,7 +134,7 @@ def _framed(
     except Paused:
         seconds, queries = clock.monotonic() - begun, tuple(endpoint.queries)
         return RoundSkipped(number, via, plan.model, "paused", "the kill switch is on", started, seconds, queries)
-    except ServingError as error:
+    except DfmclError as error:
         seconds, queries = clock.monotonic() - begun, tuple(endpoint.queries)
         message = " ".join(str(error).split())
         return RoundFailure(number, via, plan.model, reason_of(error), message, started, seconds, queries)

@@ -11,7 +11,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
-from dfmcl.robustness.errors import Broken
+from dfmcl.common.errors import Broken
 
 Page = Callable[[], tuple[str, str, str]]
 """Status line, content type and text of a path, at the moment it is asked for."""

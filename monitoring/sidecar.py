@@ -16,7 +16,11 @@ from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from dfmcl.gating.trust import follow_trust
+from dfmcl.common.errors import BadInput, DfmclError, Rejected
+from dfmcl.common.locks import Taken, beside, held
+from dfmcl.common.progress import Track, silent
+from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
+from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.monitoring import config as config_of
 from dfmcl.monitoring import mitigation, page, release
 from dfmcl.monitoring.bounds import MONTH_SECONDS, limit
@@ -36,16 +40,10 @@ from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, Round
 from dfmcl.monitoring.rounds import Plan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
 from dfmcl.monitoring.surrogates import Surrogates
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.errors import BadInput, DfmclError
-from dfmcl.robustness.locks import Taken, beside, held
-from dfmcl.robustness.progress import Track, silent
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.provenance import revision, versions
-from dfmcl.robustness.reader import TEXT_BYTES, Unfit, read_plain, why_unread
-from dfmcl.serving.client import Client
-from dfmcl.serving.errors import BadInput as Misfit
-from dfmcl.serving.errors import Rejected
-from dfmcl.serving.gateway_client import GatewayClient
+from dfmcl.serving.clients.gateway import GatewayClient
+from dfmcl.serving.clients.triton import Client
 
 HEALTHY_INTERVALS = 3
 # Of an interval, in which the next round's images are made; more than a minute of spreading gains nothing.
@@ -178,7 +176,7 @@ def prepare(config: WatchConfig, track: Track = silent) -> Work:
     if outside is not None:
         try:
             _gateway_clients(config.query, outside, keys)
-        except Misfit as error:
+        except BadInput as error:
             raise BadInput(f"query: {error}") from None
     return Work(
         recipe,

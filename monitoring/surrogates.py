@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.transfer import ensemble, ensemble_sha256
 from dfmcl.robustness.data import Dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.runs import Run, load_run
-from dfmcl.robustness.transfer import ensemble, ensemble_sha256
 
 
 @dataclass(frozen=True)

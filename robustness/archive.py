@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.progress import Track
-from dfmcl.robustness.reader import opened
+from dfmcl.common.errors import BadInput
+from dfmcl.common.progress import Track
+from dfmcl.common.reader import opened
 
 Array = NDArray[Any]
 KEYS = ("x_train", "y_train", "x_test", "y_test")

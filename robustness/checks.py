@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.asking import (
     SPREAD,
     answers_change,
@@ -34,10 +35,9 @@ from dfmcl.robustness.evaluate import Decide
 from dfmcl.robustness.finding import Check, Figures, Found, surplus, too_many
 from dfmcl.robustness.memory import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
 from dfmcl.robustness.models import frozen
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import Flags, lower_bound
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 PROBABILITY = 1e-4  # float32 sums a thousand probabilities to 1 within 1e-5
 NO_GRADIENT = 0.05  # of the images: float32 has a gradient while the margin is below 88; of trained logits it is ~20

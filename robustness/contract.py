@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 
 LAYOUTS = ("NHWC", "NCHW")
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from dfmcl.common.errors import BadInput
+from dfmcl.common.progress import Track, silent
+from dfmcl.common.text import is_line, why_not_local
 from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.folder import described, read_part
-from dfmcl.robustness.progress import Track, silent
-from dfmcl.robustness.text import is_line, why_not_local
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -137,7 +137,7 @@ def _cifar10(path: str) -> Dataset:
 
 
 def _folder(path: str, image_size: int, track: Track) -> Dataset:
-    """`path`/train/CLASS/* and `path`/test/CLASS/*: fitted to image_size squared, as dfmcl.robustness.pictures does."""
+    """`path`/train/CLASS/* and `path`/test/CLASS/*: fitted to image_size squared, as dfmcl.common.pictures does."""
     if not path:
         raise BadInput("data: a folder needs a path, with PATH/train/CLASS/*.png and PATH/test/CLASS/*.png")
     if image_size < 8:

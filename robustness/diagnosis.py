@@ -13,19 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dfmcl.common.progress import Track, silent
 from dfmcl.robustness import losses
-from dfmcl.robustness.attacks import ATTACKS, Attack, climb, fgsm
+from dfmcl.robustness.attacks.registry import ATTACKS, Attack, climb, fgsm
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Decide, Outcome, evaluate
-from dfmcl.robustness.geometry import project, start, steepest, to_uint8
 from dfmcl.robustness.models import device_of, frozen, to_float
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import project, start, steepest, to_uint8
 
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
 STEPS = 20

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfmcl.robustness.attacks import Attack
+from dfmcl.common.errors import BadInput
+from dfmcl.common.progress import Track, silent
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.geometry import contains, contains_uint8, project, steepest, to_uint8
 from dfmcl.robustness.gradients import IMAGES, AttackPass, attack_pass
 from dfmcl.robustness.losses import right
 from dfmcl.robustness.models import device_of, exactly, frozen, to_bytes, to_float
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains, contains_uint8, project, steepest, to_uint8
 
 # Images that come as bytes lie in channels_last, which a CPU answers 15 % faster in a large batch; in one of these the
 # reordering of weights decides, and takes a quarter longer for it.

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dfmcl.robustness import pictures
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.progress import Track
+from dfmcl.common import pictures
+from dfmcl.common.errors import BadInput
+from dfmcl.common.progress import Track
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # as this Pillow has them
 MAX_PIXELS = 89_478_485  # of a file, as Pillow has it: a decoded image takes up to a quarter of a gigabyte

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dfmcl.robustness.errors import BadInput, DfmclError
+from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.robustness.losses import margin, value_and_gradient
 from dfmcl.robustness.models import frozen
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
+from dfmcl.common.errors import BadInput, lacks_memory
+from dfmcl.common.reader import Unfit, read_plain, why_unread
 from dfmcl.robustness.contract import InputContract
-from dfmcl.robustness.errors import BadInput, lacks_memory
-from dfmcl.robustness.reader import Unfit, read_plain, why_unread
 
 FREE = "batch"  # the name of a dimension of any size
 DOMAINS = ("", "ai.onnx")  # two names of the standard operators

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 
 
 def hyperscore(value: float, beta: float = 4.0, gamma: float = -math.log(2), kappa: float = 2.0) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 
 TINY = 1e-12  # keeps a ratio finite where all logits are equal
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dfmcl.robustness.errors import BadInput, DfmclError
+from dfmcl.common.errors import BadInput, DfmclError
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.suites import FROM
 from dfmcl.robustness.statistics import Share
-from dfmcl.robustness.suites import FROM
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 FORMAT = "dfmcl.evaluation/1"
 T = TypeVar("T")

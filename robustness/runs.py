@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dfmcl.robustness.errors import BadInput, lacks_memory
-from dfmcl.robustness.files import read_json, sha256_of
+from dfmcl.common.errors import BadInput, lacks_memory
+from dfmcl.common.files import read_json, sha256_of
 from dfmcl.robustness.models import Classifier, ModelSpec
 
 FORMAT = "dfmcl.run/1"

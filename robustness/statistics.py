@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, bdtrc, betaincinv  # scipy.stats, the same, would take as long to load as torch
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 
 Flags = NDArray[np.bool_]
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dfmcl.robustness.attacks import mi_fgsm
+from dfmcl.common.progress import Track, silent
+from dfmcl.robustness.attacks.registry import mi_fgsm
 from dfmcl.robustness.data import Bytes
-from dfmcl.robustness.geometry import project, steepest, to_uint8
 from dfmcl.robustness.models import ResNet18, frozen, to_float
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.seeds import derived_seed, generator
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import project, steepest, to_uint8
 
 SIDE = 32  # larger images are looked at in this size: the substitute is small, and transfer cares for coarse patterns
 WIDTH = 8

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from dfmcl.robustness.attacks import Attack
+from dfmcl.common.errors import BadInput
+from dfmcl.common.progress import Track, silent
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import Run
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 FORMAT = "dfmcl.evaluations/1"
 WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dfmcl.robustness.reader import RECORD_BYTES, parse_object, read_plain
-from dfmcl.serving.errors import BadInput
+from dfmcl.common.errors import BadInput
+from dfmcl.common.reader import RECORD_BYTES, parse_object, read_plain
 
 MEASURED = Path("benchmarks/results/serving.json")  # what `make bench-serving` writes
 CASE = "concurrent 16, Triton"

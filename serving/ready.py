@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dfmcl.robustness.reader import TEXT_BYTES, parse_object, read_plain
-from dfmcl.serving.errors import BadInput, unwritable
+from dfmcl.common.errors import BadInput, unwritable
+from dfmcl.common.reader import TEXT_BYTES, parse_object, read_plain
 
 
 def read_ready(path: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dfmcl.robustness.files import dump_json, sha256_of
+from dfmcl.common.files import dump_json, sha256_of
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST
 from dfmcl.robustness.seeds import generator
 from dfmcl.training.config import load_config

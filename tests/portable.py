@@ -28,7 +28,7 @@ NUMERIC = (
     "tests/robustness",
     *(f"tests/training/test_{name}.py" for name in ("golden", "learner", "masking", "measurement", "parallel")),
     *("tests/gating/test_gate.py", "tests/gating/test_disbelief.py"),
-    *("tests/serving/test_export.py", "tests/serving/test_parity.py"),
+    *("tests/release/test_export.py", "tests/release/test_parity.py"),
 )
 PROCESSES = 3  # as `make test`; fewer where each has several threads
 

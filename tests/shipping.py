@@ -6,11 +6,11 @@ from pathlib import Path
 
 from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import Policy
+from dfmcl.gating.signing.trust import load_trust
 from dfmcl.gating.subject import open_subject
-from dfmcl.gating.trust import load_trust
-from dfmcl.serving.card import write_card
-from dfmcl.serving.export import export
-from dfmcl.serving.promotion import promote
+from dfmcl.release.card import write_card
+from dfmcl.release.export import export
+from dfmcl.release.promotion import promote
 from dfmcl.training.pack import pack
 from tests.signing import VALID_DAYS, make_key, write_trust
 

@@ -13,16 +13,16 @@ import pytest
 from numpy.typing import NDArray
 
 import dfmcl.cli.command
-from dfmcl.gating.attestation import ATTESTATION, MANIFEST, PROBES, Trust, candidate_files, sign
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.derivation import Record
-from dfmcl.gating.keys import keygen, read_public
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.probes import as_npz
 from dfmcl.gating.report import build_report
+from dfmcl.gating.signing.attestation import ATTESTATION, MANIFEST, PROBES, Trust, candidate_files, sign
+from dfmcl.gating.signing.keys import keygen, read_public
+from dfmcl.gating.signing.probes import as_npz
 from dfmcl.robustness.checks import CHECKS
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire

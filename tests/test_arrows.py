@@ -10,26 +10,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("robustness", "training", "gating", "serving", "monitoring")
+ROOMS = ("common", "robustness", "training", "gating", "release", "serving", "monitoring")
 TOP = ("dfmcl", *ROOMS, "benchmarks", "tests", "quickstart")
-ALLOWED = {
-    "robustness": set(),
-    "training": {"robustness"},
-    "gating": {"robustness"},
-    "serving": {"robustness.reader"},  # one way to read what somebody else wrote
-    "monitoring": {
-        *("robustness", "gating.attestation", "gating.probes", "gating.trust"),
-        *("serving.client", "serving.gateway_client", "serving.errors"),
-    },
+ALLOWED: dict[str, set[str]] = {
+    "common": set(),
+    "robustness": {"common"},
+    "training": {"common", "robustness"},
+    "gating": {"common", "robustness"},
+    "release": {"common", "gating.signing"},
+    "serving": {"common", "release.candidate", "release.layout", "gating.signing"},
+    "monitoring": {"common", "robustness", "gating.signing", "serving.clients"},
 }
 EXCEPTIONS = {
-    "serving/export.py": {"robustness"},
-    "serving/card.py": {"robustness.text"},  # one way to keep names from being markup, in reports and cards
-    "serving/gateway_config.py": {"robustness.config", "robustness.errors"},
-    "serving/images.py": {"robustness.pictures"},  # one definition of an image, in training and at the gateway
-} | {
-    f"serving/{name}.py": {"gating.attestation", "gating.probes"}
-    for name in ("known_answers", "parity", "promotion", "repair", "status", "supervisor")
+    "release/export.py": {"robustness"},  # a checkpoint becomes a file that answers alike
+    # A server follows promotions: it tries what was promoted, and writes down what it had to give back.
+    "serving/triton/supervisor.py": {"release.ledger", "release.promotion"},
+    "serving/triton/known_answers.py": {"release.promotion"},  # the type of what was promoted
 }
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
@@ -74,10 +70,13 @@ def test_a_room_has_one_name() -> None:
         ("robustness/x.py", "import dfmcl.training"),
         ("robustness/x.py", "from robustness.runs import load_run"),
         ("training/x.py", "def f():\n    from dfmcl.gating.policy import Policy"),
-        ("serving/promotion.py", "from dfmcl.robustness.runs import load_run"),
-        ("serving/client.py", "import dfmcl.gating.attestation"),
+        ("common/x.py", "from dfmcl.robustness import losses"),
+        ("release/promotion.py", "from dfmcl.robustness.runs import load_run"),
+        ("release/x.py", "from dfmcl.gating.policy import load_policy"),
+        ("serving/x.py", "from dfmcl.release import promotion"),
         ("serving/x.py", "from dfmcl.cli import main"),
-        ("monitoring/x.py", "from dfmcl.serving import export"),
+        ("serving/clients/x.py", "from dfmcl.robustness.data import Data"),
+        ("monitoring/x.py", "from dfmcl.release import export"),
         ("monitoring/x.py", "from dfmcl.gating import gate"),
         ("gating/x.py", "from tests.linear import Linear"),
     ],
@@ -87,16 +86,24 @@ def test_a_forbidden_arrow_is_noticed(path: str, source: str) -> None:
     assert forbidden(path, source)
 
 
+POLICY = ("policy", "verdict", "report")
+SIGNING = ("attestation", "faults", "keys", "probes", "statement", "trust")
+FORMATS = ("registry", "github")
 LIGHT = {
-    "dfmcl.gating.policy, dfmcl.gating.verdict, dfmcl.gating.attestation, dfmcl.gating.report": {
-        "torch",
-        "onnxruntime",
+    ", ".join(f"dfmcl.common.{path.stem}" for path in sorted((ROOT / "common").glob("[a-z]*.py"))): {
+        *("torch", "onnxruntime", "dfmcl.robustness"),
     },
-    "dfmcl.gating.formats, dfmcl.gating.github": {"torch", "onnxruntime"},
-    "dfmcl.serving.client": {"torch", "onnx", "onnxruntime", "dfmcl.robustness", "dfmcl.gating", "pydantic", "typer"},
-    "dfmcl.gating.attestation": {"torch", "numpy", "scipy", "pydantic"},
-    "dfmcl.serving.gateway, dfmcl.serving.images": {"torch", "onnxruntime", "torchvision"},
-    "dfmcl.robustness.pictures, dfmcl.robustness.folder, dfmcl.robustness.archive": {"torch", "torchvision"},
+    ", ".join(f"dfmcl.gating.{name}" for name in POLICY): {"torch", "onnxruntime"},
+    ", ".join(f"dfmcl.gating.signing.{name}" for name in SIGNING): {"torch", "onnxruntime"},
+    ", ".join(f"dfmcl.gating.formats.{name}" for name in FORMATS): {"torch", "onnxruntime"},
+    "dfmcl.gating.signing.attestation": {"torch", "numpy", "scipy", "pydantic"},
+    "dfmcl.release.layout, dfmcl.release.promotion, dfmcl.release.status": {"torch", "onnxruntime"},
+    "dfmcl.serving.clients.triton": {
+        *("torch", "onnx", "onnxruntime", "pydantic", "typer"),
+        *("dfmcl.robustness", "dfmcl.gating", "dfmcl.release"),
+    },
+    "dfmcl.serving.gateway.app": {"torch", "onnxruntime", "torchvision", "dfmcl.robustness", "dfmcl.gating"},
+    "dfmcl.robustness.folder, dfmcl.robustness.archive": {"torch", "torchvision"},
     "dfmcl.cli": {"torch", "numpy", "pydantic", "tritonclient", "rich.progress"},
 }
 

@@ -23,9 +23,9 @@ import typer
 
 import dfmcl.cli
 import dfmcl.cli.command
-from dfmcl.robustness.errors import Refused
+from dfmcl.common.errors import Refused
+from tests.common.pictures import png
 from tests.processes import wait_until
-from tests.robustness.pictures import png
 
 ROOT = Path(__file__).parents[1]
 TRUST = ["--trust", str(ROOT / "deploy" / "resnet18-cifar10" / "trust.toml")]

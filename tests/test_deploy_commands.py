@@ -21,12 +21,12 @@ import typer
 import yaml
 
 import dfmcl.cli.command
-from dfmcl.gating.trust import load_trust
+from dfmcl.common.errors import Broken
+from dfmcl.gating.signing.trust import load_trust
 from dfmcl.monitoring.config import load_config as load_watch
-from dfmcl.serving.client import Client
-from dfmcl.serving.environment import Environment, find_environment, footprint, install_backends
-from dfmcl.serving.errors import Broken
-from dfmcl.serving.gateway_config import load_config as load_gateway
+from dfmcl.serving.clients.triton import Client
+from dfmcl.serving.gateway.config import load_config as load_gateway
+from dfmcl.serving.triton.environment import Environment, find_environment, footprint, install_backends
 from dfmcl.training.config import load_config as load_training
 from tests.deploying import DEPLOY, MODEL, OVERLAYS, ROOT, named, pods, rendered
 from tests.processes import wait_until

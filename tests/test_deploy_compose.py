@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dfmcl.serving import gateway_metrics
-from dfmcl.serving.gateway_config import load_config
+from dfmcl.serving.gateway import metrics as gateway_metrics
+from dfmcl.serving.gateway.config import load_config
 from tests.deploying import DEPLOY, OVERLAYS, ROOT, pods, rendered, tool
 
 COMPOSE = DEPLOY / "compose.yaml"
@@ -148,7 +148,7 @@ def test_prometheus_accepts_what_it_is_told() -> None:
 def test_rules_speak_of_metrics_that_the_gateway_has() -> None:
     """Names by its source, the latency objective by its buckets: a renamed metric would silence an alert for good."""
     rules = (PROMETHEUS / "rules" / "serving.yaml").read_text()
-    source = (ROOT / "serving" / "gateway_metrics.py").read_text()
+    source = (ROOT / "serving" / "gateway" / "metrics.py").read_text()
     named = {re.sub(r"_(count|bucket)$", "", name) for name in re.findall(r"\bgateway_\w+", rules) if ":" not in name}
     named -= {"gateway_requests_failed", "gateway_requests_slow"}  # these are recorded by the rules themselves
     assert named == {"gateway_request_duration_seconds", "gateway_endpoint_up"}

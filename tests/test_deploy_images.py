@@ -104,7 +104,7 @@ def test_the_context_builds_the_wheel(context: Path, tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         f"dfmcl/{path.relative_to(ROOT).as_posix()}"
-        for room in ("robustness", "training", "gating", "serving", "monitoring")
+        for room in ("common", "robustness", "training", "gating", "release", "serving", "monitoring")
         for path in (ROOT / room).rglob("*")
         if path.suffix in (".py", ".toml", ".json", ".jinja", ".txt", ".html")
     }

@@ -13,9 +13,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from dfmcl.serving import docker
-from dfmcl.serving.gateway_config import load_config
-from dfmcl.serving.triton import RESTRICTED
+from dfmcl.serving.gateway.config import load_config
+from dfmcl.serving.triton import docker
+from dfmcl.serving.triton.process import RESTRICTED
 from tests.deploying import DEPLOY, JOBS, MODEL, OURS, OVERLAYS, Pod, named, pods, rendered, tool, weaknesses
 
 KUBERNETES = "1.35"  # the oldest that the base names: image volumes are on by default

@@ -28,8 +28,8 @@ from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snap
 from dfmcl.monitoring.release import Attested, Release
 from dfmcl.monitoring.results import GATEWAY, TRITON, AttackResult, Query, ReplayResult, RoundResult
 from dfmcl.robustness.statistics import Share
-from dfmcl.serving.endpoints import Pool
-from dfmcl.serving.gateway_metrics import DetectionMetrics, Metrics
+from dfmcl.serving.gateway.endpoints import Pool
+from dfmcl.serving.gateway.metrics import DetectionMetrics, Metrics
 from tests import observing
 from tests.deploying import DEPLOY, ROOT, tool
 from tests.processes import wait_until

@@ -29,8 +29,8 @@ def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
     """Presets, schema, templates and Triton requirements are in."""
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "training").glob("*/*.toml")}
-    wanted |= {"gating/report.schema.json", "gating/report.html.jinja", "serving/index.html"}
-    wanted |= {"serving/triton-requirements.txt", "serving/backend/model.py", "cli/__init__.py", "__main__.py"}
+    wanted |= {"gating/report.schema.json", "gating/formats/report.html.jinja", "serving/gateway/index.html"}
+    wanted |= {"serving/triton/requirements.txt", "serving/triton/backend/model.py", "cli/__init__.py", "__main__.py"}
     assert {f"dfmcl/{name}" for name in wanted} <= names
     assert not {name for name in names if name.endswith("/") or "__pycache__" in name}
 
@@ -128,7 +128,7 @@ def test_the_gateway_needs_its_extra_alone(wheel: Path, index: None, tmp_path: P
     """The image's `gateway` target, in effect: it loads its program and its configuration."""
     binaries = installed(wheel, "gateway", tmp_path / "env")
     config = ROOT / "deploy" / "resnet18-cifar10" / "gateway.toml"
-    code = f"import dfmcl.serving.gateway, dfmcl.serving.gateway_config as c; c.load_config({str(config)!r})"
+    code = f"import dfmcl.serving.gateway.app, dfmcl.serving.gateway.config as c; c.load_config({str(config)!r})"
     for command in ([binaries / "python", "-c", code], [binaries / "dfmcl", "apikey", "someone"]):
         made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr

@@ -10,12 +10,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from dfmcl.gating.probes import read_probes
-from dfmcl.gating.trust import load_trust
+from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.trust import load_trust
+from dfmcl.release.promotion import verify_release
+from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import clopper_pearson
-from dfmcl.robustness.transfer import ensemble_sha256
-from dfmcl.serving.promotion import verify_release
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
 TRUST = Path(__file__).parents[1] / "deploy"

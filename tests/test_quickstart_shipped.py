@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import quickstart as program
-from dfmcl.serving import environment
-from dfmcl.serving.errors import Broken
+from dfmcl.common.errors import Broken
+from dfmcl.serving.triton import environment
 from tests.shipping import NAME, ship
 
 ROOT = Path(__file__).parents[1]

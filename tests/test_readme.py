@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from dfmcl.common.errors import Broken
 from dfmcl.robustness.provenance import revision
-from dfmcl.serving import environment
-from dfmcl.serving.errors import Broken
+from dfmcl.serving.triton import environment
 from dfmcl.training.config import load_config, preset_names
 from tests.processes import tritons_own_ports, wait_until
 

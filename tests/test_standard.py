@@ -15,10 +15,10 @@ from scipy.stats import hypergeom
 
 from benchmarks import result, standard
 from benchmarks.standard import ATTACKS, RISK, SHIPPED, begun, by_turns, draw, margins, may_fall, rank
-from dfmcl.gating.probes import read_probes
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.probes import read_probes
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 
 def test_a_margin_is_positive_where_an_image_held() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfmcl.gating.keys import keygen
+from dfmcl.gating.signing.keys import keygen
 from dfmcl.robustness.data import load_dataset
 from tests.processes import wait_until
 from tests.training.workshop import TINY
@@ -61,8 +61,8 @@ CAMPAIGN = ["campaign", "tiny.toml", "--data-path", "digits.npz", "--device", "c
 HOLDER = """
 import sys
 from pathlib import Path
-from dfmcl.robustness.files import whole_directory
-from dfmcl.robustness.locks import held
+from dfmcl.common.files import whole_directory
+from dfmcl.common.locks import held
 with {}:
     print("held", flush=True)
     sys.stdin.read()

@@ -23,12 +23,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from dfmcl.common.errors import BadInput, DfmclError, Interrupted, lacks_memory, unwritable, without_memory
+from dfmcl.common.files import clear_parts, dump_json, read_json, write_bytes, write_text
+from dfmcl.common.locks import LOCK, held
+from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.data import Dataset, load_dataset
-from dfmcl.robustness.errors import BadInput, DfmclError, Interrupted, lacks_memory, unwritable, without_memory
-from dfmcl.robustness.files import clear_parts, dump_json, read_json, write_bytes, write_text
-from dfmcl.robustness.locks import LOCK, held
 from dfmcl.robustness.models import Classifier, ModelSpec
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run, parse_device

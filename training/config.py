@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dfmcl.robustness.config import LocalPath, Radius, Section, read_shipped, shipped, validated
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
+from dfmcl.common.toml import LocalPath, Section, read_shipped, shipped, validated
+from dfmcl.robustness.threats.radius import Radius
 
 PRESETS = "dfmcl.training.presets"  # the package that carries them
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from dfmcl.common.errors import Broken, Interrupted
+from dfmcl.common.progress import Track
 from dfmcl.robustness.data import Dataset, Labels
-from dfmcl.robustness.errors import Broken, Interrupted
 from dfmcl.robustness.models import Classifier
-from dfmcl.robustness.progress import Track
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.seeds import generator
 from dfmcl.training.config import TrainConfig

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dfmcl.robustness.errors import BadInput, Broken, lacks_memory
+from dfmcl.common.errors import BadInput, Broken, lacks_memory
 
 Pass = Callable[[Tensor], Tensor]
 

@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threat import parse_eps
+from dfmcl.robustness.threats.ball import parse_eps
 from dfmcl.training.adversary import CRAFTS
 from dfmcl.training.augmentation import augment
 from dfmcl.training.averaging import MovingAverage

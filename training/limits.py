@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event
 
-from dfmcl.robustness.errors import Interrupted
+from dfmcl.common.errors import Interrupted
 
 
 class EndedAtOnce(Interrupted):

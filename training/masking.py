@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.models import Classifier
 from dfmcl.training.adversary import soft_cross_entropy
 from dfmcl.training.config import Masking

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from dfmcl.common.errors import BadInput
+from dfmcl.common.files import dump_json, read_json, write_text
+from dfmcl.common.progress import Track
 from dfmcl.robustness.data import Bytes, Dataset, Labels
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.files import dump_json, read_json, write_text
 from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
-from dfmcl.robustness.progress import Track
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 from dfmcl.training.plan import Campaign, PlannedAttack
 
 SHUFFLE_SEED = 0  # of the test images, the same for every run, so that any two can be compared image by image

@@ -7,8 +7,8 @@ from typing import Any
 
 from safetensors.torch import save
 
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.files import dump_json, sha256_of, whole_directory
+from dfmcl.common.errors import BadInput
+from dfmcl.common.files import dump_json, sha256_of, whole_directory
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
 
 

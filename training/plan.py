@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, InstanceOf
 
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.config import Radius, Section, read_shipped, shipped, validated
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.threat import Threat, eps_label, parse_eps
+from dfmcl.common.errors import BadInput
+from dfmcl.common.toml import Section, read_shipped, shipped, validated
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.ball import Threat, eps_label, parse_eps
+from dfmcl.robustness.threats.radius import Radius
 from dfmcl.training.config import TrainConfig, load_config
 
 S = TypeVar("S", bound=Section)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.files import dump_json, read_json, write_text
+from dfmcl.common.errors import BadInput
+from dfmcl.common.files import dump_json, read_json, write_text
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 from dfmcl.training.plan import WORST, Run
 
 FORMAT = "dfmcl.campaign.record/1"

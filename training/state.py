@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from dfmcl.robustness.errors import BadInput, Broken, lacks_memory
-from dfmcl.robustness.files import dump_json, sha256_of, write_bytes, write_text
+from dfmcl.common.errors import BadInput, Broken, lacks_memory
+from dfmcl.common.files import dump_json, sha256_of, write_bytes, write_text
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.runs import CHECKPOINT, FORMAT, MANIFEST

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfmcl.robustness.attacks import Attack
+from dfmcl.common.errors import BadInput, unwritable
+from dfmcl.common.files import clear_parts
+from dfmcl.common.locks import LOCK, held
+from dfmcl.common.progress import Track, silent
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
-from dfmcl.robustness.errors import BadInput, unwritable
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.files import clear_parts
-from dfmcl.robustness.locks import LOCK, held
 from dfmcl.robustness.models import Classifier, ModelSpec
-from dfmcl.robustness.progress import Track, silent
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.course import ELSEWHERE, Course
 from dfmcl.training.learner import Learner

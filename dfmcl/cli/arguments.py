@@ -11,8 +11,8 @@ import typer
 
 def require_local(path: object) -> None:
     """BadInput for a path of another machine: a bucket's name would become a folder of this one, and exit code 0."""
-    from dfmcl.robustness.errors import BadInput
-    from dfmcl.robustness.text import why_not_local
+    from dfmcl.common.errors import BadInput
+    from dfmcl.common.text import why_not_local
 
     if isinstance(path, Path):
         typed = (text for word in sys.argv[1:] for text in (word, word.partition("=")[2]))
@@ -23,8 +23,8 @@ def require_local(path: object) -> None:
 
 def read_labels(path: Path | None) -> tuple[str, ...] | None:
     """A file's lines, None where none is named."""
-    from dfmcl.robustness.errors import BadInput
-    from dfmcl.robustness.reader import TEXT_BYTES, read_plain
+    from dfmcl.common.errors import BadInput
+    from dfmcl.common.reader import TEXT_BYTES, read_plain
 
     if path is None:
         return None

@@ -82,7 +82,7 @@ def command(function: Callable[..., int | None]) -> Callable[..., None]:
 
 def explain(error: Exception, subcommand: str) -> int:
     """Print an error as one line (the traceback with --verbose) and return its exit code."""
-    from dfmcl.robustness.errors import lacks_memory, without_memory
+    from dfmcl.common.errors import lacks_memory, without_memory
 
     code = getattr(error, "exit_code", BROKEN)
     message = str(error)

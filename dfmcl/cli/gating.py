@@ -48,9 +48,9 @@ def gate(
     parsed = load_policy(policy)  # before torch loads: a wrong key is answered at once
 
     from dfmcl.gating.bar import bar
+    from dfmcl.gating.formats.github import publish
+    from dfmcl.gating.formats.markdown import markdown
     from dfmcl.gating.gate import gate as run_gate
-    from dfmcl.gating.github import publish
-    from dfmcl.gating.markdown import markdown
     from dfmcl.gating.subject import open_subject
     from dfmcl.robustness.ranks import Ranks
     from dfmcl.robustness.runs import load_run
@@ -90,8 +90,8 @@ def gate(
 @command
 def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]) -> int:
     """Say again what a gate found, and end with its exit code."""
-    from dfmcl.gating.attestation import read_evidence
-    from dfmcl.gating.markdown import markdown
+    from dfmcl.gating.formats.markdown import markdown
+    from dfmcl.gating.signing.attestation import read_evidence
 
     report, _ = read_evidence(evidence)
     say_page(markdown(report, details=False))
@@ -100,7 +100,7 @@ def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]
 
 def connect(clients: ExitStack, url: str, model: str) -> tuple[Any, Callable[[Any], Any]]:
     """A live endpoint as the gate asks it; its client closes with `clients`."""
-    from dfmcl.serving.client import Client
+    from dfmcl.serving.clients.triton import Client
 
     client = clients.enter_context(Client(url, model))
     return client.describe(), lambda images: client.predict(images).logits
@@ -111,7 +111,7 @@ def keygen(
     out: Annotated[Path, typer.Argument(help="Writes OUT.key, to keep secret, and OUT.pub, to hand out.")],
 ) -> None:
     """Make a key pair (ed25519) to sign evidence with."""
-    from dfmcl.gating.keys import keygen as run_keygen
+    from dfmcl.gating.signing.keys import keygen as run_keygen
 
     say(f"{out}.key: keep it secret; {out}.pub: name it in a trust file; key id {run_keygen(out)[:12]}")
 
@@ -122,9 +122,9 @@ def sign(
     key: Annotated[list[Path], typer.Option(help="A private key; repeatable.")],
 ) -> None:
     """Sign evidence, or add a signature to the ones it has."""
-    from dfmcl.gating.attestation import ATTESTATION, sign_evidence
-    from dfmcl.robustness.files import clear_parts
-    from dfmcl.robustness.locks import beside, held
+    from dfmcl.common.files import clear_parts
+    from dfmcl.common.locks import beside, held
+    from dfmcl.gating.signing.attestation import ATTESTATION, sign_evidence
 
     place = evidence.resolve()
     if not os.access(place.parent, os.W_OK):  # a volume of its own
@@ -145,13 +145,13 @@ def verify(
     ] = None,
 ) -> None:
     """Prove that exactly these bytes passed, by signatures that are trusted and still hold: 0, or 1 and why not."""
-    from dfmcl.gating.attestation import read_attestation
-    from dfmcl.gating.attestation import verify as run_verify
-    from dfmcl.gating.trust import load_trust
+    from dfmcl.gating.signing.attestation import read_attestation
+    from dfmcl.gating.signing.attestation import verify as run_verify
+    from dfmcl.gating.signing.trust import load_trust
 
     trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
     if evidence is None:
-        from dfmcl.serving.promotion import verify_path
+        from dfmcl.release.promotion import verify_path
 
         path = verify_path(path, trusted, now)
     report = run_verify(path, evidence or path, trusted, now)

@@ -35,9 +35,9 @@ def craft(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda. Default: the GPU, where there is one.")] = "",
 ) -> None:
     """Craft the adversarial images of a watch's whole pool beforehand, so that its rounds only ask."""
+    from dfmcl.common.errors import BadInput
     from dfmcl.monitoring.config import load_config
     from dfmcl.monitoring.crafted import Recipe, craft_pool
-    from dfmcl.robustness.errors import BadInput
     from dfmcl.robustness.runs import parse_device
 
     settings, on = load_config(config), parse_device(device)

@@ -31,21 +31,21 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
 
 def say(line: str) -> None:
     """Print one line at once, also into a pipe; a name or a reason in it, even a stranger's, starts no other."""
-    from dfmcl.robustness.text import printable
+    from dfmcl.common.text import printable
 
     print(printable(line), flush=True)
 
 
 def say_page(text: str) -> None:
     """Print lines of ours, with what others wrote in them."""
-    from dfmcl.robustness.text import printable
+    from dfmcl.common.text import printable
 
     print(printable(text, keep="\n"), flush=True)
 
 
 def warn(line: str) -> None:
     """Say one line on stderr."""
-    from dfmcl.robustness.text import printable
+    from dfmcl.common.text import printable
 
     print(f"dfmcl: {printable(line)}", file=sys.stderr, flush=True)
 

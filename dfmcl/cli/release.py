@@ -23,7 +23,7 @@ def export(
     labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
 ) -> None:
     """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to its source."""
-    from dfmcl.serving.errors import BadInput
+    from dfmcl.common.errors import BadInput
 
     foreign, names = source.is_file(), read_labels(labels)
     if foreign and (contract is None or names is None):
@@ -33,8 +33,8 @@ def export(
     if not foreign and (contract is not None or names is not None):
         raise BadInput(f"{source}: is no ONNX file; a run knows its --input and --labels, leave them out")
 
-    from dfmcl.serving.export import export as run_export  # after the questions that need no torch
-    from dfmcl.serving.export import wrap
+    from dfmcl.release.export import export as run_export  # after the questions that need no torch
+    from dfmcl.release.export import wrap
 
     if contract is not None and names is not None:
         manifest = wrap(source, out, contract=contract, labels=names, track=track)
@@ -70,8 +70,8 @@ def promote(
     wait: WAIT = 120,
 ) -> None:
     """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
-    from dfmcl.gating.trust import load_trust
-    from dfmcl.serving.promotion import promote as run_promote
+    from dfmcl.gating.signing.trust import load_trust
+    from dfmcl.release.promotion import promote as run_promote
 
     promoted = run_promote(
         candidate, evidence, repository, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
@@ -91,8 +91,8 @@ def rollback(
     wait: WAIT = 120,
 ) -> None:
     """Serve an earlier version of a model again."""
-    from dfmcl.gating.trust import load_trust
-    from dfmcl.serving.promotion import rollback as run_rollback
+    from dfmcl.gating.signing.trust import load_trust
+    from dfmcl.release.promotion import rollback as run_rollback
 
     promoted = run_rollback(repository, name, trust=load_trust(trust), version=version, reason=reason)
     say(f"{promoted.path}: {promoted.model} is back at version {promoted.version}, model.onnx {promoted.sha256[:12]}")
@@ -101,8 +101,8 @@ def rollback(
 
 def await_live(promoted: Any, url: str | None, seconds: float) -> None:
     """Wait until an endpoint answers with a version; at once where none is named."""
-    from dfmcl.serving.client import Client
-    from dfmcl.serving.supervisor import wait_until_live
+    from dfmcl.serving.clients.triton import Client
+    from dfmcl.serving.triton.supervisor import wait_until_live
 
     if url is not None:
         with Client(url, promoted.model) as client:
@@ -119,8 +119,8 @@ def status(
     """What a repository serves, by which verdict, for how long: 0, or 1 where nothing or not all would be served."""
     import json
 
-    from dfmcl.gating.trust import load_trust
-    from dfmcl.serving.status import standings
+    from dfmcl.gating.signing.trust import load_trust
+    from dfmcl.release.status import standings
 
     found = standings(repository, None if trust is None else load_trust(trust))
     if as_json:
@@ -144,8 +144,8 @@ def status(
 
 def history_damage(repository: Path) -> bool:
     """Warn of each line of the history that cannot be read; whether there is one."""
-    from dfmcl.serving.ledger import read_lines
-    from dfmcl.serving.repository import HISTORY, MEND
+    from dfmcl.release.layout import HISTORY, MEND
+    from dfmcl.release.ledger import read_lines
 
     _, damaged = read_lines(repository)
     for number, why in damaged:
@@ -156,8 +156,8 @@ def history_damage(repository: Path) -> bool:
 @command
 def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> int:
     """Every change of what a repository serves, oldest first: 0, or 1 where there is none or a line is damaged."""
-    from dfmcl.serving.ledger import read_lines
-    from dfmcl.serving.promotion import require_repository
+    from dfmcl.release.ledger import read_lines
+    from dfmcl.release.promotion import require_repository
 
     require_repository(repository)
     changes = [change for change in read_lines(repository)[0] if name in (None, change.model)]
@@ -180,8 +180,8 @@ def repair(
     name: Annotated[str | None, typer.Option(help="One model only. Default: all.")] = None,
 ) -> int:
     """Serve what verifies, whichever file was damaged, emptied or removed: 0, or 1 where a model stays unserved."""
-    from dfmcl.gating.trust import load_trust
-    from dfmcl.serving.repair import repair as run_repair
+    from dfmcl.gating.signing.trust import load_trust
+    from dfmcl.release.repair import repair as run_repair
 
     found = run_repair(repository, load_trust(trust), name=name)
     for row in found:
@@ -198,7 +198,7 @@ def prune(
     keep: Annotated[int, typer.Option(min=1, help="So many of the newest stay, and what serves or served last.")] = 3,
 ) -> None:
     """Remove old versions of a model; their numbers stay taken."""
-    from dfmcl.serving.promotion import prune as run_prune
+    from dfmcl.release.promotion import prune as run_prune
 
     removed = run_prune(repository, name, keep=keep)
     say(f"{name}: removed {', '.join(f'version {number}' for number in removed) or 'nothing'}")
@@ -209,7 +209,7 @@ def retire(
     repository: REPOSITORY, name: NAME, reason: Annotated[str, typer.Option(help="For the history.")] = ""
 ) -> None:
     """Take a model out of service, all its versions with it."""
-    from dfmcl.serving.promotion import retire as run_retire
+    from dfmcl.release.promotion import retire as run_retire
 
     run_retire(repository, name, reason=reason)
     say(f"{name}: retired")
@@ -220,7 +220,7 @@ def parity(
     version: Annotated[Path, typer.Argument(help="A promoted version, such as models/digits/1.")],
 ) -> int:
     """Compare every execution provider and precision present with what the gate recorded: 0, or 1 where one differs."""
-    from dfmcl.serving.parity import compare
+    from dfmcl.release.parity import compare
 
     equal = True
     for row in compare(version):
@@ -241,6 +241,6 @@ def card(
     evaluation: Annotated[Path | None, typer.Option(help="A record of the run by `dfmcl evaluate --out`.")] = None,
 ) -> None:
     """Write the model card of what is served: README.md, all figures from run and evidence."""
-    from dfmcl.serving.card import write_card
+    from dfmcl.release.card import write_card
 
     say(f"{write_card(run, repository, name, evaluation)}: written")

@@ -32,10 +32,10 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the record here (JSON).")] = None,
 ) -> None:
     """Measure a run's accuracy under attack on test images."""
-    from dfmcl.robustness.attacks import Attack
+    from dfmcl.common.errors import BadInput
+    from dfmcl.common.files import dump_json, only_writer, write_text
+    from dfmcl.robustness.attacks.registry import Attack
     from dfmcl.robustness.data import load_dataset
-    from dfmcl.robustness.errors import BadInput
-    from dfmcl.robustness.files import dump_json, only_writer, write_text
     from dfmcl.robustness.runs import load_run, parse_device
     from dfmcl.robustness.suite import FORMAT, measure, parse_threat, record
 

@@ -33,9 +33,9 @@ def serve(
     gpu: Annotated[bool, typer.Option("--gpu", help="With --print-docker: on a GPU.")] = False,
 ) -> int:
     """Serve the repository with Triton on 127.0.0.1 until SIGTERM or Ctrl-C, and follow its promotions."""
-    from dfmcl.gating.trust import follow_trust
-    from dfmcl.serving.docker import docker_command
-    from dfmcl.serving.supervisor import serve as run_server
+    from dfmcl.gating.signing.trust import follow_trust
+    from dfmcl.serving.triton.docker import docker_command
+    from dfmcl.serving.triton.supervisor import serve as run_server
 
     if print_docker:
         say_page(docker_command(repository, {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}, gpu=gpu))
@@ -62,8 +62,8 @@ def gateway(
     ready_file: Annotated[Path | None, typer.Option(help="JSON with the URL, there while a Triton answers.")] = None,
 ) -> int:
     """Answer HTTP with what Triton computes: images in, labels out, keys, limits, metrics; until SIGTERM or Ctrl-C."""
-    from dfmcl.serving.gateway import serve as run_gateway
-    from dfmcl.serving.gateway_config import load_config
+    from dfmcl.serving.gateway.app import serve as run_gateway
+    from dfmcl.serving.gateway.config import load_config
 
     return run_gateway(load_config(config), stop=stop_on_signals(), port=port, ready_file=ready_file, source=config)
 
@@ -71,7 +71,7 @@ def gateway(
 @command
 def apikey(name: Annotated[str, typer.Argument(help="Whose key it is; it stands in logs.")]) -> None:
     """Make an API key for the gateway: the key, shown only now, and the table that lets it in."""
-    from dfmcl.serving.gateway_config import new_key
+    from dfmcl.serving.gateway.config import new_key
 
     key, table = new_key(name)
     say_page(f"{key}\n\n{table}")

@@ -65,7 +65,7 @@ def campaign(
     table_only: Annotated[bool, typer.Option("--table-only", help="Only rewrite the tables from the records.")] = False,
 ) -> int:
     """Train and measure many runs under a time budget: 0 all done, 130 cut, 2 or 5 a run failed."""
-    from dfmcl.robustness.errors import BadInput
+    from dfmcl.common.errors import BadInput
     from dfmcl.training.campaign import only_writer, read_records, run_campaign, write_tables
     from dfmcl.training.limits import Limits
     from dfmcl.training.plan import load_campaign, runs
@@ -99,7 +99,7 @@ def campaign(
 @command
 def presets() -> None:
     """List the training presets that come with dfmcl."""
-    from dfmcl.robustness.config import shipped
+    from dfmcl.common.toml import shipped
     from dfmcl.training.config import PRESETS
 
     for name, text in shipped(PRESETS).items():
@@ -112,7 +112,7 @@ def pack(
     out: Annotated[Path, typer.Option(help="The surrogates' directory; each run goes into OUT/NAME.")],
 ) -> None:
     """Pack runs as surrogates to ship: float16 weights, no local paths."""
-    from dfmcl.robustness.errors import BadInput
+    from dfmcl.common.errors import BadInput
     from dfmcl.training.pack import pack as run_pack
 
     names = [run.resolve().name for run in runs]

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.gating.formats.summary import flags
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.summary import flags
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.statistics import lower_bound, upper_bound
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 IMAGES, POPULATION, BLOCK = 200, 450, 8
 CLASSES = tuple(f"digit {number}" for number in range(10))

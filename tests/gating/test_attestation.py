@@ -29,7 +29,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from dfmcl.gating.attestation import (
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.policy import load_policy
+from dfmcl.gating.signing.attestation import (
     ATTESTATION,
     PAYLOAD_TYPE,
     BadEvidence,
@@ -42,13 +44,11 @@ from dfmcl.gating.attestation import (
     sign_evidence,
     verify,
 )
-from dfmcl.gating.keys import keygen, read_public, read_signer
-from dfmcl.gating.policy import load_policy
-from dfmcl.gating.statement import ROBUSTNESS, TEST_RESULT
-from dfmcl.gating.trust import load_trust
+from dfmcl.gating.signing.keys import keygen, read_public, read_signer
+from dfmcl.gating.signing.statement import ROBUSTNESS, TEST_RESULT
+from dfmcl.gating.signing.trust import load_trust
+from dfmcl.release.export import export
 from dfmcl.robustness.checks import CHECKS
-from dfmcl.robustness.errors import BadInput
-from dfmcl.serving.export import export
 from tests.serving.workshop import write_run
 from tests.signing import (
     CREATED,

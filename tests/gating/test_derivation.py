@@ -15,17 +15,17 @@ import jsonschema
 import numpy as np
 import pytest
 
-from dfmcl.gating.attestation import NotAttested, candidate_files, read_evidence
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.derivation import derived, recorded, require_derived
-from dfmcl.gating.faults import EvidenceError
 from dfmcl.gating.order import Matter, order_of
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.probes import as_npz
 from dfmcl.gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
+from dfmcl.gating.signing.attestation import NotAttested, candidate_files, read_evidence
+from dfmcl.gating.signing.faults import EvidenceError
+from dfmcl.gating.signing.probes import as_npz
+from dfmcl.release.export import export
 from dfmcl.robustness import checks
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.records import Evaluation
-from dfmcl.serving.export import export
 from tests.serving.workshop import write_run
 from tests.signing import (
     code_of,

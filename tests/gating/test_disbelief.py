@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.formats.summary import headline
 from dfmcl.gating.gate import TRAINING, gate, training_of
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.subject import Subject, module_subject, onnx_subject
-from dfmcl.gating.summary import headline
 from dfmcl.robustness.data import Dataset, load_dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.runs import load_run
 from tests.networks import Networks
 from tests.robustness.traps import sprung

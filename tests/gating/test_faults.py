@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.gating.attestation import ATTESTATION, file_digest
-from dfmcl.gating.faults import FAULTS, BadEvidence, NotAttested
-from dfmcl.gating.keys import read_public
 from dfmcl.gating.order import Draw
-from dfmcl.serving.export import export
+from dfmcl.gating.signing.attestation import ATTESTATION, file_digest
+from dfmcl.gating.signing.faults import FAULTS, BadEvidence, NotAttested
+from dfmcl.gating.signing.keys import read_public
+from dfmcl.release.export import export
 from tests.gating.test_attestation import changed, enveloped, lines, said, write_lines
 from tests.gating.test_derivation import commands
 from tests.serving.workshop import write_run

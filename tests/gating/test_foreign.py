@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.subject import Subject, module_subject
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.graph import noise
 from dfmcl.robustness.models import to_bytes
@@ -113,7 +113,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def attacked(subject: Subject, images: int) -> tuple[int, int]:
     """How many of so many images hold against PGD with the subject's gradients, or Square without; and of how many."""
-    from dfmcl.robustness.attacks import Attack
+    from dfmcl.robustness.attacks.registry import Attack
 
     data = to_bytes(noise(subject.contract, images)).numpy()
     with torch.no_grad():

@@ -18,13 +18,13 @@ import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from dfmcl.gating import summary
-from dfmcl.gating.formats import FILES, FORMATS, write_formats
-from dfmcl.gating.github import MOST, commands, publish
-from dfmcl.gating.html import html
-from dfmcl.gating.junit import junit
-from dfmcl.gating.markdown import LIMIT, markdown
-from dfmcl.gating.openmetrics import openmetrics
+from dfmcl.gating.formats import summary
+from dfmcl.gating.formats.github import MOST, commands, publish
+from dfmcl.gating.formats.html import html
+from dfmcl.gating.formats.junit import junit
+from dfmcl.gating.formats.markdown import LIMIT, markdown
+from dfmcl.gating.formats.openmetrics import openmetrics
+from dfmcl.gating.formats.registry import FILES, FORMATS, write_formats
 from tests.gating.sample import probes, sample
 
 ROOT = Path(__file__).parents[2]
@@ -406,6 +406,6 @@ def test_publishing_happens_on_github_only(tmp_path: Path) -> None:
 
 def test_formats_load_no_training_library() -> None:
     """A report is rendered where neither torch nor ONNX Runtime is wanted."""
-    code = "import sys, dfmcl.gating.formats, dfmcl.gating.github; print(*sys.modules)"
+    code = "import sys, dfmcl.gating.formats.registry, dfmcl.gating.formats.github; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"torch", "onnxruntime", "onnx", "matplotlib"} & set(loaded.stdout.split())

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfmcl.gating.charts import Bounds, Point, accuracy_over_eps, bounds_over_images, interval
-from dfmcl.gating.gallery import SHOWN, gallery
-from dfmcl.gating.html import confused, html
-from dfmcl.gating.markdown import markdown
-from dfmcl.gating.summary import Probes, class_rows, confusion
+from dfmcl.gating.formats.charts import Bounds, Point, accuracy_over_eps, bounds_over_images, interval
+from dfmcl.gating.formats.gallery import SHOWN, gallery
+from dfmcl.gating.formats.html import confused, html
+from dfmcl.gating.formats.markdown import markdown
+from dfmcl.gating.formats.summary import Probes, class_rows, confusion
 from tests.gating.browser import BROWSER, MISSING, visit
 from tests.gating.sample import CLASSES, probes, sample
 

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from securesystemslib.signer import CryptoSigner
 
-from dfmcl.gating.attestation import NotAttested, candidate_files, sign_evidence, verify
-from dfmcl.gating.keys import read_signer
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.order import Draw, Matter, order_of
-from dfmcl.gating.trust import load_trust
-from dfmcl.robustness.errors import BadInput
-from dfmcl.serving.export import export
+from dfmcl.gating.signing.attestation import NotAttested, candidate_files, sign_evidence, verify
+from dfmcl.gating.signing.keys import read_signer
+from dfmcl.gating.signing.trust import load_trust
+from dfmcl.release.export import export
 from tests.serving.workshop import write_run
 from tests.signing import make_key, policy_of, report_on, trusting, write_report, write_trust
 

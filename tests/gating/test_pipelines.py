@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dfmcl.gating.formats import FILES
-from dfmcl.robustness.files import sha256_of
-from dfmcl.serving.export import export
+from dfmcl.common.files import sha256_of
+from dfmcl.gating.formats.registry import FILES
+from dfmcl.release.export import export
 
 ROOT = Path(__file__).parents[2]
 CI = ROOT / "deploy" / "ci"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion, load_policy
-from dfmcl.robustness.errors import BadInput
 
 GOOD = """
 criteria = ["robust_accuracy >= 0.25 at 95 %"]

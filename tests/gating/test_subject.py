@@ -18,6 +18,7 @@ import torchvision
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.foreign import state_digest
 from dfmcl.gating.gradients import NoGradients, differentiable
 from dfmcl.gating.subject import (
@@ -30,13 +31,12 @@ from dfmcl.gating.subject import (
     onnx_subject,
     open_subject,
 )
+from dfmcl.release.export import export
 from dfmcl.robustness.contract import InputContract
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.graph import noise, read_graph
 from dfmcl.robustness.models import frozen
 from dfmcl.robustness.runs import load_run
-from dfmcl.serving.export import export
 from tests.serving.workshop import write_run
 
 SAME = 1e-4  # of the largest value: float32 sums in another order, measured at 1e-6

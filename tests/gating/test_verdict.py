@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, claims, decide, one_look
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.statistics import lower_bound, upper_bound
 
 CLASSES = ("cat", "dog", "ship")

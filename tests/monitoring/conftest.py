@@ -22,18 +22,18 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from safetensors.torch import save_file
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from dfmcl.gating.probes import as_npz
+from dfmcl.common.files import sha256_of
+from dfmcl.gating.signing.probes import as_npz
 from dfmcl.monitoring import crafted
 from dfmcl.monitoring.config import WatchConfig, load_config
 from dfmcl.monitoring.results import Round, round_from_json
 from dfmcl.monitoring.sidecar import watch
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
+from dfmcl.release.export import export
 from dfmcl.robustness.data import Dataset, load_dataset
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import Classifier, ModelSpec, to_float
 from dfmcl.robustness.records import Evaluation
-from dfmcl.serving.export import export
 from tests.signing import evaluated, policy_of, true_report
 
 SHAPE, CLASSES = (16, 16, 3), 10

@@ -15,9 +15,9 @@ from dfmcl.monitoring.probes import Scene
 from dfmcl.monitoring.release import Release
 from dfmcl.monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import Plan, run_round
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.threat import Threat
-from dfmcl.serving.client import Answer
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.conftest import Ticking
 
 GREYS = np.array([10, 100, 110, 120, 135, 145, 155, 250], np.uint8)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.alarms import drill
-from dfmcl.serving import environment
-from dfmcl.serving.errors import Broken, Crashed
+from dfmcl.common.errors import Broken, Crashed
+from dfmcl.serving.triton import environment
 from tests.deploying import tool
 
 # By the rules, `for` is a second or a few here. What is measured beyond that is in benchmarks/results/alarms.md.

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from dfmcl.common.errors import BadInput, Broken
 from dfmcl.monitoring.config import WatchConfig
 from dfmcl.monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted, prepared_scenes
 from dfmcl.monitoring.crafting import Pool, draw
 from dfmcl.monitoring.sidecar import watch
 from dfmcl.monitoring.surrogates import load_surrogates
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput, Broken
-from dfmcl.robustness.geometry import contains_uint8
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains_uint8
 
 Make = Callable[..., Any]
 FEW = 100  # more than one batch

@@ -15,14 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
 from dfmcl.monitoring.crafting import AHEAD, Crafter, Pace, Pool, draw, require_fit, scenes
 from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.monitoring.sidecar import _unless_stopped
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.ball import Threat
 from tests.monitoring.conftest import wait_for
 from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, DfmclError, Rejected, Unavailable
 from dfmcl.monitoring.endpoint import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Endpoint, Latencies, Paused
 from dfmcl.monitoring.results import REASONS
-from dfmcl.serving.client import Answer
-from dfmcl.serving.errors import AnswerError, DeadlineExceeded, Rejected, ServingError, Unavailable
-from dfmcl.serving.errors import BadInput as Misfit
+from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.conftest import Still
 from tests.monitoring.greys import failed, manners, one_round, plan, served
 
@@ -109,7 +108,7 @@ def test_a_server_that_stays_slower_is_usual_in_the_end() -> None:
     assert len(latencies.seen[4]) == REMEMBERED
 
 
-FAILURES: dict[str, tuple[ServingError, str]] = {
+FAILURES: dict[str, tuple[DfmclError, str]] = {
     "no connection": (Unavailable("gone", "unavailable"), "unavailable"),
     "queue full": (Unavailable("full", "queue_full"), "queue_full"),
     "server failed": (Unavailable("oops", "internal"), "server_error"),
@@ -118,15 +117,15 @@ FAILURES: dict[str, tuple[ServingError, str]] = {
     "no such model": (Rejected("who", "unknown_model"), "rejected"),
     "nonsense": (Rejected("nan", "bad_output"), "bad_output"),
     "version changed inside a request": (Rejected("2", "version_changed"), "version_changed"),
-    "other images": (Misfit("takes (8, 8, 3)"), "rejected"),
+    "other images": (BadInput("takes (8, 8, 3)"), "rejected"),
     "a reason from the future": (AnswerError("?", "novel"), "internal"),
-    "another error of the client": (ServingError("?"), "internal"),
+    "another error of the client": (DfmclError("?"), "internal"),
 }
 
 
 @pytest.mark.parametrize(("error", "reason"), FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("spared", range(7))
-def test_every_failure_has_a_reason_and_nothing_is_retried(error: ServingError, reason: str, spared: int) -> None:
+def test_every_failure_has_a_reason_and_nothing_is_retried(error: DfmclError, reason: str, spared: int) -> None:
     """Whichever query fails, the round is a counted failure without figures, and no query follows."""
     calls = 0
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.results import (
     PATHS,
     REASONS,
@@ -24,7 +25,6 @@ from dfmcl.monitoring.results import (
     compared,
     round_from_json,
 )
-from dfmcl.robustness.errors import BadInput
 from tests.monitoring.greys import measured, one_round, plan
 
 finite = st.floats(0, 1e12, allow_nan=False)

@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dfmcl.common.errors import Unavailable
 from dfmcl.monitoring.crafting import scenes
 from dfmcl.monitoring.endpoint import Latencies, Stopped
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.monitoring.release import Release, Replay
 from dfmcl.monitoring.results import GATEWAY, AttackResult, RoundResult
 from dfmcl.monitoring.rounds import EXAMPLES, run_query_round
-from dfmcl.serving.client import Answer
-from dfmcl.serving.errors import Unavailable
+from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.conftest import Still, Ticking
 from tests.monitoring.greys import (
     BALL,

@@ -21,14 +21,14 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from dfmcl.common.errors import BadInput, Broken
+from dfmcl.common.files import sha256_of
 from dfmcl.monitoring.bounds import MONTH_SECONDS, Bounds, limit
 from dfmcl.monitoring.budget import Budget
 from dfmcl.monitoring.config import WatchConfig
 from dfmcl.monitoring.crafting import Pace
 from dfmcl.monitoring.results import RoundFailure, RoundResult, RoundSkipped, round_from_json
 from dfmcl.monitoring.sidecar import Sidecar, prepare, watch
-from dfmcl.robustness.errors import BadInput, Broken
-from dfmcl.robustness.files import sha256_of
 from tests.monitoring.conftest import FULL, Still, series, write_report
 
 Make = Callable[..., Any]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.results import RoundFailure, RoundResult
 from dfmcl.monitoring.sidecar import watch
-from dfmcl.robustness.errors import BadInput
-from dfmcl.serving.keys import digest_of
+from dfmcl.serving.gateway.keys import digest_of
 from tests.serving.doors import PLENTY, Door, Relay, opened, settings
 
 Make = Callable[..., Any]

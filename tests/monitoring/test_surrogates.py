@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from dfmcl.common.errors import BadInput
+from dfmcl.common.files import sha256_of
 from dfmcl.monitoring.surrogates import load_surrogates
+from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.data import Dataset, load_dataset
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.transfer import ensemble_sha256
 from dfmcl.training.pack import pack
 
 MakeRun = Callable[..., Path]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.config import load_config
-from dfmcl.robustness.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
 GOOD = """

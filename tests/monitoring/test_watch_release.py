@@ -14,21 +14,21 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from dfmcl.common.errors import BadInput
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import load_policy
-from dfmcl.gating.probes import as_npz
+from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.gating.subject import open_subject
-from dfmcl.gating.trust import follow_trust
 from dfmcl.monitoring.release import Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates
+from dfmcl.release import promotion
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import Share
-from dfmcl.robustness.threat import Threat
-from dfmcl.serving import promotion
+from dfmcl.robustness.threats.ball import Threat
 from tests.monitoring.conftest import GATED, write_probes
 from tests.signing import evaluated, make_key, policy_of, report_on, trusting, write_trust
 from tests.signing import write_report as write_evidence

@@ -18,19 +18,20 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from dfmcl.common.errors import Broken
+from dfmcl.common.files import sha256_of
 from dfmcl.monitoring.crafting import Pool, scenes
 from dfmcl.monitoring.release import follow
 from dfmcl.monitoring.results import RoundResult
 from dfmcl.monitoring.rounds import Plan, run_round
 from dfmcl.monitoring.surrogates import load_surrogates
-from dfmcl.robustness.attacks import Attack
+from dfmcl.release import promotion
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
-from dfmcl.serving import environment, promotion
-from dfmcl.serving.client import Answer, Client
-from dfmcl.serving.errors import Broken
+from dfmcl.serving.clients.triton import Answer, Client
+from dfmcl.serving.triton import environment
 from tests.monitoring.conftest import Still
 from tests.monitoring.greys import manners
 from tests.serving.traffic import Traffic
@@ -40,7 +41,7 @@ from tests.signing import make_key, report_on, trusting, write_report, write_tru
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 SERVE = (
-    "import sys; from pathlib import Path; from dfmcl.serving.supervisor import serve;"
+    "import sys; from pathlib import Path; from dfmcl.serving.triton.supervisor import serve;"
     "serve(Path(sys.argv[1]), http_port=0, grpc_port=int(sys.argv[2]), metrics_port=0, ready_file=Path(sys.argv[3]),"
     "restarts=0, liveness_seconds=600)"
 )

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness import losses
-from dfmcl.robustness.apgd import apgd, apgd_targeted, checkpoints, stalled
-from dfmcl.robustness.attacks import Attack, climb
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.geometry import contains, norms, project, steepest
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.attacks.apgd import apgd, apgd_targeted, checkpoints, stalled
+from dfmcl.robustness.attacks.registry import Attack, climb
+from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains, norms, project, steepest
 
 SHAPE = (3, 6, 6)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dfmcl.robustness.attacks import ATTACKS, Attack, climb
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.geometry import contains, norms
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.registry import ATTACKS, Attack, climb
 from dfmcl.robustness.losses import cross_entropy, margin
 from dfmcl.robustness.models import frozen
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains, norms
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import network
 

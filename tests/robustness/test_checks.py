@@ -18,7 +18,7 @@ from scipy.stats import binom
 from torch import nn
 
 from dfmcl.gating.foreign import kept
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.checks import CHECKS, Result, diagnose
 from dfmcl.robustness.data import Bytes, Dataset, load_dataset
 from dfmcl.robustness.diagnosis import Background, Examination
@@ -29,7 +29,7 @@ from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 from tests.networks import Networks
 from tests.robustness.traps import TRAPS, Neighbourhood, sprung
 

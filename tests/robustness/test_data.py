@@ -20,10 +20,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import DIGITS_SPLIT_SEED, load_dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.runs import load_run
-from tests.robustness.pictures import readable
+from tests.common.pictures import readable
 
 READABLE = readable()
 

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfmcl.robustness.attacks import Attack
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 
 THREAT = Threat.parse("linf", "8/255")
 

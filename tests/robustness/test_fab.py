@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.fab import fab_targeted, onto_plane
-from dfmcl.robustness.geometry import contains, norms
+from dfmcl.robustness.attacks.fab import fab_targeted, onto_plane
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains, norms
 
 SIZE = 5
 

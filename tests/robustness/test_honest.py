@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dfmcl.gating.foreign import kept
-from dfmcl.robustness.attacks import Attack
+from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.checks import diagnose
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.diagnosis import Background
@@ -17,7 +17,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.memory import repeated
 from dfmcl.robustness.models import exactly, to_float
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
 from tests.networks import Networks
 
 N = 48

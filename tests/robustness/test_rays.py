@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.geometry import contains
-from dfmcl.robustness.rays import PRECISION, blocks, rays
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.rays import PRECISION, blocks, rays
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.sequential import ConfidenceSequence, log_wealth
 from dfmcl.robustness.statistics import lower_bound
 

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.geometry import contains, norms
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.square import _bumps, _patched, _shifted, _tiled, patch_side, square
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.square import _bumps, _patched, _shifted, _tiled, patch_side, square
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains, norms
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
 from dfmcl.robustness.statistics import PairedCounts, bootstrap_difference, clopper_pearson, lower_bound, upper_bound
 

@@ -21,14 +21,14 @@ import torchattacks
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dfmcl.robustness.attacks import ATTACKS, Attack
+from dfmcl.robustness.attacks.registry import ATTACKS, Attack
+from dfmcl.robustness.attacks.suites import AUTOATTACK, SUITES
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.geometry import contains
 from dfmcl.robustness.models import Classifier, to_bytes, to_float
 from dfmcl.robustness.statistics import Flags, PairedCounts
-from dfmcl.robustness.suites import AUTOATTACK, SUITES
-from dfmcl.robustness.threat import Threat
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains
 from tests.signs import sign_flip_p
 
 LEVEL = 1e-5  # there are 20 comparisons, each repeated under some 20 perturbations: 0.4 % that any of them errs

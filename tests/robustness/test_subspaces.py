@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from dfmcl.robustness.attacks import Attack
-from dfmcl.robustness.confined import STRIDE, square_subspace, subspace
+from dfmcl.robustness.attacks.confined import STRIDE, square_subspace, subspace
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.subspaces import SUBSPACES, Chart, Subspace, subspaces, varied
+from dfmcl.robustness.attacks.suites import SUITES
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.geometry import contains, contains_uint8, to_uint8
 from dfmcl.robustness.losses import margin
 from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.subspaces import SUBSPACES, Chart, Subspace, subspaces, varied
-from dfmcl.robustness.suites import SUITES
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains, contains_uint8, to_uint8
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.switches import Switch, high_frequencies, switches

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dfmcl.robustness.attacks import Attack, climb
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.registry import Attack, climb
+from dfmcl.robustness.attacks.transfer import SAMPLES, SMALLEST, WITHIN, blurred, diverse, ensemble, smoothed, tuned
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput
-from dfmcl.robustness.geometry import contains, norms
 from dfmcl.robustness.losses import margin
 from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.statistics import PairedCounts
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.transfer import SAMPLES, SMALLEST, WITHIN, blurred, diverse, ensemble, smoothed, tuned
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import contains, norms
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.test_apgd import SHAPE, greys, network, stream

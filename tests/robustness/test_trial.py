@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfmcl.robustness.attacks import ATTACKS, Attack
+from dfmcl.robustness.attacks.registry import ATTACKS, Attack
+from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, exactly, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
 
 THREAT = Threat.parse("linf", "8/255")
 

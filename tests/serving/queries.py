@@ -14,15 +14,15 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 from torch.nn import functional
 
-from dfmcl.robustness.rays import rays
-from dfmcl.robustness.square import square
-from dfmcl.robustness.threat import Threat
-from dfmcl.robustness.trial import Trial
-from dfmcl.serving.detection import Examiner
-from dfmcl.serving.fingerprints import DETECTORS
-from dfmcl.serving.gateway_config import Detection
-from dfmcl.serving.gateway_metrics import DetectionMetrics
-from dfmcl.serving.keys import Caller
+from dfmcl.robustness.attacks.rays import rays
+from dfmcl.robustness.attacks.square import square
+from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.serving.detection.detector import Examiner
+from dfmcl.serving.detection.fingerprints import DETECTORS
+from dfmcl.serving.gateway.config import Detection
+from dfmcl.serving.gateway.keys import Caller
+from dfmcl.serving.gateway.metrics import DetectionMetrics
 
 Images = npt.NDArray[np.uint8]
 Predict = Callable[[Images], npt.NDArray[np.float32]]

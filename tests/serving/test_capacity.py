@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dfmcl.common.errors import BadInput
 from dfmcl.serving.capacity import (
     CASE,
     MAX_SURGE,
@@ -26,7 +27,6 @@ from dfmcl.serving.capacity import (
     rollout_waves,
     table,
 )
-from dfmcl.serving.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "deploy" / "kubernetes" / "base"

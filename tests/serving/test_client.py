@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dfmcl.common.errors import BadInput, DeadlineExceeded, Rejected, Unavailable
 from dfmcl.robustness.data import load_dataset
-from dfmcl.serving.client import Client
-from dfmcl.serving.errors import BadInput, DeadlineExceeded, Rejected, Unavailable
+from dfmcl.serving.clients.triton import Client
 from tests.serving.workshop import Served, onnx_logits, run_python
 
 
@@ -119,6 +119,6 @@ def test_url_that_is_no_grpc_endpoint_is_bad_input(url: str) -> None:
 
 def test_client_needs_no_torch() -> None:
     """A caller installs numpy and tritonclient only."""
-    output, _ = run_python("import sys, dfmcl.serving.client; print(*sys.modules)").communicate()
-    assert "dfmcl.serving.client" in output.split()
-    assert not {"torch", "onnxruntime", "pydantic", "dfmcl.robustness"} & set(output.split())
+    output, _ = run_python("import sys, dfmcl.serving.clients.triton; print(*sys.modules)").communicate()
+    assert "dfmcl.serving.clients.triton" in output.split()
+    assert not {"torch", "onnxruntime", "pydantic", "dfmcl.robustness", "dfmcl.release"} & set(output.split())

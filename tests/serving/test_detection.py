@@ -20,13 +20,22 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from dfmcl.robustness.data import load_dataset
-from dfmcl.serving.campaigns import Alarm, Rule
-from dfmcl.serving.detection import THRESHOLDS, Examiner, Worker
-from dfmcl.serving.fingerprints import CONTRAST, DETECTORS, STEP, TAGS, WINDOW, Fingerprinter, outline, salted_tags
-from dfmcl.serving.gateway_config import Detection, GatewayConfig
-from dfmcl.serving.gateway_metrics import DetectionMetrics
-from dfmcl.serving.history import History
-from dfmcl.serving.keys import Bucket, Caller, digest_of
+from dfmcl.serving.detection.campaigns import Alarm, Rule
+from dfmcl.serving.detection.detector import THRESHOLDS, Examiner, Worker
+from dfmcl.serving.detection.fingerprints import (
+    CONTRAST,
+    DETECTORS,
+    STEP,
+    TAGS,
+    WINDOW,
+    Fingerprinter,
+    outline,
+    salted_tags,
+)
+from dfmcl.serving.detection.history import History
+from dfmcl.serving.gateway.config import Detection, GatewayConfig
+from dfmcl.serving.gateway.keys import Bucket, Caller, digest_of
+from dfmcl.serving.gateway.metrics import DetectionMetrics
 from tests.processes import wait_until
 from tests.serving.doors import KEY, KEYS, PLENTY, PRIVILEGED, Door, encoded, opened, settings
 from tests.serving.queries import Images, Stream, attack, blinded, photograph
@@ -509,7 +518,7 @@ def test_bug_in_the_detector_is_counted_and_it_goes_on(monkeypatch: pytest.Monke
     registry, log = CollectorRegistry(), []
     with Worker(Detection(), SALT, DetectionMetrics(registry), log.append) as worker:
         with monkeypatch.context() as broken:
-            broken.setattr("dfmcl.serving.fingerprints.outline", lambda image: 1 / 0)
+            broken.setattr("dfmcl.serving.detection.fingerprints.outline", lambda image: 1 / 0)
             worker.offer(Caller("a"), np.stack([photograph(seed) for seed in range(5)]))
             wait_until(lambda: registry.get_sample_value("gateway_detection_failures_total") == 5, seconds=10)
         worker.offer(Caller("a"), photograph(0)[None])

@@ -11,9 +11,9 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from dfmcl.serving import gateway_client
-from dfmcl.serving.errors import AnswerError, BadInput
-from dfmcl.serving.gateway_client import GatewayClient
+from dfmcl.common.errors import AnswerError, BadInput
+from dfmcl.serving.clients import gateway as gateway_client
+from dfmcl.serving.clients.gateway import GatewayClient
 
 IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
 GOOD = {"version": "1", "predictions": [{"index": 0, "logits": [1.0, 0.0]}, {"index": 1, "logits": [0.0, 1.0]}]}

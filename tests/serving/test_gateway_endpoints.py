@@ -155,7 +155,7 @@ def test_silent_endpoint_is_taken_out_by_the_check(
     served: Served, expected: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It accepts and does not answer: within a check it gets no more requests; when it answers again it does."""
-    monkeypatch.setattr("dfmcl.serving.endpoints.CHECK_DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr("dfmcl.serving.gateway.endpoints.CHECK_DEADLINE_SECONDS", 0.3)
     with Relay(served.ready["grpc"]) as relay, opened(settings([relay.url, served.ready["grpc"]])) as door:
         wait_until(lambda: up(door, relay.url), seconds=10)
         relay.freeze()

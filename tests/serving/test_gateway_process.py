@@ -18,12 +18,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import load_dataset
-from dfmcl.serving import environment, triton
-from dfmcl.serving.errors import BadInput
-from dfmcl.serving.gateway_config import GatewayConfig, load_config, new_key
-from dfmcl.serving.keys import digest_of
+from dfmcl.serving.gateway.config import GatewayConfig, load_config, new_key
+from dfmcl.serving.gateway.keys import digest_of
 from dfmcl.serving.ready import read_ready
+from dfmcl.serving.triton import environment
+from dfmcl.serving.triton import process as triton
 from tests.processes import wait_until
 from tests.serving.authority import Authority
 from tests.serving.doors import KEY, Door, Relay, encoded, opened, settings

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dfmcl.robustness.data import load_dataset
-from dfmcl.serving.gateway_config import load_config
-from dfmcl.serving.keys import digest_of
-from dfmcl.serving.renewal import Source
+from dfmcl.serving.gateway.config import load_config
+from dfmcl.serving.gateway.keys import digest_of
+from dfmcl.serving.gateway.renewal import Source
 from tests.processes import wait_until
 from tests.serving.authority import Authority
 from tests.serving.doors import Door, encoded, settings

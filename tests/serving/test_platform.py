@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.serving.client import Client
-from dfmcl.serving.export import export
+from dfmcl.release.export import export
+from dfmcl.serving.clients.triton import Client
 from tests.processes import tritons_own_ports, wait_until
 from tests.serving.workshop import ROOT, write_evidence, write_run
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dfmcl.serving import pulse
-from dfmcl.serving.client import Client
-from dfmcl.serving.errors import Unavailable
-from dfmcl.serving.triton import Server
+from dfmcl.common.errors import Unavailable
+from dfmcl.serving.clients.triton import Client
+from dfmcl.serving.triton import pulse
+from dfmcl.serving.triton.process import Server
 from tests.serving.workshop import Served
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.serving.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.serving.ready import claim_ready, read_ready, write_ready
 from tests.processes import wait_until
 from tests.serving.workshop import run_python

@@ -13,8 +13,9 @@ import onnx
 from onnx import numpy_helper
 
 from dfmcl.robustness.data import load_dataset
-from dfmcl.serving import environment, triton
-from dfmcl.serving.endpoints import Endpoint, Reply
+from dfmcl.serving.gateway.endpoints import Endpoint, Reply
+from dfmcl.serving.triton import environment
+from dfmcl.serving.triton import process as triton
 from tests.processes import wait_until
 from tests.serving.test_gateway_process import refused
 from tests.serving.workshop import Served, onnx_logits

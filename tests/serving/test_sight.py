@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.serving import sight
-from dfmcl.serving.ledger import is_retired
-from dfmcl.serving.promotion import retire
+from dfmcl.release.ledger import is_retired
+from dfmcl.release.promotion import retire
+from dfmcl.serving.triton import sight
 
 
 def test_a_whole_model_has_a_mark_that_changes_with_it(repository: Path) -> None:

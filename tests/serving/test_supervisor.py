@@ -18,20 +18,21 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from dfmcl.gating.attestation import Trust
-from dfmcl.gating.trust import follow_trust
+from dfmcl.common.errors import Broken, DfmclError, Refused
+from dfmcl.gating.signing.attestation import Trust
+from dfmcl.gating.signing.trust import follow_trust
+from dfmcl.release.candidate import FILES, sha256_of
+from dfmcl.release.export import export
+from dfmcl.release.ledger import Aliases, aliases, read_history
+from dfmcl.release.promotion import Promoted, promote, retire, rollback
+from dfmcl.release.status import standings
 from dfmcl.robustness.data import load_dataset
-from dfmcl.serving import pulse, supervisor, triton
-from dfmcl.serving.candidate import FILES, sha256_of
-from dfmcl.serving.client import Client
-from dfmcl.serving.errors import Broken, Refused, ServingError
-from dfmcl.serving.export import export
-from dfmcl.serving.ledger import Aliases, aliases, read_history
-from dfmcl.serving.promotion import Promoted, promote, retire, rollback
+from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import read_ready
-from dfmcl.serving.status import standings
-from dfmcl.serving.supervisor import wait_until_live
-from dfmcl.serving.triton import Server, claim_ports
+from dfmcl.serving.triton import process as triton
+from dfmcl.serving.triton import pulse, supervisor
+from dfmcl.serving.triton.process import Server, claim_ports
+from dfmcl.serving.triton.supervisor import wait_until_live
 from tests.processes import wait_until
 from tests.serving.doors import PRIVILEGED, Door, settings
 from tests.serving.traffic import Ask, Traffic
@@ -391,7 +392,7 @@ def test_a_repository_that_is_away_ends_nothing(
         back()
         retire(repository, "digits")
         wait_until(lambda: read_ready(server.ready_file)["models"] == {})
-        with pytest.raises(ServingError, match="not served there"):
+        with pytest.raises(DfmclError, match="not served there"):
             client.predict(IMAGES)
 
 
@@ -537,7 +538,7 @@ def test_shadows_come_and_go(
         assert np.allclose(answer.logits, onnx_logits(another[0] / "model.onnx", IMAGES), rtol=1e-3, atol=1e-4)
         retire(repository, "digits-shadow")
         wait_until(lambda: json.loads(server.ready_file.read_text())["models"] == {"digits": 1})
-        with pytest.raises(ServingError, match="not served there"):
+        with pytest.raises(DfmclError, match="not served there"):
             client.predict(IMAGES)
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfmcl.gating.attestation import Trust
-from dfmcl.serving import environment, supervisor, triton
-from dfmcl.serving.candidate import FILES, sha256_of
-from dfmcl.serving.client import Client
-from dfmcl.serving.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
-from dfmcl.serving.promotion import promote
+from dfmcl.common.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
+from dfmcl.gating.signing.attestation import Trust
+from dfmcl.release.candidate import FILES, sha256_of
+from dfmcl.release.promotion import promote
+from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import read_ready
+from dfmcl.serving.triton import environment, supervisor
+from dfmcl.serving.triton import process as triton
 from tests.processes import wait_until
 from tests.serving.workshop import Served, command_of, private_of, processes_of, run_python, write_evidence
 from tests.signing import report_on, write_report
@@ -185,7 +186,7 @@ def test_killed_server_is_noticed(repository: Path, tmp_path: Path, needs_triton
 SERVE = """
 import sys
 from pathlib import Path
-from dfmcl.serving.supervisor import serve
+from dfmcl.serving.triton.supervisor import serve
 ports = {"http_port": 0, "grpc_port": int(sys.argv[4]), "metrics_port": 0}
 sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
 """

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from dfmcl.serving.admission import GREED, LONGEST_PAUSE, PATIENCE, PER_SECOND, Admission
-from dfmcl.serving.problems import Problem
-from dfmcl.serving.turns import COMPANY_SECONDS, Turns
+from dfmcl.serving.gateway.admission import GREED, LONGEST_PAUSE, PATIENCE, PER_SECOND, Admission
+from dfmcl.serving.gateway.problems import Problem
+from dfmcl.serving.gateway.turns import COMPANY_SECONDS, Turns
 
 
 @dataclass

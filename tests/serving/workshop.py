@@ -17,12 +17,12 @@ import onnxruntime as ort
 import torch
 from safetensors.torch import save_file
 
-from dfmcl.gating.attestation import Trust
+from dfmcl.common.files import sha256_of
+from dfmcl.gating.signing.attestation import Trust
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.models import Classifier, ModelSpec
-from dfmcl.serving import supervisor
 from dfmcl.serving.ready import read_ready
+from dfmcl.serving.triton import supervisor
 from tests.signing import report_on, write_report
 
 ROOT = Path(__file__).parents[2]

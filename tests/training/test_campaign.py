@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import dfmcl.cli.training
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.runs import load_run
 from dfmcl.training.campaign import number, read_records, run_campaign, write_tables
 from dfmcl.training.limits import Limits
@@ -293,7 +293,7 @@ def test_command_with_no_time_left(workplace: Path, tmp_path: Path, capsys: pyte
 
 def test_killed_and_continued_from_a_bare_checkout(workplace: Path, uncut: Path, tmp_path: Path) -> None:
     """kill -9 in the middle, on a machine where dfmcl and its optional libraries are not installed; then to the end."""
-    for folder in ("dfmcl", "robustness", "training"):
+    for folder in ("dfmcl", "common", "robustness", "training"):
         shutil.copytree(ROOT / folder, tmp_path / "checkout" / folder, symlinks=True)
     absent = ("dfmcl", "__editable__", "tensorboard", "sklearn", "scikit_learn", "onnx", "matplotlib")
     (tmp_path / "site").mkdir()

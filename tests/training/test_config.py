@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.training.config import TrainConfig, load_config, preset_names
 
 

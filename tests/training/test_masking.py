@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.training import masking
 from dfmcl.training.adversary import soft_cross_entropy

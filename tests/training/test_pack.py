@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.training.pack import pack

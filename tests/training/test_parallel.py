@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dfmcl.common.errors import BadInput, Interrupted
+from dfmcl.common.locks import LOCK, held
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput, Interrupted
-from dfmcl.robustness.locks import LOCK, held
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.runs import load_run
 from dfmcl.training.config import load_config

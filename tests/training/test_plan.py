@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.robustness.errors import BadInput
+from dfmcl.common.errors import BadInput
 from dfmcl.training.plan import campaign_names, load_campaign, runs
 from tests.training.workshop import TINY
 

@@ -20,9 +20,9 @@ from PIL import Image
 
 import dfmcl.cli.release
 import dfmcl.cli.robustness
+from dfmcl.common.errors import BadInput, Broken, Interrupted
+from dfmcl.common.files import sha256_of
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.errors import BadInput, Broken, Interrupted
-from dfmcl.robustness.files import sha256_of
 from dfmcl.robustness.runs import CHECKPOINT, load_run
 from dfmcl.training import course
 from dfmcl.training import train as loop

@@ -1,0 +1,176 @@
+"""The report as OpenMetrics text, under the names that the sidecar uses: all gauges, so that Prometheus' older text
+format reads the file too (node exporter's textfile collector, a Pushgateway)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.openmetrics.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from dfmcl.gating.formats import summary
+from dfmcl.gating.formats.summary import Report
+
+Labels = Mapping[str, str]
+Rows = Iterable[tuple[Labels, float | None]]
+INTERVAL = "exact 95 % of one look (Clopper-Pearson), 0 to 1."
+VERDICTS = ("passed", "failed", "inconclusive", "suspect")
+TRANSFER = "Upper bound of robust accuracy: the attack knows only the surrogate."
+
+
+def openmetrics(report: Report) -> str:
+    """All figures of a report, without digests in labels: series keep their names from one run to the next."""
+    registry = CollectorRegistry()
+    registry.register(_Once(list(_metrics(report))))
+    text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]  # it carries no annotations
+    return text.decode("utf-8")
+
+
+class _Once(Collector):
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._metrics
+
+
+def _metrics(report: Report) -> Iterator[Metric]:
+    model = {"model": report["candidate"]["name"]}
+    yield from _verdict(report, model)
+    yield from _reasons(report, model)
+    yield from _criteria(report, model)
+    yield from _accuracies(report, model)
+    yield from _attacks(report, model)
+    checks = [
+        ({**model, "check": row["check"], "state": state}, float(row["outcome"] == state))
+        for row in report["checks"]
+        for state in ("clear", "raised", "not_run")
+    ]
+    yield _gauge("robustness_gate_check_state", "1 for what the check found.", checks)
+    if report["baseline"] is not None:
+        broken = len(report["baseline"]["newly_broken"])
+        yield _gauge(
+            "robustness_gate_newly_broken_images", "Images that only the baseline model holds.", [(model, broken)]
+        )
+
+
+def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
+    statistics, policy = report["statistics"], report["policy"]
+    about = {
+        **model,
+        "sha256": report["candidate"]["model_sha256"],
+        "policy_sha256": policy["sha256"],
+        "data_sha256": report["data"]["sha256"],
+        "statistics": statistics["kind"],
+        "revision": report["code"]["revision"],
+    }
+    yield _gauge("robustness_gate_info", "What was judged, by which policy, on which data.", [(about, 1)])
+    states = [({**model, "state": state}, float(report["verdict"] == state)) for state in VERDICTS]
+    yield _gauge("robustness_gate_state", "1 for the gate's verdict.", states)
+    ran = datetime.fromisoformat(report["created"]).timestamp()
+    yield _gauge("robustness_gate_evaluated_timestamp_seconds", "When the gate ran, unix time.", [(model, ran)])
+    yield _gauge("robustness_gate_duration_seconds", "Wall time of the gate.", [(model, report["seconds"])])
+    for name, text in (
+        ("attacked", "Images attacked."),
+        ("population", "Images of the data set that the order runs through."),
+    ):
+        yield _gauge(f"robustness_gate_{name}_images", text, [(model, statistics[name])])
+
+
+def _reasons(report: Report, model: Labels) -> Iterator[Metric]:
+    named = zip(report["reasons"], summary.reasons(report), strict=True)
+    rows = [({**model, "reason": name, "why": sentence}, 1.0) for name, sentence in named]
+    yield _gauge("robustness_gate_reason", "1 for each reason why no evidence of this kind will do to pass.", rows)
+
+
+def _criteria(report: Report, model: Labels) -> Iterator[Metric]:
+    rows = report["criteria"]
+    labels = [{**model, "criterion": row["criterion"]} for row in rows]
+    states = [
+        ({**label, "state": state}, float(row["outcome"] == state))
+        for label, row in zip(labels, rows, strict=True)
+        for state in ("met", "missed", "open")
+    ]
+    yield _gauge("robustness_gate_criterion_state", "1 for the criterion's outcome.", states)
+    for key, name, text in (
+        ("value", "value", "What was counted for the criterion, 0 to 1."),
+        ("lower", "lower", "The lower bound that a criterion must reach to be met, 0 to 1."),
+        ("upper", "upper", "The upper bound that stays below the threshold of a missed criterion, 0 to 1."),
+        ("threshold", "threshold", "What the policy asks for, 0 to 1."),
+    ):
+        figures = [(label, row[key]) for label, row in zip(labels, rows, strict=True)]
+        yield _gauge(f"robustness_gate_criterion_{name}_ratio", text, figures)
+
+
+def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
+    evaluations = (report["evaluation"], *report["radii"])
+    clean = [(model, report["evaluation"]["clean"])]
+    yield from _shares("robustness_gate_clean_accuracy", "Clean accuracy that the gate measured", clean)
+    yield from _shares(
+        "robustness_gate_accuracy",
+        f"Robust accuracy that the gate measured {_means(report)}, worst case per image",
+        [(_ball(model, one), one["robust"]) for one in evaluations],
+    )
+    if report["transfer"]:
+        transfer = [
+            ({**_ball(model, one), "surrogate": one["about"]["surrogate"]}, one["robust"]) for one in report["transfer"]
+        ]
+        yield from _shares("robustness_gate_transfer_accuracy", f"{TRANSFER} Accuracy under transfer", transfer)
+    overall = [row for row in report["criteria"] if row["class"] is None]
+    main = _ball(model, report["evaluation"])
+    robust = [
+        ({**main, "epsilon": row["eps"] or main["epsilon"]}, row["threshold"])
+        for row in overall
+        if row["metric"] == "robust_accuracy"
+    ]
+    yield _gauge("robustness_gate_threshold_ratio", "Robust accuracy that the policy asks for, 0 to 1.", robust)
+    asked = [(model, row["threshold"]) for row in overall if row["metric"] == "clean_accuracy"]
+    yield _gauge("robustness_gate_clean_threshold_ratio", "Clean accuracy that the policy asks for, 0 to 1.", asked)
+
+
+def _means(report: Report) -> str:
+    return "without gradients" if "no_gradients" in report["reasons"] else "with the model's own gradients"
+
+
+def _attacks(report: Report, model: Labels) -> Iterator[Metric]:
+    rows = [
+        ({**_ball(model, one), "attack": row.name}, row)
+        for one in (report["evaluation"], *report["radii"])
+        for row in summary.attack_rows(one)
+    ]
+    for name, text in (("tried", "Images that the attack was shown."), ("flipped", "Images that the attack flipped.")):
+        figures = [(labels, float(getattr(row, name))) for labels, row in rows]
+        yield _gauge(f"robustness_gate_attack_{name}_images", text, figures)
+    passes = [
+        ({**labels, "direction": direction}, float(getattr(row, direction)))
+        for labels, row in rows
+        for direction in ("forward", "backward")
+    ]
+    yield _gauge("robustness_gate_attack_passes", "Passes of the model spent by the attack, over its images.", passes)
+    times = [(labels, row.seconds) for labels, row in rows]
+    yield _gauge("robustness_gate_attack_duration_seconds", "Wall time of the attack.", times)
+
+
+def _ball(model: Labels, evaluation: Mapping[str, Any]) -> dict[str, str]:
+    return {**model, "norm": evaluation["threat"]["norm"], "epsilon": evaluation["threat"]["label"]}
+
+
+def _shares(name: str, documentation: str, rows: Sequence[tuple[Labels, Mapping[str, Any]]]) -> Iterator[Metric]:
+    """Three metrics, as a label for the bound would make sums meaningless."""
+    yield _gauge(f"{name}_ratio", f"{documentation}, 0 to 1.", [(labels, share["value"]) for labels, share in rows])
+    for bound in ("lower", "upper"):
+        figures = [(labels, share[f"{bound}_95"]) for labels, share in rows]
+        yield _gauge(f"{name}_{bound}_ratio", f"{bound.capitalize()} bound of {name}_ratio, {INTERVAL}", figures)
+
+
+def _gauge(name: str, documentation: str, rows: Rows) -> Metric:
+    """One sample for each set of labels, the last one; none where nothing was measured."""
+    family = GaugeMetricFamily(name, documentation)
+    found = {tuple(sorted(labels.items())): (labels, value) for labels, value in rows if value is not None}
+    for labels, value in found.values():
+        family.add_sample(name, {key: str(text) for key, text in labels.items()}, value)
+    return family

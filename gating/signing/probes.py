@@ -1,0 +1,110 @@
+"""probes.npz: the images that a gate attacked, what the attacks made of them, and the logits that decided.
+
+It keeps `change`, what was added, in place of the adversarial images, which hardly compress.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfmcl.common.reader import opened
+from dfmcl.gating.signing.faults import refusal
+
+# What numpy.load raises, depending on which byte is another.
+DAMAGED = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, SyntaxError, TypeError, NotImplementedError, OverflowError,
+    zipfile.BadZipFile, lzma.LZMAError, zlib.error,
+)  # fmt: skip
+ANSWERS = ("labels", "clean_logits", "adversarial_logits")
+MEMBERS = ("images", "change", *ANSWERS)
+MOST_BYTES = 2**32  # unpacked: 14,000 images of 224 x 224 as they were and what was added to them
+
+
+def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """An archive for `numpy.load`, compressed by LZMA: photographs take a sixth less, changes two thirds of zlib's."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, array, allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy")  # without today's date: the same arrays are the same bytes
+            archive.writestr(entry, member.getbuffer(), zipfile.ZIP_LZMA)
+    return buffer.getvalue()
+
+
+def read_probes(path: Path) -> dict[str, NDArray[Any]]:
+    """The images that a gate attacked, and `adversarial`, what the attacks made of them; BadEvidence for no such file.
+
+    images, change, adversarial: uint8 `(N, H, W, C)`; labels: `(N,)`; clean_logits, adversarial_logits: float32
+    `(N, K)`.
+    """
+    found = _arrays(path, MEMBERS, None)
+    return {**found, "adversarial": found["images"] + found["change"]}  # modulo 256
+
+
+def read_answers(path: Path, shape: tuple[int, int, int, int, int]) -> dict[str, NDArray[Any]]:
+    """Labels and logits only, which takes milliseconds; BadEvidence also where the archive is of another shape.
+
+    shape: images, height, width, channels and classes of the report that the probes belong to.
+    """
+    return _arrays(path, ANSWERS, shape)
+
+
+def _arrays(
+    path: Path, wanted: tuple[str, ...], shape: tuple[int, int, int, int, int] | None
+) -> dict[str, NDArray[Any]]:
+    """Some of the members, once the headers of all fit together; no byte beyond the sizes in them is unpacked."""
+    try:
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
+            if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in MEMBERS):  # nor one of them twice
+                raise refusal("probes", f"{path}: what it holds is not {', '.join(MEMBERS)}")
+            shapes = {entry.filename.removesuffix(".npy"): _header(archive, entry) for entry in archive.infolist()}
+            said = ", ".join(f"{name} {dtype} {sizes}" for name, (sizes, dtype) in shapes.items())
+            if not _fit(shapes, shape):
+                raise refusal("probes", f"{path}: what it holds does not fit together ({said[:400]})")
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > MOST_BYTES:
+                raise refusal("probes", f"{path}: unpacks to {unpacked:,} bytes, and at most {MOST_BYTES:,} are read")
+            return {name: _member(archive, name) for name in wanted}
+    except DAMAGED as error:
+        raise refusal("probes", f"{path}: not the gate's probes ({error})") from None
+
+
+def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type that a member says it has; ValueError where its size is another."""
+    with archive.open(entry) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        sizes, _, dtype = read(member, max_header_size=1000)
+        begin = member.tell()
+    if dtype.hasobject or math.prod(sizes) * dtype.itemsize != entry.file_size - begin:
+        raise ValueError(f"{entry.filename[:40]} holds no {dtype} {sizes}")
+    return sizes, dtype
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    with archive.open(f"{name}.npy") as member:
+        array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+        return array
+
+
+def _fit(
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]], expected: tuple[int, int, int, int, int] | None
+) -> bool:
+    """Whether the members are the gate's for the same images."""
+    (images, bytes_), (change, same), (labels, integer) = shapes["images"], shapes["change"], shapes["labels"]
+    (clean, one), (adversarial, other) = shapes["clean_logits"], shapes["adversarial_logits"]
+    typed = (bytes_ == same == np.uint8) and integer.kind in "iuf" and one.kind == other.kind == "f"
+    if not typed or len(images) != 4 or images != change or labels != images[:1] or clean != adversarial:
+        return False
+    return len(clean) == 2 and clean[0] == images[0] and expected in (None, (*images, clean[1]))

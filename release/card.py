@@ -1,0 +1,253 @@
+"""The model card of a release, in Hugging Face's form; every figure comes from the run, the manifest or the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dfmcl.common.errors import BadInput
+from dfmcl.common.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
+from dfmcl.common.text import as_markdown
+from dfmcl.release import layout
+from dfmcl.release.candidate import Manifest, read_manifest
+from dfmcl.release.ledger import replace
+from dfmcl.release.promotion import Promoted, only_writer, require_repository, verify_release
+
+Record = Mapping[str, Any]
+
+# The metadata is the model-index of huggingface.co/docs/hub/model-cards.
+CARD = """\
+---
+license: apache-2.0
+library_name: onnx
+pipeline_tag: image-classification
+tags: [adversarial-robustness]
+datasets: [{data}]
+model-index:
+- name: {model}
+  results:
+  - task: {{type: image-classification}}
+    dataset: {{name: {data}, type: {data}, split: test}}
+    metrics:
+    - {{type: accuracy, name: {clean_name}, value: {clean_value}}}
+    - {{type: accuracy, name: {robust_name}, value: {robust_value}}}{more_metrics}
+---
+
+# {title}
+
+{network}, for uint8 images {size} of these classes: {labels}.
+Version {version}, `model.onnx` SHA-256 `{sha256}`; weights are stored as {weights}, everything is computed in float32.
+Written by `dfmcl card`; do not edit.
+
+| on {images} test images of {data_name} | % | {interval} |
+|---|---|---|
+| clean accuracy | {clean} |
+| robust accuracy, {threat} | {robust} |
+
+Robust accuracy is the share of images that are right and that none of {attacks} flips within {threat} as uint8; the
+attacks had the model's gradients, the ONNX file decided. The gate {verdict} it on: {criteria}.
+`{version}/` holds the report, every one of these images with its adversarial version, and an in-toto attestation that
+signs for all of it; `dfmcl verify` tells whether keys that you trust made the signature.
+{measured}
+On {parity.images} images, half of them adversarial, logits of the ONNX file differ from the checkpoint's by at most
+{parity.checkpoint_max_abs_difference:.1e}, with {agreement:.1f} % equal labels, and by at most
+{parity.max_abs_difference:.1e} from those of the checkpoint with weights rounded to {weights}.
+
+## Limits
+
+- The robust accuracy is an upper bound: an attack outside this suite may flip more images.
+- It is about {threat} only. Other norms, larger radii, patches, rotations and natural corruptions: not measured.
+- It is about {data_name} only. Images from elsewhere, and things of no class: not measured.
+
+## Training
+
+`dfmcl train`, seed {seed}, code {revision}, {date}, torch {torch}, on {hardware}.
+On held-out training images, with the attack named under `heldout`: {heldout}.
+
+```toml
+{settings}
+```
+"""
+# A gate that stops when its bounds decide stops at a lucky moment: an interval for a fixed number of images would be
+# too narrow there, and the share itself is a little too good.
+WHENEVER = "bounds that hold whenever it stops"
+MEASURED = """
+Its run, before weights were rounded, measured by `dfmcl evaluate` on floats (% [exact 95 % interval]):
+
+| test images | threat | clean | right under all of | |
+|---|---|---|---|---|
+"""
+TRANSFER = "crafted on a surrogate: an upper bound of robust accuracy"
+SHIPPED_SURROGATES = """
+## Surrogates
+
+Trained apart from the model, for the transfer attacks of `dfmcl watch`; in `surrogates/`, weights stored as float16.
+
+| name | network | trained at | on held-out training images, there |
+|---|---|---|---|
+"""
+
+
+def write_card(run: Path, repository: Path, name: str, evaluation: Path | None = None) -> Path:
+    """Write <repository>/<name>/README.md about the version that is served; returns its path.
+
+    evaluation: the run's record by `dfmcl evaluate --out`. BadInput (2): another run than the version was exported
+    from, or another's record. Refused, NotAttested, BadEvidence: a release that
+    does not hold.
+    """
+    require_repository(repository)
+    release = verify_release(repository, name)
+    manifest, report = read_manifest(release.path), _read(release.path / layout.REPORT)
+    training = _read(run / "manifest.json")
+    path = repository / name / layout.CARD
+    try:
+        if training["files"]["checkpoint.safetensors"] != manifest.checkpoint_sha256:
+            raise BadInput(f"{run}: {release.path} was exported from another run; name that one")
+        record = _read(evaluation) if evaluation else {"evaluations": []}
+        if evaluation and record["run"]["checkpoint_sha256"] != manifest.checkpoint_sha256:
+            raise BadInput(f"{evaluation}: is about another run than {run}")
+        folders = sorted((repository / name / layout.SURROGATES).glob("*/manifest.json"))
+        surrogates = {folder.parent.name: _read(folder) for folder in folders}
+        text = card(release, manifest, report, training, surrogates, record["evaluations"])
+    except KeyError as error:
+        raise BadInput(f"{run} or {release.path}: a record lacks {error}; train, gate and promote again") from None
+    with only_writer(repository, settle=False):
+        replace(path, text)
+    return path
+
+
+def card(
+    release: Promoted,
+    manifest: Manifest,
+    report: Record,
+    training: Record,
+    surrogates: Mapping[str, Record],
+    evaluations: Sequence[Record] = (),
+) -> str:
+    """The card as Markdown with YAML metadata.
+
+    training: the run's manifest; surrogates: theirs, by name; evaluations: what else was measured of the run.
+    """
+    evaluation, parity, result = report["evaluation"], manifest.parity, training["result"]
+    clean, robust = evaluation["clean"], evaluation["robust"]
+    sequential = report["statistics"]["kind"] == "sequential"
+    threat, attacks = _threat(evaluation), _attacks(evaluation)
+    data, images = report["data"]["name"], evaluation["images"]
+    text = CARD.format(
+        model=json.dumps(release.model),  # in the metadata texts are JSON strings, which are YAML too
+        data=json.dumps(data),
+        clean_name=json.dumps(f"clean accuracy, n = {images}"),
+        clean_value=clean["value"],
+        robust_name=json.dumps(f"robust accuracy, {threat}, worst case of {attacks}, n = {images}"),
+        robust_value=robust["value"],
+        more_metrics="".join(_metrics(evaluations)),
+        measured=MEASURED + "".join(_measured(evaluations)) if evaluations else "",
+        title=release.model,
+        network=_network(training),
+        size="x".join(str(size) for size in manifest.input_shape),
+        labels=as_markdown(", ".join(manifest.labels)),
+        version=release.version,
+        sha256=release.sha256,
+        weights=manifest.weights,
+        images=images,
+        data_name=data,
+        threat=threat,
+        interval=WHENEVER if sequential else "exact 95 % interval",
+        clean=_percent(clean, _bounds(report, "clean_accuracy") if sequential else None),
+        robust=_percent(robust, _bounds(report, "robust_accuracy") if sequential else None),
+        attacks=attacks,
+        verdict=report["verdict"],
+        criteria=as_markdown("; ".join(row["criterion"] for row in report["criteria"])),
+        parity=parity,
+        agreement=100 * parity.checkpoint_label_agreement,
+        seed=training["seed"],
+        revision=(training.get("code") or {}).get("revision"),
+        date=training["created"][:10],
+        torch=training["versions"].get("torch"),
+        hardware=training["hardware"].get("gpu") or training["hardware"].get("cpu"),
+        heldout=_heldout(result),
+        settings="\n".join(_settings(training["config"])),
+    )
+    rows = [
+        f"| {name} | {_network(record)}, seed {record['seed']} | {_trained_at(record['config']['curriculum'])} |"
+        f" {_heldout(record['result'])} |"
+        for name, record in surrogates.items()
+    ]
+    return text + (SHIPPED_SURROGATES + "\n".join(rows) + "\n" if rows else "")
+
+
+def _metrics(evaluations: Sequence[Record]) -> Iterator[str]:
+    for entry in evaluations:
+        what = f"{_measure(entry)}, {_threat(entry)}, worst case of {_attacks(entry)}, n = {entry['images']}"
+        name = json.dumps(what)
+        yield f"\n    - {{type: accuracy, name: {name}, value: {entry['robust']['value']}}}"
+
+
+def _measured(evaluations: Sequence[Record]) -> Iterator[str]:
+    for entry in evaluations:
+        clean, robust = (
+            f"{100 * share['value']:.1f} [{100 * share['lower_95']:.1f}, {100 * share['upper_95']:.1f}]"
+            for share in (entry["clean"], entry["robust"])
+        )
+        blocks = [f"blocks: {entry['about']['blocks']}"] if "blocks" in entry["about"] else []
+        attacks = "; ".join([_attacks(entry), *[TRANSFER] * _transferred(entry), *blocks])
+        yield f"| {entry['images']:,} | {_threat(entry)} | {clean} | {attacks} | {robust} |\n"
+
+
+def _measure(evaluation: Record) -> str:
+    return f"accuracy, {TRANSFER}" if _transferred(evaluation) else "robust accuracy"
+
+
+def _transferred(evaluation: Record) -> bool:
+    return bool(evaluation["about"].get("kind") == "transfer")
+
+
+def _threat(evaluation: Record) -> str:
+    return f"{evaluation['threat']['norm']} {evaluation['threat']['label']}"
+
+
+def _attacks(evaluation: Record) -> str:
+    return ", ".join(attack["name"] for attack in evaluation["attacks"])
+
+
+def _network(training: Record) -> str:
+    return f"{training['model']['arch']}, width {training['model']['width']}"
+
+
+def _trained_at(curriculum: Record) -> str:
+    return str(curriculum["beta"]) if curriculum["attacks"] else "clean images"
+
+
+def _heldout(result: Record) -> str:
+    return f"clean {100 * result['heldout_clean']:.1f} %, PGD {100 * result['heldout_pgd']:.1f} %"
+
+
+def _bounds(report: Record, metric: str) -> tuple[float, float] | None:
+    """The gate's own bounds of a metric at the main radius; None where the policy has no criterion for it."""
+    rows = [row for row in report["criteria"] if (row["metric"], row["eps"]) == (metric, None)]
+    return (rows[0]["lower"], rows[0]["upper"]) if rows else None
+
+
+def _percent(share: Record, bounds: tuple[float, float] | None) -> str:
+    low, high = bounds or (share["lower_95"], share["upper_95"])
+    return f"{100 * share['value']:.1f} | {100 * low:.1f} to {100 * high:.1f}"
+
+
+def _settings(config: Record) -> Iterator[str]:
+    """A training config as TOML, without where its data lay."""
+    for key, value in config.items():
+        if not isinstance(value, Mapping):
+            yield f"{key} = {json.dumps(value)}"
+    for section, values in config.items():
+        if isinstance(values, Mapping):
+            yield f"[{section}]"
+            yield from (f"{key} = {json.dumps(value)}" for key, value in values.items() if key != "path")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(read_plain(path, RECORD_BYTES))
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{path}: not readable: {why_unread(error)}") from None

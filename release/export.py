@@ -1,0 +1,409 @@
+"""From a checkpoint, or an ONNX file, to a candidate: ONNX that takes images as they come, proven equal to its source.
+
+The graph takes uint8 (N, H, W, C) with any N and returns float32 logits (N, K); cast, transpose and normalisation are
+inside, masks are off, no operator draws random numbers, and nothing in it tells where it was made. Weights may be
+stored as float16, which halves the file; all is computed in float32, as ONNX Runtime folds the casts when it loads.
+A foreign file computes as it came; missing parts are put around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from dfmcl.common.errors import BadInput, Broken, Refused
+from dfmcl.common.files import whole_directory
+from dfmcl.common.progress import Track, silent
+from dfmcl.release.candidate import (
+    AS_THEY_CAME,
+    INPUT,
+    LABELS,
+    MANIFEST,
+    MODEL,
+    OUTPUT,
+    WEIGHTS,
+    Manifest,
+    Parity,
+    labels_text,
+    sha256_of,
+    write_manifest,
+)
+from dfmcl.robustness.attacks.registry import pgd
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
+from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
+from dfmcl.robustness.provenance import now, versions
+from dfmcl.robustness.runs import Run, load_run
+from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.geometry import to_uint8
+
+OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
+OLDEST_OPSET = 7  # that ONNX Runtime promises to run
+IR_VERSION = 10  # of the file format, likewise
+PARITY_IMAGES = 64  # clean ones, and as many adversarial ones
+PARITY_BATCH = 32  # more than one batch, and none of the example's size, so that a wrong dynamic axis shows
+PARITY_STEPS = 5  # enough to leave the data; this measures arithmetic, not robustness
+# Of the largest logit: fused and unfused convolutions sum float32 in another order, measured at about 1e-6 of it.
+RELATIVE_TOLERANCE = 1e-4
+# Where a file takes float16, ONNX Runtime may skip the first rounding once the wrapper is there: measured 3e-4.
+HALF_TOLERANCE = 2e-3
+# What rounding to float16 may cost: 2 of 128 labels, half of them of adversarial images, which lie at the border.
+MIN_LABEL_AGREEMENT = 0.98
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+class Served(nn.Module):
+    """The classifier behind its wire format."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(to_float(images))
+        return logits
+
+
+def unsaid(line: str) -> None:
+    """Says nothing."""
+
+
+def export(
+    run: Path, out: Path, *, weights: str = "float32", track: Track = silent, log: Callable[[str], None] = unsaid
+) -> dict[str, object]:
+    """Write the candidate directory of a run and return its manifest; `out` is there in whole, or not at all.
+
+    weights: float32 or float16, how they are stored. BadInput (2): a run that does not hold, or is a packed surrogate,
+    or an `out` that exists and is no candidate. Refused (1): a graph with random operators, or labels that change when
+    weights are rounded. Broken (5): ONNX Runtime and the checkpoint disagree beyond the tolerance, or the disk fails.
+    """
+    if weights not in WEIGHTS:
+        raise BadInput(f"weights are {weights!r}; choose one of {', '.join(WEIGHTS)}")
+    source = load_run(run)
+    if "origin" in source.manifest:  # a watch knows served weights by the digest of the run they were exported from
+        raise BadInput(f"{run}: is a packed surrogate; export the run it was packed from")
+    labels = labels_text(source.classes)
+    stored = source.model if weights == "float32" else rounded(source.model)
+    with whole_directory(out, names=(MODEL, LABELS, MANIFEST)) as staged:
+        for _ in track((MODEL,), "converting to ONNX", 1):
+            model = to_onnx(stored, source.input_shape)
+        if random := random_operators(model):
+            raise Refused(f"{run}: its graph draws random numbers ({', '.join(random)}); a served model must not")
+        strip(model)
+        require_no_paths(model)
+        if weights == "float16":
+            store_as_float16(model)
+            onnx.checker.check_model(model)
+        (staged / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+        (staged / LABELS).write_text(labels, encoding="utf-8")
+        parity = compare(source, stored, staged / MODEL, track, log)
+        manifest = Manifest(
+            created=now(),
+            files={name: sha256_of(staged / name) for name in (MODEL, LABELS)},
+            labels=source.classes,
+            input_shape=source.input_shape,
+            checkpoint_sha256=source.checkpoint_sha256,
+            parity=parity,
+            opset=OPSET,
+            weights=weights,
+            versions=versions(),
+        )
+        write_manifest(staged, manifest)
+    return manifest.to_json()
+
+
+def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track: Track = silent) -> dict[str, object]:
+    """Write the candidate directory of a foreign ONNX classifier and return its manifest; as `export` in all else.
+
+    contract: what images the file takes, 'DTYPE LAYOUT [HxWxC]'; labels: K names in the order of its logits. A file
+    that takes images as they come, under our names, is kept byte for byte. BadInput (2): no such classifier, or labels
+    that are not as many as the logits. Refused (1): random operators, a batch size that is built in, operators too new
+    or too old to be served.
+    """
+    graph = read_graph(file, contract)
+    if random := random_operators(graph.model):
+        raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
+    if not OLDEST_OPSET <= graph.opset <= OPSET:
+        raise Refused(f"{file}: opset {graph.opset} is not served everywhere; export it with opset {OPSET}")
+    original = artefact(graph.model.SerializeToString(), file, graph.contract)
+    classes = count_classes(original, graph.contract, file)
+    if len(labels) != classes:
+        raise BadInput(f"{file}: answers with {classes} logits, there are {len(labels)} labels; one belongs to each")
+    free = freed(graph)
+    if free is None:
+        raise Refused(
+            f"{file}: takes batches of {graph.batch} only, and cannot be freed; export it with a dynamic batch"
+        )
+    text = labels_text(labels)
+    with whole_directory(out, names=(MODEL, LABELS, MANIFEST)) as staged:
+        data = file.read_bytes()
+        if not (_served_as_is(graph) and hashlib.sha256(data).hexdigest() == graph.digest):
+            data = with_wire_format(free, classes).SerializeToString(deterministic=True)
+        (staged / MODEL).write_bytes(data)
+        (staged / LABELS).write_text(text, encoding="utf-8")
+        manifest = Manifest(
+            created=now(),
+            files={name: sha256_of(staged / name) for name in (MODEL, LABELS)},
+            labels=labels,
+            input_shape=graph.contract.shape,
+            checkpoint_sha256=None,
+            parity=compare_with_original(graph, original, staged / MODEL, track),
+            opset=graph.opset,
+            weights=AS_THEY_CAME,
+            versions=versions(),
+            origin_sha256=graph.digest,
+        )
+        write_manifest(staged, manifest)
+    return manifest.to_json()
+
+
+def with_wire_format(graph: Graph, classes: int) -> onnx.ModelProto:
+    """The graph behind a conversion of uint8 (N, H, W, C) to its input, in the order of `to_float`; float32 logits."""
+    model = onnx.compose.add_prefix(graph.model, "wrapped.")  # so that no name in it is one of ours
+    inner = replace(graph, model=model)
+    entry, answer = inner.input, inner.output
+    steps: list[tuple[str, dict[str, object]]] = []
+    if graph.contract.layout == "NCHW":
+        steps.append(("Transpose", {"perm": [0, 3, 1, 2]}))
+    if graph.contract.dtype != "uint8":
+        steps += [("Cast", {"to": TensorProto.FLOAT}), ("Div", {})]
+        if (held := entry.type.tensor_type.elem_type) != TensorProto.FLOAT:
+            steps.append(("Cast", {"to": held}))
+    nodes, at = [], INPUT
+    for number, (operator, attributes) in enumerate(steps or [("Identity", {})], 1):
+        after = entry.name if number == max(len(steps), 1) else f"wire.{number}"
+        nodes.append(helper.make_node(operator, [at, "wire.255"] if operator == "Div" else [at], [after], **attributes))
+        at = after
+    model.graph.initializer.append(numpy_helper.from_array(np.array(255, np.float32), "wire.255"))
+    last = helper.make_node("Cast", [answer.name], [OUTPUT], to=TensorProto.FLOAT)
+    every = [*nodes, *model.graph.node, last]
+    for field, values in (
+        ("node", every),
+        ("input", [helper.make_tensor_value_info(INPUT, TensorProto.UINT8, [FREE, *graph.contract.shape])]),
+        ("output", [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [FREE, classes])]),
+    ):
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(values)
+    model.ir_version = IR_VERSION
+    strip(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+def compare_with_original(graph: Graph, original: Callable[[Tensor], Tensor], model: Path, track: Track) -> Parity:
+    """How far the wrapped file's logits are from the original's, on smooth images and noise; Broken over tolerance."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    expected, found = [], []
+    parts = noise(graph.contract, PARITY_IMAGES).split((1, PARITY_BATCH - 1, PARITY_IMAGES - PARITY_BATCH))
+    for part in track(parts, "comparing with the original", len(parts)):
+        expected.append(original(part).numpy())
+        found.append(session.run([OUTPUT], {INPUT: to_bytes(part).numpy()})[0])
+    before = np.concatenate(expected)
+    _require_finite(before, f"{graph.path}: its", "of smooth colours and noise")
+    difference, agreement = _apart(before, np.concatenate(found))
+    half = graph.contract.dtype == "float16"
+    tolerance = (HALF_TOLERANCE if half else RELATIVE_TOLERANCE) * float(np.abs(before).max())
+    if not difference <= tolerance:  # so that NaN is refused too
+        raise Broken(
+            f"{graph.path}: wrapped, its logits differ by {difference:.3g}, over the tolerance {tolerance:.3g}; nothing"
+            " was written: check the versions of onnx and onnxruntime"
+        )
+    return Parity(PARITY_IMAGES, difference, agreement, tolerance, difference, agreement)
+
+
+def _served_as_is(graph: Graph) -> bool:
+    contract, answer = graph.contract, graph.output.type.tensor_type.elem_type
+    return (
+        (contract.layout, contract.dtype) == ("NHWC", "uint8")
+        and (graph.input.name, graph.output.name) == (INPUT, OUTPUT)
+        and answer == TensorProto.FLOAT
+        and graph.batch is None
+        and graph.model.ir_version <= IR_VERSION
+    )
+
+
+def rounded(classifier: Classifier) -> nn.Module:
+    """A twin with batch normalisation folded into the convolutions and every matrix and kernel rounded to float16.
+
+    Folded first, as the exporter folds too, and what it folded after rounding would no longer be float16. All stays
+    float32; biases and normalisation keep their digits, as they are a hundredth of the bytes. BadInput where the
+    network cannot be traced.
+    """
+    try:
+        twin = fuse(classifier.eval())
+    except torch.fx.proxy.TraceError as error:
+        raise BadInput(f"model {classifier.spec.arch}: {error}; export with --weights float32") from None
+    with torch.no_grad():
+        for weight in (parameter for parameter in twin.parameters() if parameter.ndim > 1):
+            weight.copy_(weight.half())
+    return twin
+
+
+def store_as_float16(model: onnx.ModelProto) -> None:
+    """Store, in place, matrices and kernels as float16 with a Cast to float32 where that loses nothing."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue
+        values = numpy_helper.to_array(tensor)
+        half = values.astype(np.float16)
+        if np.array_equal(half.astype(np.float32), values):
+            casts.append(helper.make_node("Cast", [f"{tensor.name}.float16"], [tensor.name], to=TensorProto.FLOAT))
+            tensor.CopyFrom(numpy_helper.from_array(half, f"{tensor.name}.float16"))
+    nodes = [*casts, *model.graph.node]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+
+
+def to_onnx(classifier: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """A classifier of images (H, W, C) as one ONNX model with a free batch size."""
+    example = torch.zeros(2, *input_shape, dtype=torch.uint8)  # 2: the exporter takes a 1 for a constant
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter, which we cannot act on
+        program = torch.onnx.export(
+            Served(classifier).eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise Broken("torch.onnx.export returned no program; check the versions of torch and onnxscript")
+    model: onnx.ModelProto = program.model_proto
+    onnx.checker.check_model(model)
+    return model
+
+
+def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
+    """The graph of a model, its functions, and all graphs inside their nodes."""
+    pending: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
+    while pending:
+        graph = pending.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                pending += [attribute.g] if attribute.HasField("g") else []
+                pending += attribute.graphs
+
+
+def random_operators(model: onnx.ModelProto) -> list[str]:
+    """Names of the operators anywhere in a model whose output is random; empty for a deterministic model."""
+    return sorted(
+        {
+            node.op_type
+            for graph in graphs(model)
+            for node in graph.node
+            if node.op_type in RANDOM or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2])
+        }
+    )
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Remove, in place, what only tells how the model was made: stack traces, doc strings, inferred shapes."""
+    model.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    for graph in graphs(model):
+        graph.ClearField("value_info")
+        described = [graph, *graph.node, *(attribute for node in graph.node for attribute in node.attribute)]
+        if isinstance(graph, onnx.GraphProto):
+            described += [*graph.input, *graph.output, *graph.initializer]
+            graph.ClearField("quantization_annotation")
+        for part in described:
+            part.ClearField("doc_string")
+            if "metadata_props" in part.DESCRIPTOR.fields_by_name:
+                part.ClearField("metadata_props")
+
+
+def require_no_paths(model: onnx.ModelProto) -> None:
+    """Raise Broken where a model still holds a path of this machine, outside its weights."""
+    here = [Path.home(), Path.cwd(), Path(__file__).parents[2], Path(tempfile.gettempdir()), Path(sys.prefix)]
+    places = {str(place) for place in [*here, sysconfig.get_path("purelib")]} - {"/"}
+    text = onnx.ModelProto()
+    text.CopyFrom(model)
+    for tensor in text.graph.initializer:
+        tensor.ClearField("raw_data")  # four random bytes of a weight may spell /tmp
+    data = text.SerializeToString()
+    if found := sorted(place for place in places if place.encode() in data):
+        raise Broken(f"the exported graph still names {found[0]}; this version of torch writes it in a new place")
+
+
+def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callable[[str], None] = unsaid) -> Parity:
+    """How far ONNX Runtime's logits are from those of `stored`, whose weights are the model's, and of the checkpoint.
+
+    On clean and adversarial images of the run's test set. Raises Broken where they differ from `stored` by more than
+    the tolerance, Refused where rounding changes labels, BadInput where the data do not fit the model.
+    """
+    data = run.data
+    dataset = load_dataset(data["name"], data.get("path", ""), data.get("image_size", 0), track=track)
+    if dataset.remark:
+        log(dataset.remark)
+    if dataset.input_shape != run.input_shape:
+        raise BadInput(
+            f"{run.path}: takes images of {run.input_shape}, its data set {dataset.name} has {dataset.input_shape}"
+        )
+    threat = Threat.parse("linf", run.manifest.get("config", {}).get("curriculum", {}).get("beta", "8/255"))
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    images = torch.from_numpy(dataset.x_test[:PARITY_IMAGES])
+    labels = torch.from_numpy(dataset.y_test[:PARITY_IMAGES])
+    trained, expected, found = [], [], []
+    starts = range(0, len(images), PARITY_BATCH)
+    with frozen(run.model), frozen(stored):
+        for start in track(starts, "comparing with ONNX Runtime", len(starts)):
+            clean, y = images[start : start + PARITY_BATCH], labels[start : start + PARITY_BATCH]
+            x = to_float(clean)
+            x_adv = pgd(run.model, x, y, threat, generator=generator(0, "parity", start), steps=PARITY_STEPS)
+            for batch in (clean, to_bytes(to_uint8(x_adv, x, threat))):
+                with torch.no_grad():
+                    trained.append(run.model(to_float(batch)).numpy())
+                    expected.append(stored(to_float(batch)).numpy())
+                found.append(session.run([OUTPUT], {INPUT: batch.numpy()})[0])
+    _require_finite(np.concatenate(trained), f"{run.path}: its", "of the test set, half of them adversarial")
+    exported = np.concatenate(found)
+    difference, agreement = _apart(np.concatenate(expected), exported)
+    rounding, kept = _apart(np.concatenate(trained), exported)
+    tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(np.concatenate(expected)).max()))
+    if not difference <= tolerance:  # so that NaN is refused too
+        raise Broken(
+            f"{run.path}: ONNX Runtime's logits differ from the checkpoint's by {difference:.3g}, over the tolerance "
+            f"{tolerance:.3g}; nothing was written: check the versions of torch, onnxscript and onnxruntime"
+        )
+    if kept < MIN_LABEL_AGREEMENT:
+        raise Refused(
+            f"{run.path}: rounded to float16, its weights give the same label on only {100 * kept:.1f} % of "
+            f"{len(exported)} images; export with --weights float32"
+        )
+    return Parity(len(exported), difference, agreement, tolerance, rounding, kept)
+
+
+def _require_finite(logits: npt.NDArray[np.float32], whose: str, images: str) -> None:
+    """Refused where a model does not answer each image with numbers (N, K): nobody could serve that."""
+    if wild := int((~np.isfinite(logits)).any(axis=1).sum()):
+        raise Refused(
+            f"{whose} logits are not finite for {wild} of {len(logits)} images {images}; nothing was written: look for"
+            " weights that are not, for a division by zero or an overflow in it"
+        )
+
+
+def _apart(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Largest difference of two arrays of logits (N, K), and the share of equal labels."""
+    equal = one.argmax(axis=1) == other.argmax(axis=1)
+    return float(np.abs(one - other).max()), float(equal.mean())

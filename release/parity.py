@@ -1,0 +1,117 @@
+"""Whether a promoted version answers the same on every execution provider and precision that is present here.
+
+Robustness was judged on one of them. TensorRT, TF32 or half precision change logits, and an adversarial image lies
+where that matters most; so clean and adversarial images are both compared, with what the gate recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.attestation import BadEvidence
+from dfmcl.gating.signing.probes import read_probes
+from dfmcl.release import layout
+from dfmcl.release.candidate import INPUT, MODEL
+
+AGREEMENT = 0.999  # of labels, on clean and on adversarial images
+TOLERANCE = 1e-3  # of the largest logit, as the known answers have it
+BATCH = 64
+OFF = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+# By provider: what may be set, and how. The first of each is what promotion's configs ask for.
+SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "CPUExecutionProvider": {"float32": {}, "float32, graph as it is": {"level": OFF}},
+    "CUDAExecutionProvider": {"TF32": {"options": {"use_tf32": "1"}}, "float32": {"options": {"use_tf32": "0"}}},
+    "TensorrtExecutionProvider": {"float32": {}, "float16": {"options": {"trt_fp16_enable": "1"}}},
+}
+
+ELSEWHERE = {"AzureExecutionProvider"}  # asks a service for operators of its own, and leaves all others to the CPU
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One way of computing beside the gate's. difference: of logits, relative to the largest; agreement: share of equal
+    labels, on clean and adversarial images; held: share of the adversarial images that are still right; trouble: why it
+    could not run, empty where it did."""
+
+    provider: str
+    setting: str
+    difference: float = 0.0
+    clean_agreement: float = 0.0
+    adversarial_agreement: float = 0.0
+    held: float = 0.0
+    trouble: str = ""
+
+    @property
+    def equal(self) -> bool:
+        """Whether robustness may be believed to be the same."""
+        return (
+            not self.trouble
+            and self.difference <= TOLERANCE
+            and min(self.clean_agreement, self.adversarial_agreement) >= AGREEMENT
+        )
+
+
+def compare(version: Path) -> Iterator[Comparison]:
+    """Each provider and precision that ONNX Runtime has here. version: a promoted version's directory."""
+    for path in (version, version / MODEL):
+        if not path.exists():
+            raise BadInput(f"{path}: is not there; name a promoted version, such as models/digits/1")
+    path = version / layout.PROBES
+    try:
+        probes = read_probes(path)
+    except BadEvidence as error:
+        raise BadInput(str(error)) from None
+    recorded = np.concatenate([probes["clean_logits"], probes["adversarial_logits"]])
+    images = np.concatenate([probes["images"], probes["adversarial"]])
+    for provider in sorted(set(ort.get_available_providers()) - ELSEWHERE):
+        for setting, how in SETTINGS.get(provider, {"default": {}}).items():
+            try:
+                logits = _answers(version / MODEL, provider, how, images)
+            except Exception as error:  # noqa: BLE001  # a provider is listed that finds no device, driver or library
+                yield Comparison(provider, setting, trouble=" ".join(str(error).split())[:200])
+                continue
+            yield _compared(provider, setting, logits, recorded, probes["labels"])
+
+
+def _answers(
+    model: Path, provider: str, how: Mapping[str, Any], images: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.float32]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = how.get("level", ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    session = ort.InferenceSession(model, options, providers=[(provider, how.get("options", {}))])
+    if provider not in session.get_providers():
+        raise RuntimeError("ONNX Runtime fell back to another provider")
+    starts = range(0, len(images), BATCH)
+    return np.concatenate([session.run(None, {INPUT: images[start : start + BATCH]})[0] for start in starts])
+
+
+def _compared(
+    provider: str,
+    setting: str,
+    logits: npt.NDArray[np.float32],
+    recorded: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+) -> Comparison:
+    wild = {name: int((~np.isfinite(rows)).any(axis=1).sum()) for name, rows in (("", logits), ("recorded ", recorded))}
+    if any(wild.values()):
+        counts = " and ".join(f"{name}logits are not finite for {count}" for name, count in wild.items() if count)
+        return Comparison(provider, setting, trouble=f"{counts} of {len(logits)} images")
+    clean = len(labels)
+    largest = max(float(np.abs(recorded).max()), float(np.finfo(np.float32).tiny))
+    same = logits.argmax(axis=1) == recorded.argmax(axis=1)
+    return Comparison(
+        provider,
+        setting,
+        difference=float(np.abs(logits - recorded).max()) / largest,
+        clean_agreement=float(same[:clean].mean()),
+        adversarial_agreement=float(same[clean:].mean()),
+        held=float((logits[clean:].argmax(axis=1) == labels).mean()),
+    )

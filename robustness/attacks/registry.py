@@ -1,0 +1,293 @@
+"""Attacks as functions with one signature: `attack(model, x, y, threat, *, generator, trial=None, ...) -> x_adv`.
+
+`model` maps float images in [0, 1] to logits and is frozen by the caller (`models.frozen`); x `(N, C, H, W)`,
+y `(N,)`; the result is inside the ball that `threat` names, and in [0, 1]. A `trial` counts passes and says which
+images are done; nothing else is changed by a call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness import losses
+from dfmcl.robustness.attacks.apgd import apgd, apgd_targeted
+from dfmcl.robustness.attacks.confined import square_subspace, subspace
+from dfmcl.robustness.attacks.cw import cw_l2
+from dfmcl.robustness.attacks.fab import fab_targeted
+from dfmcl.robustness.attacks.rays import rays
+from dfmcl.robustness.attacks.square import square
+from dfmcl.robustness.attacks.suites import FROM, SUITES, WITHOUT_GRADIENTS
+from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
+from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.threats.ball import Threat, parse_eps
+from dfmcl.robustness.threats.geometry import project, start, steepest
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+AttackFunction = Callable[..., Tensor]
+
+
+def climb(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    generator: torch.Generator,
+    loss: Loss = losses.cross_entropy,
+    steps: int = 10,
+    step_size: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    initial: Tensor | None = None,
+    momentum: float = 0.0,
+    transforms: Sequence[str] = (),
+    keep: str = "worst",
+    trial: Trial | None = None,
+) -> Tensor:
+    """Projected gradient ascent, the loop behind FGSM, PGD, margin-PGD and the FGSMs made to transfer.
+
+    keep="worst" returns, per image, the first iterate that fools the model, else the one of highest loss; an image
+    that is fooled leaves the batch at once. keep="last" returns the last iterate, as adversarial training and
+    transfer need it. initial `(N, C, H, W)` is where the first restart begins, instead of a random or the image's own
+    place. step_size defaults to 2.5 eps / steps (Madry et al. 2018). transforms: names in `transfer.TRANSFORMS`, the
+    innermost first; with keep="last" only, as what they look at is not the iterate. Every step costs one forward and
+    one backward pass; keep="worst" one more forward pass a restart, so that the last iterate counts too.
+    """
+    step_size = 2.5 * threat.eps / steps if step_size is None else step_size
+    if transforms and keep != "last":
+        raise BadInput(f"attack: transforms {', '.join(transforms)} need keep='last'; leave one of the two out")
+    trial = trial or Trial(y)
+
+    def look(points: Tensor, labels: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if keep == "last":  # every image stays to the end
+            trial.spend(everyone, forward=1, backward=1)
+        return losses.value_and_gradient(model, points, loss, (labels,), with_gradient)
+
+    seen: Pass = look
+    for name in transforms:
+        seen = TRANSFORMS[name](seen, threat, generator)
+    worst, highest = x.clone(), x.new_full((len(x),), float("-inf"))
+    alive = everyone = torch.arange(len(x), device=x.device)
+    for restart in range(restarts):
+        index, origin, velocity = alive, x[alive], torch.zeros_like(x[alive])
+        x_adv = start(origin, threat, generator) if random_start else origin.clone()
+        if initial is not None and restart == 0:
+            x_adv = project(initial, origin, threat)
+        for step in range(steps + 1):
+            if step == steps and keep == "last":
+                break
+            value, gradient, logits = seen(x_adv, y[index], step < steps)
+            if keep == "worst":
+                fooled = trial.look(index, x_adv, logits, gradient=step < steps)
+                value = torch.where(fooled, torch.inf, value)
+                better = value > highest[index]
+                worst[index[better]] = x_adv[better]
+                highest[index[better]] = value[better]
+                stay = ~fooled
+                index, origin, x_adv = index[stay], origin[stay], x_adv[stay]
+                gradient, velocity = gradient[stay], velocity[stay]
+            if step == steps or len(index) == 0:
+                break
+            if momentum:
+                size = gradient.abs().flatten(1).mean(dim=1).clamp_min(1e-12)
+                velocity = momentum * velocity + gradient / size.view(-1, *[1] * (x.dim() - 1))
+                gradient = velocity
+            x_adv = project(x_adv + step_size * steepest(gradient, threat.norm), origin, threat)
+        if keep == "last":
+            return x_adv
+        alive = index
+    return worst
+
+
+def fgsm(
+    model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator, trial: Trial | None = None
+) -> Tensor:
+    """One step of length eps from the image itself. Goodfellow et al. 2015."""
+    return climb(
+        model,
+        x,
+        y,
+        threat,
+        generator=generator,
+        steps=1,
+        step_size=threat.eps,
+        random_start=False,
+        keep="last",
+        trial=trial,
+    )
+
+
+pgd = partial(climb, loss=losses.cross_entropy)
+"""Projected gradient descent on the cross-entropy. Madry et al. 2018."""
+
+margin_pgd = partial(climb, loss=losses.margin)
+"""PGD on the Carlini & Wagner margin, which does not care about the scale of the logits."""
+
+# 10 steps of eps/10 and momentum 1 are the paper's; the last iterate, as a surrogate that is fooled early
+# says little about the target.
+mi_fgsm = partial(climb, loss=losses.cross_entropy, momentum=1.0, random_start=False, keep="last")
+"""Momentum iterative FGSM, made to transfer. Dong et al. 2018."""
+
+di_fgsm = partial(mi_fgsm, transforms=("di",))
+"""MI-FGSM on views of random size and place. Xie et al. 2019 (M-DI2-FGSM)."""
+
+ti_fgsm = partial(mi_fgsm, transforms=("ti",))
+"""MI-FGSM by smoothed gradients. Dong et al. 2019."""
+
+vmi_fgsm = partial(mi_fgsm, transforms=("vmi",))
+"""MI-FGSM by gradients tuned to those around. Wang & He 2021."""
+
+ATTACKS: dict[str, AttackFunction] = {
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "margin-pgd": margin_pgd,
+    "mi-fgsm": mi_fgsm,
+    "cw-l2": cw_l2,
+    "apgd-ce": apgd,
+    "apgd-t": apgd_targeted,
+    "fab-t": fab_targeted,
+    "square": square,
+    "subspace": subspace,
+    "square-subspace": square_subspace,
+    "rays": rays,
+    "di-fgsm": di_fgsm,
+    "ti-fgsm": ti_fgsm,
+    "vmi-fgsm": vmi_fgsm,
+}
+
+# Those that are carried from a surrogate to another model, with what that needs: the last iterate, as one that fools
+# the surrogate early says little about the other.
+TRANSFERABLE: dict[str, dict[str, Any]] = {
+    "fgsm": {},
+    "pgd": {"steps": 10, "keep": "last"},
+    "margin-pgd": {"steps": 10, "keep": "last"},
+    "mi-fgsm": {"steps": 10, "keep": "last"},
+    "di-fgsm": {"steps": 10, "keep": "last"},
+    "ti-fgsm": {"steps": 10, "keep": "last"},
+    "vmi-fgsm": {"steps": 10, "keep": "last"},  # 55 passes of the surrogates an image, the others 10
+}
+
+# What they compare, scores of two proposals or the way to the border, differs by less than bfloat16's steps: that cost
+# Square 2 points of its strength and FAB-T 1 to 3.
+IN_FLOAT32 = ("fab-t", *WITHOUT_GRADIENTS)
+
+# One run each: C&W searches from the image itself, the FGSMs start there, the others spend their queries on one search.
+WITHOUT_RESTARTS = ("cw-l2", "mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm", *WITHOUT_GRADIENTS)
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A named attack with its parameters, as a policy or a table speaks of it."""
+
+    name: str
+    function: AttackFunction
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(text: str) -> Attack:
+        """From a name: KIND, KIND-STEPS or KIND-STEPSxRESTARTS, and @STEP_SIZE where the attack has one.
+
+        `fgsm`, `pgd-20`, `pgd-50x5`, `apgd-t`, `subspace-10`, `pgd-40@2/255`, `pgd-200x5@eps/4`. For `square-1000`,
+        `square-subspace-1000` and `rays-1000` the number is that of queries. BadInput where the name or a number makes
+        no sense.
+        """
+        match = re.fullmatch(
+            r"(?P<kind>[a-z0-9-]*?[a-z2])(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?(?:@(?P<step_size>.*))?", text
+        )
+        kind = match["kind"] if match else ""
+        if match is None or kind not in ATTACKS:
+            raise BadInput(
+                f"attack: {text!r} is unknown; choose from {', '.join(ATTACKS)}, with -STEPS or -STEPSxRESTARTS"
+            )
+        parameters: dict[str, Any] = {key: int(match[key]) for key in ("steps", "restarts") if match[key]}
+        if any(value < 1 for value in parameters.values()) or (kind == "fgsm" and parameters):
+            raise BadInput(f"attack: {text!r}: steps and restarts must be at least 1, and fgsm takes none")
+        if kind in WITHOUT_RESTARTS and "restarts" in parameters:
+            raise BadInput(f"attack: {text!r}: {kind} takes no restarts")
+        if kind in WITHOUT_GRADIENTS and "steps" in parameters:
+            parameters = {"queries": parameters["steps"]}
+        if match["step_size"] is not None:
+            if "step_size" not in inspect.signature(ATTACKS[kind]).parameters:
+                raise BadInput(f"attack: {text!r}: {kind} takes no step size")
+            if step_length(match["step_size"], Threat("linf", 1.0)) <= 0:
+                raise BadInput(f"attack: {text!r}: a step is longer than 0")
+            parameters["step_size"] = match["step_size"]
+        return Attack(text, ATTACKS[kind], parameters)
+
+    @staticmethod
+    def parse_suite(suite: str | Sequence[str]) -> tuple[Attack, ...]:
+        """From a suite's name or a list of attacks; BadInput where a name makes no sense, or one attack comes twice."""
+        if isinstance(suite, str):
+            if suite not in SUITES:
+                raise BadInput(f"attacks: suite {suite!r} is unknown; choose {' or '.join(SUITES)}, or list attacks")
+            suite = SUITES[suite]
+        if not suite or len(set(suite)) < len(suite):
+            raise BadInput(f"attacks: {', '.join(suite) or 'none'}: name at least one attack, and each once")
+        return tuple(Attack.parse(name) for name in suite)
+
+    @staticmethod
+    def parse_transfer(name: str) -> Attack:
+        """An attack as it is used from a surrogate, by the gate and by the sidecar alike: `mi-fgsm-10`, `pgd-10`.
+
+        BadInput for others, and for restarts, which are chosen by looking at the target.
+        """
+        attack = Attack.parse(name)
+        if attack.kind not in TRANSFERABLE:
+            raise BadInput(f"attack: {name!r} does not transfer; choose one of {', '.join(TRANSFERABLE)}")
+        if "restarts" in attack.parameters:
+            raise BadInput(f"attack: {name!r}: restarts are chosen by looking at the target; leave them out")
+        return replace(attack, parameters=TRANSFERABLE[attack.kind] | dict(attack.parameters))
+
+    def crafted_on(self, network: str) -> Attack:
+        """The same under a name that says on which other network it climbs: `mi-fgsm-10 from surrogate`."""
+        return replace(self, name=f"{self.name}{FROM}{network}")
+
+    @property
+    def kind(self) -> str:
+        """The name without its numbers."""
+        return next(kind for kind, function in ATTACKS.items() if function is self.function)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the model must be differentiable."""
+        return self.function not in [ATTACKS[name] for name in WITHOUT_GRADIENTS]
+
+    @property
+    def needs_float32(self) -> bool:
+        """Whether a faster copy of the model in half precision would weaken it."""
+        return self.function in [ATTACKS[name] for name in IN_FLOAT32]
+
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        generator: torch.Generator,
+        trial: Trial | None = None,
+    ) -> Tensor:
+        parameters = dict(self.parameters)
+        if isinstance(parameters.get("step_size"), str):
+            parameters["step_size"] = step_length(parameters["step_size"], threat)
+        return self.function(model, x, y, threat, generator=generator, trial=trial, **parameters)
+
+
+def step_length(text: str, threat: Threat) -> float:
+    """The step that `2/255` or `0.01`, or by the radius `eps/4`, stands for; BadInput for others."""
+    if not text.startswith("eps/"):
+        return parse_eps(text)
+    parts = parse_eps(text.removeprefix("eps/"))
+    if parts <= 0:
+        raise BadInput(f"step size: {text!r} is no step; write a number, a fraction such as 2/255, or eps/4")
+    return threat.eps / parts

@@ -1,0 +1,234 @@
+"""What a client sends, as the uint8 batch that the model takes: an image file, a form with one, or a JSON tensor.
+
+The bytes come from strangers: sizes are checked before anything of that size is made, and whatever a decoder trips
+over is the sender's problem, told with a reason.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from dfmcl.common import pictures
+from dfmcl.serving.clients.triton import Contract
+from dfmcl.serving.gateway.problems import RETRY_SECONDS, Problem
+
+FIELD = "image"  # of a form
+# Each type that says what an image file is, to Pillow's name; other names for JPEG and PNG are in wide use.
+FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP"}
+FORMATS |= {"image/jpg": "JPEG", "image/pjpeg": "JPEG", "image/x-png": "PNG"}
+# What says nothing about an image: the content tells. curl sends the last one where it is told nothing.
+UNTOLD = ("", "application/octet-stream", "image/*", "application/x-www-form-urlencoded")
+FORM, TENSOR = "multipart/form-data", "application/json"
+TYPES = (*FORMATS, *filter(None, UNTOLD), FORM, TENSOR)  # all that a request may say; it may say nothing too
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
+PARTS = 16  # of a form; one is the image
+DATA = re.compile(rb'"data"\s*:\s*\[')
+NUMBERS = b"0123456789,[] \t\r\n"  # all that a list of whole numbers from 0 on may hold, nested or not
+# json.loads lets no other thread run until it returns, which for 64 small images is as long as an answer takes. So JSON
+# is read in pieces of so many bytes, in less than half a millisecond each; there may be so many without the numbers.
+PIECE, REST = 16_384, 65_536
+
+Batch = npt.NDArray[np.uint8]
+
+
+def open_image(data: bytes, kind: str, max_pixels: int) -> Image.Image:
+    """An image file whose header was read, and no more. kind: its content type, one of FORMATS or UNTOLD.
+
+    Problem: bad_image, too_large where it has more than max_pixels, wrong_input where it has several frames or more
+    than 8 bits a channel.
+    """
+    formats = (FORMATS[kind],) if kind in FORMATS else tuple(dict.fromkeys(FORMATS.values()))
+    with _told():
+        return pictures.opened(io.BytesIO(data), formats, max_pixels)
+
+
+def require_size(image: Image.Image, contract: Contract) -> None:
+    """A Problem where an image would have to be resized, whichever way it is turned."""
+    height, width, _ = contract.input_shape
+    if image.size not in ((width, height), (height, width)):
+        raise _wrong_size(image, width, height)
+
+
+def pixels(image: Image.Image, contract: Contract, *, resize: bool) -> Batch:
+    """An opened image as (1, H, W, C), as training reads it: upright, alpha on white, fitted where allowed.
+
+    Problem: bad_image where the file is cut off or broken, wrong_input where it does not fit the model.
+    """
+    height, width, channels = contract.input_shape
+    if channels not in MODES:
+        raise Problem("wrong_input", f"image: the model takes {channels} channels, which no image file has; send JSON")
+    with _told():
+        image = pictures.upright(image, MODES[channels])
+        if image.size != (width, height) and not resize:
+            raise _wrong_size(image, width, height)
+        return pictures.to_array(pictures.fitted(image, width, height))[None]
+
+
+def tensor(body: bytes, contract: Contract) -> Batch:
+    """The one input of a KServe v2 JSON request as (N, H, W, C), 1 <= N <= max_batch_size; data flat or nested.
+
+    Problem: bad_request where it is no such JSON, wrong_input where it is not what the model takes, too_large where
+    there are too many images.
+    """
+    name, shape, datatype, data = _tensor_parts(body)
+    if name != contract.input_name or datatype != "UINT8" or tuple(shape[1:]) != contract.input_shape or shape[0] < 1:
+        takes = ", ".join(map(str, contract.input_shape))
+        raise Problem("wrong_input", f"inputs: the model takes {contract.input_name!r}, UINT8, of shape [N, {takes}]")
+    if shape[0] > contract.max_batch_size:
+        raise Problem("too_large", f"inputs: holds {shape[0]} images, may hold up to {contract.max_batch_size}")
+    try:
+        values = _bytes_of(data)
+    except (TypeError, ValueError, OverflowError):
+        raise Problem("bad_request", "inputs: data must be a list of whole numbers from 0 to 255") from None
+    if len(values) != math.prod(shape):
+        raise Problem("bad_request", f"inputs: data holds {len(values)} numbers, the shape says {math.prod(shape)}")
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def form_field(body: bytes, content_type: str) -> tuple[bytes, str]:
+    """The field `image` of a multipart form: its bytes and its own content type. Problem: bad_request."""
+    form = _Form()
+    try:
+        boundary = parse_options_header(content_type)[1][b"boundary"]
+        parser = MultipartParser(boundary, form.callbacks)
+        parser.write(body)
+        parser.finalize()
+    except (KeyError, FormParserError):
+        raise Problem("bad_request", "form: is no readable multipart/form-data") from None
+    if not form.ended:
+        raise Problem("bad_request", "form: is cut off")
+    found = [part for part in form.parts if part.name == FIELD.encode()]
+    if len(found) != 1:
+        raise Problem("bad_request", f"form: needs one field {FIELD!r}, has {len(found)}")
+    return bytes(found[0].data), media_type(found[0].headers.get(b"content-type", b"").decode("latin-1"))
+
+
+def media_type(content_type: str) -> str:
+    """A content type without its parameters, in lower case."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What becomes no image is told to the sender; memory that ran out is no fault of theirs."""
+    try:
+        yield
+    except pictures.Unusable as error:
+        raise Problem(error.reason, f"image: {error}") from None
+    except MemoryError:
+        message = "image: no memory is left to decode it; try again later"
+        raise Problem("overloaded", message, retry_seconds=RETRY_SECONDS) from None
+
+
+def _wrong_size(image: Image.Image, width: int, height: int) -> Problem:
+    found = f"{image.width} x {image.height}"
+    return Problem("wrong_input", f"image: is {found} pixels, the model takes {width} x {height}; or say ?resize=true")
+
+
+def _bytes_of(data: Any) -> bytes:
+    """A list of numbers, or of lists of them. numpy would guess a type, and strings may cost it gigabytes."""
+    if isinstance(data, bytes):
+        return _bytes_in_pieces(data)
+    while isinstance(data, list) and data and isinstance(data[0], list):
+        data = list(itertools.chain.from_iterable(data))
+    if not isinstance(data, list):
+        raise TypeError("no list")
+    return bytes(data)
+
+
+def _tensor_parts(body: bytes) -> tuple[Any, list[int], Any, Any]:
+    """name, shape, datatype and data of the one input; only their places are checked, and the shape's type."""
+    try:
+        rest, numbers = _without_numbers(body)
+        if len(rest) > REST:
+            raise ValueError("what is that?")
+        (entry,) = json.loads(rest)["inputs"]
+        name, shape, datatype, data = (entry[key] for key in ("name", "shape", "datatype", "data"))
+        data = numbers if data == [] and numbers else data
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Problem(
+            "bad_request",
+            'body: expected {"inputs": [{"name", "shape", "datatype", "data"}]} with one input, its data whole numbers',
+        ) from None
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise Problem("bad_request", "inputs: shape must be a list of whole numbers")
+    return name, shape, datatype, data
+
+
+def _without_numbers(body: bytes) -> tuple[bytes, bytes]:
+    """A request with an empty list as its data, and what stood in there, where it is long and its data are numbers."""
+    found = DATA.search(body, 0, PIECE)
+    if found is None or len(body) <= PIECE:
+        return body, b""
+    begin = end = found.end()
+    while end < len(body) and not (other := body[end : end + PIECE].translate(None, NUMBERS)):
+        end += PIECE
+    stop = len(body) if end >= len(body) else body.index(other[:1], end)
+    end = body.rfind(b"]", begin, stop)
+    return (body, b"") if end < 0 else (body[:begin] + body[end:], body[begin:end])
+
+
+def _bytes_in_pieces(numbers: bytes) -> bytes:
+    """What stands in a list of numbers, or of lists of them, whose brackets are only counted."""
+    if numbers.count(b"[") != numbers.count(b"]") or numbers.rstrip().endswith(b","):
+        raise ValueError("no list")
+    flat, found, begin = numbers.replace(b"[", b" ").replace(b"]", b" "), bytearray(), 0
+    while begin < len(flat):
+        end = flat.find(b",", begin + PIECE)
+        end = len(flat) if end < 0 else end
+        found += bytes(json.loads(b"[" + flat[begin:end] + b"]"))
+        begin = end + 1
+    return bytes(found)
+
+
+class _Part:
+    def __init__(self) -> None:
+        self.headers: dict[bytes, bytes] = {}
+        self.data = bytearray()
+
+    @property
+    def name(self) -> bytes:
+        return parse_options_header(self.headers.get(b"content-disposition", b""))[1].get(b"name", b"")
+
+
+class _Form:
+    """The parts of a form, in memory; the body's limit is theirs."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Part] = []
+        self.ended = False
+        self._field, self._value = bytearray(), bytearray()
+        self.callbacks: Any = {
+            "on_part_begin": self._begin,
+            "on_header_field": lambda data, start, end: self._field.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._header,
+            "on_end": self._end,
+            "on_part_data": lambda data, start, end: self.parts[-1].data.extend(data[start:end]),
+        }
+
+    def _begin(self) -> None:
+        if len(self.parts) == PARTS:
+            raise Problem("bad_request", f"form: has more than {PARTS} fields")
+        self.parts.append(_Part())
+
+    def _end(self) -> None:
+        self.ended = True
+
+    def _header(self) -> None:
+        self.parts[-1].headers[bytes(self._field).lower()] = bytes(self._value)
+        self._field.clear()
+        self._value.clear()

@@ -1,0 +1,204 @@
+"""The gateway's interface as an OpenAPI 3.1 document, with the limits of the configuration in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dfmcl.serving.gateway.config import GatewayConfig
+from dfmcl.serving.gateway.images import FIELD, FORM, TENSOR, TYPES
+from dfmcl.serving.gateway.problems import STATUSES
+
+# What an endpoint may say in place of an answer; 495 and 499 are for nobody to see.
+CLASSIFY_REASONS = frozenset(STATUSES) - {"client_left", "handshake", "not_found", "method_not_allowed"}
+SUMMARIES = {
+    "/healthz": "Whether the process lives.",
+    "/readyz": "Whether a Triton answers, and this gateway is not about to stop.",
+    "/metrics": "Figures for Prometheus.",
+    "/openapi.json": "This document.",
+    "/docs": "This document, to read.",
+    "/": "A page that classifies an image.",
+}
+KINDS = {"/healthz": "application/json", "/readyz": "application/json", "/metrics": "text/plain"}
+KINDS |= {"/openapi.json": "application/json", "/docs": "text/html", "/": "text/html"}
+
+
+def describe(config: GatewayConfig, version: str) -> dict[str, Any]:
+    """The document. version: of this program."""
+    key: list[dict[str, list[str]]] = [] if config.open else [{"bearer": []}, {"header": []}]
+    paths: dict[str, Any] = {"/v1/classify": {"post": {**_classify(config), "security": key}}}
+    for path, summary in SUMMARIES.items():
+        if path == "/metrics" and config.listen.admin:  # it is not here
+            continue
+        reasons = {"/readyz": {"unavailable"}, "/metrics": set() if config.listen.public_metrics else {"unauthorized"}}
+        operation = {
+            "summary": summary,
+            "operationId": path.strip("/").partition(".")[0] or "index",
+            "responses": {
+                "200": {
+                    "description": "So it is.",
+                    "headers": HEADERS,
+                    "content": {KINDS[path]: {"schema": _kind(path)}},
+                },
+                **_problems(reasons.get(path, set())),
+            },
+        }
+        private = path == "/metrics" and not config.listen.public_metrics
+        paths[path] = {"get": operation | ({"security": key} if private else {})}
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": f"Gateway to {config.triton.model}",
+            "version": version,
+            "description": "Classifies images with an adversarially hardened model behind NVIDIA Triton.",
+        },
+        "paths": paths,
+        "components": {"schemas": _schemas(config), **({} if config.open else {"securitySchemes": schemes})},
+    }
+
+
+def _classify(config: GatewayConfig) -> dict[str, Any]:
+    limits = config.limits
+    file = {"schema": {"type": "string", "format": "binary", "maxLength": limits.body_bytes}}
+    flag = {"type": "boolean", "default": False}
+    form = {"type": "object", "required": [FIELD], "properties": {FIELD: {"type": "string", "format": "binary"}}}
+    answer = {"oneOf": [{"$ref": "#/components/schemas/Classification"}, {"$ref": "#/components/schemas/Batch"}]}
+    return {
+        "summary": "Classify an image, or a batch of them.",
+        "operationId": "classify",
+        "description": f"An image has up to {limits.pixels} pixels, a body up to {limits.body_bytes} bytes. An image is"
+        " turned as its EXIF says, and its alpha lies on white. More than 8 bits a channel and several frames are"
+        " refused, and so is another size than the model takes; with resize=true its middle is fitted (bilinear).",
+        "parameters": [
+            {"name": "resize", "in": "query", "schema": flag, "description": "Resize what has another size."},
+            {"name": "logits", "in": "query", "schema": flag, "description": "Raw logits too; not every key may."},
+            {
+                "name": "X-Request-Timeout-Ms",
+                "in": "header",
+                "schema": {"type": "integer", "minimum": 1, "maximum": 999_999_999, "default": limits.timeout_ms},
+                "description": f"The deadline of this request; more than {limits.max_timeout_ms} counts as that.",
+            },
+            {
+                "name": "X-Request-Id",
+                "in": "header",
+                "schema": {"type": "string"},
+                "description": "Comes back with the answer; one that is no such name is replaced.",
+            },
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                **dict.fromkeys(TYPES, file),
+                FORM: {"schema": form},
+                TENSOR: {"schema": {"$ref": "#/components/schemas/Tensor"}},
+            },
+        },
+        "responses": {
+            "200": {
+                "description": "One image: a Classification. A tensor: a Batch.",
+                "headers": HEADERS,
+                "content": {"application/json": {"schema": answer}},
+            },
+            **_problems(CLASSIFY_REASONS),
+        },
+    }
+
+
+HEADERS: dict[str, Any] = {"X-Request-Id": {"schema": {"type": "string"}, "required": True}}
+RETRY_AFTER = {
+    "description": "Whole seconds after which there is room again: until the images sent are paid for (429), or until"
+    " enough of those that wait are answered (503).",
+    "schema": {"type": "integer", "minimum": 1},
+}
+
+
+def _problems(reasons: frozenset[str] | set[str]) -> dict[str, Any]:
+    """A response for each status of these reasons."""
+    found: dict[str, list[str]] = {}
+    for reason in sorted(reasons):
+        found.setdefault(str(STATUSES[reason]), []).append(reason)
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    again: dict[str, Any] = {"Retry-After": RETRY_AFTER}
+    return {
+        status: {
+            "description": ", ".join(names),
+            "headers": HEADERS | (again if status in ("429", "503") else {}),
+            "content": content,
+        }
+        for status, names in sorted(found.items())
+    }
+
+
+def _kind(path: str) -> dict[str, Any]:
+    return {"type": "object" if KINDS[path] == "application/json" else "string"}
+
+
+def _schemas(config: GatewayConfig) -> dict[str, Any]:
+    top = {
+        "type": "object",
+        "required": ["label", "index", "probability"],
+        "additionalProperties": False,
+        "properties": {
+            "label": {"type": "string"},
+            "index": {"type": "integer", "minimum": 0},
+            "probability": {"type": "number", "minimum": 0, "maximum": 1},
+        },
+    }
+    prediction = {
+        "label": {"type": "string", "description": "Of the most probable class."},
+        "index": {"type": "integer", "minimum": 0},
+        "top": {
+            "type": "array",
+            "items": {"$ref": "#/components/schemas/Class"},
+            "minItems": 1,
+            "maxItems": config.answers.top,
+            "description": f"Best first, probabilities rounded to {config.answers.decimals} decimals.",
+        },
+        "logits": {"type": "array", "items": {"type": "number"}, "description": "In class order; with logits=true."},
+    }
+    about = {
+        "model": {"type": "string"},
+        "version": {"type": "string", "description": "Of the model, which computed all of it."},
+        "request_id": {"type": "string"},
+    }
+    problem = {
+        "reason": {"type": "string", "enum": sorted(STATUSES)},
+        "message": {"type": "string"},
+        "request_id": {"type": ["string", "null"]},
+    }
+    predictions = {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Prediction"}}
+    return {
+        "Class": top,
+        "Prediction": _closed(prediction, optional={"logits"}),
+        "Classification": _closed(prediction | about, optional={"logits"}),
+        "Batch": _closed({"predictions": predictions} | about),
+        "Problem": _closed({"error": _closed(problem)}),
+        "Tensor": {
+            "type": "object",
+            "required": ["inputs"],
+            "description": "KServe v2: one input of uint8 images, (N, height, width, channels), flat or nested.",
+            "properties": {"inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _input()}},
+        },
+    }
+
+
+def _input() -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": ["name", "shape", "datatype", "data"],
+        "properties": {
+            "name": {"type": "string"},
+            "shape": {"type": "array", "minItems": 4, "maxItems": 4, "items": {"type": "integer", "minimum": 1}},
+            "datatype": {"const": "UINT8"},
+            "data": {"type": "array"},
+        },
+    }
+
+
+def _closed(properties: dict[str, Any], optional: set[str] | None = None) -> dict[str, Any]:
+    """An object with these properties and no others."""
+    required = [name for name in properties if name not in (optional or set())]
+    return {"type": "object", "required": required, "additionalProperties": False, "properties": properties}

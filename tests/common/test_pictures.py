@@ -1,0 +1,190 @@
+"""One definition of an image: training's loader and the gateway make the same bytes of a file, or refuse it alike."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from dfmcl.common.errors import BadInput
+from dfmcl.common.pictures import Unusable, fitted, opened, upright
+from dfmcl.robustness import folder
+from dfmcl.robustness.data import load_dataset
+from dfmcl.serving.clients.triton import Contract
+from dfmcl.serving.gateway import images
+from dfmcl.serving.gateway.problems import Problem
+from tests.common.pictures import ORIENTATION, TURNED, Array, drawn, oriented, other, readable, saved, unreadable
+
+SIDE = 16
+GATEWAY_PIXELS = 16_000_000
+READABLE, UNREADABLE, OTHER = readable(), unreadable(), other()
+
+
+def trained(directory: Path, data: bytes, suffix: str = "png", side: int = SIDE) -> Array:
+    """What a network that trains on a folder with this file is shown, (side, side, 3)."""
+    for place in ("train/a", "train/b", "test/a", "test/b"):
+        (directory / place).mkdir(parents=True)
+        (directory / place / "plain.png").write_bytes(READABLE["RGB"])
+    (directory / "train" / "a" / f"odd.{suffix}").write_bytes(data)
+    loaded = load_dataset("folder", str(directory), side)
+    assert len(loaded.x_train) == 3
+    return loaded.x_train[0]  # odd before plain
+
+
+def asked(data: bytes, side: int = SIDE, channels: int = 3, *, resize: bool = True) -> Array:
+    """What Triton is sent for a request with this body, (side, side, channels)."""
+    contract = Contract("", "images", (side, side, channels), "logits", 10, 64)
+    return images.pixels(images.open_image(data, "", GATEWAY_PIXELS), contract, resize=resize)[0]
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_both_rooms_see_the_same_bytes(tmp_path: Path, name: str) -> None:
+    """EXIF, alpha, palettes, grey, CMYK, any shape: equal, pixel by pixel."""
+    np.testing.assert_array_equal(trained(tmp_path, READABLE[name]), asked(READABLE[name]))
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_both_rooms_refuse_in_the_same_words(tmp_path: Path, name: str) -> None:
+    """16 bits, several frames, cut off, no image, a bomb: never an image; training names the file."""
+    data, words = UNREADABLE[name]
+    with pytest.raises(BadInput) as at_training:
+        trained(tmp_path, data)
+    with pytest.raises(Problem) as at_gateway:
+        asked(data)
+    assert str(at_training.value).startswith(f"{tmp_path / 'train' / 'a' / 'odd.png'}: ")
+    assert words in str(at_training.value)
+    assert words in str(at_gateway.value)
+    assert at_gateway.value.reason in ("bad_image", "too_large", "wrong_input")
+
+
+def test_a_bomb_is_one_line(tmp_path: Path) -> None:
+    """Pillow's own warning, which names no file, does not stand beside ours; a warning as an error changes nothing."""
+    code = "import sys; from dfmcl.robustness.folder import read_image; read_image(sys.argv[1], 16)"
+    (tmp_path / "odd.png").write_bytes(UNREADABLE["a bomb below Pillow's own bound"][0])
+    for options in ((), ("-W", "error")):
+        command = [sys.executable, *options, "-c", code, str(tmp_path / "odd.png")]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "Warning" not in ended.stderr
+        assert ended.stderr.splitlines()[-1].startswith("dfmcl.common.errors.BadInput: ")
+        assert "odd.png: has 12000 x 12000 pixels, may have up to" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("suffix", OTHER)
+def test_training_reads_more_than_strangers_may_send(tmp_path: Path, suffix: str) -> None:
+    """GIF, BMP, TIFF and more, whatever the case of the suffix; the gateway has fewer decoders, and names them."""
+    found, expected = trained(tmp_path, OTHER[suffix], suffix, side=20), drawn()[:, 8:28]
+    loss = 40 if suffix in ("gif", "jp2") else 0  # of a palette, and of wavelets
+    assert np.abs(found.astype(int) - expected).mean() <= loss
+    with pytest.raises(Problem, match="is no readable PNG or JPEG or WEBP file"):
+        asked(OTHER[suffix])
+
+
+@pytest.mark.skipif("AVIF" not in folder._readable(), reason="this Pillow has no AVIF")
+def test_avif_is_read(tmp_path: Path) -> None:
+    """As phones and the web have it; an animated one is refused."""
+    rgb = Image.fromarray(drawn())
+    found = trained(tmp_path / "one", saved(rgb, "AVIF", quality=100), "avif", side=20)
+    assert np.abs(found.astype(int) - drawn()[:, 8:28]).mean() < 10  # of its colours at half the resolution
+    with pytest.raises(BadInput, match="has 2 frames"):
+        trained(tmp_path / "two", saved(rgb, "AVIF", save_all=True, append_images=[rgb.rotate(180)]), "avif")
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_several_frames_or_pages_are_no_image(tmp_path: Path, kind: str) -> None:
+    """Which of them is meant is not ours to guess."""
+    rgb = Image.fromarray(drawn())
+    data = saved(rgb, kind, save_all=True, append_images=[rgb.rotate(180), rgb.rotate(90)])
+    with pytest.raises(BadInput, match=r"odd\.png: has 3 frames or pages; save one of them"):
+        trained(tmp_path, data)
+
+
+@pytest.mark.parametrize(("head", "words"), [("P6 20 20 65535", 2), ("P6 20 20 1023", 2), ("P3 20 20 65535", 0)])
+def test_a_deep_ppm_is_refused_as_a_deep_png_is(tmp_path: Path, head: str, words: int) -> None:
+    """Pillow halves its numbers without a word; up to 255 it is an image."""
+    body = b"\0\1" * (20 * 20 * 3) if words else b"1 " * (20 * 20 * 3)
+    with pytest.raises(BadInput, match=r"odd\.ppm: has more than 8 bits a channel; save it with 8"):
+        trained(tmp_path / "deep", head.encode() + b"\n" + body, "ppm")
+    shallow = head.rpartition(" ")[0].encode() + b" 100\n" + body
+    assert trained(tmp_path / "shallow", shallow, "ppm", side=20).shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_an_image_is_upright(orientation: int) -> None:
+    """By EXIF's own table, at the image's own size."""
+    expected = TURNED[orientation](drawn())
+    height, width, _ = expected.shape
+    contract = Contract("", "images", (height, width, 3), "logits", 10, 64)
+    opened_one = images.open_image(oriented(orientation), "image/png", GATEWAY_PIXELS)
+    np.testing.assert_array_equal(images.pixels(opened_one, contract, resize=False)[0], expected)
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_a_tiff_is_turned_once(orientation: int) -> None:
+    """Pillow turns it while it decodes, and takes the entry out."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    picture = opened(io.BytesIO(saved(Image.fromarray(drawn()), "TIFF", exif=exif)), ("TIFF",), 10_000)
+    np.testing.assert_array_equal(np.asarray(upright(picture, "RGB")), TURNED[orientation](drawn()))
+
+
+def test_alpha_lies_on_white() -> None:
+    """c a + 255 (1 - a), within one level of rounding; the hidden colour of a clear pixel never shows."""
+    colours, alpha = drawn(SIDE, SIDE), drawn(SIDE, SIDE, 4)[..., 3:]
+    alpha[:4], alpha[4:8] = 0, 255
+    found = asked(saved(Image.fromarray(np.concatenate([colours, alpha], axis=2)), "PNG"), resize=False)
+    share = alpha / 255
+    assert np.abs(found - (colours * share + 255 * (1 - share))).max() <= 1
+    assert (found[:4] == 255).all()
+    np.testing.assert_array_equal(found[4:8], colours[4:8])
+
+
+def test_a_grey_model_sees_the_grey_of_the_same_image() -> None:
+    """One channel: alpha on white first, then ITU-R 601 luma."""
+    for name in ("RGB", "RGBA", "palette with alpha", "grey with alpha"):
+        luma = asked(READABLE[name]).astype(float) @ [0.299, 0.587, 0.114]
+        assert np.abs(asked(READABLE[name], channels=1)[..., 0] - luma).max() <= 2  # luma is rounded before the resize
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(20, 30, 20), (60, 40, 20), (64, 64, 32), (33, 33, 32), (12, 20, 18), (300, 100, 50)]
+)
+def test_the_middle_is_kept_as_torchvision_keeps_it(height: int, width: int, side: int) -> None:
+    """Resize(side), CenterCrop(side) is the oracle where it need not round the longer side, or the cut, to a pixel."""
+    picture = Image.fromarray(drawn(height, width))
+    oracle = np.asarray(Compose([Resize(side), CenterCrop(side)])(picture))
+    found = np.asarray(fitted(picture, side, side)).astype(int)
+    assert np.abs(found - oracle).max() <= 1  # level: Pillow's weights are whole numbers, of another origin
+
+
+def test_a_long_strip_costs_nothing() -> None:
+    """Fitting its shorter side first would make an image of gigabytes."""
+    strip = Image.new("L", (8_000_000, 1))
+    assert fitted(strip, 224, 224).size == (224, 224)
+
+
+def test_only_the_named_formats_are_tried() -> None:
+    """A PostScript file never reaches the program that Pillow would start for it."""
+    with pytest.raises(Unusable, match="is no readable PNG file"):
+        opened(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), ("PNG",), 100)
+    assert "EPS" not in folder.FORMATS
+
+
+def test_memory_that_ran_out_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told as what it is: by training as itself, by the gateway as overload."""
+
+    def load(self: Image.Image) -> None:
+        raise MemoryError
+
+    picture = opened(io.BytesIO(READABLE["RGB"]), ("PNG",), 10_000)
+    monkeypatch.setattr(type(picture), "load", load)
+    with pytest.raises(MemoryError):
+        upright(picture, "RGB")
+    with pytest.raises(Problem) as refused:
+        asked(READABLE["RGB"])
+    assert (refused.value.reason, refused.value.retry_seconds) == ("overloaded", 1)

@@ -1,0 +1,84 @@
+"""The generated config.pbtxt, read by Triton's own protobuf."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dfmcl.common.errors import BadInput, Refused
+from dfmcl.release.candidate import read_manifest
+from dfmcl.release.layout import checked_name, configs, parse_config, require_ours
+
+
+def test_config_says_what_triton_needs(candidate: Path) -> None:
+    """Triton's protobuf reads the config as one version on one CPU instance, with no delay and no cache."""
+    manifest = read_manifest(candidate)
+    config = parse_config(configs(manifest, "digits", 7, threads=3)["config.pbtxt"], "config.pbtxt")
+    assert (config.name, config.backend, config.default_model_filename) == ("digits", "onnxruntime", "model.onnx")
+    assert list(config.input[0].dims) == [16, 16, 3]
+    assert (
+        config.input[0].data_type
+        == config.input[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_name["TYPE_UINT8"].number
+    )
+    assert list(config.output[0].dims) == [10]
+    assert config.output[0].label_filename == "7/labels.txt"
+    assert list(config.version_policy.specific.versions) == [7]
+    assert [(group.count, group.kind) for group in config.instance_group] == [(1, config.instance_group[0].KIND_CPU)]
+    assert config.HasField("dynamic_batching")
+    assert not config.dynamic_batching.ListFields(), "a delay, levels or a policy make requests wait for half a second"
+    assert not config.response_cache.enable
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, config.max_batch_size]
+    assert dict(config.metric_tags) == {"sha": manifest.model_sha256[:12]}
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "-flag", "a/b", "..", "a b", 'a"b', "1st", "ä", "x" * 65])
+def test_unsafe_name_is_bad_input(name: str) -> None:
+    """A name that could leave its directory or break a config is refused."""
+    with pytest.raises(BadInput, match="model name"):
+        checked_name(name)
+
+
+@pytest.mark.parametrize("kind", ["config.pbtxt", "configs/gpu.pbtxt"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('backend: "onnxruntime"', 'backend: "python"'),
+        ('"model.onnx"', '"other.onnx"'),
+        ('"1/labels.txt"', '".staging-x/labels.txt"'),
+        ("enable: false", "enable: true"),
+        ("dynamic_batching { }", "dynamic_batching { priority_levels: 2 default_priority_level: 1 }"),
+        ('name: "digits"', 'name: "digits"\nruntime: "model.py"'),
+        ('name: "digits"', 'name: "digits"\nmodel_operations { op_library_filename: "evil.so" }'),
+        ('name: "digits"', 'name: "digits"\ncc_model_filenames { key: "9.0" value: "../.staging-x/evil.onnx" }'),
+        ('name: "digits"', 'name: "digits"\nparameters { key: "EXECUTION_ENV_PATH" value { string_value: "/evil" } }'),
+    ],
+)
+def test_config_that_promotion_did_not_write_is_refused(
+    candidate: Path, tmp_path: Path, kind: str, old: str, new: str
+) -> None:
+    """A config that was edited to run, to load or to answer otherwise is not served; as it was written it is."""
+    manifest = read_manifest(candidate)
+    text, path = configs(manifest, "digits", 1, threads=3)[kind], tmp_path / kind
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    require_ours(path, manifest, "digits", 1)
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(Refused, match="is not what promotion writes for version 1"):
+        require_ours(path, manifest, "digits", 1)
+
+
+def test_the_config_for_gpus_differs_in_its_instances_only(candidate: Path) -> None:
+    """Two instances, CUDA and TensorRT in FP32."""
+    texts = configs(read_manifest(candidate), "digits", 7)
+    assert list(texts) == ["configs/gpu.pbtxt", "config.pbtxt"], "the commit comes last"
+    cpu, gpu = (parse_config(texts[name], name) for name in ("config.pbtxt", "configs/gpu.pbtxt"))
+    assert [(group.count, group.kind) for group in gpu.instance_group] == [(2, gpu.instance_group[0].KIND_GPU)]
+    accelerators = gpu.optimization.execution_accelerators.gpu_execution_accelerator
+    assert [entry.name for entry in accelerators] == ["tensorrt", "cuda"]
+    assert accelerators[0].parameters["precision_mode"] == "FP32"
+    for config in (cpu, gpu):
+        config.ClearField("instance_group")
+        config.ClearField("optimization")
+    assert cpu == gpu
