@@ -34,8 +34,8 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
 

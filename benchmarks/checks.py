@@ -42,13 +42,13 @@ from dfmcl.robustness.checks import CHECKS, diagnose
 from dfmcl.robustness.data import Bytes, Dataset, load_dataset
 from dfmcl.robustness.diagnosis import IMAGES, Background
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.memory import repeated
+from dfmcl.robustness.memorisation import repeated
 from dfmcl.robustness.models import Classifier, exactly, frozen, to_bytes, to_float
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import upper_bound
 from dfmcl.robustness.substitute import learnt as learnt_from
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
 from tests.robustness.traps import TRAPS, sprung

@@ -101,7 +101,7 @@ def false_pages(
 
 
 def bars(recorded: float) -> dict[str, float]:
-    """Where the sidecar pages, by how many images the gate's figure is from; see dfmcl.monitoring.losses."""
+    """Where the sidecar pages, by how many images the gate's figure is from; see dfmcl.monitoring.lost."""
     figures = 1 + TRANSFER
     return {f"{n:,}": lower_bound(round(recorded * n), n, 1 - RISK / figures) for n in GATE_IMAGES}
 

@@ -28,7 +28,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.records import Evaluation, joined
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 Rows = NDArray[np.int64]
 

@@ -28,12 +28,12 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.measurements import parse_threat
 from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import PairedCounts
-from dfmcl.robustness.suite import parse_threat
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains
+from dfmcl.robustness.threats.threat import Threat
 
 SHIPPED = Path("model_repository/resnet18-cifar10")
 NETWORKS = (SHIPPED / "1", *(SHIPPED / "surrogates" / f"surrogate-{name}" for name in ("pgd", "pgd-8", "trades")))

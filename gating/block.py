@@ -20,7 +20,7 @@ from dfmcl.robustness.evaluate import Outcome, evaluate
 from dfmcl.robustness.gradients import AttackPass
 from dfmcl.robustness.records import Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 ARRAYS = ("adversarial", "clean_logits", "adversarial_logits")
 

@@ -136,9 +136,9 @@ def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], str 
     if subject.model is not None:
         return attacks, None
     named = {attack.name for attack in attacks}
-    blind = [attack for attack in attacks if not attack.needs_gradients]
+    blind = [attack for attack in attacks if not attack.kind.gradients]
     blind += [attack for attack in Attack.parse_suite(policy.attacks.black_box) if attack.name not in named]
-    if not blind or any(attack.needs_gradients for attack in blind):
+    if not blind or any(attack.kind.gradients for attack in blind):
         raise BadInput("policy attacks.black_box: needs attacks without gradients, such as square-1000")
     return tuple(blind), subject.no_gradients
 

@@ -26,11 +26,11 @@ from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.report import REPORT, build_report
+from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
 from dfmcl.gating.signing.attestation import ATTESTATION, PROBES, sign
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.sources import sources_of, transferred
-from dfmcl.gating.state import State, secret_of
 from dfmcl.gating.subject import Subject
 from dfmcl.robustness import checks
 from dfmcl.robustness.data import Bytes, Dataset, Labels
@@ -38,7 +38,7 @@ from dfmcl.robustness.diagnosis import Background
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
 from dfmcl.robustness.gradients import AttackPass, attack_pass
-from dfmcl.robustness.memory import copies, repeated
+from dfmcl.robustness.memorisation import copies, repeated
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.ranks import Ranks

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_toml, validated
 from dfmcl.gating.signing.statement import VALID_DAYS
-from dfmcl.robustness.threats.ball import Threat, parse_eps
+from dfmcl.robustness.threats.threat import Threat, parse_eps
 
 METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
 NO_REGRESSION = "no_regression"

@@ -18,7 +18,7 @@ from dfmcl.gating.baseline import Baseline, compare
 from dfmcl.gating.block import Block, Plan, attack_block
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Policy
-from dfmcl.gating.state import State
+from dfmcl.gating.resumption import State
 from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.evaluate import Outcome

@@ -9,7 +9,7 @@ from dfmcl.common.errors import Broken
 from dfmcl.common.progress import Track
 from dfmcl.gating.block import Source
 from dfmcl.gating.case import Case
-from dfmcl.gating.state import State
+from dfmcl.gating.resumption import State
 from dfmcl.robustness.attacks.transfer import ensemble, ensemble_sha256
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.ranks import Ranks

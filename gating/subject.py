@@ -23,8 +23,8 @@ from dfmcl.gating.gradients import NoGradients, differentiable
 from dfmcl.gating.signing.attestation import candidate_files, read_candidate
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes
-from dfmcl.robustness.graph import apart, artefact, count_classes, noise, read_graph
 from dfmcl.robustness.models import device_of, exactly, frozen, to_float
+from dfmcl.robustness.onnx_graph import apart, artefact, count_classes, noise, read_graph
 from dfmcl.robustness.runs import load_run
 
 MODEL = "model.onnx"

@@ -15,8 +15,8 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.radius import Radius
+from dfmcl.robustness.threats.threat import Threat
 
 WEEK_SECONDS = 7 * 24 * 3600.0
 

@@ -30,8 +30,8 @@ from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, load_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains_uint8
+from dfmcl.robustness.threats.threat import Threat
 
 Indices = npt.NDArray[np.int64]
 

@@ -24,7 +24,7 @@ from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.seeds import derived_seed
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 AHEAD = 2  # rounds that lie ready; more would only be older when they are used
 CRAFT_IMAGES = 8  # a pass is what a server on the same cores waits for; fewer would cost more in all

@@ -19,10 +19,10 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from dfmcl.monitoring.budget import Budget
+from dfmcl.monitoring.evidence import STATES, Attested, Release
 from dfmcl.monitoring.journal import RECENT, AttackTotals, Histogram, Journal, VersionTotals
-from dfmcl.monitoring.losses import LOSSES
+from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
-from dfmcl.monitoring.release import STATES, Attested, Release
 from dfmcl.robustness.statistics import Share
 
 BOUND = "Upper bound of robust accuracy: the attack does not know the weights."

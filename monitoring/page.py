@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from dfmcl.monitoring.bounds import Bounds
+from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal, Point, VersionTotals
 from dfmcl.monitoring.metrics import Identity, Snapshot
-from dfmcl.monitoring.release import Release
 from dfmcl.monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
 from dfmcl.robustness.data import Bytes
 

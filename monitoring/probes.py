@@ -12,17 +12,13 @@ from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.endpoint import Logits
-from dfmcl.robustness.attacks.registry import Attack, Model
+from dfmcl.robustness.attacks.registry import ATTACKS, Attack, Model
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.models import to_bytes, to_float
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains_uint8, to_uint8
-
-# What an outsider with nothing but answers can do: scores for one, labels for the other.
-BY_QUERIES = ("square", "rays")
-NEEDS_SCORES = ("square",)
+from dfmcl.robustness.threats.threat import Threat
 
 Ask = Callable[[Bytes], Logits]
 """uint8 images (N, H, W, C) to the logits (N, K) that the endpoint gives them."""
@@ -118,8 +114,9 @@ def craft(source: Model, scene: Scene, attack: Attack, *, part: int = 0) -> Byte
 def query_attack(name: str) -> Attack:
     """An attack by name, as it is used through answers alone, with its budget: `square-100`, `rays-200`."""
     attack = Attack.parse(name)
-    if attack.kind not in BY_QUERIES:
-        raise BadInput(f"attack: {name!r} is no search by queries; choose one of {', '.join(BY_QUERIES)}")
+    if not attack.kind.live:
+        known = [kind for kind, found in ATTACKS.items() if found.live]
+        raise BadInput(f"attack: {name!r} is no search by queries; choose one of {', '.join(known)}")
     if "queries" not in attack.parameters:
         raise BadInput(f"attack: {name!r}: a live endpoint needs a budget; write {name}-100 for 100 queries an image")
     return attack

@@ -13,8 +13,8 @@ import numpy as np
 
 from dfmcl.common.errors import DfmclError, Rejected
 from dfmcl.monitoring.endpoint import Clock, Endpoint, Manners, Paused, Predict, reason_of
+from dfmcl.monitoring.evidence import Find, Release
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Ask, Found, Scene
-from dfmcl.monitoring.release import Find, Release
 from dfmcl.monitoring.results import (
     GATEWAY,
     TRITON,
@@ -29,7 +29,7 @@ from dfmcl.monitoring.results import (
 )
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 EXAMPLES = 2  # of an attack and round, for the page
 

@@ -22,20 +22,20 @@ from dfmcl.common.progress import Track, silent
 from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.monitoring import config as config_of
-from dfmcl.monitoring import mitigation, page, release
+from dfmcl.monitoring import evidence, mitigation, page
 from dfmcl.monitoring.bounds import MONTH_SECONDS, limit
 from dfmcl.monitoring.budget import BackOff, Budget
 from dfmcl.monitoring.config import Query, WatchConfig
 from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted, prepared_scenes
 from dfmcl.monitoring.crafting import Crafter, Pace, require_fit, scenes
 from dfmcl.monitoring.endpoint import Clock, Latencies, Manners, Stopped
+from dfmcl.monitoring.evidence import REPORT, Find, Release
 from dfmcl.monitoring.journal import VERSIONS, Journal
-from dfmcl.monitoring.losses import bars, losses
+from dfmcl.monitoring.lost import bars, losses
 from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
 from dfmcl.monitoring.mitigation import Mitigation
-from dfmcl.monitoring.probes import NEEDS_SCORES, query_attack
+from dfmcl.monitoring.probes import query_attack
 from dfmcl.monitoring.record import Record
-from dfmcl.monitoring.release import REPORT, Find, Release
 from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import Plan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
@@ -412,7 +412,7 @@ class Sidecar:
 
 def _gateway_clients(query: Query, plan: Plan, keys: tuple[str, str]) -> tuple[GatewayClient, GatewayClient]:
     """Of the canary that attacks and of the harmless one; BadInput for a URL or an authority that cannot be used."""
-    scores = plan.attacks[0].kind in NEEDS_SCORES
+    scores = plan.attacks[0].kind.scores
     attacker, harmless = (
         GatewayClient(
             query.gateway,
@@ -432,22 +432,22 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
     """Where the evidence is looked up; BadInput where a surrogate holds the weights of a release that lies there."""
     chosen = config.release
     if chosen.evidence:
-        attested = release.read_report(Path(chosen.evidence))
+        attested = evidence.read_report(Path(chosen.evidence))
         surrogates.require_apart(attested.checkpoint_sha256, chosen.evidence)
-        return release.always(Path(chosen.evidence))
+        return evidence.always(Path(chosen.evidence))
     if not chosen.repository:
-        return release.nothing
+        return evidence.nothing
     trust = follow_trust(Path(chosen.trust), say) if chosen.trust else None
     model = Path(chosen.repository) / config.target.model
     if not model.is_dir():
         raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes")
     for report in sorted(model.glob(f"*/{REPORT}")):
         try:
-            checkpoint = release.read_report(report.parent).checkpoint_sha256
+            checkpoint = evidence.read_report(report.parent).checkpoint_sha256
         except BadInput:
             continue  # it is said to be invalid when its version answers
         surrogates.require_apart(checkpoint, str(report.parent))
-    return release.follow(Path(chosen.repository), config.target.model, trust)
+    return evidence.follow(Path(chosen.repository), config.target.model, trust)
 
 
 def _identity(config: WatchConfig, work: Work) -> Identity:
@@ -474,7 +474,7 @@ def _identity(config: WatchConfig, work: Work) -> Identity:
         surrogates_sha256=work.recipe.surrogates.sha256,
         interval_seconds=intervals,
         labels=work.recipe.labels,
-        gated=work.find is not release.nothing,
+        gated=work.find is not evidence.nothing,
     )
 
 

@@ -45,13 +45,13 @@ from dfmcl.release.candidate import (
 )
 from dfmcl.robustness.attacks.registry import pgd
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
+from dfmcl.robustness.onnx_graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
 from dfmcl.robustness.provenance import now, versions
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import to_uint8
+from dfmcl.robustness.threats.threat import Threat
 
 OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
 OLDEST_OPSET = 7  # that ONNX Runtime promises to run

@@ -33,11 +33,11 @@ from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.diagnosis import BEYOND, FEW_STEPS, QUERYING, STEPS, Background, Examination
 from dfmcl.robustness.evaluate import Decide
 from dfmcl.robustness.finding import Check, Figures, Found, surplus, too_many
-from dfmcl.robustness.memory import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
+from dfmcl.robustness.memorisation import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
 from dfmcl.robustness.models import frozen
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import Flags, lower_bound
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 PROBABILITY = 1e-4  # float32 sums a thousand probabilities to 1 within 1e-5
 NO_GRADIENT = 0.05  # of the images: float32 has a gradient while the margin is below 88; of trained logits it is ~20

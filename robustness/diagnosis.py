@@ -24,8 +24,8 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import project, start, steepest, to_uint8
+from dfmcl.robustness.threats.threat import Threat
 
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
 STEPS = 20
@@ -287,7 +287,7 @@ class Examination:
             self._images[left],
             self._labels[left],
             self.threat,
-            [Attack(f"check: {name}", ATTACKS[name], {"queries": QUERYING[name]})],
+            [Attack(f"check: {name}", ATTACKS[name].function, {"queries": QUERYING[name]})],
             decide=lambda x: self._decide(x.to(self.x.device)),
             grid=self.grid,
             seed=self.seed,

@@ -22,8 +22,8 @@ from dfmcl.robustness.losses import right
 from dfmcl.robustness.models import device_of, exactly, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains, contains_uint8, project, steepest, to_uint8
+from dfmcl.robustness.threats.threat import Threat
 
 # Images that come as bytes lie in channels_last, which a CPU answers 15 % faster in a large batch; in one of these the
 # reordering of weights decides, and takes a quarter longer for it.
@@ -171,7 +171,7 @@ class _Bench:
             trial = Trial(y, None if climbed is None else kept.confirm)  # a query decides itself
             shown: Decide = self.decide
             if climbed is not None:
-                shown = climbed.exact if attack.needs_float32 else climbed
+                shown = climbed.exact if attack.kind.float32 else climbed
             kept.conclude(attack(shown, x, y, self.threat, generator=stream, trial=trial))
             self._keep(index, x, kept)
             counts.add(index, kept, trial)

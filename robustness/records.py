@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.suites import FROM
 from dfmcl.robustness.statistics import Share
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 FORMAT = "dfmcl.evaluation/1"
 T = TypeVar("T")

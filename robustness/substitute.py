@@ -21,8 +21,8 @@ from dfmcl.robustness.attacks.registry import mi_fgsm
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.models import ResNet18, frozen, to_float
 from dfmcl.robustness.seeds import derived_seed, generator
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import project, steepest, to_uint8
+from dfmcl.robustness.threats.threat import Threat
 
 SIDE = 32  # larger images are looked at in this size: the substitute is small, and transfer cares for coarse patterns
 WIDTH = 8

@@ -42,7 +42,7 @@ SLOW = (
     "test_model_repository.py", "test_models.py", "test_page.py", "test_parallel.py", "test_platform.py",
     "test_promotion.py", "test_quickstart_shipped.py", "test_repair.py", "test_rollout_slices.py", "test_sidecar.py",
     "test_sidecar_gateway.py", "test_standard.py", "test_subject.py", "test_subspaces.py", "test_transfer.py",
-    "test_triton.py", "test_watch_command.py", "test_watch_metrics.py", "test_watch_release.py", "test_watch_triton.py",
+    "test_triton.py", "test_watch_command.py", "test_watch_metrics.py", "test_evidence.py", "test_watch_triton.py",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from dfmcl.gating.signing.keys import keygen, read_public
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.robustness.checks import CHECKS
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire

@@ -16,7 +16,7 @@ from benchmarks.attacks import SHIPPED, Counted, shipped, torchattacks_square
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import clopper_pearson
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.plan import load_campaign, runs
 from dfmcl.training.record import read_record
 from dfmcl.training.table import table

@@ -18,7 +18,7 @@ from benchmarks.standard import ATTACKS, RISK, SHIPPED, begun, by_turns, draw, m
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 
 def test_a_margin_is_positive_where_an_image_held() -> None:

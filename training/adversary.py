@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dfmcl.robustness.attacks.registry import Loss, Model, climb, fgsm
 from dfmcl.robustness.losses import cross_entropy, margin
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.noise import Noise
 
 Craft = Callable[..., Tensor]

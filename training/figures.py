@@ -9,7 +9,7 @@ from typing import Any
 
 from dfmcl.robustness.hyperscore import combined_value
 from dfmcl.robustness.statistics import Flags, Share
-from dfmcl.robustness.threats.ball import Threat, eps_label
+from dfmcl.robustness.threats.threat import Threat, eps_label
 from dfmcl.training.plan import WORST, Campaign, Method
 from dfmcl.training.record import Record
 

@@ -14,7 +14,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.ball import parse_eps
+from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.adversary import CRAFTS
 from dfmcl.training.augmentation import augment
 from dfmcl.training.averaging import MovingAverage

@@ -15,8 +15,8 @@ from pydantic import BeforeValidator, Field, InstanceOf
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, read_shipped, shipped, validated
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.ball import Threat, eps_label, parse_eps
 from dfmcl.robustness.threats.radius import Radius
+from dfmcl.robustness.threats.threat import Threat, eps_label, parse_eps
 from dfmcl.training.config import TrainConfig, load_config
 
 S = TypeVar("S", bound=Section)

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dfmcl.robustness.threats.ball import eps_label, parse_eps
+from dfmcl.robustness.threats.threat import eps_label, parse_eps
 from dfmcl.training.figures import accuracy_over_eps, informed, measured_methods, of
 from dfmcl.training.plan import Campaign
 from dfmcl.training.record import Record

@@ -14,7 +14,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.files import dump_json, read_json, write_text
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.plan import WORST, Run
 
 FORMAT = "dfmcl.campaign.record/1"

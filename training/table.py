@@ -10,7 +10,7 @@ import numpy as np
 
 from dfmcl.robustness.hyperscore import hyperscore
 from dfmcl.robustness.statistics import PairedCounts, bootstrap_difference
-from dfmcl.robustness.threats.ball import Threat, eps_label, parse_eps
+from dfmcl.robustness.threats.threat import Threat, eps_label, parse_eps
 from dfmcl.training.figures import (
     NOT_MEASURED,
     at,

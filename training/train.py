@@ -23,7 +23,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.course import ELSEWHERE, Course
 from dfmcl.training.learner import Learner

@@ -17,7 +17,7 @@ from dfmcl.gating.formats import charts, summary
 from dfmcl.gating.formats.gallery import gallery
 from dfmcl.gating.formats.markdown import NEWLY_BROKEN
 from dfmcl.gating.formats.summary import Probes, Report
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
 MATRIX = 16

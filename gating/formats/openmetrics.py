@@ -14,11 +14,11 @@ from prometheus_client.registry import Collector
 
 from dfmcl.gating.formats import summary
 from dfmcl.gating.formats.summary import Report
+from dfmcl.gating.verdict import EXIT_CODES
 
 Labels = Mapping[str, str]
 Rows = Iterable[tuple[Labels, float | None]]
 INTERVAL = "exact 95 % of one look (Clopper-Pearson), 0 to 1."
-VERDICTS = ("passed", "failed", "inconclusive", "suspect")
 TRANSFER = "Upper bound of robust accuracy: the attack knows only the surrogate."
 
 
@@ -69,7 +69,7 @@ def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
         "revision": report["code"]["revision"],
     }
     yield _gauge("robustness_gate_info", "What was judged, by which policy, on which data.", [(about, 1)])
-    states = [({**model, "state": state}, float(report["verdict"] == state)) for state in VERDICTS]
+    states = [({**model, "state": state}, float(report["verdict"] == state)) for state in EXIT_CODES]
     yield _gauge("robustness_gate_state", "1 for the gate's verdict.", states)
     ran = datetime.fromisoformat(report["created"]).timestamp()
     yield _gauge("robustness_gate_evaluated_timestamp_seconds", "When the gate ran, unix time.", [(model, ran)])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import project, start, steepest
+from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
 TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]

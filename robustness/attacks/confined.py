@@ -15,7 +15,7 @@ from dfmcl.robustness.attacks.square import SEARCHES, patch_side, patched, signs
 from dfmcl.robustness.attacks.subspaces import Chart, Subspace, subspaces
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin, value_and_gradient
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import norms
+from dfmcl.robustness.threats.threat import Threat
 
 
 def cw_l2(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import targeted_margin, value_and_gradient
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import norms, project, start
+from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 PRECISION = 1e-3  # of eps: how exactly the radius at which a ray crosses the border is found
 

@@ -25,11 +25,11 @@ from dfmcl.robustness.attacks.cw import cw_l2
 from dfmcl.robustness.attacks.fab import fab_targeted
 from dfmcl.robustness.attacks.rays import rays
 from dfmcl.robustness.attacks.square import square
-from dfmcl.robustness.attacks.suites import FROM, SUITES, WITHOUT_GRADIENTS
+from dfmcl.robustness.attacks.suites import FROM, SUITES
 from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.ball import Threat, parse_eps
 from dfmcl.robustness.threats.geometry import project, start, steepest
+from dfmcl.robustness.threats.threat import Threat, parse_eps
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -147,42 +147,57 @@ ti_fgsm = partial(mi_fgsm, transforms=("ti",))
 vmi_fgsm = partial(mi_fgsm, transforms=("vmi",))
 """MI-FGSM by gradients tuned to those around. Wang & He 2021."""
 
-ATTACKS: dict[str, AttackFunction] = {
-    "fgsm": fgsm,
-    "pgd": pgd,
-    "margin-pgd": margin_pgd,
-    "mi-fgsm": mi_fgsm,
-    "cw-l2": cw_l2,
-    "apgd-ce": apgd,
-    "apgd-t": apgd_targeted,
-    "fab-t": fab_targeted,
-    "square": square,
-    "subspace": subspace,
-    "square-subspace": square_subspace,
-    "rays": rays,
-    "di-fgsm": di_fgsm,
-    "ti-fgsm": ti_fgsm,
-    "vmi-fgsm": vmi_fgsm,
+
+@dataclass(frozen=True)
+class Kind:
+    """An attack, what it needs and what it can.
+
+    gradients: whether the model must be differentiable.
+    scores: whether it looks at more than labels.
+    float32: whether a copy in half precision would weaken it.
+    restarts: whether it may be told to run more than once.
+    carried: what it is told when it is crafted on a surrogate for another model; None where it does not transfer.
+    live: whether an outsider runs it against an endpoint.
+    """
+
+    function: AttackFunction
+    gradients: bool = True
+    scores: bool = True
+    float32: bool = False
+    restarts: bool = True
+    carried: Mapping[str, Any] | None = None
+    live: bool = False
+
+
+# The last iterate, as one that fools the surrogate early says little about the other.
+LAST = {"steps": 10, "keep": "last"}
+carried = partial(Kind, restarts=False, carried=LAST)  # it starts at the image itself
+# What they compare, scores of two proposals, differs by less than bfloat16's steps: that cost Square 2 points of its
+# strength. They spend their queries on one search.
+blind = partial(Kind, gradients=False, float32=True, restarts=False)
+
+ATTACKS: dict[str, Kind] = {
+    "fgsm": Kind(fgsm, carried={}),
+    "pgd": Kind(pgd, carried=LAST),
+    "margin-pgd": Kind(margin_pgd, carried=LAST),
+    "mi-fgsm": carried(mi_fgsm),
+    "cw-l2": Kind(cw_l2, restarts=False),  # it searches from the image itself
+    "apgd-ce": Kind(apgd),
+    "apgd-t": Kind(apgd_targeted),
+    "fab-t": Kind(fab_targeted, float32=True),  # the way to the border: 1 to 3 points in bfloat16
+    "square": blind(square, live=True),
+    "subspace": Kind(subspace),
+    "square-subspace": blind(square_subspace),
+    "rays": blind(rays, scores=False, live=True),
+    "di-fgsm": carried(di_fgsm),
+    "ti-fgsm": carried(ti_fgsm),
+    "vmi-fgsm": carried(vmi_fgsm),  # 55 passes of the surrogates an image, the others 10
 }
-
-# Those that are carried from a surrogate to another model, with what that needs: the last iterate, as one that fools
-# the surrogate early says little about the other.
-TRANSFERABLE: dict[str, dict[str, Any]] = {
-    "fgsm": {},
-    "pgd": {"steps": 10, "keep": "last"},
-    "margin-pgd": {"steps": 10, "keep": "last"},
-    "mi-fgsm": {"steps": 10, "keep": "last"},
-    "di-fgsm": {"steps": 10, "keep": "last"},
-    "ti-fgsm": {"steps": 10, "keep": "last"},
-    "vmi-fgsm": {"steps": 10, "keep": "last"},  # 55 passes of the surrogates an image, the others 10
-}
-
-# What they compare, scores of two proposals or the way to the border, differs by less than bfloat16's steps: that cost
-# Square 2 points of its strength and FAB-T 1 to 3.
-IN_FLOAT32 = ("fab-t", *WITHOUT_GRADIENTS)
-
-# One run each: C&W searches from the image itself, the FGSMs start there, the others spend their queries on one search.
-WITHOUT_RESTARTS = ("cw-l2", "mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm", *WITHOUT_GRADIENTS)
+# The longest first, so that no kind is taken for a shorter one.
+GRAMMAR = re.compile(
+    rf"(?P<kind>{'|'.join(sorted(ATTACKS, key=len, reverse=True))})"
+    r"(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?(?:@(?P<step_size>.*))?"
+)
 
 
 @dataclass(frozen=True)
@@ -201,28 +216,26 @@ class Attack:
         `square-subspace-1000` and `rays-1000` the number is that of queries. BadInput where the name or a number makes
         no sense.
         """
-        match = re.fullmatch(
-            r"(?P<kind>[a-z0-9-]*?[a-z2])(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?(?:@(?P<step_size>.*))?", text
-        )
-        kind = match["kind"] if match else ""
-        if match is None or kind not in ATTACKS:
+        match = GRAMMAR.fullmatch(text)
+        if match is None:
             raise BadInput(
                 f"attack: {text!r} is unknown; choose from {', '.join(ATTACKS)}, with -STEPS or -STEPSxRESTARTS"
             )
+        kind = match["kind"]
         parameters: dict[str, Any] = {key: int(match[key]) for key in ("steps", "restarts") if match[key]}
         if any(value < 1 for value in parameters.values()) or (kind == "fgsm" and parameters):
             raise BadInput(f"attack: {text!r}: steps and restarts must be at least 1, and fgsm takes none")
-        if kind in WITHOUT_RESTARTS and "restarts" in parameters:
+        if "restarts" in parameters and not ATTACKS[kind].restarts:
             raise BadInput(f"attack: {text!r}: {kind} takes no restarts")
-        if kind in WITHOUT_GRADIENTS and "steps" in parameters:
+        if "steps" in parameters and not ATTACKS[kind].gradients:
             parameters = {"queries": parameters["steps"]}
         if match["step_size"] is not None:
-            if "step_size" not in inspect.signature(ATTACKS[kind]).parameters:
+            if "step_size" not in inspect.signature(ATTACKS[kind].function).parameters:
                 raise BadInput(f"attack: {text!r}: {kind} takes no step size")
             if step_length(match["step_size"], Threat("linf", 1.0)) <= 0:
                 raise BadInput(f"attack: {text!r}: a step is longer than 0")
             parameters["step_size"] = match["step_size"]
-        return Attack(text, ATTACKS[kind], parameters)
+        return Attack(text, ATTACKS[kind].function, parameters)
 
     @staticmethod
     def parse_suite(suite: str | Sequence[str]) -> tuple[Attack, ...]:
@@ -242,30 +255,21 @@ class Attack:
         BadInput for others, and for restarts, which are chosen by looking at the target.
         """
         attack = Attack.parse(name)
-        if attack.kind not in TRANSFERABLE:
-            raise BadInput(f"attack: {name!r} does not transfer; choose one of {', '.join(TRANSFERABLE)}")
+        if attack.kind.carried is None:
+            known = [kind for kind, found in ATTACKS.items() if found.carried is not None]
+            raise BadInput(f"attack: {name!r} does not transfer; choose one of {', '.join(known)}")
         if "restarts" in attack.parameters:
             raise BadInput(f"attack: {name!r}: restarts are chosen by looking at the target; leave them out")
-        return replace(attack, parameters=TRANSFERABLE[attack.kind] | dict(attack.parameters))
+        return replace(attack, parameters={**attack.kind.carried, **attack.parameters})
 
     def crafted_on(self, network: str) -> Attack:
         """The same under a name that says on which other network it climbs: `mi-fgsm-10 from surrogate`."""
         return replace(self, name=f"{self.name}{FROM}{network}")
 
     @property
-    def kind(self) -> str:
-        """The name without its numbers."""
-        return next(kind for kind, function in ATTACKS.items() if function is self.function)
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether the model must be differentiable."""
-        return self.function not in [ATTACKS[name] for name in WITHOUT_GRADIENTS]
-
-    @property
-    def needs_float32(self) -> bool:
-        """Whether a faster copy of the model in half precision would weaken it."""
-        return self.function in [ATTACKS[name] for name in IN_FLOAT32]
+    def kind(self) -> Kind:
+        """What it needs and can; a function that is none of ours needs gradients."""
+        return next((kind for kind in ATTACKS.values() if kind.function is self.function), Kind(self.function))
 
     def __call__(
         self,

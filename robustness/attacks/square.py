@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import norms, project
+from dfmcl.robustness.threats.threat import Threat
 
 # Where the patch's share of the image is halved, in ten-thousandths of all queries (section 5 of the paper).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

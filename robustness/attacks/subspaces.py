@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import norms
+from dfmcl.robustness.threats.threat import Threat
 
 COARSE = 2  # pixels from one free value to the next, where frequencies are low
 # Interpolation to how many pixels beyond its own a value reaches. Linear slopes have next to nothing in the upper half

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import start
+from dfmcl.robustness.threats.threat import Threat
 
 Pass = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 """Points `(N, C, H, W)`, labels `(N,)`, whether a gradient is wanted: loss `(N,)`, its gradient, logits `(N, K)`."""

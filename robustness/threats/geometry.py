@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 # How far float32 arithmetic may carry a projected point out of its ball: eps is at most ~1 for linf and
 # ~50 for l2, where one rounding is 4e-6; a uint8 step is 4e-3.

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.threats.ball import parse_eps
+from dfmcl.robustness.threats.threat import parse_eps
 
 
 def _is_radius(text: str) -> str:

@@ -16,7 +16,7 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.statistics import lower_bound, upper_bound
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 IMAGES, POPULATION, BLOCK = 200, 450, 8
 CLASSES = tuple(f"digit {number}" for number in range(10))

@@ -27,11 +27,11 @@ from dfmcl.gating.formats.markdown import markdown
 from dfmcl.gating.gate import gate
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy, load_policy
+from dfmcl.gating.resumption import SEAL_BYTES
 from dfmcl.gating.sequence import Progress
 from dfmcl.gating.signing.attestation import BadEvidence, read_evidence
 from dfmcl.gating.signing.keys import keygen
 from dfmcl.gating.signing.probes import as_npz, read_probes
-from dfmcl.gating.state import SEAL_BYTES
 from dfmcl.gating.subject import Subject, candidate_subject
 from dfmcl.release.export import export
 from dfmcl.robustness.attacks.registry import Attack
@@ -40,7 +40,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import exactly
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import lower_bound, upper_bound
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from tests.signing import make_key, policy_of, probes_of, true_report
 
 ROOT = Path(__file__).parents[2]

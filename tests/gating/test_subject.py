@@ -34,8 +34,8 @@ from dfmcl.gating.subject import (
 from dfmcl.release.export import export
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.gradients import attack_pass
-from dfmcl.robustness.graph import noise, read_graph
 from dfmcl.robustness.models import frozen
+from dfmcl.robustness.onnx_graph import noise, read_graph
 from dfmcl.robustness.runs import load_run
 from tests.serving.workshop import write_run
 

@@ -11,12 +11,12 @@ import torch
 
 from dfmcl.monitoring.crafting import Pool, draw, scenes
 from dfmcl.monitoring.endpoint import Latencies, Manners, Stopped
+from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.probes import Scene
-from dfmcl.monitoring.release import Release
 from dfmcl.monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import Plan, run_round
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.conftest import Ticking
 

@@ -22,8 +22,8 @@ from dfmcl.monitoring.sidecar import watch
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains_uint8
+from dfmcl.robustness.threats.threat import Threat
 
 Make = Callable[..., Any]
 FEW = 100  # more than one batch

@@ -22,7 +22,7 @@ from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.monitoring.sidecar import _unless_stopped
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from tests.monitoring.conftest import wait_for
 from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal
 from dfmcl.monitoring.page import render
-from dfmcl.monitoring.release import Release
 from dfmcl.monitoring.results import GATEWAY, Example, Round
 from tests.gating.browser import BROWSER, MISSING, Visit, visit
 from tests.monitoring.test_watch_metrics import (

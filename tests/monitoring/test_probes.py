@@ -10,7 +10,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.endpoint import Endpoint
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.serving.clients.triton import Answer
 from tests.linear import Linear
 from tests.linear import images as near_grey

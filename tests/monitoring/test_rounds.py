@@ -11,8 +11,8 @@ import pytest
 from dfmcl.common.errors import Unavailable
 from dfmcl.monitoring.crafting import scenes
 from dfmcl.monitoring.endpoint import Latencies, Stopped
+from dfmcl.monitoring.evidence import Release, Replay
 from dfmcl.monitoring.probes import query_attack
-from dfmcl.monitoring.release import Release, Replay
 from dfmcl.monitoring.results import GATEWAY, AttackResult, RoundResult
 from dfmcl.monitoring.rounds import EXAMPLES, run_query_round
 from dfmcl.serving.clients.triton import Answer

@@ -8,6 +8,7 @@ import pytest
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.config import load_config
+from dfmcl.robustness.attacks.registry import ATTACKS
 
 ROOT = Path(__file__).parents[2]
 GOOD = """
@@ -46,8 +47,7 @@ MISTAKES = {
     ),
     "unknown attack": (
         '[probe]\nattacks = ["pdg-10"]',
-        "probe.attacks.0: attack: 'pdg-10' is unknown; choose from fgsm, pgd, margin-pgd, mi-fgsm, cw-l2, "
-        "apgd-ce, apgd-t, fab-t, square, subspace, square-subspace, rays, di-fgsm, ti-fgsm, vmi-fgsm, with "
+        f"probe.attacks.0: attack: 'pdg-10' is unknown; choose from {', '.join(ATTACKS)}, with "
         "-STEPS or -STEPSxRESTARTS (found 'pdg-10')",
     ),
     "attack that does not transfer": (

@@ -19,11 +19,11 @@ from scipy.stats import binomtest
 
 from dfmcl.monitoring.bounds import Bounds, limit
 from dfmcl.monitoring.budget import Budget
+from dfmcl.monitoring.evidence import STATES, Attested, Release
 from dfmcl.monitoring.journal import KEPT_EXAMPLES, KEPT_FAILURES, POINTS, RECENT, VERSIONS, Histogram, Journal
-from dfmcl.monitoring.losses import LOSSES
+from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
-from dfmcl.monitoring.release import STATES, Attested, Release
 from dfmcl.monitoring.results import (
     GATEWAY,
     PATHS,

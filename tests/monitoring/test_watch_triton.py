@@ -21,7 +21,7 @@ import torch
 from dfmcl.common.errors import Broken
 from dfmcl.common.files import sha256_of
 from dfmcl.monitoring.crafting import Pool, scenes
-from dfmcl.monitoring.release import follow
+from dfmcl.monitoring.evidence import follow
 from dfmcl.monitoring.results import RoundResult
 from dfmcl.monitoring.rounds import Plan, run_round
 from dfmcl.monitoring.surrogates import load_surrogates

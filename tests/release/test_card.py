@@ -17,8 +17,8 @@ from dfmcl.release.candidate import read_manifest
 from dfmcl.release.card import card, write_card
 from dfmcl.release.promotion import verify_release
 from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.measurements import measure, parse_threat, record
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.suite import measure, parse_threat, record
 from tests.shipping import NAME, ship
 
 

@@ -25,8 +25,8 @@ from dfmcl.release import promotion
 from dfmcl.release.candidate import FILES, Manifest, read_manifest, sha256_of
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.graph import noise
 from dfmcl.robustness.models import to_bytes, to_float
+from dfmcl.robustness.onnx_graph import noise
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.serving.clients.triton import Client
 from dfmcl.training.pack import pack

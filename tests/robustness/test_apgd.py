@@ -15,8 +15,8 @@ from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.apgd import apgd, apgd_targeted, checkpoints, stalled
 from dfmcl.robustness.attacks.registry import Attack, climb
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains, norms, project, steepest
+from dfmcl.robustness.threats.threat import Threat
 
 SHAPE = (3, 6, 6)
 

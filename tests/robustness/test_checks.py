@@ -24,12 +24,12 @@ from dfmcl.robustness.data import Bytes, Dataset, load_dataset
 from dfmcl.robustness.diagnosis import Background, Examination
 from dfmcl.robustness.evaluate import Outcome, evaluate
 from dfmcl.robustness.finding import CLEARLY, LEVEL, Found, surplus, too_many
-from dfmcl.robustness.memory import copies, lightly, repeated
+from dfmcl.robustness.memorisation import copies, lightly, repeated
 from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from tests.networks import Networks
 from tests.robustness.traps import TRAPS, Neighbourhood, sprung
 

@@ -18,7 +18,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 THREAT = Threat.parse("linf", "8/255")
 

@@ -15,8 +15,8 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains, norms
+from dfmcl.robustness.threats.threat import Threat
 
 SIZE = 5
 

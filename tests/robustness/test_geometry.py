@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.threats.ball import Threat, parse_eps
 from dfmcl.robustness.threats.geometry import contains, contains_uint8, norms, project, start, steepest, to_uint8
+from dfmcl.robustness.threats.threat import Threat, parse_eps
 
 threats = st.one_of(
     st.floats(0, 1).map(lambda eps: Threat("linf", eps)),

@@ -17,7 +17,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.gradients import AttackPass, attack_pass, has_bfloat16
 from dfmcl.robustness.models import Classifier, to_bytes
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from tests.robustness.traps import Flipped
 
 # Convolutions in bfloat16 run on every CPU, slowly where it has no instruction for them.

@@ -14,10 +14,10 @@ from dfmcl.robustness.checks import diagnose
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.diagnosis import Background
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.memory import repeated
+from dfmcl.robustness.memorisation import repeated
 from dfmcl.robustness.models import exactly, to_float
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from tests.networks import Networks
 
 N = 48

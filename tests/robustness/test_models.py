@@ -56,7 +56,7 @@ INITIAL = [0.136768, 0.131300, -0.027694, -0.164062]
 
 def test_commands_load_no_library_in_vain() -> None:
     """torchvision and scipy.stats take as long to load as torch, and few commands need them."""
-    modules = "dfmcl.training.train, dfmcl.gating.gate, dfmcl.monitoring.sidecar, dfmcl.robustness.suite"
+    modules = "dfmcl.training.train, dfmcl.gating.gate, dfmcl.monitoring.sidecar, dfmcl.robustness.measurements"
     code = f"import sys, {modules}; print(*sys.modules)"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = made.stdout.split()

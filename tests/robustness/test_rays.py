@@ -14,8 +14,8 @@ from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.rays import PRECISION, blocks, rays
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains
+from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 

@@ -13,8 +13,8 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.square import _bumps, _patched, _shifted, _tiled, patch_side, square
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains, norms
+from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 

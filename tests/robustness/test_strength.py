@@ -27,8 +27,8 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, to_bytes, to_float
 from dfmcl.robustness.statistics import Flags, PairedCounts
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains
+from dfmcl.robustness.threats.threat import Threat
 from tests.signs import sign_flip_p
 
 LEVEL = 1e-5  # there are 20 comparisons, each repeated under some 20 perturbations: 0.4 % that any of them errs
@@ -54,7 +54,7 @@ class Pair:
 
 
 def attack(kind: str, **parameters: int) -> Attack:
-    return Attack(kind, ATTACKS[kind], parameters)
+    return Attack(kind, ATTACKS[kind].function, parameters)
 
 
 def of_torchattacks(kind: str, **told: Any) -> Peer:

@@ -24,8 +24,8 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.losses import margin
 from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains, contains_uint8, to_uint8
+from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.switches import Switch, high_frequencies, switches

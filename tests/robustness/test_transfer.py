@@ -21,8 +21,8 @@ from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.statistics import PairedCounts
-from dfmcl.robustness.threats.ball import Threat
 from dfmcl.robustness.threats.geometry import contains, norms
+from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.test_apgd import SHAPE, greys, network, stream

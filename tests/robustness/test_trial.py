@@ -17,7 +17,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, exactly, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 THREAT = Threat.parse("linf", "8/255")
 
@@ -95,7 +95,7 @@ def test_what_fell_stays_found_whatever_the_attack_returns(model: Classifier) ->
     """An attack that forgets its finds and returns the images themselves is believed for what it showed."""
 
     def forgetful(model: Any, x: Tensor, y: Tensor, threat: Threat, **rest: Any) -> Tensor:
-        ATTACKS["pgd"](model, x, y, threat, steps=10, **rest)
+        ATTACKS["pgd"].function(model, x, y, threat, steps=10, **rest)
         return x
 
     data = load_dataset("digits")

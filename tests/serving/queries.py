@@ -17,7 +17,7 @@ from torch.nn import functional
 from dfmcl.robustness.attacks.rays import rays
 from dfmcl.robustness.attacks.square import square
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.serving.detection.detector import Examiner
 from dfmcl.serving.detection.fingerprints import DETECTORS
 from dfmcl.serving.gateway.config import Detection

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.plan import load_campaign, runs
 from dfmcl.training.record import Record, pack, read_record, unpack, write_record
 from tests.training.workshop import first_of, synthetic

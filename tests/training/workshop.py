@@ -12,7 +12,7 @@ from torch import Tensor
 from dfmcl.robustness.data import Dataset
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.learner import Learner
 from dfmcl.training.record import Record

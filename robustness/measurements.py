@@ -17,7 +17,7 @@ from dfmcl.robustness.hyperscore import combined_value, hyperscore
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import Run
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 
 FORMAT = "dfmcl.evaluations/1"
 WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from dfmcl.gating.policy import load_policy
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.gating.subject import open_subject
-from dfmcl.monitoring.release import Release, Replay, always, follow, nothing, read_replay, read_report
+from dfmcl.gating.verdict import EXIT_CODES
+from dfmcl.monitoring.evidence import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import Share
-from dfmcl.robustness.threats.ball import Threat
+from dfmcl.robustness.threats.threat import Threat
 from tests.monitoring.conftest import GATED, write_probes
 from tests.signing import evaluated, make_key, policy_of, report_on, trusting, write_trust
 from tests.signing import write_report as write_evidence
@@ -77,6 +79,12 @@ def test_transfer_figures_are_known_by_surrogates_and_attack(make_report: MakeRe
         ("a" * 64, "pgd"): Share(60, 100),
         ("b" * 64, "fgsm"): Share(80, 100),
     }
+
+
+def test_every_verdict_is_a_state() -> None:
+    """The sidecar may not import the gate's rules, so it spells the verdicts out; the report's schema, too."""
+    schema = json.loads((resources.files("dfmcl.gating") / "report.schema.json").read_text())
+    assert list(STATES[: len(EXIT_CODES)]) == list(EXIT_CODES) == schema["properties"]["verdict"]["enum"]
 
 
 def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple[Path, Path], surrogate: Path) -> None:
@@ -373,7 +381,7 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
     reads: list[Path] = []
     real = read_report
     monkeypatch.setattr(
-        "dfmcl.monitoring.release.read_report", lambda directory: (reads.append(directory), real(directory))[1]
+        "dfmcl.monitoring.evidence.read_report", lambda directory: (reads.append(directory), real(directory))[1]
     )
     find, model = follow(models, "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
     assert find("1") is find("1")
