@@ -1,7 +1,8 @@
-"""The README's commands, run as they stand there, in the order in which they stand there."""
+"""The tutorial's commands, run as they stand there, in the order in which they stand there; and the README."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -22,11 +23,12 @@ from tests.processes import tritons_own_ports, wait_until
 
 ROOT = Path(__file__).parents[1]
 TRAINED = {"quickstart": "hardened", "quickstart_surrogate": "surrogate"}  # by `make quickstart`: preset, folder
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README, TUTORIAL = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/tutorial.md"))
+PAGES = {path: path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))}
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+    (found,) = re.findall(rf"```{language}\n(.*?)```", TUTORIAL, flags=re.DOTALL)
     return str(found)
 
 
@@ -85,23 +87,50 @@ def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
             assert server.wait(timeout=40) == 0
 
 
-def test_every_command_is_in_the_readme() -> None:
+def test_every_command_is_on_a_page() -> None:
     """A subcommand that nobody is told of does not exist."""
     help_text = subprocess.run(
         [Path(sys.executable).with_name("dfmcl"), "--help"], capture_output=True, text=True, check=True
     ).stdout
     commands = set(re.findall(r"^│ ([a-z]+) ", help_text, flags=re.MULTILINE))
     assert len(commands) >= 8
-    assert {name for name in commands if f"dfmcl {name}" not in TEXT} == set()
+    assert {name for name in commands if not any(f"dfmcl {name}" in text for text in PAGES.values())} == set()
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    """Every path in backticks or links is there."""
-    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_.]+)`", TEXT)) | set(re.findall(r"\]\(([^)#:]+)\)", TEXT))
-    assert len(named) > 12
-    assert {name for name in named if not (ROOT / name).exists()} == set()
+def test_the_readme_is_short_and_shows_a_picture() -> None:
+    """A page that is read to its end, with the line in light and in dark as its script draws it."""
+    assert len(README.split()) <= 600
+    spec = importlib.util.spec_from_file_location("flow", ROOT / "docs" / "pictures" / "flow.py")
+    assert spec is not None
+    assert spec.loader is not None
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    for name in drawing.COLOURS:
+        picture = f"docs/pictures/flow-{name}.svg"
+        assert picture in README
+        assert (ROOT / picture).read_text(encoding="utf-8") == drawing.flow(name), "run docs/pictures/flow.py"
 
 
-def test_presets_that_the_readme_names_exist() -> None:
-    """`dfmcl train NAME` in the README names a preset."""
-    assert set(re.findall(r"dfmcl train (\w+)", TEXT)) <= set(preset_names())
+def test_files_that_pages_name_exist() -> None:
+    """Every path in backticks of README and CONTRIBUTING, and every link of a page, is there."""
+    named = {
+        ROOT / path
+        for name in ("README.md", "CONTRIBUTING.md")
+        for path in re.findall(r"`((?:[a-z_]+/)+[a-z_.]+)`", PAGES[ROOT / name])
+    }
+    assert len(named) > 20
+    links = {
+        path.parent / link
+        for path, text in PAGES.items()
+        for link in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", text)
+        if "://" not in link
+    }
+    assert len(links) > 40
+    assert sorted(str(path) for path in named | links if not path.exists()) == []
+
+
+def test_presets_that_pages_name_exist() -> None:
+    """`dfmcl train NAME` on a page names a preset."""
+    found = {name for text in PAGES.values() for name in re.findall(r"dfmcl train (\w+)(?![\w./])", text)}
+    assert len(found) > 5
+    assert {name for name in found if name.islower()} <= set(preset_names())
