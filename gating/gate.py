@@ -21,10 +21,10 @@ from dfmcl.common.files import dump_json, require_place, sha256_of, whole_direct
 from dfmcl.common.progress import Track, silent
 from dfmcl.gating.block import Plan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
-from dfmcl.gating.derivation import Record, wild
 from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
+from dfmcl.gating.record import Record, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dfmcl.gating.derivation import Record, derived
+from dfmcl.gating.derivation import derived
+from dfmcl.gating.record import Record
 from dfmcl.gating.signing.attestation import REPORT, REPORT_FORMAT
 
 __all__ = ["REPORT", "build_report"]

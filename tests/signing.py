@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 import dfmcl.cli.command
 from dfmcl.common.files import sha256_of
-from dfmcl.gating.derivation import Record
 from dfmcl.gating.policy import Policy
+from dfmcl.gating.record import Record
 from dfmcl.gating.report import build_report
 from dfmcl.gating.signing.attestation import ATTESTATION, MANIFEST, PROBES, Trust, candidate_files, sign
 from dfmcl.gating.signing.keys import keygen, read_public

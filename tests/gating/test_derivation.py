@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 from dfmcl.common.files import sha256_of
-from dfmcl.gating.derivation import derived, recorded, require_derived
+from dfmcl.gating.derivation import derived
 from dfmcl.gating.order import Matter, order_of
 from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.record import recorded
 from dfmcl.gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
 from dfmcl.gating.signing.attestation import NotAttested, candidate_files, read_evidence
 from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.soundness import require_derived
 from dfmcl.release.export import export
 from dfmcl.robustness import checks
 from dfmcl.robustness.records import Evaluation

@@ -1,0 +1,153 @@
+"""What a gate saw of one model: all that its verdict follows from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfmcl.gating.order import Draw, Matter, order_of
+from dfmcl.gating.pairs import Pairs
+from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
+from dfmcl.gating.verdict import Claim, claims_about
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.statistics import Flags
+
+Probes = Mapping[str, NDArray[Any]]
+MOST_IMAGES = 10**7  # of a data set; drawing the order of more would take the reader's memory
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a gate saw of one model: all that its verdict follows from.
+
+    policy_sha256, data_sha256, model_sha256: as digests they fix the order.
+    grid: whether adversarial images count as uint8.
+    population: images of the data set; class_images: of each class, None in reports that do not say.
+    labels: `(N,)` of the images attacked, in the order.
+    evaluations: one for each of the policy's threats, smallest first; transfer: upper bounds, for the record.
+    pairs: baseline and candidate on the baseline's images, where there is a baseline.
+    no_gradients: why only black-box attacks could run; None where gradients were there.
+    not_finite: images whose logits are not finite as attacks left them.
+    draw: of the order, by the gate's key; None where the digests alone fix it.
+    """
+
+    policy: Policy
+    policy_sha256: str
+    data_sha256: str
+    model_sha256: str
+    grid: bool
+    population: int
+    classes: Sequence[str]
+    class_images: Sequence[int] | None
+    labels: NDArray[np.int64]
+    evaluations: Sequence[Evaluation]
+    transfer: Sequence[Evaluation]
+    checks: Sequence[Mapping[str, Any]]
+    pairs: Pairs | None = None
+    no_gradients: str | None = None
+    not_finite: int = 0
+    draw: Draw | None = None
+
+    @property
+    def matter(self) -> Matter:
+        """What the order is of."""
+        return Matter(self.model_sha256, self.data_sha256, self.policy_sha256, self.population)
+
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """All images of the data set `(population,)`, in the order in which they are attacked."""
+        return order_of(self.matter, self.draw)
+
+    @property
+    def cap(self) -> int:
+        """How many of them may be attacked."""
+        return self.policy.data.images or self.population
+
+    @property
+    def place(self) -> int:
+        """Which of the evaluations is at the policy's own radius."""
+        return self.policy.place(self.policy.parsed_threat, self.grid)
+
+    @property
+    def main(self) -> Evaluation:
+        return self.evaluations[self.place]
+
+    @cached_property
+    def claims(self) -> tuple[Claim, ...]:
+        """What the criteria say about the data set, but for `no_regression`."""
+        criteria = [criterion for criterion in self.policy.parsed_criteria if criterion.metric != NO_REGRESSION]
+        return claims_about(criteria, self.classes, self.class_images, self.population)
+
+    @cached_property
+    def regressions(self) -> tuple[Criterion, ...]:
+        return tuple(criterion for criterion in self.policy.parsed_criteria if criterion.metric == NO_REGRESSION)
+
+    @property
+    def among(self) -> int:
+        """How many claims share the chance of failing a good model."""
+        return len(self.claims) + len(self.regressions)
+
+    @cached_property
+    def flags(self) -> list[tuple[Flags, Flags]]:
+        """For each evaluation, per image `(N,)`: right as it came, and in the worst case over all attacks there."""
+        return [(np.array(one.correct, bool), np.array(one.robust_images, bool)) for one in self.evaluations]
+
+    @property
+    def ends(self) -> list[int]:
+        """How many images were attacked after each block."""
+        size, count = self.policy.attacks.block, len(self.labels)
+        return [*range(size, count, size), count]
+
+
+def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> Record:
+    """The record in a report. KeyError, TypeError or ValueError where it is none of the gate's."""
+    text = {key: value for key, value in report["policy"].items() if key != "sha256"}
+    policy, candidate, data, why = Policy.of_text(text), report["candidate"], report["data"], report.get("why", {})
+    evaluations = [Evaluation.from_json(value) for value in report["radii"]]
+    main = Evaluation.from_json(report["evaluation"])
+    grid = candidate["input"]["dtype"] == "uint8"
+    evaluations.insert(policy.place(policy.parsed_threat, grid), main)
+    blind, draw = main.about.get("kind") == "black-box", report["statistics"].get("draw")
+    return Record(
+        policy=policy,
+        policy_sha256=digest_of(text),
+        data_sha256=str(data["sha256"]),
+        model_sha256=str(candidate["model_sha256"]),
+        grid=grid,
+        population=count_of(data["images"], MOST_IMAGES),
+        classes=[str(name) for name in data["classes"]],
+        class_images=report["statistics"].get("class_images"),
+        labels=np.array(
+            [count_of(label, len(data["classes"]) - 1) for label in report["per_image"]["label"]], np.int64
+        ),
+        evaluations=evaluations,
+        transfer=[Evaluation.from_json(value) for value in report["transfer"]],
+        checks=report["checks"],
+        pairs=None if report["baseline"] is None else Pairs.from_json(report["baseline"]),
+        no_gradients=str(why.get("no_gradients", "")) if blind else None,
+        not_finite=_not_finite(why, len(report["per_image"]["label"])) if probes is None else wild(probes),
+        draw=None if draw is None else Draw.from_json(draw),
+    )
+
+
+def wild(probes: Probes) -> int:
+    """Of how many images the logits are not finite, as attacks left them."""
+    return int((~np.isfinite(probes["adversarial_logits"])).any(axis=1).sum())
+
+
+def _not_finite(why: Mapping[str, Any], count: int) -> int:
+    """The same as a report says it: all that is known without the logits."""
+    said = str(why.get("not_finite", "")).split(" ")
+    return int(said[1]) if said[2:] == f"of {count} images as attacks left them".split(" ") else 0
+
+
+def count_of(value: Any, most: int) -> int:
+    """A whole number from 0 to `most`; ValueError for others."""
+    if type(value) is not int or not 0 <= value <= most:
+        raise ValueError(f"{value!r} is no count up to {most:,}")
+    return value
