@@ -31,7 +31,7 @@ from dfmcl.common.errors import DfmclError
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release import layout
-from dfmcl.release.promotion import Promoted, verify_release
+from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.robustness.statistics import Share
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import read_ready

@@ -38,9 +38,10 @@ from benchmarks.result import write_result
 from dfmcl.gating.foreign import kept
 from dfmcl.gating.subject import onnx_subject
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.background import Background
 from dfmcl.robustness.checks import CHECKS, diagnose
 from dfmcl.robustness.data import Bytes, Dataset, load_dataset
-from dfmcl.robustness.diagnosis import IMAGES, Background
+from dfmcl.robustness.diagnosis import IMAGES
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.memorisation import repeated
 from dfmcl.robustness.models import Classifier, exactly, frozen, to_bytes, to_float

@@ -9,7 +9,7 @@ from pathlib import Path
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.signing.attestation import read_report
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.gating.soundness import require_derived
 from dfmcl.robustness.records import from_bits

@@ -28,13 +28,14 @@ from dfmcl.gating.record import Record, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
-from dfmcl.gating.signing.attestation import ATTESTATION, PROBES, sign
+from dfmcl.gating.signing.attestation import sign
+from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.sources import sources_of, transferred
 from dfmcl.gating.subject import Subject
 from dfmcl.robustness import checks
+from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Dataset, Labels
-from dfmcl.robustness.diagnosis import Background
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
 from dfmcl.robustness.gradients import AttackPass, attack_pass

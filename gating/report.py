@@ -7,7 +7,7 @@ from typing import Any
 
 from dfmcl.gating.derivation import derived
 from dfmcl.gating.record import Record
-from dfmcl.gating.signing.attestation import REPORT, REPORT_FORMAT
+from dfmcl.gating.signing.evidence import REPORT, REPORT_FORMAT
 
 __all__ = ["REPORT", "build_report"]
 

@@ -16,15 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.signing.attestation import (
-    PROBES,
-    BadEvidence,
-    NotAttested,
-    Trust,
-    read_attestation,
-    read_evidence,
-    verify,
-)
+from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust, read_attestation, verify
+from dfmcl.gating.signing.evidence import PROBES, read_evidence
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.statistics import Share

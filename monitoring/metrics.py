@@ -7,27 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
 from dfmcl.monitoring.budget import Budget
 from dfmcl.monitoring.evidence import STATES, Attested, Release
-from dfmcl.monitoring.journal import RECENT, AttackTotals, Histogram, Journal, VersionTotals
+from dfmcl.monitoring.families import Labels, counter, gauge, histogram, info
+from dfmcl.monitoring.journal import RECENT, AttackTotals, Journal, VersionTotals
 from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
 from dfmcl.robustness.statistics import Share
 
 BOUND = "Upper bound of robust accuracy: the attack does not know the weights."
 ANYTIME = "wrong at most once in 100 months with all others together, however often one looks, 0 to 1."
-Labels = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class RoundsCollector(Collector):
 
 
 def _about(identity: Identity) -> Iterator[Metric]:
-    yield _info("robustness_build", "This prober.", [{"version": identity.version, "revision": identity.revision}])
+    yield info("robustness_build", "This prober.", [{"version": identity.version, "revision": identity.revision}])
     definitions = [
         {
             "attack": attack.name,
@@ -114,7 +109,7 @@ def _about(identity: Identity) -> Iterator[Metric]:
         }
         for attack in identity.attacks
     ]
-    yield _info("robustness_attack", "What stands behind the label attack; epsilon in units of [0, 1].", definitions)
+    yield info("robustness_attack", "What stands behind the label attack; epsilon in units of [0, 1].", definitions)
 
 
 def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
@@ -122,38 +117,38 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     if not identity.gated:
         return
     found = [({"model": identity.model, "version": v}, release) for v, release in now.releases.items()]
-    yield _gauge(
+    yield gauge(
         "robustness_gate_state",
         "1 for the state of the evidence for this version: the gate's verdict, or why there is none that holds.",
         [({**labels, "state": name}, float(name == one.state)) for labels, one in found for name in STATES],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_gate_verified",
         "1 if trusted keys say that these bytes passed, and it has not expired.",
         [(labels, float(release.verified)) for labels, release in found],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_gate_expires_timestamp_seconds",
         "Until when the attestation holds, unix time.",
         [(labels, release.expires) for labels, release in found if release.expires is not None],
     )
     gated = [(labels, release.attested) for labels, release in found if release.attested is not None]
-    yield _info(
+    yield info(
         "robustness_target",
         "What should answer under this version, as it was promoted.",
         [{**labels, "sha256": one.model_sha256, "policy_sha256": one.policy_sha256} for labels, one in gated],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_gate_evaluated_timestamp_seconds",
         "When the gate ran, unix time.",
         [(labels, one.evaluated) for labels, one in gated],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_gate_threshold_ratio",
         "Robust accuracy that the gate's policy asks for, 0 to 1.",
         [(labels | _its_ball(one), one.robust_threshold) for labels, one in gated if one.robust_threshold is not None],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_gate_clean_threshold_ratio",
         "Clean accuracy that the gate's policy asks for, 0 to 1.",
         [(labels, one.clean_threshold) for labels, one in gated if one.clean_threshold is not None],
@@ -183,12 +178,12 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
 def _paths(identity: Identity, journal: Journal) -> Iterator[Metric]:
     """Rounds, requests and times, by the way they went."""
     paths = [({"model": identity.model, "via": via}, journal.paths[via]) for via in identity.interval_seconds]
-    yield _gauge(
+    yield gauge(
         "robustness_target_up",
         "1 if the model answered the last round, else 0.",
         [(labels, float(path.up)) for labels, path in paths if path.up is not None],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_probe_interval_seconds",
         "Planned time between two rounds.",
         [({"model": identity.model, "via": via}, seconds) for via, seconds in identity.interval_seconds.items()],
@@ -198,7 +193,7 @@ def _paths(identity: Identity, journal: Journal) -> Iterator[Metric]:
         ("queries", "Inference requests sent."),
         ("images", "Images sent: the load that probing adds."),
     ):
-        yield _counter(
+        yield counter(
             f"robustness_probe_{name}", documentation, [(labels, getattr(path, name)) for labels, path in paths]
         )
     for name, part, documentation in (
@@ -211,19 +206,19 @@ def _paths(identity: Identity, journal: Journal) -> Iterator[Metric]:
             for labels, path in paths
             for reason, count in getattr(path, part).items()
         ]
-        yield _counter(f"robustness_probe_{name}", documentation, rows)
+        yield counter(f"robustness_probe_{name}", documentation, rows)
     for name, part, documentation in (
         ("query_duration", "query_seconds", "Time of an inference request seen from here, failed ones too."),
         ("round_duration", "round_seconds", "Time of a whole round, failed ones too."),
     ):
         histograms = [(labels, getattr(path, part)) for labels, path in paths]
-        yield _histogram(f"robustness_probe_{name}_seconds", f"{documentation} In seconds.", histograms)
+        yield histogram(f"robustness_probe_{name}_seconds", f"{documentation} In seconds.", histograms)
     for name, part, documentation in (
         ("last_round_duration_seconds", "last_seconds", "Time of the last finished round in seconds."),
         ("last_success_timestamp_seconds", "last_success", "End of the last successful round, unix time."),
         ("last_attempt_timestamp_seconds", "last_attempt", "Start of the last round, unix time."),
     ):
-        yield _gauge(
+        yield gauge(
             f"robustness_probe_{name}", documentation, [(labels, getattr(path, part)) for labels, path in paths]
         )
 
@@ -242,8 +237,8 @@ def _manners(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         ),
         ("prepared_rounds", "Rounds whose adversarial images lie ready.", now.prepared),
     ):
-        yield _gauge(f"robustness_probe_{name}", documentation, [(model, float(value))])
-    yield _counter(
+        yield gauge(f"robustness_probe_{name}", documentation, [(model, float(value))])
+    yield counter(
         "robustness_probe_record_failures", "Rounds that could not be written to disk.", [(model, now.record_failures)]
     )
     done = now.mitigations or {}
@@ -252,7 +247,7 @@ def _manners(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         for action in ACTIONS
         for outcome in OUTCOMES
     ]
-    yield _counter("robustness_mitigations", "What was done about proven losses.", rows)
+    yield counter("robustness_mitigations", "What was done about proven losses.", rows)
 
 
 def _counted(identity: Identity, journal: Journal) -> Iterator[Metric]:
@@ -262,7 +257,7 @@ def _counted(identity: Identity, journal: Journal) -> Iterator[Metric]:
         "correct": "Clean images that were classified correctly.",
     }.items():
         counts = [(labels, getattr(totals, name)) for labels, totals in rows]
-        yield _counter(f"robustness_clean_{name}", documentation, counts)
+        yield counter(f"robustness_clean_{name}", documentation, counts)
     attacks = [
         (_ball(identity, totals.version) | {"attack": attack.name}, totals.attacks.get(attack.name, AttackTotals()))
         for totals in journal.versions
@@ -275,7 +270,7 @@ def _counted(identity: Identity, journal: Journal) -> Iterator[Metric]:
         "successes": "Images that the attack flipped.",
         "queries": "Questions asked about images: one an image for transfer, many for a search.",
     }.items():
-        yield _counter(
+        yield counter(
             f"robustness_attack_{name}", documentation, [(labels, getattr(totals, name)) for labels, totals in attacks]
         )
 
@@ -283,22 +278,22 @@ def _counted(identity: Identity, journal: Journal) -> Iterator[Metric]:
 def _replayed(identity: Identity, journal: Journal) -> Iterator[Metric]:
     rows = [({"model": identity.model, "version": totals.version}, totals) for totals in journal.versions]
     seen = [(labels, totals) for labels, totals in rows if totals.integrity is not None]
-    yield _counter(
+    yield counter(
         "robustness_replay_samples",
         "The gate's images asked about again.",
         [(labels, totals.replayed) for labels, totals in rows],
     )
-    yield _counter(
+    yield counter(
         "robustness_replay_mismatches",
         "Of these, how many got other logits than the gate recorded.",
         [(labels, totals.mismatches) for labels, totals in rows],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_replay_difference_ratio",
         "Largest difference of a replayed logit in the last round, in units of what is tolerated: 1 is the limit.",
         [(labels, totals.difference) for labels, totals in seen],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_target_integrity",
         "1 if every replayed answer of the last round was the one that the gate recorded.",
         [(labels, float(bool(totals.integrity))) for labels, totals in seen],
@@ -349,12 +344,12 @@ def _live(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         for totals in versions
         for attack in identity.attacks
     ]
-    yield _gauge(
+    yield gauge(
         "robustness_attack_success_ratio",
         "Share of clean-correct images that the attack flipped in recent rounds, 0 to 1. Lower bound.",
         [(labels, rate) for labels, rate in rates if rate is not None],
     )
-    yield _gauge(
+    yield gauge(
         "robustness_loss_proven",
         "1 if this loss is a fact, or a mean over some of the last rounds is proven to be below its bar: wrong once in "
         "100 months, and once in 100 versions.",
@@ -373,7 +368,7 @@ def _bars(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         for version, bars in now.bars.items()
         for (loss, figure), bar in bars.items()
     ]
-    yield _gauge(
+    yield gauge(
         "robustness_loss_bar_ratio",
         "Where a loss is proven: once the stretch_upper_ratio of this live figure is below, 0 to 1.",
         rows,
@@ -414,20 +409,20 @@ def _bounded(
     recent = [(labels, totals.lately(of)) for labels, totals, of in rows]
     known = [(labels, totals.bounds[of]) for labels, totals, of in rows if of in totals.bounds]
     mean = f"{documentation}: its mean over the last W rounds, W = {rounds}"
-    yield _gauge(
+    yield gauge(
         ratio,
         f"{documentation} in the last {RECENT} rounds, 0 to 1. {remark}".strip(),
         [(labels, share.value) for labels, share in recent if share.n],
     )
-    yield _gauge(lower, f"{mean}, is above this; {ANYTIME}", [(labels, one.lower) for labels, one in known])
-    yield _gauge(upper, f"{mean}, is below this; {ANYTIME}", [(labels, one.upper) for labels, one in known])
-    yield _gauge(
+    yield gauge(lower, f"{mean}, is above this; {ANYTIME}", [(labels, one.lower) for labels, one in known])
+    yield gauge(upper, f"{mean}, is below this; {ANYTIME}", [(labels, one.upper) for labels, one in known])
+    yield gauge(
         rounds,
         "The W of the bounds of the mean: the longest window that ends now and shows no change.",
         [(labels, float(one.rounds)) for labels, one in known],
     )
-    yield _gauge(start, "When the first of these W rounds began, unix time.", [(row, one.start) for row, one in known])
-    yield _gauge(
+    yield gauge(start, "When the first of these W rounds began, unix time.", [(row, one.start) for row, one in known])
+    yield gauge(
         stretch,
         f"{documentation}: its mean over the last rounds, some number of them and W at most, is below this; {ANYTIME}",
         [(labels, one.stretch_upper) for labels, one in known],
@@ -439,33 +434,6 @@ def _attested(name: str, documentation: str, rows: Iterable[tuple[Labels, Share]
     rows = list(rows)
     bounds = [(labels, *share.bounds) for labels, share in rows]
     of = f"of {name}_ratio, 95 % (Clopper-Pearson, as if the number of images had been planned), 0 to 1."
-    yield _gauge(f"{name}_ratio", f"{documentation}, 0 to 1.", [(labels, share.value) for labels, share in rows])
-    yield _gauge(f"{name}_lower_ratio", f"Lower bound {of}", [(labels, lower) for labels, lower, _ in bounds])
-    yield _gauge(f"{name}_upper_ratio", f"Upper bound {of}", [(labels, upper) for labels, _, upper in bounds])
-
-
-def _gauge(name: str, documentation: str, rows: Iterable[tuple[Labels, float]]) -> Metric:
-    return _filled(GaugeMetricFamily(name, documentation), name, rows)
-
-
-def _counter(name: str, documentation: str, rows: Iterable[tuple[Labels, float]]) -> Metric:
-    return _filled(CounterMetricFamily(name, documentation), f"{name}_total", rows)
-
-
-def _info(name: str, documentation: str, rows: Iterable[Labels]) -> Metric:
-    return _filled(InfoMetricFamily(name, documentation), f"{name}_info", [(labels, 1) for labels in rows])
-
-
-def _histogram(name: str, documentation: str, rows: Iterable[tuple[Labels, Histogram]]) -> Metric:
-    family = HistogramMetricFamily(name, documentation, labels=["model", "via"])
-    for labels, histogram in rows:
-        bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
-        family.add_metric(list(labels.values()), buckets, histogram.sum)
-    return family
-
-
-def _filled(family: Metric, sample: str, rows: Iterable[tuple[Labels, float]]) -> Metric:
-    for labels, value in rows:
-        family.add_sample(sample, dict(labels), value)
-    return family
+    yield gauge(f"{name}_ratio", f"{documentation}, 0 to 1.", [(labels, share.value) for labels, share in rows])
+    yield gauge(f"{name}_lower_ratio", f"Lower bound {of}", [(labels, lower) for labels, lower, _ in bounds])
+    yield gauge(f"{name}_upper_ratio", f"Upper bound {of}", [(labels, upper) for labels, _, upper in bounds])

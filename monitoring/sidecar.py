@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,30 +16,23 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from dfmcl.common.errors import BadInput, DfmclError, Rejected
 from dfmcl.common.locks import Taken, beside, held
 from dfmcl.common.progress import Track, silent
-from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
-from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.monitoring import config as config_of
-from dfmcl.monitoring import evidence, mitigation, page
+from dfmcl.monitoring import page
 from dfmcl.monitoring.bounds import MONTH_SECONDS, limit
 from dfmcl.monitoring.budget import BackOff, Budget
-from dfmcl.monitoring.config import Query, WatchConfig
-from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted, prepared_scenes
-from dfmcl.monitoring.crafting import Crafter, Pace, require_fit, scenes
+from dfmcl.monitoring.config import WatchConfig
+from dfmcl.monitoring.crafted import prepared_scenes
+from dfmcl.monitoring.crafting import Crafter, Pace, scenes
 from dfmcl.monitoring.endpoint import Clock, Latencies, Manners, Stopped
-from dfmcl.monitoring.evidence import REPORT, Find, Release
+from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import VERSIONS, Journal
 from dfmcl.monitoring.lost import bars, losses
-from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
+from dfmcl.monitoring.metrics import RoundsCollector, Snapshot
 from dfmcl.monitoring.mitigation import Mitigation
-from dfmcl.monitoring.probes import query_attack
-from dfmcl.monitoring.record import Record
+from dfmcl.monitoring.preparation import Work, actions_of, gateway_clients, identity_of, prepare, record_of
 from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import Plan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
-from dfmcl.monitoring.surrogates import Surrogates
-from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.provenance import revision, versions
-from dfmcl.serving.clients.gateway import GatewayClient
 from dfmcl.serving.clients.triton import Client
 
 HEALTHY_INTERVALS = 3
@@ -136,58 +126,6 @@ def _watch(
     return 0 if measured or rounds is None else 5
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a watch prepares once. direct, outside: plans of rounds through Triton and through the gateway.
-
-    prepared: the pool's adversarial images by attack, where they were crafted before.
-    """
-
-    recipe: Recipe
-    direct: Plan
-    outside: Plan | None
-    keys: tuple[str, str]
-    prepared: Mapping[str, Crafted] | None
-    find: Find
-
-
-def prepare(config: WatchConfig, track: Track = silent) -> Work:
-    """Data, surrogates, keys and evidence of a watch; BadInput for what cannot be used."""
-    recipe = Recipe.of(config, track)
-    pool = recipe.pool
-    require_fit(pool, config.probe.images, "probe.images")
-    require_fit(pool, config.query.images, "query.images")
-    direct = Plan(
-        model=config.target.model,
-        classes=pool.classes,
-        threat=recipe.threat,
-        attacks=recipe.attacks,
-        images=config.probe.images,
-        replay=config.probe.replay,
-        tolerance=config.release.tolerance,
-    )
-    attack = query_attack(config.query.attack)
-    outside = replace(direct, attacks=(attack,), images=config.query.images, replay=0) if config.query.gateway else None
-    for plan, what in ((direct, "probe"), (outside, "query")):
-        if plan is not None and plan.cost > config.budget.images:
-            raise BadInput(f"budget.images is {config.budget.images}, a {what} round may need {plan.cost}; raise it")
-    key = _key(config.query.key_file)
-    keys = key, _key(config.query.clean_key_file) or key
-    if outside is not None:
-        try:
-            _gateway_clients(config.query, outside, keys)
-        except BadInput as error:
-            raise BadInput(f"query: {error}") from None
-    return Work(
-        recipe,
-        direct,
-        outside,
-        keys,
-        load_crafted(recipe, Path(config.probe.crafted)) if config.probe.crafted else None,
-        _find(config, recipe.surrogates),
-    )
-
-
 class Sidecar:
     """The loop and its findings. The loop's thread writes, all others read snapshots."""
 
@@ -197,12 +135,12 @@ class Sidecar:
         self.target = f"{config.target.model} at {config.target.url}"
         self.crafter: Crafter | None = None
         self._config, self._work, self._clock, self._stop, self._log = config, work, clock, stop, log
-        self._identity = _identity(config, work)
+        self._identity = identity_of(config, work)
         month = MONTH_SECONDS / config.probe.interval_seconds
         figures = 2 + len(work.direct.attacks) + (work.outside is not None)
         self.journal = Journal(limit(month, 2 * figures))  # each has an upper and a lower bound
         self.begun = self._asked = 0
-        self._record = _record(config, work)
+        self._record = record_of(config, work)
         self._restore()
         self._releases: Mapping[str, Release] = {}
         self._budget = Budget(config.budget.images, config.budget.window_seconds, clock.monotonic())
@@ -210,7 +148,7 @@ class Sidecar:
         self._latencies = {via: Latencies(config.abort.latency_factor) for via in (TRITON, GATEWAY)}
         self._low_priority = False
         self._last_attempt = clock.monotonic()
-        self._mitigation = Mitigation(_actions(config), log)
+        self._mitigation = Mitigation(actions_of(config), log)
 
     def run(self, rounds: int | None) -> Iterator[Round | None]:
         """Rounds in their rhythm, each yielded as it ends; None for one that `stop` cut off."""
@@ -340,7 +278,7 @@ class Sidecar:
         query, plan = self._config.query, self._work.outside
         assert plan is not None
         scene = self._work.recipe.pool.scene(plan.threat, self._config.probe.seed, -number, plan.images)
-        attacker, harmless = _gateway_clients(query, plan, self._work.keys)
+        attacker, harmless = gateway_clients(query, plan, self._work.keys)
         with attacker, harmless:
             return run_query_round(
                 plan, number, scene, attacker.predict, harmless.predict, self._clock, self._manners(GATEWAY)
@@ -408,108 +346,6 @@ class Sidecar:
 
     def _rounds_json(self) -> str:
         return json.dumps([outcome.to_json() for outcome in self.journal.history], indent=2) + "\n"
-
-
-def _gateway_clients(query: Query, plan: Plan, keys: tuple[str, str]) -> tuple[GatewayClient, GatewayClient]:
-    """Of the canary that attacks and of the harmless one; BadInput for a URL or an authority that cannot be used."""
-    scores = plan.attacks[0].kind.scores
-    attacker, harmless = (
-        GatewayClient(
-            query.gateway,
-            plan.model,
-            classes=plan.classes,
-            key=key,
-            logits=logits,
-            timeout_seconds=query.timeout_seconds,
-            ca=query.ca,
-        )
-        for key, logits in zip(keys, (scores, False), strict=True)
-    )
-    return attacker, harmless
-
-
-def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
-    """Where the evidence is looked up; BadInput where a surrogate holds the weights of a release that lies there."""
-    chosen = config.release
-    if chosen.evidence:
-        attested = evidence.read_report(Path(chosen.evidence))
-        surrogates.require_apart(attested.checkpoint_sha256, chosen.evidence)
-        return evidence.always(Path(chosen.evidence))
-    if not chosen.repository:
-        return evidence.nothing
-    trust = follow_trust(Path(chosen.trust), say) if chosen.trust else None
-    model = Path(chosen.repository) / config.target.model
-    if not model.is_dir():
-        raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes")
-    for report in sorted(model.glob(f"*/{REPORT}")):
-        try:
-            checkpoint = evidence.read_report(report.parent).checkpoint_sha256
-        except BadInput:
-            continue  # it is said to be invalid when its version answers
-        surrogates.require_apart(checkpoint, str(report.parent))
-    return evidence.follow(Path(chosen.repository), config.target.model, trust)
-
-
-def _identity(config: WatchConfig, work: Work) -> Identity:
-    intervals = {TRITON: config.probe.interval_seconds}
-    if work.outside:
-        intervals[GATEWAY] = config.probe.interval_seconds * config.query.every
-    plans = [(work.direct, work.recipe.surrogates), *([(work.outside, None)] if work.outside else [])]
-
-    def info(attack: Attack, surrogates: Surrogates | None) -> AttackInfo:
-        threat, source = work.direct.threat, surrogates.sha256 if surrogates else ""
-        definition = [attack.name, dict(attack.parameters), threat.norm, threat.eps, source]
-        digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
-        steps = attack.parameters.get("steps", attack.parameters.get("queries", 1))
-        return AttackInfo(attack.name, steps, surrogates.name if surrogates else "", digest)
-
-    attacks = tuple(info(attack, surrogates) for plan, surrogates in plans for attack in plan.attacks)
-    return Identity(
-        version=versions().get("dfmcl", "unknown"),
-        revision=revision() or "unknown",
-        model=work.direct.model,
-        norm=work.direct.threat.norm,
-        epsilon=work.direct.threat.label,
-        attacks=attacks,
-        surrogates_sha256=work.recipe.surrogates.sha256,
-        interval_seconds=intervals,
-        labels=work.recipe.labels,
-        gated=work.find is not evidence.nothing,
-    )
-
-
-def _record(config: WatchConfig, work: Work) -> Record | None:
-    if not config.record.path:
-        return None
-    identity = _identity(config, work)
-    about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.recipe.pool.digest]
-    plan = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return Record(Path(config.record.path), config.record.max_bytes, plan)
-
-
-def _actions(config: WatchConfig) -> dict[str, mitigation.Act]:
-    chosen, actions = config.mitigation, {}
-    if chosen.webhook:
-        actions["webhook"] = mitigation.webhook(chosen.webhook, chosen.timeout_seconds)
-    if chosen.command:
-        actions["command"] = mitigation.command(chosen.command, chosen.timeout_seconds)
-    return actions
-
-
-def _key(path: str) -> str:
-    if not path:
-        return ""
-    try:
-        key = read_plain(Path(path), TEXT_BYTES, named=True).decode("utf-8").strip()
-    except UnicodeDecodeError:
-        reason = "not text"
-    except (OSError, Unfit) as error:
-        reason = why_unread(error)
-    else:
-        if re.fullmatch(r"[!-~]+", key):
-            return key
-        reason = "not one word"  # an HTTP library would quote it where it complains
-    raise BadInput(f"{path}: {reason}; it should hold an API key, as `dfmcl apikey NAME` prints one")
 
 
 def _unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callable[[A], R]:

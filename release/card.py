@@ -13,7 +13,8 @@ from dfmcl.common.text import as_markdown
 from dfmcl.release import layout
 from dfmcl.release.candidate import Manifest, read_manifest
 from dfmcl.release.ledger import replace
-from dfmcl.release.promotion import Promoted, only_writer, require_repository, verify_release
+from dfmcl.release.verification import Promoted, require_repository, verify_release
+from dfmcl.release.writer import only_writer
 
 Record = Mapping[str, Any]
 

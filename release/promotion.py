@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import IO
 
-from dfmcl.common.errors import BadInput, Broken, Refused
-from dfmcl.common.reader import leaves
-from dfmcl.gating.signing.attestation import Trust, inspect, verify
+from dfmcl.common.errors import BadInput, Refused
+from dfmcl.gating.signing.attestation import Trust, verify
 from dfmcl.release import layout, ledger
 from dfmcl.release.candidate import FILES, MANIFEST, Manifest, read_manifest, verify_files
-
-LOCK = ".promotion.lock"
-# As other locks: not through a link, whose file would be emptied, and waiting at no pipe.
-OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-LOCK_SECONDS = 30.0  # a promotion holds it for a second or two
-
-
-@dataclass(frozen=True)
-class Promoted:
-    """A version in the repository. path: its directory; sha256: of its model.onnx."""
-
-    model: str
-    version: int
-    path: Path
-    sha256: str
+from dfmcl.release.verification import (
+    Promoted,
+    is_ours,
+    require_model,
+    require_no_strangers,
+    require_repository,
+    require_served,
+    served_or_none,
+    verify_release,
+    verify_version,
+)
+from dfmcl.release.writer import only_writer
 
 
 def promote(
@@ -94,12 +86,12 @@ def rollback(
     _require_printable(reason)
     with only_writer(repository) as done:
         if version is None:
-            served = _require_served(repository, name)
+            served = require_served(repository, name)
             version = ledger.aliases(repository)[name].previous
             if version is None:
                 raise Refused(f"model {name!r}: nothing was served before version {served}; name one with --version")
-        _require_model(repository, name)
-        _require_no_strangers(repository / name)
+        require_model(repository, name)
+        require_no_strangers(repository / name)
         directory = repository / name / str(version)
         if not layout.is_version(directory):
             on_disk = ", ".join(map(str, layout.version_numbers(repository / name)))
@@ -117,7 +109,7 @@ def give_back(
     """
     require_repository(repository)
     with only_writer(repository) as done:
-        served = _require_served(repository, name)
+        served = require_served(repository, name)
         if instead_of not in (None, served):
             return None
         return switch(repository, name, version, "returned", done, reason)
@@ -164,7 +156,7 @@ def retire(repository: Path, name: str, *, reason: str = "") -> None:
     require_repository(repository)
     _require_printable(reason)
     with only_writer(repository) as done:
-        _require_model(repository, name)
+        require_model(repository, name)
         _retire(repository, name, reason, done)
         shadow = f"{name}{layout.SHADOW}"
         if is_ours(repository, shadow):
@@ -178,7 +170,7 @@ def prune(repository: Path, name: str, *, keep: int = 3) -> list[int]:
     """
     require_repository(repository)
     with only_writer(repository) as done:
-        _require_served(repository, name)
+        require_served(repository, name)
         served = verify_release(repository, name).version
         previous = ledger.aliases(repository)[name].previous
         versions = layout.version_numbers(repository / name)
@@ -193,107 +185,10 @@ def prune(repository: Path, name: str, *, keep: int = 3) -> list[int]:
         return old
 
 
-def verify_release(repository: Path, name: str, trust: Trust | None = None, now: datetime | None = None) -> Promoted:
-    """What Triton would serve as `name`; Refused, NotAttested or BadEvidence where promotion did not write it.
-
-    trust: whose signatures must vouch for it at `now` (default: now). Without it layout, digests and verdict are judged
-    as they lie there: that finds what broke or was swapped by mistake, not who wrote the report.
-    """
-    model = repository / name
-    if not model.is_dir():
-        raise BadInput(f"{model}: no such model; there are {', '.join(layout.model_names(repository)) or 'none'}")
-    if leaves(model):
-        raise Refused(f"{model}: is a link out of the repository; promotion did not write this")
-    version = layout.served_version(model)
-    if version is None:
-        raise Refused(f"{model}: has no {layout.CONFIG}; {layout.MEND}")
-    _require_no_strangers(model)
-    for path in [model / layout.CONFIG, *model.glob(layout.GPU_CONFIG)]:
-        # The GPU's may still be an older version's, where a promotion was cut short.
-        number = layout.served_version(model, str(path.relative_to(model)))
-        directory = model / str(number)
-        manifest = verify_version(directory, trust, now)
-        layout.require_ours(path, manifest, name, int(number or 0))
-    return Promoted(name, version, model / str(version), read_manifest(model / str(version)).model_sha256)
-
-
-def verify_version(directory: Path, trust: Trust | None = None, now: datetime | None = None) -> Manifest:
-    """The manifest of a version that is whole and vouched for; as for a release, which has a config besides."""
-    if not layout.is_version(directory):
-        raise Refused(f"{directory}: is no version's directory, or is gone; {layout.MEND}")
-    if extra := sorted({path.name for path in directory.iterdir()} - layout.VERSION_FILES):
-        raise Refused(f"{directory / extra[0]}: promotion did not write this; remove it")
-    if absent := [file for file in sorted(layout.VERSION_FILES) if not (directory / file).is_file()]:
-        raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; {layout.MEND}")
-    if trust is None:
-        inspect(directory, directory)
-    else:
-        verify(directory, directory, trust, now)
-    return verify_files(directory)
-
-
-def verify_path(path: Path, trust: Trust, now: datetime | None = None) -> Path:
-    """The version that a path names, verified: a model in a repository, one of its versions, or a copy of one."""
-    path = Path(os.path.normpath(path.absolute()))  # not resolved: a link must not hide where it lies
-    if (path / layout.CONFIG).is_file():
-        return verify_release(path.parent, path.name, trust, now).path
-    if layout.VERSION.fullmatch(path.name) and (path.is_symlink() or (path.parent / layout.CONFIG).exists()):
-        verify_version(path, trust, now)
-    return path
-
-
-def _require_no_strangers(model: Path) -> None:
-    if found := layout.strangers(model):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise Refused(f"{found[0]}: promotion did not write this{more}; remove it")
-
-
 def _require_printable(reason: str) -> None:
     """A reason is shown on terminals for years; line ends become spaces, but nothing in it may act there."""
     if bad := [sign for sign in " ".join(reason.split()) if not sign.isprintable()]:
         raise BadInput(f"--reason: holds {bad[0]!a}, which does not print; write plain text")
-
-
-def require_repository(repository: Path) -> None:
-    """BadInput where there is no such directory: a typing error must not look like an empty repository."""
-    if not repository.is_dir():
-        raise BadInput(f"{repository}: no such directory; name a model repository that `dfmcl promote` wrote")
-    try:
-        next(repository.iterdir(), None)
-    except OSError as error:
-        raise BadInput(f"{repository}: cannot be read: {error.strerror or error}") from None
-
-
-def is_ours(repository: Path, name: str) -> bool:
-    """Whether promotion made a model's directory, whatever has been damaged in it since."""
-    model = repository / name
-    if not model.is_dir() or leaves(model):
-        return False
-    if any((model / str(number) / MANIFEST).exists() for number in layout.version_numbers(model)):
-        return True
-    return ledger.last_served(ledger.events_of(repository, name)) is not None
-
-
-def served_or_none(model: Path) -> int | None:
-    """The version that a model's config.pbtxt names; None where it names none, for whatever reason."""
-    try:
-        return layout.served_version(model)
-    except BadInput:
-        return None
-
-
-def _require_served(repository: Path, name: str) -> int:
-    _require_model(repository, name)
-    version = layout.served_version(repository / name)
-    if version is None:
-        raise BadInput(f"{repository / name}: has no {layout.CONFIG}; {layout.MEND}")
-    return version
-
-
-def _require_model(repository: Path, name: str) -> None:
-    if not is_ours(repository, layout.checked_name(name)):
-        known = ", ".join(layout.model_names(repository)) or "none"
-        raise BadInput(f"{repository / name}: is not served; models there: {known}")
 
 
 def _commit(
@@ -309,7 +204,7 @@ def _commit(
     if not new:
         if not is_ours(repository, name):
             raise BadInput(f"{model}: promotion did not write this; move it away, or take another name")
-        _require_no_strangers(model)
+        require_no_strangers(model)
     if threads is None:
         threads = _threads(model)
     version = 1 + max([0, *layout.version_numbers(model), *ledger.versions_remembered(repository, name)])
@@ -456,68 +351,3 @@ def _stage_version(candidate: Path, evidence: Path, trust: Trust, now: datetime 
     ledger.sync(directory)
     verify_files(directory)
     verify(directory, directory, trust, now)
-
-
-@contextmanager
-def only_writer(repository: Path, *, settle: bool = True) -> Iterator[list[str]]:
-    """Hold the repository's lock, and make good what writers that died left behind.
-
-    Yields a list that a change adds to with each step that cannot be taken back, so that the error of a later one tells
-    the truth. settle: whether what dead writers did not write down is written down first, which a damaged history
-    forbids.
-    """
-    done: list[str] = []
-    try:
-        repository.mkdir(parents=True, exist_ok=True)
-        with _locked(repository):
-            _clear_staging(repository)
-            if settle:
-                for name in layout.model_names(repository):
-                    with suppress(BadInput):  # a damaged model is no reason to hold up the others
-                        let_gpu_follow(repository / name)
-                ledger.settle(repository)
-            yield done
-    except OSError as error:
-        state = f"before that, {', '.join(done)}; repeat the command" if done else "nothing was changed"
-        raise Broken(f"{error.filename or repository}: {error.strerror or error}; {state}") from None
-
-
-def _clear_staging(repository: Path) -> None:
-    for stale in [path for depth in ("", "*/", "*/*/") for path in repository.glob(f"{depth}{layout.STAGING}*")]:
-        if stale.is_dir() and not stale.is_symlink():
-            shutil.rmtree(stale)
-        else:
-            stale.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(repository: Path) -> Iterator[None]:
-    """Hold the file that says who may write; anew where a user removed it meanwhile, as two would hold two files."""
-    path, deadline = repository / LOCK, time.monotonic() + LOCK_SECONDS
-    while True:
-        with os.fdopen(os.open(path, OPEN, 0o666), "w") as lock:
-            _take(lock, repository, deadline)
-            if _is_file_at(lock, path):
-                yield
-                return
-
-
-def _is_file_at(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _take(lock: IO[str], repository: Path, deadline: float) -> None:
-    """Wait for the process that changes the repository, but not for ever."""
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise Broken(
-                    f"{repository}: is being changed for {LOCK_SECONDS:g} s by another process; try later"
-                ) from None
-            time.sleep(0.05)  # flock has no deadline of its own

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.gating.signing.attestation import Trust
-from dfmcl.release import layout, ledger, promotion
+from dfmcl.release import layout, ledger, promotion, verification, writer
 
 UNFIT = (DfmclError, OSError)
 
@@ -33,8 +33,8 @@ def repair(repository: Path, trust: Trust, *, name: str | None = None, now: date
     A damaged history keeps the lines that can be read. Strangers are named and left alone. BadInput (2) where there is
     no such repository or model; Broken (5) where it cannot be written.
     """
-    promotion.require_repository(repository)
-    with promotion.only_writer(repository, settle=False) as done:
+    verification.require_repository(repository)
+    with writer.only_writer(repository, settle=False) as done:
         lost = ledger.salvage(repository)
         done += [lost] if lost else []
         names = models(repository)
@@ -51,7 +51,7 @@ def models(repository: Path) -> list[str]:
     events, _ = ledger.read_lines(repository)
     known = {event.model for event in events}
     lost = {name for name in known if ledger.last_served([event for event in events if event.model == name])}
-    there = {name for name in layout.folders(repository) if promotion.is_ours(repository, name)}
+    there = {name for name in layout.folders(repository) if verification.is_ours(repository, name)}
     return sorted({*layout.model_names(repository), *there, *lost})
 
 
@@ -62,7 +62,7 @@ def _repaired(repository: Path, name: str, trust: Trust, now: datetime | None, d
     with suppress(OSError):  # another user's: whether they can be read is seen next
         promotion.let_all_read(model)
     try:
-        release = promotion.verify_release(repository, name, trust, now)
+        release = verification.verify_release(repository, name, trust, now)
         promotion.let_gpu_follow(model)
         return Repaired(name, f"serves version {release.version}, which is whole", True)
     except UNFIT as error:
@@ -70,7 +70,7 @@ def _repaired(repository: Path, name: str, trust: Trust, now: datetime | None, d
     unfit = []
     for version in _choices(repository, name):
         try:
-            promotion.verify_version(model / str(version), trust, now)
+            verification.verify_version(model / str(version), trust, now)
         except UNFIT as error:
             unfit.append(_why(error))
             continue
@@ -84,7 +84,7 @@ def mendable(repository: Path, name: str, trust: Trust | None, now: datetime | N
     """Whether a version of a model may be served, so that `repair` helps once nothing is in its way."""
     for version in _choices(repository, name):
         with suppress(*UNFIT):
-            promotion.verify_version(repository / name / str(version), trust, now)
+            verification.verify_version(repository / name / str(version), trust, now)
             return True
     return False
 
@@ -99,7 +99,7 @@ def _obstacle(repository: Path, name: str) -> str:
     model = repository / name
     if not model.is_dir():
         return "its directory is gone; promote a candidate"
-    if not promotion.is_ours(repository, name):
+    if not verification.is_ours(repository, name):
         return f"{model}: promotion did not write this; move it away"
     try:
         foreign = layout.strangers(model)
@@ -108,7 +108,7 @@ def _obstacle(repository: Path, name: str) -> str:
     if foreign:
         return f"promotion did not write {', '.join(map(str, foreign))}; remove that and repair again"
     changes = ledger.events_of(repository, name)
-    if changes and ledger.last_served(changes) is None and promotion.served_or_none(model) is None:
+    if changes and ledger.last_served(changes) is None and verification.served_or_none(model) is None:
         return f"was retired; `dfmcl rollback --name {name} --version N` serves it again"
     return ""
 
@@ -117,7 +117,7 @@ def _choices(repository: Path, name: str) -> list[int]:
     """Versions in the order in which they should be served: as configured, as served lately, the newest."""
     changes, model = ledger.events_of(repository, name), repository / name
     order = [
-        promotion.served_or_none(model),
+        verification.served_or_none(model),
         *ledger.served_lately(changes),
         *reversed(layout.version_numbers(model)),
     ]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dfmcl.common.errors import BadInput, Refused
-from dfmcl.gating.signing.attestation import Trust, inspect, read_attestation
-from dfmcl.release import layout, ledger, promotion
+from dfmcl.gating.signing.attestation import Trust, read_attestation
+from dfmcl.gating.signing.evidence import inspect
+from dfmcl.release import layout, ledger, verification
 from dfmcl.release.repair import UNFIT, mendable, models
 
 
@@ -42,7 +43,7 @@ class Standing:
 
 def standings(repository: Path, trust: Trust | None = None, now: datetime | None = None) -> list[Standing]:
     """Every model of a repository, by name. trust: whose signatures count; None: digests and verdicts only."""
-    promotion.require_repository(repository)
+    verification.require_repository(repository)
     aliases = ledger.aliases(repository)
     return [_standing(repository, name, aliases.get(name, ledger.Aliases()), trust, now) for name in models(repository)]
 
@@ -57,7 +58,7 @@ def _standing(
     try:
         if not (repository / name).is_dir():
             raise Refused(f"{repository / name}: is gone, and nobody retired it; promote a candidate")
-        release = promotion.verify_release(repository, name, trust, now)
+        release = verification.verify_release(repository, name, trust, now)
         _require_not_given_up(repository, name, release.version)
         sha256 = release.sha256
         criteria = [_criterion(row) for row in inspect(release.path, release.path)["criteria"]]

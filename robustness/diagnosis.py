@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.registry import ATTACKS, Attack, climb, fgsm
 from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Decide, Outcome, evaluate
 from dfmcl.robustness.models import device_of, frozen, to_float
@@ -40,26 +40,6 @@ REPEATS = 4  # of the same question
 # short enough that few ReLUs change sides.
 HALF_STEP = 0.25 / 255
 BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
-
-
-@dataclass(frozen=True)
-class Background:
-    """Whom else to ask, and how. What is missing is not checked.
-
-    training: images uint8 `(n, H, W, C)` and labels `(n,)` of the part that the judged images are not of.
-    others: networks beside the judged one, by name: where an attack crafted on them leads.
-    recalled: images uint8 `(n, H, W, C)`, clean and attacked, and the logits `(n, K)` that decided about them.
-    afresh: answers to uint8 images in a new process.
-    state: what a module keeps, a digest by the place where it lies.
-    largest: batch that may be asked.
-    """
-
-    training: tuple[Bytes, Labels] | None = None
-    others: Mapping[str, nn.Module] = field(default_factory=dict)
-    recalled: tuple[Bytes, NDArray[np.float32]] | None = None
-    afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
-    state: Callable[[], Mapping[str, str]] | None = None
-    largest: int = 1025
 
 
 @dataclass(frozen=True)

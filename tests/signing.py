@@ -17,7 +17,8 @@ from dfmcl.common.files import sha256_of
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.record import Record
 from dfmcl.gating.report import build_report
-from dfmcl.gating.signing.attestation import ATTESTATION, MANIFEST, PROBES, Trust, candidate_files, sign
+from dfmcl.gating.signing.attestation import Trust, sign
+from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candidate_files
 from dfmcl.gating.signing.keys import keygen, read_public
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.robustness.checks import CHECKS

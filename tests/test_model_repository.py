@@ -12,7 +12,7 @@ import pytest
 
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.signing.trust import load_trust
-from dfmcl.release.promotion import verify_release
+from dfmcl.release.verification import verify_release
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import clopper_pearson

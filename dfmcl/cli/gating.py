@@ -91,7 +91,7 @@ def gate(
 def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]) -> int:
     """Say again what a gate found, and end with its exit code."""
     from dfmcl.gating.formats.markdown import markdown
-    from dfmcl.gating.signing.attestation import read_evidence
+    from dfmcl.gating.signing.evidence import read_evidence
 
     report, _ = read_evidence(evidence)
     say_page(markdown(report, details=False))
@@ -124,7 +124,8 @@ def sign(
     """Sign evidence, or add a signature to the ones it has."""
     from dfmcl.common.files import clear_parts
     from dfmcl.common.locks import beside, held
-    from dfmcl.gating.signing.attestation import ATTESTATION, sign_evidence
+    from dfmcl.gating.signing.attestation import sign_evidence
+    from dfmcl.gating.signing.evidence import ATTESTATION
 
     place = evidence.resolve()
     if not os.access(place.parent, os.W_OK):  # a volume of its own
@@ -151,7 +152,7 @@ def verify(
 
     trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
     if evidence is None:
-        from dfmcl.release.promotion import verify_path
+        from dfmcl.release.verification import verify_path
 
         path = verify_path(path, trusted, now)
     report = run_verify(path, evidence or path, trusted, now)

@@ -157,7 +157,7 @@ def history_damage(repository: Path) -> bool:
 def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> int:
     """Every change of what a repository serves, oldest first: 0, or 1 where there is none or a line is damaged."""
     from dfmcl.release.ledger import read_lines
-    from dfmcl.release.promotion import require_repository
+    from dfmcl.release.verification import require_repository
 
     require_repository(repository)
     changes = [change for change in read_lines(repository)[0] if name in (None, change.model)]

@@ -6,7 +6,6 @@ a refusal.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,19 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from securesystemslib.dsse import Envelope
-from securesystemslib.exceptions import Error as SignatureError
-from securesystemslib.signer import CryptoSigner, SSlibKey
+from securesystemslib.signer import SSlibKey
 
 from dfmcl.common.files import write_text
-from dfmcl.common.reader import (
-    MANIFEST_BYTES,
-    RECORD_BYTES,
-    Unfit,
-    leaves,
-    opened,
-    parse_object,
-    read_plain,
-    why_unread,
+from dfmcl.gating.signing.envelopes import (
+    PAYLOAD_TYPE,
+    Statement,
+    is_forged,
+    read_envelopes,
+    said_by,
+    signed_lines,
+    signers_of_all,
+    statement_in,
+    subject_of,
+)
+from dfmcl.gating.signing.evidence import (
+    ATTESTATION,
+    MALFORMED,
+    MANIFEST,
+    REPORT,
+    inspect,
+    read_evidence,
+    read_report,
+    reason_of,
+    require_verdict,
 )
 from dfmcl.gating.signing.faults import BadEvidence, NotAttested, refusal
 from dfmcl.gating.signing.keys import read_signer
@@ -44,18 +54,7 @@ from dfmcl.gating.signing.statement import (
     test_result,
 )
 
-REPORT_FORMAT = "dfmcl.report/2"
-CANDIDATE_FORMAT = "dfmcl.candidate/1"
-MANIFEST = "manifest.json"
-REPORT = "report.json"
-PROBES = "probes.npz"
-ATTESTATION = "attestation.intoto.jsonl"
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
-FILE_BYTES = 2**32  # an ONNX file holds 2 GiB at most, and probes unpack to 4
 CLOCK_SKEW = timedelta(minutes=10)  # between the machine of the gate and this one
-
-Statement = dict[str, Any]
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 __all__ = ["BadEvidence", "NotAttested"]
 
@@ -103,7 +102,7 @@ def sign(report: dict[str, Any], report_sha256: str, keys: Sequence[Path], *, ex
     report_sha256: of the bytes of report.json; keys: private, as `dfmcl keygen` writes them. It expires so many days
     after the report was made.
     """
-    return _signed(_unsigned(report, report_sha256, expires_days), [read_signer(key) for key in keys])
+    return signed_lines(_unsigned(report, report_sha256, expires_days), [read_signer(key) for key in keys])
 
 
 def sign_evidence(evidence: Path, keys: Sequence[Path]) -> datetime:
@@ -114,31 +113,33 @@ def sign_evidence(evidence: Path, keys: Sequence[Path]) -> datetime:
     """
     path = evidence / ATTESTATION
     report, digest = read_evidence(evidence)
-    envelopes = _envelopes(path) if os.path.lexists(path) else None
+    envelopes = read_envelopes(path) if os.path.lexists(path) else None
     fresh = _unsigned(report, digest, report["policy"].get("valid_days", VALID_DAYS))
-    if envelopes is not None and [_said(envelope) for envelope in envelopes] != [_said(envelope) for envelope in fresh]:
+    if envelopes is not None and [said_by(envelope) for envelope in envelopes] != [
+        said_by(envelope) for envelope in fresh
+    ]:
         raise refusal("unlike", f"{path}: does not say what {REPORT} says")
     signers = [read_signer(key) for key in keys]
     _require_drawn(report, [signer.public_key for signer in signers], evidence / REPORT, by_one=False)
-    write_text(path, _signed(envelopes or fresh, signers))
+    write_text(path, signed_lines(envelopes or fresh, signers))
     return datetime.fromisoformat(json.loads(fresh[1].payload)["predicate"]["expires"])
 
 
 def read_attestation(evidence: Path, trust: Trust) -> Attestation:
     """What trusted keys say in an evidence directory, whatever the verdict; NotAttested where too few of them do."""
     path = evidence / ATTESTATION
-    envelopes = _envelopes(path)
-    signers = _signers_of_all(envelopes, trust.keys)
+    envelopes = read_envelopes(path)
+    signers = signers_of_all(envelopes, trust.keys)
     if len(envelopes) != 2:
         raise refusal("envelopes", f"{path}: holds {len(envelopes)} envelopes, expected 2")
     if len(signers) < max(trust.threshold, 1):
         said = f"{len(signers)} trusted keys signed both statements as they are here, {trust.threshold} must"
-        raise refusal("forged" if _is_forged(envelopes, trust.keys) else "signers", f"{path}: {said}")
+        raise refusal("forged" if is_forged(envelopes, trust.keys) else "signers", f"{path}: {said}")
     by_kind: dict[str, Statement] = {}
     for envelope in envelopes:
         if envelope.payload_type != PAYLOAD_TYPE:
             raise refusal("statements", f"{path}: payload type is {envelope.payload_type!r}, expected {PAYLOAD_TYPE!r}")
-        statement = _parsed(envelope.payload, path)
+        statement = statement_in(envelope.payload, path)
         if statement.get("_type") != STATEMENT:
             raise refusal("statements", f"{path}: statement type is {statement.get('_type')!r}, expected {STATEMENT!r}")
         by_kind[str(statement.get("predicateType"))] = statement
@@ -149,12 +150,12 @@ def read_attestation(evidence: Path, trust: Trust) -> Attestation:
         )
     try:
         test_result, robust = by_kind[TEST_RESULT], by_kind[ROBUSTNESS]
-        subject = _subject(robust)
-        if _subject(test_result) != subject:
+        subject = subject_of(robust)
+        if subject_of(test_result) != subject:
             raise refusal("statements", f"{path}: its two statements are about different files")
         return Attestation(subject, test_result["predicate"], robust["predicate"], tuple(sorted(signers)))
     except MALFORMED as error:
-        raise refusal("statement", f"{path}: a malformed statement was signed: {_reason(error)}") from None
+        raise refusal("statement", f"{path}: a malformed statement was signed: {reason_of(error)}") from None
 
 
 def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None = None) -> dict[str, Any]:
@@ -176,86 +177,14 @@ def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None =
         _require_alike(attestation, report, signed, path)
         _require_drawn(report, trust.keys, evidence / REPORT, by_one=trust.drawn)
     except MALFORMED as error:
-        raise refusal("statement", f"{path}: a malformed statement was signed: {_reason(error)}") from None
+        raise refusal("statement", f"{path}: a malformed statement was signed: {reason_of(error)}") from None
     return report
-
-
-def inspect(candidate: Path, evidence: Path) -> dict[str, Any]:
-    """The report, if it holds a passing verdict for exactly the candidate's bytes; who wrote it, nobody asks here."""
-    if _same(candidate, evidence) and leaves(candidate):  # a version is what lies in the repository
-        raise refusal("unreadable", f"{candidate}: is a link that leaves its directory")
-    report, _ = read_evidence(evidence)
-    _require_passed(report, candidate, evidence)
-    return report
-
-
-def read_evidence(evidence: Path) -> tuple[dict[str, Any], str]:
-    """The report of a gate and the SHA-256 of its bytes, whatever its verdict and its writer.
-
-    All that follows from its own record is derived again, and its files must be those that it names: NotAttested (1)
-    where they differ. BadEvidence (2) where a file is missing or cannot be read as what it should be.
-    """
-    from dfmcl.gating.signing.probes import read_answers
-    from dfmcl.gating.soundness import require_derived  # here, as it loads numpy and scipy
-
-    path = evidence / REPORT
-    report, digest = read_report(path)
-    _require_evidence(report, evidence)
-    require_derived(report, path, read_answers(evidence / PROBES, _shape(report, path)))
-    return report, digest
-
-
-def read_report(path: Path) -> tuple[dict[str, Any], str]:
-    """A report.json, nothing of it believed yet, and the SHA-256 of the very bytes it was read from."""
-    data = _read(path, RECORD_BYTES)
-    return _object_of(path, data, REPORT_FORMAT), hashlib.sha256(data).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a plain file's bytes, of FILE_BYTES at most: a file of holes would be read for hours."""
-    try:
-        with opened(path, FILE_BYTES) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise refusal("missing", f"{path}: {error.strerror}") from None
-    except (OSError, Unfit) as error:
-        raise refusal("unreadable", f"{path}: {why_unread(error)}") from None
-
-
-def read_candidate(candidate: Path) -> dict[str, Any]:
-    """The manifest of a candidate whose files are the ones it lists, byte for byte; BadEvidence otherwise."""
-    manifest = _manifest(candidate)
-    for name, digest in manifest["files"].items():
-        if Path(name).name != name:
-            raise refusal("candidate", f"{candidate / MANIFEST}: {name!r} is no plain file name")
-        found = file_digest(candidate / name)
-        if found != digest:
-            raise refusal(
-                "candidate",
-                f"{candidate / name}: SHA-256 is {found[:12]}..., its manifest says {str(digest)[:12]}...;"
-                " the file was changed after export",
-            )
-    return manifest
-
-
-def candidate_files(candidate: Path) -> dict[str, str]:
-    """SHA-256 of every file of a whole candidate, the manifest too: what a report names and an attestation is about."""
-    files: dict[str, str] = read_candidate(candidate)["files"]
-    return {**files, MANIFEST: file_digest(candidate / MANIFEST)}
-
-
-def _manifest(candidate: Path) -> dict[str, Any]:
-    path = candidate / MANIFEST
-    manifest = _object_of(path, _read(path, MANIFEST_BYTES), CANDIDATE_FORMAT)
-    if "model.onnx" not in _object(manifest, "files", path):
-        raise refusal("candidate", f"{path}: lists no model.onnx")
-    return manifest
 
 
 def _require_current(attestation: Attestation, trust: Trust, now: datetime, path: Path) -> str:
     """The SHA-256 of the report that the statements are about, once their verdict, policy and dates hold."""
     test_result, robust = attestation.test_result, attestation.robustness
-    _require_verdict(robust["verdict"], path)
+    require_verdict(robust["verdict"], path)
     if test_result["result"] != "PASSED":
         raise refusal("statements", f"{path}: the test result is {test_result['result']!r}, and the verdict 'passed'")
     policy, data = robust["policy"]["sha256"], robust["data"]["sha256"]
@@ -312,172 +241,11 @@ def _require_drawn(report: dict[str, Any], keys: Iterable[SSlibKey], path: Path,
         raise refusal("order", f"{path}: key {draw.keyid[:12]} did not draw the order that names it")
 
 
-def _require_verdict(verdict: object, path: Path) -> None:
-    if verdict != "passed":
-        raise refusal("verdict", f"{path}: the verdict is {verdict!r}")
-
-
-def _require_passed(report: dict[str, Any], candidate: Path, evidence: Path) -> None:
-    """Refuse a report that did not pass, or whose candidate or evidence is not, file for file, what lies there."""
-    files = _object(_object(report, "candidate", evidence), "files", evidence)
-    beside = {REPORT, ATTESTATION, *_object(report, "files", evidence)}
-    allowed = {*files, *(beside if _same(candidate, evidence) else ())}
-    try:
-        found = sorted(path.name for path in candidate.iterdir())
-    except FileNotFoundError as error:
-        raise refusal("missing", f"{candidate}: {error.strerror}; name a candidate or a promoted version") from None
-    except OSError as error:
-        raise refusal("unreadable", f"{candidate}: {error.strerror}; name a candidate or a promoted version") from None
-    if missing := sorted({"model.onnx", MANIFEST} - files.keys()):
-        raise refusal("bytes", f"{evidence}: was not made for {missing[0]}")
-    if extra := [name for name in found if name not in allowed]:
-        raise refusal("stranger", f"{candidate / extra[0]}: was not judged")
-    for name, digest in files.items():
-        _require_file(candidate, name, digest, "bytes", "is not what the gate judged")
-    manifest = _manifest(candidate)
-    if (listed := manifest["files"]) != {name: files[name] for name in files if name != MANIFEST}:
-        raise refusal("candidate", f"{candidate / MANIFEST}: lists {', '.join(listed)}, with other digests than judged")
-    _require_interface(report, manifest, evidence)
-    _require_verdict(report.get("verdict"), evidence)
-
-
-def _require_interface(report: dict[str, Any], manifest: dict[str, Any], evidence: Path) -> None:
-    """The report is about the images, classes and run that the candidate's own manifest names."""
-    try:
-        asked, run = report["candidate"]["input"], (manifest.get("run") or {}).get("checkpoint_sha256")
-        pairs = {
-            "candidate.input": (asked, {key: manifest["input"][key] for key in asked}),
-            "data.classes": (report["data"]["classes"], manifest["labels"]),
-            "run.checkpoint_sha256": (report["run"].get("checkpoint_sha256"), run),
-        }
-    except MALFORMED as error:
-        raise refusal("malformed", f"{evidence / REPORT}: not about such a candidate ({_reason(error)})") from None
-    if other := [name for name, (said, named) in pairs.items() if said != named]:
-        raise refusal("bytes", f"{evidence / REPORT}: {other[0]} is another one than {MANIFEST} names")
-
-
-def _require_evidence(report: dict[str, Any], evidence: Path) -> None:
-    files = _object(report, "files", evidence / REPORT)
-    if PROBES not in files:
-        raise refusal("malformed", f"{evidence / REPORT}: lists no {PROBES}")
-    for name, digest in files.items():
-        _require_file(evidence, name, digest, "evidence", "is not what the gate wrote")
-
-
-def _require_file(directory: Path, name: str, digest: str, fault: str, otherwise: str) -> None:
-    path = directory / name
-    if Path(name).name != name:
-        raise refusal("malformed", f"{directory}: {name[:80]!r} is no plain file name")
-    if file_digest(path) != digest:
-        raise refusal(fault, f"{path}: {otherwise}")
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
-
-
 def _unsigned(report: dict[str, Any], report_sha256: str, expires_days: Any) -> list[Envelope]:
     """Both statements, in envelopes; one report gives the same bytes always. BadEvidence where it is no gate's."""
     try:
         made = statements(report, report_sha256, expiry(report, expires_days))
         texts = [json.dumps(statement, sort_keys=True, separators=(",", ":"), allow_nan=False) for statement in made]
     except MALFORMED as error:
-        raise refusal("malformed", f"the report cannot be signed: {_reason(error)}") from None
+        raise refusal("malformed", f"the report cannot be signed: {reason_of(error)}") from None
     return [Envelope(text.encode(), PAYLOAD_TYPE, {}) for text in texts]
-
-
-def _said(envelope: Envelope) -> tuple[str, bytes]:
-    return envelope.payload_type, envelope.payload
-
-
-def _signed(envelopes: Sequence[Envelope], signers: Iterable[CryptoSigner]) -> str:
-    """The envelopes with these signatures added, one a line."""
-    for signer in signers:
-        for envelope in envelopes:
-            envelope.sign(signer)
-    return "".join(json.dumps(envelope.to_dict(), sort_keys=True) + "\n" for envelope in envelopes)
-
-
-def _envelopes(path: Path) -> list[Envelope]:
-    """One DSSE envelope a line, nothing of them believed yet."""
-    if not os.path.lexists(path):
-        raise refusal("unsigned", f"{path}: no such file")
-    envelopes = []
-    for number, line in enumerate(_read(path, MANIFEST_BYTES).splitlines(), 1):
-        try:
-            envelopes.append(Envelope.from_dict(parse_object(line)))
-        except (*MALFORMED, SignatureError) as error:
-            raise refusal("envelope", f"{path}: line {number} is no DSSE envelope: {_reason(error)}") from None
-    return envelopes
-
-
-def _signers_of_all(envelopes: Sequence[Envelope], keys: Sequence[SSlibKey]) -> set[str]:
-    """Ids of the keys whose valid signature every envelope carries."""
-    return {key.keyid for key in keys if envelopes and all(_is_signed_by(envelope, key) for envelope in envelopes)}
-
-
-def _is_signed_by(envelope: Envelope, key: SSlibKey) -> bool:
-    try:
-        return key.keyid in envelope.verify([key], 1)
-    except (SignatureError, AttributeError, ValueError):  # a payload type that is no text fails inside
-        return False
-
-
-def _is_forged(envelopes: Sequence[Envelope], keys: Sequence[SSlibKey]) -> bool:
-    """Whether a payload carries a trusted key's signature that is not of this payload."""
-    named = [(envelope, key) for envelope in envelopes for key in keys if key.keyid in envelope.signatures]
-    return not all(_is_signed_by(envelope, key) for envelope, key in named)
-
-
-def _parsed(payload: bytes, path: Path) -> Statement:
-    try:
-        return parse_object(payload)
-    except Unfit as error:
-        raise refusal("statement", f"{path}: a payload that is no statement was signed: {error}") from None
-
-
-def _subject(statement: Statement) -> dict[str, str]:
-    found = {str(entry["name"]): str(entry["digest"]["sha256"]) for entry in statement["subject"]}
-    if len(found) < len(statement["subject"]):  # other verifiers may believe the other one
-        raise ValueError("a file stands twice among its subjects")
-    return found
-
-
-def _read(path: Path, most: int) -> bytes:
-    try:
-        return read_plain(path, most)
-    except FileNotFoundError as error:
-        raise refusal("missing", f"{path}: {error.strerror}") from None
-    except (OSError, Unfit) as error:
-        raise refusal("unreadable", f"{path}: {why_unread(error)}") from None
-
-
-def _object_of(path: Path, data: bytes, expected: str) -> dict[str, Any]:
-    """The JSON object of a format that a file holds."""
-    try:
-        value = parse_object(data)
-    except Unfit as error:
-        raise refusal("unreadable", f"{path}: {error}") from None
-    if value.get("format") != expected:
-        raise refusal("format", f"{path}: format is {str(value.get('format'))[:80]!r}; expected {expected!r}")
-    return value
-
-
-def _object(value: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
-    found = value.get(key)
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found if key == "files"):
-        raise refusal("malformed", f"{where}: {key} is {type(found).__name__}, expected an object")
-    return found
-
-
-def _shape(report: dict[str, Any], path: Path) -> tuple[int, int, int, int, int]:
-    """Of the probes that a report is about: images, height, width, channels, classes."""
-    try:
-        height, width, channels = (int(size) for size in report["candidate"]["input"]["shape"])
-        return len(report["per_image"]["label"]), height, width, channels, len(report["data"]["classes"])
-    except MALFORMED as error:
-        raise refusal("malformed", f"{path}: not a gate's report ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    return f"lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -9,7 +9,7 @@ from dfmcl.common.errors import BadInput, WrongAnswer
 from dfmcl.gating.signing.attestation import BadEvidence
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.release import layout
-from dfmcl.release.promotion import Promoted
+from dfmcl.release.verification import Promoted
 from dfmcl.serving.clients.triton import Client
 
 IMAGES = 32  # as they were, and as many adversarial ones; together one full batch

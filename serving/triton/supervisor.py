@@ -25,7 +25,7 @@ import numpy.typing as npt
 from dfmcl.common.errors import AnswerError, BadInput, Broken, Crashed, Refused, WrongAnswer
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger, promotion
-from dfmcl.release.promotion import Promoted, verify_release
+from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import claim_ready, write_ready
 from dfmcl.serving.triton.environment import Environment, find_environment, footprint

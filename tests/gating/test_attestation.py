@@ -31,19 +31,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import load_policy
-from dfmcl.gating.signing.attestation import (
-    ATTESTATION,
-    PAYLOAD_TYPE,
-    BadEvidence,
-    NotAttested,
-    candidate_files,
-    file_digest,
-    inspect,
-    read_attestation,
-    sign,
-    sign_evidence,
-    verify,
-)
+from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, read_attestation, sign, sign_evidence, verify
+from dfmcl.gating.signing.envelopes import PAYLOAD_TYPE
+from dfmcl.gating.signing.evidence import ATTESTATION, candidate_files, file_digest, inspect
 from dfmcl.gating.signing.keys import keygen, read_public, read_signer
 from dfmcl.gating.signing.statement import ROBUSTNESS, TEST_RESULT
 from dfmcl.gating.signing.trust import load_trust

@@ -21,7 +21,8 @@ from dfmcl.gating.order import Matter, order_of
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.record import recorded
 from dfmcl.gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
-from dfmcl.gating.signing.attestation import NotAttested, candidate_files, read_evidence
+from dfmcl.gating.signing.attestation import NotAttested
+from dfmcl.gating.signing.evidence import candidate_files, read_evidence
 from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.soundness import require_derived

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dfmcl.gating.order import Draw
-from dfmcl.gating.signing.attestation import ATTESTATION, file_digest
+from dfmcl.gating.signing.evidence import ATTESTATION, file_digest
 from dfmcl.gating.signing.faults import FAULTS, BadEvidence, NotAttested
 from dfmcl.gating.signing.keys import read_public
 from dfmcl.release.export import export

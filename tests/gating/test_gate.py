@@ -29,7 +29,8 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.resumption import SEAL_BYTES
 from dfmcl.gating.sequence import Progress
-from dfmcl.gating.signing.attestation import BadEvidence, read_evidence
+from dfmcl.gating.signing.attestation import BadEvidence
+from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.keys import keygen
 from dfmcl.gating.signing.probes import as_npz, read_probes
 from dfmcl.gating.subject import Subject, candidate_subject

@@ -13,7 +13,8 @@ from securesystemslib.signer import CryptoSigner
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.order import Draw, Matter, order_of
-from dfmcl.gating.signing.attestation import NotAttested, candidate_files, sign_evidence, verify
+from dfmcl.gating.signing.attestation import NotAttested, sign_evidence, verify
+from dfmcl.gating.signing.evidence import candidate_files
 from dfmcl.gating.signing.keys import read_signer
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release.export import export

@@ -27,8 +27,9 @@ from dfmcl.monitoring.bounds import MONTH_SECONDS, Bounds, limit
 from dfmcl.monitoring.budget import Budget
 from dfmcl.monitoring.config import WatchConfig
 from dfmcl.monitoring.crafting import Pace
+from dfmcl.monitoring.preparation import prepare
 from dfmcl.monitoring.results import RoundFailure, RoundResult, RoundSkipped, round_from_json
-from dfmcl.monitoring.sidecar import Sidecar, prepare, watch
+from dfmcl.monitoring.sidecar import Sidecar, watch
 from tests.monitoring.conftest import FULL, Still, series, write_report
 
 Make = Callable[..., Any]

@@ -15,7 +15,7 @@ import yaml
 from dfmcl.common.errors import BadInput
 from dfmcl.release.candidate import read_manifest
 from dfmcl.release.card import card, write_card
-from dfmcl.release.promotion import verify_release
+from dfmcl.release.verification import verify_release
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.measurements import measure, parse_threat, record
 from dfmcl.robustness.runs import load_run

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput, Broken, Refused
-from dfmcl.gating.signing.attestation import BadEvidence, Trust, inspect, verify
+from dfmcl.gating.signing.attestation import BadEvidence, Trust, verify
+from dfmcl.gating.signing.evidence import inspect
 from dfmcl.release.candidate import read_manifest
 from dfmcl.release.ledger import read_lines
-from dfmcl.release.promotion import LOCK, promote, prune, rollback, verify_path, verify_release
+from dfmcl.release.promotion import promote, prune, rollback
 from dfmcl.release.status import standings
+from dfmcl.release.verification import verify_path, verify_release
+from dfmcl.release.writer import LOCK
 from dfmcl.serving.triton.sight import look
 from tests.signing import code_of
 

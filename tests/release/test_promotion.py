@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput, Broken, Refused
-from dfmcl.gating.signing.attestation import ATTESTATION, BadEvidence, NotAttested, Trust
-from dfmcl.release import promotion
+from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
+from dfmcl.gating.signing.evidence import ATTESTATION
+from dfmcl.release import writer
 from dfmcl.release.candidate import FILES, read_manifest, sha256_of
 from dfmcl.release.layout import VERSION_FILES, configs, model_names, parse_config
 from dfmcl.release.ledger import Aliases, aliases, is_retired, read_history
-from dfmcl.release.promotion import give_back, note_failure, promote, prune, retire, rollback, verify_release
+from dfmcl.release.promotion import give_back, note_failure, promote, prune, retire, rollback
 from dfmcl.release.repair import repair
 from dfmcl.release.status import standings
+from dfmcl.release.verification import verify_release
 from tests.serving.workshop import run_python, write_evidence
 from tests.signing import CREATED, make_key, report_on, sign_again, trusting, write_report
 
@@ -602,7 +604,7 @@ def test_a_lock_that_is_held_is_not_waited_for_forever(
     repository: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 5: its holder may hang."""
-    monkeypatch.setattr(promotion, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "LOCK_SECONDS", 0.2)
     with (repository / ".promotion.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(Broken, match="is being changed"):

@@ -16,9 +16,10 @@ from dfmcl.common.errors import BadInput, Refused
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.release.layout import VERSION_FILES, version_numbers
 from dfmcl.release.ledger import read_history
-from dfmcl.release.promotion import give_back, promote, prune, retire, rollback, verify_release
+from dfmcl.release.promotion import give_back, promote, prune, retire, rollback
 from dfmcl.release.repair import repair
 from dfmcl.release.status import standings
+from dfmcl.release.verification import verify_release
 from dfmcl.serving.clients.triton import Client
 from tests.release.test_promotion import listing
 from tests.serving.workshop import Served

@@ -19,9 +19,10 @@ from torch import nn
 
 from dfmcl.gating.foreign import kept
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.background import Background
 from dfmcl.robustness.checks import CHECKS, Result, diagnose
 from dfmcl.robustness.data import Bytes, Dataset, load_dataset
-from dfmcl.robustness.diagnosis import Background, Examination
+from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.evaluate import Outcome, evaluate
 from dfmcl.robustness.finding import CLEARLY, LEVEL, Found, surplus, too_many
 from dfmcl.robustness.memorisation import copies, lightly, repeated

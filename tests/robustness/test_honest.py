@@ -10,9 +10,9 @@ from torch import nn
 
 from dfmcl.gating.foreign import kept
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.background import Background
 from dfmcl.robustness.checks import diagnose
 from dfmcl.robustness.data import Dataset, load_dataset
-from dfmcl.robustness.diagnosis import Background
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.memorisation import repeated
 from dfmcl.robustness.models import exactly, to_float

@@ -24,8 +24,9 @@ from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.release.candidate import FILES, sha256_of
 from dfmcl.release.export import export
 from dfmcl.release.ledger import Aliases, aliases, read_history
-from dfmcl.release.promotion import Promoted, promote, retire, rollback
+from dfmcl.release.promotion import promote, retire, rollback
 from dfmcl.release.status import standings
+from dfmcl.release.verification import Promoted
 from dfmcl.robustness.data import load_dataset
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import read_ready

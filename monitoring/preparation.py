@@ -1,0 +1,184 @@
+"""A watch before its first round: surrogates, plan, clients, evidence and record, refused where they do not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dfmcl.common.errors import BadInput
+from dfmcl.common.progress import Track, silent
+from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
+from dfmcl.gating.signing.trust import follow_trust
+from dfmcl.monitoring import evidence, mitigation
+from dfmcl.monitoring.config import Query, WatchConfig
+from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted
+from dfmcl.monitoring.crafting import require_fit
+from dfmcl.monitoring.evidence import REPORT, Find
+from dfmcl.monitoring.metrics import AttackInfo, Identity
+from dfmcl.monitoring.probes import query_attack
+from dfmcl.monitoring.record import Record
+from dfmcl.monitoring.results import GATEWAY, TRITON
+from dfmcl.monitoring.rounds import Plan
+from dfmcl.monitoring.sidecar import say
+from dfmcl.monitoring.surrogates import Surrogates
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.provenance import revision, versions
+from dfmcl.serving.clients.gateway import GatewayClient
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a watch prepares once. direct, outside: plans of rounds through Triton and through the gateway.
+
+    prepared: the pool's adversarial images by attack, where they were crafted before.
+    """
+
+    recipe: Recipe
+    direct: Plan
+    outside: Plan | None
+    keys: tuple[str, str]
+    prepared: Mapping[str, Crafted] | None
+    find: Find
+
+
+def prepare(config: WatchConfig, track: Track = silent) -> Work:
+    """Data, surrogates, keys and evidence of a watch; BadInput for what cannot be used."""
+    recipe = Recipe.of(config, track)
+    pool = recipe.pool
+    require_fit(pool, config.probe.images, "probe.images")
+    require_fit(pool, config.query.images, "query.images")
+    direct = Plan(
+        model=config.target.model,
+        classes=pool.classes,
+        threat=recipe.threat,
+        attacks=recipe.attacks,
+        images=config.probe.images,
+        replay=config.probe.replay,
+        tolerance=config.release.tolerance,
+    )
+    attack = query_attack(config.query.attack)
+    outside = replace(direct, attacks=(attack,), images=config.query.images, replay=0) if config.query.gateway else None
+    for plan, what in ((direct, "probe"), (outside, "query")):
+        if plan is not None and plan.cost > config.budget.images:
+            raise BadInput(f"budget.images is {config.budget.images}, a {what} round may need {plan.cost}; raise it")
+    key = _key(config.query.key_file)
+    keys = key, _key(config.query.clean_key_file) or key
+    if outside is not None:
+        try:
+            gateway_clients(config.query, outside, keys)
+        except BadInput as error:
+            raise BadInput(f"query: {error}") from None
+    return Work(
+        recipe,
+        direct,
+        outside,
+        keys,
+        load_crafted(recipe, Path(config.probe.crafted)) if config.probe.crafted else None,
+        _find(config, recipe.surrogates),
+    )
+
+
+def gateway_clients(query: Query, plan: Plan, keys: tuple[str, str]) -> tuple[GatewayClient, GatewayClient]:
+    """Of the canary that attacks and of the harmless one; BadInput for a URL or an authority that cannot be used."""
+    scores = plan.attacks[0].kind.scores
+    attacker, harmless = (
+        GatewayClient(
+            query.gateway,
+            plan.model,
+            classes=plan.classes,
+            key=key,
+            logits=logits,
+            timeout_seconds=query.timeout_seconds,
+            ca=query.ca,
+        )
+        for key, logits in zip(keys, (scores, False), strict=True)
+    )
+    return attacker, harmless
+
+
+def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
+    """Where the evidence is looked up; BadInput where a surrogate holds the weights of a release that lies there."""
+    chosen = config.release
+    if chosen.evidence:
+        attested = evidence.read_report(Path(chosen.evidence))
+        surrogates.require_apart(attested.checkpoint_sha256, chosen.evidence)
+        return evidence.always(Path(chosen.evidence))
+    if not chosen.repository:
+        return evidence.nothing
+    trust = follow_trust(Path(chosen.trust), say) if chosen.trust else None
+    model = Path(chosen.repository) / config.target.model
+    if not model.is_dir():
+        raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes")
+    for report in sorted(model.glob(f"*/{REPORT}")):
+        try:
+            checkpoint = evidence.read_report(report.parent).checkpoint_sha256
+        except BadInput:
+            continue  # it is said to be invalid when its version answers
+        surrogates.require_apart(checkpoint, str(report.parent))
+    return evidence.follow(Path(chosen.repository), config.target.model, trust)
+
+
+def identity_of(config: WatchConfig, work: Work) -> Identity:
+    intervals = {TRITON: config.probe.interval_seconds}
+    if work.outside:
+        intervals[GATEWAY] = config.probe.interval_seconds * config.query.every
+    plans = [(work.direct, work.recipe.surrogates), *([(work.outside, None)] if work.outside else [])]
+
+    def info(attack: Attack, surrogates: Surrogates | None) -> AttackInfo:
+        threat, source = work.direct.threat, surrogates.sha256 if surrogates else ""
+        definition = [attack.name, dict(attack.parameters), threat.norm, threat.eps, source]
+        digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+        steps = attack.parameters.get("steps", attack.parameters.get("queries", 1))
+        return AttackInfo(attack.name, steps, surrogates.name if surrogates else "", digest)
+
+    attacks = tuple(info(attack, surrogates) for plan, surrogates in plans for attack in plan.attacks)
+    return Identity(
+        version=versions().get("dfmcl", "unknown"),
+        revision=revision() or "unknown",
+        model=work.direct.model,
+        norm=work.direct.threat.norm,
+        epsilon=work.direct.threat.label,
+        attacks=attacks,
+        surrogates_sha256=work.recipe.surrogates.sha256,
+        interval_seconds=intervals,
+        labels=work.recipe.labels,
+        gated=work.find is not evidence.nothing,
+    )
+
+
+def record_of(config: WatchConfig, work: Work) -> Record | None:
+    if not config.record.path:
+        return None
+    identity = identity_of(config, work)
+    about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.recipe.pool.digest]
+    plan = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    return Record(Path(config.record.path), config.record.max_bytes, plan)
+
+
+def actions_of(config: WatchConfig) -> dict[str, mitigation.Act]:
+    chosen, actions = config.mitigation, {}
+    if chosen.webhook:
+        actions["webhook"] = mitigation.webhook(chosen.webhook, chosen.timeout_seconds)
+    if chosen.command:
+        actions["command"] = mitigation.command(chosen.command, chosen.timeout_seconds)
+    return actions
+
+
+def _key(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        key = read_plain(Path(path), TEXT_BYTES, named=True).decode("utf-8").strip()
+    except UnicodeDecodeError:
+        reason = "not text"
+    except (OSError, Unfit) as error:
+        reason = why_unread(error)
+    else:
+        if re.fullmatch(r"[!-~]+", key):
+            return key
+        reason = "not one word"  # an HTTP library would quote it where it complains
+    raise BadInput(f"{path}: {reason}; it should hold an API key, as `dfmcl apikey NAME` prints one")

@@ -1,0 +1,250 @@
+"""The questions behind the checks: each looks at an examination and says what it found."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dfmcl.robustness.asking import (
+    largest,
+)
+from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, STEPS, Examination
+from dfmcl.robustness.finding import Found, surplus, too_many
+from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.statistics import Flags, lower_bound
+
+PROBABILITY = 1e-4  # float32 sums a thousand probabilities to 1 within 1e-5
+NO_GRADIENT = 0.05  # of the images: float32 has a gradient while the margin is below 88; of trained logits it is ~20
+EXPLODED = 1e5  # nats that one grey level would cost by the gradient: undefended ImageNet networks reach some 1e2
+MISLED = 0.5  # of the predicted change: ReLUs that change sides in between cost an honest gradient a few hundredths
+# Of a change, left unexplained by gradients: honest networks leave at most 0.1 on any way, a switch 0.4 to 1.
+UNEXPLAINED = 0.25
+# Of the images may show one that is more: none of an honest network does.
+UNACCOUNTED = 0.05
+# Of the way from an even guess to certainty: hard adversarial training on few images ends at 0.04, a thousandth of
+# ordinary logits at 0.0006. Accuracy goes at least FAR at the same time.
+FLAT = 0.01
+FAR = 0.25
+UNLIMITED = 0.10  # of the images may survive an attack without limits: 20 steps are few
+RISING = 0.15  # of the gain in the last quarter of the steps: a steady rise brings 0.25, one that ends 0.02 to 0.06
+ENOUGH = 8  # images below which a median says nothing
+# Of the images that white-box attacks left may fall to black-box ones and to PGD at another scale. APGD, Square: < 0.01
+TOLERATED = 0.05
+ROUNDED = 0.05  # of the images may be lost at the border where floats become bytes, and never be found again
+DISAGREE = 0.01  # one rounding can tip a label at the border; a wrong export disagrees on far more
+
+# They do without the model's gradients, or keep to where the data lie.
+OTHERWISE = ("square", "rays", "subspace")
+# It breaks what a score-based search breaks, and more, at every scale of the logits; PGD alone need not.
+STRONG = ("apgd-t",)
+BALL_FREE = ("cw-l2",)  # it looks for the nearest adversarial image, wherever that lies
+
+
+def probabilities(e: Examination) -> Found:
+    """Nonnegative outputs that add up to 1."""
+    lowest = float(e.finite.min())
+    off = largest(e.finite.sum(dim=1) - 1)
+    figures = {"smallest_output": lowest, "largest_distance_of_sum_from_1": off}
+    if lowest >= 0 and off <= PROBABILITY:
+        return Found("raised", "all outputs lie in [0, 1] and add up to 1: they are probabilities, not logits", figures)
+    return Found("clear", f"outputs are no probabilities: the smallest is {lowest:.3g}", figures)
+
+
+def flat_outputs(e: Examination) -> Found:
+    """Right far more often than its softmax believes, which is hardly anything."""
+    chance = 1 / e.logits.shape[1]
+    believed = (float(e.finite.softmax(dim=1).amax(dim=1).mean()) - chance) / (1 - chance)
+    right = (lower_bound(e.right, len(e.y), 0.999) - chance) / (1 - chance)
+    figures = {"mean_confidence_above_chance": believed, "accuracy_above_chance_lower_bound": right}
+    said = f"the softmax goes {100 * believed:.2g} % of the way from an even guess to certainty, accuracy at least"
+    flat = believed < FLAT and right > FAR
+    return Found("raised" if flat else "clear", f"{said} {100 * max(right, 0):.3g} %", figures)
+
+
+def bad_gradients(e: Examination) -> Found:
+    """Zero, not finite, or absurdly large."""
+    size = e.slopes.loss
+    finite = size.isfinite()
+    none, broken = int((size == 0).sum()), int((~finite).sum())
+    largest = float(size[finite].max()) / 255 if finite.any() else float("inf")
+    figures: dict[str, float | str] = {"images": e.right, "zero": none, "not_finite": broken, "largest": largest}
+    if broken:
+        return Found("raised", f"the gradient is not finite on {broken} of {e.right} images", figures)
+    if none > NO_GRADIENT * e.right:
+        why = f"the gradient of the cross-entropy is exactly zero on {none} of {e.right} images: gradient attacks stand"
+        return Found("raised", f"{why} still there", figures)
+    if largest > EXPLODED:
+        return Found("raised", f"by the gradient, one grey level would cost {largest:.2g} nats", figures)
+    return Found("clear", f"the gradient is zero on {none} of {e.right} images, and finite everywhere", figures)
+
+
+def gradients_mislead(e: Examination) -> Found:
+    """What half a grey level along the gradient does, against what the gradient promises."""
+    usable = (e.slopes.predicted > 0) & e.slopes.predicted.isfinite()
+    if not usable.any():
+        return Found("not_run", "no image has a gradient")
+    ratio = float((e.slopes.happened / e.slopes.predicted)[usable].median())
+    figures = {"images": int(usable.sum()), "median_happened_over_predicted": ratio}
+    said = f"half a grey level along the gradient moves the margin by {ratio:.3g} of what the gradient promises"
+    return Found("clear" if MISLED <= ratio <= 1 / MISLED else "raised", f"{said} (median)", figures)
+
+
+def unaccounted(e: Examination) -> Found:
+    """Along segments to noise, to attacked images, to other images, and to points that fool other networks."""
+    ways = {way: (int((share > UNEXPLAINED).sum()), len(share)) for way, share in e.unexplained.items()}
+    return too_many(ways, f"gradients leave more than {UNEXPLAINED:g} of the change unexplained", UNACCOUNTED)
+
+
+def fgsm_beats_pgd(e: Examination) -> Found:
+    return surplus("FGSM", e.fgsm, f"PGD-{STEPS}", e.pgd)
+
+
+def weaker_with_steps(e: Examination) -> Found:
+    return surplus(f"PGD-{FEW_STEPS}", e.few_steps, f"PGD-{STEPS}", e.pgd)
+
+
+def weaker_with_eps(e: Examination) -> Found:
+    return surplus(f"eps {e.threat.label}", e.pgd, "twice that", e.wider)
+
+
+def unlimited_fails(e: Examination) -> Found:
+    """Without a limit the images can become anything, and the attack must find something."""
+    held, allowed = int((~e.unlimited).sum()), UNLIMITED * e.right
+    why = f"{held} of {e.right} images hold against PGD-{STEPS} at {e.everything}, which allows any change"
+    return Found("raised" if held > allowed else "clear", why, {"held": held, "images": e.right})
+
+
+def scale_hides(e: Examination) -> Found:
+    """The same attack on a tenth and on ten times the logits, which give the same answers.
+
+    Cross-entropy is weaker on the logits of an honest network that is unsure of everything: nothing is hidden where an
+    attack of the suite that no scale misleads has seen it.
+    """
+    found = []
+    for factor in (0.1, 10.0):
+        way, fell = f"PGD-{STEPS} on logits x {factor:g}", e.rescaled(factor)
+        more = surplus(way, fell, "the same on the logits", e.pgd, shares=2)
+        if more.outcome == "raised" and e.evaluation is not None and _has_strong(e.evaluation):
+            left = _left_by(e.evaluation, e)
+            missed = int((fell & ~e.pgd & left).sum())
+            hidden = too_many(
+                {f"{way} alone": (missed, int(left.sum()))}, "breaks images that the suite left", TOLERATED
+            )
+            seen = Found("clear", f"{more.why}; {missed} of them held against the suite", more.figures)
+            more = hidden if hidden.outcome == "raised" else seen
+        found.append(more)
+    return max(found, key=lambda one: (one.outcome == "raised", one.figures.get("only_weaker", 0)))
+
+
+def loss_still_rising(e: Examination) -> Found:
+    """How much of what PGD gained on the margin came in the last quarter of its steps, on the images that held."""
+    best = torch.from_numpy(np.fmax.accumulate(e.trace.numpy(), axis=0))[:, ~torch.from_numpy(e.pgd)]
+    gain = best[-1] - best[0]
+    usable = (gain > 0) & gain.isfinite()
+    count = int(usable.sum())
+    if count < ENOUGH:
+        return Found("clear", f"too few images held while their loss rose: {count}", {"images": count})
+    late = float(((best[-1] - best[3 * STEPS // 4]) / gain)[usable].median())
+    said = (
+        f"the last quarter of PGD-{STEPS}'s steps brought {100 * late:.3g} % of what it gained on the margin (median)"
+    )
+    figures = {"images": count, "median_share_in_last_quarter": late}
+    return Found("raised" if late > RISING else "clear", said, figures)
+
+
+def black_box_stronger(e: Examination) -> Found:
+    """Square on what PGD left; Square in the suite and attacks from other models on what the suite's white box left."""
+    queried = QUERYING if e.model is not None else {}
+    ways = {f"{queries} queries of {name} (PGD-{STEPS})": e.queried[name] for name, queries in queried.items()}
+    ways |= _black_box_in(e.evaluation) if e.evaluation is not None else {}
+    ways |= {
+        f"transfer from {other.about.get('surrogate', 'another model')} (the suite)": _flipped_by_transfer(
+            e.evaluation, other
+        )
+        for other in e.transfer
+        if e.evaluation is not None and _has_strong(e.evaluation)
+    }
+    return too_many(ways, "break images that white-box attacks left", TOLERATED)
+
+
+def found_and_dropped(e: Examination) -> Found:
+    """Points on which the model that gives gradients errs, and the answer that counts never did."""
+    assert e.evaluation is not None, "needs a record"
+    counted = [one for one in e.evaluation.attacks if one.unconfirmed is not None and not one.transferred]
+    if not counted:
+        return Found("not_run", "no attack of the record counts what it dropped")
+    ways = {record.name: (record.unconfirmed or 0, sum(record.tried)) for record in counted}
+    return too_many(ways, "found adversarial images that did not count", ROUNDED)
+
+
+def artefact_disagrees(e: Examination) -> Found:
+    """Labels of PGD's images by the model that gives gradients, and by the one whose answers count."""
+    x = torch.from_numpy(e.adversarial).to(e.x.device).permute(0, 3, 1, 2).float() / 255
+    apart = int((e.own_answers(x).argmax(dim=1) != e.adversarial_logits.argmax(dim=1)).sum())
+    return too_many({"model and artefact": (apart, len(x))}, "give different labels to adversarial images", DISAGREE)
+
+
+def outside_ball(e: Examination) -> Found:
+    assert e.evaluation is not None, "needs a record"
+    outside = {record.name: record.outside for record in e.evaluation.attacks if not record.name.startswith(BALL_FREE)}
+    figures: dict[str, float | str] = {f"outside_{name}": count for name, count in outside.items()}
+    guilty = [f"{name} ({count})" for name, count in outside.items() if count]
+    if guilty:
+        return Found("raised", f"attacks ended outside the ball, or nowhere: {', '.join(guilty)}", figures)
+    return Found("clear", "every image that was tried lies in the ball, as it was counted", figures)
+
+
+def cliff_beyond_ball(e: Examination) -> Found:
+    noisy = ~e.right_under_noise(e.beyond)[e.correct].numpy()
+    return surplus(f"random noise of {e.beyond / e.threat.eps:.3g} eps", noisy, f"PGD-{STEPS} at eps", e.pgd)
+
+
+def _black_box_in(evaluation: Evaluation) -> dict[str, tuple[int, int]]:
+    """For each attack of the suite without the model's gradients, or within a subspace: broken, of those images that
+    the others tried and left.
+
+    Only where a strong one was among them.
+    """
+    white = [record for record in evaluation.attacks if not _otherwise(record)]
+    fell, tried = (np.zeros(len(evaluation.correct), bool) for _ in range(2))
+    for record in white:
+        fell |= np.array(record.tried) & ~np.array(record.held)
+        if _is_strong(record):
+            tried |= np.array(record.tried)
+    found = {}
+    for record in evaluation.attacks:
+        if _otherwise(record):
+            left = np.array(record.tried) & tried & ~fell
+            found[f"{record.name} (the suite)"] = (int((left & ~np.array(record.held)).sum()), int(left.sum()))
+    return found
+
+
+def _otherwise(record: AttackRecord) -> bool:
+    return record.transferred or record.name.startswith(OTHERWISE)
+
+
+def _flipped_by_transfer(evaluation: Evaluation | None, transfer: Evaluation) -> tuple[int, int]:
+    assert evaluation is not None, "compared with a record"
+    left = np.array(evaluation.robust_images)
+    return int((left & ~np.array(transfer.robust_images)).sum()), int(left.sum())
+
+
+def _left_by(evaluation: Evaluation, e: Examination) -> Flags:
+    """Which of the images that are right the suite left `(M,)`; images that it never saw do not count."""
+    left = np.zeros(len(e.y), bool)
+    held = evaluation.robust_images[: len(e.y)]
+    left[: len(held)] = held
+    of_those_right: Flags = left[e.correct.numpy()]
+    return of_those_right
+
+
+def _has_strong(evaluation: Evaluation) -> bool:
+    return any(_is_strong(record) for record in evaluation.attacks)
+
+
+def _is_strong(record: AttackRecord) -> bool:
+    return record.name.startswith(STRONG)
+
+
+def is_finite(value: float | str) -> bool:
+    return isinstance(value, str) or bool(np.isfinite(value))
