@@ -1,5 +1,7 @@
 """PGD-20 and Square beside foolbox, torchattacks and ART: `make bench-attacks`.
 
+Long, as each peer is called in its own way.
+
 One full-width ResNet-18, the same images, the same run, all libraries in turn. PGD-20: images a second and robust
 accuracy, on test images as they come, decided by the network in float32, whatever the library says; ours leaves
 out what is wrong already and what has fallen, so it is also timed on images that the network gets right. Square, on

@@ -40,7 +40,7 @@ from dfmcl.release.promotion import promote
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.serving.clients.triton import Client
-from dfmcl.serving.gateway import app as gateway
+from dfmcl.serving.gateway import service as gateway
 from dfmcl.serving.gateway.config import GatewayConfig
 from dfmcl.serving.triton.environment import find_environment
 from dfmcl.serving.triton.process import HOST, KEY, Server, claim_ports, running

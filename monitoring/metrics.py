@@ -1,81 +1,29 @@
 """What a sidecar knows as Prometheus metrics: one collector that translates a snapshot at each scrape.
 
+Long, as every metric has its full name and its help here, once.
+
 Labels come from closed sets: names of the configuration, reasons, states, and the last two served versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.metrics_core import (
     Metric,
 )
 from prometheus_client.registry import Collector
 
-from dfmcl.monitoring.budget import Budget
-from dfmcl.monitoring.evidence import STATES, Attested, Release
+from dfmcl.monitoring.evidence import STATES, Attested
 from dfmcl.monitoring.families import Labels, counter, gauge, histogram, info
 from dfmcl.monitoring.journal import RECENT, AttackTotals, Journal, VersionTotals
 from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
+from dfmcl.monitoring.snapshot import Identity, Snapshot
 from dfmcl.robustness.statistics import Share
 
 BOUND = "Upper bound of robust accuracy: the attack does not know the weights."
 ANYTIME = "wrong at most once in 100 months with all others together, however often one looks, 0 to 1."
-
-
-@dataclass(frozen=True)
-class AttackInfo:
-    """An attack's definition. steps: or queries an image; surrogate: names of the runs, "" for a search by queries.
-
-    params_sha256: of all parameters that decide its result.
-    """
-
-    name: str
-    steps: int
-    surrogate: str
-    params_sha256: str
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What does not change while a watch runs. version, revision: of this program; epsilon such as `8/255`.
-
-    interval_seconds: planned between rounds, by path; labels: names of the classes, by index;
-    gated: whether it was told where the gate's evidence is.
-    """
-
-    version: str
-    revision: str
-    model: str
-    norm: str
-    epsilon: str
-    attacks: tuple[AttackInfo, ...]
-    surrogates_sha256: str
-    interval_seconds: Mapping[str, float]
-    labels: tuple[str, ...] = ()
-    gated: bool = True
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What a sidecar knows at one moment. releases, losses, bars: by version; mitigations: by (action, outcome).
-
-    stale: no round through Triton was measured for three intervals.
-    """
-
-    journal: Journal
-    releases: Mapping[str, Release]
-    losses: Mapping[str, frozenset[str]]
-    budget: Budget
-    bars: Mapping[str, Mapping[tuple[str, str], float]] = field(default_factory=dict)
-    stale: bool = False
-    paused: bool = False
-    low_priority: bool = False
-    prepared: int = 0
-    record_failures: int = 0
-    mitigations: Mapping[tuple[str, str], int] | None = None
 
 
 class RoundsCollector(Collector):

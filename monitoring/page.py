@@ -14,8 +14,8 @@ from PIL import Image
 from dfmcl.monitoring.bounds import Bounds
 from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal, Point, VersionTotals
-from dfmcl.monitoring.metrics import Identity, Snapshot
 from dfmcl.monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
+from dfmcl.monitoring.snapshot import Identity, Snapshot
 from dfmcl.robustness.data import Bytes
 
 LINKS = {"/metrics": "for Prometheus", "/rounds.json": "the rounds below, per image", "/-/healthy": "liveness"}

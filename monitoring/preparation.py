@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
@@ -17,17 +19,38 @@ from dfmcl.monitoring import evidence, mitigation
 from dfmcl.monitoring.config import Query, WatchConfig
 from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted
 from dfmcl.monitoring.crafting import require_fit
+from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.evidence import REPORT, Find
-from dfmcl.monitoring.metrics import AttackInfo, Identity
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.monitoring.record import Record
 from dfmcl.monitoring.results import GATEWAY, TRITON
 from dfmcl.monitoring.rounds import Plan
-from dfmcl.monitoring.sidecar import say
+from dfmcl.monitoring.snapshot import AttackInfo, Identity
 from dfmcl.monitoring.surrogates import Surrogates
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.provenance import revision, versions
 from dfmcl.serving.clients.gateway import GatewayClient
+
+A = TypeVar("A")
+
+
+R = TypeVar("R")
+
+
+def unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callable[[A], R]:
+    """The same function, which raises Stopped once `stop` is set: crafting ends within one forward pass."""
+
+    def guarded(argument: A) -> R:
+        if stop.is_set():
+            raise Stopped
+        return function(argument)
+
+    return guarded
+
+
+def say(line: str) -> None:
+    """Print at once, as what is piped would wait for a full buffer otherwise."""
+    print(line, flush=True)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
@@ -27,25 +27,27 @@ from dfmcl.monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import VERSIONS, Journal
 from dfmcl.monitoring.lost import bars, losses
-from dfmcl.monitoring.metrics import RoundsCollector, Snapshot
+from dfmcl.monitoring.metrics import RoundsCollector
 from dfmcl.monitoring.mitigation import Mitigation
-from dfmcl.monitoring.preparation import Work, actions_of, gateway_clients, identity_of, prepare, record_of
+from dfmcl.monitoring.preparation import (
+    Work,
+    actions_of,
+    gateway_clients,
+    identity_of,
+    prepare,
+    record_of,
+    say,
+    unless_stopped,
+)
 from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import Plan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
+from dfmcl.monitoring.snapshot import Snapshot
 from dfmcl.serving.clients.triton import Client
 
 HEALTHY_INTERVALS = 3
 # Of an interval, in which the next round's images are made; more than a minute of spreading gains nothing.
 SPREAD, SPREAD_SECONDS = 0.7, 60.0
-
-A = TypeVar("A")
-R = TypeVar("R")
-
-
-def say(line: str) -> None:
-    """Print at once, as what is piped would wait for a full buffer otherwise."""
-    print(line, flush=True)
 
 
 def watch(
@@ -111,7 +113,7 @@ def _watch(
     else:
         # Who looks by hand waits for it.
         pace = Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), left) if rounds is None else None
-        source = _unless_stopped(recipe.source(), stop)
+        source = unless_stopped(recipe.source(), stop)
         made = scenes(recipe.pool, source, recipe.threat, recipe.attacks, **drawn, pace=pace)
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
     # With a number of rounds, none is crafted that nobody will ask about.
@@ -346,14 +348,3 @@ class Sidecar:
 
     def _rounds_json(self) -> str:
         return json.dumps([outcome.to_json() for outcome in self.journal.history], indent=2) + "\n"
-
-
-def _unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callable[[A], R]:
-    """The same function, which raises Stopped once `stop` is set: crafting ends within one forward pass."""
-
-    def guarded(argument: A) -> R:
-        if stop.is_set():
-            raise Stopped
-        return function(argument)
-
-    return guarded

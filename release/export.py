@@ -9,11 +9,8 @@ A foreign file computes as it came; missing parts are put around it.
 from __future__ import annotations
 
 import hashlib
-import sys
-import sysconfig
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +40,7 @@ from dfmcl.release.candidate import (
     sha256_of,
     write_manifest,
 )
+from dfmcl.release.graphs import random_operators, require_no_paths, store_as_float16, strip
 from dfmcl.robustness.attacks.registry import pgd
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
@@ -65,7 +63,6 @@ RELATIVE_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-3
 # What rounding to float16 may cost: 2 of 128 labels, half of them of adversarial images, which lie at the border.
 MIN_LABEL_AGREEMENT = 0.98
-RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
 class Served(nn.Module):
@@ -255,22 +252,6 @@ def rounded(classifier: Classifier) -> nn.Module:
     return twin
 
 
-def store_as_float16(model: onnx.ModelProto) -> None:
-    """Store, in place, matrices and kernels as float16 with a Cast to float32 where that loses nothing."""
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2:
-            continue
-        values = numpy_helper.to_array(tensor)
-        half = values.astype(np.float16)
-        if np.array_equal(half.astype(np.float32), values):
-            casts.append(helper.make_node("Cast", [f"{tensor.name}.float16"], [tensor.name], to=TensorProto.FLOAT))
-            tensor.CopyFrom(numpy_helper.from_array(half, f"{tensor.name}.float16"))
-    nodes = [*casts, *model.graph.node]
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes)
-
-
 def to_onnx(classifier: nn.Module, input_shape: tuple[int, int, int]) -> onnx.ModelProto:
     """A classifier of images (H, W, C) as one ONNX model with a free batch size."""
     example = torch.zeros(2, *input_shape, dtype=torch.uint8)  # 2: the exporter takes a 1 for a constant
@@ -291,59 +272,6 @@ def to_onnx(classifier: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mo
     model: onnx.ModelProto = program.model_proto
     onnx.checker.check_model(model)
     return model
-
-
-def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The graph of a model, its functions, and all graphs inside their nodes."""
-    pending: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    while pending:
-        graph = pending.pop()
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                pending += [attribute.g] if attribute.HasField("g") else []
-                pending += attribute.graphs
-
-
-def random_operators(model: onnx.ModelProto) -> list[str]:
-    """Names of the operators anywhere in a model whose output is random; empty for a deterministic model."""
-    return sorted(
-        {
-            node.op_type
-            for graph in graphs(model)
-            for node in graph.node
-            if node.op_type in RANDOM or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2])
-        }
-    )
-
-
-def strip(model: onnx.ModelProto) -> None:
-    """Remove, in place, what only tells how the model was made: stack traces, doc strings, inferred shapes."""
-    model.ClearField("doc_string")
-    model.ClearField("metadata_props")
-    for graph in graphs(model):
-        graph.ClearField("value_info")
-        described = [graph, *graph.node, *(attribute for node in graph.node for attribute in node.attribute)]
-        if isinstance(graph, onnx.GraphProto):
-            described += [*graph.input, *graph.output, *graph.initializer]
-            graph.ClearField("quantization_annotation")
-        for part in described:
-            part.ClearField("doc_string")
-            if "metadata_props" in part.DESCRIPTOR.fields_by_name:
-                part.ClearField("metadata_props")
-
-
-def require_no_paths(model: onnx.ModelProto) -> None:
-    """Raise Broken where a model still holds a path of this machine, outside its weights."""
-    here = [Path.home(), Path.cwd(), Path(__file__).parents[2], Path(tempfile.gettempdir()), Path(sys.prefix)]
-    places = {str(place) for place in [*here, sysconfig.get_path("purelib")]} - {"/"}
-    text = onnx.ModelProto()
-    text.CopyFrom(model)
-    for tensor in text.graph.initializer:
-        tensor.ClearField("raw_data")  # four random bytes of a weight may spell /tmp
-    data = text.SerializeToString()
-    if found := sorted(place for place in places if place.encode() in data):
-        raise Broken(f"the exported graph still names {found[0]}; this version of torch writes it in a new place")
 
 
 def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callable[[str], None] = unsaid) -> Parity:

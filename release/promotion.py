@@ -26,7 +26,7 @@ from dfmcl.release.verification import (
     verify_release,
     verify_version,
 )
-from dfmcl.release.writer import only_writer
+from dfmcl.release.writer import make_readable, only_writer
 
 
 def promote(
@@ -249,11 +249,6 @@ def let_all_read(directory: Path) -> None:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def _make_readable(directory: Path) -> None:
-    directory.mkdir(exist_ok=True)
-    directory.chmod(0o755)
-
-
 def switch(
     repository: Path,
     name: str,
@@ -273,7 +268,7 @@ def switch(
     served = _served_until_now(repository, name)
     threads = _threads(model) if threads is None else threads
     for path, text in layout.configs(manifest, name, version, threads=threads).items():
-        _make_readable((model / path).parent)
+        make_readable((model / path).parent)
         ledger.replace(model / path, text)  # the last of them is the commit
         done.append(f"{name}/{path} names version {version}")
     ledger.record(repository, [ledger.event(name, kind, version, served, manifest.model_sha256, reason)])
@@ -284,15 +279,6 @@ def _served_until_now(repository: Path, name: str) -> int | None:
     """As the config says, or where that is damaged, the history."""
     served = served_or_none(repository / name)
     return ledger.last_served(ledger.events_of(repository, name)) if served is None else served
-
-
-def let_gpu_follow(model: Path) -> None:
-    """Where a writer died between the two configs, the one that is the commit decides."""
-    version, path = layout.served_version(model), model / layout.GPU_CONFIG
-    text = layout.configs(read_manifest(model / str(version)), model.name, int(version or 0))[layout.GPU_CONFIG]
-    if not path.is_file() or path.read_bytes() != text.encode():
-        _make_readable(path.parent)
-        ledger.replace(path, text)
 
 
 def _retire_shadow(repository: Path, promoted: Promoted, done: list[str]) -> None:

@@ -63,7 +63,7 @@ def _repaired(repository: Path, name: str, trust: Trust, now: datetime | None, d
         promotion.let_all_read(model)
     try:
         release = verification.verify_release(repository, name, trust, now)
-        promotion.let_gpu_follow(model)
+        writer.let_gpu_follow(model)
         return Repaired(name, f"serves version {release.version}, which is whole", True)
     except UNFIT as error:
         trouble = _why(error)

@@ -13,7 +13,14 @@ from typing import IO
 
 from dfmcl.common.errors import BadInput, Broken
 from dfmcl.release import layout, ledger
-from dfmcl.release.promotion import let_gpu_follow
+from dfmcl.release.candidate import read_manifest
+
+
+def make_readable(directory: Path) -> None:
+    """Make a directory that Triton, as another user, can enter."""
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o755)
+
 
 LOCK = ".promotion.lock"
 # As other locks: not through a link, whose file would be emptied, and waiting at no pipe.
@@ -84,3 +91,12 @@ def _take(lock: IO[str], repository: Path, deadline: float) -> None:
                     f"{repository}: is being changed for {LOCK_SECONDS:g} s by another process; try later"
                 ) from None
             time.sleep(0.05)  # flock has no deadline of its own
+
+
+def let_gpu_follow(model: Path) -> None:
+    """Where a writer died between the two configs, the one that is the commit decides."""
+    version, path = layout.served_version(model), model / layout.GPU_CONFIG
+    text = layout.configs(read_manifest(model / str(version)), model.name, int(version or 0))[layout.GPU_CONFIG]
+    if not path.is_file() or path.read_bytes() != text.encode():
+        make_readable(path.parent)
+        ledger.replace(path, text)

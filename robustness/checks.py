@@ -28,7 +28,7 @@ from dfmcl.robustness.asking import (
 )
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Labels
-from dfmcl.robustness.diagnosis import BEYOND, FEW_STEPS, STEPS, Examination
+from dfmcl.robustness.diagnosis import BEYOND, FEW_STEPS, Examination
 from dfmcl.robustness.doubts import (
     DISAGREE,
     FLAT,
@@ -64,6 +64,7 @@ from dfmcl.robustness.memorisation import FRAGILE, MOVED, only_exact_images, onl
 from dfmcl.robustness.models import frozen
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.traces import STEPS
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.registry import ATTACKS, Attack, climb, fgsm
-from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Decide, Outcome, evaluate
@@ -26,9 +24,9 @@ from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.statistics import Flags
 from dfmcl.robustness.threats.geometry import project, start, steepest, to_uint8
 from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.traces import STEPS, Rescaled, Slopes, Traced, of_another_class, on_grid
 
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
-STEPS = 20
 FEW_STEPS = 5
 # What is left after PGD is attacked by queries: by scores, by labels only, so that no score can mislead, in subspaces.
 QUERYING = {"square": 200, "rays": 120, "square-subspace": 120}
@@ -40,20 +38,6 @@ REPEATS = 4  # of the same question
 # short enough that few ReLUs change sides.
 HALF_STEP = 0.25 / 255
 BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
-
-
-@dataclass(frozen=True)
-class Slopes:
-    """Gradients at random points of the ball around the M images that are right.
-
-    loss: of the cross-entropy, summed absolute values per image `(M,)`; NaN or inf where the gradient is not finite.
-    predicted, happened: by how much the margin should and does grow along its gradient's sign, over a grey level
-    `(M,)`; predicted is 0 where there is no gradient.
-    """
-
-    loss: Tensor
-    predicted: Tensor
-    happened: Tensor
 
 
 class Examination:
@@ -178,7 +162,7 @@ class Examination:
         attacked = to_float(torch.from_numpy(self.adversarial).to(x.device))[chosen]
         grey = torch.randn((len(x), 1, *x.shape[2:]), generator=stream, device=x.device).expand_as(x)
         noise = torch.randn(x.shape, generator=stream, device=x.device)
-        other = self.x[_of_another_class(self.y, chosen)]
+        other = self.x[of_another_class(self.y, chosen)]
         ends = {
             "to noise": (x, self._moved(x, noise)),
             "to noise alike in all channels": (x, self._moved(x, grey)),
@@ -192,13 +176,13 @@ class Examination:
                     found = climb(network, x, y, threat, generator=stream, steps=FEW_STEPS, keep="last")
                     ends[f"to images that fool {name}" + (f" at {times} eps" if times > 1 else "")] = (
                         x,
-                        _on_grid(found, x, threat),
+                        on_grid(found, x, threat),
                     )
         return ends
 
     def _moved(self, x: Tensor, direction: Tensor) -> Tensor:
         threat = self.threat
-        return _on_grid(project(x + threat.eps * steepest(direction, threat.norm), x, threat), x, threat)
+        return on_grid(project(x + threat.eps * steepest(direction, threat.norm), x, threat), x, threat)
 
     @cached_property
     def fgsm(self) -> Flags:
@@ -250,7 +234,7 @@ class Examination:
         """PGD on the cross-entropy of logits times `factor`."""
         assert self.model is not None, "a check that needs a model does not run without one"
         return self._fell(
-            partial(climb, steps=STEPS), self.threat, f"logits x {factor:g}", source=_Rescaled(self.model, factor)
+            partial(climb, steps=STEPS), self.threat, f"logits x {factor:g}", source=Rescaled(self.model, factor)
         )
 
     @cached_property
@@ -281,7 +265,7 @@ class Examination:
         self._traces: list[Tensor] = []
 
         def traced(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat: Threat, **rest: Any) -> Tensor:
-            trial = _Traced(rest.pop("trial"), y)
+            trial = Traced(rest.pop("trial"), y)
             x_adv = climb(model, x, y, threat, steps=STEPS, trial=trial, **rest)
             self._traces.append(trial.margins)
             return x_adv
@@ -317,53 +301,6 @@ class Examination:
     def _labelled_right(self, x: Tensor, threat: Threat) -> Tensor:
         point = to_uint8(x, self.x, threat).float() / 255 if self.grid else x
         return losses.right(self.answers(point), self.y.cpu())
-
-
-class _Traced(Trial):
-    """A trial that also keeps the margin of every image at every point it was shown."""
-
-    def __init__(self, trial: Trial, y: Tensor) -> None:
-        super().__init__(y)
-        self._trial, self._margins = trial, list[Tensor]()
-
-    @property
-    def margins(self) -> Tensor:
-        """`(STEPS + 1, N)`, NaN where an image was not shown any more, on the CPU."""
-        short = STEPS + 1 - len(self._margins)
-        return torch.stack(self._margins + [torch.full_like(self._margins[0], torch.nan)] * short).cpu()
-
-    def spend(self, rows: Tensor, *, forward: int = 0, backward: int = 0) -> None:
-        self._trial.spend(rows, forward=forward, backward=backward)
-
-    def look(self, rows: Tensor, points: Tensor, logits: Tensor, *, gradient: bool) -> Tensor:
-        row = torch.full((len(self._y),), torch.nan, device=logits.device)
-        row[rows] = losses.margin(logits.float(), self._y[rows])
-        self._margins.append(row)
-        return self._trial.look(rows, points, logits, gradient=gradient)
-
-
-class _Rescaled(nn.Module):
-    """Logits times a factor: the same answers."""
-
-    def __init__(self, model: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.model, self.factor = model, factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x)
-        return self.factor * logits
-
-
-def _of_another_class(labels: Tensor, chosen: Tensor) -> Tensor:
-    """For each image `chosen` the next one of another class `(n,)`; itself where all are of one class."""
-    count = len(labels)
-    steps = (chosen[:, None] + torch.arange(1, count + 1, device=chosen.device)) % count
-    apart = labels[steps] != labels[chosen][:, None]
-    return steps.gather(1, apart.int().argmax(dim=1, keepdim=True)).squeeze(1)
-
-
-def _on_grid(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
-    return to_uint8(point, x, threat).float() / 255
 
 
 def eps_key(eps: float) -> str:

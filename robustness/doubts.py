@@ -8,10 +8,11 @@ import torch
 from dfmcl.robustness.asking import (
     largest,
 )
-from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, STEPS, Examination
+from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
 from dfmcl.robustness.finding import Found, surplus, too_many
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import Flags, lower_bound
+from dfmcl.robustness.traces import STEPS
 
 PROBABILITY = 1e-4  # float32 sums a thousand probabilities to 1 within 1e-5
 NO_GRADIENT = 0.05  # of the images: float32 has a gradient while the margin is below 88; of trained logits it is ~20

@@ -25,11 +25,12 @@ import dfmcl.cli.command
 from dfmcl.monitoring.budget import Budget
 from dfmcl.monitoring.evidence import Attested, Release
 from dfmcl.monitoring.journal import Journal
-from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
+from dfmcl.monitoring.metrics import RoundsCollector
 from dfmcl.monitoring.results import GATEWAY, TRITON, AttackResult, Query, ReplayResult, RoundResult
+from dfmcl.monitoring.snapshot import AttackInfo, Identity, Snapshot
 from dfmcl.robustness.statistics import Share
-from dfmcl.serving.gateway.endpoints import Pool
 from dfmcl.serving.gateway.metrics import DetectionMetrics, Metrics
+from dfmcl.serving.gateway.pool import Pool
 from tests import observing
 from tests.deploying import DEPLOY, ROOT, tool
 from tests.processes import wait_until

@@ -128,7 +128,7 @@ def test_the_gateway_needs_its_extra_alone(wheel: Path, index: None, tmp_path: P
     """The image's `gateway` target, in effect: it loads its program and its configuration."""
     binaries = installed(wheel, "gateway", tmp_path / "env")
     config = ROOT / "deploy" / "resnet18-cifar10" / "gateway.toml"
-    code = f"import dfmcl.serving.gateway.app, dfmcl.serving.gateway.config as c; c.load_config({str(config)!r})"
+    code = f"import dfmcl.serving.gateway.service, dfmcl.serving.gateway.config as c; c.load_config({str(config)!r})"
     for command in ([binaries / "python", "-c", code], [binaries / "dfmcl", "apikey", "someone"]):
         made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr

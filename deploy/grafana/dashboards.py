@@ -1,5 +1,7 @@
 """Writes the dashboards beside it: `make dashboards`. A test compares what is committed with what this writes.
 
+Long, as a dashboard is one list of panels.
+
 One for the engineer on duty (is it still robust?), one for a model in depth, one for the sidecar's own health.
 """
 

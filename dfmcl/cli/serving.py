@@ -62,8 +62,8 @@ def gateway(
     ready_file: Annotated[Path | None, typer.Option(help="JSON with the URL, there while a Triton answers.")] = None,
 ) -> int:
     """Answer HTTP with what Triton computes: images in, labels out, keys, limits, metrics; until SIGTERM or Ctrl-C."""
-    from dfmcl.serving.gateway.app import serve as run_gateway
     from dfmcl.serving.gateway.config import load_config
+    from dfmcl.serving.gateway.service import serve as run_gateway
 
     return run_gateway(load_config(config), stop=stop_on_signals(), port=port, ready_file=ready_file, source=config)
 

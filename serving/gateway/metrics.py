@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from dfmcl.serving.detection.fingerprints import DETECTORS
-from dfmcl.serving.gateway.endpoints import Pool
+from dfmcl.serving.gateway.pool import Pool
 from dfmcl.serving.gateway.problems import STATUSES
 
 OUTCOMES = ("ok", "refused", "failed")  # 2xx; 4xx, the asker's; 5xx, ours

@@ -1,5 +1,7 @@
 """`dfmcl serve`: keeps a Triton answering with what the repository holds, as the gate saw it answer.
 
+Long, as it is one machine of states: each function is a way from one to another.
+
 It follows the repository. Where a promotion changes what a model serves, the new version is verified, asked the known
 answers on a Triton of its own, and only then loaded; where that fails, the repository returns to the version that is
 live. Where the repository cannot be read, what is live goes on: a model ends by a `retired` entry of the history alone.

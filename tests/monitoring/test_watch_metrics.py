@@ -22,7 +22,7 @@ from dfmcl.monitoring.budget import Budget
 from dfmcl.monitoring.evidence import STATES, Attested, Release
 from dfmcl.monitoring.journal import KEPT_EXAMPLES, KEPT_FAILURES, POINTS, RECENT, VERSIONS, Histogram, Journal
 from dfmcl.monitoring.lost import LOSSES
-from dfmcl.monitoring.metrics import AttackInfo, Identity, RoundsCollector, Snapshot
+from dfmcl.monitoring.metrics import RoundsCollector
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
 from dfmcl.monitoring.results import (
     GATEWAY,
@@ -39,6 +39,7 @@ from dfmcl.monitoring.results import (
     RoundResult,
     RoundSkipped,
 )
+from dfmcl.monitoring.snapshot import AttackInfo, Identity, Snapshot
 from dfmcl.robustness.statistics import Share
 
 ATTACKS = ("mi-fgsm-10", "pgd-10")

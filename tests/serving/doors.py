@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from dfmcl.serving.gateway import app as gateway
+from dfmcl.serving.gateway import service as gateway
 from dfmcl.serving.gateway.config import GatewayConfig
 from dfmcl.serving.gateway.keys import digest_of
 

@@ -31,7 +31,7 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.folder import read_image
 from dfmcl.serving.clients.triton import Contract
 from dfmcl.serving.gateway import images
-from dfmcl.serving.gateway.app import softmax
+from dfmcl.serving.gateway.exchange import softmax
 from dfmcl.serving.gateway.keys import Bucket, digest_of
 from dfmcl.serving.gateway.listener import affordable, bind
 from dfmcl.serving.gateway.metrics import OUTCOMES
@@ -851,7 +851,7 @@ def test_many_clients_at_once_get_their_own_answers(door: Door, candidate: Path)
 
 def test_gateway_needs_no_training_library() -> None:
     """What is installed for it: `pip install 'dfmcl[gateway]'`."""
-    code = "import sys, dfmcl.serving.gateway.app; print(*sys.modules)"
+    code = "import sys, dfmcl.serving.gateway.service; print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     loaded = set(output.split())
     assert not {"torch", "onnxruntime", "torchvision", "scipy", "dfmcl.gating", "dfmcl.robustness"} & loaded
