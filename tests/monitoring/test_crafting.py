@@ -19,8 +19,8 @@ from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
 from dfmcl.monitoring.crafting import AHEAD, Crafter, Pace, Pool, draw, require_fit, scenes
 from dfmcl.monitoring.endpoint import Stopped
+from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
-from dfmcl.monitoring.sidecar import _unless_stopped
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.threats.threat import Threat
 from tests.monitoring.conftest import wait_for
@@ -269,7 +269,7 @@ def test_stop_ends_crafting_within_a_forward_pass() -> None:
         return passes(x)
 
     endless = scenes(
-        many(), _unless_stopped(source, stop), BALL, (Attack.parse_transfer("pgd-100000"),), seed=0, count=8
+        many(), unless_stopped(source, stop), BALL, (Attack.parse_transfer("pgd-100000"),), seed=0, count=8
     )
     with Crafter(endless, stop) as crafter:
         begun.wait(30)

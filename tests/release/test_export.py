@@ -21,7 +21,7 @@ from dfmcl.common.errors import BadInput, Broken, Refused
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.gating.subject import candidate_subject, open_subject
 from dfmcl.release import export as exporting
-from dfmcl.release import promotion
+from dfmcl.release import graphs, promotion
 from dfmcl.release.candidate import FILES, Manifest, read_manifest, sha256_of
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
@@ -81,7 +81,7 @@ def test_exported_bytes_tell_nothing_of_this_machine(candidate: Path, run_direct
     assert [path.name for path in candidate.iterdir() if path.suffix == ".data"] == []
 
 
-RANDOM_NODES = [helper.make_node(name, [], ["y"]) for name in sorted(exporting.RANDOM)] + [
+RANDOM_NODES = [helper.make_node(name, [], ["y"]) for name in sorted(graphs.RANDOM)] + [
     helper.make_node("Dropout", ["x", "ratio", "training"], ["y"])
 ]
 
