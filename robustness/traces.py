@@ -20,8 +20,8 @@ class Slopes:
     """Gradients at random points of the ball around the M images that are right.
 
     loss: of the cross-entropy, summed absolute values per image `(M,)`; NaN or inf where the gradient is not finite.
-    predicted, happened: by how much the margin should and does grow along its gradient's sign, over a grey level
-    `(M,)`; predicted is 0 where there is no gradient.
+    predicted: the rate at which the margin should grow along its gradient's sign `(M,)`; 0 where there is no gradient.
+    happened: the rate at which it does, over each of the steps `(M, S)`.
     """
 
     loss: Tensor
