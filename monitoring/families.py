@@ -27,7 +27,7 @@ def counter(name: str, documentation: str, rows: Iterable[tuple[Labels, float]])
 
 
 def info(name: str, documentation: str, rows: Iterable[Labels]) -> Metric:
-    return filled(InfoMetricFamily(name, documentation), f"{name}info", [(labels, 1) for labels in rows])
+    return filled(InfoMetricFamily(name, documentation), f"{name}_info", [(labels, 1) for labels in rows])
 
 
 def histogram(name: str, documentation: str, rows: Iterable[tuple[Labels, Histogram]]) -> Metric:
