@@ -33,7 +33,7 @@ class Matter:
 
     @property
     def text(self) -> bytes:
-        return "\n".join((PURPOSE, self.model, self.data, self.policy)).encode()
+        return "\n".join((PURPOSE, self.model, self.data, self.policy, str(self.images))).encode()
 
 
 @dataclass(frozen=True)

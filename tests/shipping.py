@@ -12,7 +12,7 @@ from dfmcl.release.card import write_card
 from dfmcl.release.export import export
 from dfmcl.release.promotion import promote
 from dfmcl.training.pack import pack
-from tests.signing import VALID_DAYS, make_key, write_trust
+from tests.signing import VALID_DAYS, known_key, write_trust
 
 NAME = "stand-in"
 POLICY = Policy.model_validate(
@@ -33,7 +33,7 @@ def ship(run: Path, surrogate: Path) -> Path:
     repository = folder / "models"
     if repository.exists():
         return repository
-    key = make_key(folder)
+    key = known_key(folder)
     export(run, folder / "candidate", weights="float16")
     subject = open_subject(str(folder / "candidate"), run=run)
     report = gate(subject, POLICY, folder / "evidence", keys=[key])

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from numpy.typing import NDArray
 
 import dfmcl.cli.command
@@ -36,6 +38,16 @@ def make_key(folder: Path, name: str = "release") -> Path:
     """A new key pair; returns the private one's path."""
     folder.mkdir(parents=True, exist_ok=True)
     keygen(folder / name)
+    return folder / f"{name}.key"
+
+
+def known_key(folder: Path, name: str = "release") -> Path:
+    """A key pair that is the same in every run, so that a gate draws the same order; the private one's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / f"{name}.key").write_bytes(private)
+    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return folder / f"{name}.key"
 
 

@@ -175,7 +175,8 @@ def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None =
             raise refusal("unlike", f"{evidence / REPORT}: is not the report that was signed")
         report = inspect(candidate, evidence)
         _require_alike(attestation, report, signed, path)
-        _require_drawn(report, trust.keys, evidence / REPORT, by_one=trust.drawn)
+        signed_by = [key for key in trust.keys if key.keyid in attestation.signers]
+        _require_drawn(report, signed_by if trust.drawn else trust.keys, evidence / REPORT, by_one=trust.drawn)
     except MALFORMED as error:
         raise refusal("statement", f"{path}: a malformed statement was signed: {reason_of(error)}") from None
     return report
@@ -234,10 +235,12 @@ def _require_drawn(report: dict[str, Any], keys: Iterable[SSlibKey], path: Path,
             raise refusal("order", f"{path}: the order follows from digests alone")
         return
     draw, own = Draw.from_json(said), {key.keyid: key for key in keys}
-    digests = report["candidate"]["model_sha256"], report["data"]["sha256"], report["policy"]["sha256"]
+    model, data, policy = report["candidate"]["model_sha256"], report["data"]["sha256"], report["policy"]["sha256"]
     if draw.keyid not in own and by_one:
-        raise refusal("order", f"{path}: key {draw.keyid[:12]} drew the order, and is not trusted")
-    if draw.keyid in own and not draw.is_by(own[draw.keyid], Matter(*digests, report["data"]["images"])):
+        raise refusal("order", f"{path}: key {draw.keyid[:12]} drew the order, and is none that is trusted and signed")
+    if draw.keyid in own and not draw.is_by(
+        own[draw.keyid], Matter(str(model), str(data), policy, report["data"]["images"])
+    ):
         raise refusal("order", f"{path}: key {draw.keyid[:12]} did not draw the order that names it")
 
 

@@ -53,8 +53,8 @@ def test_an_order_that_flatters_without_the_key_does_not_with_it() -> None:
     assert abs(np.mean(drawn) - 0.28) < 0.05  # five of its standard errors, 0.009, and the set's own 0.02
 
 
-@pytest.mark.parametrize("other", [{"model": "d" * 64}, {"data": "d" * 64}, {"policy": "d" * 64}])
-def test_a_draw_is_of_one_matter_and_one_key(other: dict[str, str]) -> None:
+@pytest.mark.parametrize("other", [{"model": "d" * 64}, {"data": "d" * 64}, {"policy": "d" * 64}, {"images": 449}])
+def test_a_draw_is_of_one_matter_and_one_key(other: dict[str, Any]) -> None:
     """Neither another file's signature nor another key's counts."""
     draw = Draw.by(SIGNER, MATTER)
     assert not draw.is_by(SIGNER.public_key, Matter(**{**vars(MATTER), **other}))
@@ -114,7 +114,7 @@ def test_evidence_whose_order_a_trusted_key_drew_is_believed(candidate: Path, tm
         verify(candidate, plain, load_trust(path))
     sign_evidence(drawn, [other])  # a second signer, who did not draw
     assert verify(candidate, drawn, trusting(other))["verdict"] == "passed"
-    with pytest.raises(NotAttested, match="drew the order, and is not trusted"):
+    with pytest.raises(NotAttested, match="drew the order, and is none that is trusted and signed"):
         verify(candidate, drawn, trusting(other, drawn=True))
 
 
