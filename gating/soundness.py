@@ -19,7 +19,7 @@ from dfmcl.gating.signing.faults import refusal
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
 
-# Special functions of another scipy differ in the last digits; whoever wants another outcome must move far more.
+# Special functions of another scipy differ in the last digits; another outcome takes far larger changes.
 RELATIVE, ABSOLUTE = 1e-9, 1e-12
 OUTCOMES = {"clear", "raised", "not_run"}
 PROBES = "probes.npz"

@@ -1,4 +1,4 @@
-"""The questions behind the checks: each looks at an examination and says what it found."""
+"""The questions behind the checks: each turns an examination into a finding."""
 
 from __future__ import annotations
 

@@ -150,13 +150,13 @@ vmi_fgsm = partial(mi_fgsm, transforms=("vmi",))
 
 @dataclass(frozen=True)
 class Kind:
-    """An attack, what it needs and what it can.
+    """An attack with its needs and abilities.
 
     gradients: whether the model must be differentiable.
     scores: whether it looks at more than labels.
     float32: whether a copy in half precision would weaken it.
     restarts: whether it may be told to run more than once.
-    carried: what it is told when it is crafted on a surrogate for another model; None where it does not transfer.
+    carried: its parameters when it is crafted on a surrogate for another model; None where it does not transfer.
     live: whether an outsider runs it against an endpoint.
     """
 
