@@ -71,8 +71,8 @@ with {}:
 
 @dataclass(frozen=True)
 class Case:
-    """A command; what shows that it is at work (a pattern of files); how it ends once it may, told to be quick; what
-    else must be refused meanwhile."""
+    """A command; what shows that it is at work (a pattern of files, one of which has been written to: a lock is held
+    once it names its holder); how it ends once it may, told to be quick; what else must be refused meanwhile."""
 
     arguments: list[str]
     at_work: str
@@ -139,6 +139,13 @@ def stop_while(process: subprocess.Popen[str], condition: Callable[[], object]) 
         process.send_signal(signal.SIGCONT)
 
 
+def written(path: Path) -> bool:
+    try:
+        return path.is_dir() or path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def leftovers(place: Path) -> list[str]:
     """Hidden files: whatever is staged or locked."""
     return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.name.startswith("."))
@@ -157,7 +164,7 @@ def test_the_second_is_refused_and_a_killed_one_leaves_nothing(place: Path, name
     if name == "gate":
         assert run("export", "RUN", "--out", "candidate").returncode == 0
     first = start(COMMAND, *case.arguments)
-    stop_while(first, lambda: list(place.glob(case.at_work)))
+    stop_while(first, lambda: any(map(written, place.glob(case.at_work))))
     said = "out.partial" if name == "gate" else "out"
     for options in ((), *((other,) for other in case.others)):
         second = run(*case.arguments, *options)
