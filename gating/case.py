@@ -28,6 +28,7 @@ from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
 from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
+from dfmcl.robustness.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Case:
     def order(self) -> NDArray[np.int64]:
         """All test images `(population,)` as they are attacked."""
         return order_of(self.matter, self.draw)
+
+    @property
+    def seed(self) -> int:
+        """Of attacks and checks: the policy's, which an author knows, and the draw, which he does not."""
+        return self.policy.seed if self.draw is None else derived_seed(self.policy.seed, "draw", self.draw.signature)
 
     @property
     def cap(self) -> int:

@@ -129,7 +129,7 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     climbed = climbed_by(case.subject, data.x_test[case.order], ranks)
     sources, remarks = sources_of(case, state, ranks, track)
     threats = policy.threats(case.grid)
-    plan = Plan(climbed, decide, threats, case.suite, case.grid, policy.seed, sources=sources, remarks=remarks)
+    plan = Plan(climbed, decide, threats, case.suite, case.grid, case.seed, sources=sources, remarks=remarks)
     work = Work(plan, data, state, ranks, track)
     standings, blocks = run(work, case.claims, case.order[: case.cap], policy, watch)
     outcomes = joined_outcomes(blocks)
@@ -187,7 +187,7 @@ def checked(
         *case.test(case.order[: case.policy.checks.images]),
         found.main.evaluation.threat,
         grid=case.grid,
-        seed=case.policy.seed,
+        seed=case.seed,
         evaluation=found.main.evaluation,
         transfer=transfer,
         about=about,

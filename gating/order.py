@@ -2,7 +2,7 @@
 
 An author who tries many files of one model can find one that such an order flatters. The signature of a key that he
 does not hold, mixed in, takes that away: Ed25519 signatures (RFC 8032) are deterministic, so a gate's holder draws one
-order for a file, and nobody else can tell which.
+order for a file, and nobody else can tell which. The attacks and checks of that gate draw from the signature as well.
 """
 
 from __future__ import annotations
@@ -51,11 +51,7 @@ class Draw:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Draw:
         """KeyError or BadInput where it is none."""
-        found = Draw(value["keyid"], value["signature"])
-        for text, size in ((found.keyid, 32), (found.signature, 64)):
-            if not isinstance(text, str) or text != text.lower() or not _is_hex(text, size):
-                raise BadInput(f"{str(text)[:80]!r} is not {size} bytes in hex")
-        return found
+        return Draw(hex_of(value["keyid"], 32), hex_of(value["signature"], 64))
 
     def to_json(self) -> dict[str, str]:
         return asdict(self)
@@ -69,8 +65,11 @@ class Draw:
         return key.keyid == self.keyid
 
 
-def _is_hex(text: str, size: int) -> bool:
-    return len(text) == 2 * size and set(text) <= set("0123456789abcdef")
+def hex_of(value: object, size: int) -> str:
+    """So many bytes as lower-case hex, which is one text for one value; BadInput for all else."""
+    if not isinstance(value, str) or len(value) != 2 * size or not set(value) <= set("0123456789abcdef"):
+        raise BadInput(f"{str(value)[:80]!r} is not {size} bytes in hex")
+    return value
 
 
 def order_of(matter: Matter, draw: Draw | None = None) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfmcl.gating.order import Draw, Matter, order_of
+from dfmcl.gating.order import Draw, Matter, hex_of, order_of
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
 from dfmcl.gating.verdict import Claim, claims_about
@@ -116,8 +116,8 @@ def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> Record:
     return Record(
         policy=policy,
         policy_sha256=digest_of(text),
-        data_sha256=str(data["sha256"]),
-        model_sha256=str(candidate["model_sha256"]),
+        data_sha256=hex_of(data["sha256"], 32),
+        model_sha256=hex_of(candidate["model_sha256"], 32),
         grid=grid,
         population=count_of(data["images"], MOST_IMAGES),
         classes=[str(name) for name in data["classes"]],

@@ -44,7 +44,7 @@ def substitute_of(case: Case, state: State, ranks: Ranks, track: Track) -> Learn
             images,
             case.policy.parsed_threat,
             answers=case.policy.attacks.substitute,
-            seed=case.policy.seed,
+            seed=case.seed,
             device=ranks.device,
             track=track,
         )
@@ -71,7 +71,7 @@ def transferred(case: Case, index: NDArray[np.int64], track: Track) -> list[Eval
             decide=case.subject.decide,
             source=ensemble([surrogate.model for surrogate in group.values()]),
             grid=case.grid,
-            seed=case.policy.seed,
+            seed=case.seed,
             about={"kind": "transfer", "surrogate": "+".join(group), "surrogate_sha256": digest},
             track=track,
         )

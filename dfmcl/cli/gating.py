@@ -33,7 +33,9 @@ def gate(
     baseline: Annotated[
         Path | None, typer.Option(help="report.json of the model that no_regression compares with.")
     ] = None,
-    key: Annotated[list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable.")] = None,
+    key: Annotated[
+        list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable; the first draws the order.")
+    ] = None,
     contract: Annotated[
         str | None, typer.Option("--input", help="What a foreign model takes, such as 'float32 NCHW 32x32x3'.")
     ] = None,
@@ -125,7 +127,7 @@ def sign(
     from dfmcl.common.files import clear_parts
     from dfmcl.common.locks import beside, held
     from dfmcl.gating.signing.attestation import sign_evidence
-    from dfmcl.gating.signing.evidence import ATTESTATION
+    from dfmcl.gating.signing.evidence import ATTESTATION, REPORT, read_report
 
     place = evidence.resolve()
     if not os.access(place.parent, os.W_OK):  # a volume of its own
@@ -134,6 +136,8 @@ def sign(
         clear_parts(evidence, {ATTESTATION})
         until = sign_evidence(evidence, key)
     say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
+    if "draw" not in read_report(evidence / REPORT)[0]["statistics"]:
+        say("no key drew the order of its images, so `drawn = true` in a trust file refuses it; gate with --key")
 
 
 @command

@@ -108,8 +108,8 @@ def duration(seconds: float) -> str:
 def order(report: Mapping[str, Any]) -> str:
     """Which order the images were attacked in, and who drew it."""
     statistics = report["statistics"]
-    by = f"key {statistics['draw']['keyid'][:12]}" if "draw" in statistics else "digests alone"
-    return f"{statistics['order_sha256']}, drawn by {by}"
+    by = f"drawn by key {statistics['draw']['keyid'][:12]}" if "draw" in statistics else "fixed by digests alone"
+    return f"{statistics['order_sha256']}, {by}"
 
 
 def threat(evaluation: Mapping[str, Any]) -> str:

@@ -686,7 +686,9 @@ def test_the_commands_sign_and_verify(pair: tuple[Path, Path], tmp_path: Path) -
     assert "never overwritten" in dfmcl("keygen", "mine", code=2)
     trusted = ["--trust", "trust.toml"]
     assert "no such file" in dfmcl("verify", "candidate", "--evidence", "evidence", *trusted, code=1)
-    assert "holds until 2125-12-09" in dfmcl("sign", "evidence", "--key", "mine.key")
+    said = dfmcl("sign", "evidence", "--key", "mine.key")
+    assert "holds until 2125-12-09" in said
+    assert "no key drew the order of its images" in said
     told = dfmcl("verify", "candidate", "--evidence", "evidence", *trusted)
     assert f"signed by {read_public(tmp_path / 'mine.pub').keyid[:12]}; holds until 2125-12-09" in told
     assert "expired" in dfmcl("verify", "candidate", "--evidence", "evidence", *trusted, "--at", "2126-01-01", code=1)

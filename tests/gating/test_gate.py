@@ -314,6 +314,16 @@ def test_what_is_no_state_is_left_alone(subject: Subject, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence"]
 
 
+def test_attacks_draw_from_the_key_as_well_as_from_the_policy(subject: Subject, tmp_path: Path) -> None:
+    """Whoever knows the policy knows the random starts of a gate without a key, and of no other."""
+    wanted, keys = policy(0.1, "60/255", 30), [make_key(tmp_path, name) for name in ("one", "two")]
+    rounds = [[], keys[:1], keys[:1], keys[1:]]
+    reports = [gate(subject, wanted, tmp_path / str(number), keys=used) for number, used in enumerate(rounds)]
+    bare, one, again, other = [(report["evaluation"]["seed"], report["files"]) for report in reports]
+    assert one == again
+    assert len({bare[0], one[0], other[0]}) == 3
+
+
 @pytest.mark.parametrize("damage", ["torn", "exchanged", "sealed by a stranger"])
 def test_a_block_that_this_gate_did_not_seal_is_attacked_again(subject: Subject, tmp_path: Path, damage: str) -> None:
     """A stranger who brings a file into the state's directory, with a cache or a commit, decides nothing."""
