@@ -16,14 +16,15 @@ SUBSTITUTE = "substitute"
 CHECKS = (
     "outputs_differ", "batch_dependent", "grad_mode_matters", "probabilities", "flat_outputs", "bad_gradients",
     "gradients_mislead", "unaccounted", "fgsm_beats_pgd", "weaker_with_steps", "weaker_with_eps", "unlimited_fails",
-    "scale_hides", "loss_still_rising", "black_box_stronger", "found_and_dropped", "artefact_disagrees", "outside_ball",
-    "seen_images", "only_exact_images", "only_these_images", "cliff_beyond_ball", "state_changes", "answers_change",
+    "scale_hides", "loss_still_rising", "black_box_stronger", "cr_is_blind", "found_and_dropped", "artefact_disagrees",
+    "outside_ball", "seen_images", "only_exact_images", "only_these_images", "cliff_beyond_ball", "state_changes",
+    "answers_change",
 )  # fmt: skip
-LATER = {"grad_mode_matters", "unaccounted", "only_these_images", "state_changes", "answers_change"}
+LATER = {"cr_is_blind", "grad_mode_matters", "unaccounted", "only_these_images", "state_changes", "answers_change"}
 # Of a model with gradients that is right on some image: they need more than that, such as the manifest of a run.
 SELDOM = {
-    "gradients_mislead", "unaccounted", "black_box_stronger", "found_and_dropped", "seen_images", "only_these_images",
-    "state_changes", "answers_change",
+    "gradients_mislead", "unaccounted", "black_box_stronger", "cr_is_blind", "found_and_dropped", "seen_images",
+    "only_these_images", "state_changes", "answers_change",
 }  # fmt: skip
 SHORTER: dict[str, tuple[str, ...]] = {"fast": ("apgd-ce", "apgd-t"), "standard": AUTOATTACK}
 

@@ -44,6 +44,7 @@ from dfmcl.robustness.doubts import (
     bad_gradients,
     black_box_stronger,
     cliff_beyond_ball,
+    cr_is_blind,
     fgsm_beats_pgd,
     flat_outputs,
     found_and_dropped,
@@ -232,8 +233,8 @@ _ALL = (
     Check(
         "scale_hides",
         "the same attack breaks significantly more images when the logits are divided or multiplied by ten; where the"
-        f" suite has apgd-t, also significantly more than {100 * TOLERATED:g} % of those that it left",
-        "put the logits on a scale that calibrates them, and attack with losses that do not care (apgd-t)",
+        f" suite has cr or apgd-t, also significantly more than {100 * TOLERATED:g} % of those that it left",
+        "put the logits on a scale that calibrates them, and attack with losses that do not care (cr, apgd-t)",
         scale_hides,
         ("gradients", "images"),
     ),
@@ -251,6 +252,13 @@ _ALL = (
         "gradients are worth less than none: look for what hides them; do not believe the white-box figure",
         black_box_stronger,
         ("images",),
+    ),
+    Check(
+        "cr_is_blind",
+        f"plain ascents break significantly more than {100 * TOLERATED:g} % of the images that cr left",
+        "cr is misled, as after catastrophic overfitting: judge by suite 'standard', and train with more steps",
+        cr_is_blind,
+        ("gradients", "images", "record"),
     ),
     Check(
         "found_and_dropped",

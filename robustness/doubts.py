@@ -8,6 +8,7 @@ import torch
 from dfmcl.robustness.asking import (
     largest,
 )
+from dfmcl.robustness.attacks.suites import RELAXED
 from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
 from dfmcl.robustness.finding import Found, surplus, too_many
 from dfmcl.robustness.records import AttackRecord, Evaluation
@@ -38,7 +39,7 @@ DISAGREE = 0.01  # one rounding can tip a label at the border; a wrong export di
 # They do without the model's gradients, or keep to where the data lie.
 OTHERWISE = ("square", "rays", "subspace")
 # It breaks what a score-based search breaks, and more, at every scale of the logits; PGD alone need not.
-STRONG = ("apgd-t",)
+STRONG = ("apgd-t", RELAXED)
 BALL_FREE = ("cw-l2",)  # it looks for the nearest adversarial image, wherever that lies
 
 
@@ -172,6 +173,23 @@ def black_box_stronger(e: Examination) -> Found:
     return too_many(ways, "break images that white-box attacks left", TOLERATED)
 
 
+def cr_is_blind(e: Examination) -> Found:
+    """Attacks along the gradient of the suite, and PGD here, on what constraint relaxation left."""
+    assert e.evaluation is not None, "needs a record"
+    names = [record.name for record in e.evaluation.attacks]
+    place = next((place for place, name in enumerate(names) if name.startswith(RELAXED)), None)
+    if place is None:
+        return Found("not_run", f"the suite has no {RELAXED}")
+    relaxed, *later = e.evaluation.attacks[place:]
+    left = np.array(relaxed.held) & np.array(e.evaluation.correct)
+    ways = {f"PGD-{STEPS}": _broken_of(_of_those_right(left, e), e.pgd)}
+    for record in later:
+        if not _otherwise(record):
+            seen = left & np.array(record.tried)
+            ways[f"{record.name} (the suite)"] = _broken_of(seen, ~np.array(record.held))
+    return too_many(ways, f"breaks images that {relaxed.name} left", TOLERATED)
+
+
 def found_and_dropped(e: Examination) -> Found:
     """Points on which the model that gives gradients errs, and the answer that counts never did."""
     assert e.evaluation is not None, "needs a record"
@@ -230,17 +248,24 @@ def _otherwise(record: AttackRecord) -> bool:
 
 def _flipped_by_transfer(evaluation: Evaluation | None, transfer: Evaluation) -> tuple[int, int]:
     assert evaluation is not None, "compared with a record"
-    left = np.array(evaluation.robust_images)
-    return int((left & ~np.array(transfer.robust_images)).sum()), int(left.sum())
+    return _broken_of(np.array(evaluation.robust_images), ~np.array(transfer.robust_images))
 
 
 def _left_by(evaluation: Evaluation, e: Examination) -> Flags:
     """Which of the images that are right the suite left `(M,)`; images that it never saw do not count."""
-    left = np.zeros(len(e.y), bool)
-    held = evaluation.robust_images[: len(e.y)]
-    left[: len(held)] = held
-    of_those_right: Flags = left[e.correct.numpy()]
-    return of_those_right
+    return _of_those_right(np.array(evaluation.robust_images), e)
+
+
+def _of_those_right(flags: Flags, e: Examination) -> Flags:
+    """Of the record's flags `(N,)` those of the examined images that are right `(M,)`; False where it has none."""
+    known = np.zeros(len(e.y), bool)
+    known[: len(flags)] = flags[: len(e.y)]
+    chosen: Flags = known[e.correct.numpy()]
+    return chosen
+
+
+def _broken_of(left: Flags, fell: Flags) -> tuple[int, int]:
+    return int((left & fell).sum()), int(left.sum())
 
 
 def _has_strong(evaluation: Evaluation) -> bool:

@@ -13,8 +13,8 @@ from dfmcl.robustness.statistics import Flags, PairedCounts
 
 Figures = Mapping[str, float | str]
 
-COMPARISONS = 11  # checks that chance could raise; one that makes several comparisons divides its level
-LEVEL = 1 / 1800  # of one check: all of them together raise one by chance in fewer than one run in 160 (Bonferroni)
+COMPARISONS = 12  # checks that chance could raise; one that makes several comparisons divides its level
+LEVEL = 1 / 2400  # of one check: all of them together raise one by chance in at most one run in 200 (Bonferroni)
 CLEARLY = 0.05  # of the images that are right: a surplus below that does not carry a verdict, even where it is sure
 # The cross-entropy at ten times the logits is nearly the margin, which breaks up to 4 points more of an honest model.
 CLEARLY_BY_SCALE = 0.10

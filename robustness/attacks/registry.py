@@ -24,6 +24,7 @@ from dfmcl.robustness.attacks.confined import square_subspace, subspace
 from dfmcl.robustness.attacks.cw import cw_l2
 from dfmcl.robustness.attacks.fab import fab_targeted
 from dfmcl.robustness.attacks.rays import rays
+from dfmcl.robustness.attacks.relaxation import constraint_relaxation
 from dfmcl.robustness.attacks.square import square
 from dfmcl.robustness.attacks.suites import FROM, SUITES
 from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
@@ -184,6 +185,7 @@ ATTACKS: dict[str, Kind] = {
     "cw-l2": Kind(cw_l2, restarts=False),  # it searches from the image itself
     "apgd-ce": Kind(apgd),
     "apgd-t": Kind(apgd_targeted),
+    "cr": Kind(constraint_relaxation),
     "fab-t": Kind(fab_targeted, float32=True),  # the way to the border: 1 to 3 points in bfloat16
     "square": blind(square, live=True),
     "subspace": Kind(subspace),

@@ -9,9 +9,14 @@ AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 # price.
 SUBSPACE = "subspace-10"
 
+# Constraint relaxation breaks what APGD-CE and APGD-T break, at a tenth of their passes, but on some networks it sees
+# nothing (after catastrophic overfitting): a short APGD looks at what it left, and the check `cr_is_blind` at both.
+RELAXED = "cr"
+GUARD = "apgd-ce-20"
+
 # The worst case per image. What no honest network falls to, the subspaces, comes last: it sees only what is left.
 SUITES: dict[str, tuple[str, ...]] = {
-    "fast": ("apgd-ce", "apgd-t", SUBSPACE),
+    "fast": (RELAXED, GUARD, SUBSPACE),
     "standard": (*AUTOATTACK, SUBSPACE),
 }
 

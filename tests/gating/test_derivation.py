@@ -344,7 +344,7 @@ def test_the_roster_is_that_of_the_gate() -> None:
 @pytest.mark.parametrize(
     ("attacks", "kind", "surrogates", "blind", "names"),
     [
-        ({"suite": "fast", "substitute": 9}, "onnx", [], False, "apgd-ce apgd-t subspace-10 pgd-3:substitute"),
+        ({"suite": "fast", "substitute": 9}, "onnx", [], False, "cr apgd-ce-20 subspace-10 pgd-3:substitute"),
         ({"suite": "fast"}, "onnx", ["a"], False, "apgd-ce apgd-t"),
         ({"suite": ["fgsm"], "substitute": 0}, "candidate", ["a", "b", "a+b"], False, "fgsm pgd-3:a pgd-3:b pgd-3:a+b"),
         ({"suite": ["fgsm", "rays-9"], "substitute": 9}, "endpoint", ["a"], True, "rays-9 square-9 pgd-3:a"),

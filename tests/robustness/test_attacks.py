@@ -174,7 +174,7 @@ def test_a_suite_is_a_name_or_a_list() -> None:
     """`standard` is AutoAttack's four and the subspaces; what is misspelt, empty or doubled is refused."""
     standard = ["apgd-ce", "apgd-t", "fab-t", "square", "subspace-10"]
     assert [attack.name for attack in Attack.parse_suite("standard")] == standard
-    assert [attack.name for attack in Attack.parse_suite("fast")] == ["apgd-ce", "apgd-t", "subspace-10"]
+    assert [attack.name for attack in Attack.parse_suite("fast")] == ["cr", "apgd-ce-20", "subspace-10"]
     assert [attack.name for attack in Attack.parse_suite(["pgd-20", "rays-9"])] == ["pgd-20", "rays-9"]
     for suite in ("strong", [], ["fgsm", "fgsm"], ["pdg-20"]):
         with pytest.raises(BadInput, match="attack"):

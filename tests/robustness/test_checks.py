@@ -19,6 +19,7 @@ from torch import nn
 
 from dfmcl.gating.foreign import kept
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.checks import CHECKS, Result, diagnose
 from dfmcl.robustness.data import Bytes, Dataset, load_dataset
@@ -32,12 +33,12 @@ from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.threats.threat import Threat
 from tests.networks import Networks
-from tests.robustness.traps import TRAPS, Neighbourhood, sprung
+from tests.robustness.traps import TRAPS, Corners, Neighbourhood, sprung
 
 THREAT = Threat.parse("linf", "8/255")
 N = 64
 EVERY = (True,) * N
-BY_RECORD = {"found_and_dropped", "outside_ball", "seen_images", "artefact_disagrees"}
+BY_RECORD = {"cr_is_blind", "found_and_dropped", "outside_ball", "seen_images", "artefact_disagrees"}
 # They compare with what was answered before, or look into a module.
 BY_BACKGROUND = {"answers_change", "state_changes"}
 
@@ -320,6 +321,19 @@ def test_square_in_the_suite_may_not_beat_its_white_box(fragile: Classifier, dig
         evaluation = attacked(model, digits, *suite, cascade=True).evaluation
         found = CHECKS["black_box_stronger"].run(examine(None, digits, fragile, evaluation=evaluation))
         assert found.outcome in outcomes
+
+
+def test_plain_ascents_may_not_beat_constraint_relaxation(fragile: Classifier, digits: Dataset) -> None:
+    """By the guard in the suite, and by PGD in the check where the suite has none; the honest twin raises nothing."""
+    known = to_float(torch.from_numpy(digits.x_test[:N])), torch.from_numpy(digits.y_test[:N])
+    deceit = Corners(copy.deepcopy(fragile).eval(), *known)
+    for suite in (SUITES["fast"], ("cr",)):
+        for model, outcomes in ((deceit, ("raised",)), (fragile, ("clear", "not_run"))):
+            evaluation = attacked(model, digits, *suite, cascade=True).evaluation
+            found = run("cr_is_blind", model, digits, evaluation=evaluation)
+            assert found.outcome in outcomes, (suite, found.why)
+    without = attacked(deceit, digits, "pgd-5").evaluation
+    assert run("cr_is_blind", deceit, digits, evaluation=without).outcome == "not_run"
 
 
 def test_transfer_may_not_beat_the_white_box(fragile: Classifier, digits: Dataset) -> None:

@@ -236,6 +236,20 @@ def test_half_of_an_attack_is_noticed(held: Held, record_property: Record, name:
     assert p < LEVEL
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_relaxation_is_as_strong_as_two_apgds(
+    hardened: Classifier, border: Callable[[str], Border], record_property: Record, norm: str
+) -> None:
+    """Beside APGD-CE and APGD-T on all nine classes, at a fraction of the passes; a tenth of its steps is noticed."""
+    few = border(norm).thinned
+    peer = few.held(partial(ours, hardened, [attack("apgd-ce", steps=25), attack("apgd-t", steps=25)]))
+    assert 0.05 < peer.mean() < 0.95
+    for parameters, strong in ({}, True), ({"steps": 15, "restarts": 1}, False):
+        mine = few.held(partial(ours, hardened, attack("cr", **parameters)))
+        record_property("p above" if strong else "p below", p := weaker(mine, peer))
+        assert (p > LEVEL) == strong, PairedCounts.of(mine, peer)
+
+
 # --- Square, and all together -------------------------------------------------------------------------------
 
 TOGETHER = 8  # images that torchattacks gives the same patches; a call is the unit, as its images are no coins apart

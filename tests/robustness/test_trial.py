@@ -51,7 +51,7 @@ class Counted:
 
 
 NAMES = [
-    *("fgsm", "pgd-7x2", "mi-fgsm-4", "cw-l2-5", "apgd-ce-9x2", "apgd-t-6", "square-30", "subspace-3x2"),
+    *("fgsm", "pgd-7x2", "mi-fgsm-4", "cw-l2-5", "apgd-ce-9x2", "apgd-t-6", "cr-15x2", "square-30", "subspace-3x2"),
     "square-subspace-40",
 ]
 

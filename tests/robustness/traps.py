@@ -196,6 +196,22 @@ class Moat(Lookup):
         return logits
 
 
+class Corners(Lookup):
+    """Right wherever a long step ends, as after catastrophic overfitting: there more than a seventh of the values have
+    come to the border of the ball. Short steps meet the plain network first.
+    """
+
+    radius = 8 / 255
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.detach().flatten(1)
+        nearest = torch.cdist(flat, self.known, p=torch.inf).argmin(dim=1)
+        share = ((flat - self.known[nearest]).abs() > 0.98 * self.radius).float().mean(dim=1)
+        logits: Tensor = self.model(x)
+        known = 10.0 * nn.functional.one_hot(self.labels[nearest], logits.shape[1])
+        return torch.where((share > 1 / 7)[:, None], known + 0.01 * logits, logits)
+
+
 class BatchNormed(nn.Module):
     """Batch norm that never stopped training: an image's answer depends on its company."""
 
