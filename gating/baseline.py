@@ -39,6 +39,7 @@ class Baseline:
         for name, ours, theirs in (
             ("threat", (threat.norm, threat.eps), (asked["threat"].get("norm", "linf"), asked["threat"]["eps"])),
             ("attacks", policy.attacks.suite, asked["attacks"]["suite"]),
+            ("whole suite", policy.attacks.whole, asked["attacks"].get("whole", 1.0)),
             ("data", (data_sha256, population), (report["data"]["sha256"], report["data"]["images"])),
         ):
             if ours != theirs:

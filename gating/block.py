@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,12 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Outcome, evaluate
 from dfmcl.robustness.gradients import AttackPass
-from dfmcl.robustness.records import Evaluation, joined
+from dfmcl.robustness.records import AttackRecord, Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
+from dfmcl.robustness.statistics import Flags
 from dfmcl.robustness.threats.threat import Threat
 
+T = TypeVar("T")
 ARRAYS = ("adversarial", "clean_logits", "adversarial_logits")
 
 
@@ -40,6 +42,7 @@ class Plan:
 
     threats: ascending.
     sources: whatever attacks crafted on them break counts as well.
+    whole: attacks that only drawn images meet, on what all others left; of one threat.
     purpose: what these images are attacked for; part of the seed's address, so that no two blocks draw the same.
     remarks: what the record says beside.
     """
@@ -51,6 +54,7 @@ class Plan:
     grid: bool
     seed: int
     sources: tuple[Source, ...] = ()
+    whole: tuple[Attack, ...] = ()
     purpose: str = "block"
     remarks: Mapping[str, str] = field(default_factory=dict)
 
@@ -92,13 +96,25 @@ class Block:
         return Block(tuple(outcomes))
 
 
-def attack_block(plan: Plan, images: Bytes, labels: Labels, number: int, track: Track = silent) -> Block:
-    """Block `number` of the plan: images uint8 `(N, H, W, C)`, labels `(N,)`. Depends on nothing but its arguments."""
+def attack_block(
+    plan: Plan, images: Bytes, labels: Labels, number: int, track: Track = silent, drawn: Flags | None = None
+) -> Block:
+    """Block `number` of the plan: images uint8 `(N, H, W, C)`, labels `(N,)`. Depends on nothing but its arguments.
+
+    drawn: which of the images meet the plan's whole suite, `(N,)`.
+    """
     outcomes: list[Outcome] = []
     for threat in plan.threats:
         found = _attacked(plan, images, labels, number, threat, outcomes[-1] if outcomes else None, None, track)
         for source in plan.sources:
             found = _beside(found, _attacked(plan, images, labels, number, threat, found, source, track))
+        if plan.whole and drawn is not None:
+            rows, rest = np.flatnonzero(drawn), replace(plan, attacks=plan.whole)
+            if len(rows):
+                part = _attacked(rest, images[rows], labels[rows], number, threat, found.part(rows), None, track)
+                found = _beside(found, _spread(part, rows, found))
+            else:
+                found = _beside(found, _untried(plan.whole, found))
         outcomes.append(found)
     return Block(tuple(outcomes))
 
@@ -142,6 +158,41 @@ def _beside(before: Outcome, now: Outcome) -> Outcome:
         seconds=first.seconds + second.seconds,
     )
     return replace(now, evaluation=both)
+
+
+def _spread(part: Outcome, rows: NDArray[np.int64], before: Outcome) -> Outcome:
+    """What was found on some rows, for all: the other images were not tried, and are what they were before."""
+    count, attacks = len(before.adversarial), []
+    held = before.evaluation.robust_images
+    for record in part.evaluation.attacks:
+        held = _over(held, rows, record.held)
+        attacks.append(
+            replace(
+                record,
+                held=held,
+                tried=_over((False,) * count, rows, record.tried),
+                forward=_over((0,) * count, rows, record.forward),
+                backward=_over((0,) * count, rows, record.backward),
+            )
+        )
+    arrays = {name: getattr(before, name).copy() for name in ARRAYS}
+    for name, array in arrays.items():
+        array[rows] = getattr(part, name)
+    return Outcome(replace(before.evaluation, attacks=tuple(attacks), seconds=part.evaluation.seconds), **arrays)
+
+
+def _untried(attacks: Sequence[Attack], before: Outcome) -> Outcome:
+    """Attacks that met none of the images."""
+    held = before.evaluation.robust_images
+    none, no = (0,) * len(held), (False,) * len(held)
+    records = [AttackRecord(one.name, dict(one.parameters), held, no, 0, 0.0, 0, none, none) for one in attacks]
+    return replace(before, evaluation=replace(before.evaluation, attacks=tuple(records), seconds=0.0))
+
+
+def _over(column: tuple[T, ...], rows: NDArray[np.int64], values: tuple[T, ...]) -> tuple[T, ...]:
+    """The column with other values at some rows."""
+    changed = dict(zip(rows.tolist(), values, strict=True))
+    return tuple(changed.get(row, value) for row, value in enumerate(column))
 
 
 def joined_outcomes(blocks: Sequence[Block]) -> tuple[Outcome, ...]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline
-from dfmcl.gating.order import Draw, Matter, order_of
+from dfmcl.gating.order import Draw, Matter, drawn_of, order_of
 from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.signing.keys import read_signer
 from dfmcl.gating.subject import Subject
@@ -29,6 +29,7 @@ from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
 from dfmcl.robustness.seeds import derived_seed
+from dfmcl.robustness.statistics import Flags
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Case:
 
     surrogates: networks of others by name.
     earlier: the baseline's images and answers, for `no_regression`.
-    suite: the attacks that can run; no_gradients: why only black-box ones, None where all can.
+    suite: the attacks that can run on all images; whole: those that only drawn ones meet.
+    no_gradients: why only black-box ones, None where all can.
     carried: the attacks that are crafted on other networks.
     claims: all that the criteria say about the data set, but for `no_regression`.
     matter, draw: of the order in which images are attacked.
@@ -49,6 +51,7 @@ class Case:
     surrogates: Mapping[str, Run]
     earlier: Baseline | None
     suite: tuple[Attack, ...]
+    whole: tuple[Attack, ...]
     no_gradients: str | None
     carried: tuple[Attack, ...]
     claims: Sequence[Claim]
@@ -64,6 +67,11 @@ class Case:
     def order(self) -> NDArray[np.int64]:
         """All test images `(population,)` as they are attacked."""
         return order_of(self.matter, self.draw)
+
+    @cached_property
+    def drawn(self) -> Flags:
+        """Which of the test images `(population,)`, as the data set has them, meet the whole suite."""
+        return drawn_of(self.matter, self.draw, self.policy.attacks.chance)
 
     @property
     def seed(self) -> int:
@@ -83,7 +91,7 @@ class Case:
     def identity(self) -> dict[str, str]:
         """Everything that the blocks of an interrupted gate depend on."""
         found = provenance()
-        suite = [(attack.name, dict(attack.parameters)) for attack in self.suite]
+        suite = [(attack.name, dict(attack.parameters)) for attack in (*self.suite, *self.whole)]
         return {
             "subject": self.subject.digest,
             "run": str(self.subject.run.get("checkpoint_sha256", "")),
@@ -112,7 +120,7 @@ def prepare(
     """
     signers = [read_signer(key) for key in keys]  # a key that cannot sign is found out before the attacks, not after
     require_kind(subject, policy)
-    suite, no_gradients = suite_of(subject, policy)
+    suite, whole, no_gradients = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates)
     data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
     require_fit(subject, data, policy)
@@ -120,10 +128,11 @@ def prepare(
     earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test)) if baseline else None
     if earlier is None and any(criterion.metric == NO_REGRESSION for criterion in criteria):
         raise BadInput(f"criterion {NO_REGRESSION}: needs --baseline, the report.json of the model to compare with")
-    found = claims([one for one in criteria if one.metric != NO_REGRESSION], data.classes, data.y_test)
+    shares = [one for one in criteria if one.metric != NO_REGRESSION]
+    found = claims(shares, data.classes, data.y_test, drawn=bool(whole))
     matter = Matter(subject.digest, data.sha256, policy.digest, len(data.x_test))
     draw = Draw.by(signers[0], matter) if signers else None
-    case = Case(subject, policy, data, surrogates, earlier, suite, no_gradients, carried, found, matter, draw)
+    case = Case(subject, policy, data, surrogates, earlier, suite, whole, no_gradients, carried, found, matter, draw)
     require_answers(subject, *case.test(case.order[:FIRST]))
     return case
 
@@ -136,17 +145,21 @@ def require_kind(subject: Subject, policy: Policy) -> None:
         )
 
 
-def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], str | None]:
-    """The attacks that can run, and where gradients are missing, why: what these attacks find will not do to pass."""
-    attacks = Attack.parse_suite(policy.attacks.suite)
+def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], tuple[Attack, ...], str | None]:
+    """The attacks that can run on all images, those on drawn ones, and where gradients are missing, why.
+
+    What is found without gradients will not do to pass; there all images meet the same attacks.
+    """
     if subject.model is not None:
-        return attacks, None
+        suite, whole = policy.attacks.phases
+        return Attack.parse_suite(suite), tuple(Attack.parse(name) for name in whole), None
+    attacks = Attack.parse_suite(policy.attacks.suite)
     named = {attack.name for attack in attacks}
     blind = [attack for attack in attacks if not attack.kind.gradients]
     blind += [attack for attack in Attack.parse_suite(policy.attacks.black_box) if attack.name not in named]
     if not blind or any(attack.kind.gradients for attack in blind):
         raise BadInput("policy attacks.black_box: needs attacks without gradients, such as square-1000")
-    return tuple(blind), subject.no_gradients
+    return tuple(blind), (), subject.no_gradients
 
 
 def carried_of(subject: Subject, policy: Policy, surrogates: Mapping[str, Run]) -> tuple[Attack, ...]:

@@ -18,6 +18,7 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Criterion
 from dfmcl.gating.record import Record
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, decide, one_look
+from dfmcl.robustness.drawn import Seen
 from dfmcl.robustness.statistics import Flags
 
 Row = dict[str, Any]
@@ -26,33 +27,33 @@ FOUND = ("check", "why", "do")
 
 @dataclass(frozen=True)
 class Course:
-    """One claim from the first image to the last. own: which of the images `(N,)` it is about; held: of those."""
+    """One claim from the first image to the last. own: which of the images `(N,)` it is about; seen: of those."""
 
     claim: Claim
     own: Flags
-    held: Flags
+    seen: Seen
     standing: Standing | None
 
     @staticmethod
     def of(claim: Claim, record: Record) -> Course:
         """Worst case per image over all attacks, or the clean answers, in the order of the record."""
         place = record.policy.place(record.policy.threat_of(claim.criterion), record.grid)
-        flags = record.flags[place][claim.criterion.robust]
-        own = np.ones(len(flags), bool) if claim.class_index is None else record.labels == claim.class_index
+        seen = record.seen[place][claim.criterion.robust]
+        own = np.ones(len(seen), bool) if claim.class_index is None else record.labels == claim.class_index
         if record.policy.statistics == "fixed":
-            return Course(claim, own, flags[own], None)
-        return Course(claim, own, flags[own], Standing.begin(claim, record.among).after(flags[own]))
+            return Course(claim, own, seen[own], None)
+        return Course(claim, own, seen[own], Standing.begin(claim, record.among).after(seen[own]))
 
     def judgement(self, among: int) -> Judgement:
         """After the last image."""
-        return one_look(self.claim, self.held, among) if self.standing is None else self.standing.judgement
+        return one_look(self.claim, self.seen, among) if self.standing is None else self.standing.judgement
 
     def bounds(self, images: int, among: int) -> tuple[float, float]:
         """After so many images of the order."""
-        seen = int(self.own[:images].sum())
+        count = int(self.own[:images].sum())
         if self.standing is not None:
-            return self.standing.bounds_after(seen)
-        looked = one_look(self.claim, self.held[:seen], among)
+            return self.standing.bounds_after(count)
+        looked = one_look(self.claim, self.seen[:count], among)
         return looked.lower, looked.upper
 
 
@@ -83,6 +84,7 @@ def derived(record: Record) -> Row:
             "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
             **sizes,
             **draw,
+            **whole_suite(record),
         },
         "criteria": rows,
         "progress": progress(record, courses, among),
@@ -94,6 +96,16 @@ def derived(record: Record) -> Row:
         "per_image": {"index": order[: len(record.labels)].tolist(), "label": record.labels.tolist()},
         "baseline": None if record.pairs is None else record.pairs.to_json(),
     }
+
+
+def whole_suite(record: Record) -> Row:
+    """How the drawn images fared, where only these met the whole suite: drawn, of those tried, and of those lost."""
+    if not record.whole:
+        return {}
+    seen = record.seen[record.place][True]
+    tried = seen.drawn & seen.held
+    counts = {"drawn": seen.drawn, "tried": tried, "lost": seen.lost}
+    return {"whole": {"chance": record.policy.attacks.chance, **{key: int(one.sum()) for key, one in counts.items()}}}
 
 
 def progress(record: Record, courses: Sequence[Course], among: int) -> list[Row]:

@@ -129,8 +129,8 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     climbed = climbed_by(case.subject, data.x_test[case.order], ranks)
     sources, remarks = sources_of(case, state, ranks, track)
     threats = policy.threats(case.grid)
-    plan = Plan(climbed, decide, threats, case.suite, case.grid, case.seed, sources=sources, remarks=remarks)
-    work = Work(plan, data, state, ranks, track)
+    plan = Plan(climbed, decide, threats, case.suite, case.grid, case.seed, sources, case.whole, remarks=remarks)
+    work = Work(plan, data, case.drawn, state, ranks, track)
     standings, blocks = run(work, case.claims, case.order[: case.cap], policy, watch)
     outcomes = joined_outcomes(blocks)
     index = case.order[: len(outcomes[0].adversarial)]

@@ -18,6 +18,7 @@ from securesystemslib.exceptions import Error as SignatureError
 from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
 
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.statistics import Flags
 
 PURPOSE = "dfmcl order of images/1"  # such a text is no DSSE payload, which begins with DSSEv1
 
@@ -74,6 +75,14 @@ def hex_of(value: object, size: int) -> str:
 
 def order_of(matter: Matter, draw: Draw | None = None) -> NDArray[np.int64]:
     """All images `(images,)` as they are attacked: drawn by the digests, and by the signature where there is one."""
-    seeds = (matter.model, matter.data, matter.policy, *(() if draw is None else (draw.signature,)))
-    digest = hashlib.sha256("\n".join(seeds).encode()).digest()
-    return np.random.default_rng(list(digest)).permutation(matter.images)
+    return _generator(matter, draw).permutation(matter.images)
+
+
+def drawn_of(matter: Matter, draw: Draw | None, chance: float) -> Flags:
+    """Which of the images `(images,)`, as the data set has them, meet the whole suite: each with the same chance."""
+    return _generator(matter, draw, "whole").random(matter.images) < chance
+
+
+def _generator(matter: Matter, draw: Draw | None, *purpose: str) -> np.random.Generator:
+    seeds = (matter.model, matter.data, matter.policy, *(() if draw is None else (draw.signature,)), *purpose)
+    return np.random.default_rng(list(hashlib.sha256("\n".join(seeds).encode()).digest()))

@@ -8,17 +8,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_toml, validated
 from dfmcl.gating.signing.statement import VALID_DAYS
+from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.threats.threat import Threat, parse_eps
 
 METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
 NO_REGRESSION = "no_regression"
+DRAWN = 0.2  # of the images: of 1,000 where none is lost, the bound gives way by 2 points
 _CONFIDENCE = r"at\s+(?P<confidence>[\d.]+)\s*%"
 _SHARE = re.compile(
     rf"(?P<metric>{'|'.join(METRICS)})(?:\((?P<eps>[^)]+)\))?\s*>=\s*(?P<threshold>\d*\.?\d+)\s*(?P<percent>%?)\s+{_CONFIDENCE}"
@@ -128,6 +130,7 @@ class AttackSection(Section):
     production to compare itself with, on as many images as were attacked, or on the first transfer_images of the order,
     where those are more. substitute: answers of the model that the gate trains a substitute on (0: it trains none).
     block: images that are attacked together.
+    whole: of suite "standard": the chance of an image to meet all of it, where all meet "fast"; "drawn": DRAWN. 1: all.
     """
 
     suite: str | list[str]
@@ -136,6 +139,19 @@ class AttackSection(Section):
     transfer_images: int = Field(0, ge=0)
     substitute: int = Field(1200, ge=0)
     block: int = Field(32, ge=1)
+    whole: Literal["drawn"] | Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @property
+    def chance(self) -> float:
+        """Of an image to meet the whole suite."""
+        return self.whole if isinstance(self.whole, float) else DRAWN
+
+    @property
+    def phases(self) -> tuple[str | list[str], tuple[str, ...]]:
+        """The suite that all images meet, and the attacks that only drawn ones meet after it."""
+        if self.chance == 1:
+            return self.suite, ()
+        return "fast", tuple(name for name in SUITES["standard"] if name not in SUITES["fast"])
 
 
 class CheckSection(Section):
@@ -183,6 +199,18 @@ class Policy(Section):
                     checked_radius(criterion.eps, self.threat.norm)
                 except ValueError as error:
                     raise ValueError(f"criterion {str(criterion)!r}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _a_drawn_part_fits(self) -> Self:
+        if self.attacks.chance == 1:
+            return self
+        if self.attacks.suite != "standard":
+            raise ValueError('attacks.whole: is the drawn part of suite = "standard"; leave it out, or name that suite')
+        if any(criterion.metric == NO_REGRESSION for criterion in self.parsed_criteria):
+            raise ValueError(f"attacks.whole: {NO_REGRESSION} compares image by image; use two policies")
+        if len(self.threats(grid=True)) > 1:
+            raise ValueError("attacks.whole: a drawn part is of one radius; use a policy for each")
         return self
 
     @model_validator(mode="after")

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfmcl.gating.order import Draw, Matter, hex_of, order_of
+from dfmcl.gating.order import Draw, Matter, drawn_of, hex_of, order_of
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
 from dfmcl.gating.verdict import Claim, claims_about
+from dfmcl.robustness.drawn import Seen
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
 
@@ -54,6 +55,18 @@ class Record:
     draw: Draw | None = None
 
     @property
+    def whole(self) -> int:
+        """How many of the attacks, the last ones, only the drawn images met."""
+        return len(self.policy.attacks.phases[1]) if self.no_gradients is None else 0
+
+    @cached_property
+    def drawn(self) -> Flags:
+        """Which of the images attacked `(N,)` met the whole suite."""
+        by_image = drawn_of(self.matter, self.draw, self.policy.attacks.chance)
+        chosen: Flags = by_image[self.order[: len(self.labels)]]
+        return chosen
+
+    @property
     def matter(self) -> Matter:
         """What the order is of."""
         return Matter(self.model_sha256, self.data_sha256, self.policy_sha256, self.population)
@@ -81,7 +94,7 @@ class Record:
     def claims(self) -> tuple[Claim, ...]:
         """What the criteria say about the data set, but for `no_regression`."""
         criteria = [criterion for criterion in self.policy.parsed_criteria if criterion.metric != NO_REGRESSION]
-        return claims_about(criteria, self.classes, self.class_images, self.population)
+        return claims_about(criteria, self.classes, self.class_images, self.population, drawn=self.whole > 0)
 
     @cached_property
     def regressions(self) -> tuple[Criterion, ...]:
@@ -93,9 +106,11 @@ class Record:
         return len(self.claims) + len(self.regressions)
 
     @cached_property
-    def flags(self) -> list[tuple[Flags, Flags]]:
-        """For each evaluation, per image `(N,)`: right as it came, and in the worst case over all attacks there."""
-        return [(np.array(one.correct, bool), np.array(one.robust_images, bool)) for one in self.evaluations]
+    def seen(self) -> list[tuple[Seen, Seen]]:
+        """For each evaluation: the images right as they came, and in the worst case over all attacks there."""
+        return [
+            (Seen.of(np.array(one.correct, bool)), Seen.by(one, self.drawn, self.whole)) for one in self.evaluations
+        ]
 
     @property
     def ends(self) -> list[int]:

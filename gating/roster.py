@@ -42,16 +42,20 @@ def absent_checks(found: Sequence[str], *, early: bool) -> list[str]:
 def attacks_of(policy: Mapping[str, Any], *, blind: bool, sources: Sequence[str]) -> list[str]:
     """Names of all attacks on each image, in their order, by a policy as its report has it.
 
+    Those that only drawn images meet come last.
     blind: the model gave no gradients. sources: other networks that attacks were crafted on.
     """
     asked, suites = policy["attacks"], SHORTER if is_early(policy) else SUITES
+    whole: list[str] = []
     suite = list(suites[asked["suite"]] if isinstance(asked["suite"], str) else asked["suite"])
     if blind:
         queried = [name for name in suite if name.startswith(WITHOUT_GRADIENTS)]
         suite = queried + [name for name in asked["black_box"] if name not in queried]
+    elif asked.get("whole", 1.0) != 1.0:
+        suite, whole = list(SUITES["fast"]), [name for name in suite if name not in SUITES["fast"]]
     if is_early(policy):
         return suite
-    return suite + [f"{name}{FROM}{source}" for source in sources for name in asked["transfer"]]
+    return suite + [f"{name}{FROM}{source}" for source in sources for name in asked["transfer"]] + whole
 
 
 def sources_of(policy: Mapping[str, Any], kind: str, surrogates: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.resumption import State
 from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
+from dfmcl.robustness.drawn import Seen
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.statistics import Flags
@@ -42,10 +43,11 @@ def unwatched(progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What attacking a block takes, wherever its images come from."""
+    """What attacking a block takes, wherever its images come from. drawn: of the test images, for the whole suite."""
 
     plan: Plan
     data: Dataset
+    drawn: Flags
     state: State
     ranks: Ranks
     track: Track
@@ -63,7 +65,8 @@ class Work:
         if done is not None:
             return Block.from_bytes(done)
         plan = Plan(**{**vars(self.plan), "purpose": purpose})
-        block = attack_block(plan, self.data.x_test[index], self.data.y_test[index], number, self.track)
+        images, labels = self.data.x_test[index], self.data.y_test[index]
+        block = attack_block(plan, images, labels, number, self.track, drawn=self.drawn[index])
         self.state.save(purpose, number, block.to_bytes())
         return block
 
@@ -82,9 +85,17 @@ def run(
     for arrived in work.rounds(order, "block", policy.attacks.block):
         for block in arrived:
             size = len(block.outcomes[0].adversarial)
-            own = labels[order[seen : seen + size]]
+            index = order[seen : seen + size]
             standings = [
-                standing.after(outcomes_of(standing.claim, block, own, places[standing.claim.criterion]))
+                standing.after(
+                    seen_of(
+                        standing.claim,
+                        block.outcomes[places[standing.claim.criterion]],
+                        labels[index],
+                        work.drawn[index],
+                        len(work.plan.whole),
+                    )
+                )
                 for standing in standings
             ]
             blocks.append(block)
@@ -111,17 +122,17 @@ def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
     """By the statistics that the policy asks for."""
     if policy.statistics == "sequential":
         return standing.judgement
-    return one_look(standing.claim, standing.lower.outcomes, standing.among)
+    return one_look(standing.claim, standing.seen, standing.among)
 
 
-def outcomes_of(claim: Claim, block: Block, labels: Labels, place: int) -> Flags:
-    """What a block's images, with their labels `(N,)`, say about a claim: `(M,)` of its own class, or all.
+def seen_of(claim: Claim, found: Outcome, labels: Labels, drawn: Flags, whole: int) -> Seen:
+    """What the outcome of images, with their labels and draws `(N,)`, says about a claim: of its own class, or of all.
 
-    place: of the outcome at the claim's radius.
+    whole: how many of the attacks, the last ones, only the drawn images met.
     """
-    evaluation = block.outcomes[place].evaluation
-    flags = np.array(evaluation.robust_images if claim.criterion.robust else evaluation.correct)
-    return flags if claim.class_index is None else flags[labels == claim.class_index]
+    record = found.evaluation
+    seen = Seen.by(record, drawn, whole) if claim.criterion.robust else Seen.of(np.array(record.correct))
+    return seen if claim.class_index is None else seen[labels == claim.class_index]
 
 
 def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:

@@ -72,7 +72,7 @@ def _require_sound(report: Mapping[str, Any], record: Record, path: Path, probes
         _require(path, f"{where}: kind", one.about.get("kind"), main.about.get("kind"))
         _require(path, f"{where}: attacks", ", ".join(attack.name for attack in one.attacks), ", ".join(attacks))
         _require_measured(one)
-        left = _require_left(path, where, one, left)
+        left = _require_left(path, where, one, left, record)
     for one in record.transfer:
         _require_measured(one)
     _require_pairs(path, record)
@@ -129,11 +129,17 @@ def _require_measured(one: Evaluation) -> None:
             raise ValueError(f"{str(seconds)[:20]!r} is no time")
 
 
-def _require_left(path: Path, where: str, one: Evaluation, left: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Each attack saw all that was left before it, in the smaller balls too, and leaves no more; what all leave."""
-    for attack in one.attacks:
-        _require(path, f"{where}: {attack.name}: images tried", attack.tried, left)
-        unseen = [held and not tried for held, tried in zip(attack.held, attack.tried, strict=True)]
+def _require_left(path: Path, where: str, one: Evaluation, left: tuple[bool, ...], record: Record) -> tuple[bool, ...]:
+    """Each attack saw all that was left before it, in the smaller balls too, and leaves no more; what all leave.
+
+    The last ones saw only those of them that were drawn, and leave the others as they were.
+    """
+    for number, attack in enumerate(one.attacks, start=1):
+        everyone = number <= len(one.attacks) - record.whole
+        shown = [was and (everyone or drawn) for was, drawn in zip(left, record.drawn.tolist(), strict=True)]
+        _require(path, f"{where}: {attack.name}: images tried", list(attack.tried), shown)
+        may = [was if not tried else None for was, tried in zip(left, attack.tried, strict=True)]
+        unseen = [was is not None and held != was for held, was in zip(attack.held, may, strict=True)]
         _require(path, f"{where}: {attack.name}: images held without a try", sum(unseen), 0)
         left = attack.held
     return left

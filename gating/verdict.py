@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion
+from dfmcl.robustness.drawn import DrawnSequence, Seen, one_look_bounds
 from dfmcl.robustness.sequential import ConfidenceSequence
-from dfmcl.robustness.statistics import Flags, Share, lower_bound, upper_bound
+from dfmcl.robustness.statistics import Share, lower_bound, upper_bound
 
 EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 3, "suspect": 4}
 Outcome = Literal["met", "missed", "open"]
@@ -23,12 +24,14 @@ class Claim:
     """One share that must reach a threshold: a criterion, or a criterion for one class.
 
     class_index: the class whose images it is about; None: all. population: how many of those the data set holds.
+    drawn: only a drawn part of the images meets all attacks.
     """
 
     criterion: Criterion
     population: int
     class_index: int | None = None
     class_name: str | None = None
+    drawn: bool = False
 
     def __str__(self) -> str:
         return f"{self.criterion}" + (f", class {self.class_name}" if self.class_name is not None else "")
@@ -57,16 +60,24 @@ class Judgement:
         return f"{self.claim}: {self.outcome}, {measured}, one-sided bounds {self.lower:.4f} and {self.upper:.4f}"
 
 
-def claims(criteria: Sequence[Criterion], classes: Sequence[str], labels: NDArray[np.int64]) -> tuple[Claim, ...]:
-    """What the criteria say about a data set with labels `(N,)`.
+def claims(
+    criteria: Sequence[Criterion], classes: Sequence[str], labels: NDArray[np.int64], *, drawn: bool = False
+) -> tuple[Claim, ...]:
+    """What the criteria say about a data set with labels `(N,)`; drawn: only a part of it meets all attacks.
 
     BadInput where one is about a class without an image: what cannot be tested is not met.
     """
-    return claims_about(criteria, classes, np.bincount(labels, minlength=len(classes)).tolist(), len(labels))
+    sizes = np.bincount(labels, minlength=len(classes)).tolist()
+    return claims_about(criteria, classes, sizes, len(labels), drawn=drawn)
 
 
 def claims_about(
-    criteria: Sequence[Criterion], classes: Sequence[str], sizes: Sequence[int] | None, population: int
+    criteria: Sequence[Criterion],
+    classes: Sequence[str],
+    sizes: Sequence[int] | None,
+    population: int,
+    *,
+    drawn: bool = False,
 ) -> tuple[Claim, ...]:
     """The same from how many images each class has; None: nobody knows, and ValueError where a criterion asks."""
     found: list[Claim] = []
@@ -75,15 +86,16 @@ def claims_about(
     sizes = sizes or ()
     empty = [name for name, size in zip(classes, sizes, strict=False) if not size]
     for criterion in criteria:
+        part = drawn and criterion.robust
         if criterion.by_class:
             if empty:
                 raise BadInput(
                     f"criterion {str(criterion)!r}: the test part has no image of {_named(empty)}; add images of it, or"
                     " promise nothing of each class"
                 )
-            found += [Claim(criterion, size, index, classes[index]) for index, size in enumerate(sizes)]
+            found += [Claim(criterion, size, index, classes[index], part) for index, size in enumerate(sizes)]
         else:
-            found.append(Claim(criterion, population))
+            found.append(Claim(criterion, population, drawn=part))
     return tuple(found)
 
 
@@ -103,23 +115,24 @@ class Standing:
 
     claim: Claim
     among: int
-    lower: ConfidenceSequence
-    upper: ConfidenceSequence
+    seen: Seen
+    lower: ConfidenceSequence | DrawnSequence
+    upper: ConfidenceSequence | DrawnSequence
 
     @staticmethod
     def begin(claim: Claim, among: int) -> Standing:
         """Before the first image, as one of `among` claims."""
-        confidence = claim.criterion.confidence
-        return Standing(
-            claim,
-            among,
-            ConfidenceSequence(claim.population, confidence),
-            ConfidenceSequence(claim.population, 1 - (1 - confidence) / among),
-        )
+        begin = DrawnSequence.begin if claim.drawn else ConfidenceSequence
+        levels = claim.criterion.confidence, 1 - (1 - claim.criterion.confidence) / among
+        return Standing(claim, among, Seen.none(), *(begin(claim.population, level) for level in levels))
 
-    def after(self, outcomes: Flags) -> Standing:
-        """With the next outcomes `(M,)` of the claim's own images."""
-        return replace(self, lower=self.lower.after(outcomes), upper=self.upper.after(outcomes))
+    def after(self, seen: Seen) -> Standing:
+        """With the next outcomes of the claim's own images."""
+        lower, upper = (
+            bound.after(seen) if isinstance(bound, DrawnSequence) else bound.after(seen.kept)
+            for bound in (self.lower, self.upper)
+        )
+        return replace(self, seen=self.seen + seen, lower=lower, upper=upper)
 
     def bounds_after(self, images: int) -> tuple[float, float]:
         """Lower and upper bound of the share, after so many of the images that were seen."""
@@ -134,26 +147,27 @@ class Standing:
         threshold, population = self.claim.criterion.threshold, self.claim.population
         met, missed = self.lower.lower / population >= threshold, self.upper.upper / population < threshold
         decided = np.flatnonzero(met | missed)
-        outcomes = self.lower.outcomes
+        kept = self.seen.kept
         outcome: Outcome = "open" if not len(decided) else ("met" if met[decided[0]] else "missed")
         return Judgement(
             self.claim,
-            Share(int(outcomes.sum()), len(outcomes)),
-            self.lower.bounds[0],
-            self.upper.bounds[1],
+            Share(int(kept.sum()), len(kept)),
+            *self.bounds_after(len(kept)),
             outcome,
             int(decided[0]) + 1 if len(decided) else None,
         )
 
 
-def one_look(claim: Claim, outcomes: Flags, among: int) -> Judgement:
-    """The claim about the population behind the data set, by one look at outcomes `(M,)`: exact one-sided bounds."""
-    share = Share(int(outcomes.sum()), len(outcomes))
+def one_look(claim: Claim, seen: Seen, among: int) -> Judgement:
+    """The claim about the population behind the data set, by one look at what was seen: exact one-sided bounds."""
+    share = Share(int(seen.kept.sum()), len(seen))
     if not share.n:
         return Judgement(claim, share, 0.0, 1.0, "open")
     confidence, threshold = claim.criterion.confidence, claim.criterion.threshold
-    lower = lower_bound(share.k, share.n, confidence)
-    upper = upper_bound(share.k, share.n, 1 - (1 - confidence) / among)
+    above = 1 - (1 - confidence) / among
+    lower, upper = lower_bound(share.k, share.n, confidence), upper_bound(share.k, share.n, above)
+    if claim.drawn:
+        lower, upper = one_look_bounds(seen, confidence, above)
     outcome: Outcome = "met" if lower >= threshold else "missed" if upper < threshold else "open"
     return Judgement(claim, share, lower, upper, outcome, None if outcome == "open" else share.n)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
@@ -44,6 +45,11 @@ class Outcome:
     adversarial: Bytes
     clean_logits: np.ndarray[Any, np.dtype[np.float32]]
     adversarial_logits: np.ndarray[Any, np.dtype[np.float32]]
+
+    def part(self, rows: NDArray[np.int64]) -> Outcome:
+        """Of some of the images."""
+        arrays = (self.adversarial[rows], self.clean_logits[rows], self.adversarial_logits[rows])
+        return Outcome(self.evaluation.part(rows.tolist()), *arrays)
 
 
 def evaluate(

@@ -85,6 +85,18 @@ class Evaluation:
         """Robust accuracy: worst case per image over all attacks."""
         return Share(sum(self.robust_images), len(self.correct))
 
+    def part(self, rows: Sequence[int]) -> Evaluation:
+        """Of some of the images; what stands for all of them, such as the time, stays."""
+
+        def of(column: tuple[T, ...]) -> tuple[T, ...]:
+            return tuple(column[row] for row in rows) if column else ()
+
+        attacks = [
+            replace(one, held=of(one.held), tried=of(one.tried), forward=of(one.forward), backward=of(one.backward))
+            for one in self.attacks
+        ]
+        return replace(self, correct=of(self.correct), attacks=tuple(attacks))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,

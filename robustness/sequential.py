@@ -25,7 +25,8 @@ counts that are left have a smallest one, found by bisection. Upper bounds are l
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,21 @@ Floats = NDArray[np.float64]
 # How far above the tested count the bets' beliefs lie; closer together, they gained nothing. Range chosen by the
 # exact distribution of stopping times: at N = 10,000 and thresholds of 0.3 and 0.45 the median is within 40 % of what a
 # bet that knows the true share needs, from 2 to 20 points above. A wider range costs there what it gains beyond.
-ODDS_RATIOS: Floats = np.exp(0.08 * 2 ** (np.arange(9) / 2))
+LOG_ODDS = tuple((0.08 * 2 ** (np.arange(9) / 2)).tolist())
+# For a share near 0 or 1, such as that of images lost to a second suite: where none is, the count is believed to be 0.
+RARE = tuple((0.5 * 2 ** (np.arange(9) / 2)).tolist())
 
 
-def log_wealth(successes: ArrayLike, seen: ArrayLike, population: int, null: ArrayLike) -> Floats:
+def log_wealth(
+    successes: ArrayLike,
+    seen: ArrayLike,
+    population: int,
+    null: ArrayLike,
+    log_odds: Sequence[float] = LOG_ODDS,
+) -> Floats:
     """Log of what was won, from a stake of 1, by betting that more than `null` of the `population` images succeed.
 
+    log_odds: how far above the null the beliefs lie.
     Counts of any broadcastable shapes in, that shape out. Under `null` its exponential is a nonnegative martingale (a
     supermartingale from where the null or a belief leaves only one outcome). +inf: the null is impossible, there were
     more successes; -inf: nothing is left, as after more failures than the null has, which speak for even less.
@@ -54,10 +64,11 @@ def log_wealth(successes: ArrayLike, seen: ArrayLike, population: int, null: Arr
     successes, seen, null = np.broadcast_arrays(*(np.asarray(counts, float) for counts in (successes, seen, null)))
     failures = seen - successes
     # As a distance from the null, so that at shares of 0 and 1, which no odds ratio moves, it is exactly zero.
-    excess = (ODDS_RATIOS - 1) * (null * (population - null) / population)[..., None]
-    beliefs = null[..., None] + excess / (1 + (ODDS_RATIOS - 1) * (null / population)[..., None])
+    more = np.exp(log_odds) - 1
+    excess = more * (null * (population - null) / population)[..., None]
+    beliefs = null[..., None] + excess / (1 + more * (null / population)[..., None])
     believed = _log_likelihood(successes[..., None], failures[..., None], population, beliefs)
-    mean = np.logaddexp.reduce(believed, axis=-1) - np.log(len(ODDS_RATIOS))
+    mean = np.logaddexp.reduce(believed, axis=-1) - np.log(len(more))
     with np.errstate(invalid="ignore"):  # -inf less -inf, where the null is impossible: replaced by what follows
         wealth = mean - _log_likelihood(successes, failures, population, null)
     return np.where(successes > null, np.inf, np.where(failures > population - null, -np.inf, wealth))
@@ -77,6 +88,7 @@ class ConfidenceSequence:
     outcomes: Flags = field(default_factory=lambda: np.zeros(0, bool))
     lower: Counts = field(default_factory=lambda: np.zeros(0, np.int64))
     upper: Counts = field(default_factory=lambda: np.zeros(0, np.int64))
+    log_odds: tuple[float, ...] = LOG_ODDS
 
     def __post_init__(self) -> None:
         if self.population < 1:
@@ -98,7 +110,8 @@ class ConfidenceSequence:
         fewest_failures = _never_looser(
             self.population - self.upper, self._least(failures, seen), self.population - successes
         )
-        return ConfidenceSequence(self.population, self.confidence, together, lower, self.population - fewest_failures)
+        upper = self.population - fewest_failures
+        return replace(self, outcomes=together, lower=lower, upper=upper)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -125,7 +138,8 @@ class ConfidenceSequence:
         low, high = successes, successes + self.population - seen
         while (low < high).any():
             middle = (low + high) // 2
-            rejected = log_wealth(successes, seen, self.population, middle) >= -np.log1p(-self.confidence)
+            wealth = log_wealth(successes, seen, self.population, middle, self.log_odds)
+            rejected = wealth >= -np.log1p(-self.confidence)
             low, high = np.where(rejected, middle + 1, low), np.where(rejected, high, middle)
         return low
 

@@ -124,6 +124,13 @@ def claim(report: Report) -> str:
     part = f"{report['data']['name']} ({report['data']['part']} part)"
     skipped = described(report["data"].get("skipped", {}))
     remark = f" The loader {skipped}." if skipped else ""
+    if "whole" in statistics:
+        whole = statistics["whole"]
+        remark = (
+            f" All of them met the suite fast; {whole['drawn']:,}, drawn beforehand, were to meet the whole standard"
+            f" suite: {whole['tried']:,} of these held until then, and {whole['lost']:,} fell. The bounds are about the"
+            f" whole suite and all images.{remark}"
+        )
     if statistics["kind"] == "sequential":
         return (
             f"The claim is about exactly the {statistics['population']:,} images of {part}, and this attack suite."

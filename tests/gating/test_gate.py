@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.common.locks import LOCK
 from dfmcl.gating.formats.markdown import markdown
+from dfmcl.gating.formats.summary import flags as flags_in
 from dfmcl.gating.gate import gate
-from dfmcl.gating.order import Matter, order_of
+from dfmcl.gating.order import Matter, drawn_of, order_of
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.resumption import SEAL_BYTES
@@ -38,6 +39,7 @@ from dfmcl.gating.signing.probes import as_npz, read_probes
 from dfmcl.gating.subject import Subject, candidate_subject
 from dfmcl.release.export import export
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import exactly
@@ -322,6 +324,89 @@ def test_attacks_draw_from_the_key_as_well_as_from_the_policy(subject: Subject, 
     bare, one, again, other = [(report["evaluation"]["seed"], report["files"]) for report in reports]
     assert one == again
     assert len({bare[0], one[0], other[0]}) == 3
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard suite with two short attacks in place of the four of AutoAttack."""
+    monkeypatch.setitem(SUITES, "standard", ("margin-pgd-3", "square-40", *SUITES["fast"]))
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("statistics", ["sequential", "fixed"])
+def test_a_drawn_part_meets_the_whole_suite(subject: Subject, tmp_path: Path, statistics: str) -> None:
+    """All images meet the fast suite, the drawn ones that hold meet the rest, and the bounds are wider for it."""
+    attacks = {"suite": "standard", "whole": 0.3, "block": 30, "substitute": 0}
+    wanted = policy(0.05, "1/255", 60, statistics=statistics, attacks=attacks)
+    report = gate(subject, wanted, tmp_path / "evidence")
+    assert report_of(tmp_path / "evidence") == report
+    jsonschema.validate(report, json.loads((resources.files("dfmcl.gating") / "report.schema.json").read_text()))
+    by_name = {attack["name"]: attack for attack in report["evaluation"]["attacks"]}
+    assert list(by_name) == [*SUITES["fast"], "margin-pgd-3", "square-40"]
+    count = report["statistics"]["attacked"]
+    drawn = drawn_of(
+        Matter(subject.digest, report["data"]["sha256"], wanted.digest, report["data"]["images"]), None, 0.3
+    )
+    mine = drawn[report["per_image"]["index"]]
+    left = flags_in(by_name[SUITES["fast"][-1]]["per_image"]["held"])
+    assert flags_in(by_name["margin-pgd-3"]["per_image"]["tried"]).tolist() == (mine & left).tolist()
+    whole = report["statistics"]["whole"]
+    assert (whole["drawn"], whole["tried"]) == (int(mine.sum()), int((mine & left).sum()))
+    assert 3 < whole["drawn"] < count
+    (row, _) = report["criteria"]
+    everybody = gate(
+        subject,
+        policy(0.05, "1/255", 60, statistics=statistics, attacks={**attacks, "suite": "fast", "whole": 1}),
+        tmp_path / "fast",
+    )
+    assert row["lower"] < everybody["criteria"][0]["lower"]
+    assert (
+        "drawn beforehand, were to meet the whole standard suite" in (tmp_path / "evidence" / "report.md").read_text()
+    )
+
+
+@pytest.mark.usefixtures("short")
+def test_a_drawn_part_cannot_be_chosen(subject: Subject, tmp_path: Path) -> None:
+    """A report that leaves a drawn image out, or shows one that was not drawn, contradicts its own digests."""
+    attacks = {"suite": "standard", "whole": 0.3, "block": 30, "substitute": 0}
+    gate(subject, policy(0.05, "1/255", 60, statistics="fixed", attacks=attacks), tmp_path / "evidence")
+    path = tmp_path / "evidence" / "report.json"
+    whole = path.read_text()
+    for change in ("one less", "one more", "one lost without a try"):
+        report = json.loads(whole)
+        bits = report["evaluation"]["attacks"][-1]["per_image"]
+        tried, held = bits["tried"], bits["held"]
+        if change == "one less":
+            bits["tried"] = tried.replace("1", "0", 1)
+        elif change == "one more":
+            place = next(i for i in range(60) if tried[i] == "0" and held[i] == "1")
+            bits["tried"] = f"{tried[:place]}1{tried[place + 1 :]}"
+        else:
+            place = next(i for i in range(60) if tried[i] == "0" and held[i] == "1")
+            bits["held"] = f"{held[:place]}0{held[place + 1 :]}"
+        path.write_text(json.dumps(report))
+        with pytest.raises(DfmclError, match="follows from its own record"):
+            report_of(tmp_path / "evidence")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": {"suite": "fast", "whole": "drawn"}}, 'is the drawn part of suite = "standard"'),
+        ({"attacks": {"suite": "standard", "whole": 0}}, "whole"),
+        ({"attacks": {"suite": "standard", "whole": 1.5}}, "whole"),
+        ({"attacks": {"suite": "standard", "whole": "some"}}, "whole"),
+    ],
+)
+def test_a_drawn_part_of_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy(0.1, "4/255", 90, **changes)
+    standard = {"attacks": {"suite": "standard", "whole": "drawn"}}
+    with pytest.raises(ValueError, match="compares image by image"):
+        policy(0.1, "4/255", 90, "no_regression at 95 %", **standard)
+    with pytest.raises(ValueError, match="of one radius"):
+        policy(0.1, "4/255", 90, "robust_accuracy(2/255) >= 0.1 at 95 %", **standard)
+    assert policy(0.1, "4/255", 90, **standard).attacks.chance == 0.2
 
 
 @pytest.mark.parametrize("damage", ["torn", "exchanged", "sealed by a stranger"])
