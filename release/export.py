@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -46,6 +45,7 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
 from dfmcl.robustness.onnx_graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
 from dfmcl.robustness.provenance import now, versions
+from dfmcl.robustness.provider import CPU
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.threats.geometry import to_uint8
@@ -138,7 +138,7 @@ def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track
         raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
     if not OLDEST_OPSET <= graph.opset <= OPSET:
         raise Refused(f"{file}: opset {graph.opset} is not served everywhere; export it with opset {OPSET}")
-    original = artefact(graph.model.SerializeToString(), file, graph.contract)
+    original = artefact(graph)
     classes = count_classes(original, graph.contract, file)
     if len(labels) != classes:
         raise BadInput(f"{file}: answers with {classes} logits, there are {len(labels)} labels; one belongs to each")
@@ -205,7 +205,7 @@ def with_wire_format(graph: Graph, classes: int) -> onnx.ModelProto:
 
 def compare_with_original(graph: Graph, original: Callable[[Tensor], Tensor], model: Path, track: Track) -> Parity:
     """How far the wrapped file's logits are from the original's, on smooth images and noise; Broken over tolerance."""
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = CPU.session(model)
     expected, found = [], []
     parts = noise(graph.contract, PARITY_IMAGES).split((1, PARITY_BATCH - 1, PARITY_IMAGES - PARITY_BATCH))
     for part in track(parts, "comparing with the original", len(parts)):
@@ -289,7 +289,7 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
             f"{run.path}: takes images of {run.input_shape}, its data set {dataset.name} has {dataset.input_shape}"
         )
     threat = Threat.parse("linf", run.manifest.get("config", {}).get("curriculum", {}).get("beta", "8/255"))
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = CPU.session(model)
     images = torch.from_numpy(dataset.x_test[:PARITY_IMAGES])
     labels = torch.from_numpy(dataset.y_test[:PARITY_IMAGES])
     trained, expected, found = [], [], []
