@@ -31,6 +31,7 @@ from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgem
 from dfmcl.gating.signing.attestation import sign
 from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.sources import sources_of, transferred
 from dfmcl.gating.subject import Subject
 from dfmcl.robustness import checks
@@ -60,7 +61,7 @@ def gate(
     *,
     surrogates: Mapping[str, Run] | None = None,
     baseline: Path | None = None,
-    keys: Sequence[Path] = (),
+    signers: Sequence[Signer] = (),
     ranks: Ranks | None = None,
     track: Track = silent,
     watch: Callable[[Progress], None] = unwatched,
@@ -69,7 +70,7 @@ def gate(
 
     surrogates: by name, to record how much holds against images crafted on them.
     baseline: report.json of an earlier model, for `no_regression`.
-    keys: sign the evidence with each; the first draws the order.
+    signers: each signs the evidence; the first draws the order, too.
     ranks: the processes that share the blocks; alone by default.
     track, watch: where progress goes.
     An interrupted gate goes on where it was, if it is told the same again.
@@ -77,14 +78,14 @@ def gate(
     started = time.perf_counter()
     ranks = ranks or Ranks.alone()
     require_place(out, EVIDENCE)
-    case = prepare(subject, policy, surrogates or {}, baseline, keys, track)
+    case = prepare(subject, policy, surrogates or {}, baseline, signers, track)
     report: dict[str, Any] = {}
-    with State.at(out, case.identity, secret_of(keys), ranks) as state:
+    with State.at(out, case.identity, secret_of(signers), ranks) as state:
         found = attacked(case, state, ranks, track, watch)
         if ranks.first:
             record = examined(case, found, ranks, track)
             made = {**provenance(), "processes": ranks.world, "seconds": time.perf_counter() - started}
-            report = write(case, record, found.probes, out, made, keys)
+            report = write(case, record, found.probes, out, made, signers)
         report = ranks.gather(report)[0]
         state.done()
     return report
@@ -202,14 +203,14 @@ def write(
     arrays: Mapping[str, NDArray[Any]],
     out: Path,
     made: Mapping[str, Any],
-    keys: Sequence[Path],
+    signers: Sequence[Signer],
 ) -> dict[str, Any]:
     """Write the evidence, whole or not at all, and return the report.
 
     record: all that the verdict follows from.
     arrays: the probes.
     made: code, versions, hardware and time.
-    keys: sign with each.
+    signers: each signs.
     """
     subject, data = case.subject, case.data
     with whole_directory(out, names=EVIDENCE) as staged:
@@ -225,8 +226,8 @@ def write(
         )
         write_formats(report, arrays, staged)
         (staged / REPORT).write_text(dump_json(report), encoding="utf-8")
-        if keys:
-            signed = sign(report, sha256_of(staged / REPORT), keys, expires_days=case.policy.valid_days)
+        if signers:
+            signed = sign(report, sha256_of(staged / REPORT), signers, expires_days=case.policy.valid_days)
             (staged / ATTESTATION).write_text(signed, encoding="utf-8")
     return report
 

@@ -21,7 +21,7 @@ from dfmcl.gating.record import Record
 from dfmcl.gating.report import build_report
 from dfmcl.gating.signing.attestation import Trust, sign
 from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candidate_files
-from dfmcl.gating.signing.keys import keygen, read_public
+from dfmcl.gating.signing.keys import keygen, read_public, read_signer
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.robustness.checks import CHECKS
 from dfmcl.robustness.records import AttackRecord, Evaluation
@@ -238,7 +238,9 @@ def write_report(evidence: Path, report: dict[str, Any], *keys: Path) -> Path:
     (evidence / "report.json").write_text(json.dumps(report))
     if keys:
         days = report["policy"]["valid_days"]
-        (evidence / ATTESTATION).write_text(sign(report, sha256_of(evidence / "report.json"), keys, expires_days=days))
+        signers = [read_signer(key) for key in keys]
+        signed = sign(report, sha256_of(evidence / "report.json"), signers, expires_days=days)
+        (evidence / ATTESTATION).write_text(signed)
     return evidence
 
 
