@@ -15,7 +15,8 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.radius import Radius
+from dfmcl.robustness.threats.radius import Norm, Radius
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 
 WEEK_SECONDS = 7 * 24 * 3600.0
@@ -75,13 +76,13 @@ class Data(Section):
 class Ball(Section):
     """How far an adversarial image may be from its original; on the wire eps is rounded down to whole 255ths."""
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     eps: Radius
 
     @property
     def threat(self) -> Threat:
         """The ball on the uint8 grid."""
-        return Threat.parse(self.norm, self.eps).on_grid()
+        return threat_of(self.norm, self.eps).on_grid()
 
 
 class Probe(Section):
@@ -203,9 +204,9 @@ def load_config(path: Path | str) -> WatchConfig:
     """A watch from a TOML file, its paths made independent of the working directory. BadInput names file and key."""
     path = Path(path)
     config = validated(WatchConfig, read_toml(path, "name a TOML file such as deploy/watch.toml"), str(path))
-    if config.threat.norm == "linf" and config.threat.threat.eps == 0:
+    if config.threat.threat.eps == 0:
         raise BadInput(f"{path}: threat.eps: {config.threat.eps} is below one grey level; bytes need at least 1/255")
-    if config.query.attack.startswith("rays") and config.threat.norm != "linf":
+    if config.threat.norm not in Attack.parse(config.query.attack).kind.norms:
         raise BadInput(f"{path}: query.attack: {config.query.attack} knows Linf only; take square")
     return _anchored(config, path.parent)
 

@@ -30,7 +30,6 @@ from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, load_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
-from dfmcl.robustness.threats.geometry import contains_uint8
 from dfmcl.robustness.threats.threat import Threat
 
 Indices = npt.NDArray[np.int64]
@@ -123,7 +122,7 @@ class Crafted:
         if len(found) == originals.nbytes:
             images = np.frombuffer(found, np.uint8).reshape(originals.shape)
             changed, before = (torch.from_numpy(part.copy()).permute(0, 3, 1, 2) for part in (images, originals))
-            if bool(contains_uint8(changed, before, self.threat).all()):
+            if bool(self.threat.contains_uint8(changed, before).all()):
                 return images
         raise Broken(f"{self.path}: was written over since this watch began; start it again")
 

@@ -17,7 +17,6 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.models import to_bytes, to_float
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.geometry import contains_uint8, to_uint8
 from dfmcl.robustness.threats.threat import Threat
 
 Ask = Callable[[Bytes], Logits]
@@ -83,7 +82,7 @@ def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
     def confirm(rows: Tensor, points: Tensor) -> Tensor:
         asked = torch.from_numpy(_bytes(points)).permute(0, 3, 1, 2)
         originals = (x[rows] * 255).round().to(torch.uint8)
-        inside: Tensor = contains_uint8(asked, originals, scene.threat)
+        inside: Tensor = scene.threat.contains_uint8(asked, originals)
         shown[rows[inside].numpy()] = _bytes(points[inside])
         return inside
 
@@ -106,8 +105,8 @@ def craft(source: Model, scene: Scene, attack: Attack, *, part: int = 0) -> Byte
     x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
     stream = generator(scene.seed, attack.name, scene.number, part)
     x_adv = attack(source, x, y, scene.threat, generator=stream).detach().clamp(0, 1)
-    adversarial = to_uint8(x_adv, x, scene.threat)
-    inside = contains_uint8(adversarial, (x * 255).round().to(torch.uint8), scene.threat).numpy()
+    adversarial = scene.threat.to_uint8(x_adv, x)
+    inside = scene.threat.contains_uint8(adversarial, (x * 255).round().to(torch.uint8)).numpy()
     return np.where(inside[:, None, None, None], to_bytes(adversarial).numpy(), scene.images)
 
 

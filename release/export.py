@@ -48,8 +48,7 @@ from dfmcl.robustness.provenance import now, versions
 from dfmcl.robustness.provider import CPU
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.geometry import to_uint8
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
 OLDEST_OPSET = 7  # that ONNX Runtime promises to run
@@ -288,7 +287,7 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
         raise BadInput(
             f"{run.path}: takes images of {run.input_shape}, its data set {dataset.name} has {dataset.input_shape}"
         )
-    threat = Threat.parse("linf", run.manifest.get("config", {}).get("curriculum", {}).get("beta", "8/255"))
+    threat = threat_of("linf", run.manifest.get("config", {}).get("curriculum", {}).get("beta", "8/255"))
     session = CPU.session(model)
     images = torch.from_numpy(dataset.x_test[:PARITY_IMAGES])
     labels = torch.from_numpy(dataset.y_test[:PARITY_IMAGES])
@@ -299,7 +298,7 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
             clean, y = images[start : start + PARITY_BATCH], labels[start : start + PARITY_BATCH]
             x = to_float(clean)
             x_adv = pgd(run.model, x, y, threat, generator=generator(0, "parity", start), steps=PARITY_STEPS)
-            for batch in (clean, to_bytes(to_uint8(x_adv, x, threat))):
+            for batch in (clean, to_bytes(threat.to_uint8(x_adv, x))):
                 with torch.no_grad():
                     trained.append(run.model(to_float(batch)).numpy())
                     expected.append(stored(to_float(batch)).numpy())

@@ -25,7 +25,7 @@ from dfmcl.gating.signing.keys import keygen, read_public, read_signer
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.robustness.checks import CHECKS
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire
@@ -84,7 +84,7 @@ def evaluated(correct: Array, held: Array, eps: str = "38/255", about: Mapping[s
     right, kept = tuple(correct.tolist()), tuple((correct & held).tolist())
     passes = tuple(int(tried) for tried in right)
     attack = AttackRecord("fgsm", {"steps": 1}, kept, right, 0, 0.1, 0, passes, passes)
-    return Evaluation(Threat.parse("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
+    return Evaluation(threat_of("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
 
 
 def check(name: str, outcome: str) -> dict[str, Any]:

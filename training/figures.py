@@ -9,7 +9,9 @@ from typing import Any
 
 from dfmcl.robustness.hyperscore import combined_value
 from dfmcl.robustness.statistics import Flags, Share
-from dfmcl.robustness.threats.threat import Threat, eps_label
+from dfmcl.robustness.threats.linf import Linf, in_255ths
+from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.plan import WORST, Campaign, Method
 from dfmcl.training.record import Record
 
@@ -71,17 +73,17 @@ def reach(records: Sequence[Record], attack: str, claimed: float | None) -> str:
         return NOT_MEASURED
     for (eps, accuracy), (further, lower) in pairwise(points):
         if accuracy < claimed:
-            return "nowhere, not even clean" if eps == 0 else eps_label(eps)
+            return "nowhere, not even clean" if eps == 0 else in_255ths(eps)
         if lower < claimed:
-            return eps_label(eps + (further - eps) * (accuracy - claimed) / (accuracy - lower))
-    return f"{eps_label(points[-1][0])} or more"
+            return in_255ths(eps + (further - eps) * (accuracy - claimed) / (accuracy - lower))
+    return f"{in_255ths(points[-1][0])} or more"
 
 
 def accuracy_over_eps(records: Sequence[Record], attack: str) -> dict[float, float]:
     """Mean accuracy in percent over the records by Linf radius; clean at 0."""
     found: dict[float, list[float]] = {}
     for record in records:
-        threats = [entry.threat for entry in record.evaluations if entry.threat.norm == "linf"]
+        threats = [entry.threat for entry in record.evaluations if isinstance(entry.threat, Linf)]
         for eps, what, threat in [(0.0, "clean", threats[0]), *((threat.eps, attack, threat) for threat in threats)]:
             flags = record.flags(what, threat)
             if flags is not None:
@@ -91,7 +93,7 @@ def accuracy_over_eps(records: Sequence[Record], attack: str) -> dict[float, flo
 
 def compared(campaign: Campaign) -> list[tuple[Threat, str]]:
     """Threats and accuracies to compare; clean once."""
-    threats = [Threat.parse("linf", eps) for eps in campaign.comparisons.eps]
+    threats = [threat_of("linf", eps) for eps in campaign.comparisons.eps]
     attacks = campaign.comparisons.attacks
     clean = [(threats[0], "clean")] if "clean" in attacks and threats else []
     return clean + [(threat, what) for threat in threats for what in attacks if what != "clean"]

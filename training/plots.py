@@ -7,7 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dfmcl.robustness.threats.threat import eps_label, parse_eps
+from dfmcl.robustness.threats.linf import in_255ths
+from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.figures import accuracy_over_eps, informed, measured_methods, of
 from dfmcl.training.plan import Campaign
 from dfmcl.training.record import Record
@@ -24,7 +25,7 @@ def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:
     written = []
     with library.rc_context({"svg.hashsalt": "dfmcl"}):  # or every file differs from the last by random ids
         for beta in campaign.betas:
-            label = eps_label(parse_eps(beta))
+            label = in_255ths(parse_eps(beta))
             figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
             if _accuracy(figure.subplots(), campaign, beta, measured):
                 figure.suptitle(f"{campaign.main[-1]} accuracy, trained at {label}{_small(campaign)}")

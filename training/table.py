@@ -10,7 +10,9 @@ import numpy as np
 
 from dfmcl.robustness.hyperscore import hyperscore
 from dfmcl.robustness.statistics import PairedCounts, bootstrap_difference
-from dfmcl.robustness.threats.threat import Threat, eps_label, parse_eps
+from dfmcl.robustness.threats.linf import in_255ths
+from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.figures import (
     NOT_MEASURED,
     at,
@@ -76,7 +78,7 @@ def head(campaign: Campaign, names: Sequence[str], records: Sequence[Record]) ->
 
 def claims(campaign: Campaign, beta: str, records: Sequence[Record]) -> str:
     """Claimed beside measured at eps = beta, and up to which radius a claim would hold."""
-    threat = Threat.parse("linf", beta)
+    threat = threat_of("linf", beta)
     claimed_here = eps_of(campaign.claims_eps) == threat.label
     columns = ["clean", *campaign.main]
     rows = []
@@ -181,7 +183,7 @@ def regressions(campaign: Campaign, records: Sequence[Record]) -> str:
     chosen = campaign.regression
     if not chosen.key:
         return ""
-    threat = Threat.parse("linf", chosen.eps)
+    threat = threat_of("linf", chosen.eps)
     rows = []
     for beta in campaign.betas:
         for family in distinct(record.family for record in records):
@@ -206,7 +208,7 @@ def hyperscores(campaign: Campaign, records: Sequence[Record]) -> str:
     rows = []
     for beta in campaign.betas:
         for eps in campaign.hyperscore:
-            threat = Threat.parse("linf", eps)
+            threat = threat_of("linf", eps)
             for name, own in methods_at(campaign, beta, records):
                 values = [value for record in own if (value := combined(record, threat)) is not None]
                 row = [eps_of(beta), threat.label, name]
@@ -254,7 +256,7 @@ def per_run(campaign: Campaign, records: Sequence[Record]) -> str:
     """Every network by itself at eps = its beta, with exact bounds, beside what held-out training images said."""
     rows = []
     for record in records:
-        threat = Threat.parse("linf", record.beta)
+        threat = threat_of("linf", record.beta)
         heldout = (record.training["result"]["heldout_clean"], record.training["result"]["heldout_pgd"])
         figures = [cell([record], what, threat) for what in ("clean", *campaign.main, WORST)]
         rows.append([record.name, *(f"{100 * value:.1f}" for value in heldout), *figures])
@@ -275,7 +277,7 @@ def problems(records: Sequence[Record]) -> str:
 
 
 def eps_of(beta: str) -> str:
-    return eps_label(parse_eps(beta))
+    return in_255ths(parse_eps(beta))
 
 
 def distinct(items: Iterable[str]) -> list[str]:

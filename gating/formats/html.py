@@ -17,7 +17,7 @@ from dfmcl.gating.formats import charts, summary
 from dfmcl.gating.formats.gallery import gallery
 from dfmcl.gating.formats.markdown import NEWLY_BROKEN
 from dfmcl.gating.formats.summary import Probes, Report
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
 MATRIX = 16
@@ -150,7 +150,7 @@ def _radius(row: Mapping[str, Any], main: Mapping[str, Any]) -> float:
         return 0.0
     if row["eps"] is None:
         return float(main["threat"]["eps"])
-    asked = Threat.parse(main["threat"]["norm"], row["eps"])
+    asked = threat_of(main["threat"]["norm"], row["eps"])
     return (asked.on_grid() if main["grid"] == "uint8" else asked).eps
 
 

@@ -43,7 +43,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import exactly
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import lower_bound, upper_bound
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.l2 import L2
 from tests.signing import make_key, policy_of, probes_of, true_report
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +208,7 @@ def test_an_l2_gate_blocks_what_falls_in_float(subject: Subject, standard_run: P
         trained, data = load_run(standard_run), load_dataset("digits")
         attacks = [Attack.parse(name) for name in suite]
         chosen = report["per_image"]["index"]
-        outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], Threat("l2", 2.0), attacks)
+        outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], L2(2.0), attacks)
         assert outcome.evaluation.robust.value <= 0.05
         # Towards x instead of to the nearest byte, cw-l2 would leave 97 % standing; 3 of 60 images may differ.
         assert report["evaluation"]["robust"]["k"] <= outcome.evaluation.robust.k + 3

@@ -16,14 +16,14 @@ from dfmcl.monitoring.probes import Scene
 from dfmcl.monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import Plan, run_round
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.conftest import Ticking
 
 GREYS = np.array([10, 100, 110, 120, 135, 145, 155, 250], np.uint8)
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 0], np.int64)  # the last one is wrong: bright is class 1
 EPS = 20  # flips greys within 20 of 127.5: 110, 120, 135, 145
-BALL = Threat("linf", EPS / 255)
+BALL = Linf(EPS / 255)
 
 
 def brightness(x: torch.Tensor) -> torch.Tensor:

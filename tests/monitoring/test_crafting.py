@@ -22,6 +22,7 @@ from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.threat import Threat
 from tests.monitoring.conftest import wait_for
 from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
@@ -153,7 +154,7 @@ def test_an_attack_that_leaves_the_ball_gains_nothing() -> None:
         return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 0, 1 - x, (x + 0.01).clamp(0, 1))
 
     images = pool().images
-    changed = craft(brightness, Scene(images, LABELS, Threat("l2", 0.5), 0, 1, {}), Attack("rogue", rogue))
+    changed = craft(brightness, Scene(images, LABELS, L2(0.5), 0, 1, {}), Attack("rogue", rogue))
     assert np.array_equal(changed[0], images[0])
     assert (changed[1:] != images[1:]).any(axis=(1, 2, 3)).all()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dfmcl.robustness.data import Dataset
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.config import load_config
 from dfmcl.training.learner import Learner
 from dfmcl.training.record import Record
@@ -70,7 +70,7 @@ pairs = [["dfmcl", "standard"]]
 eps = ["8/255"]
 attacks = ["clean", "worst case"]
 """
-THREAT = Threat.parse("linf", "8/255")
+THREAT = threat_of("linf", "8/255")
 
 
 class StopAfter(threading.Event):
@@ -96,7 +96,7 @@ def synthetic(
     every = (True,) * n
     evaluations = tuple(
         Evaluation(
-            Threat.parse("linf", eps),
+            threat_of("linf", eps),
             False,
             0,
             every,
