@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -165,9 +165,8 @@ def prepared_scenes(
     """Scenes of rounds `first`, `first` + 1, ... without any crafting."""
     for number in itertools.count(first):
         chosen = draw(len(pool.images), count, seed, number)
-        scene = pool.scene(threat, seed, number, count)
-        scene.adversarial.update({name: made.take(chosen) for name, made in crafted.items()})
-        yield scene
+        adversarial = {name: made.take(chosen) for name, made in crafted.items()}
+        yield replace(pool.scene(threat, seed, number, count), adversarial=adversarial)
 
 
 def _files_in(out: Path) -> list[str]:

@@ -9,7 +9,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, Full, Queue
 from types import TracebackType
 
@@ -121,17 +121,18 @@ def scenes(
     number = first
     while True:
         scene, chosen = pool.scene(threat, seed, number, count), draw(len(pool.images), count, seed, number)
+        adversarial: dict[str, Bytes] = {}
         for attack in attacks:
             if not remembers:
-                scene.adversarial[attack.name] = _crafted(source, scene, attack)
+                adversarial[attack.name] = _crafted(source, scene, attack)
                 continue
             new = ~known[attack.name][chosen]
             crafted[attack.name][chosen[new]] = _crafted(source, scene.only(new), attack)
             known[attack.name][chosen] = True
-            scene.adversarial[attack.name] = crafted[attack.name][chosen]
+            adversarial[attack.name] = crafted[attack.name][chosen]
         if pace:
             pace.finished()
-        yield scene
+        yield replace(scene, adversarial=adversarial)
         number += 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ class Scene:
     threat: Threat
     seed: int
     number: int
-    adversarial: dict[str, Bytes]
+    adversarial: Mapping[str, Bytes]
 
     def only(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Scene:
         """The scene with the chosen images."""

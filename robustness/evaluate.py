@@ -246,7 +246,7 @@ class _Counts:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Judged:
     """Candidates as they are counted: points `(M, C, H, W)`, and on the CPU logits `(M, K)` and flags `(M,)`."""
 
@@ -259,6 +259,12 @@ class _Judged:
         return _Judged(
             self.points[rows.to(self.points.device)], self.logits[rows], self.fooled[rows], self.outside[rows]
         )
+
+    def put(self, rows: Tensor, other: _Judged) -> None:
+        """Others in place of these rows `(m,)`."""
+        self.points[rows] = other.points
+        rows = rows.cpu()
+        self.logits[rows], self.fooled[rows], self.outside[rows] = other.logits, other.fooled, other.outside
 
 
 def _judge(decide: Decide, candidates: Tensor, x: Tensor, y: Tensor, threat: Threat, grid: bool) -> _Judged:
@@ -279,14 +285,7 @@ def _judge(decide: Decide, candidates: Tensor, x: Tensor, y: Tensor, threat: Thr
     whole = threat.outermost(candidates[rows], x[rows]) if len(missed) else None
     if whole is not None:
         second = _decided_as_bytes(decide, whole, x[rows], y[rows], threat, finite[rows])
-        better = second.only(second.fooled)
-        judged.points[rows[second.fooled.to(x.device)]] = better.points
-        for old, new in (
-            (judged.logits, better.logits),
-            (judged.fooled, better.fooled),
-            (judged.outside, better.outside),
-        ):
-            old[missed[second.fooled]] = new
+        judged.put(rows[second.fooled.to(x.device)], second.only(second.fooled))
     return judged
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,8 +119,8 @@ class Chart(ABC):
 
     def of(self, rows: Tensor) -> Chart:
         """The chart around some of the images."""
-        part = object.__new__(type(self))
-        part.__dict__ = self.__dict__ | {name: getattr(self, name)[rows] for name in ("x", "lower", "upper")}
+        part = copy(self)
+        part.x, part.lower, part.upper = self.x[rows], self.lower[rows], self.upper[rows]
         return part
 
     def spread(self, coordinates: Tensor) -> Tensor:

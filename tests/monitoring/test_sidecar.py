@@ -9,10 +9,9 @@ import socket
 import threading
 import time
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -441,17 +440,24 @@ def test_what_a_server_says_is_escaped_on_the_page(
     assert "alert(1)" not in watching.get("/metrics")[0]
 
 
-def test_health_is_that_rounds_begin(write_config: Make) -> None:
+def test_health_is_that_rounds_begin(write_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Healthy up to three intervals and a deadline after the last round began, or while it waits for its images."""
+    made = threading.Event()
+
+    def late(*_: Any, **__: Any) -> Iterator[Any]:
+        made.wait()
+        yield from ()
+
+    monkeypatch.setattr("dfmcl.monitoring.sidecar.scenes", late)
     clock = Still()
     sidecar = idle(write_config(1, probe={"interval_seconds": 10.0}), clock)
     clock.now = 35.0
     assert sidecar.healthy()
     clock.now = 35.1
     assert not sidecar.healthy()
-    sidecar.crafter = SimpleNamespace(behind=True, dead=False)
-    assert sidecar.healthy()
-    sidecar.crafter = SimpleNamespace(behind=False, dead=False)
+    with sidecar.crafter:
+        assert sidecar.healthy()
+        made.set()
     assert not sidecar.healthy()
 
 
