@@ -27,8 +27,8 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.provider import CPU
 from dfmcl.serving.detection.fingerprints import DETECTORS, STEP, TAGS, WINDOW, Fingerprinter, outline, salted_tags
 from dfmcl.serving.detection.history import History
+from dfmcl.serving.gateway.api_keys import Caller
 from dfmcl.serving.gateway.config import Detection
-from dfmcl.serving.gateway.keys import Caller
 from tests.serving.queries import Disguise, Images, Stream, attack, blinded, noisy
 
 MODEL = Path("model_repository") / "resnet18-cifar10" / "1" / "model.onnx"

@@ -35,7 +35,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     """What every block is put through.
 
     threats: ascending.
@@ -92,7 +92,7 @@ class Block:
         return Block(tuple(outcomes))
 
 
-def attack_block(plan: Plan, images: Bytes, labels: Labels, number: int, track: Track = silent) -> Block:
+def attack_block(plan: BlockPlan, images: Bytes, labels: Labels, number: int, track: Track = silent) -> Block:
     """Block `number` of the plan: images uint8 `(N, H, W, C)`, labels `(N,)`. Depends on nothing but its arguments."""
     outcomes: list[Outcome] = []
     for threat in plan.threats:
@@ -104,7 +104,7 @@ def attack_block(plan: Plan, images: Bytes, labels: Labels, number: int, track: 
 
 
 def _attacked(
-    plan: Plan,
+    plan: BlockPlan,
     images: Bytes,
     labels: Labels,
     number: int,

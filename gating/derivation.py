@@ -16,7 +16,7 @@ import numpy as np
 
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Criterion
-from dfmcl.gating.record import Record
+from dfmcl.gating.record import GateRecord
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, decide, one_look
 from dfmcl.robustness.statistics import Flags
 
@@ -25,7 +25,7 @@ FOUND = ("check", "why", "do")
 
 
 @dataclass(frozen=True)
-class Course:
+class ClaimCourse:
     """One claim from the first image to the last. own: which of the images `(N,)` it is about; held: of those."""
 
     claim: Claim
@@ -34,14 +34,14 @@ class Course:
     standing: Standing | None
 
     @staticmethod
-    def of(claim: Claim, record: Record) -> Course:
+    def of(claim: Claim, record: GateRecord) -> ClaimCourse:
         """Worst case per image over all attacks, or the clean answers, in the order of the record."""
         place = record.policy.place(record.policy.threat_of(claim.criterion), record.grid)
         flags = record.flags[place][claim.criterion.robust]
         own = np.ones(len(flags), bool) if claim.class_index is None else record.labels == claim.class_index
         if record.policy.statistics == "fixed":
-            return Course(claim, own, flags[own], None)
-        return Course(claim, own, flags[own], Standing.begin(claim, record.among).after(flags[own]))
+            return ClaimCourse(claim, own, flags[own], None)
+        return ClaimCourse(claim, own, flags[own], Standing.begin(claim, record.among).after(flags[own]))
 
     def judgement(self, among: int) -> Judgement:
         """After the last image."""
@@ -56,10 +56,10 @@ class Course:
         return looked.lower, looked.upper
 
 
-def derived(record: Record) -> Row:
+def derived(record: GateRecord) -> Row:
     """All entries of a report that follow from the record."""
     among = record.among
-    courses = [Course.of(claim, record) for claim in record.claims]
+    courses = [ClaimCourse.of(claim, record) for claim in record.claims]
     judgements = [course.judgement(among) for course in courses]
     rows = [criterion_row(judgement) for judgement in judgements]
     if record.pairs is not None:
@@ -96,7 +96,7 @@ def derived(record: Record) -> Row:
     }
 
 
-def progress(record: Record, courses: Sequence[Course], among: int) -> list[Row]:
+def progress(record: GateRecord, courses: Sequence[ClaimCourse], among: int) -> list[Row]:
     """The bounds after each block, of the claims that are not about one class."""
     return [
         {"images": end, "criterion": number, "lower": lower, "upper": upper}
@@ -107,7 +107,7 @@ def progress(record: Record, courses: Sequence[Course], among: int) -> list[Row]
     ]
 
 
-def stop(record: Record, courses: Sequence[Course], judgements: Sequence[Judgement]) -> int:
+def stop(record: GateRecord, courses: Sequence[ClaimCourse], judgements: Sequence[Judgement]) -> int:
     """After how many images a gate must stop: at the block that misses a claim or decides all, else the cap."""
     count, decided = len(record.labels), [_decided_at(*pair) for pair in zip(courses, judgements, strict=True)]
     missed = [at for at, judgement in zip(decided, judgements, strict=True) if judgement.outcome == "missed"]
@@ -117,14 +117,14 @@ def stop(record: Record, courses: Sequence[Course], judgements: Sequence[Judgeme
     return next(end for end in record.ends if end >= enough)
 
 
-def _decided_at(course: Course, judgement: Judgement) -> float:
+def _decided_at(course: ClaimCourse, judgement: Judgement) -> float:
     """The image, counted from 1, after which a claim was decided; infinity while it is open."""
     if judgement.decided_after is None:
         return math.inf
     return int(np.flatnonzero(course.own)[judgement.decided_after - 1]) + 1
 
 
-def reasons(record: Record, judgements: Sequence[Judgement], regressions: Sequence[Row]) -> dict[str, str]:
+def reasons(record: GateRecord, judgements: Sequence[Judgement], regressions: Sequence[Row]) -> dict[str, str]:
     """Why no evidence of this kind will do to pass, each with what is known of it ("": nothing more)."""
     why = {} if record.no_gradients is None else {"no_gradients": record.no_gradients}
     outcomes = [judgement.outcome for judgement in judgements]

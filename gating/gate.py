@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from dfmcl.common.files import dump_json, require_place, sha256_of, whole_directory
 from dfmcl.common.progress import Track, silent
-from dfmcl.gating.block import Plan, Source, joined_outcomes
+from dfmcl.gating.block import BlockPlan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
 from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.record import Record, wild
+from dfmcl.gating.record import GateRecord, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
@@ -130,7 +130,7 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     climbed = climbed_by(case.subject, data.x_test[case.order], ranks)
     sources, remarks = sources_of(case, state, ranks, track)
     threats = policy.threats(case.grid)
-    plan = Plan(climbed, decide, threats, case.suite, case.grid, case.seed, sources=sources, remarks=remarks)
+    plan = BlockPlan(climbed, decide, threats, case.suite, case.grid, case.seed, sources=sources, remarks=remarks)
     work = Work(plan, data, state, ranks, track)
     standings, blocks = run(work, case.claims, case.order[: case.cap], policy, watch)
     outcomes = joined_outcomes(blocks)
@@ -143,13 +143,13 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     return Findings(index, *case.test(index), sources, outcomes, main, pairs)
 
 
-def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> Record:
+def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> GateRecord:
     """Ask whether the findings can be believed, and put down all that the verdict follows from."""
     transfer = recorded = transferred(case, found.index, track)
     more = case.order[len(found.index) : case.policy.attacks.transfer_images]
     if case.surrogates and len(more):
         recorded = [joined(pair) for pair in zip(transfer, transferred(case, more, track), strict=True)]
-    return Record(
+    return GateRecord(
         policy=case.policy,
         policy_sha256=case.policy.digest,
         data_sha256=case.data.sha256,
@@ -199,7 +199,7 @@ def checked(
 
 def write(
     case: Case,
-    record: Record,
+    record: GateRecord,
     arrays: Mapping[str, NDArray[Any]],
     out: Path,
     made: Mapping[str, Any],

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline, compare
-from dfmcl.gating.block import Block, Plan, attack_block
+from dfmcl.gating.block import Block, BlockPlan, attack_block
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.resumption import State
@@ -44,7 +44,7 @@ def unwatched(progress: Progress) -> None:
 class Work:
     """What attacking a block takes, wherever its images come from."""
 
-    plan: Plan
+    plan: BlockPlan
     data: Dataset
     state: State
     ranks: Ranks
@@ -62,7 +62,7 @@ class Work:
         done = self.state.load(purpose, number)
         if done is not None:
             return Block.from_bytes(done)
-        plan = Plan(**{**vars(self.plan), "purpose": purpose})
+        plan = BlockPlan(**{**vars(self.plan), "purpose": purpose})
         block = attack_block(plan, self.data.x_test[index], self.data.y_test[index], number, self.track)
         self.state.save(purpose, number, block.to_bytes())
         return block

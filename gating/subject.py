@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.gating.afresh import asked_afresh
+from dfmcl.gating.conversion import NoGradients, differentiable
 from dfmcl.gating.foreign import Foreign, guarded, imported, kept, state_digest, without_gradients
-from dfmcl.gating.gradients import NoGradients, differentiable
 from dfmcl.gating.signing.evidence import candidate_files, read_candidate
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes

@@ -23,7 +23,7 @@ from dfmcl.common.files import dump_json, read_json, sha256_of, whole_directory,
 from dfmcl.common.progress import Track, silent
 from dfmcl.common.reader import Unfit, opened, why_unread
 from dfmcl.monitoring.config import WatchConfig
-from dfmcl.monitoring.crafting import Pool, draw
+from dfmcl.monitoring.crafting import ImagePool, draw
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
 from dfmcl.robustness.attacks.registry import Attack, Model
@@ -45,7 +45,7 @@ ROUND = 0  # the attacks draw as in this round; a watch's own rounds begin at 1
 class Recipe:
     """What adversarial images are made from. labels: of the pool's classes; remark: on data that were not read."""
 
-    pool: Pool
+    pool: ImagePool
     labels: tuple[str, ...]
     surrogates: Surrogates
     threat: Threat
@@ -58,7 +58,7 @@ class Recipe:
         """A watch's; BadInput for data or surrogates that cannot be used."""
         dataset = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
         return Recipe(
-            pool=Pool(dataset.x_test, dataset.y_test, len(dataset.classes)),
+            pool=ImagePool(dataset.x_test, dataset.y_test, len(dataset.classes)),
             labels=tuple(map(str, dataset.classes)),
             surrogates=load_surrogates(config.surrogates.runs, dataset),
             threat=config.threat.threat,
@@ -109,7 +109,7 @@ def craft_pool(recipe: Recipe, out: Path, *, device: torch.device | str = "cpu",
 class Crafted:
     """A pool's adversarial versions under one attack, in an open file: who replaces the directory changes nothing."""
 
-    pool: Pool
+    pool: ImagePool
     threat: Threat
     path: Path
     file: BinaryIO
@@ -160,7 +160,7 @@ def load_crafted(recipe: Recipe, path: Path) -> Mapping[str, Crafted]:
 
 
 def prepared_scenes(
-    pool: Pool, threat: Threat, crafted: Mapping[str, Crafted], *, seed: int, count: int, first: int = 1
+    pool: ImagePool, threat: Threat, crafted: Mapping[str, Crafted], *, seed: int, count: int, first: int = 1
 ) -> Iterator[Scene]:
     """Scenes of rounds `first`, `first` + 1, ... without any crafting."""
     for number in itertools.count(first):

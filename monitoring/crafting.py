@@ -33,7 +33,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Pool:
+class ImagePool:
     """Labelled images that the model was not trained on. images: uint8 (M, H, W, C); labels: (M,) of `classes`."""
 
     images: Bytes
@@ -103,7 +103,7 @@ class Pace:
 
 
 def scenes(
-    pool: Pool,
+    pool: ImagePool,
     source: Model,
     threat: Threat,
     attacks: tuple[Attack, ...],
@@ -220,7 +220,7 @@ class Crafter:
         return False
 
 
-def require_fit(pool: Pool, images: int, where: str) -> None:
+def require_fit(pool: ImagePool, images: int, where: str) -> None:
     """BadInput where a round asks for more images than there are."""
     if images > len(pool.images):
         raise BadInput(f"{where} is {images}; the data have {len(pool.images)} test images")

@@ -41,7 +41,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Found:
+class Seen:
     """What a probe saw, of N images: answers (N,), the bytes (N, H, W, C) they are about, and how often it asked."""
 
     answers: Labels
@@ -49,30 +49,30 @@ class Found:
     queries: int
 
 
-Probe = Callable[[Scene, Attack, Ask], Found]
+Probe = Callable[[Scene, Attack, Ask], Seen]
 """Ask the endpoint about a scene's images, changed by an attack or not."""
 
 NO_ATTACK = Attack("none", lambda model, x, y, threat, generator, trial: x)
 
 
-def clean(scene: Scene, attack: Attack, ask: Ask) -> Found:
+def clean(scene: Scene, attack: Attack, ask: Ask) -> Seen:
     """The images as they are."""
-    return Found(_labels(ask(scene.images)), scene.images, len(scene.images))
+    return Seen(_labels(ask(scene.images)), scene.images, len(scene.images))
 
 
-def transfer(scene: Scene, attack: Attack, ask: Ask) -> Found:
+def transfer(scene: Scene, attack: Attack, ask: Ask) -> Seen:
     """Adversarial images that were crafted on the surrogates, each asked about once."""
     images = scene.adversarial[attack.name]
-    return Found(_labels(ask(images)), images, len(images))
+    return Seen(_labels(ask(images)), images, len(images))
 
 
-def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
+def query(scene: Scene, attack: Attack, ask: Ask) -> Seen:
     """Search by asking: one question per image and step while it holds, within the attack's own budget.
 
     What counts is what was asked, bytes, and only inside the ball; attacks look outside of it too.
     """
     if not len(scene.images):
-        return Found(scene.labels, scene.images, 0)
+        return Seen(scene.labels, scene.images, 0)
     x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
     answers, shown = scene.labels.copy(), scene.images.copy()
 
@@ -90,7 +90,7 @@ def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
     stream = generator(scene.seed, attack.name, scene.number)
     attack(model, x, y, scene.threat, generator=stream, trial=trial)
     answers[trial.fooled.numpy()] = -1  # some other class: which one, nobody kept
-    return Found(answers, shown, int(trial.forward.sum()))
+    return Seen(answers, shown, int(trial.forward.sum()))
 
 
 PROBES: dict[str, Probe] = {"clean": clean, "transfer": transfer, "query": query}

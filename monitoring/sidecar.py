@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from dfmcl.monitoring import page
 from dfmcl.monitoring.bounds import MONTH_SECONDS, limit
 from dfmcl.monitoring.budget import BackOff, Budget
 from dfmcl.monitoring.config import WatchConfig
-from dfmcl.monitoring.crafted import prepared_scenes
-from dfmcl.monitoring.crafting import Crafter, Pace, scenes
 from dfmcl.monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import VERSIONS, Journal
@@ -30,24 +27,22 @@ from dfmcl.monitoring.lost import bars, losses
 from dfmcl.monitoring.metrics import RoundsCollector
 from dfmcl.monitoring.mitigation import Mitigation
 from dfmcl.monitoring.preparation import (
-    Work,
+    Preparation,
     actions_of,
+    crafter_of,
     gateway_clients,
     identity_of,
     prepare,
     record_of,
     say,
-    unless_stopped,
 )
 from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
-from dfmcl.monitoring.rounds import Plan, run_query_round, run_round
+from dfmcl.monitoring.rounds import RoundPlan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
 from dfmcl.monitoring.snapshot import Snapshot
 from dfmcl.serving.clients.triton import Client
 
 HEALTHY_INTERVALS = 3
-# Of an interval, in which the next round's images are made; more than a minute of spreading gains nothing.
-SPREAD, SPREAD_SECONDS = 0.7, 60.0
 
 
 def watch(
@@ -68,7 +63,7 @@ def watch(
     writes; Broken (5) for a port in use.
     """
     if rounds is not None:
-        config = config.model_copy(update={"mitigation": config_of.Mitigation()})
+        config = config.model_copy(update={"mitigation": config_of.MitigationSection()})
     with _recorded(config, rounds, log) as config:
         return _watch(config, rounds, stop, clock, log, track)
 
@@ -88,7 +83,7 @@ def _recorded(config: WatchConfig, rounds: int | None, log: Callable[[str], None
             if rounds is None:
                 raise
             log(f"{error}; these rounds are not written down")
-            config = config.model_copy(update={"record": config_of.Record()})
+            config = config.model_copy(update={"record": config_of.RecordSection()})
         except DfmclError as error:
             log(str(error))
         yield config
@@ -126,7 +121,7 @@ class Sidecar:
     def __init__(
         self,
         config: WatchConfig,
-        work: Work,
+        work: Preparation,
         clock: Clock,
         stop: threading.Event,
         log: Callable[[str], None],
@@ -149,7 +144,7 @@ class Sidecar:
         self._low_priority = False
         self._last_attempt = clock.monotonic()
         self._mitigation = Mitigation(actions_of(config), log)
-        self.crafter = self._crafter()
+        self.crafter = crafter_of(config, work, stop, self.begun + 1, rounds)
 
     def run(self) -> Iterator[Round | None]:
         """Rounds in their rhythm, each yielded as it ends; None for one that `stop` cut off."""
@@ -223,21 +218,7 @@ class Sidecar:
             },
         )
 
-    def _crafter(self) -> Crafter:
-        probe, recipe, left = self._config.probe, self._work.recipe, threading.Event()
-        drawn = {"seed": probe.seed, "count": probe.images, "first": self.begun + 1}
-        if self._work.prepared is not None:
-            made = prepared_scenes(recipe.pool, recipe.threat, self._work.prepared, **drawn)
-        else:
-            # Who looks by hand waits for it.
-            spread = min(SPREAD * probe.interval_seconds, SPREAD_SECONDS)
-            pace = Pace(spread, left) if self._rounds is None else None
-            source = unless_stopped(recipe.source(), self._stop)
-            made = scenes(recipe.pool, source, recipe.threat, recipe.attacks, **drawn, pace=pace)
-        # With a number of rounds, none is crafted that nobody will ask about.
-        return Crafter(islice(made, self._rounds), self._stop, probe.threads, left)
-
-    def _due(self, via: str, plan: Plan, attempt: Callable[[int], Round]) -> Round:
+    def _due(self, via: str, plan: RoundPlan, attempt: Callable[[int], Round]) -> Round:
         """The next round of a path, or why it is left out."""
         started = self._clock.time()
         number = self.begun + 1 if via == TRITON else self._asked + 1

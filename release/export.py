@@ -64,7 +64,7 @@ HALF_TOLERANCE = 2e-3
 MIN_LABEL_AGREEMENT = 0.98
 
 
-class Served(nn.Module):
+class WireModel(nn.Module):
     """The classifier behind its wire format."""
 
     def __init__(self, classifier: nn.Module) -> None:
@@ -257,7 +257,7 @@ def to_onnx(classifier: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, which we cannot act on
         program = torch.onnx.export(
-            Served(classifier).eval(),
+            WireModel(classifier).eval(),
             (example,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import dfmcl.cli.command
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.record import Record
+from dfmcl.gating.record import GateRecord
 from dfmcl.gating.report import build_report
 from dfmcl.gating.signing.attestation import Trust, sign
 from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candidate_files
@@ -147,7 +147,7 @@ def true_report(
     about |= changes
     sources = [one.about["surrogate"] for one in about["transfer"]]
     about["evaluations"] = in_cascade(about["evaluations"], sources, policy.attacks.transfer)
-    record = Record(**about)
+    record = GateRecord(**about)
     return build_report(
         record,
         subject={

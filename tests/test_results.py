@@ -18,7 +18,7 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import clopper_pearson
 from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.plan import load_campaign, runs
-from dfmcl.training.record import read_record
+from dfmcl.training.run_record import read_record
 from dfmcl.training.table import table
 
 ROOT = Path(__file__).parents[1]

@@ -159,7 +159,7 @@ class Campaign(Section):
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One training, and whether it is measured."""
 
     name: str
@@ -236,7 +236,7 @@ def _check(campaign: Campaign, source: str) -> None:
             raise BadInput(f"{source}: {key}: {label!r} is measured nowhere; choose from {', '.join(sorted(labels))}")
 
 
-def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list[Run]:
+def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list[PlannedRun]:
     """All runs, in the order of work: sources of transfer attacks first, then seed by seed.
 
     overrides: `section.key=value` for every run, above everything else, such as where the data lie here.
@@ -251,7 +251,7 @@ def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list
                 except BadInput as error:
                     raise BadInput(f"{source}: methods.{name}: {error}") from None
                 label = in_255ths(parse_eps(beta)).partition("/")[0]
-                run = Run(f"{name}_beta{label}_seed{seed}", name, family, beta, seed, method.measured, config)
+                run = PlannedRun(f"{name}_beta{label}_seed{seed}", name, family, beta, seed, method.measured, config)
                 found.append((name not in campaign.sources, (method.seeds or campaign.seeds).index(seed), run))
     every = [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
     names = [run.name for run in every]
@@ -260,7 +260,7 @@ def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list
     return every
 
 
-def source_of(run: Run, measurement: Measurement, all_runs: Sequence[Run]) -> Run | None:
+def source_of(run: PlannedRun, measurement: Measurement, all_runs: Sequence[PlannedRun]) -> PlannedRun | None:
     """The run whose network a transfer attack on `run` is crafted on; None where it would be `run` itself."""
     same = [other for other in all_runs if other.method == measurement.source and other.beta == run.beta]
     chosen = next((other for other in same if other.seed == run.seed), same[0])

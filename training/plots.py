@@ -11,10 +11,10 @@ from dfmcl.robustness.threats.linf import in_255ths
 from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.figures import accuracy_over_eps, informed, measured_methods, of
 from dfmcl.training.plan import Campaign
-from dfmcl.training.record import Record
+from dfmcl.training.run_record import RunRecord
 
 
-def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:
+def draw(campaign: Campaign, records: Sequence[RunRecord], out: Path) -> list[str]:
     """Write the plots into `out` and return their names; none on a bare machine, without matplotlib."""
     try:
         library = import_module("matplotlib")
@@ -37,7 +37,7 @@ def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:
     return written
 
 
-def _accuracy(axes: Any, campaign: Campaign, beta: str, records: Sequence[Record]) -> bool:
+def _accuracy(axes: Any, campaign: Campaign, beta: str, records: Sequence[RunRecord]) -> bool:
     for name, _ in measured_methods(campaign):
         points = sorted(accuracy_over_eps(of(records, name, beta), campaign.main[-1]).items())
         if len(points) > 2:
@@ -46,7 +46,7 @@ def _accuracy(axes: Any, campaign: Campaign, beta: str, records: Sequence[Record
     return _legend(axes)
 
 
-def _masks(both: Any, beta: str, records: Sequence[Record]) -> bool:
+def _masks(both: Any, beta: str, records: Sequence[RunRecord]) -> bool:
     chosen = [record for record in records if record.beta == beta and informed(record)]
     for axes, key in zip(both, ("alpha", "p_mean"), strict=True):
         for record in chosen:

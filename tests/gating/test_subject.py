@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
+from dfmcl.gating.conversion import NoGradients, differentiable
 from dfmcl.gating.foreign import state_digest
-from dfmcl.gating.gradients import NoGradients, differentiable
 from dfmcl.gating.subject import (
     Asked,
     QueriesSpent,

@@ -17,7 +17,7 @@ import torch
 from dfmcl.common.errors import BadInput, Broken
 from dfmcl.monitoring.config import WatchConfig
 from dfmcl.monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted, prepared_scenes
-from dfmcl.monitoring.crafting import Pool, draw
+from dfmcl.monitoring.crafting import ImagePool, draw
 from dfmcl.monitoring.sidecar import watch
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.robustness.attacks.registry import Attack
@@ -32,7 +32,7 @@ FEW = 100  # more than one batch
 def recipe(write_config: Make) -> Recipe:
     """A watch's, on its first images."""
     whole = Recipe.of(write_config(1))
-    return replace(whole, pool=Pool(whole.pool.images[:FEW], whole.pool.labels[:FEW], whole.pool.classes))
+    return replace(whole, pool=ImagePool(whole.pool.images[:FEW], whole.pool.labels[:FEW], whole.pool.classes))
 
 
 def tensor(images: Any) -> torch.Tensor:
@@ -80,7 +80,7 @@ def test_crafting_repeats_byte_for_byte(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_batch_has_chances_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
     """The same image in two batches is started from two places."""
     twice = np.concatenate([recipe.pool.images[:64]] * 2)
-    pool = Pool(twice, np.concatenate([recipe.pool.labels[:64]] * 2), recipe.pool.classes)
+    pool = ImagePool(twice, np.concatenate([recipe.pool.labels[:64]] * 2), recipe.pool.classes)
     craft_pool(replace(recipe, pool=pool), tmp_path / "crafted")
     images = load_crafted(replace(recipe, pool=pool), tmp_path / "crafted")["pgd-2"].take(np.arange(128))
     assert not np.array_equal(images[:64], images[64:])
@@ -90,7 +90,7 @@ def test_what_was_crafted_for_another_watch_is_refused(recipe: Recipe, make_run:
     """Whatever differs is named, with what to do."""
     craft_pool(recipe, tmp_path / "crafted")
     others = {
-        "pool": replace(recipe, pool=Pool(recipe.pool.images, recipe.pool.labels[::-1], 10)),
+        "pool": replace(recipe, pool=ImagePool(recipe.pool.images, recipe.pool.labels[::-1], 10)),
         "surrogates": replace(recipe, surrogates=load_surrogates([make_run(5)], load_dataset("digits"))),
         "threat": replace(recipe, threat=threat_of("linf", "37/255")),
         "seed": replace(recipe, seed=1),

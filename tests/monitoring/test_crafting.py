@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
-from dfmcl.monitoring.crafting import AHEAD, Crafter, Pace, Pool, draw, require_fit, scenes
+from dfmcl.monitoring.crafting import AHEAD, Crafter, ImagePool, Pace, draw, require_fit, scenes
 from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
@@ -41,12 +41,12 @@ class Source:
         return brightness(x)
 
 
-def many(count: int = 40) -> Pool:
+def many(count: int = 40) -> ImagePool:
     """Different greys."""
     return pool(np.arange(count, dtype=np.uint8) + 20, np.zeros(count, np.int64))
 
 
-def made(source: Any = brightness, images: Pool | None = None, **options: Any) -> Iterator[Scene]:
+def made(source: Any = brightness, images: ImagePool | None = None, **options: Any) -> Iterator[Scene]:
     """Scenes under FGSM."""
     return scenes(images or many(), source, BALL, (FGSM,), **{"seed": 0, "count": 8, **options})
 
@@ -286,9 +286,9 @@ def test_a_pool_is_known_by_its_bytes() -> None:
     """Other images, labels or classes are another pool."""
     one = many()
     others = [
-        Pool(one.images + 1, one.labels, 2),
-        Pool(one.images, one.labels + 1, 2),
-        Pool(one.images, one.labels, 3),
+        ImagePool(one.images + 1, one.labels, 2),
+        ImagePool(one.images, one.labels + 1, 2),
+        ImagePool(one.images, one.labels, 3),
     ]
     assert one.digest == many().digest
     assert len({one.digest, *(other.digest for other in others)}) == 4

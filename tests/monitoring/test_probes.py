@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dfmcl.common.errors import BadInput
-from dfmcl.monitoring.endpoint import Endpoint
+from dfmcl.monitoring.endpoint import Asker
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.threats.l2 import L2
@@ -136,7 +136,7 @@ def test_a_search_repeats_by_number() -> None:
 
 def test_a_search_goes_through_the_frame() -> None:
     """Its questions are cut into requests and counted like all others."""
-    endpoint = Endpoint(2, Still(), manners())
+    endpoint = Asker(2, Still(), manners())
     asked = Asked()
     images = np.repeat(pool().images[:1], 20, axis=0)
     subject = Scene(images, np.zeros(20, np.int64), BALL, 0, 1, {})

@@ -448,7 +448,7 @@ def test_health_is_that_rounds_begin(write_config: Make, monkeypatch: pytest.Mon
         made.wait()
         yield from ()
 
-    monkeypatch.setattr("dfmcl.monitoring.sidecar.scenes", late)
+    monkeypatch.setattr("dfmcl.monitoring.preparation.scenes", late)
     clock = Still()
     sidecar = idle(write_config(1, probe={"interval_seconds": 10.0}), clock)
     clock.now = 35.0
@@ -661,7 +661,7 @@ def test_images_lie_ready_before_their_round(
     endpoint: Any, write_config: Make, start_watch: Make, until: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rounds ahead."""
-    monkeypatch.setattr("dfmcl.monitoring.sidecar.SPREAD_SECONDS", 1.0)  # each would take 21
+    monkeypatch.setattr("dfmcl.monitoring.preparation.SPREAD_SECONDS", 1.0)  # each would take 21
     watching = start_watch(write_config(endpoint.port, probe={"interval_seconds": 30.0}))
     until(lambda: watching.metric("probe_prepared_rounds") == 2)
 
@@ -677,7 +677,9 @@ def test_crafting_takes_its_time_unless_somebody_waits(
 ) -> None:
     """Most of an interval and a minute at most for a watch; who asks for one round gets it at once."""
     paces: list[float] = []
-    monkeypatch.setattr("dfmcl.monitoring.sidecar.Pace", lambda given, left: paces.append(given) or Pace(given, left))
+    monkeypatch.setattr(
+        "dfmcl.monitoring.preparation.Pace", lambda given, left: paces.append(given) or Pace(given, left)
+    )
     config = write_config(endpoint.port, probe={"interval_seconds": interval})
     assert some_rounds(config)[0] == 0
     assert paces == []

@@ -20,8 +20,8 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.serving.detection.detector import Examiner
 from dfmcl.serving.detection.fingerprints import DETECTORS
+from dfmcl.serving.gateway.api_keys import Caller
 from dfmcl.serving.gateway.config import Detection
-from dfmcl.serving.gateway.keys import Caller
 from dfmcl.serving.gateway.metrics import DetectionMetrics
 
 Images = npt.NDArray[np.uint8]

@@ -13,7 +13,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.plan import load_campaign, runs
-from dfmcl.training.record import Record, pack, read_record, unpack, write_record
+from dfmcl.training.run_record import RunRecord, pack, read_record, unpack, write_record
 from tests.training.workshop import first_of, synthetic
 
 
@@ -58,7 +58,7 @@ def test_records_are_small(tmp_path: Path, name: str, limit: int) -> None:
     row = {f"column{column}": stream.random() for column in range(14)} | {"p_counts": "12345 " * 10}
     config = runs(campaign, name)[-1].config.model_dump()
     training = {**plain.training, "history": [row] * epochs}
-    record = Record(**{**vars(plain), "config": config, "training": training, "evaluations": tuple(evaluations)})
+    record = RunRecord(**{**vars(plain), "config": config, "training": training, "evaluations": tuple(evaluations)})
     write_record(tmp_path / "x.json", record)
     assert (tmp_path / "x.json").stat().st_size < limit
     assert read_record(tmp_path / "x.json") == record

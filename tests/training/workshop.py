@@ -15,7 +15,7 @@ from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.config import load_config
 from dfmcl.training.learner import Learner
-from dfmcl.training.record import Record
+from dfmcl.training.run_record import RunRecord
 from dfmcl.training.train import build
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -91,7 +91,7 @@ def quiet(line: str) -> None:
 
 def synthetic(
     method: str, seed: int, held: dict[str, np.ndarray[Any, Any]], alpha: float = 0.1, n: int = 100
-) -> Record:
+) -> RunRecord:
     """A record whose PGD-2 flags at each radius are given; all clean images are right."""
     every = (True,) * n
     evaluations = tuple(
@@ -108,7 +108,7 @@ def synthetic(
     )
     row = {"epoch": 1, "alpha": alpha, "p_mean": 0.5, "p_std": 0.0, "p_low": 0.5, "p_high": 0.5}
     result = {"heldout_clean": 1.0, "heldout_pgd": 0.5}
-    return Record(
+    return RunRecord(
         name=f"{method}_beta8_seed{seed}",
         method=method,
         family=method.partition("-")[0],
