@@ -211,7 +211,13 @@ def _key(path: str) -> str:
 def crafter_of(
     config: WatchConfig, work: Preparation, stop: threading.Event, first: int, rounds: int | None
 ) -> Crafter:
-    """Of the scenes of rounds `first`, `first` + 1, ...; with a number of them none that nobody will ask about."""
+    """Of the watch's scenes; with a number of rounds it makes none that nobody will ask about.
+
+    config, work: what is crafted, and from what.
+    stop: set, it ends within one forward pass.
+    first: number of the first round.
+    rounds: how many, None without end.
+    """
     probe, recipe, left = config.probe, work.recipe, threading.Event()
     drawn = {"seed": probe.seed, "count": probe.images, "first": first}
     if work.prepared is not None:

@@ -115,7 +115,10 @@ def _watch(
 class Sidecar:
     """The loop and its findings. The loop's thread writes, all others read snapshots.
 
-    crafter: of this watch's scenes; at work while it is entered. rounds: how many, None without end.
+    crafter: of this watch's scenes; at work while it is entered.
+    config, work: what is asked, and with what.
+    clock, stop, log: as `watch` has them.
+    rounds: how many, None without end.
     """
 
     def __init__(

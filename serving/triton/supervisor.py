@@ -122,10 +122,11 @@ class _Pauses:
 class _Supervisor:
     """What keeps a server going, and what is live on it.
 
-    repository: what promotions change. private: where nobody else writes: Triton reads what was verified, not what lies
-    in the repository by then.
+    repository: what promotions change.
+    private: where nobody else writes: Triton reads what was verified, not what lies in the repository by then.
+    environment: Triton's.
     ask_trust: whom the trust file names now; None where nobody is asked.
-    fixed: nothing is followed.
+    fixed, ports, ready_file, stop, say, liveness_seconds: as `serve` has them.
     """
 
     def __init__(
