@@ -63,6 +63,17 @@ CAPTION = (
     "<= live under an attack crafted on the surrogates: an upper bound of robust accuracy; the live bounds are of the"
     " mean over the rounds so far, and hold however often one looks"
 )
+# Metrics of the sidecar: a share, the bounds of its mean.
+CLEAN = (
+    "robustness_clean_accuracy_ratio",
+    "robustness_clean_accuracy_mean_lower_ratio",
+    "robustness_clean_accuracy_mean_upper_ratio",
+)
+ROBUST = (
+    "robustness_robust_accuracy_ratio",
+    "robustness_robust_accuracy_mean_lower_ratio",
+    "robustness_robust_accuracy_mean_upper_ratio",
+)
 MIN_AGREEMENT = 0.99  # of labels with those the gate recorded: its adversarial images lie at the border, as in the gate
 WATCH = """\
 # Written by quickstart.py: what the sidecar attacks, with what, and how often.
@@ -365,20 +376,17 @@ def release_table(release: Promoted, evaluation: Any, replayed: dict[str, Share]
     (images,) = {int(sample.value) for sample in live["robustness_clean_samples_total"]}
     columns = ("gate", "its images, served", f"live, {images} of them")
     table = Table("", *columns, title=title, title_justify="left", caption=CAPTION, caption_justify="left")
-    (clean,) = bounds(live, "robustness_clean_accuracy").values()
+    (clean,) = bounds(live, CLEAN).values()
     table.add_row("clean", share(evaluation["clean"]), interval(replayed["clean"]), clean)
     table.add_row("robust", share(evaluation["robust"]), interval(replayed["robust"]), "")
-    for attack, found in sorted(bounds(live, "robustness_robust_accuracy").items()):
+    for attack, found in sorted(bounds(live, ROBUST).items()):
         table.add_row(f"<= {attack}", "", "", found)
     return table
 
 
-def bounds(live: dict[str, list[Any]], name: str) -> dict[str, str]:
+def bounds(live: dict[str, list[Any]], names: Sequence[str]) -> dict[str, str]:
     """A metric of shares with the bounds of its mean, by attack (None where it has no attack)."""
-    value, lower, upper = (
-        {sample.labels.get("attack"): sample.value for sample in live[f"{name}{suffix}"]}
-        for suffix in ("_ratio", "_mean_lower_ratio", "_mean_upper_ratio")
-    )
+    value, lower, upper = ({sample.labels.get("attack"): sample.value for sample in live[name]} for name in names)
     return {key: share({"value": value[key], "lower_95": lower[key], "upper_95": upper[key]}) for key in value}
 
 
@@ -413,9 +421,7 @@ def verdict(name: str) -> str:
 
 def live_line(live: dict[str, list[Any]]) -> str:
     """What the sidecar found through the network."""
-    found = [
-        f"{sample.labels['attack']} {100 * sample.value:.1f} %" for sample in live["robustness_robust_accuracy_ratio"]
-    ]
+    found = [f"{sample.labels['attack']} {100 * sample.value:.1f} %" for sample in live[ROBUST[0]]]
     return f"live, crafted on the surrogate and sent through gRPC: still right under {', '.join(sorted(found))}"
 
 

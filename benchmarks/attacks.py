@@ -36,7 +36,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.geometry import contains
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
@@ -99,7 +99,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     for number, radius in enumerate(radii):
-        threat = Threat.parse("linf", radius)
+        threat = threat_of("linf", radius)
         found = pgd_rows(model, x, y, right, threat, arguments.rounds)
         if number == 0:
             with frozen(model):
@@ -211,7 +211,7 @@ def with_frozen(model: nn.Module, attack: Callable[[], Tensor]) -> Callable[[], 
 
 def share_that_holds(model: Classifier, x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat) -> float:
     """Of all N images, in float32: right, and not fooled inside the ball."""
-    fooled = ~got_right(model, x_adv, y) & contains(x_adv, x, threat)
+    fooled = ~got_right(model, x_adv, y) & threat.contains(x_adv, x)
     return float((got_right(model, x, y) & ~fooled).float().mean())
 
 

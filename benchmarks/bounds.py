@@ -105,7 +105,7 @@ def drawn(stream: np.random.Generator, truth: Floats, count: int) -> Counts:
     return np.stack([stream.hypergeometric(k, POOL - k, IMAGES, count) for k in good], axis=1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judged:
     """By stream and round `(N, T)`.
 

@@ -50,6 +50,7 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import upper_bound
 from dfmcl.robustness.substitute import learnt as learnt_from
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
@@ -128,7 +129,7 @@ def main() -> None:
     # A process for each core, with one thread: small networks gain little from more.
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for name, (preset, overrides, share, radius) in HONEST.items():
-            threat = Threat.parse("linf", f"{radius}/255")
+            threat = threat_of("linf", f"{radius}/255")
             own_seeds = range(max(1, round(share * arguments.seeds)))
             made = {
                 (name, own): partial(honest_run, preset, [*overrides, f"seed={own}"], threat, seed) for own in own_seeds
@@ -181,13 +182,13 @@ def kind_run(name: str, own: int, seed: int) -> Run:
     torch.set_num_threads(1)
     kind = KINDS[name]
     data = seen_as(kind.images, load_dataset("digits"))
-    return looked_at(learnt(kind, data, own), data, Threat.parse("linf", f"{kind.radius}/255"), seed, trained_on="")
+    return looked_at(learnt(kind, data, own), data, threat_of("linf", f"{kind.radius}/255"), seed, trained_on="")
 
 
 def trap_run(name: str, plain: Path, robust: Path, seed: int) -> Run:
     """A trap around a plain network, hidden behind one that resists where it hides."""
     torch.set_num_threads(1)
-    data, threat = load_dataset("digits"), Threat.parse("linf", "8/255")
+    data, threat = load_dataset("digits"), threat_of("linf", "8/255")
     base, hardened = load_run(plain).model, load_run(robust).model
     trap = sprung(name, base, data.x_test[:IMAGES], data.y_test[:IMAGES], hardened)
     pretended = recorded(trap, data, threat, seed).robust.value
@@ -198,7 +199,7 @@ def shipped(path: Path, seed: int) -> Run:
     """The shipped model's file, with gradients by conversion, at the radius of its release."""
     subject = onnx_subject(SHIPPED, "uint8 NHWC 32x32x3")
     assert subject.model is not None, subject.no_gradients
-    return looked_at(subject.model, load_dataset("npz", str(path)), Threat.parse("linf", "8/255"), seed, trained_on="")
+    return looked_at(subject.model, load_dataset("npz", str(path)), threat_of("linf", "8/255"), seed, trained_on="")
 
 
 def foreign(path: Path, seed: int) -> Run:
@@ -222,7 +223,7 @@ def foreign(path: Path, seed: int) -> Run:
         y_test=labels[:FEW],
         classes=tuple(str(number) for number in range(1000)),
     )
-    return looked_at(model, data, Threat.parse("linf", "1/255"), seed, trained_on="")
+    return looked_at(model, data, threat_of("linf", "1/255"), seed, trained_on="")
 
 
 class Scaled(nn.Module):

@@ -24,10 +24,11 @@ from rich.progress import track
 
 from benchmarks.result import write_result
 from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.provider import CPU
 from dfmcl.serving.detection.fingerprints import DETECTORS, STEP, TAGS, WINDOW, Fingerprinter, outline, salted_tags
 from dfmcl.serving.detection.history import History
+from dfmcl.serving.gateway.api_keys import Caller
 from dfmcl.serving.gateway.config import Detection
-from dfmcl.serving.gateway.keys import Caller
 from tests.serving.queries import Disguise, Images, Stream, attack, blinded, noisy
 
 MODEL = Path("model_repository") / "resnet18-cifar10" / "1" / "model.onnx"
@@ -156,7 +157,7 @@ def attacks(pictures: Images, labels: Any, count: int) -> list[Row]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1  # two libraries' threads would wait for each other, busily
     torch.set_num_threads(1)
-    session = ort.InferenceSession(MODEL, options, providers=["CPUExecutionProvider"])
+    session = CPU.session(MODEL, options)
     correct = np.flatnonzero(
         np.concatenate(session.run(None, {"images": pictures[:200]})).argmax(axis=1) == labels[:200]
     )

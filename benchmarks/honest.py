@@ -17,10 +17,10 @@ from dfmcl.robustness.attacks.registry import pgd
 from dfmcl.robustness.data import Bytes, Dataset, Labels
 from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 
 EPOCHS, BATCH, LEARNING_RATE = 6, 64, 3e-3
-HARD = Threat("linf", 16 / 255)
+HARD = Linf(16 / 255)
 FEW = {"two": 2, "three": 3}  # classes
 
 

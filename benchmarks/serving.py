@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 import torch
 import tritonclient.grpc.aio as triton_aio
 from PIL import Image
@@ -39,6 +38,7 @@ from dfmcl.release.export import export
 from dfmcl.release.promotion import promote
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.robustness.provider import CPU
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.gateway import service as gateway
 from dfmcl.serving.gateway.config import GatewayConfig
@@ -62,7 +62,7 @@ def main() -> None:
         model = candidate(Path(folder), arguments.width)
         server = stack.enter_context(served(Path(folder)))
         door = stack.enter_context(before(server.ports["grpc"]))
-        session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+        session = CPU.session(model)
         rng = np.random.default_rng(0)
         pictures = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
         cases = stack.enter_context(all_cases(session, server, door, pictures))
@@ -100,7 +100,7 @@ def candidate(folder: Path, width: int) -> Path:
     data = load_dataset("npz", str(folder / "random.npz"))
     write_run(run, spec, data)
     export(run, out)
-    logits = ort.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"]).run(None, {INPUT: pictures})
+    logits = CPU.session(out / "model.onnx").run(None, {INPUT: pictures})
     probes: dict[str, Any] = {"images": pictures, "change": np.zeros_like(pictures), "labels": labels}
     np.savez(evidence / "probes.npz", **probes, clean_logits=logits[0], adversarial_logits=logits[0])
     key = make_key(folder / "keys")

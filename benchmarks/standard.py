@@ -28,7 +28,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.records import Evaluation, joined
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 Rows = NDArray[np.int64]
 
@@ -129,7 +129,7 @@ def attacked(
         subject.model,
         images,
         labels,
-        Threat.parse(threat["norm"], threat["label"]),
+        threat_of(threat["norm"], threat["label"]),
         [Attack.parse(kind) for kind in ATTACKS],
         decide=subject.decide,
         grid=True,

@@ -32,7 +32,6 @@ from dfmcl.robustness.measurements import parse_threat
 from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import PairedCounts
-from dfmcl.robustness.threats.geometry import contains
 from dfmcl.robustness.threats.threat import Threat
 
 SHIPPED = Path("model_repository/resnet18-cifar10")
@@ -142,7 +141,7 @@ def left(network: nn.Module, twin: Any, x: Tensor, y: Tensor, held: Flags, threa
         x_adv = twin(x[index], y[index])
         with torch.no_grad():
             fooled = network(x_adv).argmax(dim=1) != y[index]
-        after[index] = ~(fooled & contains(x_adv, x[index], threat)).numpy()
+        after[index] = ~(fooled & threat.contains(x_adv, x[index])).numpy()
     return after
 
 

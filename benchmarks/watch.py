@@ -27,7 +27,7 @@ from rich.progress import track
 
 from benchmarks.result import write_result
 from benchmarks.serving import CLIENTS, NAME, Seconds, candidate, concurrent_triton, served, triton_version, write_run
-from dfmcl.monitoring.config import Budget, Probe
+from dfmcl.monitoring.config import BudgetSection, Probe
 from dfmcl.robustness.data import Bytes, Labels, load_dataset
 from dfmcl.robustness.models import ModelSpec
 from dfmcl.serving.triton.process import HOST, claim_ports
@@ -84,7 +84,7 @@ def main() -> None:
         ratios[f"sidecar_share_of_a_core{suffix}"] = with_probes["sidecar_cores"]
         ratios["sidecar_memory_mib"] = max(memory, ratios.get("sidecar_memory_mib", 0.0))
         counted.append(f"{rounds} rounds on {name}")
-    probe, budget = Probe(), Budget()
+    probe, budget = Probe(), BudgetSection()
     conditions = {
         "n": f"{arguments.pairs} stretches of {arguments.seconds:g} s each way, in them {' and '.join(counted)}",
         "seed": 0,

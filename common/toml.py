@@ -28,7 +28,30 @@ def _is_local(text: str) -> str:
     return text
 
 
+def _is_endpoint(url: str) -> str:
+    host, _, port = url.rpartition(":")
+    if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("write host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001")
+    return url
+
+
+def _is_set(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("names something twice")
+    return names
+
+
 LocalPath = Annotated[str, AfterValidator(_is_local)]
+TritonUrl = Annotated[str, AfterValidator(_is_endpoint)]
+EachOnce = AfterValidator(_is_set)
+S = TypeVar("S", bound=Section)
+
+
+def anchored(section: S, folder: Path, *names: str) -> S:
+    """The same section with every path that is set joined to `folder` (absolute ones stay as they are)."""
+    return section.model_copy(
+        update={name: str(folder / getattr(section, name)) for name in names if getattr(section, name)}
+    )
 
 
 def read_toml(path: Path, advice: str) -> dict[str, Any]:

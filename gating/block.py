@@ -37,7 +37,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     """What every block is put through.
 
     threats: ascending.
@@ -97,7 +97,7 @@ class Block:
 
 
 def attack_block(
-    plan: Plan, images: Bytes, labels: Labels, number: int, track: Track = silent, drawn: Flags | None = None
+    plan: BlockPlan, images: Bytes, labels: Labels, number: int, track: Track = silent, drawn: Flags | None = None
 ) -> Block:
     """Block `number` of the plan: images uint8 `(N, H, W, C)`, labels `(N,)`. Depends on nothing but its arguments.
 
@@ -120,7 +120,7 @@ def attack_block(
 
 
 def _attacked(
-    plan: Plan,
+    plan: BlockPlan,
     images: Bytes,
     labels: Labels,
     number: int,

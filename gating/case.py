@@ -17,7 +17,7 @@ from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline
 from dfmcl.gating.order import Draw, Matter, drawn_of, order_of
 from dfmcl.gating.policy import NO_REGRESSION, Policy
-from dfmcl.gating.signing.keys import read_signer
+from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.verdict import Claim, claims
 from dfmcl.robustness.attacks.registry import Attack
@@ -111,14 +111,13 @@ def prepare(
     policy: Policy,
     surrogates: Mapping[str, Run],
     baseline: Path | None,
-    keys: Sequence[Path],
+    signers: Sequence[Signer],
     track: Track,
 ) -> Case:
     """Read what a gate needs, and refuse what does not go together: BadInput, before any attack.
 
-    baseline: report.json of an earlier model. keys: private ones; the first draws the order.
+    baseline: report.json of an earlier model. signers: the first draws the order.
     """
-    signers = [read_signer(key) for key in keys]  # a key that cannot sign is found out before the attacks, not after
     require_kind(subject, policy)
     suite, whole, no_gradients = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Criterion
-from dfmcl.gating.record import Record
+from dfmcl.gating.record import GateRecord
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, decide, one_look
 from dfmcl.robustness.drawn import Seen
 from dfmcl.robustness.statistics import Flags
@@ -26,7 +26,7 @@ FOUND = ("check", "why", "do")
 
 
 @dataclass(frozen=True)
-class Course:
+class ClaimCourse:
     """One claim from the first image to the last. own: which of the images `(N,)` it is about; seen: of those."""
 
     claim: Claim
@@ -35,14 +35,14 @@ class Course:
     standing: Standing | None
 
     @staticmethod
-    def of(claim: Claim, record: Record) -> Course:
+    def of(claim: Claim, record: GateRecord) -> ClaimCourse:
         """Worst case per image over all attacks, or the clean answers, in the order of the record."""
         place = record.policy.place(record.policy.threat_of(claim.criterion), record.grid)
         seen = record.seen[place][claim.criterion.robust]
         own = np.ones(len(seen), bool) if claim.class_index is None else record.labels == claim.class_index
         if record.policy.statistics == "fixed":
-            return Course(claim, own, seen[own], None)
-        return Course(claim, own, seen[own], Standing.begin(claim, record.among).after(seen[own]))
+            return ClaimCourse(claim, own, seen[own], None)
+        return ClaimCourse(claim, own, seen[own], Standing.begin(claim, record.among).after(seen[own]))
 
     def judgement(self, among: int) -> Judgement:
         """After the last image."""
@@ -57,10 +57,10 @@ class Course:
         return looked.lower, looked.upper
 
 
-def derived(record: Record) -> Row:
+def derived(record: GateRecord) -> Row:
     """All entries of a report that follow from the record."""
     among = record.among
-    courses = [Course.of(claim, record) for claim in record.claims]
+    courses = [ClaimCourse.of(claim, record) for claim in record.claims]
     judgements = [course.judgement(among) for course in courses]
     rows = [criterion_row(judgement) for judgement in judgements]
     if record.pairs is not None:
@@ -98,7 +98,7 @@ def derived(record: Record) -> Row:
     }
 
 
-def whole_suite(record: Record) -> Row:
+def whole_suite(record: GateRecord) -> Row:
     """How the drawn images fared, where only these met the whole suite: drawn, of those tried, and of those lost."""
     if not record.whole:
         return {}
@@ -108,7 +108,7 @@ def whole_suite(record: Record) -> Row:
     return {"whole": {"chance": record.policy.attacks.chance, **{key: int(one.sum()) for key, one in counts.items()}}}
 
 
-def progress(record: Record, courses: Sequence[Course], among: int) -> list[Row]:
+def progress(record: GateRecord, courses: Sequence[ClaimCourse], among: int) -> list[Row]:
     """The bounds after each block, of the claims that are not about one class."""
     return [
         {"images": end, "criterion": number, "lower": lower, "upper": upper}
@@ -119,7 +119,7 @@ def progress(record: Record, courses: Sequence[Course], among: int) -> list[Row]
     ]
 
 
-def stop(record: Record, courses: Sequence[Course], judgements: Sequence[Judgement]) -> int:
+def stop(record: GateRecord, courses: Sequence[ClaimCourse], judgements: Sequence[Judgement]) -> int:
     """After how many images a gate must stop: at the block that misses a claim or decides all, else the cap."""
     count, decided = len(record.labels), [_decided_at(*pair) for pair in zip(courses, judgements, strict=True)]
     missed = [at for at, judgement in zip(decided, judgements, strict=True) if judgement.outcome == "missed"]
@@ -129,14 +129,14 @@ def stop(record: Record, courses: Sequence[Course], judgements: Sequence[Judgeme
     return next(end for end in record.ends if end >= enough)
 
 
-def _decided_at(course: Course, judgement: Judgement) -> float:
+def _decided_at(course: ClaimCourse, judgement: Judgement) -> float:
     """The image, counted from 1, after which a claim was decided; infinity while it is open."""
     if judgement.decided_after is None:
         return math.inf
     return int(np.flatnonzero(course.own)[judgement.decided_after - 1]) + 1
 
 
-def reasons(record: Record, judgements: Sequence[Judgement], regressions: Sequence[Row]) -> dict[str, str]:
+def reasons(record: GateRecord, judgements: Sequence[Judgement], regressions: Sequence[Row]) -> dict[str, str]:
     """Why no evidence of this kind will do to pass, each with what is known of it ("": nothing more)."""
     why = {} if record.no_gradients is None else {"no_gradients": record.no_gradients}
     outcomes = [judgement.outcome for judgement in judgements]

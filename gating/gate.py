@@ -1,6 +1,6 @@
 """From a model to signed-off evidence: attack it as its users will meet it, doubt what was found, write it down.
 
-prepare -> Case; attacked -> Findings; examined -> Record; write -> the evidence.
+prepare -> Case; attacked -> Findings; examined -> GateRecord; write -> the evidence.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 
 from dfmcl.common.files import dump_json, require_place, sha256_of, whole_directory
 from dfmcl.common.progress import Track, silent
-from dfmcl.gating.block import Plan, Source, joined_outcomes
+from dfmcl.gating.block import BlockPlan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
 from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.record import Record, wild
+from dfmcl.gating.record import GateRecord, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
 from dfmcl.gating.signing.attestation import sign
 from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.sources import sources_of, transferred
 from dfmcl.gating.subject import Subject
 from dfmcl.robustness import checks
@@ -60,7 +61,7 @@ def gate(
     *,
     surrogates: Mapping[str, Run] | None = None,
     baseline: Path | None = None,
-    keys: Sequence[Path] = (),
+    signers: Sequence[Signer] = (),
     ranks: Ranks | None = None,
     track: Track = silent,
     watch: Callable[[Progress], None] = unwatched,
@@ -69,7 +70,7 @@ def gate(
 
     surrogates: by name, to record how much holds against images crafted on them.
     baseline: report.json of an earlier model, for `no_regression`.
-    keys: sign the evidence with each; the first draws the order.
+    signers: each signs the evidence; the first draws the order, too.
     ranks: the processes that share the blocks; alone by default.
     track, watch: where progress goes.
     An interrupted gate goes on where it was, if it is told the same again.
@@ -77,14 +78,14 @@ def gate(
     started = time.perf_counter()
     ranks = ranks or Ranks.alone()
     require_place(out, EVIDENCE)
-    case = prepare(subject, policy, surrogates or {}, baseline, keys, track)
+    case = prepare(subject, policy, surrogates or {}, baseline, signers, track)
     report: dict[str, Any] = {}
-    with State.at(out, case.identity, secret_of(keys), ranks) as state:
+    with State.at(out, case.identity, secret_of(signers), ranks) as state:
         found = attacked(case, state, ranks, track, watch)
         if ranks.first:
             record = examined(case, found, ranks, track)
             made = {**provenance(), "processes": ranks.world, "seconds": time.perf_counter() - started}
-            report = write(case, record, found.probes, out, made, keys)
+            report = write(case, record, found.probes, out, made, signers)
         report = ranks.gather(report)[0]
         state.done()
     return report
@@ -129,7 +130,7 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     climbed = climbed_by(case.subject, data.x_test[case.order], ranks)
     sources, remarks = sources_of(case, state, ranks, track)
     threats = policy.threats(case.grid)
-    plan = Plan(climbed, decide, threats, case.suite, case.grid, case.seed, sources, case.whole, remarks=remarks)
+    plan = BlockPlan(climbed, decide, threats, case.suite, case.grid, case.seed, sources, case.whole, remarks=remarks)
     work = Work(plan, data, case.drawn, state, ranks, track)
     standings, blocks = run(work, case.claims, case.order[: case.cap], policy, watch)
     outcomes = joined_outcomes(blocks)
@@ -142,13 +143,13 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     return Findings(index, *case.test(index), sources, outcomes, main, pairs)
 
 
-def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> Record:
+def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> GateRecord:
     """Ask whether the findings can be believed, and put down all that the verdict follows from."""
     transfer = recorded = transferred(case, found.index, track)
     more = case.order[len(found.index) : case.policy.attacks.transfer_images]
     if case.surrogates and len(more):
         recorded = [joined(pair) for pair in zip(transfer, transferred(case, more, track), strict=True)]
-    return Record(
+    return GateRecord(
         policy=case.policy,
         policy_sha256=case.policy.digest,
         data_sha256=case.data.sha256,
@@ -198,18 +199,18 @@ def checked(
 
 def write(
     case: Case,
-    record: Record,
+    record: GateRecord,
     arrays: Mapping[str, NDArray[Any]],
     out: Path,
     made: Mapping[str, Any],
-    keys: Sequence[Path],
+    signers: Sequence[Signer],
 ) -> dict[str, Any]:
     """Write the evidence, whole or not at all, and return the report.
 
     record: all that the verdict follows from.
     arrays: the probes.
     made: code, versions, hardware and time.
-    keys: sign with each.
+    signers: each signs.
     """
     subject, data = case.subject, case.data
     with whole_directory(out, names=EVIDENCE) as staged:
@@ -225,8 +226,8 @@ def write(
         )
         write_formats(report, arrays, staged)
         (staged / REPORT).write_text(dump_json(report), encoding="utf-8")
-        if keys:
-            signed = sign(report, sha256_of(staged / REPORT), keys, expires_days=case.policy.valid_days)
+        if signers:
+            signed = sign(report, sha256_of(staged / REPORT), signers, expires_days=case.policy.valid_days)
             (staged / ATTESTATION).write_text(signed, encoding="utf-8")
     return report
 

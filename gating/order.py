@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from securesystemslib.exceptions import Error as SignatureError
-from securesystemslib.signer import CryptoSigner, Signature, SSlibKey
+from securesystemslib.signer import Signature
 
 from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.signer import PublicKey, Signer, made_by, only_signature
 from dfmcl.robustness.statistics import Flags
 
 PURPOSE = "dfmcl order of images/1"  # such a text is no DSSE payload, which begins with DSSEv1
@@ -45,9 +45,9 @@ class Draw:
     signature: str
 
     @staticmethod
-    def by(signer: CryptoSigner, matter: Matter) -> Draw:
-        """The one draw of this key."""
-        return Draw(signer.public_key.keyid, signer.sign(matter.text).signature)
+    def by(signer: Signer, matter: Matter) -> Draw:
+        """The one draw of this key; BadInput where it could make many, of which its holder might choose."""
+        return Draw(signer.public_key.keyid, only_signature(signer, matter.text))
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Draw:
@@ -57,13 +57,9 @@ class Draw:
     def to_json(self) -> dict[str, str]:
         return asdict(self)
 
-    def is_by(self, key: SSlibKey, matter: Matter) -> bool:
+    def is_by(self, key: PublicKey, matter: Matter) -> bool:
         """Whether `key` made it, over just this."""
-        try:
-            key.verify_signature(Signature(self.keyid, self.signature), matter.text)
-        except SignatureError:
-            return False
-        return key.keyid == self.keyid
+        return made_by(key, Signature(self.keyid, self.signature), matter.text)
 
 
 def hex_of(value: object, size: int) -> str:

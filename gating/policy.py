@@ -16,7 +16,9 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_toml, validated
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import SUITES
-from dfmcl.robustness.threats.threat import Threat, parse_eps
+from dfmcl.robustness.threats.radius import Norm
+from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.threat import RADIUS, Threat
 
 METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
 NO_REGRESSION = "no_regression"
@@ -87,7 +89,7 @@ class Criterion:
 class ThreatSection(Section):
     """The ball the attacker may use; on uint8 images eps is rounded down to the grid."""
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     eps: str
 
     @field_validator("eps")
@@ -99,12 +101,12 @@ class ThreatSection(Section):
 def checked_radius(text: str, norm: str) -> str:
     """The text if it is a radius that uint8 images can use; ValueError otherwise."""
     try:
-        eps = parse_eps(text)
+        threat = threat_of(norm, text)
     except BadInput as error:
         raise ValueError(str(error)) from None
-    if eps <= 0 or (norm == "linf" and eps > 1):
-        raise ValueError("a radius is above 0, and in Linf at most 1 (pixel units: 8/255, not 8)")
-    if Threat(norm, eps).on_grid().eps == 0:
+    if not threat.sensible:
+        raise ValueError(RADIUS)
+    if threat.on_grid().eps == 0:
         raise ValueError("the radius is below one step of uint8 images; 1/255 is the smallest")
     return text
 
@@ -228,11 +230,11 @@ class Policy(Section):
 
     @property
     def parsed_threat(self) -> Threat:
-        return Threat.parse(self.threat.norm, self.threat.eps)
+        return threat_of(self.threat.norm, self.threat.eps)
 
     def threat_of(self, criterion: Criterion) -> Threat:
         """The ball a criterion is about."""
-        return Threat.parse(self.threat.norm, criterion.eps or self.threat.eps)
+        return threat_of(self.threat.norm, criterion.eps or self.threat.eps)
 
     def threats(self, grid: bool) -> tuple[Threat, ...]:
         """All balls that criteria name and the policy's own, smallest first: what falls in one falls in the next.

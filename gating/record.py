@@ -23,7 +23,7 @@ MOST_IMAGES = 10**7  # of a data set; drawing the order of more would take the r
 
 
 @dataclass(frozen=True)
-class Record:
+class GateRecord:
     """What a gate saw of one model: all that its verdict follows from.
 
     policy_sha256, data_sha256, model_sha256: as digests they fix the order.
@@ -119,7 +119,7 @@ class Record:
         return [*range(size, count, size), count]
 
 
-def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> Record:
+def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> GateRecord:
     """The record in a report. KeyError, TypeError or ValueError where it is none of the gate's."""
     text = {key: value for key, value in report["policy"].items() if key != "sha256"}
     policy, candidate, data, why = Policy.of_text(text), report["candidate"], report["data"], report.get("why", {})
@@ -128,7 +128,7 @@ def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> Record:
     grid = candidate["input"]["dtype"] == "uint8"
     evaluations.insert(policy.place(policy.parsed_threat, grid), main)
     blind, draw = main.about.get("kind") == "black-box", report["statistics"].get("draw")
-    return Record(
+    return GateRecord(
         policy=policy,
         policy_sha256=digest_of(text),
         data_sha256=hex_of(data["sha256"], 32),

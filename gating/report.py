@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dfmcl.gating.derivation import derived
-from dfmcl.gating.record import Record
+from dfmcl.gating.record import GateRecord
 from dfmcl.gating.signing.evidence import REPORT, REPORT_FORMAT
 
 __all__ = ["REPORT", "build_report"]
 
 
 def build_report(
-    record: Record,
+    record: GateRecord,
     *,
     subject: Mapping[str, Any],
     run: Mapping[str, Any],

@@ -6,7 +6,6 @@ that a stranger does not have; what was not sealed with it is attacked again.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import secrets
@@ -18,7 +17,7 @@ from pathlib import Path
 from dfmcl.common.errors import BadInput, Interrupted
 from dfmcl.common.files import clear_parts, dump_json, read_json, write_bytes, write_text
 from dfmcl.common.locks import LOCK, held
-from dfmcl.gating.signing.keys import read_signer
+from dfmcl.gating.signing.signer import Signer, seal_of
 from dfmcl.robustness.ranks import Ranks
 
 FORMAT = "dfmcl.gate-state/1"
@@ -27,10 +26,10 @@ SEAL_BYTES = 32
 SIGTERM = 143  # the exit code of a process that was asked to end
 
 
-def secret_of(keys: Sequence[Path]) -> bytes:
-    """What seals the state: from the first signing key, else of this user; a new one where that cannot be kept."""
-    if keys:
-        return hashlib.sha256(b"dfmcl gate state\0" + read_signer(keys[0]).private_bytes).digest()
+def secret_of(signers: Sequence[Signer]) -> bytes:
+    """What seals the state: of the first signer, else of this user; a new one where that cannot be kept."""
+    if signers:
+        return seal_of(signers[0])
     home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = home / "dfmcl" / "seal"
     try:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline, compare
-from dfmcl.gating.block import Block, Plan, attack_block
+from dfmcl.gating.block import Block, BlockPlan, attack_block
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.resumption import State
@@ -45,7 +45,7 @@ def unwatched(progress: Progress) -> None:
 class Work:
     """What attacking a block takes, wherever its images come from. drawn: of the test images, for the whole suite."""
 
-    plan: Plan
+    plan: BlockPlan
     data: Dataset
     drawn: Flags
     state: State
@@ -64,7 +64,7 @@ class Work:
         done = self.state.load(purpose, number)
         if done is not None:
             return Block.from_bytes(done)
-        plan = Plan(**{**vars(self.plan), "purpose": purpose})
+        plan = BlockPlan(**{**vars(self.plan), "purpose": purpose})
         images, labels = self.data.x_test[index], self.data.y_test[index]
         block = attack_block(plan, images, labels, number, self.track, drawn=self.drawn[index])
         self.state.save(purpose, number, block.to_bytes())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.derivation import derived
-from dfmcl.gating.record import Probes, Record, count_of, recorded
+from dfmcl.gating.record import GateRecord, Probes, count_of, recorded
 from dfmcl.gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
 from dfmcl.gating.signing.faults import refusal
 from dfmcl.robustness.records import Evaluation
@@ -48,7 +48,7 @@ def require_derived(report: Mapping[str, Any], path: Path, probes: Probes | None
             raise contradiction(path, *found)
 
 
-def _require_sound(report: Mapping[str, Any], record: Record, path: Path, probes: Probes | None) -> None:
+def _require_sound(report: Mapping[str, Any], record: GateRecord, path: Path, probes: Probes | None) -> None:
     """What the record's parts say of each other, before anything is derived from them."""
     count, main = len(record.labels), record.main
     expected = [threat.on_grid() if record.grid else threat for threat in record.policy.threats(record.grid)]
@@ -80,7 +80,7 @@ def _require_sound(report: Mapping[str, Any], record: Record, path: Path, probes
         _require_answers(path, record, probes)
 
 
-def _require_subject(report: Mapping[str, Any], record: Record, path: Path) -> None:
+def _require_subject(report: Mapping[str, Any], record: GateRecord, path: Path) -> None:
     """The kind is one that the policy judges, has the files of that kind, and gives gradients or not."""
     candidate, about = report["candidate"], record.main.about.get("kind")
     kind, files = candidate["kind"], candidate["files"]
@@ -96,7 +96,7 @@ def _require_subject(report: Mapping[str, Any], record: Record, path: Path) -> N
         _require(path, "evaluation.about.kind", about, "black-box")
 
 
-def _require_checks(report: Mapping[str, Any], record: Record, path: Path) -> None:
+def _require_checks(report: Mapping[str, Any], record: GateRecord, path: Path) -> None:
     """Each check stands there once, and each that could run did."""
     checks = record.checks
     _require(path, "checks: outcomes", sorted({check["outcome"] for check in checks} - OUTCOMES), [])
@@ -110,7 +110,7 @@ def _require_checks(report: Mapping[str, Any], record: Record, path: Path) -> No
         _require(path, "checks: not run", idle, [])
 
 
-def _attacks(report: Mapping[str, Any], record: Record) -> list[str]:
+def _attacks(report: Mapping[str, Any], record: GateRecord) -> list[str]:
     surrogates = [str(one.about["surrogate"]) for one in record.transfer]
     sources = sources_of(report["policy"], report["candidate"]["kind"], surrogates)
     return attacks_of(report["policy"], blind=record.no_gradients is not None, sources=sources)
@@ -129,7 +129,9 @@ def _require_measured(one: Evaluation) -> None:
             raise ValueError(f"{str(seconds)[:20]!r} is no time")
 
 
-def _require_left(path: Path, where: str, one: Evaluation, left: tuple[bool, ...], record: Record) -> tuple[bool, ...]:
+def _require_left(
+    path: Path, where: str, one: Evaluation, left: tuple[bool, ...], record: GateRecord
+) -> tuple[bool, ...]:
     """Each attack saw all that was left before it, in the smaller balls too, and leaves no more; what all leave.
 
     The last ones saw only those of them that were drawn, and leave the others as they were.
@@ -145,7 +147,7 @@ def _require_left(path: Path, where: str, one: Evaluation, left: tuple[bool, ...
     return left
 
 
-def _require_pairs(path: Path, record: Record) -> None:
+def _require_pairs(path: Path, record: GateRecord) -> None:
     """The comparison with a baseline has the candidate's own outcomes, and leaves no image out of one that can pass."""
     if record.pairs is None:
         _require(path, "baseline", None, None if not record.regressions else "the comparison that the policy asks for")
@@ -158,7 +160,7 @@ def _require_pairs(path: Path, record: Record) -> None:
     _require(path, "baseline.after", known, [held[image] for image in record.pairs.index if image in held])
 
 
-def _require_answers(path: Path, record: Record, probes: Probes) -> None:
+def _require_answers(path: Path, record: GateRecord, probes: Probes) -> None:
     """Labels and logits in probes.npz say of each image what the record says; one that was wrong was not attacked."""
     _require(path, f"{PROBES}: labels", probes["labels"].tolist(), record.labels.tolist())
     clean, wrong = probes["clean_logits"], ~np.array(record.main.correct, bool)

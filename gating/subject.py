@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.gating.afresh import asked_afresh
+from dfmcl.gating.conversion import NoGradients, differentiable
 from dfmcl.gating.foreign import Foreign, guarded, imported, kept, state_digest, without_gradients
-from dfmcl.gating.gradients import NoGradients, differentiable
 from dfmcl.gating.signing.evidence import candidate_files, read_candidate
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.models import device_of, exactly, frozen, to_float
 from dfmcl.robustness.onnx_graph import apart, artefact, count_classes, noise, read_graph
+from dfmcl.robustness.provider import CPU, Provider
 from dfmcl.robustness.runs import load_run
 
 MODEL = "model.onnx"
@@ -100,9 +101,15 @@ def open_subject(
     labels: tuple[str, ...] | None = None,
     connect: Connect | None = None,
     budget: int | None = None,
+    provider: Provider = CPU,
 ) -> Subject:
-    """The subject that a text names. run belongs to a candidate, budget to an endpoint, contract and labels to an ONNX
-    file or a module; the others know theirs."""
+    """The subject that a text names.
+
+    run: a candidate's, where its gradients come from.
+    contract, labels: of an ONNX file or a module; the others know theirs.
+    connect, budget: of an endpoint: how it is reached, and the most images that it is asked about.
+    provider: what computes a candidate or an ONNX file.
+    """
     path = Path(text)
     remote = ENDPOINT.fullmatch(text)
     if remote:
@@ -123,7 +130,7 @@ def open_subject(
     if strange := sorted(key for key, value in given.items() if value is not None and key not in takes[kind]):
         raise BadInput(f"{text}: is of kind {kind}, which takes no {' or '.join(strange)}; leave it out")
     if kind == "candidate":
-        return candidate_subject(path, run)
+        return candidate_subject(path, run, provider)
     if remote:
         if connect is None or budget is None:
             raise BadInput(f"{text}: an endpoint is asked within a budget of queries; name one")
@@ -131,10 +138,12 @@ def open_subject(
         return endpoint_subject(described, predict, name=text, budget=budget)
     if contract is None:
         raise BadInput(f"{text}: what images does it take? Say so, such as 'float32 NCHW 32x32x3'")
-    return onnx_subject(path, contract, labels) if kind == "onnx" else module_subject(text, contract, labels)
+    if kind == "onnx":
+        return onnx_subject(path, contract, labels, provider)
+    return module_subject(text, contract, labels)
 
 
-def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
+def candidate_subject(candidate: Path, run: Path | None = None, provider: Provider = CPU) -> Subject:
     """A candidate as `dfmcl export` wrote it; its gradients come from the run, else from the file itself."""
     manifest = read_candidate(candidate)
     path = candidate / MODEL
@@ -144,7 +153,7 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
     graph = read_graph(path, str(contract))
     if graph.digest != manifest["files"][MODEL]:
         raise BadInput(f"{path}: changed while it was read; export the candidate again")
-    decide = artefact(graph.model.SerializeToString(), path, contract)
+    decide = artefact(graph, provider)
     model: nn.Module | None
     if run is None:
         model, why = _gradients(lambda: differentiable(graph, decide))
@@ -176,7 +185,7 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
         run=known,
         no_gradients=why,
         state=dict,
-        afresh=partial(reopened, path, str(contract)),
+        afresh=partial(reopened, path, str(contract), provider),
     )
 
 
@@ -194,10 +203,10 @@ def _require_same_network(
         )
 
 
-def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
+def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = None, provider: Provider = CPU) -> Subject:
     """A bare ONNX classifier. contract: 'DTYPE LAYOUT [HxWxC]'; the size may be left out where the file gives it."""
     graph = read_graph(path, contract)
-    decide = artefact(graph.model.SerializeToString(), path, graph.contract)
+    decide = artefact(graph, provider)
     classes = count_classes(decide, graph.contract, path)
     model, why = _gradients(lambda: differentiable(graph, decide))
     return Subject(
@@ -211,17 +220,17 @@ def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = Non
         model=model,
         no_gradients=why,
         state=dict,  # a file keeps nothing
-        afresh=partial(reopened, path, str(graph.contract)),
+        afresh=partial(reopened, path, str(graph.contract), provider),
     )
 
 
-def reopened(path: Path, contract: str, images: Bytes) -> NDArray[np.float32]:
+def reopened(path: Path, contract: str, provider: Provider, images: Bytes) -> NDArray[np.float32]:
     """Logits `(n, K)` of uint8 images `(n, H, W, C)` by the file as it lies there now, in a session of its own.
 
     A file holds no code, so that another process would answer the same.
     """
     graph = read_graph(path, contract)
-    decide = artefact(graph.model.SerializeToString(), path, graph.contract)
+    decide = artefact(graph, provider)
     parts = to_float(torch.from_numpy(images)).split(ODD_BATCH)
     found: NDArray[np.float32] = torch.cat([decide(part) for part in parts]).numpy()
     return found

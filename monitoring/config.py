@@ -12,20 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import LocalPath, Section, read_toml, validated
+from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.radius import Radius
+from dfmcl.robustness.threats.radius import Norm, Radius
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 
 WEEK_SECONDS = 7 * 24 * 3600.0
-
-
-def _is_endpoint(url: str) -> str:
-    host, _, port = url.rpartition(":")
-    if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError("write host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001")
-    return url
 
 
 def _is_http(url: str) -> str:
@@ -45,13 +39,7 @@ def _is(parse: Callable[[str], Any]) -> Callable[[str], str]:
     return check
 
 
-def _is_set(names: list[str]) -> list[str]:
-    if len(set(names)) != len(names):
-        raise ValueError("names something twice")
-    return names
-
-
-AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(Attack.parse_transfer))]], AfterValidator(_is_set)]
+AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(Attack.parse_transfer))]], EachOnce]
 Url = Annotated[str, AfterValidator(_is_http)]
 Seconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 
@@ -59,12 +47,12 @@ Seconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 class Target(Section):
     """What is attacked. `timeout_seconds` is the deadline of each request."""
 
-    url: Annotated[str, AfterValidator(_is_endpoint)] = "127.0.0.1:8001"
+    url: TritonUrl = "127.0.0.1:8001"
     model: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")  # what promotion allows; it becomes a label
     timeout_seconds: float = Field(5.0, gt=0, le=600, allow_inf_nan=False)
 
 
-class Data(Section):
+class DataSection(Section):
     """Where the images come from: the test part of a data set."""
 
     name: Literal["digits", "cifar10", "npz", "folder"]
@@ -75,13 +63,13 @@ class Data(Section):
 class Ball(Section):
     """How far an adversarial image may be from its original; on the wire eps is rounded down to whole 255ths."""
 
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     eps: Radius
 
     @property
     def threat(self) -> Threat:
         """The ball on the uint8 grid."""
-        return Threat.parse(self.norm, self.eps).on_grid()
+        return threat_of(self.norm, self.eps).on_grid()
 
 
 class Probe(Section):
@@ -101,7 +89,7 @@ class Probe(Section):
     pause_file: LocalPath = ""
 
 
-class Query(Section):
+class QuerySection(Section):
     """Search by queries through the gateway, every so many rounds; without a gateway there is none.
 
     key_file: holds the API key of the canary that attacks, which for scores must see logits; clean_key_file: of the one
@@ -118,7 +106,7 @@ class Query(Section):
     timeout_seconds: float = Field(5.0, gt=0, le=600, allow_inf_nan=False)
 
 
-class Budget(Section):
+class BudgetSection(Section):
     """What probing may cost: images in a window, and the share of time in which its requests may be under way."""
 
     images: int = Field(20_000, ge=1)
@@ -132,13 +120,13 @@ class Abort(Section):
     latency_factor: float = Field(5.0, ge=1.5, allow_inf_nan=False)
 
 
-class Surrogates(Section):
+class SurrogatesSection(Section):
     """Run directories of models that were trained apart from the served one."""
 
-    runs: Annotated[list[LocalPath], Field(min_length=1), AfterValidator(_is_set)]
+    runs: Annotated[list[LocalPath], Field(min_length=1), EachOnce]
 
 
-class Release(Section):
+class ReleaseSection(Section):
     """The gate's evidence for what is served; without it nothing stands beside the live figures.
 
     repository: what promotion writes; the version that answers is looked up there, and with trust (a trust file) its
@@ -152,7 +140,7 @@ class Release(Section):
     tolerance: float = Field(1e-3, gt=0, le=1)
 
     @model_validator(mode="after")
-    def _one_place(self) -> Release:
+    def _one_place(self) -> ReleaseSection:
         if self.repository and self.evidence:
             raise ValueError("name repository or evidence, not both")
         if self.trust and not self.repository:
@@ -160,14 +148,14 @@ class Release(Section):
         return self
 
 
-class Record(Section):
+class RecordSection(Section):
     """Where finished rounds are written down, one JSON line each, and read again at the next start; "" for nowhere."""
 
     path: LocalPath = ""
     max_bytes: int = Field(64_000_000, ge=100_000)
 
 
-class Mitigation(Section):
+class MitigationSection(Section):
     """What is done once when a loss is proven for a version: a POST of JSON, a command; by default nothing."""
 
     webhook: Url = ""
@@ -175,7 +163,7 @@ class Mitigation(Section):
     timeout_seconds: float = Field(30.0, gt=0, le=600, allow_inf_nan=False)
 
 
-class Listen(Section):
+class ListenSection(Section):
     """Where /metrics is; port 0 means any free one."""
 
     host: str = Field("127.0.0.1", min_length=1)
@@ -186,26 +174,26 @@ class WatchConfig(Section):
     """A whole watch."""
 
     target: Target
-    data: Data
+    data: DataSection
     threat: Ball
     probe: Probe = Probe()
-    query: Query = Query()
-    budget: Budget = Budget()
+    query: QuerySection = QuerySection()
+    budget: BudgetSection = BudgetSection()
     abort: Abort = Abort()
-    surrogates: Surrogates
-    release: Release = Release()
-    record: Record = Record()
-    mitigation: Mitigation = Mitigation()
-    listen: Listen = Listen()
+    surrogates: SurrogatesSection
+    release: ReleaseSection = ReleaseSection()
+    record: RecordSection = RecordSection()
+    mitigation: MitigationSection = MitigationSection()
+    listen: ListenSection = ListenSection()
 
 
 def load_config(path: Path | str) -> WatchConfig:
     """A watch from a TOML file, its paths made independent of the working directory. BadInput names file and key."""
     path = Path(path)
     config = validated(WatchConfig, read_toml(path, "name a TOML file such as deploy/watch.toml"), str(path))
-    if config.threat.norm == "linf" and config.threat.threat.eps == 0:
+    if config.threat.threat.eps == 0:
         raise BadInput(f"{path}: threat.eps: {config.threat.eps} is below one grey level; bytes need at least 1/255")
-    if config.query.attack.startswith("rays") and config.threat.norm != "linf":
+    if config.threat.norm not in Attack.parse(config.query.attack).kind.norms:
         raise BadInput(f"{path}: query.attack: {config.query.attack} knows Linf only; take square")
     return _anchored(config, path.parent)
 
@@ -221,14 +209,6 @@ PATHS = {
 
 def _anchored(config: WatchConfig, folder: Path) -> WatchConfig:
     """The same config with every path that is set joined to `folder` (absolute ones stay as they are)."""
-
-    def join(text: str) -> str:
-        return str(folder / text) if text else ""
-
-    def section(name: str, keys: tuple[str, ...]) -> Section:
-        old: Section = getattr(config, name)
-        return old.model_copy(update={key: join(getattr(old, key)) for key in keys})
-
-    surrogates = Surrogates(runs=[join(run) for run in config.surrogates.runs])
-    anchored = {name: section(name, keys) for name, keys in PATHS.items()}
-    return config.model_copy(update={**anchored, "surrogates": surrogates})
+    surrogates = SurrogatesSection(runs=[run and str(folder / run) for run in config.surrogates.runs])
+    sections = {name: anchored(getattr(config, name), folder, *keys) for name, keys in PATHS.items()}
+    return config.model_copy(update={**sections, "surrogates": surrogates})

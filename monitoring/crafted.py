@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,14 +23,13 @@ from dfmcl.common.files import dump_json, read_json, sha256_of, whole_directory,
 from dfmcl.common.progress import Track, silent
 from dfmcl.common.reader import Unfit, opened, why_unread
 from dfmcl.monitoring.config import WatchConfig
-from dfmcl.monitoring.crafting import Pool, draw
+from dfmcl.monitoring.crafting import ImagePool, draw
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
 from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, load_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
-from dfmcl.robustness.threats.geometry import contains_uint8
 from dfmcl.robustness.threats.threat import Threat
 
 Indices = npt.NDArray[np.int64]
@@ -46,7 +45,7 @@ ROUND = 0  # the attacks draw as in this round; a watch's own rounds begin at 1
 class Recipe:
     """What adversarial images are made from. labels: of the pool's classes; remark: on data that were not read."""
 
-    pool: Pool
+    pool: ImagePool
     labels: tuple[str, ...]
     surrogates: Surrogates
     threat: Threat
@@ -59,7 +58,7 @@ class Recipe:
         """A watch's; BadInput for data or surrogates that cannot be used."""
         dataset = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
         return Recipe(
-            pool=Pool(dataset.x_test, dataset.y_test, len(dataset.classes)),
+            pool=ImagePool(dataset.x_test, dataset.y_test, len(dataset.classes)),
             labels=tuple(map(str, dataset.classes)),
             surrogates=load_surrogates(config.surrogates.runs, dataset),
             threat=config.threat.threat,
@@ -110,7 +109,7 @@ def craft_pool(recipe: Recipe, out: Path, *, device: torch.device | str = "cpu",
 class Crafted:
     """A pool's adversarial versions under one attack, in an open file: who replaces the directory changes nothing."""
 
-    pool: Pool
+    pool: ImagePool
     threat: Threat
     path: Path
     file: BinaryIO
@@ -123,7 +122,7 @@ class Crafted:
         if len(found) == originals.nbytes:
             images = np.frombuffer(found, np.uint8).reshape(originals.shape)
             changed, before = (torch.from_numpy(part.copy()).permute(0, 3, 1, 2) for part in (images, originals))
-            if bool(contains_uint8(changed, before, self.threat).all()):
+            if bool(self.threat.contains_uint8(changed, before).all()):
                 return images
         raise Broken(f"{self.path}: was written over since this watch began; start it again")
 
@@ -161,14 +160,13 @@ def load_crafted(recipe: Recipe, path: Path) -> Mapping[str, Crafted]:
 
 
 def prepared_scenes(
-    pool: Pool, threat: Threat, crafted: Mapping[str, Crafted], *, seed: int, count: int, first: int = 1
+    pool: ImagePool, threat: Threat, crafted: Mapping[str, Crafted], *, seed: int, count: int, first: int = 1
 ) -> Iterator[Scene]:
     """Scenes of rounds `first`, `first` + 1, ... without any crafting."""
     for number in itertools.count(first):
         chosen = draw(len(pool.images), count, seed, number)
-        scene = pool.scene(threat, seed, number, count)
-        scene.adversarial.update({name: made.take(chosen) for name, made in crafted.items()})
-        yield scene
+        adversarial = {name: made.take(chosen) for name, made in crafted.items()}
+        yield replace(pool.scene(threat, seed, number, count), adversarial=adversarial)
 
 
 def _files_in(out: Path) -> list[str]:

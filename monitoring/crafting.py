@@ -9,7 +9,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, Full, Queue
 from types import TracebackType
 
@@ -33,7 +33,7 @@ POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Pool:
+class ImagePool:
     """Labelled images that the model was not trained on. images: uint8 (M, H, W, C); labels: (M,) of `classes`."""
 
     images: Bytes
@@ -103,7 +103,7 @@ class Pace:
 
 
 def scenes(
-    pool: Pool,
+    pool: ImagePool,
     source: Model,
     threat: Threat,
     attacks: tuple[Attack, ...],
@@ -121,17 +121,18 @@ def scenes(
     number = first
     while True:
         scene, chosen = pool.scene(threat, seed, number, count), draw(len(pool.images), count, seed, number)
+        adversarial: dict[str, Bytes] = {}
         for attack in attacks:
             if not remembers:
-                scene.adversarial[attack.name] = _crafted(source, scene, attack)
+                adversarial[attack.name] = _crafted(source, scene, attack)
                 continue
             new = ~known[attack.name][chosen]
             crafted[attack.name][chosen[new]] = _crafted(source, scene.only(new), attack)
             known[attack.name][chosen] = True
-            scene.adversarial[attack.name] = crafted[attack.name][chosen]
+            adversarial[attack.name] = crafted[attack.name][chosen]
         if pace:
             pace.finished()
-        yield scene
+        yield replace(scene, adversarial=adversarial)
         number += 1
 
 
@@ -219,7 +220,7 @@ class Crafter:
         return False
 
 
-def require_fit(pool: Pool, images: int, where: str) -> None:
+def require_fit(pool: ImagePool, images: int, where: str) -> None:
     """BadInput where a round asks for more images than there are."""
     if images > len(pool.images):
         raise BadInput(f"{where} is {images}; the data have {len(pool.images)} test images")

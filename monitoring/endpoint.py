@@ -74,7 +74,7 @@ class Manners:
     latencies: Latencies = field(default_factory=Latencies)
 
 
-class Endpoint:
+class Asker:
     """Asks and counts. version: of the first answer; every later one must be the same."""
 
     def __init__(self, classes: int, clock: Clock, manners: Manners) -> None:

@@ -23,11 +23,11 @@ def gauge(name: str, documentation: str, rows: Iterable[tuple[Labels, float]]) -
 
 
 def counter(name: str, documentation: str, rows: Iterable[tuple[Labels, float]]) -> Metric:
-    return filled(CounterMetricFamily(name, documentation), f"{name}_total", rows)
+    return filled(CounterMetricFamily(name, documentation), name, rows)
 
 
 def info(name: str, documentation: str, rows: Iterable[Labels]) -> Metric:
-    return filled(InfoMetricFamily(name, documentation), f"{name}_info", [(labels, 1) for labels in rows])
+    return filled(InfoMetricFamily(name.removesuffix("_info"), documentation), name, [(labels, 1) for labels in rows])
 
 
 def histogram(name: str, documentation: str, rows: Iterable[tuple[Labels, Histogram]]) -> Metric:

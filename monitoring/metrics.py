@@ -7,21 +7,31 @@ Labels come from closed sets: names of the configuration, reasons, states, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
-from prometheus_client.metrics_core import (
-    Metric,
-)
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from dfmcl.common.metrics import (
+    GATE_ACCURACY,
+    GATE_CLEAN_ACCURACY,
+    GATE_CLEAN_THRESHOLD,
+    GATE_EVALUATED,
+    GATE_STATE,
+    GATE_THRESHOLD,
+    GATE_TRANSFER_ACCURACY,
+    Interval,
+)
 from dfmcl.monitoring.evidence import STATES, Attested
 from dfmcl.monitoring.families import Labels, counter, gauge, histogram, info
-from dfmcl.monitoring.journal import RECENT, AttackTotals, Journal, VersionTotals
+from dfmcl.monitoring.journal import RECENT, AttackTotals, Journal, PathTotals, VersionTotals
 from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
 from dfmcl.monitoring.snapshot import Identity, Snapshot
 from dfmcl.robustness.statistics import Share
 
+T = TypeVar("T")
 BOUND = "Upper bound of robust accuracy: the attack does not know the weights."
 ANYTIME = "wrong at most once in 100 months with all others together, however often one looks, 0 to 1."
 
@@ -45,7 +55,7 @@ class RoundsCollector(Collector):
 
 
 def _about(identity: Identity) -> Iterator[Metric]:
-    yield info("robustness_build", "This prober.", [{"version": identity.version, "revision": identity.revision}])
+    yield info("robustness_build_info", "This prober.", [{"version": identity.version, "revision": identity.revision}])
     definitions = [
         {
             "attack": attack.name,
@@ -57,7 +67,9 @@ def _about(identity: Identity) -> Iterator[Metric]:
         }
         for attack in identity.attacks
     ]
-    yield info("robustness_attack", "What stands behind the label attack; epsilon in units of [0, 1].", definitions)
+    yield info(
+        "robustness_attack_info", "What stands behind the label attack; epsilon in units of [0, 1].", definitions
+    )
 
 
 def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
@@ -66,7 +78,7 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         return
     found = [({"model": identity.model, "version": v}, release) for v, release in now.releases.items()]
     yield gauge(
-        "robustness_gate_state",
+        GATE_STATE,
         "1 for the state of the evidence for this version: the gate's verdict, or why there is none that holds.",
         [({**labels, "state": name}, float(name == one.state)) for labels, one in found for name in STATES],
     )
@@ -82,37 +94,37 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     )
     gated = [(labels, release.attested) for labels, release in found if release.attested is not None]
     yield info(
-        "robustness_target",
+        "robustness_target_info",
         "What should answer under this version, as it was promoted.",
         [{**labels, "sha256": one.model_sha256, "policy_sha256": one.policy_sha256} for labels, one in gated],
     )
     yield gauge(
-        "robustness_gate_evaluated_timestamp_seconds",
+        GATE_EVALUATED,
         "When the gate ran, unix time.",
         [(labels, one.evaluated) for labels, one in gated],
     )
     yield gauge(
-        "robustness_gate_threshold_ratio",
+        GATE_THRESHOLD,
         "Robust accuracy that the gate's policy asks for, 0 to 1.",
         [(labels | _its_ball(one), one.robust_threshold) for labels, one in gated if one.robust_threshold is not None],
     )
     yield gauge(
-        "robustness_gate_clean_threshold_ratio",
+        GATE_CLEAN_THRESHOLD,
         "Clean accuracy that the gate's policy asks for, 0 to 1.",
         [(labels, one.clean_threshold) for labels, one in gated if one.clean_threshold is not None],
     )
     yield from _attested(
-        "robustness_gate_accuracy",
+        GATE_ACCURACY,
         "Robust accuracy that the gate measured with the model's own gradients, worst case per image",
         [(labels | _its_ball(one), one.robust) for labels, one in gated],
     )
     yield from _attested(
-        "robustness_gate_clean_accuracy",
+        GATE_CLEAN_ACCURACY,
         "Clean accuracy that the gate measured",
         [(labels, one.clean) for labels, one in gated],
     )
     yield from _attested(
-        "robustness_gate_transfer_accuracy",
+        GATE_TRANSFER_ACCURACY,
         "Accuracy that the gate measured under this attack, crafted on the surrogates of this watch",
         [
             (labels | _its_ball(one) | {"attack": attack}, share)
@@ -136,58 +148,79 @@ def _paths(identity: Identity, journal: Journal) -> Iterator[Metric]:
         "Planned time between two rounds.",
         [({"model": identity.model, "via": via}, seconds) for via, seconds in identity.interval_seconds.items()],
     )
-    for name, documentation in (
-        ("rounds", "Rounds begun."),
-        ("queries", "Inference requests sent."),
-        ("images", "Images sent: the load that probing adds."),
-    ):
-        yield counter(
-            f"robustness_probe_{name}", documentation, [(labels, getattr(path, name)) for labels, path in paths]
-        )
-    for name, part, documentation in (
-        ("round_failures", "failures", "Rounds without figures, by reason."),
-        ("rounds_skipped", "skips", "Rounds left out or broken off without an opinion, by reason."),
-        ("query_failures", "query_failures", "Inference requests without a usable answer, by reason."),
-    ):
-        rows = [
-            ({**labels, "reason": reason}, count)
-            for labels, path in paths
-            for reason, count in getattr(path, part).items()
-        ]
-        yield counter(f"robustness_probe_{name}", documentation, rows)
-    for name, part, documentation in (
-        ("query_duration", "query_seconds", "Time of an inference request seen from here, failed ones too."),
-        ("round_duration", "round_seconds", "Time of a whole round, failed ones too."),
-    ):
-        histograms = [(labels, getattr(path, part)) for labels, path in paths]
-        yield histogram(f"robustness_probe_{name}_seconds", f"{documentation} In seconds.", histograms)
-    for name, part, documentation in (
-        ("last_round_duration_seconds", "last_seconds", "Time of the last finished round in seconds."),
-        ("last_success_timestamp_seconds", "last_success", "End of the last successful round, unix time."),
-        ("last_attempt_timestamp_seconds", "last_attempt", "Start of the last round, unix time."),
-    ):
-        yield gauge(
-            f"robustness_probe_{name}", documentation, [(labels, getattr(path, part)) for labels, path in paths]
-        )
+
+    def each(of: Callable[[PathTotals], T]) -> list[tuple[Labels, T]]:
+        return [(labels, of(path)) for labels, path in paths]
+
+    def reasons(of: Callable[[PathTotals], Mapping[str, int]]) -> list[tuple[Labels, int]]:
+        return [({**labels, "reason": reason}, count) for labels, path in paths for reason, count in of(path).items()]
+
+    yield counter("robustness_probe_rounds_total", "Rounds begun.", each(lambda path: path.rounds))
+    yield counter("robustness_probe_queries_total", "Inference requests sent.", each(lambda path: path.queries))
+    yield counter(
+        "robustness_probe_images_total", "Images sent: the load that probing adds.", each(lambda path: path.images)
+    )
+    yield counter(
+        "robustness_probe_round_failures_total",
+        "Rounds without figures, by reason.",
+        reasons(lambda path: path.failures),
+    )
+    yield counter(
+        "robustness_probe_rounds_skipped_total",
+        "Rounds left out or broken off without an opinion, by reason.",
+        reasons(lambda path: path.skips),
+    )
+    yield counter(
+        "robustness_probe_query_failures_total",
+        "Inference requests without a usable answer, by reason.",
+        reasons(lambda path: path.query_failures),
+    )
+    yield histogram(
+        "robustness_probe_query_duration_seconds",
+        "Time of an inference request seen from here, failed ones too. In seconds.",
+        each(lambda path: path.query_seconds),
+    )
+    yield histogram(
+        "robustness_probe_round_duration_seconds",
+        "Time of a whole round, failed ones too. In seconds.",
+        each(lambda path: path.round_seconds),
+    )
+    yield gauge(
+        "robustness_probe_last_round_duration_seconds",
+        "Time of the last finished round in seconds.",
+        each(lambda path: path.last_seconds),
+    )
+    yield gauge(
+        "robustness_probe_last_success_timestamp_seconds",
+        "End of the last successful round, unix time.",
+        each(lambda path: path.last_success),
+    )
+    yield gauge(
+        "robustness_probe_last_attempt_timestamp_seconds",
+        "Start of the last round, unix time.",
+        each(lambda path: path.last_attempt),
+    )
 
 
 def _manners(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     model, budget = {"model": identity.model}, now.budget
     for name, documentation, value in (
-        ("query_budget", "Images that may be asked about in a window.", budget.images),
-        ("query_budget_used", "Images asked about in this window.", budget.used),
-        ("query_budget_window_seconds", "Length of a window.", budget.window_seconds),
-        ("paused", "1 while the kill switch is on.", now.paused),
+        ("robustness_probe_query_budget", "Images that may be asked about in a window.", budget.images),
+        ("robustness_probe_query_budget_used", "Images asked about in this window.", budget.used),
+        ("robustness_probe_query_budget_window_seconds", "Length of a window.", budget.window_seconds),
+        ("robustness_probe_paused", "1 while the kill switch is on.", now.paused),
         (
-            "low_priority",
+            "robustness_probe_low_priority",
             "1 if the server lets users overtake probes; 0 if the budget alone keeps them small.",
             now.low_priority,
         ),
-        ("prepared_rounds", "Rounds whose adversarial images lie ready.", now.prepared),
+        ("robustness_probe_prepared_rounds", "Rounds whose adversarial images lie ready.", now.prepared),
     ):
-        yield gauge(f"robustness_probe_{name}", documentation, [(model, float(value))])
+        yield gauge(name, documentation, [(model, float(value))])
     yield counter(
-        "robustness_probe_record_failures", "Rounds that could not be written to disk.", [(model, now.record_failures)]
+        "robustness_probe_record_failures_total",
+        "Rounds that could not be written to disk.",
+        [(model, now.record_failures)],
     )
     done = now.mitigations or {}
     rows = [
@@ -195,44 +228,54 @@ def _manners(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         for action in ACTIONS
         for outcome in OUTCOMES
     ]
-    yield counter("robustness_mitigations", "What was done about proven losses.", rows)
+    yield counter("robustness_mitigations_total", "What was done about proven losses.", rows)
 
 
 def _counted(identity: Identity, journal: Journal) -> Iterator[Metric]:
     rows = [({"model": identity.model, "version": totals.version}, totals) for totals in journal.versions]
-    for name, documentation in {
-        "samples": "Clean images sent in whole rounds.",
-        "correct": "Clean images that were classified correctly.",
-    }.items():
-        counts = [(labels, getattr(totals, name)) for labels, totals in rows]
-        yield counter(f"robustness_clean_{name}", documentation, counts)
+    yield counter(
+        "robustness_clean_samples_total",
+        "Clean images sent in whole rounds.",
+        [(labels, totals.samples) for labels, totals in rows],
+    )
+    yield counter(
+        "robustness_clean_correct_total",
+        "Clean images that were classified correctly.",
+        [(labels, totals.correct) for labels, totals in rows],
+    )
     attacks = [
         (_ball(identity, totals.version) | {"attack": attack.name}, totals.attacks.get(attack.name, AttackTotals()))
         for totals in journal.versions
         for attack in identity.attacks
     ]
-    for name, documentation in {
-        "samples": "Images judged under an attack, clean-wrong ones included.",
-        "correct": f"Images that were right before and after the attack. {BOUND}",
-        "attempts": "Images attacked: those that were right before.",
-        "successes": "Images that the attack flipped.",
-        "queries": "Questions asked about images: one an image for transfer, many for a search.",
-    }.items():
-        yield counter(
-            f"robustness_attack_{name}", documentation, [(labels, getattr(totals, name)) for labels, totals in attacks]
-        )
+    for name, part, documentation in (
+        ("robustness_attack_samples_total", "samples", "Images judged under an attack, clean-wrong ones included."),
+        (
+            "robustness_attack_correct_total",
+            "correct",
+            f"Images that were right before and after the attack. {BOUND}",
+        ),
+        ("robustness_attack_attempts_total", "attempts", "Images attacked: those that were right before."),
+        ("robustness_attack_successes_total", "successes", "Images that the attack flipped."),
+        (
+            "robustness_attack_queries_total",
+            "queries",
+            "Questions asked about images: one an image for transfer, many for a search.",
+        ),
+    ):
+        yield counter(name, documentation, [(labels, getattr(totals, part)) for labels, totals in attacks])
 
 
 def _replayed(identity: Identity, journal: Journal) -> Iterator[Metric]:
     rows = [({"model": identity.model, "version": totals.version}, totals) for totals in journal.versions]
     seen = [(labels, totals) for labels, totals in rows if totals.integrity is not None]
     yield counter(
-        "robustness_replay_samples",
+        "robustness_replay_samples_total",
         "The gate's images asked about again.",
         [(labels, totals.replayed) for labels, totals in rows],
     )
     yield counter(
-        "robustness_replay_mismatches",
+        "robustness_replay_mismatches_total",
         "Of these, how many got other logits than the gate recorded.",
         [(labels, totals.mismatches) for labels, totals in rows],
     )
@@ -377,11 +420,11 @@ def _bounded(
     )
 
 
-def _attested(name: str, documentation: str, rows: Iterable[tuple[Labels, Share]]) -> Iterator[Metric]:
+def _attested(names: Interval, documentation: str, rows: Iterable[tuple[Labels, Share]]) -> Iterator[Metric]:
     """The gate's figures, with the exact 95 % interval of their images."""
     rows = list(rows)
     bounds = [(labels, *share.bounds) for labels, share in rows]
-    of = f"of {name}_ratio, 95 % (Clopper-Pearson, as if the number of images had been planned), 0 to 1."
-    yield gauge(f"{name}_ratio", f"{documentation}, 0 to 1.", [(labels, share.value) for labels, share in rows])
-    yield gauge(f"{name}_lower_ratio", f"Lower bound {of}", [(labels, lower) for labels, lower, _ in bounds])
-    yield gauge(f"{name}_upper_ratio", f"Upper bound {of}", [(labels, upper) for labels, _, upper in bounds])
+    of = f"of {names.ratio}, 95 % (Clopper-Pearson, as if the number of images had been planned), 0 to 1."
+    yield gauge(names.ratio, f"{documentation}, 0 to 1.", [(labels, share.value) for labels, share in rows])
+    yield gauge(names.lower, f"Lower bound {of}", [(labels, lower) for labels, lower, _ in bounds])
+    yield gauge(names.upper, f"Upper bound {of}", [(labels, upper) for labels, _, upper in bounds])

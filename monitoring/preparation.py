@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,15 +17,15 @@ from dfmcl.common.progress import Track, silent
 from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.monitoring import evidence, mitigation
-from dfmcl.monitoring.config import Query, WatchConfig
-from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted
-from dfmcl.monitoring.crafting import require_fit
+from dfmcl.monitoring.config import QuerySection, WatchConfig
+from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted, prepared_scenes
+from dfmcl.monitoring.crafting import Crafter, Pace, require_fit, scenes
 from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.evidence import REPORT, Find
 from dfmcl.monitoring.probes import query_attack
-from dfmcl.monitoring.record import Record
 from dfmcl.monitoring.results import GATEWAY, TRITON
-from dfmcl.monitoring.rounds import Plan
+from dfmcl.monitoring.round_log import RoundLog
+from dfmcl.monitoring.rounds import RoundPlan
 from dfmcl.monitoring.snapshot import AttackInfo, Identity
 from dfmcl.monitoring.surrogates import Surrogates
 from dfmcl.robustness.attacks.registry import Attack
@@ -32,9 +33,9 @@ from dfmcl.robustness.provenance import revision, versions
 from dfmcl.serving.clients.gateway import GatewayClient
 
 A = TypeVar("A")
-
-
 R = TypeVar("R")
+# Of an interval, in which the next round's images are made; more than a minute of spreading gains nothing.
+SPREAD, SPREAD_SECONDS = 0.7, 60.0
 
 
 def unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callable[[A], R]:
@@ -54,27 +55,27 @@ def say(line: str) -> None:
 
 
 @dataclass(frozen=True)
-class Work:
+class Preparation:
     """What a watch prepares once. direct, outside: plans of rounds through Triton and through the gateway.
 
     prepared: the pool's adversarial images by attack, where they were crafted before.
     """
 
     recipe: Recipe
-    direct: Plan
-    outside: Plan | None
+    direct: RoundPlan
+    outside: RoundPlan | None
     keys: tuple[str, str]
     prepared: Mapping[str, Crafted] | None
     find: Find
 
 
-def prepare(config: WatchConfig, track: Track = silent) -> Work:
+def prepare(config: WatchConfig, track: Track = silent) -> Preparation:
     """Data, surrogates, keys and evidence of a watch; BadInput for what cannot be used."""
     recipe = Recipe.of(config, track)
     pool = recipe.pool
     require_fit(pool, config.probe.images, "probe.images")
     require_fit(pool, config.query.images, "query.images")
-    direct = Plan(
+    direct = RoundPlan(
         model=config.target.model,
         classes=pool.classes,
         threat=recipe.threat,
@@ -95,7 +96,7 @@ def prepare(config: WatchConfig, track: Track = silent) -> Work:
             gateway_clients(config.query, outside, keys)
         except BadInput as error:
             raise BadInput(f"query: {error}") from None
-    return Work(
+    return Preparation(
         recipe,
         direct,
         outside,
@@ -105,7 +106,7 @@ def prepare(config: WatchConfig, track: Track = silent) -> Work:
     )
 
 
-def gateway_clients(query: Query, plan: Plan, keys: tuple[str, str]) -> tuple[GatewayClient, GatewayClient]:
+def gateway_clients(query: QuerySection, plan: RoundPlan, keys: tuple[str, str]) -> tuple[GatewayClient, GatewayClient]:
     """Of the canary that attacks and of the harmless one; BadInput for a URL or an authority that cannot be used."""
     scores = plan.attacks[0].kind.scores
     attacker, harmless = (
@@ -145,7 +146,7 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
     return evidence.follow(Path(chosen.repository), config.target.model, trust)
 
 
-def identity_of(config: WatchConfig, work: Work) -> Identity:
+def identity_of(config: WatchConfig, work: Preparation) -> Identity:
     intervals = {TRITON: config.probe.interval_seconds}
     if work.outside:
         intervals[GATEWAY] = config.probe.interval_seconds * config.query.every
@@ -173,13 +174,13 @@ def identity_of(config: WatchConfig, work: Work) -> Identity:
     )
 
 
-def record_of(config: WatchConfig, work: Work) -> Record | None:
+def record_of(config: WatchConfig, work: Preparation) -> RoundLog | None:
     if not config.record.path:
         return None
     identity = identity_of(config, work)
     about = [config.target.model, *(attack.params_sha256 for attack in identity.attacks), work.recipe.pool.digest]
     plan = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    return Record(Path(config.record.path), config.record.max_bytes, plan)
+    return RoundLog(Path(config.record.path), config.record.max_bytes, plan)
 
 
 def actions_of(config: WatchConfig) -> dict[str, mitigation.Act]:
@@ -205,3 +206,25 @@ def _key(path: str) -> str:
             return key
         reason = "not one word"  # an HTTP library would quote it where it complains
     raise BadInput(f"{path}: {reason}; it should hold an API key, as `dfmcl apikey NAME` prints one")
+
+
+def crafter_of(
+    config: WatchConfig, work: Preparation, stop: threading.Event, first: int, rounds: int | None
+) -> Crafter:
+    """Of the watch's scenes; with a number of rounds it makes none that nobody will ask about.
+
+    config, work: what is crafted, and from what.
+    stop: set, it ends within one forward pass.
+    first: number of the first round.
+    rounds: how many, None without end.
+    """
+    probe, recipe, left = config.probe, work.recipe, threading.Event()
+    drawn = {"seed": probe.seed, "count": probe.images, "first": first}
+    if work.prepared is not None:
+        made = prepared_scenes(recipe.pool, recipe.threat, work.prepared, **drawn)
+    else:
+        # Who looks by hand waits for it.
+        pace = Pace(min(SPREAD * probe.interval_seconds, SPREAD_SECONDS), left) if rounds is None else None
+        source = unless_stopped(recipe.source(), stop)
+        made = scenes(recipe.pool, source, recipe.threat, recipe.attacks, **drawn, pace=pace)
+    return Crafter(islice(made, rounds), stop, probe.threads, left)

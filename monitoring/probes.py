@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.models import to_bytes, to_float
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.geometry import contains_uint8, to_uint8
 from dfmcl.robustness.threats.threat import Threat
 
 Ask = Callable[[Bytes], Logits]
@@ -33,7 +32,7 @@ class Scene:
     threat: Threat
     seed: int
     number: int
-    adversarial: dict[str, Bytes]
+    adversarial: Mapping[str, Bytes]
 
     def only(self, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Scene:
         """The scene with the chosen images."""
@@ -42,7 +41,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Found:
+class Seen:
     """What a probe saw, of N images: answers (N,), the bytes (N, H, W, C) they are about, and how often it asked."""
 
     answers: Labels
@@ -50,30 +49,30 @@ class Found:
     queries: int
 
 
-Probe = Callable[[Scene, Attack, Ask], Found]
+Probe = Callable[[Scene, Attack, Ask], Seen]
 """Ask the endpoint about a scene's images, changed by an attack or not."""
 
 NO_ATTACK = Attack("none", lambda model, x, y, threat, generator, trial: x)
 
 
-def clean(scene: Scene, attack: Attack, ask: Ask) -> Found:
+def clean(scene: Scene, attack: Attack, ask: Ask) -> Seen:
     """The images as they are."""
-    return Found(_labels(ask(scene.images)), scene.images, len(scene.images))
+    return Seen(_labels(ask(scene.images)), scene.images, len(scene.images))
 
 
-def transfer(scene: Scene, attack: Attack, ask: Ask) -> Found:
+def transfer(scene: Scene, attack: Attack, ask: Ask) -> Seen:
     """Adversarial images that were crafted on the surrogates, each asked about once."""
     images = scene.adversarial[attack.name]
-    return Found(_labels(ask(images)), images, len(images))
+    return Seen(_labels(ask(images)), images, len(images))
 
 
-def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
+def query(scene: Scene, attack: Attack, ask: Ask) -> Seen:
     """Search by asking: one question per image and step while it holds, within the attack's own budget.
 
     What counts is what was asked, bytes, and only inside the ball; attacks look outside of it too.
     """
     if not len(scene.images):
-        return Found(scene.labels, scene.images, 0)
+        return Seen(scene.labels, scene.images, 0)
     x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
     answers, shown = scene.labels.copy(), scene.images.copy()
 
@@ -83,7 +82,7 @@ def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
     def confirm(rows: Tensor, points: Tensor) -> Tensor:
         asked = torch.from_numpy(_bytes(points)).permute(0, 3, 1, 2)
         originals = (x[rows] * 255).round().to(torch.uint8)
-        inside: Tensor = contains_uint8(asked, originals, scene.threat)
+        inside: Tensor = scene.threat.contains_uint8(asked, originals)
         shown[rows[inside].numpy()] = _bytes(points[inside])
         return inside
 
@@ -91,7 +90,7 @@ def query(scene: Scene, attack: Attack, ask: Ask) -> Found:
     stream = generator(scene.seed, attack.name, scene.number)
     attack(model, x, y, scene.threat, generator=stream, trial=trial)
     answers[trial.fooled.numpy()] = -1  # some other class: which one, nobody kept
-    return Found(answers, shown, int(trial.forward.sum()))
+    return Seen(answers, shown, int(trial.forward.sum()))
 
 
 PROBES: dict[str, Probe] = {"clean": clean, "transfer": transfer, "query": query}
@@ -106,8 +105,8 @@ def craft(source: Model, scene: Scene, attack: Attack, *, part: int = 0) -> Byte
     x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
     stream = generator(scene.seed, attack.name, scene.number, part)
     x_adv = attack(source, x, y, scene.threat, generator=stream).detach().clamp(0, 1)
-    adversarial = to_uint8(x_adv, x, scene.threat)
-    inside = contains_uint8(adversarial, (x * 255).round().to(torch.uint8), scene.threat).numpy()
+    adversarial = scene.threat.to_uint8(x_adv, x)
+    inside = scene.threat.contains_uint8(adversarial, (x * 255).round().to(torch.uint8)).numpy()
     return np.where(inside[:, None, None, None], to_bytes(adversarial).numpy(), scene.images)
 
 

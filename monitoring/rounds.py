@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dfmcl.common.errors import DfmclError, Rejected
-from dfmcl.monitoring.endpoint import Clock, Endpoint, Manners, Paused, Predict, reason_of
+from dfmcl.monitoring.endpoint import Asker, Clock, Manners, Paused, Predict, reason_of
 from dfmcl.monitoring.evidence import Find, Release
-from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Ask, Found, Scene
+from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Ask, Scene, Seen
 from dfmcl.monitoring.results import (
     GATEWAY,
     TRITON,
@@ -35,7 +35,7 @@ EXAMPLES = 2  # of an attack and round, for the page
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundPlan:
     """What all rounds of one path share. attacks: of the kind that the path allows; images: fresh ones a round.
 
     replay: the gate's images a round; tolerance: of a replayed logit, as a share of the largest one; classes: K.
@@ -67,10 +67,10 @@ class Measured:
 
 
 def run_round(
-    plan: Plan, number: int, scene: Scene, predict: Predict, find: Find, clock: Clock, manners: Manners
+    plan: RoundPlan, number: int, scene: Scene, predict: Predict, find: Find, clock: Clock, manners: Manners
 ) -> Round:
     """Through Triton. scene: of this round, crafted before; find: the release behind a version."""
-    endpoint = Endpoint(plan.classes, clock, manners)
+    endpoint = Asker(plan.classes, clock, manners)
     ask = endpoint.through(predict)
 
     def measure() -> Measured:
@@ -84,11 +84,11 @@ def run_round(
 
 
 def run_query_round(
-    plan: Plan, number: int, scene: Scene, predict: Predict, harmless: Predict, clock: Clock, manners: Manners
+    plan: RoundPlan, number: int, scene: Scene, predict: Predict, harmless: Predict, clock: Clock, manners: Manners
 ) -> Round:
     """Through the gateway. predict: with the key of the canary that attacks; harmless: with that of the one that does
     not, whose images are those of any customer."""
-    endpoint = Endpoint(plan.classes, clock, manners)
+    endpoint = Asker(plan.classes, clock, manners)
 
     def measure() -> Measured:
         correct = PROBES["clean"](scene, NO_ATTACK, endpoint.through(harmless)).answers == scene.labels
@@ -97,7 +97,7 @@ def run_query_round(
     return _framed(plan, number, GATEWAY, endpoint, clock, measure)
 
 
-def _replayed(plan: Plan, number: int, scene: Scene, ask: Ask, release: Release) -> ReplayResult | None:
+def _replayed(plan: RoundPlan, number: int, scene: Scene, ask: Ask, release: Release) -> ReplayResult | None:
     recorded = release.replay
     if recorded is None:
         return None
@@ -107,12 +107,14 @@ def _replayed(plan: Plan, number: int, scene: Scene, ask: Ask, release: Release)
     return compared(ask(part.images), part.logits, plan.tolerance)
 
 
-def _attacked(plan: Plan, scene: Scene, correct: Flags, probe: str, ask: Ask, replay: ReplayResult | None) -> Measured:
+def _attacked(
+    plan: RoundPlan, scene: Scene, correct: Flags, probe: str, ask: Ask, replay: ReplayResult | None
+) -> Measured:
     """Every attack on the images that were right: one that is wrong is no attacker's merit, nor worth a query."""
     right = scene.only(correct)
     results, examples = [], []
     for attack in plan.attacks:
-        found: Found = PROBES[probe](right, attack, ask)
+        found: Seen = PROBES[probe](right, attack, ask)
         flipped = found.answers != right.labels
         held = correct.copy()
         held[correct] = ~flipped
@@ -125,7 +127,7 @@ def _attacked(plan: Plan, scene: Scene, correct: Flags, probe: str, ask: Ask, re
 
 
 def _framed(
-    plan: Plan, number: int, via: str, endpoint: Endpoint, clock: Clock, measure: Callable[[], Measured]
+    plan: RoundPlan, number: int, via: str, endpoint: Asker, clock: Clock, measure: Callable[[], Measured]
 ) -> Round:
     """The round that `measure` makes: figures, a failure with its reason, or no opinion where it was told to stop."""
     started, begun = clock.time(), clock.monotonic()

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from dfmcl.monitoring import page
 from dfmcl.monitoring.bounds import MONTH_SECONDS, limit
 from dfmcl.monitoring.budget import BackOff, Budget
 from dfmcl.monitoring.config import WatchConfig
-from dfmcl.monitoring.crafted import prepared_scenes
-from dfmcl.monitoring.crafting import Crafter, Pace, scenes
 from dfmcl.monitoring.endpoint import Clock, Latencies, Manners, Stopped
 from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import VERSIONS, Journal
@@ -30,24 +27,22 @@ from dfmcl.monitoring.lost import bars, losses
 from dfmcl.monitoring.metrics import RoundsCollector
 from dfmcl.monitoring.mitigation import Mitigation
 from dfmcl.monitoring.preparation import (
-    Work,
+    Preparation,
     actions_of,
+    crafter_of,
     gateway_clients,
     identity_of,
     prepare,
     record_of,
     say,
-    unless_stopped,
 )
 from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
-from dfmcl.monitoring.rounds import Plan, run_query_round, run_round
+from dfmcl.monitoring.rounds import RoundPlan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
 from dfmcl.monitoring.snapshot import Snapshot
 from dfmcl.serving.clients.triton import Client
 
 HEALTHY_INTERVALS = 3
-# Of an interval, in which the next round's images are made; more than a minute of spreading gains nothing.
-SPREAD, SPREAD_SECONDS = 0.7, 60.0
 
 
 def watch(
@@ -68,7 +63,7 @@ def watch(
     writes; Broken (5) for a port in use.
     """
     if rounds is not None:
-        config = config.model_copy(update={"mitigation": config_of.Mitigation()})
+        config = config.model_copy(update={"mitigation": config_of.MitigationSection()})
     with _recorded(config, rounds, log) as config:
         return _watch(config, rounds, stop, clock, log, track)
 
@@ -88,7 +83,7 @@ def _recorded(config: WatchConfig, rounds: int | None, log: Callable[[str], None
             if rounds is None:
                 raise
             log(f"{error}; these rounds are not written down")
-            config = config.model_copy(update={"record": config_of.Record()})
+            config = config.model_copy(update={"record": config_of.RecordSection()})
         except DfmclError as error:
             log(str(error))
         yield config
@@ -105,37 +100,38 @@ def _watch(
     work = prepare(config, track)
     if work.recipe.remark:
         log(work.recipe.remark)
-    sidecar = Sidecar(config, work, clock, stop, log)
-    left = threading.Event()
-    recipe, drawn = work.recipe, {"seed": config.probe.seed, "count": config.probe.images, "first": sidecar.begun + 1}
-    if work.prepared is not None:
-        made = prepared_scenes(recipe.pool, recipe.threat, work.prepared, **drawn)
-    else:
-        # Who looks by hand waits for it.
-        pace = Pace(min(SPREAD * config.probe.interval_seconds, SPREAD_SECONDS), left) if rounds is None else None
-        source = unless_stopped(recipe.source(), stop)
-        made = scenes(recipe.pool, source, recipe.threat, recipe.attacks, **drawn, pace=pace)
+    sidecar = Sidecar(config, work, clock, stop, log, rounds)
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
-    # With a number of rounds, none is crafted that nobody will ask about.
-    with http as url, Crafter(islice(made, rounds), stop, config.probe.threads, left) as crafter:
-        sidecar.crafter = crafter
+    with http as url, sidecar.crafter:
         every = f"every {config.probe.interval_seconds:g} s; metrics at {url}/metrics"
         log(f"watching {sidecar.target} {every if url else f'{rounds} times, no HTTP'}")
         measured = True
-        for outcome in sidecar.run(rounds):
+        for outcome in sidecar.run():
             measured = measured and isinstance(outcome, RoundResult)
         sidecar.finish()
     return 0 if measured or rounds is None else 5
 
 
 class Sidecar:
-    """The loop and its findings. The loop's thread writes, all others read snapshots."""
+    """The loop and its findings. The loop's thread writes, all others read snapshots.
+
+    crafter: of this watch's scenes; at work while it is entered.
+    config, work: what is asked, and with what.
+    clock, stop, log: as `watch` has them.
+    rounds: how many, None without end.
+    """
 
     def __init__(
-        self, config: WatchConfig, work: Work, clock: Clock, stop: threading.Event, log: Callable[[str], None]
+        self,
+        config: WatchConfig,
+        work: Preparation,
+        clock: Clock,
+        stop: threading.Event,
+        log: Callable[[str], None],
+        rounds: int | None = None,
     ) -> None:
         self.target = f"{config.target.model} at {config.target.url}"
-        self.crafter: Crafter | None = None
+        self._rounds = rounds
         self._config, self._work, self._clock, self._stop, self._log = config, work, clock, stop, log
         self._identity = identity_of(config, work)
         month = MONTH_SECONDS / config.probe.interval_seconds
@@ -151,11 +147,12 @@ class Sidecar:
         self._low_priority = False
         self._last_attempt = clock.monotonic()
         self._mitigation = Mitigation(actions_of(config), log)
+        self.crafter = crafter_of(config, work, stop, self.begun + 1, rounds)
 
-    def run(self, rounds: int | None) -> Iterator[Round | None]:
+    def run(self) -> Iterator[Round | None]:
         """Rounds in their rhythm, each yielded as it ends; None for one that `stop` cut off."""
         done = 0
-        while not self._stop.is_set() and done != rounds:
+        while not self._stop.is_set() and done != self._rounds:
             done += 1
             begun = self._last_attempt = self._clock.monotonic()
             try:
@@ -166,7 +163,7 @@ class Sidecar:
             except Stopped:
                 yield None
                 return
-            if done != rounds:
+            if done != self._rounds:
                 spare = self._config.probe.interval_seconds - (self._clock.monotonic() - begun)
                 if spare < 0:
                     self._log("that took longer than probe.interval_seconds; raise it, or ask for less")
@@ -185,7 +182,7 @@ class Sidecar:
             stale=now - journal.paths[TRITON].last_success > HEALTHY_INTERVALS * self._config.probe.interval_seconds,
             paused=self._paused(),
             low_priority=self._low_priority,
-            prepared=self.crafter.ready if self.crafter else 0,
+            prepared=self.crafter.ready,
             record_failures=self._record.failures if self._record else 0,
             mitigations=dict(self._mitigation.counts),
         )
@@ -197,9 +194,9 @@ class Sidecar:
     def healthy(self) -> bool:
         """Whether rounds still begin: the last at most three intervals and a deadline ago, or images are being made."""
         probe = self._config.probe
-        if self.crafter is not None and self.crafter.behind:
+        if self.crafter.behind:
             return True  # a restart would throw away what is crafted, and begin again
-        if self.crafter is not None and self.crafter.dead:
+        if self.crafter.dead:
             return False  # no round can be measured any more, and a restart may help
         patience = HEALTHY_INTERVALS * probe.interval_seconds + self._config.target.timeout_seconds
         return self._clock.monotonic() - self._last_attempt <= patience
@@ -224,7 +221,7 @@ class Sidecar:
             },
         )
 
-    def _due(self, via: str, plan: Plan, attempt: Callable[[int], Round]) -> Round:
+    def _due(self, via: str, plan: RoundPlan, attempt: Callable[[int], Round]) -> Round:
         """The next round of a path, or why it is left out."""
         started = self._clock.time()
         number = self.begun + 1 if via == TRITON else self._asked + 1
@@ -263,7 +260,6 @@ class Sidecar:
     def _direct(self, number: int) -> Round:
         """Over a connection of its own, so that it meets the server as any newcomer would."""
         target = self._config.target
-        assert self.crafter is not None
         scene = self.crafter.take()
         with Client(target.url, target.model, timeout_seconds=target.timeout_seconds) as client:
 

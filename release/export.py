@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -46,10 +45,10 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
 from dfmcl.robustness.onnx_graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
 from dfmcl.robustness.provenance import now, versions
+from dfmcl.robustness.provider import CPU
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.geometry import to_uint8
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
 OLDEST_OPSET = 7  # that ONNX Runtime promises to run
@@ -65,7 +64,7 @@ HALF_TOLERANCE = 2e-3
 MIN_LABEL_AGREEMENT = 0.98
 
 
-class Served(nn.Module):
+class WireModel(nn.Module):
     """The classifier behind its wire format."""
 
     def __init__(self, classifier: nn.Module) -> None:
@@ -138,7 +137,7 @@ def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track
         raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
     if not OLDEST_OPSET <= graph.opset <= OPSET:
         raise Refused(f"{file}: opset {graph.opset} is not served everywhere; export it with opset {OPSET}")
-    original = artefact(graph.model.SerializeToString(), file, graph.contract)
+    original = artefact(graph)
     classes = count_classes(original, graph.contract, file)
     if len(labels) != classes:
         raise BadInput(f"{file}: answers with {classes} logits, there are {len(labels)} labels; one belongs to each")
@@ -205,7 +204,7 @@ def with_wire_format(graph: Graph, classes: int) -> onnx.ModelProto:
 
 def compare_with_original(graph: Graph, original: Callable[[Tensor], Tensor], model: Path, track: Track) -> Parity:
     """How far the wrapped file's logits are from the original's, on smooth images and noise; Broken over tolerance."""
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = CPU.session(model)
     expected, found = [], []
     parts = noise(graph.contract, PARITY_IMAGES).split((1, PARITY_BATCH - 1, PARITY_IMAGES - PARITY_BATCH))
     for part in track(parts, "comparing with the original", len(parts)):
@@ -258,7 +257,7 @@ def to_onnx(classifier: nn.Module, input_shape: tuple[int, int, int]) -> onnx.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, which we cannot act on
         program = torch.onnx.export(
-            Served(classifier).eval(),
+            WireModel(classifier).eval(),
             (example,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -288,8 +287,8 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
         raise BadInput(
             f"{run.path}: takes images of {run.input_shape}, its data set {dataset.name} has {dataset.input_shape}"
         )
-    threat = Threat.parse("linf", run.manifest.get("config", {}).get("curriculum", {}).get("beta", "8/255"))
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    threat = threat_of("linf", run.manifest.get("config", {}).get("curriculum", {}).get("beta", "8/255"))
+    session = CPU.session(model)
     images = torch.from_numpy(dataset.x_test[:PARITY_IMAGES])
     labels = torch.from_numpy(dataset.y_test[:PARITY_IMAGES])
     trained, expected, found = [], [], []
@@ -299,7 +298,7 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
             clean, y = images[start : start + PARITY_BATCH], labels[start : start + PARITY_BATCH]
             x = to_float(clean)
             x_adv = pgd(run.model, x, y, threat, generator=generator(0, "parity", start), steps=PARITY_STEPS)
-            for batch in (clean, to_bytes(to_uint8(x_adv, x, threat))):
+            for batch in (clean, to_bytes(threat.to_uint8(x_adv, x))):
                 with torch.no_grad():
                     trained.append(run.model(to_float(batch)).numpy())
                     expected.append(stored(to_float(batch)).numpy())

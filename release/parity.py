@@ -20,6 +20,7 @@ from dfmcl.gating.signing.attestation import BadEvidence
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.release import layout
 from dfmcl.release.candidate import INPUT, MODEL
+from dfmcl.robustness.provider import CPU, Provider
 
 AGREEMENT = 0.999  # of labels, on clean and on adversarial images
 TOLERANCE = 1e-3  # of the largest logit, as the known answers have it
@@ -27,7 +28,7 @@ BATCH = 64
 OFF = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 # By provider: what may be set, and how. The first of each is what promotion's configs ask for.
 SETTINGS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "CPUExecutionProvider": {"float32": {}, "float32, graph as it is": {"level": OFF}},
+    CPU.name: {"float32": {}, "float32, graph as it is": {"level": OFF}},
     "CUDAExecutionProvider": {"TF32": {"options": {"use_tf32": "1"}}, "float32": {"options": {"use_tf32": "0"}}},
     "TensorrtExecutionProvider": {"float32": {}, "float16": {"options": {"trt_fp16_enable": "1"}}},
 }
@@ -74,7 +75,7 @@ def compare(version: Path) -> Iterator[Comparison]:
     for provider in sorted(set(ort.get_available_providers()) - ELSEWHERE):
         for setting, how in SETTINGS.get(provider, {"default": {}}).items():
             try:
-                logits = _answers(version / MODEL, provider, how, images)
+                logits = _answers(version / MODEL, Provider(provider, how.get("options", {})), how, images)
             except Exception as error:  # noqa: BLE001  # a provider is listed that finds no device, driver or library
                 yield Comparison(provider, setting, trouble=" ".join(str(error).split())[:200])
                 continue
@@ -82,13 +83,11 @@ def compare(version: Path) -> Iterator[Comparison]:
 
 
 def _answers(
-    model: Path, provider: str, how: Mapping[str, Any], images: npt.NDArray[np.uint8]
+    model: Path, provider: Provider, how: Mapping[str, Any], images: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.float32]:
     options = ort.SessionOptions()
     options.graph_optimization_level = how.get("level", ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
-    session = ort.InferenceSession(model, options, providers=[(provider, how.get("options", {}))])
-    if provider not in session.get_providers():
-        raise RuntimeError("ONNX Runtime fell back to another provider")
+    session = provider.session(model, options)
     starts = range(0, len(images), BATCH)
     return np.concatenate([session.run(None, {INPUT: images[start : start + BATCH]})[0] for start in starts])
 

@@ -17,7 +17,7 @@ from dfmcl.release.repair import UNFIT, mendable, models
 
 
 @dataclass(frozen=True)
-class Standing:
+class ModelStatus:
     """One model. champion, previous, candidate: versions, as in aliases.json; versions: on disk; sha256: champion's.
 
     criteria: of the policy it passed, with what was measured; expires: of its attestation, ISO 8601, None without a
@@ -41,7 +41,7 @@ class Standing:
         return asdict(self)
 
 
-def standings(repository: Path, trust: Trust | None = None, now: datetime | None = None) -> list[Standing]:
+def standings(repository: Path, trust: Trust | None = None, now: datetime | None = None) -> list[ModelStatus]:
     """Every model of a repository, by name. trust: whose signatures count; None: digests and verdicts only."""
     verification.require_repository(repository)
     aliases = ledger.aliases(repository)
@@ -50,7 +50,7 @@ def standings(repository: Path, trust: Trust | None = None, now: datetime | None
 
 def _standing(
     repository: Path, name: str, aliases: ledger.Aliases, trust: Trust | None, now: datetime | None
-) -> Standing:
+) -> ModelStatus:
     criteria: list[str] = []
     sha256, expires, trouble, configured = "", None, "", None
     with suppress(BadInput):  # what is wrong with it is the trouble below
@@ -68,7 +68,7 @@ def _standing(
         trouble = str(error)
         if trouble.endswith(layout.MEND) and not mendable(repository, name, trust, now):
             trouble = f"{trouble.removesuffix(layout.MEND)}no version there may be served; promote a candidate"
-    return Standing(
+    return ModelStatus(
         name,
         champion=None if trouble else aliases.champion,
         previous=aliases.previous,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +21,6 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.geometry import project, start, steepest, to_uint8
 from dfmcl.robustness.threats.threat import Threat
 from dfmcl.robustness.traces import STEPS, Rescaled, Slopes, Traced, of_another_class, on_grid
 
@@ -112,21 +110,20 @@ class Examination:
 
     def right_under_noise(self, eps: float) -> Tensor:
         """Which of all images are right after noise on the ball's surface, Linf or L2 of length eps: `(n,)` bool."""
-        threat = Threat(self.threat.norm, eps)
+        threat = self.threat.sized(eps)
         stream = generator(self.seed, "checks", "noise", eps_key(eps), device=self.x.device)
         noise = torch.randn(self.x.shape, generator=stream, device=self.x.device)
-        return self._labelled_right(project(self.x + eps * steepest(noise, threat.norm), self.x, threat), threat)
+        return self._labelled_right(threat.project(self.x + eps * threat.steepest(noise), self.x), threat)
 
     @property
     def beyond(self) -> float:
         """A radius just outside the ball; on the grid at least one grey level more."""
-        wider = BEYOND * self.threat.eps
-        return max(wider, self.threat.eps + 1 / 255) if self.threat.norm == "linf" and self.grid else wider
+        return max(BEYOND * self.threat.eps, self.threat.eps + (self.threat.level if self.grid else 0))
 
     @property
     def everything(self) -> Threat:
         """The ball that holds every image."""
-        return Threat(self.threat.norm, 1.0 if self.threat.norm == "linf" else math.sqrt(self.x[0].numel()))
+        return self.threat.sized(self.threat.diameter(self.x[0].numel()))
 
     @cached_property
     def slopes(self) -> Slopes:
@@ -134,7 +131,7 @@ class Examination:
         x, y = self.x[self.correct.to(self.x.device)], self.y[self.correct.to(self.y.device)]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for number, (part, label) in enumerate(zip(x.split(self._batch_size), y.split(self._batch_size), strict=True)):
-            point = start(part, self.threat, generator(self.seed, "checks", "slopes", number, device=part.device))
+            point = self.threat.start(part, generator(self.seed, "checks", "slopes", number, device=part.device))
             _, gradient, _ = losses.value_and_gradient(self.model, point, losses.cross_entropy, (label,), True)
             _, along, _ = losses.value_and_gradient(self.model, point, losses.margin, (label,), True)
             with torch.no_grad():
@@ -174,7 +171,7 @@ class Examination:
         for name, network in self.background.others.items():
             with frozen(network):
                 for times in (1, FURTHER):
-                    threat = Threat(self.threat.norm, times * self.threat.eps)
+                    threat = self.threat.sized(times * self.threat.eps)
                     found = climb(network, x, y, threat, generator=stream, steps=FEW_STEPS, keep="last")
                     ends[f"to images that fool {name}" + (f" at {times} eps" if times > 1 else "")] = (
                         x,
@@ -184,7 +181,7 @@ class Examination:
 
     def _moved(self, x: Tensor, direction: Tensor) -> Tensor:
         threat = self.threat
-        return on_grid(project(x + threat.eps * steepest(direction, threat.norm), x, threat), x, threat)
+        return on_grid(threat.project(x + threat.eps * threat.steepest(direction), x), x, threat)
 
     @cached_property
     def fgsm(self) -> Flags:
@@ -225,7 +222,7 @@ class Examination:
     @cached_property
     def wider(self) -> Flags:
         """PGD at twice the eps."""
-        return self._fell(partial(climb, steps=STEPS), Threat(self.threat.norm, 2 * self.threat.eps), "twice the eps")
+        return self._fell(partial(climb, steps=STEPS), self.threat.sized(2 * self.threat.eps), "twice the eps")
 
     @cached_property
     def unlimited(self) -> Flags:
@@ -242,7 +239,7 @@ class Examination:
     @cached_property
     def queried(self) -> dict[str, tuple[int, int]]:
         """By attack: of how many images that PGD left (second) a few black-box queries broke how many (first)."""
-        return {name: self._queried(name) for name in QUERYING}
+        return {name: self._queried(name) for name in QUERYING if self.threat.norm in ATTACKS[name].norms}
 
     def _queried(self, name: str) -> tuple[int, int]:
         left = np.flatnonzero(self.correct.numpy())[~self.pgd]
@@ -301,7 +298,7 @@ class Examination:
         )
 
     def _labelled_right(self, x: Tensor, threat: Threat) -> Tensor:
-        point = to_uint8(x, self.x, threat).float() / 255 if self.grid else x
+        point = threat.to_uint8(x, self.x).float() / 255 if self.grid else x
         return losses.right(self.answers(point), self.y.cpu())
 
 

@@ -160,8 +160,8 @@ def loss_still_rising(e: Examination) -> Found:
 
 def black_box_stronger(e: Examination) -> Found:
     """Square on what PGD left; Square in the suite and attacks from other models on what the suite's white box left."""
-    queried = QUERYING if e.model is not None else {}
-    ways = {f"{queries} queries of {name} (PGD-{STEPS})": e.queried[name] for name, queries in queried.items()}
+    queried = e.queried if e.model is not None else {}
+    ways = {f"{QUERYING[name]} queries of {name} (PGD-{STEPS})": counts for name, counts in queried.items()}
     ways |= _black_box_in(e.evaluation) if e.evaluation is not None else {}
     ways |= {
         f"transfer from {other.about.get('surrogate', 'another model')} (the suite)": _flipped_by_transfer(

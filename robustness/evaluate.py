@@ -23,7 +23,6 @@ from dfmcl.robustness.losses import right
 from dfmcl.robustness.models import device_of, exactly, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.geometry import contains, contains_uint8, project, steepest, to_uint8
 from dfmcl.robustness.threats.threat import Threat
 
 # Images that come as bytes lie in channels_last, which a CPU answers 15 % faster in a large batch; in one of these the
@@ -188,7 +187,7 @@ class _Bench:
     def _keep(self, index: Tensor, x: Tensor, kept: _Kept) -> None:
         newest = index[kept.fooled | (~kept.outside & self.left[index])]
         chosen = torch.isin(index, newest)
-        as_bytes = to_bytes(kept.points if self.grid else to_uint8(kept.points, x, self.threat)).cpu().numpy()
+        as_bytes = to_bytes(kept.points if self.grid else self.threat.to_uint8(kept.points, x)).cpu().numpy()
         self.adversarial[newest.numpy()] = as_bytes[chosen.numpy()]
         self.adversarial_logits[newest] = kept.logits[chosen]
         self.left[index[kept.fooled]] = False
@@ -253,7 +252,7 @@ class _Counts:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Judged:
     """Candidates as they are counted: points `(M, C, H, W)`, and on the CPU logits `(M, K)` and flags `(M,)`."""
 
@@ -267,6 +266,12 @@ class _Judged:
             self.points[rows.to(self.points.device)], self.logits[rows], self.fooled[rows], self.outside[rows]
         )
 
+    def put(self, rows: Tensor, other: _Judged) -> None:
+        """Others in place of these rows `(m,)`."""
+        self.points[rows] = other.points
+        rows = rows.cpu()
+        self.logits[rows], self.fooled[rows], self.outside[rows] = other.logits, other.fooled, other.outside
+
 
 def _judge(decide: Decide, candidates: Tensor, x: Tensor, y: Tensor, threat: Threat, grid: bool) -> _Judged:
     """What counts of an attack's points.
@@ -279,27 +284,20 @@ def _judge(decide: Decide, candidates: Tensor, x: Tensor, y: Tensor, threat: Thr
     finite = candidates.isfinite().flatten(1).all(dim=1)
     x_adv = torch.where(finite.view(-1, *[1] * (x.dim() - 1)), candidates, x).clamp(0, 1)
     if not grid:
-        return _decided(decide, x_adv, y, finite & contains(x_adv, x, threat))
+        return _decided(decide, x_adv, y, finite & threat.contains(x_adv, x))
     judged = _decided_as_bytes(decide, x_adv, x, y, threat, finite)
     missed = torch.nonzero(~judged.fooled & finite.cpu()).squeeze(1)
-    if threat.norm == "l2" and len(missed):
-        rows = missed.to(x.device)
-        whole = project(x[rows] + threat.eps * steepest(candidates[rows] - x[rows], "l2"), x[rows], threat)
+    rows = missed.to(x.device)
+    whole = threat.outermost(candidates[rows], x[rows]) if len(missed) else None
+    if whole is not None:
         second = _decided_as_bytes(decide, whole, x[rows], y[rows], threat, finite[rows])
-        better = second.only(second.fooled)
-        judged.points[rows[second.fooled.to(x.device)]] = better.points
-        for old, new in (
-            (judged.logits, better.logits),
-            (judged.fooled, better.fooled),
-            (judged.outside, better.outside),
-        ):
-            old[missed[second.fooled]] = new
+        judged.put(rows[second.fooled.to(x.device)], second.only(second.fooled))
     return judged
 
 
 def _decided_as_bytes(decide: Decide, x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat, finite: Tensor) -> _Judged:
-    as_bytes = to_uint8(x_adv, x, threat)
-    inside = contains_uint8(as_bytes, (x * 255).round().to(torch.uint8), threat)
+    as_bytes = threat.to_uint8(x_adv, x)
+    inside = threat.contains_uint8(as_bytes, (x * 255).round().to(torch.uint8))
     return _decided(decide, as_bytes.to(torch.float32) / 255, y, finite & inside)
 
 

@@ -17,7 +17,9 @@ from dfmcl.robustness.hyperscore import combined_value, hyperscore
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import Run
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import by_norm, threat_of
+from dfmcl.robustness.threats.threat import RADIUS, Threat
 
 FORMAT = "dfmcl.evaluations/1"
 WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}
@@ -29,9 +31,9 @@ GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a Re
 def parse_threat(text: str) -> Threat:
     """`8/255` or `linf:8/255` in Linf, `l2:0.5` in L2."""
     norm, colon, eps = text.rpartition(":")
-    threat = Threat.parse(norm if colon else "linf", eps)
-    if threat.eps <= 0 or (threat.norm == "linf" and threat.eps > 1):
-        raise BadInput(f"--threat {text}: a radius is above 0, and in Linf at most 1 (pixel units: 8/255, not 8)")
+    threat = threat_of(norm if colon else "linf", eps)
+    if not threat.sensible:
+        raise BadInput(f"--threat {text}: {RADIUS}")
     return threat
 
 
@@ -59,7 +61,7 @@ def measure(
         raise BadInput(f"{surrogate.path}: is the evaluated model itself; a surrogate must be another one")
     if images > len(data.x_test):
         raise BadInput(f"--images {images}: the test part of {data.name} has {len(data.x_test)}")
-    if surrogate is not None and not any(threat.norm == "linf" for threat in threats):
+    if surrogate is not None and not any(isinstance(threat, Linf) for threat in threats):
         raise BadInput("--surrogate: transfer is measured in Linf; add a --threat such as 8/255")
     chosen = np.random.default_rng(seed).permutation(len(data.x_test))[: images or None]
     x, y = data.x_test[chosen], data.y_test[chosen]
@@ -67,7 +69,7 @@ def measure(
     batch_size = CPU_BATCH if on_cpu else max(1, GPU_VALUES // math.prod(run.input_shape))
     evaluations = []
     for threat in threats:
-        suite = [Attack.parse(name) for name in attacks or WHITE_BOX[threat.norm]]
+        suite = [Attack.parse(name) for name in attacks or by_norm(WHITE_BOX, threat.norm, "white box")]
         outcome = evaluate(
             run.model, x, y, threat, suite, cascade=cascade, seed=seed, batch_size=batch_size,
             about={"kind": "white-box"}, track=track,
@@ -76,7 +78,7 @@ def measure(
     if surrogate is not None:
         about = {"kind": "transfer", "surrogate_sha256": surrogate.checkpoint_sha256}
         suite = [Attack.parse(name) for name in BLACK_BOX]
-        for threat in (threat for threat in threats if threat.norm == "linf"):
+        for threat in (threat for threat in threats if isinstance(threat, Linf)):
             outcome = evaluate(
                 run.model, x, y, threat, suite, source=surrogate.model, grid=True, seed=seed, batch_size=batch_size,
                 about=about, track=track,
@@ -97,7 +99,7 @@ def record(run: Run, data: Dataset, evaluations: Sequence[Evaluation]) -> dict[s
     }
     transfer = next((e for e in evaluations if e.about["kind"] == "transfer"), None)
     if transfer is not None:
-        same = (e for e in evaluations if e.about["kind"] == "white-box" and e.threat.norm == "linf")
+        same = (e for e in evaluations if e.about["kind"] == "white-box" and isinstance(e.threat, Linf))
         white = next(e for e in same if e.threat.on_grid() == transfer.threat)
         figures = {
             "threat": str(white.threat),

@@ -51,7 +51,7 @@ def seen_images(e: Examination) -> Found:
 
 def only_exact_images(e: Examination) -> Found:
     """One grey level of random noise, up or down in every value."""
-    noisy = e.right_under_noise(1 / 255 if e.threat.norm == "linf" else e.x[0].numel() ** 0.5 / 255)
+    noisy = e.right_under_noise(e.threat.diameter(e.x[0].numel()) / 255)
     lost = int((e.correct & ~noisy).sum())
     return too_many({"a grey level of random noise": (lost, e.right)}, "breaks images that are right", FRAGILE)
 

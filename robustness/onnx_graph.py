@@ -19,6 +19,7 @@ from torch import Tensor
 from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.reader import Unfit, read_plain, why_unread
 from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.provider import CPU, Provider
 
 FREE = "batch"  # the name of a dimension of any size
 DOMAINS = ("", "ai.onnx")  # two names of the standard operators
@@ -116,21 +117,22 @@ def count_classes(answer: Callable[[Tensor], Tensor], contract: InputContract, w
     return int(scores.shape[1])
 
 
-def artefact(
-    model: bytes, where: object, contract: InputContract, *, quiet: bool = False
-) -> Callable[[Tensor], Tensor]:
+def artefact(graph: Graph, provider: Provider = CPU, *, quiet: bool = False) -> Callable[[Tensor], Tensor]:
     """The file as the decider: float images (N, C, H, W) in [0, 1], sent as it takes them through ONNX Runtime.
 
     Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size. BadInput where ONNX
     Runtime cannot load it, or it cannot take these images.
     """
+    where, contract = graph.path, graph.contract
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = FATAL if quiet else 3
     try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = provider.session(graph.model.SerializeToString(), options)
+    except BadInput:
+        raise
     except Exception as error:  # onnxruntime raises its own unrelated classes
         if lacks_memory(error):
             raise
@@ -218,9 +220,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 def _same_answers(graph: Graph, free: Graph) -> bool:
-    before, after = (
-        artefact(form.model.SerializeToString(), form.path, form.contract, quiet=True) for form in (graph, free)
-    )
+    before, after = (artefact(form, quiet=True) for form in (graph, free))
     images = noise(graph.contract, (graph.batch or 1) + 2)
     expected = before(images)
     try:
@@ -237,7 +237,7 @@ def _sizes(graph: Graph, names: list[str]) -> dict[str, int]:
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = CPU.session(model.SerializeToString(), options)
     images = graph.contract.wire(noise(graph.contract, graph.batch or 1)).numpy()
     found = zip(session.get_outputs(), session.run(None, {graph.input.name: images}), strict=True)
     first = {entry.name: value.shape[0] for entry, value in found if value.ndim}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.suites import FROM
 from dfmcl.robustness.statistics import Share
+from dfmcl.robustness.threats.registry import THREATS, by_norm
 from dfmcl.robustness.threats.threat import Threat
 
 FORMAT = "dfmcl.evaluation/1"
@@ -140,7 +141,7 @@ class Evaluation:
             raise BadInput(f"evaluation: format is {value.get('format')!r}; expected {FORMAT!r}")
         try:
             return Evaluation(
-                threat=Threat(**value["threat"]),
+                threat=by_norm(THREATS, value["threat"]["norm"])(value["threat"]["eps"]),
                 grid=value["grid"] == "uint8",
                 seed=value["seed"],
                 correct=from_bits(value["per_image"]["correct"]),

@@ -21,7 +21,6 @@ from dfmcl.robustness.attacks.registry import mi_fgsm
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.models import ResNet18, frozen, to_float
 from dfmcl.robustness.seeds import derived_seed, generator
-from dfmcl.robustness.threats.geometry import project, steepest, to_uint8
 from dfmcl.robustness.threats.threat import Threat
 
 SIDE = 32  # larger images are looked at in this size: the substitute is small, and transfer cares for coarse patterns
@@ -145,7 +144,7 @@ def _seen(x: Tensor) -> Tensor:
 
 def _fooling(model: nn.Module, x: Tensor, labels: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
     found = mi_fgsm(model, x, labels, threat, generator=stream, steps=STEPS)
-    return to_uint8(found, x, threat).float() / 255
+    return threat.to_uint8(found, x).float() / 255
 
 
 def _around(x: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
@@ -160,7 +159,7 @@ def _around(x: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
     which = torch.randint(len(kinds), (size[0],), generator=stream, device=device)
     noise = torch.stack(kinds)[which, torch.arange(size[0], device=device)]
     length = threat.eps * torch.rand((size[0], 1, 1, 1), generator=stream, device=device)
-    return to_uint8(project(x + length * steepest(noise, threat.norm), x, threat), x, threat).float() / 255
+    return threat.to_uint8(threat.project(x + length * threat.steepest(noise), x), x).float() / 255
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, asked: _Asked, stream: torch.Generator) -> None:

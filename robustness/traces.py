@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.geometry import to_uint8
 from dfmcl.robustness.threats.threat import Threat
 
 STEPS = 20
@@ -73,4 +72,4 @@ def of_another_class(labels: Tensor, chosen: Tensor) -> Tensor:
 
 
 def on_grid(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
-    return to_uint8(point, x, threat).float() / 255
+    return threat.to_uint8(point, x).float() / 255

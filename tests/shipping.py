@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import Policy
+from dfmcl.gating.signing.keys import read_signer
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.gating.subject import open_subject
 from dfmcl.release.card import write_card
@@ -36,7 +37,7 @@ def ship(run: Path, surrogate: Path) -> Path:
     key = known_key(folder)
     export(run, folder / "candidate", weights="float16")
     subject = open_subject(str(folder / "candidate"), run=run)
-    report = gate(subject, POLICY, folder / "evidence", keys=[key])
+    report = gate(subject, POLICY, folder / "evidence", signers=[read_signer(key)])
     assert (report["verdict"], report["findings"]) == ("passed", [])  # artefact_disagrees among the checks
     trust = load_trust(write_trust(key))
     promote(folder / "candidate", folder / "evidence", repository, name=NAME, trust=trust)

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 import dfmcl.cli.command
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.record import Record
+from dfmcl.gating.record import GateRecord
 from dfmcl.gating.report import build_report
 from dfmcl.gating.signing.attestation import Trust, sign
 from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candidate_files
-from dfmcl.gating.signing.keys import keygen, read_public
+from dfmcl.gating.signing.keys import keygen, read_public, read_signer
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.robustness.checks import CHECKS
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire
@@ -84,7 +84,7 @@ def evaluated(correct: Array, held: Array, eps: str = "38/255", about: Mapping[s
     right, kept = tuple(correct.tolist()), tuple((correct & held).tolist())
     passes = tuple(int(tried) for tried in right)
     attack = AttackRecord("fgsm", {"steps": 1}, kept, right, 0, 0.1, 0, passes, passes)
-    return Evaluation(Threat.parse("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
+    return Evaluation(threat_of("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
 
 
 def check(name: str, outcome: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def true_report(
     about |= changes
     sources = [one.about["surrogate"] for one in about["transfer"]]
     about["evaluations"] = in_cascade(about["evaluations"], sources, policy.attacks.transfer)
-    record = Record(**about)
+    record = GateRecord(**about)
     return build_report(
         record,
         subject={
@@ -238,7 +238,9 @@ def write_report(evidence: Path, report: dict[str, Any], *keys: Path) -> Path:
     (evidence / "report.json").write_text(json.dumps(report))
     if keys:
         days = report["policy"]["valid_days"]
-        (evidence / ATTESTATION).write_text(sign(report, sha256_of(evidence / "report.json"), keys, expires_days=days))
+        signers = [read_signer(key) for key in keys]
+        signed = sign(report, sha256_of(evidence / "report.json"), signers, expires_days=days)
+        (evidence / ATTESTATION).write_text(signed)
     return evidence
 
 

@@ -16,9 +16,9 @@ from benchmarks.attacks import SHIPPED, Counted, shipped, torchattacks_square
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import clopper_pearson
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.plan import load_campaign, runs
-from dfmcl.training.record import read_record
+from dfmcl.training.run_record import read_record
 from dfmcl.training.table import table
 
 ROOT = Path(__file__).parents[1]
@@ -192,7 +192,7 @@ def test_peers_leave_the_network_as_it_was() -> None:
     """torchattacks puts back the mode that it met; in training mode the network would be another one for ART."""
     network = shipped(SHIPPED)
     x, y = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
-    search = torchattacks_square(Counted(network), x, y, Threat.parse("linf", "8/255"), queries=2, seed=0)
+    search = torchattacks_square(Counted(network), x, y, threat_of("linf", "8/255"), queries=2, seed=0)
     assert search is not None
     search()
     assert not any(module.training for module in network.modules())

@@ -18,7 +18,7 @@ from benchmarks.standard import ATTACKS, RISK, SHIPPED, begun, by_turns, draw, m
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 
 
 def test_a_margin_is_positive_where_an_image_held() -> None:
@@ -61,7 +61,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         right = (True,) * len(images)
         held = tuple(place != 1 for place in range(len(images)))
         records = (AttackRecord(ATTACKS[0], {}, held, right, 0, 1.0), AttackRecord(ATTACKS[1], {}, held, held, 0, 1.0))
-        return Evaluation(Threat("linf", 8 / 255), True, number, right, records, 1.0)
+        return Evaluation(Linf(8 / 255), True, number, right, records, 1.0)
 
     monkeypatch.setattr(standard, "attacked", attacked)
     for module in (standard, result):

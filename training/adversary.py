@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dfmcl.robustness.attacks.registry import Loss, Model, climb, fgsm
 from dfmcl.robustness.losses import cross_entropy, margin
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.training.noise import Noise
 
 Craft = Callable[..., Tensor]
@@ -22,7 +22,7 @@ Craft = Callable[..., Tensor]
 
 def single_step(model: Model, x: Tensor, y: Tensor, eps: float, noise: Noise, **unused: float) -> Tensor:
     """FGSM from the image itself. Goodfellow et al. 2015."""
-    return fgsm(model, x, y, Threat("linf", eps), generator=noise.generator)
+    return fgsm(model, x, y, Linf(eps), generator=noise.generator)
 
 
 def noisy_single_step(model: Model, x: Tensor, y: Tensor, eps: float, noise: Noise, **unused: float) -> Tensor:
@@ -41,7 +41,7 @@ def iterated(
         model,
         x,
         y,
-        Threat("linf", eps),
+        Linf(eps),
         generator=noise.generator,
         loss=loss,
         steps=steps,

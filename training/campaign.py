@@ -34,9 +34,9 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run, parse_device
 from dfmcl.training.limits import EndedAtOnce, Limits
 from dfmcl.training.measurement import Partial, chosen_images, measure
-from dfmcl.training.plan import Campaign, Run, runs, source_of
+from dfmcl.training.plan import Campaign, PlannedRun, runs, source_of
 from dfmcl.training.plots import draw
-from dfmcl.training.record import Record, entry_of, read_record, write_record
+from dfmcl.training.run_record import RunRecord, entry_of, read_record, write_record
 from dfmcl.training.table import table
 from dfmcl.training.train import train
 
@@ -44,7 +44,7 @@ FOLDERS = ("records", "partial", "runs", "weights")
 
 
 @dataclass(frozen=True)
-class Progress:
+class CampaignProgress:
     """How far a campaign is. code: of what failed; 2 where all of it is for the user to repair, else 5."""
 
     total: int
@@ -76,7 +76,7 @@ def run_campaign(
     command: str = "",
     track: Track = silent,
     log: Callable[[str], None] = print,
-) -> Progress:
+) -> CampaignProgress:
     """Do what is not done yet of a campaign, and rewrite its tables after each run.
 
     source: the campaign's file or name, for messages. overrides: for every run, such as where the data lie. A run that
@@ -109,7 +109,7 @@ def run_campaign(
             message, code = described(error), max(code, code_of(error))
             log(f"{run.name}: failed: {message}")
             about = {"command": command, "created": now(), **provenance()}
-            record = Record(
+            record = RunRecord(
                 **entry_of(run), identity=run.identity(campaign), status="failed", message=message, about=about
             )
         records[run.name] = record
@@ -117,7 +117,7 @@ def run_campaign(
         write_tables(campaign, all_runs, records, out)
     write_tables(campaign, all_runs, records, out)
     done = sum(record.done for record in records.values())
-    return Progress(len(all_runs), done, len(records) - done, cut, code)
+    return CampaignProgress(len(all_runs), done, len(records) - done, cut, code)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def only_writer(out: Path) -> Iterator[None]:
             raise EndedAtOnce(f"{out}: ended at once; {kept}; repeat the command to continue") from None
 
 
-def read_records(campaign: Campaign, all_runs: Sequence[Run], out: Path) -> dict[str, Record]:
+def read_records(campaign: Campaign, all_runs: Sequence[PlannedRun], out: Path) -> dict[str, RunRecord]:
     """The records in `out`, by name, in the campaign's order. A failed run of another config counts as never tried."""
     found = {}
     for run in all_runs:
@@ -154,24 +154,26 @@ def read_records(campaign: Campaign, all_runs: Sequence[Run], out: Path) -> dict
     return found
 
 
-def write_tables(campaign: Campaign, all_runs: Sequence[Run], records: Mapping[str, Record], out: Path) -> None:
+def write_tables(
+    campaign: Campaign, all_runs: Sequence[PlannedRun], records: Mapping[str, RunRecord], out: Path
+) -> None:
     """OUT/table.md and the plots, from the records only; plots only where matplotlib is there."""
     plots = draw(campaign, list(records.values()), out)
     write_text(out / "table.md", table(campaign, [run.name for run in all_runs], list(records.values()), plots))
 
 
 def perform(
-    run: Run,
+    run: PlannedRun,
     campaign: Campaign,
-    all_runs: Sequence[Run],
+    all_runs: Sequence[PlannedRun],
     out: Path,
-    load: Callable[[Run], Dataset],
+    load: Callable[[PlannedRun], Dataset],
     limits: Limits,
     device: str,
     command: str,
     track: Track,
     log: Callable[[str], None],
-) -> Record:
+) -> RunRecord:
     """Train and measure one run, from wherever it was cut."""
     directory = out / "runs" / run.name
     manifest = train(run.config, directory, resume=True, limits=limits, track=track, log=log)
@@ -190,7 +192,7 @@ def perform(
         }
         with partial.kept(), asking(trained.model, limits):
             evaluations, missing = measure(run.name, trained.model, load(run), campaign, sources, partial, track)
-    record = Record(
+    record = RunRecord(
         **entry_of(run),
         identity=run.identity(campaign),
         status="done",
@@ -265,11 +267,11 @@ def make_directory(path: Path) -> None:
         raise unwritable(path, error) from None
 
 
-def load_once(track: Track) -> Callable[[Run], Dataset]:
+def load_once(track: Track) -> Callable[[PlannedRun], Dataset]:
     """A loader that keeps the last data set: the runs of a campaign share one."""
     kept: dict[tuple[str, str, int], Dataset] = {}
 
-    def load(run: Run) -> Dataset:
+    def load(run: PlannedRun) -> Dataset:
         chosen = run.config.data
         key = (chosen.name, chosen.path, chosen.image_size)
         if key not in kept:
@@ -290,7 +292,7 @@ def write_weights(path: Path, model: Classifier) -> None:
     write_text(path.with_suffix(".json"), dump_json(model.spec.to_json()))
 
 
-def find_source(run: Run | None, out: Path, device: str) -> Classifier | str:
+def find_source(run: PlannedRun | None, out: Path, device: str) -> Classifier | str:
     """The network to craft on, or why there is none."""
     if run is None:
         return "it would be its own source"

@@ -20,7 +20,7 @@ AttackName = Literal["fgsm", "n-fgsm", "pgd", "cw", "kl"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Data(Section):
+class DataSection(Section):
     """Which images. `heldout_images` of the training part are never trained on: selection happens there."""
 
     name: Literal["digits", "cifar10", "npz", "folder"] = "cifar10"
@@ -141,7 +141,7 @@ class TrainConfig(Section):
     """A whole run. Two runs with equal configs, versions and threads on a CPU give equal bytes."""
 
     seed: int = Field(0, ge=0)
-    data: Data = Data()
+    data: DataSection = DataSection()
     model: Model = Model()
     masking: Masking = Masking()
     curriculum: Curriculum = Curriculum()

@@ -9,9 +9,11 @@ from typing import Any
 
 from dfmcl.robustness.hyperscore import combined_value
 from dfmcl.robustness.statistics import Flags, Share
-from dfmcl.robustness.threats.threat import Threat, eps_label
+from dfmcl.robustness.threats.linf import Linf, in_255ths
+from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.plan import WORST, Campaign, Method
-from dfmcl.training.record import Record
+from dfmcl.training.run_record import RunRecord
 
 NOT_MEASURED = "not measured"
 
@@ -20,12 +22,12 @@ def measured_methods(campaign: Campaign) -> list[tuple[str, Method]]:
     return [(name, method) for name, _, method in campaign.varied() if method.measured]
 
 
-def methods_at(campaign: Campaign, beta: str, records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
+def methods_at(campaign: Campaign, beta: str, records: Sequence[RunRecord]) -> Iterator[tuple[str, list[RunRecord]]]:
     for name, _ in measured_methods(campaign):
         yield name, of(records, name, beta)
 
 
-def of(records: Sequence[Record], method: str, beta: str) -> list[Record]:
+def of(records: Sequence[RunRecord], method: str, beta: str) -> list[RunRecord]:
     return [record for record in records if record.method == method and record.beta == beta]
 
 
@@ -36,13 +38,13 @@ def at(config: Any, key: str) -> Any:
     return config
 
 
-def informed(record: Record) -> bool:
+def informed(record: RunRecord) -> bool:
     """Whether its masks looked at a gradient; of plain dropout there is nothing to tell."""
     chosen = record.config["masking"]
     return bool(chosen["enabled"]) and chosen["rule"] in ("literal", "ranked")
 
 
-def cell(records: Sequence[Record], what: str, threat: Threat, measurement: str = "") -> str:
+def cell(records: Sequence[RunRecord], what: str, threat: Threat, measurement: str = "") -> str:
     """One network: accuracy with its exact interval. Several: mean ± standard deviation over seeds."""
     flags = [found for record in records if (found := within(record, measurement).flags(what, threat)) is not None]
     if not flags:
@@ -54,15 +56,15 @@ def cell(records: Sequence[Record], what: str, threat: Threat, measurement: str 
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
-def within(record: Record, measurement: str) -> Record:
+def within(record: RunRecord, measurement: str) -> RunRecord:
     """The record with one measurement's evaluations only ("": all)."""
     if not measurement:
         return record
     own = tuple(entry for entry in record.evaluations if entry.about["measurement"] == measurement)
-    return Record(**{**vars(record), "evaluations": own})
+    return RunRecord(**{**vars(record), "evaluations": own})
 
 
-def reach(records: Sequence[Record], attack: str, claimed: float | None) -> str:
+def reach(records: Sequence[RunRecord], attack: str, claimed: float | None) -> str:
     """The radius up to which a claimed accuracy holds, by linear interpolation between the measured radii."""
     if claimed is None or not records:
         return "-"
@@ -71,17 +73,17 @@ def reach(records: Sequence[Record], attack: str, claimed: float | None) -> str:
         return NOT_MEASURED
     for (eps, accuracy), (further, lower) in pairwise(points):
         if accuracy < claimed:
-            return "nowhere, not even clean" if eps == 0 else eps_label(eps)
+            return "nowhere, not even clean" if eps == 0 else in_255ths(eps)
         if lower < claimed:
-            return eps_label(eps + (further - eps) * (accuracy - claimed) / (accuracy - lower))
-    return f"{eps_label(points[-1][0])} or more"
+            return in_255ths(eps + (further - eps) * (accuracy - claimed) / (accuracy - lower))
+    return f"{in_255ths(points[-1][0])} or more"
 
 
-def accuracy_over_eps(records: Sequence[Record], attack: str) -> dict[float, float]:
+def accuracy_over_eps(records: Sequence[RunRecord], attack: str) -> dict[float, float]:
     """Mean accuracy in percent over the records by Linf radius; clean at 0."""
     found: dict[float, list[float]] = {}
     for record in records:
-        threats = [entry.threat for entry in record.evaluations if entry.threat.norm == "linf"]
+        threats = [entry.threat for entry in record.evaluations if isinstance(entry.threat, Linf)]
         for eps, what, threat in [(0.0, "clean", threats[0]), *((threat.eps, attack, threat) for threat in threats)]:
             flags = record.flags(what, threat)
             if flags is not None:
@@ -91,14 +93,14 @@ def accuracy_over_eps(records: Sequence[Record], attack: str) -> dict[float, flo
 
 def compared(campaign: Campaign) -> list[tuple[Threat, str]]:
     """Threats and accuracies to compare; clean once."""
-    threats = [Threat.parse("linf", eps) for eps in campaign.comparisons.eps]
+    threats = [threat_of("linf", eps) for eps in campaign.comparisons.eps]
     attacks = campaign.comparisons.attacks
     clean = [(threats[0], "clean")] if "clean" in attacks and threats else []
     return clean + [(threat, what) for threat in threats for what in attacks if what != "clean"]
 
 
 def paired_flags(
-    first: Sequence[Record], second: Sequence[Record], what: str, threat: Threat
+    first: Sequence[RunRecord], second: Sequence[RunRecord], what: str, threat: Threat
 ) -> dict[int, tuple[Flags, Flags]]:
     """By seed, what both methods held, on the images that all of them looked at."""
     found = {
@@ -112,7 +114,7 @@ def paired_flags(
     return {seed: (a[:shortest], b[:shortest]) for seed, (a, b) in found.items()}
 
 
-def combined(record: Record, threat: Threat) -> float | None:
+def combined(record: RunRecord, threat: Threat) -> float | None:
     """V of a record at a threat; None where a part of it was not measured."""
     flags = {
         "clean": record.flags("clean", threat),

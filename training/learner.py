@@ -20,8 +20,8 @@ from dfmcl.training.augmentation import augment
 from dfmcl.training.averaging import MovingAverage
 from dfmcl.training.awp import perturbed, perturbed_parameters
 from dfmcl.training.config import TrainConfig
+from dfmcl.training.cuda_graphs import Pass, recorded
 from dfmcl.training.curriculum import attack_steps, draw, progress, strength
-from dfmcl.training.graphs import Pass, recorded
 from dfmcl.training.masking import DynamicFeatureMask, find_layer, has_pooled_linear_tail, running_statistics_kept
 from dfmcl.training.noise import Noise
 from dfmcl.training.objectives import OBJECTIVES, jensen_shannon, smoothed

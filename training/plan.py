@@ -15,8 +15,10 @@ from pydantic import BeforeValidator, Field, InstanceOf
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, read_shipped, shipped, validated
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.radius import Radius
-from dfmcl.robustness.threats.threat import Threat, eps_label, parse_eps
+from dfmcl.robustness.threats.linf import Linf, in_255ths
+from dfmcl.robustness.threats.radius import Norm, Radius
+from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.threat import Threat, parse_eps
 from dfmcl.training.config import TrainConfig, load_config
 
 S = TypeVar("S", bound=Section)
@@ -52,7 +54,7 @@ def _planned(value: Any) -> Any:
         raise ValueError('an attack is "pgd-20" or {attack = "pgd-20", step_size = "2/255"}')
     planned = PlannedAttack(str(table["attack"]), str(table.get("step_size", "")))
     try:
-        function = planned.at(Threat("linf", 8 / 255)).function  # whatever is wrong with it shows here
+        function = planned.at(Linf(8 / 255)).function  # whatever is wrong with it shows here
     except (BadInput, ValueError, ZeroDivisionError) as error:
         raise ValueError(str(error)) from None
     if planned.step_size and "step_size" not in inspect.signature(function).parameters:
@@ -85,7 +87,7 @@ class Measurement(Section):
 
     eps: Annotated[list[Radius], Field(min_length=1)]
     attacks: Annotated[list[Annotated[InstanceOf[PlannedAttack], BeforeValidator(_planned)]], Field(min_length=1)]
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     kind: Literal["white-box", "black-box"] = "white-box"
     source: str = ""
     cascade: bool = False
@@ -93,7 +95,7 @@ class Measurement(Section):
 
     @property
     def threats(self) -> list[Threat]:
-        return [Threat.parse(self.norm, eps) for eps in self.eps]
+        return [threat_of(self.norm, eps) for eps in self.eps]
 
     @property
     def black_box(self) -> bool:
@@ -157,7 +159,7 @@ class Campaign(Section):
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One training, and whether it is measured."""
 
     name: str
@@ -234,7 +236,7 @@ def _check(campaign: Campaign, source: str) -> None:
             raise BadInput(f"{source}: {key}: {label!r} is measured nowhere; choose from {', '.join(sorted(labels))}")
 
 
-def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list[Run]:
+def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list[PlannedRun]:
     """All runs, in the order of work: sources of transfer attacks first, then seed by seed.
 
     overrides: `section.key=value` for every run, above everything else, such as where the data lie here.
@@ -248,8 +250,8 @@ def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list
                     config = load_config(method.preset, own)
                 except BadInput as error:
                     raise BadInput(f"{source}: methods.{name}: {error}") from None
-                label = eps_label(parse_eps(beta)).partition("/")[0]
-                run = Run(f"{name}_beta{label}_seed{seed}", name, family, beta, seed, method.measured, config)
+                label = in_255ths(parse_eps(beta)).partition("/")[0]
+                run = PlannedRun(f"{name}_beta{label}_seed{seed}", name, family, beta, seed, method.measured, config)
                 found.append((name not in campaign.sources, (method.seeds or campaign.seeds).index(seed), run))
     every = [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
     names = [run.name for run in every]
@@ -258,7 +260,7 @@ def runs(campaign: Campaign, source: str, overrides: Sequence[str] = ()) -> list
     return every
 
 
-def source_of(run: Run, measurement: Measurement, all_runs: Sequence[Run]) -> Run | None:
+def source_of(run: PlannedRun, measurement: Measurement, all_runs: Sequence[PlannedRun]) -> PlannedRun | None:
     """The run whose network a transfer attack on `run` is crafted on; None where it would be `run` itself."""
     same = [other for other in all_runs if other.method == measurement.source and other.beta == run.beta]
     chosen = next((other for other in same if other.seed == run.seed), same[0])

@@ -7,13 +7,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dfmcl.robustness.threats.threat import eps_label, parse_eps
+from dfmcl.robustness.threats.linf import in_255ths
+from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.figures import accuracy_over_eps, informed, measured_methods, of
 from dfmcl.training.plan import Campaign
-from dfmcl.training.record import Record
+from dfmcl.training.run_record import RunRecord
 
 
-def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:
+def draw(campaign: Campaign, records: Sequence[RunRecord], out: Path) -> list[str]:
     """Write the plots into `out` and return their names; none on a bare machine, without matplotlib."""
     try:
         library = import_module("matplotlib")
@@ -24,7 +25,7 @@ def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:
     written = []
     with library.rc_context({"svg.hashsalt": "dfmcl"}):  # or every file differs from the last by random ids
         for beta in campaign.betas:
-            label = eps_label(parse_eps(beta))
+            label = in_255ths(parse_eps(beta))
             figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
             if _accuracy(figure.subplots(), campaign, beta, measured):
                 figure.suptitle(f"{campaign.main[-1]} accuracy, trained at {label}{_small(campaign)}")
@@ -36,7 +37,7 @@ def draw(campaign: Campaign, records: Sequence[Record], out: Path) -> list[str]:
     return written
 
 
-def _accuracy(axes: Any, campaign: Campaign, beta: str, records: Sequence[Record]) -> bool:
+def _accuracy(axes: Any, campaign: Campaign, beta: str, records: Sequence[RunRecord]) -> bool:
     for name, _ in measured_methods(campaign):
         points = sorted(accuracy_over_eps(of(records, name, beta), campaign.main[-1]).items())
         if len(points) > 2:
@@ -45,7 +46,7 @@ def _accuracy(axes: Any, campaign: Campaign, beta: str, records: Sequence[Record
     return _legend(axes)
 
 
-def _masks(both: Any, beta: str, records: Sequence[Record]) -> bool:
+def _masks(both: Any, beta: str, records: Sequence[RunRecord]) -> bool:
     chosen = [record for record in records if record.beta == beta and informed(record)]
     for axes, key in zip(both, ("alpha", "p_mean"), strict=True):
         for record in chosen:

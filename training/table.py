@@ -10,7 +10,9 @@ import numpy as np
 
 from dfmcl.robustness.hyperscore import hyperscore
 from dfmcl.robustness.statistics import PairedCounts, bootstrap_difference
-from dfmcl.robustness.threats.threat import Threat, eps_label, parse_eps
+from dfmcl.robustness.threats.linf import in_255ths
+from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.figures import (
     NOT_MEASURED,
     at,
@@ -25,12 +27,12 @@ from dfmcl.training.figures import (
     reach,
 )
 from dfmcl.training.plan import WORST, Campaign
-from dfmcl.training.record import Record
+from dfmcl.training.run_record import RunRecord
 
 SWEEP = 4  # a measurement at this many radii or more is shown as accuracy over eps
 
 
-def table(campaign: Campaign, names: Sequence[str], records: Sequence[Record], plots: Sequence[str] = ()) -> str:
+def table(campaign: Campaign, names: Sequence[str], records: Sequence[RunRecord], plots: Sequence[str] = ()) -> str:
     """The whole page. names: of all runs that the campaign has; plots: files beside it."""
     measured = [record for record in records if record.done and record.evaluations]
     done = [record for record in records if record.done]
@@ -54,7 +56,7 @@ def table(campaign: Campaign, names: Sequence[str], records: Sequence[Record], p
 # --- Sections: each a heading and a table, or nothing -----------------------------------------------------------------
 
 
-def head(campaign: Campaign, names: Sequence[str], records: Sequence[Record]) -> str:
+def head(campaign: Campaign, names: Sequence[str], records: Sequence[RunRecord]) -> str:
     """What was done, with what: runs, n, seeds, command, versions."""
     done = [record for record in records if record.done]
     images = sorted({len(record.evaluations[0].correct) for record in done if record.evaluations})
@@ -74,9 +76,9 @@ def head(campaign: Campaign, names: Sequence[str], records: Sequence[Record]) ->
     return "\n".join(lines)
 
 
-def claims(campaign: Campaign, beta: str, records: Sequence[Record]) -> str:
+def claims(campaign: Campaign, beta: str, records: Sequence[RunRecord]) -> str:
     """Claimed beside measured at eps = beta, and up to which radius a claim would hold."""
-    threat = Threat.parse("linf", beta)
+    threat = threat_of("linf", beta)
     claimed_here = eps_of(campaign.claims_eps) == threat.label
     columns = ["clean", *campaign.main]
     rows = []
@@ -99,7 +101,7 @@ def claims(campaign: Campaign, beta: str, records: Sequence[Record]) -> str:
     return section(f"Trained at {threat.label}: {title} at {threat.label}", heads, rows)
 
 
-def over_eps(campaign: Campaign, beta: str, records: Sequence[Record]) -> str:
+def over_eps(campaign: Campaign, beta: str, records: Sequence[RunRecord]) -> str:
     """For each attack of a measurement at many radii: methods by eps."""
     found = []
     for entry in campaign.measurements.values():
@@ -115,7 +117,7 @@ def over_eps(campaign: Campaign, beta: str, records: Sequence[Record]) -> str:
     return "\n".join(found)
 
 
-def suites(campaign: Campaign, beta: str, records: Sequence[Record]) -> str:
+def suites(campaign: Campaign, beta: str, records: Sequence[RunRecord]) -> str:
     """For each measurement at few radii: methods by attack, and the worst case over all that was run there."""
     found = []
     for key, entry in campaign.measurements.items():
@@ -134,7 +136,7 @@ def suites(campaign: Campaign, beta: str, records: Sequence[Record]) -> str:
     return "\n".join(found)
 
 
-def comparisons(campaign: Campaign, records: Sequence[Record]) -> str:
+def comparisons(campaign: Campaign, records: Sequence[RunRecord]) -> str:
     """Paired differences: McNemar's exact test for each seed, and a bootstrap over seeds and images."""
     rows = []
     for beta in campaign.betas:
@@ -174,14 +176,14 @@ def comparisons(campaign: Campaign, records: Sequence[Record]) -> str:
     return section("Paired comparisons", heads, rows) + note if rows else ""
 
 
-def regressions(campaign: Campaign, records: Sequence[Record]) -> str:
+def regressions(campaign: Campaign, records: Sequence[RunRecord]) -> str:
     """Least squares of accuracy on one key of the config, over all values and seeds of a method that varies it."""
     from scipy.stats import linregress  # takes as long to load as torch
 
     chosen = campaign.regression
     if not chosen.key:
         return ""
-    threat = Threat.parse("linf", chosen.eps)
+    threat = threat_of("linf", chosen.eps)
     rows = []
     for beta in campaign.betas:
         for family in distinct(record.family for record in records):
@@ -201,12 +203,12 @@ def regressions(campaign: Campaign, records: Sequence[Record]) -> str:
     return section(f"{chosen.attack} at {threat.label} on {chosen.key}", heads, rows)
 
 
-def hyperscores(campaign: Campaign, records: Sequence[Record]) -> str:
+def hyperscores(campaign: Campaign, records: Sequence[RunRecord]) -> str:
     """HyperScore of clean, white-box and black-box accuracy with equal weights. It ranks; it adds no information."""
     rows = []
     for beta in campaign.betas:
         for eps in campaign.hyperscore:
-            threat = Threat.parse("linf", eps)
+            threat = threat_of("linf", eps)
             for name, own in methods_at(campaign, beta, records):
                 values = [value for record in own if (value := combined(record, threat)) is not None]
                 row = [eps_of(beta), threat.label, name]
@@ -219,7 +221,7 @@ def hyperscores(campaign: Campaign, records: Sequence[Record]) -> str:
     return section(title, ["trained at", "measured at", "method", "V", "HyperScore"], rows)
 
 
-def masks(records: Sequence[Record]) -> str:
+def masks(records: Sequence[RunRecord]) -> str:
     """Where alpha and p ended."""
     rows = []
     for record in records:
@@ -230,7 +232,7 @@ def masks(records: Sequence[Record]) -> str:
     return section("Masks in the last step of training", ["run", "alpha", "p, mean ± sd", "range of p"], rows)
 
 
-def costs(campaign: Campaign, records: Sequence[Record]) -> str:
+def costs(campaign: Campaign, records: Sequence[RunRecord]) -> str:
     """Speed and time of training, and both against one method at the same beta."""
     rows = []
     for beta in campaign.betas:
@@ -250,11 +252,11 @@ def costs(campaign: Campaign, records: Sequence[Record]) -> str:
     return section("Cost, mean over seeds", heads, rows)
 
 
-def per_run(campaign: Campaign, records: Sequence[Record]) -> str:
+def per_run(campaign: Campaign, records: Sequence[RunRecord]) -> str:
     """Every network by itself at eps = its beta, with exact bounds, beside what held-out training images said."""
     rows = []
     for record in records:
-        threat = Threat.parse("linf", record.beta)
+        threat = threat_of("linf", record.beta)
         heldout = (record.training["result"]["heldout_clean"], record.training["result"]["heldout_pgd"])
         figures = [cell([record], what, threat) for what in ("clean", *campaign.main, WORST)]
         rows.append([record.name, *(f"{100 * value:.1f}" for value in heldout), *figures])
@@ -262,7 +264,7 @@ def per_run(campaign: Campaign, records: Sequence[Record]) -> str:
     return section("Each run at the radius it was trained at", heads, rows)
 
 
-def problems(records: Sequence[Record]) -> str:
+def problems(records: Sequence[RunRecord]) -> str:
     """What failed, and what was not measured."""
     rows = [[record.name, "failed", record.message] for record in records if not record.done]
     for record in records:
@@ -275,7 +277,7 @@ def problems(records: Sequence[Record]) -> str:
 
 
 def eps_of(beta: str) -> str:
-    return eps_label(parse_eps(beta))
+    return in_255ths(parse_eps(beta))
 
 
 def distinct(items: Iterable[str]) -> list[str]:
@@ -286,12 +288,12 @@ def joined(items: Iterable[Any]) -> str:
     return ", ".join(str(item) for item in items)
 
 
-def versions(record: Record) -> str:
+def versions(record: RunRecord) -> str:
     revision = record.about["code"]["revision"][:12] or "unknown"
     return joined([f"{name} {version}" for name, version in record.about["versions"].items()] + [f"code {revision}"])
 
 
-def hardware(record: Record) -> str:
+def hardware(record: RunRecord) -> str:
     entry = record.about["hardware"]
     return f"{entry['gpu'] or entry['cpu']}, {entry['threads']} threads"
 

@@ -23,7 +23,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.course import ELSEWHERE, Course
 from dfmcl.training.learner import Learner
@@ -213,7 +213,7 @@ def measure(learner: Learner, data: Dataset, heldout: Labels, config: TrainConfi
         learner.result,
         images,
         data.y_train[chosen],
-        Threat("linf", learner.beta),
+        Linf(learner.beta),
         [Attack.parse(f"pgd-{config.heldout.attack_steps}")],
         seed=config.seed,
         batch_size=256,

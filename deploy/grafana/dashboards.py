@@ -29,13 +29,11 @@ ROUNDS = "10m"  # rates are of this long at least, as the sidecar counts by roun
 GOOD, BAD, NOTICE, PLAIN = "green", "red", "orange", "blue"
 
 
-def band(metric: str, by: str, legend: str) -> list[Query]:
+def band(mean_upper: str, ratio: str, mean_lower: str, stretch_upper: str) -> list[Query]:
     """A figure in recent rounds, the bounds of its mean over the last W, and what some of these prove."""
+    legends = {mean_upper: " mean, upper", ratio: "", mean_lower: " mean, lower", stretch_upper: " some rounds, upper"}
     return [
-        (f"max by ({by}) ({metric}_mean_upper_ratio{{{VERSION}}})", f"{legend} mean, upper"),
-        (f"max by ({by}) ({metric}_ratio{{{VERSION}}})", legend),
-        (f"max by ({by}) ({metric}_mean_lower_ratio{{{VERSION}}})", f"{legend} mean, lower"),
-        (f"max by ({by}) ({metric}_stretch_upper_ratio{{{VERSION}}})", f"{legend} some rounds, upper"),
+        (f"max by (version) ({metric}{{{VERSION}}})", f"live {{{{version}}}}{text}") for metric, text in legends.items()
     ]
 
 
@@ -44,8 +42,8 @@ def rate(metric: str, labels: str = MODEL, by: str = "model, via") -> str:
 
 
 def quantile(share: float, metric: str, by: str, labels: str = MODEL) -> str:
-    """From a classic histogram."""
-    return f"histogram_quantile({share}, {rate(f'{metric}_bucket', labels, f'le, {by}' if by else 'le')})"
+    """From the buckets of a classic histogram."""
+    return f"histogram_quantile({share}, {rate(metric, labels, f'le, {by}' if by else 'le')})"
 
 
 def _finish(
@@ -231,7 +229,12 @@ def overview() -> models.Dashboard:
             "the truth lies below: the gate's white-box figure (dashed) is the one that counts. Thin lines: bounds of "
             "the mean over the last W rounds (W: Robustness of a model), and of the mean over some of these. Once even "
             "the latter is below the threshold, the policy is certainly broken.",
-            *band("robustness_worst_case_accuracy", "version", "live {{version}}"),
+            *band(
+                "robustness_worst_case_accuracy_mean_upper_ratio",
+                "robustness_worst_case_accuracy_ratio",
+                "robustness_worst_case_accuracy_mean_lower_ratio",
+                "robustness_worst_case_accuracy_stretch_upper_ratio",
+            ),
             (f"max by (version) (robustness_gate_accuracy_ratio{{{VERSION}}})", "gate, white box {{version}}"),
             (f"max by (version) (robustness_gate_threshold_ratio{{{VERSION}}})", "gate, threshold {{version}}"),
         ),
@@ -239,7 +242,12 @@ def overview() -> models.Dashboard:
             "Accuracy on unchanged images",
             "What is right without any attack in recent rounds, beside bounds of its mean over the last W rounds, "
             "which hold however often one looks; dashed: the gate's figure and the policy's threshold.",
-            *band("robustness_clean_accuracy", "version", "live {{version}}"),
+            *band(
+                "robustness_clean_accuracy_mean_upper_ratio",
+                "robustness_clean_accuracy_ratio",
+                "robustness_clean_accuracy_mean_lower_ratio",
+                "robustness_clean_accuracy_stretch_upper_ratio",
+            ),
             (f"max by (version) (robustness_gate_clean_accuracy_ratio{{{VERSION}}})", "gate {{version}}"),
             (f"max by (version) (robustness_gate_clean_threshold_ratio{{{VERSION}}})", "gate, threshold {{version}}"),
         ),
@@ -256,8 +264,8 @@ def overview() -> models.Dashboard:
         course(
             "Time to an answer",
             "From a request that is whole to its answer, at the gateway.",
-            (quantile(0.5, "gateway_request_duration_seconds", "", 'outcome="ok"'), "median"),
-            (quantile(0.99, "gateway_request_duration_seconds", "", 'outcome="ok"'), "99 %"),
+            (quantile(0.5, "gateway_request_duration_seconds_bucket", "", 'outcome="ok"'), "median"),
+            (quantile(0.99, "gateway_request_duration_seconds_bucket", "", 'outcome="ok"'), "99 %"),
             unit="s",
             width=8,
         ),
@@ -518,8 +526,8 @@ def health() -> models.Dashboard:
         course(
             "Length of a round",
             "From its first request to its last answer.",
-            (quantile(0.5, "robustness_probe_round_duration_seconds", "via"), "median, {{via}}"),
-            (quantile(0.9, "robustness_probe_round_duration_seconds", "via"), "90 %, {{via}}"),
+            (quantile(0.5, "robustness_probe_round_duration_seconds_bucket", "via"), "median, {{via}}"),
+            (quantile(0.9, "robustness_probe_round_duration_seconds_bucket", "via"), "90 %, {{via}}"),
             (f"max by (via) (robustness_probe_last_round_duration_seconds{{{MODEL}}})", "last, {{via}}"),
             unit="s",
             width=8,
@@ -527,8 +535,8 @@ def health() -> models.Dashboard:
         course(
             "Length of a request",
             "As the sidecar sees it. When it is much longer than usual, rounds are broken off or give way.",
-            (quantile(0.5, "robustness_probe_query_duration_seconds", "via"), "median, {{via}}"),
-            (quantile(0.99, "robustness_probe_query_duration_seconds", "via"), "99 %, {{via}}"),
+            (quantile(0.5, "robustness_probe_query_duration_seconds_bucket", "via"), "median, {{via}}"),
+            (quantile(0.99, "robustness_probe_query_duration_seconds_bucket", "via"), "99 %, {{via}}"),
             unit="s",
             width=8,
         ),
@@ -574,8 +582,8 @@ def health() -> models.Dashboard:
         course(
             "Time to examine an image",
             "In a thread of its own, after the answer.",
-            (quantile(0.5, "gateway_detection_seconds", "", ""), "median"),
-            (quantile(0.99, "gateway_detection_seconds", "", ""), "99 %"),
+            (quantile(0.5, "gateway_detection_seconds_bucket", "", ""), "median"),
+            (quantile(0.99, "gateway_detection_seconds_bucket", "", ""), "99 %"),
             unit="s",
             width=9,
         ),

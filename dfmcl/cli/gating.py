@@ -46,8 +46,10 @@ def gate(
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
     from dfmcl.gating.policy import load_policy
+    from dfmcl.gating.signing.keys import read_signer
 
     parsed = load_policy(policy)  # before torch loads: a wrong key is answered at once
+    signers = [read_signer(path) for path in key or ()]  # one that cannot sign is found out before the attacks
 
     from dfmcl.gating.bar import bar
     from dfmcl.gating.formats.github import publish
@@ -74,7 +76,7 @@ def gate(
                 out,
                 surrogates={path.resolve().name: load_run(path, ranks.device) for path in surrogate or ()},
                 baseline=baseline,
-                keys=key or (),
+                signers=signers,
                 ranks=ranks,
                 track=show,
                 watch=watch,
@@ -128,13 +130,14 @@ def sign(
     from dfmcl.common.locks import beside, held
     from dfmcl.gating.signing.attestation import sign_evidence
     from dfmcl.gating.signing.evidence import ATTESTATION, REPORT, read_report
+    from dfmcl.gating.signing.keys import read_signer
 
     place = evidence.resolve()
     if not os.access(place.parent, os.W_OK):  # a volume of its own
         place /= ATTESTATION
     with held(beside(place), evidence):  # of two that sign at once, one signature would be lost
         clear_parts(evidence, {ATTESTATION})
-        until = sign_evidence(evidence, key)
+        until = sign_evidence(evidence, [read_signer(path) for path in key])
     say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
     if "draw" not in read_report(evidence / REPORT)[0]["statistics"]:
         say("no key drew the order of its images, so `drawn = true` in a trust file refuses it; gate with --key")

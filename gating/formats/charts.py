@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 40
 
 
 @dataclass(frozen=True)
-class Point:
+class Reading:
     """An accuracy with its bounds, all in [0, 1], at a place x. kind: `robust`, `clean` or `transfer`."""
 
     x: float
@@ -25,7 +25,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Bounds:
+class Known:
     """What was known after so many images: bounds in [0, 1]."""
 
     images: int
@@ -46,7 +46,7 @@ class Plane:
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - share), 1)
 
 
-def accuracy_over_eps(points: Sequence[Point], thresholds: Sequence[tuple[float, float]]) -> Markup:
+def accuracy_over_eps(points: Sequence[Reading], thresholds: Sequence[tuple[float, float]]) -> Markup:
     """Accuracy against the radius, with intervals; thresholds are (radius, share) that the policy asks for."""
     plane = Plane(1.08 * max(point.x for point in points) or 1.0)
     line = sorted((point for point in points if point.kind != "transfer"), key=lambda point: point.x)
@@ -68,7 +68,7 @@ def accuracy_over_eps(points: Sequence[Point], thresholds: Sequence[tuple[float,
     return _drawing(parts, "Accuracy over the radius of the perturbation")
 
 
-def bounds_over_images(history: Sequence[Bounds], threshold: float) -> Markup:
+def bounds_over_images(history: Sequence[Known], threshold: float) -> Markup:
     """The bounds of a criterion as images came in, against its threshold."""
     most = max(bounds.images for bounds in history)
     plane = Plane(1.02 * most)
@@ -76,7 +76,7 @@ def bounds_over_images(history: Sequence[Bounds], threshold: float) -> Markup:
     parts += [
         _text("tick", plane.x(images), HEIGHT - BOTTOM + 16, f"{images:,}", "middle") for images in _round_steps(most)
     ]
-    steps = [Bounds(0, 0.0, 1.0), *history]
+    steps = [Known(0, 0.0, 1.0), *history]
     upper = [(plane.x(one.images), plane.y(one.upper)) for one in steps]
     lower = [(plane.x(one.images), plane.y(one.lower)) for one in steps]
     parts.append(_shape("polygon", "band", [*upper, *reversed(lower)]))
@@ -118,7 +118,7 @@ def _frame(plane: Plane, below: str) -> Iterable[Markup]:
     yield _text("tick", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, below, "middle")
 
 
-def _labels(plane: Plane, line: Sequence[Point]) -> Markup:
+def _labels(plane: Plane, line: Sequence[Reading]) -> Markup:
     """The radii under the axis; one that would touch its neighbour is left out."""
     parts, free = [], float("-inf")
     for point in line:

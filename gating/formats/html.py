@@ -17,7 +17,7 @@ from dfmcl.gating.formats import charts, summary
 from dfmcl.gating.formats.gallery import gallery
 from dfmcl.gating.formats.markdown import NEWLY_BROKEN
 from dfmcl.gating.formats.summary import Probes, Report
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
 MATRIX = 16
@@ -77,13 +77,13 @@ def over_eps(report: Report) -> Markup:
     """The curve of accuracy: clean as radius 0, then every radius of the main norm, and transfer where measured."""
     main = report["evaluation"]
     norm, clean = main["threat"]["norm"], main["clean"]
-    points = [charts.Point(0, clean["value"], clean["lower_95"], clean["upper_95"], "clean", "clean")]
+    points = [charts.Reading(0, clean["value"], clean["lower_95"], clean["upper_95"], "clean", "clean")]
     measured = [("robust", one) for one in (main, *report["radii"])]
     for kind, one in [*measured, *(("transfer", one) for one in report["transfer"])]:
         if one["threat"]["norm"] == norm:
             share, ball = one["robust"], one["threat"]
             points.append(
-                charts.Point(ball["eps"], share["value"], share["lower_95"], share["upper_95"], ball["label"], kind)
+                charts.Reading(ball["eps"], share["value"], share["lower_95"], share["upper_95"], ball["label"], kind)
             )
     asked = [row for row in report["criteria"] if row["class"] is None and row["threshold"] is not None]
     thresholds = [(_radius(row, main), row["threshold"]) for row in asked if row["metric"] in PLACED]
@@ -95,7 +95,7 @@ def over_images(report: Report) -> list[tuple[str, Markup]]:
     drawings = []
     for number, row in enumerate(report["criteria"]):
         history = [
-            charts.Bounds(step["images"], step["lower"], step["upper"])
+            charts.Known(step["images"], step["lower"], step["upper"])
             for step in report["progress"]
             if step["criterion"] == number
         ]
@@ -150,7 +150,7 @@ def _radius(row: Mapping[str, Any], main: Mapping[str, Any]) -> float:
         return 0.0
     if row["eps"] is None:
         return float(main["threat"]["eps"])
-    asked = Threat.parse(main["threat"]["norm"], row["eps"])
+    asked = threat_of(main["threat"]["norm"], row["eps"])
     return (asked.on_grid() if main["grid"] == "uint8" else asked).eps
 
 

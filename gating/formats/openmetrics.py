@@ -12,6 +12,16 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from dfmcl.common.metrics import (
+    GATE_ACCURACY,
+    GATE_CLEAN_ACCURACY,
+    GATE_CLEAN_THRESHOLD,
+    GATE_EVALUATED,
+    GATE_STATE,
+    GATE_THRESHOLD,
+    GATE_TRANSFER_ACCURACY,
+    Interval,
+)
 from dfmcl.gating.formats import summary
 from dfmcl.gating.formats.summary import Report
 from dfmcl.gating.verdict import EXIT_CODES
@@ -70,15 +80,16 @@ def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
     }
     yield _gauge("robustness_gate_info", "What was judged, by which policy, on which data.", [(about, 1)])
     states = [({**model, "state": state}, float(report["verdict"] == state)) for state in EXIT_CODES]
-    yield _gauge("robustness_gate_state", "1 for the gate's verdict.", states)
+    yield _gauge(GATE_STATE, "1 for the gate's verdict.", states)
     ran = datetime.fromisoformat(report["created"]).timestamp()
-    yield _gauge("robustness_gate_evaluated_timestamp_seconds", "When the gate ran, unix time.", [(model, ran)])
+    yield _gauge(GATE_EVALUATED, "When the gate ran, unix time.", [(model, ran)])
     yield _gauge("robustness_gate_duration_seconds", "Wall time of the gate.", [(model, report["seconds"])])
-    for name, text in (
-        ("attacked", "Images attacked."),
-        ("population", "Images of the data set that the order runs through."),
-    ):
-        yield _gauge(f"robustness_gate_{name}_images", text, [(model, statistics[name])])
+    yield _gauge("robustness_gate_attacked_images", "Images attacked.", [(model, statistics["attacked"])])
+    yield _gauge(
+        "robustness_gate_population_images",
+        "Images of the data set that the order runs through.",
+        [(model, statistics["population"])],
+    )
 
 
 def _reasons(report: Report, model: Labels) -> Iterator[Metric]:
@@ -96,22 +107,29 @@ def _criteria(report: Report, model: Labels) -> Iterator[Metric]:
         for state in ("met", "missed", "open")
     ]
     yield _gauge("robustness_gate_criterion_state", "1 for the criterion's outcome.", states)
-    for key, name, text in (
-        ("value", "value", "What was counted for the criterion, 0 to 1."),
-        ("lower", "lower", "The lower bound that a criterion must reach to be met, 0 to 1."),
-        ("upper", "upper", "The upper bound that stays below the threshold of a missed criterion, 0 to 1."),
-        ("threshold", "threshold", "What the policy asks for, 0 to 1."),
+    for name, key, text in (
+        ("robustness_gate_criterion_value_ratio", "value", "What was counted for the criterion, 0 to 1."),
+        (
+            "robustness_gate_criterion_lower_ratio",
+            "lower",
+            "The lower bound that a criterion must reach to be met, 0 to 1.",
+        ),
+        (
+            "robustness_gate_criterion_upper_ratio",
+            "upper",
+            "The upper bound that stays below the threshold of a missed criterion, 0 to 1.",
+        ),
+        ("robustness_gate_criterion_threshold_ratio", "threshold", "What the policy asks for, 0 to 1."),
     ):
-        figures = [(label, row[key]) for label, row in zip(labels, rows, strict=True)]
-        yield _gauge(f"robustness_gate_criterion_{name}_ratio", text, figures)
+        yield _gauge(name, text, [(label, row[key]) for label, row in zip(labels, rows, strict=True)])
 
 
 def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
     evaluations = (report["evaluation"], *report["radii"])
     clean = [(model, report["evaluation"]["clean"])]
-    yield from _shares("robustness_gate_clean_accuracy", "Clean accuracy that the gate measured", clean)
+    yield from _shares(GATE_CLEAN_ACCURACY, "Clean accuracy that the gate measured", clean)
     yield from _shares(
-        "robustness_gate_accuracy",
+        GATE_ACCURACY,
         f"Robust accuracy that the gate measured {_means(report)}, worst case per image",
         [(_ball(model, one), one["robust"]) for one in evaluations],
     )
@@ -119,7 +137,7 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
         transfer = [
             ({**_ball(model, one), "surrogate": one["about"]["surrogate"]}, one["robust"]) for one in report["transfer"]
         ]
-        yield from _shares("robustness_gate_transfer_accuracy", f"{TRANSFER} Accuracy under transfer", transfer)
+        yield from _shares(GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
     overall = [row for row in report["criteria"] if row["class"] is None]
     main = _ball(model, report["evaluation"])
     robust = [
@@ -127,9 +145,9 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
         for row in overall
         if row["metric"] == "robust_accuracy"
     ]
-    yield _gauge("robustness_gate_threshold_ratio", "Robust accuracy that the policy asks for, 0 to 1.", robust)
+    yield _gauge(GATE_THRESHOLD, "Robust accuracy that the policy asks for, 0 to 1.", robust)
     asked = [(model, row["threshold"]) for row in overall if row["metric"] == "clean_accuracy"]
-    yield _gauge("robustness_gate_clean_threshold_ratio", "Clean accuracy that the policy asks for, 0 to 1.", asked)
+    yield _gauge(GATE_CLEAN_THRESHOLD, "Clean accuracy that the policy asks for, 0 to 1.", asked)
 
 
 def _means(report: Report) -> str:
@@ -142,9 +160,9 @@ def _attacks(report: Report, model: Labels) -> Iterator[Metric]:
         for one in (report["evaluation"], *report["radii"])
         for row in summary.attack_rows(one)
     ]
-    for name, text in (("tried", "Images that the attack was shown."), ("flipped", "Images that the attack flipped.")):
-        figures = [(labels, float(getattr(row, name))) for labels, row in rows]
-        yield _gauge(f"robustness_gate_attack_{name}_images", text, figures)
+    tried, flipped = ([(labels, float(getattr(row, part))) for labels, row in rows] for part in ("tried", "flipped"))
+    yield _gauge("robustness_gate_attack_tried_images", "Images that the attack was shown.", tried)
+    yield _gauge("robustness_gate_attack_flipped_images", "Images that the attack flipped.", flipped)
     passes = [
         ({**labels, "direction": direction}, float(getattr(row, direction)))
         for labels, row in rows
@@ -159,12 +177,13 @@ def _ball(model: Labels, evaluation: Mapping[str, Any]) -> dict[str, str]:
     return {**model, "norm": evaluation["threat"]["norm"], "epsilon": evaluation["threat"]["label"]}
 
 
-def _shares(name: str, documentation: str, rows: Sequence[tuple[Labels, Mapping[str, Any]]]) -> Iterator[Metric]:
-    """Three metrics, as a label for the bound would make sums meaningless."""
-    yield _gauge(f"{name}_ratio", f"{documentation}, 0 to 1.", [(labels, share["value"]) for labels, share in rows])
-    for bound in ("lower", "upper"):
-        figures = [(labels, share[f"{bound}_95"]) for labels, share in rows]
-        yield _gauge(f"{name}_{bound}_ratio", f"{bound.capitalize()} bound of {name}_ratio, {INTERVAL}", figures)
+def _shares(names: Interval, documentation: str, rows: Sequence[tuple[Labels, Mapping[str, Any]]]) -> Iterator[Metric]:
+    for name, key, text in (
+        (names.ratio, "value", f"{documentation}, 0 to 1."),
+        (names.lower, "lower_95", f"Lower bound of {names.ratio}, {INTERVAL}"),
+        (names.upper, "upper_95", f"Upper bound of {names.ratio}, {INTERVAL}"),
+    ):
+        yield _gauge(name, text, [(labels, share[key]) for labels, share in rows])
 
 
 def _gauge(name: str, documentation: str, rows: Rows) -> Metric:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dfmcl.robustness.folder import described
 from dfmcl.robustness.statistics import Share
+from dfmcl.robustness.threats.registry import THREATS, by_norm
 
 Report = Mapping[str, Any]
 Probes = Mapping[str, NDArray[Any]]
@@ -114,8 +115,8 @@ def order(report: Mapping[str, Any]) -> str:
 
 def threat(evaluation: Mapping[str, Any]) -> str:
     """`Linf 8/255 as uint8`."""
-    norm = {"linf": "Linf", "l2": "L2"}.get(evaluation["threat"]["norm"], evaluation["threat"]["norm"])
-    return f"{norm} {evaluation['threat']['label']} as {evaluation['grid']}"
+    asked = evaluation["threat"]
+    return f"{by_norm(THREATS, asked['norm']).name} {asked['label']} as {evaluation['grid']}"
 
 
 def claim(report: Report) -> str:

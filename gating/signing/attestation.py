@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from securesystemslib.dsse import Envelope
-from securesystemslib.signer import SSlibKey
 
 from dfmcl.common.files import write_text
 from dfmcl.gating.signing.envelopes import (
@@ -41,7 +40,7 @@ from dfmcl.gating.signing.evidence import (
     require_verdict,
 )
 from dfmcl.gating.signing.faults import BadEvidence, NotAttested, refusal
-from dfmcl.gating.signing.keys import read_signer
+from dfmcl.gating.signing.signer import PublicKey, Signer
 from dfmcl.gating.signing.statement import (
     ROBUSTNESS,
     STATEMENT,
@@ -68,7 +67,7 @@ class Trust:
     drawn: whether one of the keys must have drawn the order of the images.
     """
 
-    keys: tuple[SSlibKey, ...]
+    keys: tuple[PublicKey, ...]
     threshold: int = 1
     policies: frozenset[str] | None = None
     max_age: timedelta | None = None
@@ -96,16 +95,15 @@ class Attestation:
         return datetime.fromisoformat(self.robustness["expires"])
 
 
-def sign(report: dict[str, Any], report_sha256: str, keys: Sequence[Path], *, expires_days: int) -> str:
-    """attestation.intoto.jsonl: both statements about a report of any verdict, each signed by every key.
+def sign(report: dict[str, Any], report_sha256: str, signers: Sequence[Signer], *, expires_days: int) -> str:
+    """attestation.intoto.jsonl: both statements about a report of any verdict, each signed by every signer.
 
-    report_sha256: of the bytes of report.json; keys: private, as `dfmcl keygen` writes them. It expires so many days
-    after the report was made.
+    report_sha256: of the bytes of report.json. It expires so many days after the report was made.
     """
-    return signed_lines(_unsigned(report, report_sha256, expires_days), [read_signer(key) for key in keys])
+    return signed_lines(_unsigned(report, report_sha256, expires_days), signers)
 
 
-def sign_evidence(evidence: Path, keys: Sequence[Path]) -> datetime:
+def sign_evidence(evidence: Path, signers: Sequence[Signer]) -> datetime:
     """Sign the evidence, or add signatures to it; returns the time at which they expire.
 
     Nobody signs blindly: the report must follow from its own record, the files must be those that it names, and what
@@ -119,7 +117,6 @@ def sign_evidence(evidence: Path, keys: Sequence[Path]) -> datetime:
         said_by(envelope) for envelope in fresh
     ]:
         raise refusal("unlike", f"{path}: does not say what {REPORT} says")
-    signers = [read_signer(key) for key in keys]
     _require_drawn(report, [signer.public_key for signer in signers], evidence / REPORT, by_one=False)
     write_text(path, signed_lines(envelopes or fresh, signers))
     return datetime.fromisoformat(json.loads(fresh[1].payload)["predicate"]["expires"])
@@ -225,7 +222,7 @@ def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha2
             raise refusal("unlike", f"{path}: says another {other[0]} than {REPORT}")
 
 
-def _require_drawn(report: dict[str, Any], keys: Iterable[SSlibKey], path: Path, *, by_one: bool) -> None:
+def _require_drawn(report: dict[str, Any], keys: Iterable[PublicKey], path: Path, *, by_one: bool) -> None:
     """Refuse an order that names one of the keys, which did not draw it; by_one: also one that none of them drew."""
     from dfmcl.gating.order import Draw, Matter  # here, as it loads numpy
 

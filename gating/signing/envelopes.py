@@ -10,7 +10,6 @@ from typing import Any
 
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import Error as SignatureError
-from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from dfmcl.common.reader import (
     MANIFEST_BYTES,
@@ -19,6 +18,7 @@ from dfmcl.common.reader import (
 )
 from dfmcl.gating.signing.evidence import MALFORMED, read_file, reason_of
 from dfmcl.gating.signing.faults import refusal
+from dfmcl.gating.signing.signer import PublicKey, Signer, made_by
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
@@ -29,11 +29,12 @@ def said_by(envelope: Envelope) -> tuple[str, bytes]:
     return envelope.payload_type, envelope.payload
 
 
-def signed_lines(envelopes: Sequence[Envelope], signers: Iterable[CryptoSigner]) -> str:
+def signed_lines(envelopes: Sequence[Envelope], signers: Iterable[Signer]) -> str:
     """The envelopes with these signatures added, one a line."""
     for signer in signers:
         for envelope in envelopes:
-            envelope.sign(signer)
+            signature = signer.sign(envelope.pae())
+            envelope.signatures[signature.keyid] = signature
     return "".join(json.dumps(envelope.to_dict(), sort_keys=True) + "\n" for envelope in envelopes)
 
 
@@ -50,19 +51,19 @@ def read_envelopes(path: Path) -> list[Envelope]:
     return envelopes
 
 
-def signers_of_all(envelopes: Sequence[Envelope], keys: Sequence[SSlibKey]) -> set[str]:
+def signers_of_all(envelopes: Sequence[Envelope], keys: Sequence[PublicKey]) -> set[str]:
     """Ids of the keys whose valid signature every envelope carries."""
     return {key.keyid for key in keys if envelopes and all(is_signed_by(envelope, key) for envelope in envelopes)}
 
 
-def is_signed_by(envelope: Envelope, key: SSlibKey) -> bool:
+def is_signed_by(envelope: Envelope, key: PublicKey) -> bool:
     try:
-        return key.keyid in envelope.verify([key], 1)
-    except (SignatureError, AttributeError, ValueError):  # a payload type that is no text fails inside
+        return made_by(key, envelope.signatures.get(key.keyid), envelope.pae())
+    except (AttributeError, ValueError):  # a payload type that is no text fails inside
         return False
 
 
-def is_forged(envelopes: Sequence[Envelope], keys: Sequence[SSlibKey]) -> bool:
+def is_forged(envelopes: Sequence[Envelope], keys: Sequence[PublicKey]) -> bool:
     """Whether a payload carries a trusted key's signature that is not of this payload."""
     named = [(envelope, key) for envelope in envelopes for key in keys if key.keyid in envelope.signatures]
     return not all(is_signed_by(envelope, key) for envelope, key in named)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.geometry import project, start, steepest
 from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
@@ -158,7 +157,7 @@ def _run(
     """
     lowest = x.new_full((len(x),), float("-inf"))
     best, highest = x.clone(), lowest.clone()
-    begin, none = start(x, threat, generator), torch.zeros_like(x)
+    begin, none = threat.start(x, generator), torch.zeros_like(x)
     s = _Standing(
         index=torch.arange(len(x), device=x.device),
         x=x,
@@ -199,9 +198,9 @@ def _run(
             s.value = torch.where(s.halved, s.highest, s.value)
             s.before, s.rises, checked = s.highest, torch.zeros_like(s.rises), step
         length = s.step_size.view(-1, *[1] * (x.dim() - 1))
-        ahead = project(s.point + length * steepest(s.gradient, threat.norm), s.x, threat)
+        ahead = threat.project(s.point + length * threat.steepest(s.gradient), s.x)
         if step:  # the first step has nothing behind it
-            ahead = project(s.point + FRESH * (ahead - s.point) + (1 - FRESH) * (s.point - s.previous), s.x, threat)
+            ahead = threat.project(s.point + FRESH * (ahead - s.point) + (1 - FRESH) * (s.point - s.previous), s.x)
         s.previous, s.point = s.point, ahead
     best[s.index], highest[s.index] = s.best, s.highest
     return best, highest

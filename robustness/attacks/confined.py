@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dfmcl.robustness.attacks.square import SEARCHES, patch_side, patched, signs
-from dfmcl.robustness.attacks.subspaces import Chart, Subspace, subspaces
+from dfmcl.robustness.attacks.subspaces import Chart, Subspace, chart_of, subspaces
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin, value_and_gradient
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.registry import by_norm
 from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
@@ -42,7 +44,7 @@ def subspace(
     """
     kept = _Best(x, y, trial or Trial(y))
     for space in (subspaces(x) if within is None else within).values():
-        chart = Chart(space, x, threat)
+        chart = chart_of(space, x, threat)
         for restart in range(restarts):
             begin = chart.start(generator) if restart else torch.zeros_like(chart.lower)
             _climb(model, chart, begin, steps, kept)
@@ -70,7 +72,7 @@ def square_subspace(
     found = list((subspaces(x) if within is None else within).values())
     for number, space in enumerate(found):
         share = queries // len(found) + (number < queries % len(found))
-        _search(model, Chart(space, x, threat), share, p_init, generator, kept)
+        _search(model, chart_of(space, x, threat), share, p_init, generator, kept)
     return kept.points
 
 
@@ -114,13 +116,13 @@ def _climb(model: Model, chart: Chart, begin: Tensor, steps: int, kept: _Best) -
 
 
 def _search(model: Model, chart: Chart, queries: int, p_init: float, generator: torch.Generator, kept: _Best) -> None:
-    rows = kept.left
+    rows, propose = kept.left, by_norm(PROPOSALS, chart.threat.norm, "square-subspace")
     chart = chart.of(rows)
     best, highest = chart.lower.clone(), chart.x.new_full((len(rows),), float("-inf"))
     for query in range(queries):
         if not len(rows):
             break
-        proposed = _proposed(chart, best, query, patch_side(query - 1, queries, p_init, best.shape[2:]), generator)
+        proposed = propose(chart, best, query, patch_side(query - 1, queries, p_init, best.shape[2:]), generator)
         points = chart.images(proposed)
         with torch.no_grad():
             logits = model(points)
@@ -131,16 +133,22 @@ def _search(model: Model, chart: Chart, queries: int, p_init: float, generator: 
         rows, chart, best, highest = rows[stay], chart.of(stay), best[stay], highest[stay]
 
 
-def _proposed(chart: Chart, best: Tensor, query: int, side: int, generator: torch.Generator) -> Tensor:
-    """Coordinates in the place of the best: stripes or tiles at first, then a square of others."""
-    if chart.threat.norm == "linf":
-        if query:
-            return patched(best, chart.lower, chart.upper, side, generator)
-        up = signs((len(best), best.shape[1], 1, best.shape[3]), best, generator)
-        return torch.where(up, chart.upper, chart.lower)
+def _patches(chart: Chart, best: Tensor, query: int, side: int, generator: torch.Generator) -> Tensor:
+    """Coordinates in the place of the best: stripes at first, then a square of others."""
+    if query:
+        return patched(best, chart.lower, chart.upper, side, generator)
+    up = signs((len(best), best.shape[1], 1, best.shape[3]), best, generator)
+    return torch.where(up, chart.upper, chart.lower)
+
+
+def _bumps(chart: Chart, best: Tensor, query: int, side: int, generator: torch.Generator) -> Tensor:
+    """The same in L2: tiles at first."""
     begin, propose = SEARCHES["l2"]
     ones = torch.ones_like(best)
     gain = float(chart.spread(ones).norm() / ones.norm())
-    middle, ball = torch.full_like(best, 0.5), Threat("l2", chart.threat.eps / gain)
+    middle, ball = torch.full_like(best, 0.5), L2(chart.threat.eps / gain)
     moved = propose(middle + best, middle, ball, side, generator) if query else begin(middle, ball, generator)
     return chart.project(moved - middle)
+
+
+PROPOSALS = {"linf": _patches, "l2": _bumps}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.threats.geometry import norms
+from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.threat import Threat
 
 
@@ -47,7 +47,7 @@ def cw_l2(
             x_adv = (torch.tanh(w) + 1) / 2
             logits = model(x_adv)
             with torch.no_grad():
-                length = norms(x_adv - x, "l2")
+                length = L2.lengths(x_adv - x)
                 fooled = logits.argmax(dim=1) != y
                 better = fooled & (length < least)
                 nearest[better], least[better] = x_adv[better], length[better]

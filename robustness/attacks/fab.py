@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import targeted_margin, value_and_gradient
-from dfmcl.robustness.threats.geometry import norms, project, start
+from dfmcl.robustness.threats.registry import by_norm
 from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
@@ -44,18 +44,22 @@ def fab_targeted(
     trial.spend(torch.arange(len(x), device=x.device), forward=1)
     likeliest = wrong.topk(min(targets, wrong.shape[1] - 1), dim=1).indices
     nearest, least = x.clone(), x.new_full((len(x),), float("inf"))
-    left, around = torch.arange(len(x), device=x.device), Threat(threat.norm, threat.eps / 2)
+    left, around = torch.arange(len(x), device=x.device), threat.sized(threat.eps / 2)
     for restart in range(restarts):
         for target in likeliest.unbind(dim=1):
             if not len(left):
                 break
-            begin = x[left] if restart == 0 else start(x[left], around, generator)
+            begin = x[left] if restart == 0 else around.start(x[left], generator)
             search = _Search(model, x[left], y[left], target[left], threat, trial, left)
             point, length = search.run(begin, steps)
             better = length < least[left]
             nearest[left[better]], least[left[better]] = point[better], length[better]
             left = left[~search.done]
-    return project(nearest, x, threat)
+    return threat.project(nearest, x)
+
+
+# How fast each coordinate moves towards the plane, by the sizes of the gradient.
+SPEEDS: dict[str, Callable[[Tensor], Tensor]] = {"linf": torch.ones_like, "l2": lambda size: size}
 
 
 def onto_plane(x: Tensor, w: Tensor, excess: Tensor, norm: str) -> Tensor:
@@ -68,7 +72,7 @@ def onto_plane(x: Tensor, w: Tensor, excess: Tensor, norm: str) -> Tensor:
     direction = -torch.sign(w) * torch.sign(excess)[:, None]
     room = torch.where(direction > 0, 1 - x, x) * (direction != 0)
     size = w.abs()
-    speed = torch.ones_like(size) if norm == "linf" else size
+    speed = by_norm(SPEEDS, norm, "fab-t")(size)
     corner = torch.where(size > 0, room / speed.clamp_min(1e-12), torch.inf)
     corner, order = corner.sort(dim=1)
     full, slope = (size * room).gather(1, order), (size * speed).gather(1, order)
@@ -116,10 +120,10 @@ class _Search:
     def _stepped(self, index: Tensor, point: Tensor, gap: Tensor, gradient: Tensor) -> Tensor:
         """Onto the plane where the two linearised logits are equal, from the point and a little from the image."""
         image, flat = self.x[index].flatten(1), point.flatten(1)
-        w, norm = gradient.flatten(1), self.threat.norm
+        w, norm, lengths = gradient.flatten(1), self.threat.norm, self.threat.lengths
         gap_at_image = gap + (w * (image - flat)).sum(dim=1)
         own, biased = onto_plane(flat, w, gap, norm), onto_plane(image, w, gap_at_image, norm)
-        near, far = norms(own, norm).clamp_min(1e-8), norms(biased, norm).clamp_min(1e-8)
+        near, far = lengths(own).clamp_min(1e-8), lengths(biased).clamp_min(1e-8)
         bias = (near / (near + far)).clamp(max=MOST_BIAS)[:, None]
         moved = (1 - bias) * (flat + OVERSHOOT * own) + bias * (image + OVERSHOOT * biased)
         return moved.clamp(0, 1).view_as(point)
@@ -127,7 +131,7 @@ class _Search:
     def _look(self, index: Tensor, point: Tensor, logits: Tensor, *, gradient: bool) -> Tensor:
         """Which points are adversarial `(m,)`; those inside the ball are shown to the trial, the nearest are kept."""
         crossed = logits.argmax(dim=1) != self.y[index]
-        length = norms(point - self.x[index], self.threat.norm)
+        length = self.threat.lengths(point - self.x[index])
         better = crossed & (length < self.least[index])
         self.nearest[index[better]], self.least[index[better]] = point[better], length[better]
         inside = length <= self.threat.eps

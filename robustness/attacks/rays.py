@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.threat import Threat
 
 PRECISION = 1e-3  # of eps: how exactly the radius at which a ray crosses the border is found
@@ -32,7 +33,7 @@ def rays(
     as anything inside the ball will do. One query per live image and step, `queries` at most; an image that is fooled
     leaves the batch at once. Only the label of an answer is used. Deterministic; Linf only, else BadInput.
     """
-    if threat.norm != "linf":
+    if not isinstance(threat, Linf):
         raise BadInput(f"rays: knows Linf only, the threat is {threat}; take a Linf threat or leave rays out")
     trial, size = trial or Trial(y), x.shape[1:].numel()
     precision = PRECISION * threat.eps

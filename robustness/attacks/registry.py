@@ -29,7 +29,8 @@ from dfmcl.robustness.attacks.square import square
 from dfmcl.robustness.attacks.suites import FROM, SUITES
 from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.geometry import project, start, steepest
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import THREATS
 from dfmcl.robustness.threats.threat import Threat, parse_eps
 
 Model = Callable[[Tensor], Tensor]
@@ -81,9 +82,9 @@ def climb(
     alive = everyone = torch.arange(len(x), device=x.device)
     for restart in range(restarts):
         index, origin, velocity = alive, x[alive], torch.zeros_like(x[alive])
-        x_adv = start(origin, threat, generator) if random_start else origin.clone()
+        x_adv = threat.start(origin, generator) if random_start else origin.clone()
         if initial is not None and restart == 0:
-            x_adv = project(initial, origin, threat)
+            x_adv = threat.project(initial, origin)
         for step in range(steps + 1):
             if step == steps and keep == "last":
                 break
@@ -103,7 +104,7 @@ def climb(
                 size = gradient.abs().flatten(1).mean(dim=1).clamp_min(1e-12)
                 velocity = momentum * velocity + gradient / size.view(-1, *[1] * (x.dim() - 1))
                 gradient = velocity
-            x_adv = project(x_adv + step_size * steepest(gradient, threat.norm), origin, threat)
+            x_adv = threat.project(x_adv + step_size * threat.steepest(gradient), origin)
         if keep == "last":
             return x_adv
         alive = index
@@ -159,6 +160,7 @@ class Kind:
     restarts: whether it may be told to run more than once.
     carried: its parameters when it is crafted on a surrogate for another model; None where it does not transfer.
     live: whether an outsider runs it against an endpoint.
+    norms: of the threats that it can search in.
     """
 
     function: AttackFunction
@@ -168,6 +170,7 @@ class Kind:
     restarts: bool = True
     carried: Mapping[str, Any] | None = None
     live: bool = False
+    norms: tuple[str, ...] = tuple(THREATS)
 
 
 # The last iterate, as one that fools the surrogate early says little about the other.
@@ -190,7 +193,7 @@ ATTACKS: dict[str, Kind] = {
     "square": blind(square, live=True),
     "subspace": Kind(subspace),
     "square-subspace": blind(square_subspace),
-    "rays": blind(rays, scores=False, live=True),
+    "rays": blind(rays, scores=False, live=True, norms=(Linf.norm,)),
     "di-fgsm": carried(di_fgsm),
     "ti-fgsm": carried(ti_fgsm),
     "vmi-fgsm": carried(vmi_fgsm),  # 55 passes of the surrogates an image, the others 10
@@ -234,7 +237,7 @@ class Attack:
         if match["step_size"] is not None:
             if "step_size" not in inspect.signature(ATTACKS[kind].function).parameters:
                 raise BadInput(f"attack: {text!r}: {kind} takes no step size")
-            if step_length(match["step_size"], Threat("linf", 1.0)) <= 0:
+            if step_length(match["step_size"], Linf(1.0)) <= 0:
                 raise BadInput(f"attack: {text!r}: a step is longer than 0")
             parameters["step_size"] = match["step_size"]
         return Attack(text, ATTACKS[kind].function, parameters)

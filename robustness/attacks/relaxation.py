@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.geometry import project, start, steepest
 from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
@@ -86,11 +85,11 @@ class _Search:
 
     def ball(self, share: float) -> Threat:
         """The ball of so much of the radius."""
-        return Threat(self.threat.norm, share * self.threat.eps)
+        return self.threat.sized(share * self.threat.eps)
 
     def begin(self) -> tuple[Tensor, Tensor]:
         """Climb the cross-entropy: the likeliest wrong classes `(N, T)`, and the unit of each image's margin `(N,)`."""
-        rows, point = torch.arange(len(self.x), device=self.x.device), start(self.x, self.threat, self.generator)
+        rows, point = torch.arange(len(self.x), device=self.x.device), self.threat.start(self.x, self.generator)
         first = last = torch.empty(0)  # each image's logits where it begins, and where it falls or ends
         for size in (*BEGIN, 0.0):
             _, gradient, logits = losses.value_and_gradient(
@@ -110,14 +109,14 @@ class _Search:
     def towards(self, rows: Tensor, target: Tensor, unit: Tensor, length: int) -> Tensor:
         """One run on images `rows` `(M,)`: how near, in units, each came to its target, `(M,)`; beyond it below 0."""
         closest, own = unit.new_full((len(rows),), torch.inf), torch.arange(len(rows), device=rows.device)
-        point = start(self.x[rows], self.threat, self.generator)
+        point = self.threat.start(self.x[rows], self.generator)
         for size in CYCLES:
             for step in range(length):
                 if step == length // 3:
-                    point = project(point, self.x[rows], self.threat)
+                    point = self.threat.project(point, self.x[rows])
                 if step == 2 * length // 3:
-                    point = project(point, self.x[rows], self.ball(1 - size))
-                    point = project(start(point, self.ball(size), self.generator), self.x[rows], self.threat)
+                    point = self.ball(1 - size).project(point, self.x[rows])
+                    point = self.threat.project(self.ball(size).start(point, self.generator), self.x[rows])
                 value, gradient, logits = losses.value_and_gradient(
                     self.model, point, losses.targeted_margin, (self.y[rows], target[own]), True
                 )
@@ -141,8 +140,8 @@ class _Search:
 
     def step(self, point: Tensor, rows: Tensor, gradient: Tensor, size: float, ball: Threat) -> Tensor:
         """Uphill by so much of eps, and back into a ball around the images."""
-        ahead = point + size * self.threat.eps * steepest(gradient, self.threat.norm)
-        return project(ahead, self.x[rows], ball)
+        ahead = point + size * self.threat.eps * self.threat.steepest(gradient)
+        return ball.project(ahead, self.x[rows])
 
     def look(self, rows: Tensor, points: Tensor, logits: Tensor, *, gradient: bool) -> Tensor:
         """Which of the images `rows` `(M,)` fall at these points, which lie in the ball, `(M,)` bool."""
@@ -158,7 +157,7 @@ class _Search:
         fooled = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
         errs = torch.nonzero(~losses.right(logits, self.y[rows])).squeeze(1)
         if len(errs):
-            inside = project(points[errs], self.x[rows[errs]], self.threat)
+            inside = self.threat.project(points[errs], self.x[rows[errs]])
             with torch.no_grad():
                 again = self.model(inside)
             fooled[errs] = self.look(rows[errs], inside, again, gradient=False)

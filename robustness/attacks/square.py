@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.threats.geometry import norms, project
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.registry import by_norm
 from dfmcl.robustness.threats.threat import Threat
 
 # Where the patch's share of the image is halved, in ten-thousandths of all queries (section 5 of the paper).
@@ -39,7 +40,7 @@ def square(
     and step, `queries` at most; an image that is fooled leaves the batch at once. The gradient is never used, so that
     a masked one cannot mislead the attack.
     """
-    begin, propose = SEARCHES[threat.norm]
+    begin, propose = by_norm(SEARCHES, threat.norm, "square")
     trial = trial or Trial(y)
     best, highest = x.clone(), x.new_full((len(x),), float("-inf"))
     alive = torch.arange(len(x), device=x.device)
@@ -122,7 +123,7 @@ def _shifted(current: Tensor, x: Tensor, threat: Threat, side: int, generator: t
     )
     into = to_rows[:, None, :, None] & to_columns[:, None, None, :]
     out_of = from_rows[:, None, :, None] & from_columns[:, None, None, :]
-    unused = (threat.eps**2 - norms(delta, "l2").square()).clamp_min(0).view(-1, 1, 1, 1)
+    unused = (threat.eps**2 - L2.lengths(delta).square()).clamp_min(0).view(-1, 1, 1, 1)
     there = (delta * (into | out_of)).square().sum(dim=(1, 2, 3), keepdim=True)
     radius = (there + unused / channels).sqrt()
     old = delta[into.expand_as(delta)].view(count, channels, side, side)
@@ -157,8 +158,8 @@ def _of_length(windows: Tensor, length: Tensor | float) -> Tensor:
 
 def _at_radius(x: Tensor, delta: Tensor, threat: Threat) -> Tensor:
     """x + delta with the length of delta stretched to the radius, in the box."""
-    factor = threat.eps / norms(delta, "l2").clamp_min(1e-12)
-    return project(x + delta * factor.view(-1, 1, 1, 1), x, threat)
+    factor = threat.eps / L2.lengths(delta).clamp_min(1e-12)
+    return threat.project(x + delta * factor.view(-1, 1, 1, 1), x)
 
 
 Begin = Callable[[Tensor, Threat, torch.Generator], Tensor]

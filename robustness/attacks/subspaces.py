@@ -4,13 +4,16 @@ at places where the data differ."""
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dfmcl.robustness.threats.geometry import norms
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.registry import by_norm
 from dfmcl.robustness.threats.threat import Threat
 
 COARSE = 2  # pixels from one free value to the next, where frequencies are low
@@ -95,7 +98,7 @@ def varied(x: Tensor) -> Tensor:
     return shares.amax(dim=1, keepdim=True) >= VARIED
 
 
-class Chart:
+class Chart(ABC):
     """Coordinates of a subspace around images x `(N, C, H, W)`: free values between bounds, and the images there.
 
     Images are whole grey levels away from x where the radius is a level or more: rounding to bytes changes nothing,
@@ -107,8 +110,7 @@ class Chart:
     def __init__(self, space: Subspace, x: Tensor, threat: Threat) -> None:
         self.space, self.x, self.threat = space, x, threat
         self.whole = 255 * threat.eps + TINY >= 1
-        reach = threat.eps if threat.norm == "linf" else 1.0
-        self.lower, self.upper = -self._free(x, reach), self._free(1 - x, reach)
+        self.lower, self.upper = -self._free(x), self._free(1 - x)
         if space.varied:
             self.open = varied(x)
             self.lower, self.upper = self.open * self.lower, self.open * self.upper
@@ -117,8 +119,8 @@ class Chart:
 
     def of(self, rows: Tensor) -> Chart:
         """The chart around some of the images."""
-        part = object.__new__(Chart)
-        part.__dict__ = self.__dict__ | {name: getattr(self, name)[rows] for name in ("x", "lower", "upper")}
+        part = copy(self)
+        part.x, part.lower, part.upper = self.x[rows], self.lower[rows], self.upper[rows]
         return part
 
     def spread(self, coordinates: Tensor) -> Tensor:
@@ -132,11 +134,7 @@ class Chart:
 
     def project(self, coordinates: Tensor) -> Tensor:
         """Into the bounds and the ball."""
-        inside = torch.minimum(torch.maximum(coordinates, self.lower), self.upper)
-        if self.threat.norm == "linf":
-            return inside
-        length = norms(self.spread(inside), "l2").clamp_min(1e-12)
-        return inside * (self.threat.eps / length).clamp(max=1.0).view(-1, 1, 1, 1)
+        return torch.minimum(torch.maximum(coordinates, self.lower), self.upper)
 
     def start(self, generator: torch.Generator) -> Tensor:
         """Random coordinates."""
@@ -144,16 +142,9 @@ class Chart:
         uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
         return self.project(self.lower + uniform * (self.upper - self.lower))
 
+    @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The step that raises the loss most, by the loss's gradient: of size 1 in Linf, of length 1 in L2."""
-        if self.threat.norm == "linf":
-            return gradient.sign()
-        if self.space.varied:
-            gradient = self.open * gradient
-        if self.space.low:  # where slopes overlap, the steepest way is not along the gradient of the coordinates
-            rows, columns = (torch.linalg.inv(drawn @ drawn.T) for drawn in (self.rows, self.columns))
-            gradient = rows @ gradient @ columns
-        return gradient / norms(self.spread(gradient), "l2").clamp_min(1e-12).view(-1, 1, 1, 1)
+        """The step of length 1 that raises the loss most, by the loss's gradient."""
 
     def images(self, coordinates: Tensor) -> Tensor:
         """Images `(N, C, H, W)` in the subspace; to a gradient, rounding is the identity."""
@@ -166,27 +157,23 @@ class Chart:
         there = (clean + self._rounded(255 * exact, clean)) / 255 + (self.x - clean / 255)
         return there.clamp(0, 1) + (wanted - exact)
 
+    @abstractmethod
     def _rounded(self, moved: Tensor, clean: Tensor) -> Tensor:
-        """The nearest whole levels inside the ball that are allowed; in L2 of the longest perturbation that fits."""
-        if self.threat.norm == "linf":
-            return self._nearest(moved, clean)
-        low, high = moved.new_zeros(len(moved), 1, 1, 1), moved.new_ones(len(moved), 1, 1, 1)
-        scale = high
-        for _ in range(HALVINGS):
-            length = norms(self._nearest(scale * moved, clean), "l2").view(-1, 1, 1, 1)
-            inside = length <= 255 * self.threat.eps
-            low, high = torch.where(inside, scale, low), torch.where(inside, high, scale)
-            scale = (low + high) / 2
-        return self._nearest(low * moved, clean)
+        """Whole levels inside the ball that are allowed, near `moved` levels from the clean ones."""
 
     def _nearest(self, moved: Tensor, clean: Tensor) -> Tensor:
         if self.lattice is None:
             return moved.round()
         return self.lattice.nearest(moved, clean, math.floor(255 * self.threat.eps + TINY))
 
-    def _free(self, room: Tensor, reach: float) -> Tensor:
+    @property
+    @abstractmethod
+    def _reach(self) -> float:
+        """How far one value may move."""
+
+    def _free(self, room: Tensor) -> Tensor:
         """Of room `(N, C, H, W)` on one side: how far each coordinate may go."""
-        room = room.clamp(max=reach)
+        room = room.clamp(max=self._reach)
         if self.whole:
             room = (255 * room + TINY).floor() / 255
         if self.space.grey:
@@ -198,6 +185,60 @@ class Chart:
             room = functional.pad(room, (0, width % COARSE, 0, height % COARSE), value=torch.inf)
             room = -functional.max_pool2d(-room, COARSE + 2 * beyond, COARSE, beyond)
         return room
+
+
+class LinfChart(Chart):
+    """In Linf the bounds are the ball."""
+
+    @property
+    def _reach(self) -> float:
+        return self.threat.eps
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def _rounded(self, moved: Tensor, clean: Tensor) -> Tensor:
+        return self._nearest(moved, clean)
+
+
+class L2Chart(Chart):
+    """In L2 a coordinate may go as far as [0, 1] does, and the length of all that they move is bounded."""
+
+    @property
+    def _reach(self) -> float:
+        return 1.0
+
+    def project(self, coordinates: Tensor) -> Tensor:
+        inside = super().project(coordinates)
+        length = L2.lengths(self.spread(inside)).clamp_min(1e-12)
+        return inside * (self.threat.eps / length).clamp(max=1.0).view(-1, 1, 1, 1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        if self.space.varied:
+            gradient = self.open * gradient
+        if self.space.low:  # where slopes overlap, the steepest way is not along the gradient of the coordinates
+            rows, columns = (torch.linalg.inv(drawn @ drawn.T) for drawn in (self.rows, self.columns))
+            gradient = rows @ gradient @ columns
+        return gradient / L2.lengths(self.spread(gradient)).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+    def _rounded(self, moved: Tensor, clean: Tensor) -> Tensor:
+        """Of the longest perturbation whose whole levels fit."""
+        low, high = moved.new_zeros(len(moved), 1, 1, 1), moved.new_ones(len(moved), 1, 1, 1)
+        scale = high
+        for _ in range(HALVINGS):
+            length = L2.lengths(self._nearest(scale * moved, clean)).view(-1, 1, 1, 1)
+            inside = length <= 255 * self.threat.eps
+            low, high = torch.where(inside, scale, low), torch.where(inside, high, scale)
+            scale = (low + high) / 2
+        return self._nearest(low * moved, clean)
+
+
+CHARTS: dict[str, type[Chart]] = {"linf": LinfChart, "l2": L2Chart}
+
+
+def chart_of(space: Subspace, x: Tensor, threat: Threat) -> Chart:
+    """BadInput where nothing is known of the threat's balls in a subspace."""
+    return by_norm(CHARTS, threat.norm, "subspace")(space, x, threat)
 
 
 def _drawn(length: int, mode: str, like: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.threats.geometry import start
 from dfmcl.robustness.threats.threat import Threat
 
 Pass = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
@@ -117,7 +116,7 @@ def tuned(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
     They are asked when the next step needs them: T steps cost T + (T - 1) * SAMPLES passes. It remembers the point
     before, so that a pass serves one climb of one batch.
     """
-    around = Threat(threat.norm, WITHIN * threat.eps)
+    around = threat.sized(WITHIN * threat.eps)
     before: tuple[Tensor, Tensor] | None = None
 
     def changed(points: Tensor, y: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +128,7 @@ def tuned(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
         if before is not None:
             point, there = before
             for _ in range(SAMPLES):
-                difference += (look(start(point, around, generator), y, True)[1] - there) / SAMPLES
+                difference += (look(around.start(point, generator), y, True)[1] - there) / SAMPLES
         before = points, gradient
         return value, gradient + difference, logits
 

@@ -1,4 +1,4 @@
-"""A radius as a configuration writes it."""
+"""A norm and a radius as a configuration writes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.threats.registry import THREATS
 from dfmcl.robustness.threats.threat import parse_eps
+
+
+def _is_norm(text: str) -> str:
+    if text not in THREATS:
+        raise ValueError(f"choose one of {', '.join(THREATS)}")
+    return text
 
 
 def _is_radius(text: str) -> str:
@@ -20,4 +27,5 @@ def _is_radius(text: str) -> str:
     return text
 
 
+Norm = Annotated[str, AfterValidator(_is_norm)]
 Radius = Annotated[str, AfterValidator(_is_radius)]

@@ -20,7 +20,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Campaign:
+class QueryCampaign:
     """Of one key, seen by one detector. begun, last: when its first and its latest match came; matches: so far."""
 
     key: str
@@ -34,7 +34,7 @@ class Alarm:
     """Follows one key's matches by one detector. campaign: the one that goes on, or None."""
 
     def __init__(self, key: str, detector: str, rule: Rule) -> None:
-        self.campaign: Campaign | None = None
+        self.campaign: QueryCampaign | None = None
         self.detector = detector
         self._key, self._rule = key, rule
         self._recent: deque[tuple[int, float]] = deque(maxlen=rule.matches)
@@ -49,11 +49,11 @@ class Alarm:
         rule = self._rule
         if len(self._recent) < rule.matches or number - first >= rule.queries or now - begun > rule.seconds:
             return False
-        self.campaign = Campaign(self._key, self.detector, begun, now, rule.matches)
+        self.campaign = QueryCampaign(self._key, self.detector, begun, now, rule.matches)
         self._recent.clear()
         return True
 
-    def end(self, now: float = float("inf")) -> Campaign | None:
+    def end(self, now: float = float("inf")) -> QueryCampaign | None:
         """The campaign that ended by now, quiet for long enough, or None; without a time it ends at once."""
         ended = self.campaign
         if ended is None or now - ended.last < self._rule.quiet_seconds:

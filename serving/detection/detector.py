@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Any
 
 from dfmcl.common import webhook
-from dfmcl.serving.detection.campaigns import Alarm, Campaign, Rule
+from dfmcl.serving.detection.campaigns import Alarm, QueryCampaign, Rule
 from dfmcl.serving.detection.fingerprints import Fingerprinter, Image
 from dfmcl.serving.detection.history import History
+from dfmcl.serving.gateway.api_keys import Caller
 from dfmcl.serving.gateway.config import Detection
-from dfmcl.serving.gateway.keys import Caller
 from dfmcl.serving.gateway.metrics import DetectionMetrics
 
 # Of similarity, from which on two images are near-duplicates: half of the tags, as Blacklight's authors have it; and
@@ -94,12 +94,12 @@ class Examiner:
             self._metrics.begun(caller.probe, alarm.detector)
             self._tell("begun", caller, alarm.campaign)
 
-    def _end(self, caller: Caller, campaign: Campaign | None) -> None:
+    def _end(self, caller: Caller, campaign: QueryCampaign | None) -> None:
         if campaign is not None:
             self._metrics.ended(caller.probe, campaign.detector)
             self._tell("ended", caller, campaign)
 
-    def _tell(self, phase: str, caller: Caller, campaign: Campaign) -> None:
+    def _tell(self, phase: str, caller: Caller, campaign: QueryCampaign) -> None:
         """The log and the webhook, of a user's campaign; a probe's is no news."""
         if caller.probe:
             return

@@ -37,6 +37,7 @@ from dfmcl.serving.clients.triton import Contract
 from dfmcl.serving.detection.detector import Worker
 from dfmcl.serving.gateway import images, pages
 from dfmcl.serving.gateway.admission import Admission, Place
+from dfmcl.serving.gateway.api_keys import ANYONE, PREFIX, Caller
 from dfmcl.serving.gateway.config import GatewayConfig
 from dfmcl.serving.gateway.endpoints import Reply
 from dfmcl.serving.gateway.exchange import (
@@ -50,7 +51,6 @@ from dfmcl.serving.gateway.exchange import (
     say,
     softmax,
 )
-from dfmcl.serving.gateway.keys import ANYONE, PREFIX, Caller
 from dfmcl.serving.gateway.metrics import DetectionMetrics, Metrics
 from dfmcl.serving.gateway.openapi import describe
 from dfmcl.serving.gateway.pool import Pool

@@ -7,29 +7,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import LocalPath, read_toml
+from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml
 from dfmcl.release.layout import MODEL_NAME
 from dfmcl.serving.detection.fingerprints import DETECTORS, DetectorName
-from dfmcl.serving.gateway.keys import Bucket, Caller, Keyring, digest_of, make_key
-
-
-class Section(BaseModel):
-    """A table of the file; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _is_endpoint(url: str) -> str:
-    host, _, port = url.rpartition(":")
-    if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError("write host:port of Triton's gRPC endpoint, such as 127.0.0.1:8001")
-    return url
+from dfmcl.serving.gateway.api_keys import Bucket, Caller, Keyring, digest_of, make_key
 
 
 def _is_address(address: str) -> str:
@@ -39,18 +26,12 @@ def _is_address(address: str) -> str:
     return address
 
 
-def _is_set(names: list[str]) -> list[str]:
-    if len(set(names)) != len(names):
-        raise ValueError("names something twice")
-    return names
-
-
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Horizon = Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False)]
 Pause = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 
-class Listen(Section):
+class ListenSection(Section):
     """Where the gateway is. With tls_certificate and tls_key (PEM files) it speaks HTTPS, and with tls_client_ca it
     asks clients for a certificate too. admin is a second address, for probes and Prometheus, which strangers cannot
     fill: /healthz, /readyz and, then only there, /metrics, over plain HTTP and without keys. After SIGTERM it says at
@@ -68,7 +49,7 @@ class Listen(Section):
     drain_seconds: Pause = 20.0
 
     @model_validator(mode="after")
-    def _tls_is_whole(self) -> Listen:
+    def _tls_is_whole(self) -> ListenSection:
         if bool(self.tls_certificate) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_key):
             raise ValueError("tls_certificate and tls_key go together, and tls_client_ca needs both")
         return self
@@ -79,9 +60,7 @@ class Tritons(Section):
     tls_certificate and tls_key are shown to a Triton that asks. An endpoint that nobody asks is asked for one
     inference every check_seconds."""
 
-    endpoints: Annotated[
-        list[Annotated[str, AfterValidator(_is_endpoint)]], Field(min_length=1), AfterValidator(_is_set)
-    ]
+    endpoints: Annotated[list[TritonUrl], Field(min_length=1), EachOnce]
     model: str = Field(pattern=f"^{MODEL_NAME.pattern}$")
     tls: bool = False
     tls_ca: LocalPath = ""
@@ -98,7 +77,7 @@ class Tritons(Section):
         return self
 
 
-class Limits(Section):
+class LimitsSection(Section):
     """What a request may cost. One key holds at most eight times as many places of `concurrency` as are free.
     timeout_ms holds where a request names no X-Request-Timeout-Ms, which may go up to max_timeout_ms. Bodies need up to
     concurrency * body_bytes of memory, and each decoder up to 8 bytes a pixel, or for JSON three times the body."""
@@ -113,7 +92,7 @@ class Limits(Section):
     connections: int = Field(1_000, ge=1)
 
     @model_validator(mode="after")
-    def _default_is_allowed(self) -> Limits:
+    def _default_is_allowed(self) -> LimitsSection:
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError(f"timeout_ms is {self.timeout_ms}, above max_timeout_ms {self.max_timeout_ms}")
         return self
@@ -142,7 +121,7 @@ class Detection(Section):
     many, until throttle_seconds after its last match. A webhook gets each campaign as JSON, within webhook_seconds."""
 
     enabled: bool = True
-    detectors: Annotated[list[DetectorName], Field(min_length=1), AfterValidator(_is_set)] = list(DETECTORS)
+    detectors: Annotated[list[DetectorName], Field(min_length=1), EachOnce] = Field(default=list(DETECTORS))
     queries: int = Field(2_000, ge=2, le=100_000)
     seconds: Horizon = 3600.0
     keys: int = Field(64, ge=1)
@@ -192,12 +171,12 @@ class GatewayConfig(Section):
     """A whole gateway. open: anyone may ask, without a key; else at least one [[keys]] is needed."""
 
     open: bool = False
-    listen: Listen = Listen()
+    listen: ListenSection = ListenSection()
     triton: Tritons
-    limits: Limits = Limits()
+    limits: LimitsSection = LimitsSection()
     answers: Answers = Answers()
     detection: Detection = Detection()
-    keys: list[Key] = []
+    keys: list[Key] = Field(default=[])
 
     @model_validator(mode="after")
     def _door_is_decided(self) -> GatewayConfig:
@@ -241,8 +220,8 @@ def load_config(path: Path | str) -> GatewayConfig:
         raise BadInput(f"{path}: {_first_complaint(error)}") from None
     return config.model_copy(
         update={
-            "listen": _anchored(config.listen, path.parent, "tls_certificate", "tls_key", "tls_client_ca"),
-            "triton": _anchored(config.triton, path.parent, "tls_ca", "tls_certificate", "tls_key"),
+            "listen": anchored(config.listen, path.parent, "tls_certificate", "tls_key", "tls_client_ca"),
+            "triton": anchored(config.triton, path.parent, "tls_ca", "tls_certificate", "tls_key"),
         }
     )
 
@@ -255,10 +234,3 @@ def _first_complaint(error: ValidationError) -> str:
         return f"unknown key {key}; see deploy/gateway.toml for those that are known"
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message
-
-
-def _anchored(section: Any, folder: Path, *names: str) -> Any:
-    """The same section with every path that is set joined to `folder` (absolute ones stay as they are)."""
-    return section.model_copy(
-        update={name: str(folder / getattr(section, name)) for name in names if getattr(section, name)}
-    )

@@ -20,7 +20,7 @@ from starlette.routing import Route, Router
 
 from dfmcl.common.errors import AnswerError
 from dfmcl.serving.gateway import pages
-from dfmcl.serving.gateway.keys import Caller
+from dfmcl.serving.gateway.api_keys import Caller
 from dfmcl.serving.gateway.problems import RETRY_SECONDS, Problem
 
 

@@ -19,7 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dfmcl.common.errors import BadInput, Broken
-from dfmcl.serving.gateway.config import Listen
+from dfmcl.serving.gateway.config import ListenSection
 from dfmcl.serving.gateway.problems import RETRY_SECONDS, Problem
 
 HEADER_BYTES = 65_536  # of one request
@@ -62,7 +62,7 @@ def affordable(connections: int) -> int:
     return connections if soft == resource.RLIM_INFINITY else max(1, min(connections, soft - BACKLOG - OTHER_FILES))
 
 
-def tls_context(listen: Listen) -> ssl.SSLContext | None:
+def tls_context(listen: ListenSection) -> ssl.SSLContext | None:
     """What the files of the configuration say now; BadInput where a certificate or key cannot be used."""
     if not listen.tls_key:
         return None

@@ -33,11 +33,15 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self._errors = _counter(self.registry, "gateway_errors", "Requests without an answer", "reason")
-        self._images = Counter("gateway_images", "Images classified, the canary's left out.", registry=self.registry)
-        self._canary = _counter(self.registry, "gateway_canary_requests", "The canary's classifications", "outcome")
+        self._errors = _counter(self.registry, "gateway_errors_total", "Requests without an answer", "reason")
+        self._images = Counter(
+            "gateway_images_total", "Images classified, the canary's left out.", registry=self.registry
+        )
+        self._canary = _counter(
+            self.registry, "gateway_canary_requests_total", "The canary's classifications", "outcome"
+        )
         self._canary_errors = _counter(
-            self.registry, "gateway_canary_errors", "The canary's classifications without an answer", "reason"
+            self.registry, "gateway_canary_errors_total", "The canary's classifications without an answer", "reason"
         )
         for outcome in OUTCOMES:  # a series that appears with its first error has no rate before the second
             self._seconds.labels(outcome)
@@ -81,34 +85,52 @@ class DetectionMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"gateway_detection_{name}", what, labels, registry=registry)
+            return Counter(name, what, labels, registry=registry)
 
-        def gauge(name: str, what: str, *labels: str) -> Gauge:
-            return Gauge(f"gateway_detection_{name}", what, labels, registry=registry)
+        def gauge(name: str, what: str) -> Gauge:
+            return Gauge(name, what, registry=registry)
 
-        self.dropped = counter("dropped", "Images not examined, as the queue was full.")
-        self.failed = counter("failures", "Images whose examination broke off: a bug.")
-        self.webhooks = counter("webhooks", "Campaigns told to the webhook, by outcome.", "outcome")
-        self.queue = gauge("queue", "Images that wait to be examined.")
-        self.remembered = gauge("remembered", "Fingerprints in memory.")
+        self.dropped = counter("gateway_detection_dropped_total", "Images not examined, as the queue was full.")
+        self.failed = counter("gateway_detection_failures_total", "Images whose examination broke off: a bug.")
+        self.webhooks = counter(
+            "gateway_detection_webhooks_total", "Campaigns told to the webhook, by outcome.", "outcome"
+        )
+        self.queue = gauge("gateway_detection_queue", "Images that wait to be examined.")
+        self.remembered = gauge("gateway_detection_remembered", "Fingerprints in memory.")
         self.seconds = Histogram(
             "gateway_detection_seconds",
             "Time to examine an image. In seconds.",
             buckets=EXAMINATION_SECONDS,
             registry=registry,
         )
-        self._images = counter("images", "Users' images examined.")
-        self._repeats = counter("repeats", "Of them those whose very bytes their key had sent before.")
-        self._matches = counter("matches", "Of them near-duplicates of an earlier one, by detector.", "detector")
-        self._campaigns = counter("campaigns", "Campaigns that began, by detector.", "detector")
-        self._active = gauge("campaigns_active", "Campaigns now, by detector.", "detector")
-        self._canary_images = counter("canary_images", "The canary's images examined, by probe.", "probe")
-        self._canary_repeats = counter("canary_repeats", "Of them exact repeats, by probe.", "probe")
+        self._images = counter("gateway_detection_images_total", "Users' images examined.")
+        self._repeats = counter(
+            "gateway_detection_repeats_total", "Of them those whose very bytes their key had sent before."
+        )
+        self._matches = counter(
+            "gateway_detection_matches_total", "Of them near-duplicates of an earlier one, by detector.", "detector"
+        )
+        self._campaigns = counter("gateway_detection_campaigns_total", "Campaigns that began, by detector.", "detector")
+        self._active = Gauge(
+            "gateway_detection_campaigns_active", "Campaigns now, by detector.", ["detector"], registry=registry
+        )
+        self._canary_images = counter(
+            "gateway_detection_canary_images_total", "The canary's images examined, by probe.", "probe"
+        )
+        self._canary_repeats = counter(
+            "gateway_detection_canary_repeats_total", "Of them exact repeats, by probe.", "probe"
+        )
         self._canary_matches = counter(
-            "canary_matches", "Of them near-duplicates, by probe and detector.", "probe", "detector"
+            "gateway_detection_canary_matches_total",
+            "Of them near-duplicates, by probe and detector.",
+            "probe",
+            "detector",
         )
         self._canary_campaigns = counter(
-            "canary_campaigns", "The canary's campaigns that began, by probe and detector.", "probe", "detector"
+            "gateway_detection_canary_campaigns_total",
+            "The canary's campaigns that began, by probe and detector.",
+            "probe",
+            "detector",
         )
         for outcome in WEBHOOK_OUTCOMES:
             self.webhooks.labels(outcome)
@@ -164,7 +186,7 @@ class _PoolCollector(Collector):
             "gateway_images_waiting", "Images that wait for a turn at a Triton, or are there.", value=self._pool.waiting
         )
         yield CounterMetricFamily(
-            "gateway_resent", "Requests that a Triton did not take and another one got.", value=self._pool.resent
+            "gateway_resent_total", "Requests that a Triton did not take and another one got.", value=self._pool.resent
         )
 
 

@@ -16,7 +16,7 @@ State = tuple[tuple[int, int, int] | None, ...]
 
 
 @dataclass
-class Source:
+class WatchedFiles:
     """Files that belong together, and what is done when they have changed.
 
     act: True where it made a difference; BadInput where the files cannot be used, and all stays as it was.
@@ -45,7 +45,7 @@ class Source:
         return True
 
 
-async def renew(sources: Sequence[Source], log: Callable[[dict[str, Any]], None]) -> None:
+async def renew(sources: Sequence[WatchedFiles], log: Callable[[dict[str, Any]], None]) -> None:
     """Look at all sources every TICK_SECONDS, until cancelled."""
     while True:
         for source in sources:

@@ -21,7 +21,7 @@ from dfmcl.serving.gateway.endpoints import Security
 from dfmcl.serving.gateway.exchange import say
 from dfmcl.serving.gateway.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
 from dfmcl.serving.gateway.pool import Pool
-from dfmcl.serving.gateway.renewal import Source, renew
+from dfmcl.serving.gateway.renewal import WatchedFiles, renew
 from dfmcl.serving.ready import claim_ready, write_ready
 
 STOP_POLL_SECONDS = 0.05
@@ -135,7 +135,7 @@ class _Service:
             cut_off=gateway.cut_off,
         )
 
-    def _sources(self, gateway: Gateway, pool: Pool, server: Listener) -> list[Source]:
+    def _sources(self, gateway: Gateway, pool: Pool, server: Listener) -> list[WatchedFiles]:
         """What is read again when it changes."""
         listen, triton = self.config.listen, self.config.triton
 
@@ -149,10 +149,10 @@ class _Service:
 
         files = [name for name in (listen.tls_certificate, listen.tls_key, listen.tls_client_ca) if name]
         towards = [name for name in (triton.tls_ca, triton.tls_certificate, triton.tls_key) if name]
-        sources = [Source("listen", files, certificates), Source("triton", towards, security)]
+        sources = [WatchedFiles("listen", files, certificates), WatchedFiles("triton", towards, security)]
         if self.source is not None:
             path = self.source
-            sources.append(Source("keys", [path], lambda: gateway.renew(load_config(path))))
+            sources.append(WatchedFiles("keys", [path], lambda: gateway.renew(load_config(path))))
             sources[-1].acted = ()  # it may have changed since it was read
         return sources
 

@@ -6,6 +6,7 @@ Storage goes away and comes back: a mount that is gone for a second is an empty 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,30 +28,30 @@ class Mark:
 class Sight:
     """marks: of the models that are whole, by name; troubles: what cannot be read and why, by path."""
 
-    marks: dict[str, Mark] = field(default_factory=dict)
-    troubles: dict[Path, str] = field(default_factory=dict)
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+    troubles: Mapping[Path, str] = field(default_factory=dict)
 
 
 def look(repository: Path) -> Sight:
     """Every model of a repository that can be read as a whole."""
-    sight = Sight()
+    marks: dict[str, Mark] = {}
+    troubles: dict[Path, str] = {}
     try:
         with os.scandir(repository) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
-        sight.troubles[repository] = f"{repository}: cannot be read: {error.strerror}"
-        return sight
+        return Sight({}, {repository: f"{repository}: cannot be read: {error.strerror}"})
     for name in names:
         try:
             mark = _mark(repository / name)
         except BadInput as error:
-            sight.troubles[repository / name] = str(error)
+            troubles[repository / name] = str(error)
         except OSError as error:
-            sight.troubles[repository / name] = f"{error.filename}: cannot be read: {error.strerror}"
+            troubles[repository / name] = f"{error.filename}: cannot be read: {error.strerror}"
         else:
             if mark is not None:
-                sight.marks[name] = mark
-    return sight
+                marks[name] = mark
+    return Sight(marks, troubles)
 
 
 def _mark(model: Path) -> Mark | None:

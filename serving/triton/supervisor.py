@@ -1,6 +1,6 @@
 """`dfmcl serve`: keeps a Triton answering with what the repository holds, as the gate saw it answer.
 
-Long, as it is one machine of states: each function is a way from one to another.
+Long, as it is one machine of states: each method is a way from one to another.
 
 It follows the repository. Where a promotion changes what a model serves, the new version is verified, asked the known
 answers on a Triton of its own, and only then loaded; where that fails, the repository returns to the version that is
@@ -16,9 +16,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,26 +83,24 @@ def serve(
     if not names:
         raise BadInput(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
     environment = find_environment(triton_python)
-    pauses = _Pauses(restarts)
     with ExitStack() as stack:
         private = stack.enter_context(footprint())  # first: what a killed server left may hold the ports
         ports = claim_ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
         stop = stop or stack.enter_context(_stop_on_signals())
-        post = _Post(repository, private, environment, trust, fixed, ports, ready_file, stop, say, liveness_seconds)
-        post.seen = sight.marks
-        for name in names:
-            post.live[name], post.images[name] = _first(post, name)
-        while not stop.is_set():
-            post.up_since = None
-            try:
-                _serve_once(post, log)
-            except Broken as error:
-                if not post.was_up:
-                    raise
-                lived = 0.0 if post.up_since is None else time.monotonic() - post.up_since
-                pause = pauses.after(lived, error)
-                say(f"{error}; starting it again in {pause:.0f} s")
-                stop.wait(pause)
+        supervisor = _Supervisor(
+            repository,
+            private,
+            environment,
+            ask_trust=trust,
+            fixed=fixed,
+            ports=ports,
+            ready_file=ready_file,
+            stop=stop,
+            say=say,
+            liveness_seconds=liveness_seconds,
+        )
+        supervisor.begin(names, sight.marks)
+        supervisor.keep(_Pauses(restarts), log)
     return 0
 
 
@@ -121,69 +119,348 @@ class _Pauses:
         return min(FIRST_PAUSE * 2.0 ** (self.in_a_row - 1), LONGEST_PAUSE)
 
 
-@dataclass
-class _Post:
-    """What the loop around a server was told, and its knowledge of the live versions."""
+class _Supervisor:
+    """What keeps a server going, and what is live on it.
 
-    repository: Path
-    private: Path  # where nobody else writes: Triton reads what was verified, not what lies in the repository by then
-    environment: Environment
-    ask_trust: Callable[[], Trust] | None
-    fixed: bool
-    ports: dict[str, int]
-    ready_file: Path | None
-    stop: threading.Event
-    say: Callable[[str], None]
-    liveness_seconds: float
-    live: dict[str, Promoted] = field(default_factory=dict)
-    images: dict[str, npt.NDArray[np.uint8]] = field(default_factory=dict)  # one of each, to ask whether it lives
-    seen: dict[str, Mark] = field(default_factory=dict)  # each model as it was last acted upon
-    pending: dict[str, tuple[float, str]] = field(default_factory=dict)  # when to act again, and why it failed
-    troubles: dict[Path, str] = field(default_factory=dict)  # what was said to be unreadable
-    up_since: float | None = None
-    was_up: bool = False
+    repository: what promotions change.
+    private: where nobody else writes: Triton reads what was verified, not what lies in the repository by then.
+    environment: Triton's.
+    ask_trust: whom the trust file names now; None where nobody is asked.
+    fixed, ports, ready_file, stop, say, liveness_seconds: as `serve` has them.
+    """
 
-    def __post_init__(self) -> None:
-        self.trust = self.ask_trust and self.ask_trust()
+    def __init__(
+        self,
+        repository: Path,
+        private: Path,
+        environment: Environment,
+        *,
+        ask_trust: Callable[[], Trust] | None,
+        fixed: bool,
+        ports: dict[str, int],
+        ready_file: Path | None,
+        stop: threading.Event,
+        say: Callable[[str], None],
+        liveness_seconds: float,
+    ) -> None:
+        self._repository, self._private, self._environment = repository, private, environment
+        self._ask_trust, self._fixed, self._ports, self._ready_file = ask_trust, fixed, ports, ready_file
+        self._stop, self._say, self._liveness_seconds = stop, say, liveness_seconds
+        self._models = private / "models"  # the repository that Triton reads
+        self._trust = ask_trust and ask_trust()
+        self._live: dict[str, Promoted] = {}
+        self._images: dict[str, npt.NDArray[np.uint8]] = {}  # one of each, to ask whether it lives
+        self._seen: dict[str, Mark] = {}  # each model as it was last acted upon
+        self._pending: dict[str, tuple[float, str]] = {}  # when to act again, and why it failed
+        self._troubles: dict[Path, str] = {}  # what was said to be unreadable
+        self._up_since: float | None = None
+        self._was_up = False
 
-    @property
-    def models(self) -> Path:
-        """The repository that Triton reads."""
-        return self.private / "models"
+    def begin(self, names: Sequence[str], marks: Mapping[str, Mark]) -> None:
+        """Take over what each model serves now; BadInput or a refusal where one cannot be served."""
+        self._seen = dict(marks)
+        for name in names:
+            self._live[name], self._images[name] = self._first(name)
 
+    def keep(self, pauses: _Pauses, log: Path | None) -> None:
+        """Servers one after the other until `stop`; Broken where the first does not come up, or too many die young."""
+        while not self._stop.is_set():
+            self._up_since = None
+            try:
+                self._serve_once(log)
+            except Broken as error:
+                if not self._was_up:
+                    raise
+                lived = 0.0 if self._up_since is None else time.monotonic() - self._up_since
+                pause = pauses.after(lived, error)
+                self._say(f"{error}; starting it again in {pause:.0f} s")
+                self._stop.wait(pause)
 
-def _adopted(post: _Post, name: str, into: Path) -> Promoted:
-    """A private copy, below `into`, of what the repository says of a model; verified there, and where it came from."""
-    source, target = post.repository / name, into / name
-    version = verify_release(post.repository, name, post.trust).version
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source / layout.CONFIG, target / layout.CONFIG)
-    (target / str(version)).mkdir(exist_ok=True)
-    for file in layout.VERSION_FILES:
-        shutil.copy(source / str(version) / file, target / str(version) / file)
-    return verify_release(into, name, post.trust)
+    def _adopted(self, name: str, into: Path) -> Promoted:
+        """A private copy, below `into`, of what the repository says of a model; verified there and at its source."""
+        source, target = self._repository / name, into / name
+        version = verify_release(self._repository, name, self._trust).version
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / layout.CONFIG, target / layout.CONFIG)
+        (target / str(version)).mkdir(exist_ok=True)
+        for file in layout.VERSION_FILES:
+            shutil.copy(source / str(version) / file, target / str(version) / file)
+        return verify_release(into, name, self._trust)
 
+    def _first(self, name: str) -> tuple[Promoted, npt.NDArray[np.uint8]]:
+        """What a model serves at the start, and an image of its own."""
+        try:
+            release = self._adopted(name, self._models)
+        except OSError as error:
+            raise BadInput(f"{error.filename or self._repository / name}: cannot be copied: {error.strerror}") from None
+        return release, known_answers(release)[0][:1]
 
-def _first(post: _Post, name: str) -> tuple[Promoted, npt.NDArray[np.uint8]]:
-    """What a model serves at the start, and an image of its own."""
-    try:
-        release = _adopted(post, name, post.models)
-    except OSError as error:
-        raise BadInput(f"{error.filename or post.repository / name}: cannot be copied: {error.strerror}") from None
-    return release, known_answers(release)[0][:1]
+    def _serve_once(self, log: Path | None) -> None:
+        """One life of a server: until `stop`, or Broken."""
+        with running(self._environment, self._models, self._ports, list(self._live), log, self._fixed) as server:
+            deadline = time.monotonic() + STARTUP_SECONDS
+            if not all(_comes_up([server], release, self._stop, deadline) for release in self._live.values()):
+                return
+            if not hide_token(server):
+                self._say(
+                    "the kernel does not let Triton's arguments be changed: other users here can read its load token"
+                )
+            with self._announced():
+                self._was_up, self._up_since = True, time.monotonic()
+                self._watch(server)
 
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Say where the server is, and keep it in the ready file for as long as it is there."""
+        for release in self._live.values():
+            self._note_success(release)
+            self._say(f"serving {release.model} version {release.version} (sha256 {release.sha256[:12]})")
+        for label, url in self._urls().items():
+            self._say(f"{label:>9}  {url}")
+        self._write_ready()
+        try:
+            yield
+        finally:
+            if self._ready_file is not None:
+                with suppress(OSError):  # its storage is away; nobody believes it once this process has ended
+                    self._ready_file.unlink(missing_ok=True)
 
-def _serve_once(post: _Post, log: Path | None) -> None:
-    """One life of a server: until `stop`, or Broken."""
-    with running(post.environment, post.models, post.ports, list(post.live), log, post.fixed) as server:
-        deadline = time.monotonic() + STARTUP_SECONDS
-        if not all(_comes_up([server], release, post.stop, deadline) for release in post.live.values()):
+    def _urls(self) -> dict[str, str]:
+        return {
+            "http": f"http://{HOST}:{self._ports['http']}",
+            "grpc": f"{HOST}:{self._ports['grpc']}",
+            "metrics": f"http://{HOST}:{self._ports['metrics']}/metrics",
+        }
+
+    def _write_ready(self) -> None:
+        if self._ready_file is None:
             return
-        if not hide_token(server):
-            post.say("the kernel does not let Triton's arguments be changed: other users here can read its load token")
-        with _announced(post):
-            post.was_up, post.up_since = True, time.monotonic()
-            _watch(server, post)
+        models = {name: release.version for name, release in self._live.items()}
+        try:
+            write_ready(self._ready_file, **self._urls(), models=models)
+        except OSError as error:
+            raise Broken(f"{self._ready_file}: cannot be written: {error.strerror}") from None
+
+    def _watch(self, server: Server) -> None:
+        """Until `stop`: follow the repository; Broken when a process ends, or a model answers nobody any more."""
+        pulses: dict[str, Pulse] = {}
+        with asking() as askers:
+            while not self._stop.wait(min(TICK_SECONDS, self._liveness_seconds)):
+                server.require_running()
+                self._heed_trust()
+                if not self._fixed:
+                    self._follow(server)
+                for name in self._live:
+                    if name not in pulses or pulses[name].image is not self._images[name]:
+                        pulses[name] = Pulse(server, name, self._images[name], self._liveness_seconds)
+                    pulses[name].look(askers)
+
+    def _heed_trust(self) -> None:
+        """Take note of whom the trust file names now.
+
+        What is live goes on where nobody vouches for it any more: to take it from its users is a decision of the person
+        who revoked the key, who is told.
+        """
+        trust = self._ask_trust and self._ask_trust()
+        if trust == self._trust:
+            return
+        self._trust = trust
+        for name, release in self._live.items():
+            try:
+                verify_release(self._models, name, trust)
+            except UNTRUSTED as error:
+                reason = str(error).replace(str(self._models), str(self._repository))
+                self._say(
+                    f"no longer trusted: {reason}; version {release.version} goes on: roll {name} back, or retire it"
+                )
+        for name in self._seen.keys() - self._live.keys():
+            self._pending[name] = 0.0, ""  # may be trusted now
+
+    def _follow(self, server: Server) -> None:
+        """Bring the server to what the repository says now, where that has changed."""
+        sight = look(self._repository)
+        troubles = dict(sight.troubles)
+        for name, mark in sight.marks.items():
+            again, trouble = self._pending.get(name, (math.inf, ""))
+            if mark != self._seen.get(name) or time.monotonic() >= again:
+                self._pending.pop(name, None)
+                if trouble := self._take_over(server, name, mark):
+                    self._pending[name] = time.monotonic() + RETRY_SECONDS, trouble
+                if name in look(self._repository).marks:  # else it went away meanwhile, and is judged when it is back
+                    self._seen[name] = mark
+                self._renew_ready()
+            if trouble:
+                troubles[self._repository / name] = trouble
+        for name in sorted(self._live.keys() - sight.marks.keys()):
+            if self._retired(name):
+                self._let_go(server, name)
+                self._renew_ready()
+            elif self._repository not in troubles:
+                where = self._repository / name
+                troubles.setdefault(where, f"{where}: is gone, and the history does not say that it was retired")
+        self._tell(troubles)
+
+    def _tell(self, troubles: dict[Path, str]) -> None:
+        """Say what cannot be read, once, and that it can be read again."""
+        if self._repository in troubles:  # of its models nothing is known then
+            troubles = self._troubles | troubles
+        for path, trouble in troubles.items():
+            if trouble != self._troubles.get(path):
+                self._say(
+                    f"{trouble}; {self._goes_on(path.name) if path != self._repository else 'what is live goes on'}"
+                )
+        for path in self._troubles.keys() - troubles.keys():
+            self._say(f"{path}: can be read again")
+        self._troubles = troubles
+
+    def _retired(self, name: str) -> bool:
+        """Only the history ends a model: absence may be a mount's."""
+        try:
+            return ledger.is_retired(self._repository, name)
+        except BadInput:
+            return False
+
+    def _renew_ready(self) -> None:
+        try:
+            self._write_ready()
+        except Broken as error:  # no reason to end a server
+            self._say(str(error))
+
+    def _let_go(self, server: Server, name: str) -> None:
+        self._live.pop(name, None)
+        self._images.pop(name, None)
+        self._seen.pop(name, None)
+        shutil.rmtree(self._models / name, ignore_errors=True)
+        try:
+            server.unload(name)
+        except AnswerError as error:
+            raise Broken(str(error)) from None
+        self._say(f"{name} was retired, and is unloaded")
+
+    def _take_over(self, server: Server, name: str, mark: Mark) -> str:
+        """Serve what was promoted; or go on with what is live, and bring the repository back to it.
+
+        Returns why what lies there cannot be judged or served now, as in a copy that is still under way, or on a full
+        disk; empty where it was.
+        """
+        try:
+            with tempfile.TemporaryDirectory(dir=self._private) as folder:
+                try:
+                    release = self._adopted(name, Path(folder))
+                    image = known_answers(release)[0][:1]
+                    ports = claim_ports(http=0, grpc=0, metrics=0)
+                except (*UNTRUSTED, Broken) as error:
+                    return self._not_adopted(name, mark, error)
+                live = self._live.get(name)
+                if live is None or (live.version, live.sha256) != (release.version, release.sha256):
+                    self._try(server, release, image, ports)
+                return ""  # else it is back from a version that never was live
+        except OSError as error:
+            return self._not_adopted(name, mark, error)
+
+    def _try(self, server: Server, release: Promoted, image: npt.NDArray[np.uint8], ports: dict[str, int]) -> None:
+        """Load a version once it was rehearsed, or give it up."""
+        folder = release.path.parents[1]
+        try:
+            self._rehearse(release, ports, server)
+            self._heed_trust()
+            verify_release(folder, release.model, self._trust)  # a key may have been revoked meanwhile
+        except (AnswerError, WrongAnswer, Broken, Refused, NotAttested) as error:
+            server.require_running()  # where it died meanwhile, that is not the new version's fault
+            self._give_up(release, str(error).replace(str(folder), str(self._repository)))
+            return
+        if not self._stop.is_set() and not self._overtaken(release):
+            self._load(server, release, image)
+
+    def _not_adopted(self, name: str, mark: Mark, error: Exception) -> str:
+        """Turn down what is not trusted here, by any promoter; why it is left as it is, where it cannot be judged, or
+        is the live version with files that were changed: there is nothing to return to."""
+        again = look(self._repository).marks.get(name)
+        if again is None or again.config != mark.config:
+            return ""  # it was changed under our eyes: the next look decides
+        live, version = self._live.get(name), mark.version
+        if isinstance(error, Refused | NotAttested) and (live is None or live.version != version):
+            self._give_up(Promoted(name, version, self._repository / name / str(version), ""), str(error))
+            return ""
+        where = getattr(error, "filename", None) or self._repository / name
+        return f"{where}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+    def _rehearse(self, release: Promoted, ports: dict[str, int], live: Server) -> None:
+        """Serve a version once with a Triton of its own: a model whose warm-up fails can take its server with it.
+
+        Twice where a signal ends it: Triton's python backend aborts now and then, whatever the model
+        (github.com/triton-inference-server/server/issues/8882).
+        """
+        try:
+            self._trial(release, ports, live)
+        except Crashed as error:
+            live.require_running()
+            self._say(f"{release.model} version {release.version}: {error}; tried once more")
+            self._trial(release, ports, live)
+
+    def _trial(self, release: Promoted, ports: dict[str, int], live: Server) -> None:
+        with running(self._environment, release.path.parents[1], ports, [release.model], None, True) as server:
+            _comes_up([server, live], release, self._stop, time.monotonic() + STARTUP_SECONDS)
+
+    def _load(self, server: Server, release: Promoted, image: npt.NDArray[np.uint8]) -> None:
+        """Load a version that was rehearsed; where it fails all the same, load the live one again."""
+        model, live = self._models / release.model, self._live.get(release.model)
+        config = model / layout.CONFIG
+        before = config.read_bytes() if live is not None else None
+        model.mkdir(parents=True, exist_ok=True)
+        for old in layout.version_numbers(model):
+            if live is None or old != live.version:
+                shutil.rmtree(model / str(old))
+        shutil.copytree(release.path, model / str(release.version))
+        shutil.copy(release.path.parent / layout.CONFIG, staged := config.with_name(f"{layout.STAGING}{config.name}"))
+        staged.replace(config)  # whole, as a Triton that is started again reads it
+        release = replace(release, path=model / str(release.version))
+        try:
+            server.load(release.model)
+            # In a queue behind everybody else: under a flood, patience is not lost at the first deadline.
+            if not _comes_up([server], release, self._stop, time.monotonic() + STARTUP_SECONDS):
+                return
+        except (AnswerError, WrongAnswer, Broken) as error:
+            if live is None or before is None:
+                shutil.rmtree(model)
+            else:
+                config.write_bytes(before)
+            self._give_up(release, str(error))
+            raise Broken(f"{error}; a server that failed to load is not trusted any more") from None
+        self._live[release.model], self._images[release.model] = release, image
+        self._note_success(release)
+        self._say(f"serving {release.model} version {release.version} (sha256 {release.sha256[:12]})")
+
+    def _overtaken(self, release: Promoted) -> bool:
+        """Whether the repository says otherwise by now: the next tick decides then. One that is away says nothing."""
+        mark = look(self._repository).marks.get(release.model)
+        return mark is not None and mark.version != release.version
+
+    def _goes_on(self, name: str) -> str:
+        return f"version {self._live[name].version} goes on" if name in self._live else "it is not served"
+
+    def _give_up(self, failed: Promoted, reason: str) -> None:
+        """Bring the repository back to the version that is live; where none is, write down that it failed."""
+        if self._overtaken(failed):
+            return
+        self._say(f"{reason}; {failed.model} version {failed.version} is given up, {self._goes_on(failed.model)}")
+        live = self._live.get(failed.model)
+        try:
+            if live is None:
+                promotion.note_failure(self._repository, failed, reason)
+            else:
+                promotion.give_back(self._repository, failed.model, live.version, reason, instead_of=failed.version)
+        except (Broken, BadInput) as error:
+            self._say(f"{error}: the repository still names version {failed.version}; roll it back")
+
+    def _note_success(self, release: Promoted) -> None:
+        """A version that could not be served once is served now: the history must not go on saying that it is not."""
+        try:
+            promotion.note_success(self._repository, release)
+        except BadInput:  # the history cannot be read now
+            return
+        except Broken as error:
+            self._say(f"{error}: the history does not say yet that {release.model} version {release.version} is served")
 
 
 def _comes_up(servers: list[Server], release: Promoted, stop: threading.Event, deadline: float) -> bool:
@@ -210,272 +487,6 @@ def _comes_up(servers: list[Server], release: Promoted, stop: threading.Event, d
                 continue
             return True
     return False
-
-
-@contextmanager
-def _announced(post: _Post) -> Iterator[None]:
-    """Say where the server is, and keep it in the ready file for as long as it is there."""
-    for release in post.live.values():
-        _note_success(post, release)
-        post.say(f"serving {release.model} version {release.version} (sha256 {release.sha256[:12]})")
-    for label, url in _urls(post).items():
-        post.say(f"{label:>9}  {url}")
-    _write_ready(post)
-    try:
-        yield
-    finally:
-        if post.ready_file is not None:
-            with suppress(OSError):  # its storage is away; nobody believes it once this process has ended
-                post.ready_file.unlink(missing_ok=True)
-
-
-def _urls(post: _Post) -> dict[str, str]:
-    return {
-        "http": f"http://{HOST}:{post.ports['http']}",
-        "grpc": f"{HOST}:{post.ports['grpc']}",
-        "metrics": f"http://{HOST}:{post.ports['metrics']}/metrics",
-    }
-
-
-def _write_ready(post: _Post) -> None:
-    if post.ready_file is None:
-        return
-    models = {name: release.version for name, release in post.live.items()}
-    try:
-        write_ready(post.ready_file, **_urls(post), models=models)
-    except OSError as error:
-        raise Broken(f"{post.ready_file}: cannot be written: {error.strerror}") from None
-
-
-def _watch(server: Server, post: _Post) -> None:
-    """Until `stop`: follow the repository; Broken when a process ends, or a model answers nobody any more."""
-    pulses: dict[str, Pulse] = {}
-    with asking() as askers:
-        while not post.stop.wait(min(TICK_SECONDS, post.liveness_seconds)):
-            server.require_running()
-            _heed_trust(post)
-            if not post.fixed:
-                _follow(server, post)
-            for name in post.live:
-                if name not in pulses or pulses[name].image is not post.images[name]:
-                    pulses[name] = Pulse(server, name, post.images[name], post.liveness_seconds)
-                pulses[name].look(askers)
-
-
-def _heed_trust(post: _Post) -> None:
-    """Take note of whom the trust file names now. What is live goes on where nobody vouches for it any more: to take
-    it from its users is a decision of the person who revoked the key, who is told."""
-    trust = post.ask_trust and post.ask_trust()
-    if trust == post.trust:
-        return
-    post.trust = trust
-    for name, release in post.live.items():
-        try:
-            verify_release(post.models, name, trust)
-        except UNTRUSTED as error:
-            reason = str(error).replace(str(post.models), str(post.repository))
-            post.say(f"no longer trusted: {reason}; version {release.version} goes on: roll {name} back, or retire it")
-    for name in post.seen.keys() - post.live.keys():
-        post.pending[name] = 0.0, ""  # may be trusted now
-
-
-def _follow(server: Server, post: _Post) -> None:
-    """Bring the server to what the repository says now, where that has changed."""
-    sight = look(post.repository)
-    troubles = dict(sight.troubles)
-    for name, mark in sight.marks.items():
-        again, trouble = post.pending.get(name, (math.inf, ""))
-        if mark != post.seen.get(name) or time.monotonic() >= again:
-            post.pending.pop(name, None)
-            if trouble := _take_over(server, post, name, mark):
-                post.pending[name] = time.monotonic() + RETRY_SECONDS, trouble
-            if name in look(post.repository).marks:  # else it went away meanwhile, and is judged when it is back
-                post.seen[name] = mark
-            _renew_ready(post)
-        if trouble:
-            troubles[post.repository / name] = trouble
-    for name in sorted(post.live.keys() - sight.marks.keys()):
-        if _retired(post, name):
-            _let_go(server, post, name)
-            _renew_ready(post)
-        elif post.repository not in troubles:
-            where = post.repository / name
-            troubles.setdefault(where, f"{where}: is gone, and the history does not say that it was retired")
-    _tell(post, troubles)
-
-
-def _tell(post: _Post, troubles: dict[Path, str]) -> None:
-    """Say what cannot be read, once, and that it can be read again."""
-    if post.repository in troubles:  # of its models nothing is known then
-        troubles = post.troubles | troubles
-    for path, trouble in troubles.items():
-        if trouble != post.troubles.get(path):
-            post.say(f"{trouble}; {_goes_on(post, path.name) if path != post.repository else 'what is live goes on'}")
-    for path in post.troubles.keys() - troubles.keys():
-        post.say(f"{path}: can be read again")
-    post.troubles = troubles
-
-
-def _retired(post: _Post, name: str) -> bool:
-    """Only the history ends a model: absence may be a mount's."""
-    try:
-        return ledger.is_retired(post.repository, name)
-    except BadInput:
-        return False
-
-
-def _renew_ready(post: _Post) -> None:
-    try:
-        _write_ready(post)
-    except Broken as error:  # no reason to end a server
-        post.say(str(error))
-
-
-def _let_go(server: Server, post: _Post, name: str) -> None:
-    post.live.pop(name, None)
-    post.images.pop(name, None)
-    post.seen.pop(name, None)
-    shutil.rmtree(post.models / name, ignore_errors=True)
-    try:
-        server.unload(name)
-    except AnswerError as error:
-        raise Broken(str(error)) from None
-    post.say(f"{name} was retired, and is unloaded")
-
-
-def _take_over(server: Server, post: _Post, name: str, mark: Mark) -> str:
-    """Serve what was promoted; or go on with what is live, and bring the repository back to it.
-
-    Returns why what lies there cannot be judged or served now, as in a copy that is still under way, or on a full disk;
-    empty where it was.
-    """
-    try:
-        with tempfile.TemporaryDirectory(dir=post.private) as folder:
-            try:
-                release = _adopted(post, name, Path(folder))
-                image = known_answers(release)[0][:1]
-                ports = claim_ports(http=0, grpc=0, metrics=0)
-            except (*UNTRUSTED, Broken) as error:
-                return _not_adopted(post, name, mark, error)
-            live = post.live.get(name)
-            if live is None or (live.version, live.sha256) != (release.version, release.sha256):
-                _try(server, post, release, image, ports)
-            return ""  # else it is back from a version that never was live
-    except OSError as error:
-        return _not_adopted(post, name, mark, error)
-
-
-def _try(server: Server, post: _Post, release: Promoted, image: npt.NDArray[np.uint8], ports: dict[str, int]) -> None:
-    """Load a version once it was rehearsed, or give it up."""
-    folder = release.path.parents[1]
-    try:
-        _rehearse(post, release, ports, server)
-        _heed_trust(post)
-        verify_release(folder, release.model, post.trust)  # a key may have been revoked meanwhile
-    except (AnswerError, WrongAnswer, Broken, Refused, NotAttested) as error:
-        server.require_running()  # where it died meanwhile, that is not the new version's fault
-        _give_up(post, release, str(error).replace(str(folder), str(post.repository)))
-        return
-    if not post.stop.is_set() and not _overtaken(post, release):
-        _load(server, post, release, image)
-
-
-def _not_adopted(post: _Post, name: str, mark: Mark, error: Exception) -> str:
-    """Turn down what is not trusted here, by any promoter; why it is left as it is, where it cannot be judged, or
-    is the live version with files that were changed: there is nothing to return to."""
-    again = look(post.repository).marks.get(name)
-    if again is None or again.config != mark.config:
-        return ""  # it was changed under our eyes: the next look decides
-    live, version = post.live.get(name), mark.version
-    if isinstance(error, Refused | NotAttested) and (live is None or live.version != version):
-        _give_up(post, Promoted(name, version, post.repository / name / str(version), ""), str(error))
-        return ""
-    where = getattr(error, "filename", None) or post.repository / name
-    return f"{where}: {error.strerror}" if isinstance(error, OSError) else str(error)
-
-
-def _rehearse(post: _Post, release: Promoted, ports: dict[str, int], live: Server) -> None:
-    """Serve a version once with a Triton of its own: a model whose warm-up fails can take its server with it.
-
-    Twice where a signal ends it: Triton's python backend aborts now and then, whatever the model
-    (github.com/triton-inference-server/server/issues/8882).
-    """
-    try:
-        _trial(post, release, ports, live)
-    except Crashed as error:
-        live.require_running()
-        post.say(f"{release.model} version {release.version}: {error}; tried once more")
-        _trial(post, release, ports, live)
-
-
-def _trial(post: _Post, release: Promoted, ports: dict[str, int], live: Server) -> None:
-    with running(post.environment, release.path.parents[1], ports, [release.model], None, True) as server:
-        _comes_up([server, live], release, post.stop, time.monotonic() + STARTUP_SECONDS)
-
-
-def _load(server: Server, post: _Post, release: Promoted, image: npt.NDArray[np.uint8]) -> None:
-    """Load a version that was rehearsed; where it fails all the same, load the live one again."""
-    model, live = post.models / release.model, post.live.get(release.model)
-    config = model / layout.CONFIG
-    before = config.read_bytes() if live is not None else None
-    model.mkdir(parents=True, exist_ok=True)
-    for old in layout.version_numbers(model):
-        if live is None or old != live.version:
-            shutil.rmtree(model / str(old))
-    shutil.copytree(release.path, model / str(release.version))
-    shutil.copy(release.path.parent / layout.CONFIG, staged := config.with_name(f"{layout.STAGING}{config.name}"))
-    staged.replace(config)  # whole, as a Triton that is started again reads it
-    release = replace(release, path=model / str(release.version))
-    try:
-        server.load(release.model)
-        # In a queue behind everybody else: under a flood, patience is not lost at the first deadline.
-        if not _comes_up([server], release, post.stop, time.monotonic() + STARTUP_SECONDS):
-            return
-    except (AnswerError, WrongAnswer, Broken) as error:
-        if live is None or before is None:
-            shutil.rmtree(model)
-        else:
-            config.write_bytes(before)
-        _give_up(post, release, str(error))
-        raise Broken(f"{error}; a server that failed to load is not trusted any more") from None
-    post.live[release.model], post.images[release.model] = release, image
-    _note_success(post, release)
-    post.say(f"serving {release.model} version {release.version} (sha256 {release.sha256[:12]})")
-
-
-def _overtaken(post: _Post, release: Promoted) -> bool:
-    """Whether the repository says otherwise by now: then the next tick decides. Where it is away, it says nothing."""
-    mark = look(post.repository).marks.get(release.model)
-    return mark is not None and mark.version != release.version
-
-
-def _goes_on(post: _Post, name: str) -> str:
-    return f"version {post.live[name].version} goes on" if name in post.live else "it is not served"
-
-
-def _give_up(post: _Post, failed: Promoted, reason: str) -> None:
-    """Bring the repository back to the version that is live; where none is, write down that it failed."""
-    if _overtaken(post, failed):
-        return
-    post.say(f"{reason}; {failed.model} version {failed.version} is given up, {_goes_on(post, failed.model)}")
-    live = post.live.get(failed.model)
-    try:
-        if live is None:
-            promotion.note_failure(post.repository, failed, reason)
-        else:
-            promotion.give_back(post.repository, failed.model, live.version, reason, instead_of=failed.version)
-    except (Broken, BadInput) as error:
-        post.say(f"{error}: the repository still names version {failed.version}; roll it back")
-
-
-def _note_success(post: _Post, release: Promoted) -> None:
-    """A version that could not be served once is served now: the history must not go on saying that it is not."""
-    try:
-        promotion.note_success(post.repository, release)
-    except BadInput:  # the history cannot be read now
-        return
-    except Broken as error:
-        post.say(f"{error}: the history does not say yet that {release.model} version {release.version} is served")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.statistics import lower_bound, upper_bound
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 IMAGES, POPULATION, BLOCK = 200, 450, 8
 CLASSES = tuple(f"digit {number}" for number in range(10))
@@ -64,7 +64,7 @@ def evaluation(eps: int, gain: float = 1.0, about: dict[str, Any] | None = None)
         held, shown = tuple(left.tolist()), tuple(tried.tolist())
         records.append(AttackRecord(name, parameters, held, shown, 0, seconds, 0, *passes))
     made = Evaluation(
-        Threat.parse("linf", f"{eps}/255"), True, 0, tuple(correct.tolist()), tuple(records), 151.0, about or {}
+        threat_of("linf", f"{eps}/255"), True, 0, tuple(correct.tolist()), tuple(records), 151.0, about or {}
     )
     return made.to_json()
 

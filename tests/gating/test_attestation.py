@@ -433,12 +433,12 @@ def test_two_must_sign_where_two_are_asked_for(pair: tuple[Path, Path], key: Pat
     message = "1 trusted keys signed both statements as they are here, 2 must"
     with pytest.raises(NotAttested, match=message):
         verify(candidate, evidence, both, NOW)
-    sign_evidence(evidence, [key])
+    sign_evidence(evidence, [read_signer(key)])
     with pytest.raises(NotAttested, match=message):
         verify(candidate, evidence, both, NOW)
     with pytest.raises(NotAttested, match=message):
         verify(candidate, evidence, trusting(key, key, threshold=2), NOW)
-    sign_evidence(evidence, [second])
+    sign_evidence(evidence, [read_signer(second)])
     assert verify(candidate, evidence, both, NOW)["verdict"] == "passed"
     signers = {read_public(path.with_suffix(".pub")).keyid for path in (key, second)}
     assert set(read_attestation(evidence, both).signers) == signers
@@ -510,7 +510,7 @@ def test_signing_late_prolongs_nothing(pair: tuple[Path, Path], second: Path) ->
     """The days count from the gate, whoever signs whenever."""
     expires = datetime.fromisoformat(said(pair[1])[1]["predicate"]["expires"])
     (pair[1] / ATTESTATION).unlink()
-    assert sign_evidence(pair[1], [second]) == expires
+    assert sign_evidence(pair[1], [read_signer(second)]) == expires
 
 
 def test_nobody_signs_blindly(pair: tuple[Path, Path], key: Path, second: Path) -> None:
@@ -519,11 +519,11 @@ def test_nobody_signs_blindly(pair: tuple[Path, Path], key: Path, second: Path) 
     before = (evidence / ATTESTATION).read_text()
     predicated(1, verdict="splendid")(evidence, key)
     with pytest.raises(NotAttested, match=r"does not say what report\.json says"):
-        sign_evidence(evidence, [second])
+        sign_evidence(evidence, [read_signer(second)])
     (evidence / ATTESTATION).write_text(before)
     (evidence / "probes.npz").write_bytes(b"other")
     with pytest.raises(NotAttested, match=r"probes\.npz: is not what the gate wrote"):
-        sign_evidence(evidence, [second])
+        sign_evidence(evidence, [read_signer(second)])
     assert (evidence / ATTESTATION).read_text() == before
 
 
@@ -543,7 +543,7 @@ def test_what_is_no_report_is_not_signed(pair: tuple[Path, Path], key: Path, par
     report = json.loads((pair[1] / "report.json").read_text())
     del report[part]
     with pytest.raises(BadEvidence, match=f"the report cannot be signed: lacks '{part}'; run dfmcl gate again"):
-        sign(report, "0" * 64, [key], expires_days=1)
+        sign(report, "0" * 64, [read_signer(key)], expires_days=1)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "dfmcl.report/1"}', "[" * 100_000, '{"a": 1, "a": 2}'])

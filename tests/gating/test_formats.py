@@ -338,18 +338,6 @@ def test_metrics_carry_the_reports_figures(verdict: str) -> None:
         assert states == {state: state == check["outcome"] for state in states}
 
 
-def test_metrics_of_the_gate_have_the_sidecars_names() -> None:
-    """A dashboard reads the gate's figures from the sidecar or from this file: the same names and labels."""
-    source = (ROOT / "monitoring" / "metrics.py").read_text(encoding="utf-8")
-    names = {key[0] for key in samples_of(sample())}
-    for name in ("state", "threshold_ratio", "clean_threshold_ratio", "evaluated_timestamp_seconds"):
-        assert f'"robustness_gate_{name}"' in source
-        assert f"robustness_gate_{name}" in names
-    for name in ("accuracy", "clean_accuracy"):
-        assert f'"robustness_gate_{name}"' in source
-        assert {f"robustness_gate_{name}{bound}_ratio" for bound in ("", "_lower", "_upper")} <= names
-
-
 def test_metrics_take_any_name() -> None:
     """Quotes, line breaks and backslashes in a name arrive as they are, and two equal rows make one sample."""
     report = sample()

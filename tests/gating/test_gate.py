@@ -34,7 +34,7 @@ from dfmcl.gating.resumption import SEAL_BYTES
 from dfmcl.gating.sequence import Progress
 from dfmcl.gating.signing.attestation import BadEvidence
 from dfmcl.gating.signing.evidence import read_evidence
-from dfmcl.gating.signing.keys import keygen
+from dfmcl.gating.signing.keys import keygen, read_signer
 from dfmcl.gating.signing.probes import as_npz, read_probes
 from dfmcl.gating.subject import Subject, candidate_subject
 from dfmcl.release.export import export
@@ -45,7 +45,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import exactly
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import lower_bound, upper_bound
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.l2 import L2
 from tests.signing import make_key, policy_of, probes_of, true_report
 
 ROOT = Path(__file__).parents[2]
@@ -210,7 +210,7 @@ def test_an_l2_gate_blocks_what_falls_in_float(subject: Subject, standard_run: P
         trained, data = load_run(standard_run), load_dataset("digits")
         attacks = [Attack.parse(name) for name in suite]
         chosen = report["per_image"]["index"]
-        outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], Threat("l2", 2.0), attacks)
+        outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], L2(2.0), attacks)
         assert outcome.evaluation.robust.value <= 0.05
         # Towards x instead of to the nearest byte, cw-l2 would leave 97 % standing; 3 of 60 images may differ.
         assert report["evaluation"]["robust"]["k"] <= outcome.evaluation.robust.k + 3
@@ -318,9 +318,9 @@ def test_what_is_no_state_is_left_alone(subject: Subject, tmp_path: Path) -> Non
 
 def test_attacks_draw_from_the_key_as_well_as_from_the_policy(subject: Subject, tmp_path: Path) -> None:
     """Whoever knows the policy knows the random starts of a gate without a key, and of no other."""
-    wanted, keys = policy(0.1, "60/255", 30), [make_key(tmp_path, name) for name in ("one", "two")]
-    rounds = [[], keys[:1], keys[:1], keys[1:]]
-    reports = [gate(subject, wanted, tmp_path / str(number), keys=used) for number, used in enumerate(rounds)]
+    wanted, signers = policy(0.1, "60/255", 30), [read_signer(make_key(tmp_path, name)) for name in ("one", "two")]
+    rounds = [[], signers[:1], signers[:1], signers[1:]]
+    reports = [gate(subject, wanted, tmp_path / str(number), signers=used) for number, used in enumerate(rounds)]
     bare, one, again, other = [(report["evaluation"]["seed"], report["files"]) for report in reports]
     assert one == again
     assert len({bare[0], one[0], other[0]}) == 3
@@ -412,13 +412,13 @@ def test_a_drawn_part_of_nothing_is_refused(changes: dict[str, Any], message: st
 @pytest.mark.parametrize("damage", ["torn", "exchanged", "sealed by a stranger"])
 def test_a_block_that_this_gate_did_not_seal_is_attacked_again(subject: Subject, tmp_path: Path, damage: str) -> None:
     """A stranger who brings a file into the state's directory, with a cache or a commit, decides nothing."""
-    wanted, keys = policy(0.1, images=90, statistics="fixed"), [make_key(tmp_path, "one")]
-    whole = gate(subject, wanted, tmp_path / "whole", keys=keys)
+    wanted, signers = policy(0.1, images=90, statistics="fixed"), [read_signer(make_key(tmp_path, "one"))]
+    whole = gate(subject, wanted, tmp_path / "whole", signers=signers)
     out, state = tmp_path / "evidence", tmp_path / "evidence.partial"
     with pytest.raises(Cut):
-        gate(subject, wanted, out, track=cut_after(2), keys=keys)
+        gate(subject, wanted, out, track=cut_after(2), signers=signers)
     with pytest.raises(BadInput, match=r"evidence\.partial: belongs to a gate with another order"):
-        gate(subject, wanted, out, keys=[make_key(tmp_path, "another")])
+        gate(subject, wanted, out, signers=[read_signer(make_key(tmp_path, "another"))])
     first, second = sorted(state.glob("*.npz"))
     if damage == "torn":
         first.write_bytes(first.read_bytes()[:100])
@@ -432,7 +432,7 @@ def test_a_block_that_this_gate_did_not_seal_is_attacked_again(subject: Subject,
         seen.append(label)
         yield from items
 
-    report = gate(subject, wanted, out, track=track, keys=keys)
+    report = gate(subject, wanted, out, track=track, signers=signers)
     assert report["per_image"] == whole["per_image"]
     assert report["evaluation"]["robust"] == whole["evaluation"]["robust"]
     attacked = sum(label.startswith("fgsm at Linf 2/255") for label in seen)
@@ -463,7 +463,7 @@ images = 32
     (tmp_path / "candidate").symlink_to(candidate)
     (tmp_path / "run").symlink_to(standard_run)
     keygen(tmp_path / "gate")
-    alone = gate(subject, load_policy(path), tmp_path / "alone", keys=[tmp_path / "gate.key"])
+    alone = gate(subject, load_policy(path), tmp_path / "alone", signers=[read_signer(tmp_path / "gate.key")])
     assert alone["exit_code"] == code
     job = yaml.safe_load((ROOT / "deploy" / "gate" / "job.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dfmcl.gating.formats.charts import Bounds, Point, accuracy_over_eps, bounds_over_images, interval
+from dfmcl.gating.formats.charts import Known, Reading, accuracy_over_eps, bounds_over_images, interval
 from dfmcl.gating.formats.gallery import SHOWN, gallery
 from dfmcl.gating.formats.html import confused, html
 from dfmcl.gating.formats.markdown import markdown
@@ -204,7 +204,7 @@ def test_gallery_takes_any_image(channels: int) -> None:
 def test_drawings_put_figures_where_they_belong() -> None:
     """Higher accuracy is higher up, larger radii further right, a threshold at its height and radius."""
     drawing = accuracy_over_eps(
-        [Point(0, 0.9, 0.8, 1.0, "clean", "clean"), Point(0.1, 0.5, 0.4, 0.6, "x", "robust")], [(0.1, 0.5)]
+        [Reading(0, 0.9, 0.8, 1.0, "clean", "clean"), Reading(0.1, 0.5, 0.4, 0.6, "x", "robust")], [(0.1, 0.5)]
     )
     (x0, y0), (x1, y1) = re.findall(r'<circle class="dot \w+" cx="([\d.]+)" cy="([\d.]+)"', drawing)
     assert float(x0) < float(x1)
@@ -212,7 +212,7 @@ def test_drawings_put_figures_where_they_belong() -> None:
     (threshold,) = re.findall(r'class="threshold" x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)"', drawing)
     assert float(threshold[0]) < float(x1) < float(threshold[2])
     assert threshold[1] == y1
-    steps = bounds_over_images([Bounds(8, 0.2, 0.9), Bounds(16, 0.4, 0.8)], 0.5)
+    steps = bounds_over_images([Known(8, 0.2, 0.9), Known(16, 0.4, 0.8)], 0.5)
     assert "threshold 50.0 %" in steps
     assert "40.0 %" in steps
     assert "80.0 %" in steps

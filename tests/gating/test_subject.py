@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 import torchvision
@@ -19,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
+from dfmcl.gating.conversion import NoGradients, differentiable
 from dfmcl.gating.foreign import state_digest
-from dfmcl.gating.gradients import NoGradients, differentiable
 from dfmcl.gating.subject import (
     Asked,
     QueriesSpent,
@@ -30,12 +31,14 @@ from dfmcl.gating.subject import (
     module_subject,
     onnx_subject,
     open_subject,
+    reopened,
 )
 from dfmcl.release.export import export
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import frozen
 from dfmcl.robustness.onnx_graph import noise, read_graph
+from dfmcl.robustness.provider import CPU, Provider
 from dfmcl.robustness.runs import load_run
 from tests.serving.workshop import write_run
 
@@ -145,6 +148,26 @@ def test_onnx_answers_and_gradients_are_the_networks(tmp_path: Path, text: str, 
     assert subject.contract == contract
     assert (subject.kind, subject.classes, subject.no_gradients, subject.files) == ("onnx", 5, "", {})
     assert_is(subject, net)
+
+
+def test_the_provider_that_was_handed_in_computes(tmp_path: Path) -> None:
+    """Every session is its own, also that of answers afresh; ONNX Runtime's silent way back to the CPU is refused."""
+    contract = InputContract.parse("uint8 NHWC 8x8x3")
+    path = to_onnx(tmp_path / "model.onnx", Wired(Tiny(), contract), zeros(contract))
+    images = (noise(contract, 3) * 255).byte().permute(0, 2, 3, 1).numpy()
+    absent = Provider("NoExecutionProvider")
+    for other in (Provider(name) for name in {"AzureExecutionProvider"} & set(ort.get_available_providers())):
+        assert other.session(path).get_providers()[0] == other.name
+        found, expected = (
+            open_subject(str(path), contract=str(contract), provider=one).afresh(images) for one in (other, CPU)
+        )
+        assert np.array_equal(found, expected)  # it leaves every standard operator to the CPU
+    for use in (
+        lambda: open_subject(str(path), contract=str(contract), provider=absent),
+        lambda: reopened(path, str(contract), absent, images),
+    ):
+        with pytest.raises(BadInput, match=r"NoExecutionProvider: .* fell back .*CPUExecutionProvider"):
+            use()
 
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])

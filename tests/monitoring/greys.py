@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dfmcl.monitoring.crafting import Pool, draw, scenes
+from dfmcl.monitoring.crafting import ImagePool, draw, scenes
 from dfmcl.monitoring.endpoint import Latencies, Manners, Stopped
 from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.probes import Scene
 from dfmcl.monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
-from dfmcl.monitoring.rounds import Plan, run_round
+from dfmcl.monitoring.rounds import RoundPlan, run_round
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.conftest import Ticking
 
 GREYS = np.array([10, 100, 110, 120, 135, 145, 155, 250], np.uint8)
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 0], np.int64)  # the last one is wrong: bright is class 1
 EPS = 20  # flips greys within 20 of 127.5: 110, 120, 135, 145
-BALL = Threat("linf", EPS / 255)
+BALL = Linf(EPS / 255)
 
 
 def brightness(x: torch.Tensor) -> torch.Tensor:
@@ -37,18 +37,18 @@ def served(images: np.ndarray, version: str = "1") -> Answer:
     return Answer(brightness(torch.from_numpy(images).float().permute(0, 3, 1, 2) / 255).numpy(), version)
 
 
-def pool(greys: np.ndarray = GREYS, labels: np.ndarray = LABELS) -> Pool:
+def pool(greys: np.ndarray = GREYS, labels: np.ndarray = LABELS) -> ImagePool:
     """Images of 4 x 4 pixels, each of one grey."""
-    return Pool(np.broadcast_to(greys[:, None, None, None], (len(greys), 4, 4, 3)).copy(), labels, 2)
+    return ImagePool(np.broadcast_to(greys[:, None, None, None], (len(greys), 4, 4, 3)).copy(), labels, 2)
 
 
-def plan(attacks: tuple[str, ...] = ("fgsm",), **changes: Any) -> Plan:
+def plan(attacks: tuple[str, ...] = ("fgsm",), **changes: Any) -> RoundPlan:
     """Rounds of eight images, without replay."""
     named = tuple(Attack.parse_transfer(name) for name in attacks)
-    return Plan(**{"model": "bright", "classes": 2, "threat": BALL, "attacks": named, "images": 8} | changes)
+    return RoundPlan(**{"model": "bright", "classes": 2, "threat": BALL, "attacks": named, "images": 8} | changes)
 
 
-def crafted(settings: Plan, number: int = 1, images: Pool | None = None, seed: int = 0) -> Scene:
+def crafted(settings: RoundPlan, number: int = 1, images: ImagePool | None = None, seed: int = 0) -> Scene:
     """The scene of a round, with its adversarial images."""
     made = scenes(images or pool(), brightness, BALL, settings.attacks, seed=seed, count=settings.images, first=number)
     return next(made)
@@ -60,7 +60,7 @@ def manners(**changes: Any) -> Manners:
 
 
 def one_round(
-    settings: Plan | None = None, predict: Callable[[np.ndarray], Answer] = served, number: int = 1, **options: Any
+    settings: RoundPlan | None = None, predict: Callable[[np.ndarray], Answer] = served, number: int = 1, **options: Any
 ) -> Round:
     """A round of the settings. scene, find, clock, manners: instead of the usual ones."""
     settings = settings or plan()

@@ -26,7 +26,7 @@ from dfmcl.monitoring.bounds import (
     undivided,
     windows_of,
 )
-from dfmcl.monitoring.record import READ_AGAIN
+from dfmcl.monitoring.round_log import READ_AGAIN
 
 Rounds = list[tuple[int, int]]
 # Stretches of rounds, each with a count of its own, as if an accuracy jumped: (right, images) of each round.

@@ -17,13 +17,12 @@ import torch
 from dfmcl.common.errors import BadInput, Broken
 from dfmcl.monitoring.config import WatchConfig
 from dfmcl.monitoring.crafted import MANIFEST, Recipe, craft_pool, load_crafted, prepared_scenes
-from dfmcl.monitoring.crafting import Pool, draw
+from dfmcl.monitoring.crafting import ImagePool, draw
 from dfmcl.monitoring.sidecar import watch
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.threats.geometry import contains_uint8
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 
 Make = Callable[..., Any]
 FEW = 100  # more than one batch
@@ -33,7 +32,7 @@ FEW = 100  # more than one batch
 def recipe(write_config: Make) -> Recipe:
     """A watch's, on its first images."""
     whole = Recipe.of(write_config(1))
-    return replace(whole, pool=Pool(whole.pool.images[:FEW], whole.pool.labels[:FEW], whole.pool.classes))
+    return replace(whole, pool=ImagePool(whole.pool.images[:FEW], whole.pool.labels[:FEW], whole.pool.classes))
 
 
 def tensor(images: Any) -> torch.Tensor:
@@ -48,7 +47,7 @@ def test_files_hold_what_rounds_ask_about(recipe: Recipe, tmp_path: Path) -> Non
     assert set(whole) == {"mi-fgsm-2", "pgd-2"}
     for images in whole.values():
         assert (images.dtype, images.shape) == (np.uint8, recipe.pool.images.shape)
-        assert bool(contains_uint8(tensor(images), tensor(recipe.pool.images), recipe.threat).all())
+        assert bool(recipe.threat.contains_uint8(tensor(images), tensor(recipe.pool.images)).all())
         assert (images != recipe.pool.images).any(axis=(1, 2, 3)).mean() > 0.9
     assert not np.array_equal(whole["mi-fgsm-2"], whole["pgd-2"])
     made = prepared_scenes(recipe.pool, recipe.threat, crafted, seed=3, count=8, first=5)
@@ -63,7 +62,7 @@ def test_files_hold_what_rounds_ask_about(recipe: Recipe, tmp_path: Path) -> Non
 def test_an_l2_ball_and_a_step_size_in_the_name(recipe: Recipe, tmp_path: Path) -> None:
     """A name that is no file name is no hindrance, and bytes lie in an L2 ball too."""
     attacks = (Attack.parse_transfer("pgd-2@2/255"), Attack.parse_transfer("pgd-2@eps/4"))
-    other = replace(recipe, threat=Threat.parse("l2", "1.0"), attacks=attacks)
+    other = replace(recipe, threat=threat_of("l2", "1.0"), attacks=attacks)
     craft_pool(other, tmp_path / "crafted")
     one, two = (made.take(np.arange(FEW)) for made in load_crafted(other, tmp_path / "crafted").values())
     assert not np.array_equal(one, two)
@@ -81,7 +80,7 @@ def test_crafting_repeats_byte_for_byte(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_batch_has_chances_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
     """The same image in two batches is started from two places."""
     twice = np.concatenate([recipe.pool.images[:64]] * 2)
-    pool = Pool(twice, np.concatenate([recipe.pool.labels[:64]] * 2), recipe.pool.classes)
+    pool = ImagePool(twice, np.concatenate([recipe.pool.labels[:64]] * 2), recipe.pool.classes)
     craft_pool(replace(recipe, pool=pool), tmp_path / "crafted")
     images = load_crafted(replace(recipe, pool=pool), tmp_path / "crafted")["pgd-2"].take(np.arange(128))
     assert not np.array_equal(images[:64], images[64:])
@@ -91,9 +90,9 @@ def test_what_was_crafted_for_another_watch_is_refused(recipe: Recipe, make_run:
     """Whatever differs is named, with what to do."""
     craft_pool(recipe, tmp_path / "crafted")
     others = {
-        "pool": replace(recipe, pool=Pool(recipe.pool.images, recipe.pool.labels[::-1], 10)),
+        "pool": replace(recipe, pool=ImagePool(recipe.pool.images, recipe.pool.labels[::-1], 10)),
         "surrogates": replace(recipe, surrogates=load_surrogates([make_run(5)], load_dataset("digits"))),
-        "threat": replace(recipe, threat=Threat.parse("linf", "37/255")),
+        "threat": replace(recipe, threat=threat_of("linf", "37/255")),
         "seed": replace(recipe, seed=1),
     }
     assert set(others) == set(recipe.to_json())

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
-from dfmcl.monitoring.crafting import AHEAD, Crafter, Pace, Pool, draw, require_fit, scenes
+from dfmcl.monitoring.crafting import AHEAD, Crafter, ImagePool, Pace, draw, require_fit, scenes
 from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.threat import Threat
 from tests.monitoring.conftest import wait_for
 from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
@@ -40,12 +41,12 @@ class Source:
         return brightness(x)
 
 
-def many(count: int = 40) -> Pool:
+def many(count: int = 40) -> ImagePool:
     """Different greys."""
     return pool(np.arange(count, dtype=np.uint8) + 20, np.zeros(count, np.int64))
 
 
-def made(source: Any = brightness, images: Pool | None = None, **options: Any) -> Iterator[Scene]:
+def made(source: Any = brightness, images: ImagePool | None = None, **options: Any) -> Iterator[Scene]:
     """Scenes under FGSM."""
     return scenes(images or many(), source, BALL, (FGSM,), **{"seed": 0, "count": 8, **options})
 
@@ -153,7 +154,7 @@ def test_an_attack_that_leaves_the_ball_gains_nothing() -> None:
         return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 0, 1 - x, (x + 0.01).clamp(0, 1))
 
     images = pool().images
-    changed = craft(brightness, Scene(images, LABELS, Threat("l2", 0.5), 0, 1, {}), Attack("rogue", rogue))
+    changed = craft(brightness, Scene(images, LABELS, L2(0.5), 0, 1, {}), Attack("rogue", rogue))
     assert np.array_equal(changed[0], images[0])
     assert (changed[1:] != images[1:]).any(axis=(1, 2, 3)).all()
 
@@ -285,9 +286,9 @@ def test_a_pool_is_known_by_its_bytes() -> None:
     """Other images, labels or classes are another pool."""
     one = many()
     others = [
-        Pool(one.images + 1, one.labels, 2),
-        Pool(one.images, one.labels + 1, 2),
-        Pool(one.images, one.labels, 3),
+        ImagePool(one.images + 1, one.labels, 2),
+        ImagePool(one.images, one.labels + 1, 2),
+        ImagePool(one.images, one.labels, 3),
     ]
     assert one.digest == many().digest
     assert len({one.digest, *(other.digest for other in others)}) == 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, DfmclError, Rejected, Unavailable
-from dfmcl.monitoring.endpoint import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Endpoint, Latencies, Paused
+from dfmcl.monitoring.endpoint import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Asker, Latencies, Paused
 from dfmcl.monitoring.results import REASONS
 from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.conftest import Still
@@ -32,7 +32,7 @@ class Slow:
 def test_requests_are_small_and_counted() -> None:
     """Ten images go in requests of at most 4, each recorded with its time; none at all go in no request."""
     clock = Still()
-    endpoint = Endpoint(2, clock, manners())
+    endpoint = Asker(2, clock, manners())
     assert endpoint.through(Slow(clock, iter([1.0, 2.0, 3.0])))(IMAGES).shape == (10, 2)
     assert [(query.images, query.seconds, query.reason) for query in endpoint.queries] == [
         (4, 1.0, ""),
@@ -49,7 +49,7 @@ def test_requests_are_under_way_for_the_share_that_is_allowed(duty: float) -> No
     """After each answer it rests so long that asking takes `duty` of the time; before the first it does not."""
     clock, rests = Still(), []
     taken = [0.2, 0.4, 0.1]
-    endpoint = Endpoint(2, clock, manners(wait=rests.append, duty=duty))
+    endpoint = Asker(2, clock, manners(wait=rests.append, duty=duty))
     endpoint.through(Slow(clock, iter(taken)))(IMAGES)
     assert rests[0] == 0
     assert rests[1:] == pytest.approx([seconds * (1 - duty) / duty for seconds in taken[:-1]])
@@ -58,7 +58,7 @@ def test_requests_are_under_way_for_the_share_that_is_allowed(duty: float) -> No
 def test_the_kill_switch_is_looked_at_before_each_request() -> None:
     """One that is thrown after the first answer lets no second request go."""
     answers = iter([False, True])
-    endpoint = Endpoint(2, Still(), manners(paused=lambda: next(answers)))
+    endpoint = Asker(2, Still(), manners(paused=lambda: next(answers)))
     with pytest.raises(Paused):
         endpoint.through(served)(IMAGES)
     assert len(endpoint.queries) == 1
@@ -70,7 +70,7 @@ def test_two_slow_answers_in_a_row_end_a_round() -> None:
     usual = [0.1] * KNOWN
     assert not any(latencies.is_slow(4, seconds) for seconds in usual)
     clock = Still()
-    endpoint = Endpoint(2, clock, manners(latencies=latencies))
+    endpoint = Asker(2, clock, manners(latencies=latencies))
     endpoint.through(Slow(clock, iter([0.6, 0.1, 0.6])))(THRICE)
     with pytest.raises(Unavailable, match="2 answers in a row took far longer than usual") as caught:
         endpoint.through(Slow(clock, iter([0.6, 0.6])))(IMAGES)
@@ -83,8 +83,8 @@ def test_after_giving_way_once_a_slower_model_is_measured() -> None:
     assert not any(latencies.is_slow(4, seconds) for seconds in [0.1] * KNOWN)
     clock = Still()
     with pytest.raises(Unavailable):
-        Endpoint(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6, 0.6])))(IMAGES)
-    slower = Endpoint(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6] * 3)))
+        Asker(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6, 0.6])))(IMAGES)
+    slower = Asker(2, clock, manners(latencies=latencies)).through(Slow(clock, iter([0.6] * 3)))
     assert len(slower(THRICE)) == len(THRICE)
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_answer_at_all_is_no_answered_query() -> None:
     def predict(images: np.ndarray) -> Answer:
         raise ZeroDivisionError
 
-    endpoint = Endpoint(2, Still(), manners())
+    endpoint = Asker(2, Still(), manners())
     with pytest.raises(ZeroDivisionError):
         endpoint.through(predict)(IMAGES)
     assert [query.reason for query in endpoint.queries] == ["internal"]

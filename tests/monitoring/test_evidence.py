@@ -30,7 +30,7 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import Share
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 from tests.monitoring.conftest import GATED, write_probes
 from tests.signing import evaluated, make_key, policy_of, report_on, trusting, write_trust
 from tests.signing import write_report as write_evidence
@@ -57,7 +57,7 @@ def transferred(surrogates: str, eps: str, images: int = 100, norm: str = "linf"
     parts = {name: evaluated(right, np.arange(images) < k, eps, about) for name, k in attacks.items()}
     records = tuple(replace(one.attacks[0], name=name) for name, one in parts.items())
     one = next(iter(parts.values()))
-    return replace(one, threat=Threat.parse(norm, eps), attacks=records)
+    return replace(one, threat=threat_of(norm, eps), attacks=records)
 
 
 def test_clean_accuracy_is_that_of_the_most_images(make_report: MakeReport) -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from dfmcl.common.errors import BadInput
-from dfmcl.monitoring.endpoint import Endpoint
+from dfmcl.monitoring.endpoint import Asker
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 from dfmcl.serving.clients.triton import Answer
 from tests.linear import Linear
@@ -70,14 +73,14 @@ def test_queries_are_exact_and_within_the_budget(name: str) -> None:
     found = PROBES["query"](scene(), query_attack(name), asked)
     assert found.queries == sum(len(images) for images in asked.images)
     assert found.queries <= 17 * len(RIGHT)
-    hopeless = Scene(pool().images[:2], LABELS[:2], Threat("linf", 1 / 255), 0, 1, {})
+    hopeless = Scene(pool().images[:2], LABELS[:2], Linf(1 / 255), 0, 1, {})
     assert PROBES["query"](hopeless, query_attack(name), Asked()).queries == 34
 
 
 def test_what_lies_outside_the_ball_does_not_count() -> None:
     """RayS asks about images far outside, which are other images: what fools there is no success."""
     asked = Asked()
-    far = Scene(pool().images[:2], LABELS[:2], Threat("linf", 2 / 255), 0, 1, {})
+    far = Scene(pool().images[:2], LABELS[:2], Linf(2 / 255), 0, 1, {})
     found = PROBES["query"](far, query_attack("rays-50"), asked)
     fooled = [images[asked(images).argmax(1) != 0] for images in list(asked.images)]
     assert sum(len(images) for images in fooled) > 0
@@ -92,7 +95,7 @@ def test_an_attack_that_claims_what_does_not_hold_gains_nothing() -> None:
         trial.look(torch.arange(len(x)), points, model(points), gradient=False)
         return points
 
-    found = PROBES["query"](scene(Threat("l2", 0.1)), Attack("rogue", rogue), Asked())
+    found = PROBES["query"](scene(L2(0.1)), Attack("rogue", rogue), Asked())
     assert (found.answers == scene().labels).all()
     assert found.queries == len(RIGHT)
 
@@ -103,7 +106,7 @@ def test_square_agrees_with_the_known_distance(norm: str) -> None:
     model = Linear((3, 8, 8))
     images = (near_grey(24, (3, 8, 8)) * 255).round().to(torch.uint8)
     least = model.least(images / 255, norm).numpy()
-    threat = Threat(norm, float(np.median(least))).on_grid()
+    threat = threat_of(norm, float(np.median(least))).on_grid()
     labels = model(images / 255).argmax(dim=1).numpy()
     subject = Scene(images.permute(0, 2, 3, 1).numpy().copy(), labels, threat, 0, 1, {})
     found = PROBES["query"](subject, query_attack("square-300"), Asked(model))
@@ -133,7 +136,7 @@ def test_a_search_repeats_by_number() -> None:
 
 def test_a_search_goes_through_the_frame() -> None:
     """Its questions are cut into requests and counted like all others."""
-    endpoint = Endpoint(2, Still(), manners())
+    endpoint = Asker(2, Still(), manners())
     asked = Asked()
     images = np.repeat(pool().images[:1], 20, axis=0)
     subject = Scene(images, np.zeros(20, np.int64), BALL, 0, 1, {})

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.monitoring.record import Record
 from dfmcl.monitoring.results import Query, Round, RoundFailure, RoundSkipped
+from dfmcl.monitoring.round_log import RoundLog
 from tests.monitoring.greys import measured, one_round, plan
 
 MEASURED = measured(one_round(plan()))
@@ -22,8 +22,8 @@ PLAN = "a" * 64
 LINE = len(json.dumps({"plan": PLAN, "round": FAILED.to_json()}, separators=(",", ":"))) + 1
 
 
-def record(path: Path, max_bytes: int = 10**6, plan: str = PLAN) -> Record:
-    return Record(path, max_bytes, plan)
+def record(path: Path, max_bytes: int = 10**6, plan: str = PLAN) -> RoundLog:
+    return RoundLog(path, max_bytes, plan)
 
 
 def failure(number: int) -> RoundFailure:
@@ -53,7 +53,7 @@ def test_there_may_be_nothing_to_read(tmp_path: Path) -> None:
 
 def test_a_long_record_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start must not take minutes: the newest rounds, over both files."""
-    monkeypatch.setattr("dfmcl.monitoring.record.READ_AGAIN", 4)
+    monkeypatch.setattr("dfmcl.monitoring.round_log.READ_AGAIN", 4)
     path = tmp_path / "rounds.jsonl"
     log = record(path, max_bytes=3 * LINE)
     for number in range(1, 10):

@@ -9,10 +9,9 @@ import socket
 import threading
 import time
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -441,17 +440,24 @@ def test_what_a_server_says_is_escaped_on_the_page(
     assert "alert(1)" not in watching.get("/metrics")[0]
 
 
-def test_health_is_that_rounds_begin(write_config: Make) -> None:
+def test_health_is_that_rounds_begin(write_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Healthy up to three intervals and a deadline after the last round began, or while it waits for its images."""
+    made = threading.Event()
+
+    def late(*_: Any, **__: Any) -> Iterator[Any]:
+        made.wait()
+        yield from ()
+
+    monkeypatch.setattr("dfmcl.monitoring.preparation.scenes", late)
     clock = Still()
     sidecar = idle(write_config(1, probe={"interval_seconds": 10.0}), clock)
     clock.now = 35.0
     assert sidecar.healthy()
     clock.now = 35.1
     assert not sidecar.healthy()
-    sidecar.crafter = SimpleNamespace(behind=True, dead=False)
-    assert sidecar.healthy()
-    sidecar.crafter = SimpleNamespace(behind=False, dead=False)
+    with sidecar.crafter:
+        assert sidecar.healthy()
+        made.set()
     assert not sidecar.healthy()
 
 
@@ -655,7 +661,7 @@ def test_images_lie_ready_before_their_round(
     endpoint: Any, write_config: Make, start_watch: Make, until: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rounds ahead."""
-    monkeypatch.setattr("dfmcl.monitoring.sidecar.SPREAD_SECONDS", 1.0)  # each would take 21
+    monkeypatch.setattr("dfmcl.monitoring.preparation.SPREAD_SECONDS", 1.0)  # each would take 21
     watching = start_watch(write_config(endpoint.port, probe={"interval_seconds": 30.0}))
     until(lambda: watching.metric("probe_prepared_rounds") == 2)
 
@@ -671,7 +677,9 @@ def test_crafting_takes_its_time_unless_somebody_waits(
 ) -> None:
     """Most of an interval and a minute at most for a watch; who asks for one round gets it at once."""
     paces: list[float] = []
-    monkeypatch.setattr("dfmcl.monitoring.sidecar.Pace", lambda given, left: paces.append(given) or Pace(given, left))
+    monkeypatch.setattr(
+        "dfmcl.monitoring.preparation.Pace", lambda given, left: paces.append(given) or Pace(given, left)
+    )
     config = write_config(endpoint.port, probe={"interval_seconds": interval})
     assert some_rounds(config)[0] == 0
     assert paces == []

@@ -15,7 +15,7 @@ import pytest
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.results import RoundFailure, RoundResult
 from dfmcl.monitoring.sidecar import watch
-from dfmcl.serving.gateway.keys import digest_of
+from dfmcl.serving.gateway.api_keys import digest_of
 from tests.serving.doors import PLENTY, Door, Relay, opened, settings
 
 Make = Callable[..., Any]

@@ -20,10 +20,10 @@ import torch
 
 from dfmcl.common.errors import Broken
 from dfmcl.common.files import sha256_of
-from dfmcl.monitoring.crafting import Pool, scenes
+from dfmcl.monitoring.crafting import ImagePool, scenes
 from dfmcl.monitoring.evidence import follow
 from dfmcl.monitoring.results import RoundResult
-from dfmcl.monitoring.rounds import Plan, run_round
+from dfmcl.monitoring.rounds import RoundPlan, run_round
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
 from dfmcl.robustness.attacks.registry import Attack
@@ -217,9 +217,9 @@ def expected_round(config: Any, surrogate: Path, repository: Path) -> RoundResul
     """The first round with the same bytes, through ONNX Runtime in this process."""
     data = load_dataset("digits")
     attacks = tuple(Attack.parse_transfer(name) for name in config.probe.attacks)
-    plan = Plan("digits", 10, config.threat.threat, attacks, images=64)
+    plan = RoundPlan("digits", 10, config.threat.threat, attacks, images=64)
     source = attack_pass(load_surrogates([surrogate], data).model, to_float(torch.from_numpy(data.x_test[:8])))
-    pool = Pool(data.x_test, data.y_test, 10)
+    pool = ImagePool(data.x_test, data.y_test, 10)
     torch.set_num_threads(config.probe.threads)  # as the crafter does: sums depend on it
     scene = next(scenes(pool, source, plan.threat, attacks, seed=0, count=64))
     predict = predictor(repository / "digits" / "1" / "model.onnx")

@@ -15,8 +15,9 @@ from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.apgd import apgd, apgd_targeted, checkpoints, stalled
 from dfmcl.robustness.attacks.registry import Attack, climb
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.geometry import contains, norms, project, steepest
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import THREATS, threat_of
 
 SHAPE = (3, 6, 6)
 
@@ -77,7 +78,7 @@ def test_too_few_classes_are_refused() -> None:
 def test_the_targeted_attack_works_with_few_classes(classes: int) -> None:
     """Below four classes it climbs the bare difference of logits, and finds what APGD-CE finds."""
     model, x = network(classes), greys(60)
-    y, threat = model(x).argmax(dim=1), Threat("linf", 0.01 if classes == 3 else 0.02)
+    y, threat = model(x).argmax(dim=1), Linf(0.01 if classes == 3 else 0.02)
     held = {
         name: int((model(Attack.parse(name)(model, x, y, threat, generator=stream())).argmax(dim=1) == y).sum())
         for name in ("apgd-t-20", "apgd-ce-20")
@@ -108,7 +109,7 @@ def test_a_peak_inside_the_ball_is_found(norm: str) -> None:
     """The loss peaks inside the ball: a step of 2 eps jumps over it for ever, halved steps close in on it."""
     x = torch.full((1, *SHAPE), 0.5)
     peak = x + 0.1 / (1 if norm == "linf" else x[0].numel() ** 0.5) * (greys(1) * 2 - 1)
-    threat, y = Threat(norm, 0.2), torch.tensor([0])
+    threat, y = threat_of(norm, 0.2), torch.tensor([0])
 
     def hill(point: Tensor) -> Tensor:  # class 0 always wins, by least at the peak
         lead = 1 + (point - peak).square().flatten(1).sum(dim=1)
@@ -116,14 +117,14 @@ def test_a_peak_inside_the_ball_is_found(norm: str) -> None:
 
     found = apgd(hill, x, y, threat, generator=stream())
     fixed = climb(hill, x, y, threat, generator=stream(), steps=100, step_size=2 * threat.eps)
-    assert norms(found - peak, norm).item() < 0.02 * threat.eps
-    assert norms(fixed - peak, norm).item() > 0.2 * threat.eps
+    assert THREATS[norm].lengths(found - peak).item() < 0.02 * threat.eps
+    assert THREATS[norm].lengths(fixed - peak).item() > 0.2 * threat.eps
 
 
 def test_steps_are_those_of_the_paper() -> None:
     """Algorithm 1 in float64: before the first checkpoint each point follows from the two before, momentum included."""
     model, x = network().double(), greys(4).double()
-    y, threat, seen = model(x).argmax(dim=1), Threat("l2", 0.05), list[Tensor]()
+    y, threat, seen = model(x).argmax(dim=1), L2(0.05), list[Tensor]()
 
     def watched(point: Tensor) -> Tensor:
         seen.append(point.detach().clone())
@@ -134,8 +135,8 @@ def test_steps_are_those_of_the_paper() -> None:
     for step in range(1, 6):
         *_, before, point, after = seen[: step + 2]
         _, gradient, _ = losses.value_and_gradient(model, point, losses.cross_entropy, (y,), True)
-        uphill = project(point + 2 * threat.eps * steepest(gradient, "l2"), x, threat)
-        assert torch.allclose(after, project(point + 0.75 * (uphill - point) + 0.25 * (point - before), x, threat))
+        uphill = threat.project(point + 2 * threat.eps * L2.steepest(gradient), x)
+        assert torch.allclose(after, threat.project(point + 0.75 * (uphill - point) + 0.25 * (point - before), x))
 
 
 # --- the attack ---------------------------------------------------------------------------------------------
@@ -156,9 +157,9 @@ def test_targeted_attack_finds_the_nearest_class(norm: str) -> None:
     assert (nearest != logits.topk(2, dim=1).indices[:, 1]).all()
     for i in range(len(x)):
         for factor, fooled in ((1.02, True), (0.98, False)):
-            threat = Threat(norm, factor * least[i].item())
+            threat = threat_of(norm, factor * least[i].item())
             x_adv = apgd_targeted(model, x[i : i + 1], y[i : i + 1], threat, generator=stream(), steps=30)
-            assert contains(x_adv, x[i : i + 1], threat).all()
+            assert threat.contains(x_adv, x[i : i + 1]).all()
             assert (model(x_adv).argmax(dim=1) != y[i]).item() is fooled
 
 
@@ -171,11 +172,11 @@ def test_targeted_attack_finds_the_nearest_class(norm: str) -> None:
 )
 def test_result_is_inside_and_repeatable(name: str, ball: tuple[str, float], count: int, seed: int) -> None:
     """In the ball and in [0, 1] for any batch size; the same generator gives the same bytes."""
-    model, x, threat = network(seed=seed), greys(count, seed), Threat(*ball)
+    model, x, threat = network(seed=seed), greys(count, seed), threat_of(*ball)
     y, before = model(x).argmax(dim=1), x.clone()
     x_adv = Attack.parse(name)(model, x, y, threat, generator=stream(seed))
     assert x_adv.shape == x.shape
-    assert contains(x_adv, x, threat).all()
+    assert threat.contains(x_adv, x).all()
     assert torch.equal(x_adv, Attack.parse(name)(model, x, y, threat, generator=stream(seed)))
     assert torch.equal(x, before)
 
@@ -195,7 +196,7 @@ def test_nothing_better_was_seen_than_what_is_returned(seed: int, restarts: int)
         seen.append(losses.cross_entropy(logits.detach(), y).item())
         return logits
 
-    x_adv = apgd(watched, x, y, Threat("linf", 0.1), generator=stream(seed), steps=12, restarts=restarts)
+    x_adv = apgd(watched, x, y, Linf(0.1), generator=stream(seed), steps=12, restarts=restarts)
     assert len(seen) == restarts * 13
     assert losses.cross_entropy(bumps(x_adv), y).item() == max(seen)
 
@@ -211,12 +212,12 @@ def test_a_fooled_image_leaves_the_batch(targeted: bool) -> None:
         return model(point)
 
     run: Callable[..., Tensor] = apgd_targeted if targeted else apgd
-    x_adv = run(counted, x, y, Threat("linf", 0.02), generator=stream(), steps=10)
+    x_adv = run(counted, x, y, Linf(0.02), generator=stream(), steps=10)
     held = int((model(x_adv).argmax(dim=1) == y).sum())
     assert sizes == sorted(sizes, reverse=True)
     assert 0 < held < 64
     assert sizes[-1] >= held
     sizes.clear()
-    assert (model(run(counted, x, y, Threat("linf", 1.0), generator=stream())).argmax(dim=1) != y).all()
+    assert (model(run(counted, x, y, Linf(1.0), generator=stream())).argmax(dim=1) != y).all()
     assert 0 not in sizes
     assert len(sizes) < 20

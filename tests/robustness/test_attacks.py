@@ -10,7 +10,9 @@ from dfmcl.robustness.attacks.registry import ATTACKS, Attack, climb
 from dfmcl.robustness.attacks.suites import WITHOUT_GRADIENTS
 from dfmcl.robustness.losses import cross_entropy, margin
 from dfmcl.robustness.models import frozen
-from dfmcl.robustness.threats.geometry import contains, norms
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import network
@@ -48,11 +50,11 @@ def test_attack_crosses_just_beyond_the_optimum_and_never_before(name: str, norm
     least = model.least(x, norm)
     for factor, fooled in ((1.02, True), (0.98, False)):
         for i in range(count):
-            threat = Threat(norm, factor * least[i].item())
+            threat = threat_of(norm, factor * least[i].item())
             x_adv = run(name, model, x[i : i + 1], threat)
-            assert contains(x_adv, x[i : i + 1], threat).all()
+            assert threat.contains(x_adv, x[i : i + 1]).all()
             assert (model(x_adv).argmax(dim=1) != y[i]).item() is fooled
-    assert run(name, model, x, Threat(norm, 0.01)).shape == x.shape
+    assert run(name, model, x, threat_of(norm, 0.01)).shape == x.shape
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -64,7 +66,7 @@ def test_attack_reaches_the_best_loss_where_nothing_falls(name: str, norm: str) 
     eps = 0.5 * model.least(x, norm).min().item()
     dual = model.weight.abs().sum() if norm == "linf" else model.weight.norm()
     before = margin(model(x), y)
-    gained = (margin(model(run(name, model, x, Threat(norm, eps))), y) - before) / (eps * dual)
+    gained = (margin(model(run(name, model, x, threat_of(norm, eps))), y) - before) / (eps * dual)
     assert (gained <= 1.001).all()
     # L2 with a fixed step and a random start closes the angle by e^-2.5 a run: cos is then 0.97 to 0.99.
     assert (gained >= (0.999 if norm == "linf" else 0.95)).all()
@@ -75,9 +77,9 @@ def test_cw_finds_the_least_l2_perturbation(count: int) -> None:
     """C&W lands beyond the border, at most 5 % farther away than the closed-form optimum."""
     model, x = Linear(SHAPE), images(count, SHAPE)
     y = model(x).argmax(dim=1)
-    x_adv = run("cw-l2-200", model, x, Threat("l2", 10.0))
+    x_adv = run("cw-l2-200", model, x, L2(10.0))
     assert (model(x_adv).argmax(dim=1) != y).all()
-    ratio = norms(x_adv - x, "l2") / model.least(x, "l2")
+    ratio = L2.lengths(x_adv - x) / model.least(x, "l2")
     assert (ratio >= 0.999).all()
     assert (ratio <= 1.05).all()
 
@@ -87,7 +89,7 @@ def test_attack_is_repeatable_and_changes_nothing(name: str) -> None:
     """Same seed, same bytes; inputs, weights and training mode are as before."""
     model, x = Linear(SHAPE).train(), images(3, SHAPE)
     before, weight = x.clone(), model.weight.detach().clone()
-    threat = Threat("linf", 0.01)
+    threat = Linf(0.01)
     assert torch.equal(run(name, model, x, threat), run(name, model, x, threat))
     assert torch.equal(x, before)
     assert torch.equal(model.weight, weight)
@@ -106,7 +108,7 @@ def test_a_fooled_image_leaves_the_batch() -> None:
         passes.append(len(point))
         return model(point)
 
-    easy = Threat("linf", 3 * model.least(x, "linf").max().item())
+    easy = Linf(3 * model.least(x, "linf").max().item())
     climb(counted, x, y, easy, generator=stream(), steps=50, step_size=easy.eps, random_start=False)
     assert passes == [4, 4]
 
@@ -115,7 +117,7 @@ def test_training_keeps_the_last_iterate() -> None:
     """keep="last" goes on to the strongest point although the image fell on the way."""
     model, x = Linear(SHAPE), images(4, SHAPE)
     y = model(x).argmax(dim=1)
-    threat = Threat("linf", 3 * model.least(x, "linf").max().item())
+    threat = Linf(3 * model.least(x, "linf").max().item())
     first = climb(model, x, y, threat, generator=stream(), steps=10, random_start=False)
     last = climb(model, x, y, threat, generator=stream(), steps=10, random_start=False, keep="last")
     assert (cross_entropy(model(last), y) > cross_entropy(model(first), y)).all()
@@ -127,7 +129,7 @@ def test_restarts_only_help() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
     x = images(32, SHAPE)
     y = model(x).argmax(dim=1)
-    threat = Threat("linf", 0.004)
+    threat = Linf(0.004)
     with frozen(model):
         once = climb(model, x, y, threat, generator=stream(), steps=2)
         thrice = climb(model, x, y, threat, generator=stream(), steps=2, restarts=3)
@@ -162,7 +164,7 @@ def test_a_step_that_is_no_length_is_refused(text: str) -> None:
 def test_a_name_can_say_how_long_a_step_is(text: str, step: float) -> None:
     """In pixel units or by the radius; the record keeps what was written."""
     model, x = network(), images(30, SHAPE)  # a curved loss: where an image comes to rest depends on the step
-    y, threat = model(x).argmax(dim=1), Threat("linf", 0.04)
+    y, threat = model(x).argmax(dim=1), Linf(0.04)
     attack = Attack.parse(f"pgd-10x2{text}")
     by_name = attack(model, x, y, threat, generator=stream())
     by_number = climb(model, x, y, threat, generator=stream(), steps=10, restarts=2, step_size=step)

@@ -31,11 +31,13 @@ from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import threat_of
 from tests.networks import Networks
 from tests.robustness.traps import TRAPS, Corners, Neighbourhood, sprung
 
-THREAT = Threat.parse("linf", "8/255")
+THREAT = threat_of("linf", "8/255")
 N = 64
 EVERY = (True,) * N
 BY_RECORD = {"cr_is_blind", "found_and_dropped", "outside_ball", "seen_images", "artefact_disagrees"}
@@ -148,6 +150,13 @@ def test_a_model_that_is_never_right_is_no_finding(fragile: Classifier, digits: 
     assert {"right on none" in result.why for result in results if "images" in CHECKS[result.check].needs} == {True}
 
 
+def test_an_l2_threat_is_examined_as_well(fragile: Classifier, digits: Dataset) -> None:
+    """Every check runs on it; what is asked of black boxes leaves out the one that knows Linf only."""
+    about = fragile, exactly(fragile), digits.x_test[:16], digits.y_test[:16], L2(0.3)
+    assert Examination(*about, grid=True, seed=0).queried.keys() == {"square", "square-subspace"}
+    assert len(diagnose(*about, grid=True, seed=0)) == len(CHECKS)
+
+
 def test_no_number_is_no_randomness(fragile: Classifier, digits: Dataset) -> None:
     """An image whose logits are never finite differs from itself in nothing; one that sometimes is, in everything."""
     answer, asked = exactly(fragile), [0]
@@ -160,9 +169,7 @@ def test_no_number_is_no_randomness(fragile: Classifier, digits: Dataset) -> Non
         return steady(x) if asked[0] == 1 else answer(x)
 
     for decide, outcome in ((steady, "clear"), (shaky, "raised")):
-        e = Examination(
-            None, decide, digits.x_test[:64], digits.y_test[:64], Threat("linf", 8 / 255), grid=True, seed=0
-        )
+        e = Examination(None, decide, digits.x_test[:64], digits.y_test[:64], Linf(8 / 255), grid=True, seed=0)
         assert not e.logits.isfinite().all()
         assert CHECKS["outputs_differ"].run(e).outcome == outcome
         if outcome == "clear":

@@ -11,7 +11,7 @@ from scipy.stats import binom
 from dfmcl.robustness.drawn import DrawnSequence, Seen, one_look_bounds
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.sequential import ConfidenceSequence
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 
 FLAGS = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=40)
 
@@ -93,7 +93,7 @@ def test_a_record_says_who_met_what() -> None:
     correct = (True, True, True, False)
     cheap = AttackRecord("cr", {}, (True, True, False, False), correct, 0, 1.0)
     dear = AttackRecord("square", {}, (True, False, False, False), (False, True, False, False), 0, 1.0)
-    record = Evaluation(Threat("linf", 0.1), True, 0, correct, (cheap, dear), 1.0)
+    record = Evaluation(Linf(0.1), True, 0, correct, (cheap, dear), 1.0)
     drawn = np.array([False, True, True, True])
     seen = Seen.by(record, drawn, 1)
     assert seen.held.tolist() == [True, True, False, False]

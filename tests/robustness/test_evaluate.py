@@ -18,9 +18,10 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import threat_of
 
-THREAT = Threat.parse("linf", "8/255")
+THREAT = threat_of("linf", "8/255")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_logits_that_are_not_finite_are_wrong(model: Classifier, images: Any, la
         spoilt.append(int(rows.sum()))
         return torch.where(rows[:, None] & (torch.arange(logits.shape[1]) == 0), wild, logits)
 
-    outcome = evaluate(model, images, target.numpy(), Threat("linf", 1 / 255), [], decide=decide, grid=True)
+    outcome = evaluate(model, images, target.numpy(), Linf(1 / 255), [], decide=decide, grid=True)
     assert outcome.evaluation.not_finite == spoilt[0] == len(images[::2])
     assert outcome.evaluation.correct == tuple(number % 2 == 1 for number in range(len(images)))
     assert Evaluation.from_json(outcome.evaluation.to_json()).not_finite == len(images[::2])
@@ -134,7 +135,7 @@ def test_an_attack_that_reaches_no_number_has_fooled(model: Classifier, images: 
         return torch.where(same[:, None], model(x), torch.nan)
 
     attack = Attack.parse("fgsm")
-    outcome = evaluate(model, images, target.numpy(), Threat("linf", 1 / 255), [attack], decide=decide, grid=True)
+    outcome = evaluate(model, images, target.numpy(), Linf(1 / 255), [attack], decide=decide, grid=True)
     assert (outcome.evaluation.clean.k, outcome.evaluation.robust.k) == (len(images), 0)
 
 
@@ -161,7 +162,7 @@ def evaluations(draw: st.DrawFn) -> Evaluation:
         seconds=st.floats(0, 1e6),
     )
     return Evaluation(
-        threat=Threat(draw(st.sampled_from(["linf", "l2"])), draw(st.floats(0, 1))),
+        threat=threat_of(draw(st.sampled_from(["linf", "l2"])), draw(st.floats(0, 1))),
         grid=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
         correct=correct,

@@ -15,8 +15,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.geometry import contains, norms
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import THREATS, threat_of
 
 SIZE = 5
 
@@ -77,11 +76,11 @@ def test_it_finds_the_least_perturbation_of_a_linear_model(norm: str) -> None:
     dual = model.w.abs().sum(dim=1) if norm == "linf" else model.w.norm(dim=1)
     least = float((0.3 / dual).min())
     trial = Trial(y, lambda rows, points: torch.zeros(len(rows), dtype=torch.bool))  # it must go on to the end
-    wide = Threat(norm, least * 1.01)
+    wide = threat_of(norm, least * 1.01)
     found = fab_targeted(model, x, y, wide, generator=generator(0), steps=40, trial=trial)
     assert trial.unconfirmed.all()
-    assert least * 0.999 <= float(norms(found - x, norm)) <= least * 1.01
-    narrow = fab_targeted(model, x, y, Threat(norm, least * 0.98), generator=generator(0), steps=40)
+    assert least * 0.999 <= float(THREATS[norm].lengths(found - x)) <= least * 1.01
+    narrow = fab_targeted(model, x, y, threat_of(norm, least * 0.98), generator=generator(0), steps=40)
     assert model(narrow).argmax(dim=1).item() == 0, "nothing is adversarial so near"
 
 
@@ -92,16 +91,16 @@ def test_results_lie_in_the_ball(
 ) -> None:
     """For any number of images, and from a random start too."""
     x, y = digits[0][:count], digits[1][:count]
-    threat = Threat(norm, eps)
+    threat = threat_of(norm, eps)
     found = Attack.parse("fab-t-4x2")(hardened, x, y, threat, generator=generator(0))
     assert found.shape == x.shape
-    assert contains(found, x, threat).all()
+    assert threat.contains(found, x).all()
 
 
 def test_two_passes_forward_and_one_back_a_step(hardened: Classifier, digits: tuple[Tensor, Tensor]) -> None:
     """An image that holds costs one look and, for each class and step, two forward passes and a backward one."""
     x, y = digits[0][:8], digits[1][:8]
     trial = Trial(y, lambda rows, points: torch.zeros(len(rows), dtype=torch.bool))
-    fab_targeted(hardened, x, y, Threat.parse("linf", "20/255"), generator=generator(0), steps=5, trial=trial)
+    fab_targeted(hardened, x, y, threat_of("linf", "20/255"), generator=generator(0), steps=5, trial=trial)
     assert (trial.forward == 1 + 9 * 5 * 2).all()
     assert (trial.backward == 9 * 5).all()

@@ -17,7 +17,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.gradients import AttackPass, attack_pass, has_bfloat16
 from dfmcl.robustness.models import Classifier, to_bytes
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 from tests.robustness.traps import Flipped
 
 # Convolutions in bfloat16 run on every CPU, slowly where it has no instruction for them.
@@ -314,7 +314,7 @@ def test_bfloat16_loses_no_strength(name: str, hardened: Classifier, digits: tup
     images, labels = to_bytes(digits[0]).numpy(), digits[1].numpy()
     robust = {}
     for precision in BOTH:
-        suite, threat = [Attack.parse(name)], Threat.parse("linf", "16/255")
+        suite, threat = [Attack.parse(name)], threat_of("linf", "16/255")
         outcome = evaluate(hardened, images, labels, threat, suite, batch_size=200, precision=precision)
         robust[precision] = outcome.evaluation.robust_images
     assert 20 < sum(robust["float32"]) < 180
@@ -331,7 +331,7 @@ def test_bfloat16_claims_nothing(hardened: Classifier, digits: tuple[Tensor, Ten
             return super().forward(x) * -1
 
     wrong = Wrong(made.network, made.memory_format, made.precision, made.folded)
-    threat, suite = Threat.parse("linf", "1/255"), [Attack.parse("pgd-2")]
+    threat, suite = threat_of("linf", "1/255"), [Attack.parse("pgd-2")]
     outcome = evaluate(hardened, to_bytes(x).numpy(), y.numpy(), threat, suite, source=wrong, batch_size=200)
     with torch.no_grad():
         decided = hardened(torch.from_numpy(outcome.adversarial).permute(0, 3, 1, 2) / 255).argmax(dim=1) == y

@@ -17,7 +17,7 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.memorisation import repeated
 from dfmcl.robustness.models import exactly, to_float
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 from tests.networks import Networks
 
 N = 48
@@ -30,7 +30,7 @@ ALLOWED = 2
 
 def raised(run: Path, digits: Dataset, other: nn.Module) -> dict[str, str]:
     """What a network raises, or leaves out, of all checks, and why."""
-    model, threat = load_run(run).model, Threat.parse("linf", "3/255")
+    model, threat = load_run(run).model, threat_of("linf", "3/255")
     images, labels = digits.x_test[:N], digits.y_test[:N]
     suite = [Attack.parse(attack) for attack in ("apgd-ce-5", "apgd-t-3", "square-20")]
     evaluation = evaluate(model, images, labels, threat, suite, grid=True, cascade=True).evaluation

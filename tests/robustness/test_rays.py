@@ -14,8 +14,8 @@ from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.rays import PRECISION, blocks, rays
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.geometry import contains
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 
@@ -26,9 +26,9 @@ def test_crosses_just_beyond_the_optimum_and_never_before() -> None:
     y, least = model(x).argmax(dim=1), model.least(x, "linf")
     for factor, fooled in ((1.02, True), (0.98, False)):
         for i in range(len(x)):
-            threat = Threat("linf", factor * least[i].item())
+            threat = Linf(factor * least[i].item())
             x_adv = rays(model, x[i : i + 1], y[i : i + 1], threat, generator=stream(), queries=800)
-            assert contains(x_adv, x[i : i + 1], threat).all()
+            assert threat.contains(x_adv, x[i : i + 1]).all()
             assert (model(x_adv).argmax(dim=1) != y[i]).item() is fooled
 
 
@@ -36,7 +36,7 @@ def test_an_image_that_holds_comes_back_on_the_best_ray() -> None:
     """Short of the border, every sign that matters is the one that leads towards it."""
     model, x = Linear(SHAPE), images(2, SHAPE)
     y, eps = model(x).argmax(dim=1), 0.9 * model.least(x, "linf").min().item()
-    x_adv = rays(model, x, y, Threat("linf", eps), generator=stream(), queries=1500)
+    x_adv = rays(model, x, y, Linf(eps), generator=stream(), queries=1500)
     gained = (model.score(x_adv) - model.score(x)).abs().detach() / (eps * model.weight.abs().sum())
     assert (gained >= 0.99).all()
     assert (gained <= 1.001).all()
@@ -54,14 +54,14 @@ def test_a_ray_is_measured_by_halving() -> None:
     for eps, found in ((0.1001, True), (0.0999, False)):
         trial = Trial(y)
         most = 2 + math.ceil(math.log2(1 / (PRECISION * eps)))
-        rays(bright, x, y, Threat("linf", eps), generator=stream(), queries=most, trial=trial)
+        rays(bright, x, y, Linf(eps), generator=stream(), queries=most, trial=trial)
         assert trial.fooled.item() is found
 
 
 def test_only_labels_are_used() -> None:
     """Scores squashed to one-hot answers change nothing, and no gradient is asked for."""
     model, x = network(), greys(6)
-    y, threat = model(x).argmax(dim=1), Threat("linf", 0.03)
+    y, threat = model(x).argmax(dim=1), Linf(0.03)
 
     def labels(point: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
@@ -81,7 +81,7 @@ def test_one_query_per_live_image_and_step() -> None:
         return model(point)
 
     trial = Trial(y)
-    x_adv = Attack.parse("rays-120")(counted, x, y, Threat("linf", 0.03), generator=stream(), trial=trial)
+    x_adv = Attack.parse("rays-120")(counted, x, y, Linf(0.03), generator=stream(), trial=trial)
     assert torch.equal(model(x_adv).argmax(dim=1) != y, trial.fooled)
     assert 3 < trial.fooled.sum() < 21
     assert len(sizes) == 120
@@ -91,7 +91,7 @@ def test_one_query_per_live_image_and_step() -> None:
     assert (trial.forward[trial.fooled] < 120).any()
     assert not trial.backward.any()
     sizes.clear()
-    rays(counted, x, y, Threat("linf", 1.0), generator=stream(), queries=3000)
+    rays(counted, x, y, Linf(1.0), generator=stream(), queries=3000)
     assert 0 not in sizes
     assert len(sizes) < 1000
 
@@ -99,11 +99,11 @@ def test_one_query_per_live_image_and_step() -> None:
 def test_a_point_that_does_not_count_lets_the_search_go_on() -> None:
     """Where the frame confirms nothing, every image costs the whole budget, and all finds are noted."""
     model, x = network(), greys(8)
-    y, threat = model(x).argmax(dim=1), Threat("linf", 0.1)
+    y, threat = model(x).argmax(dim=1), Linf(0.1)
     never, always = Trial(y, lambda rows, points: torch.zeros(len(rows), dtype=torch.bool)), Trial(y)
     for trial in (never, always):
         x_adv = rays(model, x, y, threat, generator=stream(), queries=200, trial=trial)
-        assert contains(x_adv, x, threat).all()
+        assert threat.contains(x_adv, x).all()
     assert (never.forward == 200).all()
     assert torch.equal(never.unconfirmed, always.fooled)
     assert always.fooled.sum() >= 3
@@ -113,11 +113,11 @@ def test_a_point_that_does_not_count_lets_the_search_go_on() -> None:
 @given(st.sampled_from([0.0, 0.03, 1.0]), st.sampled_from([0, 1, 3]), st.integers(0, 99))
 def test_result_is_inside_and_repeatable(eps: float, count: int, seed: int) -> None:
     """In the ball and in [0, 1] for any batch size, whatever the images beside it."""
-    model, x, threat = network(seed=seed), greys(count, seed), Threat("linf", eps)
+    model, x, threat = network(seed=seed), greys(count, seed), Linf(eps)
     y, before = model(x).argmax(dim=1), x.clone()
     x_adv = Attack.parse("rays-40")(model, x, y, threat, generator=stream())
     assert x_adv.shape == x.shape
-    assert contains(x_adv, x, threat).all()
+    assert threat.contains(x_adv, x).all()
     assert torch.equal(x, before)
     for i in range(count):
         alone = Attack.parse("rays-40")(model, x[i : i + 1], y[i : i + 1], threat, generator=stream(seed))
@@ -147,7 +147,7 @@ def test_l2_is_refused() -> None:
     """Only Linf is defined, and the message says so."""
     model, x = network(), greys(2)
     with pytest.raises(BadInput, match=r"rays.*Linf.*L2"):
-        rays(model, x, model(x).argmax(dim=1), Threat("l2", 0.5), generator=stream())
+        rays(model, x, model(x).argmax(dim=1), L2(0.5), generator=stream())
 
 
 def plain(model: nn.Module, x: Tensor, label: int, eps: float, queries: int) -> bool:
@@ -184,6 +184,6 @@ def test_no_weaker_than_the_plain_algorithm() -> None:
         y, eps = model(x).argmax(dim=1), 0.03
         there = [plain(model, x[i : i + 1], int(y[i]), eps, 300) for i in range(len(x))]
     trial = Trial(y)
-    rays(model, x, y, Threat("linf", eps), generator=stream(), queries=300, trial=trial)
+    rays(model, x, y, Linf(eps), generator=stream(), queries=300, trial=trial)
     assert 10 <= sum(there) <= 35, "the budget must leave something to compare"
     assert trial.fooled.sum() >= sum(there)

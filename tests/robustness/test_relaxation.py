@@ -13,8 +13,8 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.relaxation import constraint_relaxation
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
-from dfmcl.robustness.threats.geometry import contains, norms
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import THREATS, threat_of
 from tests.linear import Linear, images
 
 SHAPE = (3, 6, 6)
@@ -47,11 +47,11 @@ def test_result_is_inside_and_repeatable(
     name: str, ball: tuple[str, float], count: int, classes: int, seed: int
 ) -> None:
     """In the ball and in [0, 1] for any batch size and number of classes; the same generator gives the same bytes."""
-    model, x, threat = network(classes, seed), greys(count, seed), Threat(*ball)
+    model, x, threat = network(classes, seed), greys(count, seed), threat_of(*ball)
     y, before = model(x).argmax(dim=1), x.clone()
     x_adv = Attack.parse(name)(model, x, y, threat, generator=stream(seed))
     assert x_adv.shape == x.shape
-    assert contains(x_adv, x, threat).all()
+    assert threat.contains(x_adv, x).all()
     assert torch.equal(x_adv, Attack.parse(name)(model, x, y, threat, generator=stream(seed)))
     assert torch.equal(x, before)
 
@@ -63,7 +63,7 @@ def test_a_linear_model_falls_just_beyond_its_distance(norm: str) -> None:
     least, y = model.least(x, norm), torch.ones(20, dtype=torch.int64)
     for factor, fooled in ((1.02, True), (0.98, False)):
         for i in range(len(x)):
-            threat = Threat(norm, factor * least[i].item())
+            threat = threat_of(norm, factor * least[i].item())
             x_adv = constraint_relaxation(model, x[i : i + 1], y[i : i + 1], threat, generator=stream())
             assert (model(x_adv).argmax(dim=1) == 0).item() is fooled
 
@@ -71,13 +71,13 @@ def test_a_linear_model_falls_just_beyond_its_distance(norm: str) -> None:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_way_leads_outside_and_nothing_there_counts(norm: str) -> None:
     """A model that is wrong only beyond the ball loses no image, although the attack saw it err there."""
-    x, threat, seen = greys(4), Threat(norm, 0.05), list[Tensor]()
+    x, threat, seen = greys(4), threat_of(norm, 0.05), list[Tensor]()
     y = torch.zeros(4, dtype=torch.int64)
 
     def wall(points: Tensor) -> Tensor:
         """The margin rises with the way from the image, and changes its sign at the border of the ball."""
         origin = x[(points[:, None] - x).flatten(2).norm(dim=2).argmin(dim=1)]
-        way = norms(points - origin, norm) / threat.eps
+        way = THREATS[norm].lengths(points - origin) / threat.eps
         seen.append(way.detach())
         return torch.stack([torch.full_like(way, 1.001), way, way - 1], dim=1)
 
@@ -85,8 +85,8 @@ def test_the_way_leads_outside_and_nothing_there_counts(norm: str) -> None:
     x_adv = constraint_relaxation(wall, x, y, threat, generator=stream(), trial=trial)
     assert torch.cat(seen).max() > 1.2
     assert not trial.fooled.any()
-    assert contains(x_adv, x, threat).all()
-    assert (norms(x_adv - x, norm) > 0.99 * threat.eps).all()
+    assert threat.contains(x_adv, x).all()
+    assert (THREATS[norm].lengths(x_adv - x) > 0.99 * threat.eps).all()
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -99,7 +99,7 @@ def test_a_model_on_another_scale_loses_the_same_images(
     The first ten steps climb the cross-entropy, which is on no scale: a loss that saturates is not what is tested.
     """
     x, y = (part[:40] for part in digits)
-    threat, model = Threat(norm, 20 / 255 if norm == "linf" else 1.2), hardened.double()
+    threat, model = threat_of(norm, 20 / 255 if norm == "linf" else 1.2), hardened.double()
 
     def run(scale: float) -> Trial:
         trial = Trial(y)
@@ -118,7 +118,7 @@ def test_a_model_on_another_scale_loses_the_same_images(
 
 def test_nothing_better_was_seen_inside_than_what_is_returned() -> None:
     """An image that holds comes back as the point of highest margin among all that lay in the ball."""
-    x, y, threat, seen = greys(1), torch.tensor([0]), Threat("linf", 0.1), list[float]()
+    x, y, threat, seen = greys(1), torch.tensor([0]), Linf(0.1), list[float]()
 
     def bumps(point: Tensor) -> Tensor:  # class 0 always wins; a period of 0.06, so that the ball holds many peaks
         lead = 2 + (100 * point).sin().flatten(1).mean(dim=1)
@@ -126,7 +126,7 @@ def test_nothing_better_was_seen_inside_than_what_is_returned() -> None:
 
     def watched(point: Tensor) -> Tensor:
         logits = bumps(point)
-        seen.extend(losses.margin(logits.detach(), y)[contains(point.detach(), x, threat)].tolist())
+        seen.extend(losses.margin(logits.detach(), y)[threat.contains(point.detach(), x)].tolist())
         return logits
 
     x_adv = constraint_relaxation(watched, x, y, threat, generator=stream())

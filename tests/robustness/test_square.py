@@ -13,8 +13,9 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.square import _bumps, _patched, _shifted, _tiled, patch_side, square
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.threats.geometry import contains, norms
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import threat_of
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
 
@@ -25,7 +26,7 @@ def test_reaches_the_best_corner_of_a_linear_model() -> None:
     y = model(x).argmax(dim=1)
     eps = 0.5 * model.least(x, "linf").min().item()
     with torch.no_grad():
-        x_adv = square(model, x, y, Threat("linf", eps), generator=stream(), queries=1500)
+        x_adv = square(model, x, y, Linf(eps), generator=stream(), queries=1500)
         gained = (margin(model(x_adv), y) - margin(model(x), y)) / (eps * model.weight.abs().sum())
     assert (gained <= 1.001).all()
     assert (gained >= 0.95).all()
@@ -39,7 +40,7 @@ def test_a_short_search_begins_with_the_large_patch() -> None:
         points.append(point)
         return torch.tensor([[float(len(points)), 0.0]])
 
-    square(watched, x, torch.tensor([0]), Threat("linf", 0.1), generator=stream(), queries=2)
+    square(watched, x, torch.tensor([0]), Linf(0.1), generator=stream(), queries=2)
     changed = torch.nonzero((points[1] != points[0])[0].any(dim=0))
     assert patch_side(0, 2, 0.8, (6, 6)) == 5
     assert (changed.amax(dim=0) - changed.amin(dim=0) + 1).max() >= 4
@@ -53,7 +54,7 @@ def test_needs_no_gradient() -> None:
         return linear(((point * 2048).round() / 2048).detach() + 0 * point)
 
     y = rounded(x).argmax(dim=1)
-    threat = Threat("linf", 1.5 * linear.least(x, "linf").max().item())
+    threat = Linf(1.5 * linear.least(x, "linf").max().item())
 
     def scores(point: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
@@ -74,7 +75,7 @@ def test_one_query_per_live_image_and_step(norm: str, eps: float) -> None:
         return model(point)
 
     trial = Trial(y)
-    x_adv = Attack.parse("square-60")(counted, x, y, Threat(norm, eps), generator=stream(), trial=trial)
+    x_adv = Attack.parse("square-60")(counted, x, y, threat_of(norm, eps), generator=stream(), trial=trial)
     held = int((model(x_adv).argmax(dim=1) == y).sum())
     assert sum(sizes) == int(trial.forward.sum())
     assert (trial.forward[~trial.fooled] == 60).all()
@@ -84,7 +85,7 @@ def test_one_query_per_live_image_and_step(norm: str, eps: float) -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] >= held
     sizes.clear()
-    square(counted, x, y, Threat("linf", 1.0), generator=stream(), queries=400)
+    square(counted, x, y, Linf(1.0), generator=stream(), queries=400)
     assert 0 not in sizes
     assert len(sizes) < 200
 
@@ -99,7 +100,7 @@ def test_nothing_better_was_seen_than_what_is_returned(seed: int) -> None:
         seen.append(margin(model(point), y).item())
         return model(point)
 
-    x_adv = square(watched, x, y, Threat("linf", 1e-4), generator=stream(), queries=80)
+    x_adv = square(watched, x, y, Linf(1e-4), generator=stream(), queries=80)
     assert max(seen) < 0, "eps is chosen so that every image holds"
     assert margin(model(x_adv), y).item() == max(seen)
 
@@ -110,12 +111,12 @@ def test_nothing_better_was_seen_than_what_is_returned(seed: int) -> None:
 )
 def test_result_is_inside_and_repeatable(norm: str, eps: float, count: int, seed: int) -> None:
     """In the ball and in [0, 1] for any batch size; the same generator gives the same bytes."""
-    model, x, threat = network(seed=seed), greys(count, seed), Threat(norm, eps)
+    model, x, threat = network(seed=seed), greys(count, seed), threat_of(norm, eps)
     y, before = model(x).argmax(dim=1), x.clone()
     attack = Attack.parse("square-20")
     x_adv = attack(model, x, y, threat, generator=stream(seed))
     assert x_adv.shape == x.shape
-    assert contains(x_adv, x, threat).all()
+    assert threat.contains(x_adv, x).all()
     assert torch.equal(x_adv, attack(model, x, y, threat, generator=stream(seed)))
     assert torch.equal(x, before)
 
@@ -128,7 +129,7 @@ def test_a_proposal_is_one_square_at_the_border(channels: int, height: int, widt
     generator = stream(data.draw(st.integers(0, 99)))
     x = torch.full((6, channels, height, width), 0.5)
     current = torch.where(torch.rand(x.shape, generator=generator) < 0.5, x - 0.1, x + 0.1)
-    proposed = _patched(current, x, Threat("linf", 0.1), side, generator)
+    proposed = _patched(current, x, Linf(0.1), side, generator)
     for before, after in zip(current, proposed, strict=True):
         changed = torch.nonzero((before != after).any(dim=0))
         assert len(changed)
@@ -141,7 +142,7 @@ def test_a_proposal_is_one_square_at_the_border(channels: int, height: int, widt
 def test_squares_lie_apart_and_everywhere() -> None:
     """Places are drawn image by image, and every pixel is reached."""
     x = torch.full((400, 1, 5, 5), 0.5)
-    moved = _patched(x, x, Threat("linf", 0.1), 2, stream()) != x
+    moved = _patched(x, x, Linf(0.1), 2, stream()) != x
     assert (moved.flatten(1).sum(dim=1) == 4).all()
     assert len(moved.flatten(1).unique(dim=0)) == 16
     assert moved.any(dim=0).all()
@@ -184,12 +185,12 @@ def test_a_bump_is_the_one_of_the_paper(side: int) -> None:
 @pytest.mark.parametrize("size", [(5, 5), (5, 9), (2, 7), (15, 15)])
 def test_an_l2_proposal_moves_the_radius(size: tuple[int, int], share: float) -> None:
     """Outside of two squares only the scale changes; what they held, and the unused radius, goes into a bump in one."""
-    threat, x = Threat("l2", 0.3), torch.full((20, 3, *size), 0.5)
+    threat, x = L2(0.3), torch.full((20, 3, *size), 0.5)
     current = x + share * (_tiled(x, threat, stream(1)) - x)
     before = current - x
-    assert torch.allclose(norms(before, "l2"), torch.tensor(0.3 * share))
+    assert torch.allclose(L2.lengths(before), torch.tensor(0.3 * share))
     after = _shifted(current, x, threat, 3, stream(2)) - x
-    assert torch.allclose(norms(after, "l2"), torch.tensor(0.3))
+    assert torch.allclose(L2.lengths(after), torch.tensor(0.3))
     if size != (15, 15):
         return
     emptied = (after == 0).all(dim=1).flatten(1).sum(dim=1)
@@ -211,7 +212,7 @@ def test_l2_climbs_towards_the_best_point_of_a_linear_model() -> None:
     y = model(x).argmax(dim=1)
     eps = 0.5 * model.least(x, "l2").min().item()
     with torch.no_grad():
-        x_adv = square(model, x, y, Threat("l2", eps), generator=stream(), queries=600)
+        x_adv = square(model, x, y, L2(eps), generator=stream(), queries=600)
         gained = (margin(model(x_adv), y) - margin(model(x), y)) / (eps * model.weight.norm())
     assert (gained <= 1.001).all()
     assert (gained >= 0.5).all()

@@ -27,7 +27,7 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, to_bytes, to_float
 from dfmcl.robustness.statistics import Flags, PairedCounts
-from dfmcl.robustness.threats.geometry import contains
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 from tests.signs import sign_flip_p
 
@@ -138,7 +138,7 @@ class Border:
         flags = np.zeros(len(self.y), dtype=np.bool_)
         for rows, radius in self.groups:
             if len(rows):
-                flags[rows] = attack(self.x[rows], self.y[rows], Threat(self.norm, reach * radius))  # type: ignore[arg-type]
+                flags[rows] = attack(self.x[rows], self.y[rows], threat_of(self.norm, reach * radius))  # type: ignore[arg-type]
         return flags
 
     @property
@@ -167,7 +167,7 @@ def theirs(model: Classifier, make: Peer, x: Tensor, y: Tensor, threat: Threat, 
     torch.manual_seed(seed)  # foolbox draws from the global stream
     x_adv = make(model, threat.norm, threat.eps, seed)(x, y)
     with torch.no_grad():
-        fooled = (model(x_adv).argmax(dim=1) != y) & contains(x_adv, x, threat)
+        fooled = (model(x_adv).argmax(dim=1) != y) & threat.contains(x_adv, x)
     return np.asarray(~fooled.numpy())
 
 
@@ -184,7 +184,7 @@ def border(hardened: Classifier) -> Callable[[str], Border]:
         radii = RADII[norm]
         least, left = np.full(len(y), radii[-1]), np.arange(len(y))
         for radius in radii[:-1]:
-            held = ours(hardened, Attack.parse("pgd-5"), x[left], y[left], Threat(norm, radius))  # type: ignore[arg-type]
+            held = ours(hardened, Attack.parse("pgd-5"), x[left], y[left], threat_of(norm, radius))  # type: ignore[arg-type]
             least[left[~held]], left = radius, left[held]
         rungs = [(np.flatnonzero(least == radius), radius) for radius in radii]
         # Half a rung lower lies the middle of where these images fall.

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from dfmcl.robustness.attacks.confined import STRIDE, square_subspace, subspace
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.attacks.subspaces import SUBSPACES, Chart, Subspace, subspaces, varied
+from dfmcl.robustness.attacks.subspaces import SUBSPACES, Subspace, chart_of, subspaces, varied
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Dataset, load_dataset
@@ -24,7 +24,9 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.losses import margin
 from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.runs import load_run
-from dfmcl.robustness.threats.geometry import contains, contains_uint8, to_uint8
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.networks import Networks
@@ -84,28 +86,28 @@ def stays(space: Subspace, moved: Tensor, x: Tensor, slack: float) -> bool:
 def test_no_point_leaves_ball_box_or_subspace(data: st.DataObject) -> None:
     """Whatever the coordinates, norm, radius, dtype and size; and bytes are the point itself."""
     norm = data.draw(st.sampled_from(["linf", "l2"]))
-    threat = Threat(norm, data.draw(st.sampled_from(EPS[norm])))
+    threat = threat_of(norm, data.draw(st.sampled_from(EPS[norm])))
     shape = (data.draw(st.integers(1, 5)), data.draw(st.integers(2, 7)), data.draw(st.integers(2, 7)))
     seed, grey = data.draw(st.integers(0, 999)), data.draw(st.booleans())
     x = drawn(data.draw(st.integers(1, 3)), shape, seed, grey, data.draw(st.sampled_from([2, 13, 29, 256])))
     x = (255 * x).round().to(data.draw(st.sampled_from([torch.float32, torch.float64]))) / 255
     found = subspaces(x)
     space = found[data.draw(st.sampled_from(sorted(found)))] if found else Subspace()
-    chart = Chart(space, x, threat)
+    chart = chart_of(space, x, threat)
     wild = 3 * threat.eps * torch.randn(chart.lower.shape, generator=stream(seed + 1), dtype=x.dtype)
     for coordinates in (chart.start(stream(seed)), chart.project(wild)):
         point = chart.images(coordinates)
         assert point.dtype == x.dtype
-        assert contains(point, x, threat).all()
+        assert threat.contains(point, x).all()
         moved = 255 * (point - x)
         if 255 * threat.eps < 1:
             assert space.channel is None or stays(replace(space, lattice=""), moved, x, 1e-3)
             continue
         assert torch.allclose(moved, moved.round(), atol=1e-3)
         assert stays(space, moved.round(), x, 0.5)
-        sent = to_uint8(point, x, threat)
+        sent = threat.to_uint8(point, x)
         assert torch.equal(sent.to(x.dtype) / 255, point)
-        assert contains_uint8(sent, (255 * x).round().to(torch.uint8), threat).all()
+        assert threat.contains_uint8(sent, (255 * x).round().to(torch.uint8)).all()
 
 
 def test_every_subspace_is_met_and_none_twice() -> None:
@@ -131,7 +133,7 @@ def test_every_subspace_is_met_and_none_twice() -> None:
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 20 / 255), ("l2", 0.8)])
 def test_an_attack_asks_nothing_outside(name: str, norm: str, eps: float) -> None:
     """Each point at which the network is asked, and the one that is returned, lies in a subspace of the images."""
-    model, x, threat, seen = network(), drawn(1, SHAPE, 3, True, 17), Threat(norm, eps), []
+    model, x, threat, seen = network(), drawn(1, SHAPE, 3, True, 17), threat_of(norm, eps), []
     y = model(x).argmin(dim=1)
 
     def watched(point: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ def test_an_attack_asks_nothing_outside(name: str, norm: str, eps: float) -> Non
     assert len(seen) > 60
     for point in (*seen, x_adv):
         moved = (255 * (point - x)).round()
-        assert contains(point, x, threat).all()
+        assert threat.contains(point, x).all()
         assert any(stays(space, moved, x, 0.5) for space in subspaces(x).values())
     assert max(margin(0.01 * model(p) + 9 * functional.one_hot(y, 5), y).item() for p in seen) == pytest.approx(
         margin(0.01 * model(x_adv) + 9 * functional.one_hot(y, 5), y).item()
@@ -198,8 +200,8 @@ def test_reaches_the_best_point_of_a_linear_model(space: Subspace, norm: str) ->
     eps = (5 if norm == "linf" else 200) / 255
     with torch.no_grad():
         model.bias.add_(1000.0)  # nothing falls
-    x_adv = subspace(model, x, y, Threat(norm, eps), generator=stream(), steps=60, within={"it": space})
-    gained = (model.score(x) - model.score(x_adv)) / best_gain(space, model.weight.detach(), x, Threat(norm, eps))
+    x_adv = subspace(model, x, y, threat_of(norm, eps), generator=stream(), steps=60, within={"it": space})
+    gained = (model.score(x) - model.score(x_adv)) / best_gain(space, model.weight.detach(), x, threat_of(norm, eps))
     # Whole levels cost nothing in Linf, but where values are interpolated: at most half of one of five a pixel, of both
     # signs. In L2 it is half of one of 20 to 40.
     exact = norm == "linf" and space.low != "linear"
@@ -209,7 +211,7 @@ def test_reaches_the_best_point_of_a_linear_model(space: Subspace, norm: str) ->
 
 def test_is_the_plain_loop_in_float64() -> None:
     """Grey, in Linf, step by step and written out: the same best margin of each image that holds."""
-    model, threat, steps = network().double(), Threat("linf", 3 / 255), 7
+    model, threat, steps = network().double(), Linf(3 / 255), 7
     x = drawn(12, SHAPE, 1, True, 256).double()
     y = model(x).argmax(dim=1)
     x_adv = subspace(model, x, y, threat, generator=stream(), steps=steps, within={"grey": Subspace(grey=True)})
@@ -227,7 +229,7 @@ def test_is_the_plain_loop_in_float64() -> None:
 
 # --- switches -----------------------------------------------------------------------------------------------
 
-THREAT = Threat.parse("linf", "20/255")
+THREAT = threat_of("linf", "20/255")
 FEW = 40
 
 
@@ -316,7 +318,7 @@ def test_queries_are_shared_out_and_no_more(queries: int) -> None:
     model, x = network(), drawn(5, SHAPE, 0, True, 17)
     y = model(x).argmax(dim=1)
     trial = Trial(y)
-    square_subspace(model, x, y, Threat("linf", 1 / 255), generator=stream(), queries=queries, trial=trial)
+    square_subspace(model, x, y, Linf(1 / 255), generator=stream(), queries=queries, trial=trial)
     assert (trial.forward[~trial.fooled] == queries).all()
     assert not trial.fooled.all()
     assert not trial.backward.any()
@@ -328,6 +330,6 @@ def test_few_images_are_attacked_as_many(name: str, count: int) -> None:
     """None, or one: a lattice of its own values."""
     model, x = network(), drawn(count, SHAPE, 0, False, 17)
     y = model(x).argmax(dim=1)
-    x_adv = Attack.parse(name)(model, x, y, Threat("l2", 0.5), generator=stream())
-    assert contains(x_adv, x, Threat("l2", 0.5)).all()
+    x_adv = Attack.parse(name)(model, x, y, L2(0.5), generator=stream())
+    assert L2(0.5).contains(x_adv, x).all()
     assert x_adv.shape == x.shape

@@ -21,8 +21,8 @@ from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.statistics import PairedCounts
-from dfmcl.robustness.threats.geometry import contains, norms
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.registry import THREATS, threat_of
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
@@ -30,7 +30,7 @@ from tests.robustness.test_apgd import SHAPE, greys, network, stream
 NAMES = ("mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm")
 STEPS = 4
 PASSES = {"mi-fgsm": STEPS, "di-fgsm": STEPS, "ti-fgsm": STEPS, "vmi-fgsm": STEPS + (STEPS - 1) * SAMPLES}
-THREAT = Threat("linf", 0.1)
+THREAT = Linf(0.1)
 NOBODY = torch.zeros(0, dtype=torch.long)
 
 
@@ -122,7 +122,7 @@ def test_tuning_adds_what_the_neighbours_of_the_last_point_differed_by(norm: str
         shown.append(points)
         return points.pow(3).flatten(1).sum(dim=1) / 3, points.square(), torch.zeros(len(points), 2)
 
-    threat = Threat(norm, 0.1)
+    threat = threat_of(norm, 0.1)
     seen = tuned(look, threat, stream())
     _, first, _ = seen(x, NOBODY, True)
     assert len(shown) == 1
@@ -130,7 +130,7 @@ def test_tuning_adds_what_the_neighbours_of_the_last_point_differed_by(norm: str
     around = shown[2:]
     assert torch.equal(first, x.square())
     assert len(around) == SAMPLES
-    far = torch.stack([norms(point - x, norm) for point in around])
+    far = torch.stack([THREATS[norm].lengths(point - x) for point in around])
     assert (far <= WITHIN * 0.1 + 1e-5).all()
     assert far.max() > 0.1
     difference = torch.stack([point.square() for point in around]).mean(dim=0) - x.square()
@@ -151,7 +151,7 @@ def test_result_is_inside_repeatable_and_as_dear_as_said(
     name: str, ball: tuple[str, float], count: int, seed: int
 ) -> None:
     """In the ball and in [0, 1]; the same generator, the same bytes; so many passes of every image, and no more."""
-    model, x, threat, sizes = network(seed=seed), greys(count, seed), Threat(*ball), list[int]()
+    model, x, threat, sizes = network(seed=seed), greys(count, seed), threat_of(*ball), list[int]()
     y = model(x).argmax(dim=1)
 
     def counted(points: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_result_is_inside_repeatable_and_as_dear_as_said(
 
     attack, trial = Attack.parse(f"{name}-{STEPS}"), Trial(y)
     x_adv = attack(counted, x, y, threat, generator=stream(seed), trial=trial)
-    assert contains(x_adv, x, threat).all()
+    assert threat.contains(x_adv, x).all()
     assert sum(sizes) == count * PASSES[name]
     assert (trial.forward == PASSES[name]).all()
     assert torch.equal(trial.forward, trial.backward)
@@ -175,7 +175,7 @@ def test_tuning_loses_nothing_where_gradients_are_alike(norm: str) -> None:
     eps = 0.5 * model.least(x, norm).min().item()
     dual = model.weight.abs().sum() if norm == "linf" else model.weight.norm()
     with frozen(model):
-        x_adv = Attack.parse("vmi-fgsm-10")(model, x, y, Threat(norm, eps), generator=stream())
+        x_adv = Attack.parse("vmi-fgsm-10")(model, x, y, threat_of(norm, eps), generator=stream())
         gained = (margin(model(x_adv), y) - margin(model(x), y)) / (eps * dual)
     assert (gained >= 0.99).all()
 
@@ -188,7 +188,7 @@ def test_transforms_need_the_last_iterate() -> None:
         climb(model, x, y, THREAT, generator=stream(), transforms=("di",))
     all_three = ("di", "ti", "vmi")
     x_adv = climb(model, x, y, THREAT, generator=stream(), transforms=all_three, keep="last", steps=3)
-    assert contains(x_adv, x, THREAT).all()
+    assert THREAT.contains(x_adv, x).all()
 
 
 def test_an_ensemble_is_the_mean_of_its_logits() -> None:
@@ -204,7 +204,7 @@ def test_momentum_is_that_of_its_peer(steps: int) -> None:
     model, x = network().double(), greys(20).double()
     y, eps = model(x).argmax(dim=1), 0.05
     peer = torchattacks.MIFGSM(model, eps=eps, alpha=2.5 * eps / steps, steps=steps, decay=1.0)
-    found = Attack.parse(f"mi-fgsm-{steps}")(model, x, y, Threat("linf", eps), generator=stream())
+    found = Attack.parse(f"mi-fgsm-{steps}")(model, x, y, Linf(eps), generator=stream())
     assert torch.allclose(found, peer(x, y), atol=1e-12)
 
 
@@ -217,7 +217,7 @@ def test_what_is_crafted_on_one_network_fools_another(
     x, y = to_float(torch.from_numpy(data.x_test[:200])), torch.from_numpy(data.y_test[:200])
     # Both resist a little: plain networks fall to noise of this size, and what that breaks no attack can.
     source, target = (load_run(networks(which)).model for which in ("pgd-at", "trades"))
-    threat = Threat.parse("linf", "32/255")
+    threat = threat_of("linf", "32/255")
     with frozen(source), frozen(target), torch.no_grad():
         crafted = Attack.parse(name)(source, x, y, threat, generator=generator(0, name))
         signs = torch.rand(x.shape, generator=stream()).sub(0.5).sign()

@@ -17,9 +17,11 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, exactly, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
 
-THREAT = Threat.parse("linf", "8/255")
+THREAT = threat_of("linf", "8/255")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_every_pass_is_counted(model: Classifier, batch: tuple[Tensor, Tensor], 
     """The trial's sums are the images that went through the model, forward and backward."""
     x, y = batch
     counted, trial = Counted(model.requires_grad_(False)), Trial(y)
-    threat = Threat("l2", 0.5) if name.startswith("cw") else THREAT
+    threat = L2(0.5) if name.startswith("cw") else THREAT
     Attack.parse(name)(counted, x, y, threat, generator=generator(0, name), trial=trial)
     assert (int(trial.forward.sum()), int(trial.backward.sum())) == (counted.forward, counted.backward)
     assert trial.forward.min() >= 1
@@ -84,7 +86,7 @@ def test_an_attack_goes_on_until_the_bytes_fall(model: Classifier) -> None:
     """What rounding to bytes takes away is looked for again: on the grid PGD-20 breaks as much as in float."""
     data = load_dataset("digits")
     chosen = [Attack.parse("pgd-20")]
-    threat = Threat.parse("linf", "3/255")
+    threat = threat_of("linf", "3/255")
     on_bytes = evaluate(model, data.x_test[:128], data.y_test[:128], threat, chosen, grid=True).evaluation
     in_float = evaluate(model, data.x_test[:128], data.y_test[:128], threat, chosen).evaluation
     assert on_bytes.attacks[0].flipped >= in_float.attacks[0].flipped - 2 > 20
@@ -134,7 +136,7 @@ def test_queries_are_counted_where_nothing_but_the_decider_answers(model: Classi
 def test_what_fell_in_a_smaller_ball_has_fallen_in_a_larger(model: Classifier) -> None:
     """An evaluation after another one attacks only what is left, and keeps what was found."""
     data = load_dataset("digits")
-    small, large = (Threat.parse("linf", eps) for eps in ("2/255", "4/255"))
+    small, large = (threat_of("linf", eps) for eps in ("2/255", "4/255"))
     images, labels, suite = data.x_test[:64], data.y_test[:64], [Attack.parse("pgd-5")]
     first = evaluate(model, images, labels, small, suite, grid=True, cascade=True)
     second = evaluate(model, images, labels, large, suite, grid=True, cascade=True, after=first)

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from dfmcl.serving.gateway import service as gateway
+from dfmcl.serving.gateway.api_keys import digest_of
 from dfmcl.serving.gateway.config import GatewayConfig
-from dfmcl.serving.gateway.keys import digest_of
 
 KEY, PRIVILEGED, CANARY = "dfmcl_of-a-user", "dfmcl_of-a-trusted-user", "dfmcl_of-the-canary"
 PLENTY = {"images_per_second": 1e6, "burst_images": 1_000_000}

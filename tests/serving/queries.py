@@ -17,17 +17,17 @@ from torch.nn import functional
 from dfmcl.robustness.attacks.rays import rays
 from dfmcl.robustness.attacks.square import square
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.serving.detection.detector import Examiner
 from dfmcl.serving.detection.fingerprints import DETECTORS
+from dfmcl.serving.gateway.api_keys import Caller
 from dfmcl.serving.gateway.config import Detection
-from dfmcl.serving.gateway.keys import Caller
 from dfmcl.serving.gateway.metrics import DetectionMetrics
 
 Images = npt.NDArray[np.uint8]
 Predict = Callable[[Images], npt.NDArray[np.float32]]
 Disguise = Callable[[Tensor, torch.Generator], Tensor]
-THREAT = Threat("linf", 8 / 255)
+THREAT = Linf(8 / 255)
 VERIFIED = 5
 SHOP = Caller("shop")
 ATTACKS: dict[str, Callable[..., Tensor]] = {"square": square, "rays": rays}

@@ -33,8 +33,8 @@ from dfmcl.serving.detection.fingerprints import (
     salted_tags,
 )
 from dfmcl.serving.detection.history import History
+from dfmcl.serving.gateway.api_keys import Bucket, Caller, digest_of
 from dfmcl.serving.gateway.config import Detection, GatewayConfig
-from dfmcl.serving.gateway.keys import Bucket, Caller, digest_of
 from dfmcl.serving.gateway.metrics import DetectionMetrics
 from tests.processes import wait_until
 from tests.serving.doors import KEY, KEYS, PLENTY, PRIVILEGED, Door, encoded, opened, settings

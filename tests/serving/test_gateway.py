@@ -31,8 +31,8 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.folder import read_image
 from dfmcl.serving.clients.triton import Contract
 from dfmcl.serving.gateway import images
+from dfmcl.serving.gateway.api_keys import Bucket, digest_of
 from dfmcl.serving.gateway.exchange import softmax
-from dfmcl.serving.gateway.keys import Bucket, digest_of
 from dfmcl.serving.gateway.listener import affordable, bind
 from dfmcl.serving.gateway.metrics import OUTCOMES
 from dfmcl.serving.gateway.problems import STATUSES, Problem

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 
-from dfmcl.serving.gateway.keys import digest_of
+from dfmcl.serving.gateway.api_keys import digest_of
 from tests.processes import wait_until
 from tests.serving.doors import Door
 from tests.serving.test_gateway_process import door_of

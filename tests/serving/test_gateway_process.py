@@ -20,8 +20,8 @@ import pytest
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import load_dataset
+from dfmcl.serving.gateway.api_keys import digest_of
 from dfmcl.serving.gateway.config import GatewayConfig, load_config, new_key
-from dfmcl.serving.gateway.keys import digest_of
 from dfmcl.serving.ready import read_ready
 from dfmcl.serving.triton import environment
 from dfmcl.serving.triton import process as triton

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from dfmcl.robustness.data import load_dataset
+from dfmcl.serving.gateway.api_keys import digest_of
 from dfmcl.serving.gateway.config import load_config
-from dfmcl.serving.gateway.keys import digest_of
-from dfmcl.serving.gateway.renewal import Source
+from dfmcl.serving.gateway.renewal import WatchedFiles
 from tests.processes import wait_until
 from tests.serving.authority import Authority
 from tests.serving.doors import Door, encoded, settings
@@ -112,7 +112,7 @@ def test_file_is_left_alone_while_it_is_written(tmp_path: Path) -> None:
     """A change counts once it has stood still for a tick; so does a replaced file of the same size and time."""
     file = tmp_path / "file"
     file.write_text("a")
-    source = Source("file", [file], lambda: True)
+    source = WatchedFiles("file", [file], lambda: True)
     assert not source.changed()
     for text in ("ab", "abc", "abcd"):
         file.write_text(text)

@@ -25,7 +25,7 @@ from dfmcl.training.campaign import number, read_records, run_campaign, write_ta
 from dfmcl.training.limits import Limits
 from dfmcl.training.measurement import SHUFFLE_SEED
 from dfmcl.training.plan import WORST, load_campaign, runs
-from dfmcl.training.record import read_record
+from dfmcl.training.run_record import read_record
 from tests.processes import wait_until
 from tests.training.workshop import THREAT, TINY, StopAfter, quiet
 

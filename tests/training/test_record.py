@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.plan import load_campaign, runs
-from dfmcl.training.record import Record, pack, read_record, unpack, write_record
+from dfmcl.training.run_record import RunRecord, pack, read_record, unpack, write_record
 from tests.training.workshop import first_of, synthetic
 
 
@@ -27,7 +27,7 @@ def test_packed_bits_come_back(flags: list[bool]) -> None:
 def test_one_radius_written_in_two_ways_is_one() -> None:
     """0.08 and 20.4/255 differ in their last bit as floats."""
     record = synthetic("x", 0, {"20.4/255": first_of(100, 7)})
-    flags = record.flags("pgd-2", Threat.parse("linf", "0.08"))
+    flags = record.flags("pgd-2", threat_of("linf", "0.08"))
     assert flags is not None
     assert flags.sum() == 7
 
@@ -58,7 +58,7 @@ def test_records_are_small(tmp_path: Path, name: str, limit: int) -> None:
     row = {f"column{column}": stream.random() for column in range(14)} | {"p_counts": "12345 " * 10}
     config = runs(campaign, name)[-1].config.model_dump()
     training = {**plain.training, "history": [row] * epochs}
-    record = Record(**{**vars(plain), "config": config, "training": training, "evaluations": tuple(evaluations)})
+    record = RunRecord(**{**vars(plain), "config": config, "training": training, "evaluations": tuple(evaluations)})
     write_record(tmp_path / "x.json", record)
     assert (tmp_path / "x.json").stat().st_size < limit
     assert read_record(tmp_path / "x.json") == record

@@ -12,10 +12,10 @@ from torch import Tensor
 from dfmcl.robustness.data import Dataset
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.config import load_config
 from dfmcl.training.learner import Learner
-from dfmcl.training.record import Record
+from dfmcl.training.run_record import RunRecord
 from dfmcl.training.train import build
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -70,7 +70,7 @@ pairs = [["dfmcl", "standard"]]
 eps = ["8/255"]
 attacks = ["clean", "worst case"]
 """
-THREAT = Threat.parse("linf", "8/255")
+THREAT = threat_of("linf", "8/255")
 
 
 class StopAfter(threading.Event):
@@ -91,12 +91,12 @@ def quiet(line: str) -> None:
 
 def synthetic(
     method: str, seed: int, held: dict[str, np.ndarray[Any, Any]], alpha: float = 0.1, n: int = 100
-) -> Record:
+) -> RunRecord:
     """A record whose PGD-2 flags at each radius are given; all clean images are right."""
     every = (True,) * n
     evaluations = tuple(
         Evaluation(
-            Threat.parse("linf", eps),
+            threat_of("linf", eps),
             False,
             0,
             every,
@@ -108,7 +108,7 @@ def synthetic(
     )
     row = {"epoch": 1, "alpha": alpha, "p_mean": 0.5, "p_std": 0.0, "p_low": 0.5, "p_high": 0.5}
     result = {"heldout_clean": 1.0, "heldout_pgd": 0.5}
-    return Record(
+    return RunRecord(
         name=f"{method}_beta8_seed{seed}",
         method=method,
         family=method.partition("-")[0],

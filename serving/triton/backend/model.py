@@ -28,6 +28,7 @@ class TritonPythonModel:
         options.intra_op_num_threads = integer(parameters, "intra_op_thread_count")
         options.inter_op_num_threads = integer(parameters, "inter_op_thread_count")
         path = Path(args["model_repository"], args["model_version"], config["default_model_filename"])
+        # Nothing of dfmcl is installed here, and the pip runtime has no other provider.
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.input: str = config["input"][0]["name"]
         self.output: str = config["output"][0]["name"]

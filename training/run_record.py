@@ -15,14 +15,14 @@ from dfmcl.common.files import dump_json, read_json, write_text
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
 from dfmcl.robustness.threats.threat import Threat
-from dfmcl.training.plan import WORST, Run
+from dfmcl.training.plan import WORST, PlannedRun
 
 FORMAT = "dfmcl.campaign.record/1"
 DERIVED = ("accuracy", "clean", "robust", "flipped")  # of an evaluation's JSON; the bits say it again
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A finished or failed run.
 
     training: result, history (the rows of metrics.csv), minutes of training steps, images_per_second (median epoch),
@@ -78,27 +78,27 @@ class Record:
         return {"format": FORMAT, **value, "evaluations": evaluations, "not_measured": list(self.not_measured)}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any], where: str) -> Record:
+    def from_json(value: Mapping[str, Any], where: str) -> RunRecord:
         if value.get("format") != FORMAT:
             raise BadInput(f"{where}: format is {value.get('format')!r}; expected {FORMAT!r}")
         try:
-            entries = {entry.name: value[entry.name] for entry in fields(Record)}
+            entries = {entry.name: value[entry.name] for entry in fields(RunRecord)}
             evaluations = tuple(Evaluation.from_json(_full(entry)) for entry in value["evaluations"])
             not_measured = tuple(value["not_measured"])
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{where}: malformed record ({error!r}); remove it to make it again") from None
-        return Record(**{**entries, "evaluations": evaluations, "not_measured": not_measured})
+        return RunRecord(**{**entries, "evaluations": evaluations, "not_measured": not_measured})
 
 
-def read_record(path: Path) -> Record:
-    return Record.from_json(read_json(path), str(path))
+def read_record(path: Path) -> RunRecord:
+    return RunRecord.from_json(read_json(path), str(path))
 
 
-def write_record(path: Path, record: Record) -> None:
+def write_record(path: Path, record: RunRecord) -> None:
     write_text(path, dump_json(record.to_json()))
 
 
-def entry_of(run: Run) -> dict[str, Any]:
+def entry_of(run: PlannedRun) -> dict[str, Any]:
     """The fields of a record that say which run it is."""
     entry = asdict(run)
     del entry["measured"]

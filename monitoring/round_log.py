@@ -20,7 +20,7 @@ from dfmcl.monitoring.results import Round, round_from_json
 READ_AGAIN = 20_000
 
 
-class Record:
+class RoundLog:
     """Appends to `path`; what would grow beyond `max_bytes` becomes PATH.1 first, in place of the one before.
 
     plan: a digest of what figures depend on; rounds of another plan are not continued.

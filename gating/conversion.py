@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dfmcl.common.errors import DfmclError, lacks_memory
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.onnx_graph import FATAL, Graph, apart, first_line, freed, noise
+from dfmcl.robustness.provider import CPU
 
 # Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a
 # sum may fall on the other side of a rounding, 5e-4. An operator that means something else is off by a tenth.
@@ -95,7 +96,7 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
     options.log_severity_level = FATAL
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "folded.onnx")
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        CPU.session(model.SerializeToString(), options)
         return onnx.load(options.optimized_model_filepath)
 
 
