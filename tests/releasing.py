@@ -15,6 +15,8 @@ from dfmcl.serving.triton import environment
 from tests.serving.workshop import Served, write_evidence, write_run
 from tests.signing import make_key, trusting, write_trust
 
+THREADS = 1  # of a model: more spin while they wait, on the two cores that three test processes share
+
 
 @pytest.fixture(scope="session")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -64,7 +66,7 @@ def needs_triton() -> None:
 @pytest.fixture
 def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> Path:
     """A repository with one promoted version."""
-    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust)
+    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust, threads=THREADS)
     return tmp_path / "models"
 
 
@@ -72,7 +74,7 @@ def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) ->
 def served(needs_triton: None, candidate: Path, evidence: Path, trust: Trust) -> Iterator[Served]:
     """One Triton for all tests that only ask it questions."""
     models = candidate.parent / "models"
-    promotion.promote(candidate, evidence, models, name="digits", trust=trust)
+    promotion.promote(candidate, evidence, models, name="digits", trust=trust, threads=THREADS)
     server = Served(models, candidate.parent / "ready.json").start()
     yield server
     assert server.close() == 0

@@ -132,8 +132,9 @@ def broken(directory: Path, candidate: Path, evidence: Path, key: Path, change: 
     return directory
 
 
-def asking(url: str, pause: float = 0.0) -> Callable[[], Ask]:
-    """Clients of Triton itself. pause: seconds between requests, where they matter for long."""
+def asking(url: str, pause: float = 0.01) -> Callable[[], Ask]:
+    """Clients of Triton itself. pause: seconds between requests, about as long as an answer takes: of four clients one
+    nearly always waits for its answer, and the cores are left to the servers that come and go."""
 
     def make() -> Ask:
         client = Client(url, "digits", timeout_seconds=10)
