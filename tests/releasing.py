@@ -10,8 +10,8 @@ import pytest
 from dfmcl.common.errors import Broken
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.release import promotion
-from dfmcl.release.export import export
 from dfmcl.serving.triton import environment
+from tests.exports import Export
 from tests.serving.workshop import Served, write_evidence, write_run
 from tests.signing import make_key, trusting, write_trust
 
@@ -24,11 +24,9 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def candidate(run_directory: Path) -> Path:
+def candidate(run_directory: Path, export_once: Export) -> Path:
     """A really exported candidate; tests that change it copy it first."""
-    out = run_directory.parent / "candidate"
-    export(run_directory, out)
-    return out
+    return export_once(run_directory, run_directory.parent / "candidate")
 
 
 @pytest.fixture(scope="session")
