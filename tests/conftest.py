@@ -29,9 +29,9 @@ settings.load_profile("patient")
 
 # They take minutes; begun last, they would leave the other processes with nothing to do. The longest first.
 LONG = (
-    "test_alarms.py", "test_readme.py", "test_supervisor.py", "test_strength.py", "test_gate.py", "test_campaign.py",
-    "test_checks.py", "test_disbelief.py", "test_two_at_once.py", "test_pipelines.py", "test_gateway_load.py",
-    "test_train.py", "test_deploy_watching.py",
+    "test_supervisor.py", "test_gate.py", "test_pipelines.py", "test_two_at_once.py", "test_readme.py",
+    "test_strength.py", "test_train.py", "test_alarms.py", "test_disbelief.py", "test_deploy_watching.py",
+    "test_campaign.py", "test_checks.py", "test_gateway_load.py",
 )  # fmt: skip
 # More than four seconds each, for their servers, trainings and whole commands; `--quick` leaves them out, and LONG.
 SLOW = (
