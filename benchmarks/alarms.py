@@ -46,8 +46,6 @@ from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[1]
 DFMCL = str(Path(sys.executable).with_name("dfmcl"))
-MODEL = "resnet18-cifar10"
-NOISE = 0.9  # of each convolution's weight: little more than half of the images are right
 HASTE = 60
 WATCH = """
 [target]
@@ -57,7 +55,7 @@ model = "{model}"
 name = "npz"
 path = "images.npz"
 [threat]
-eps = "8/255"
+eps = "{eps}"
 [probe]
 crafted = "crafted"
 interval_seconds = 1.0
@@ -98,6 +96,29 @@ check_seconds = 1
 
 
 @dataclass(frozen=True)
+class Released:
+    """A promoted model with its surrogates: repository, name, trust file, and the radius that its gate speaks of.
+
+    noise: on each convolution's weight, relative, of the weaker bytes.
+    """
+
+    repository: Path
+    model: str
+    trust: Path
+    eps: str
+    noise: float
+
+
+SHIPPED = Released(
+    ROOT / "model_repository",
+    "resnet18-cifar10",
+    ROOT / "deploy" / "resnet18-cifar10" / "trust.toml",
+    "8/255",
+    0.9,  # little more than half of the images are right
+)
+
+
+@dataclass(frozen=True)
 class Alarm:
     """What was said after an event, and how soon. rounds: begun in between, None where the sidecar was gone."""
 
@@ -126,25 +147,25 @@ def main() -> None:
         "n": f"32 fresh images a round of {POOL} that the gate published, two transfer attacks; replay: its own images",
         "seed": 0,
         "note": f"a round a second, `for` and keep_firing_for {HASTE} times shorter than shipped; weaker: weights times"
-        f" 1 + {NOISE} N(0, 1); seconds: until Alertmanager says so, Prometheus where it is inhibited",
+        f" 1 + {SHIPPED.noise} N(0, 1); seconds: until Alertmanager says so, Prometheus where it is inhibited",
     }
     write_result("alarms", "Alerts from end to end", rows, ratios, conditions)
 
 
-def drill(folder: Path, *, replay: int = 16, whole: bool = True) -> Iterator[Alarm]:
+def drill(folder: Path, release: Released = SHIPPED, *, replay: int = 16, whole: bool = True) -> Iterator[Alarm]:
     """Every alarm as it comes. replay: of the gate's images a round; whole: with the deaths of Triton and sidecar."""
-    repository = ROOT / "model_repository"
-    shutil.copytree(repository, folder / "good")
-    shutil.copytree(repository, folder / "served")
-    write_images(folder)
+    shutil.copytree(release.repository, folder / "good")
+    shutil.copytree(release.repository, folder / "served")
+    write_images(folder, release.model)
     ports = claim_ports(grpc=0, http=0, metrics=0, gateway=0, watch=0)
-    write_configs(folder, ports, replay)
+    write_configs(folder, release, ports, replay)
+    good = folder / "good" / release.model / "1" / "model.onnx"
     # Beforehand, as it is advised where cores are shared: a round a second leaves no time to.
     subprocess.run([DFMCL, "craft", "--config", "watch.toml"], cwd=folder, check=True)
     with ExitStack() as stack:
-        triton = stack.enter_context(Restartable(folder, ports))
+        triton = stack.enter_context(Restartable(folder, release.model, ports))
         stack.enter_context(command(folder, "gateway", ports["gateway"]))
-        stack.enter_context(user(folder, ports["gateway"]))
+        stack.enter_context(user(folder, release.model, ports["gateway"]))
         watch = stack.enter_context(command(folder, "watch", ports["watch"]))
         (folder / "rules").mkdir()
         rules = [hasty(path, folder / "rules") for path in observing.RULES]
@@ -158,19 +179,19 @@ def drill(folder: Path, *, replay: int = 16, whole: bool = True) -> Iterator[Ala
             observing.start_prometheus(folder, targets, rules=rules, alertmanager=alertmanager)
         )
         look = Look(prometheus, alertmanager, triton)
-        wait_until(lambda: look.rounds() >= 5, seconds=120)
+        wait_until(lambda: look.rounds() >= 5, seconds=120, pause=0.2)
         if whole:
             observing.every_panel_returns_data(prometheus, seconds=120)
         pages = look.pages() - {BUSY}
         assert not pages, f"pages although all is well: {pages}"
 
         begun = look.now()
-        triton.swap(weaker(folder / "good" / MODEL / "1" / "model.onnx"))
+        triton.swap(weaker(good, release.noise))
         if replay:
             yield look.until("weaker bytes", begun, "RobustnessIntegrityMismatch", where="pages")
         yield look.until("weaker bytes", begun, "RobustnessLost", where="firing" if replay else "pages")
         begun = look.now()
-        triton.swap((folder / "good" / MODEL / "1" / "model.onnx").read_bytes())
+        triton.swap(good.read_bytes())
         if replay:
             yield look.until("put back", begun, "RobustnessIntegrityMismatch", where="pages", gone=True)
         yield look.until("put back", begun, "RobustnessLost", where="firing", gone=True)
@@ -233,7 +254,7 @@ class Look:
             self._triton.require_running()
             return (alert in getattr(self, where)()) != gone
 
-        wait_until(said, seconds=patience)
+        wait_until(said, seconds=patience, pause=0.2)
         seconds, rounds = time.monotonic() - begun[0], self.rounds() - begun[1] if counted else None
         return Alarm(event, alert, "resolved" if gone else "firing", round(seconds, 1), rounds)
 
@@ -241,8 +262,8 @@ class Look:
 class Restartable:
     """A bare Triton on fixed ports, as another team might run it: it verifies nothing. A context manager."""
 
-    def __init__(self, folder: Path, ports: dict[str, int]) -> None:
-        self._folder, self._stack = folder, ExitStack()
+    def __init__(self, folder: Path, model: str, ports: dict[str, int]) -> None:
+        self._folder, self._model, self._stack = folder, model, ExitStack()
         self._ports = {name: ports[name] for name in ("http", "grpc", "metrics")}
 
     def __enter__(self) -> Restartable:
@@ -257,7 +278,9 @@ class Restartable:
         found, repository = environment.find_environment(None), self._folder / "served"
         log = self._folder / "triton.log"
         self._killed = False
-        self.server = self._stack.enter_context(running(found, repository, self._ports, [MODEL], log, fixed=False))
+        self.server = self._stack.enter_context(
+            running(found, repository, self._ports, [self._model], log, fixed=False)
+        )
         wait_until(self._answers, self.server.process, seconds=60)
 
     def kill(self) -> None:
@@ -275,12 +298,12 @@ class Restartable:
     def swap(self, model: bytes) -> None:
         """Serve other bytes under the same version, by a restart."""
         self._stack.close()
-        (self._folder / "served" / MODEL / "1" / "model.onnx").write_bytes(model)
+        (self._folder / "served" / self._model / "1" / "model.onnx").write_bytes(model)
         self.start()
 
     def _answers(self) -> bool:
         try:
-            with Client(f"127.0.0.1:{self._ports['grpc']}", MODEL, timeout_seconds=2) as client:
+            with Client(f"127.0.0.1:{self._ports['grpc']}", self._model, timeout_seconds=2) as client:
                 client.describe()
         except DfmclError:
             return False
@@ -302,7 +325,7 @@ def command(folder: Path, name: str, port: int) -> Iterator[subprocess.Popen[byt
 
 
 @contextmanager
-def user(folder: Path, port: int) -> Iterator[None]:
+def user(folder: Path, model: str, port: int) -> Iterator[None]:
     """A user who asks for a label now and then, whatever the answer."""
     stop, url = threading.Event(), f"http://127.0.0.1:{port}"
     with np.load(folder / "images.npz") as data:
@@ -310,7 +333,7 @@ def user(folder: Path, port: int) -> Iterator[None]:
     key = (folder / "user.key").read_text()
 
     def ask() -> None:
-        with GatewayClient(url, MODEL, classes=classes, key=key) as client:
+        with GatewayClient(url, model, classes=classes, key=key) as client:
             for number in itertools.count():
                 if stop.wait(0.1):
                     return
@@ -334,9 +357,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, model: str) -> None:
     """Images that the gate published, as a data set."""
-    version = folder / "good" / MODEL / "1"
+    version = folder / "good" / model / "1"
     with np.load(version / "probes.npz") as probes:
         images, labels = probes["images"][:POOL], probes["labels"][:POOL]
     classes = (version / "labels.txt").read_text(encoding="utf-8").splitlines()
@@ -345,7 +368,7 @@ def write_images(folder: Path) -> None:
     )
 
 
-def write_configs(folder: Path, ports: dict[str, int], replay: int) -> None:
+def write_configs(folder: Path, release: Released, ports: dict[str, int], replay: int) -> None:
     """Of sidecar and gateway, with a key for a user and for each of the two canaries."""
     keys = []
     for name in ("user", "attack", "benign"):
@@ -356,21 +379,21 @@ def write_configs(folder: Path, ports: dict[str, int], replay: int) -> None:
         keys.append(
             f'[[keys]]\nname = "{name}"\nsha256 = "{digest}"\nimages_per_second = 1000.0\nburst_images = 1000\n{canary}'
         )
-    gateway = GATEWAY.format(model=MODEL, **ports) + "".join(keys)
+    gateway = GATEWAY.format(model=release.model, **ports) + "".join(keys)
     (folder / "gateway.toml").write_text(gateway, encoding="utf-8")
-    trust = ROOT / "deploy" / MODEL / "trust.toml"
-    surrogates = sorted(str(path) for path in (folder / "good" / MODEL / "surrogates").iterdir())
-    watch = WATCH.format(model=MODEL, surrogates=json.dumps(surrogates), replay=replay, trust=trust, **ports)
+    surrogates = sorted(str(path) for path in (folder / "good" / release.model / "surrogates").iterdir())
+    about = {"model": release.model, "eps": release.eps, "trust": release.trust, "replay": replay}
+    watch = WATCH.format(surrogates=json.dumps(surrogates), **about, **ports)
     (folder / "watch.toml").write_text(watch, encoding="utf-8")
 
 
-def weaker(path: Path) -> bytes:
-    """The model with noise on the weights of its convolutions."""
+def weaker(path: Path, noise: float) -> bytes:
+    """The model with relative noise on the weights of its convolutions."""
     model, stream = onnx.load(str(path)), np.random.default_rng(0)
     for tensor in model.graph.initializer:
         weights = numpy_helper.to_array(tensor)
         if weights.ndim == 4 and weights.shape[2] > 1:
-            noisy = weights * (1 + NOISE * stream.standard_normal(weights.shape))
+            noisy = weights * (1 + noise * stream.standard_normal(weights.shape))
             tensor.CopyFrom(numpy_helper.from_array(noisy.astype(weights.dtype), tensor.name))
     return bytes(model.SerializeToString())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 # Before torch loads: OpenMP threads that spin while they wait make a forward pass up to 100 times slower beside a busy
@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.exports import Export, exported
 from tests.networks import Networks, network
 
 # How long an example takes depends on what else runs, and is nothing that a test states by the way.
@@ -28,9 +29,9 @@ settings.load_profile("patient")
 
 # They take minutes; begun last, they would leave the other processes with nothing to do. The longest first.
 LONG = (
-    "test_alarms.py", "test_readme.py", "test_supervisor.py", "test_strength.py", "test_gate.py", "test_campaign.py",
-    "test_checks.py", "test_disbelief.py", "test_two_at_once.py", "test_pipelines.py", "test_gateway_load.py",
-    "test_train.py", "test_deploy_watching.py",
+    "test_supervisor.py", "test_gate.py", "test_pipelines.py", "test_two_at_once.py", "test_readme.py",
+    "test_strength.py", "test_train.py", "test_alarms.py", "test_disbelief.py", "test_deploy_watching.py",
+    "test_campaign.py", "test_checks.py", "test_gateway_load.py",
 )  # fmt: skip
 # More than four seconds each, for their servers, trainings and whole commands; `--quick` leaves them out, and LONG.
 SLOW = (
@@ -74,6 +75,13 @@ def networks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     seed, jitter = (request.config.getoption(f"--fixture-{what}") for what in ("seed", "jitter"))
     folder = tmp_path_factory.mktemp("networks")
     return cache(lambda name: network(name, folder / name, seed=seed, jitter=jitter))
+
+
+@pytest.fixture(scope="session")
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """`export_once(run, out)`: as `export`, but that a run of the same bytes is exported once a session."""
+    own = tmp_path_factory.getbasetemp()
+    return partial(exported, shelf=(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "candidates")
 
 
 @pytest.fixture(scope="session")

@@ -19,15 +19,25 @@ TRITON = (8000, 8001, 8002)
 
 
 def wait_until(
-    condition: Callable[[], Any], process: subprocess.Popen[Any] | None = None, seconds: float = 120
+    condition: Callable[[], Any],
+    process: subprocess.Popen[Any] | None = None,
+    seconds: float = 120,
+    pause: float = 0.01,
 ) -> None:
-    """Until the condition holds; an error once the process, if one is named, has ended, or after so many seconds."""
+    """Until the condition holds; an error once the process, if one is named, has ended, or after so many seconds.
+
+    pause: seconds between two askings, at the least; four times as long as an asking takes, up to a second, so that
+    waiting leaves the cores to what is waited for: a page of metrics is dearer than a look at a file.
+    """
     deadline = time.monotonic() + seconds
-    while not condition():
+    while True:
+        begun = time.monotonic()
+        if condition():
+            return
         if process is not None:
             assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
         assert time.monotonic() < deadline, f"nothing after {seconds} s"
-        time.sleep(0.01)  # what is waited for lies in another process's hands: a file, a signal handler
+        time.sleep(max(pause, min(4 * (time.monotonic() - begun), 1.0)))
 
 
 @contextmanager

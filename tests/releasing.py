@@ -10,10 +10,12 @@ import pytest
 from dfmcl.common.errors import Broken
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.release import promotion
-from dfmcl.release.export import export
 from dfmcl.serving.triton import environment
+from tests.exports import Export
 from tests.serving.workshop import Served, write_evidence, write_run
 from tests.signing import make_key, trusting, write_trust
+
+THREADS = 1  # of a model: more spin while they wait, on the two cores that three test processes share
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +24,9 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def candidate(run_directory: Path) -> Path:
+def candidate(run_directory: Path, export_once: Export) -> Path:
     """A really exported candidate; tests that change it copy it first."""
-    out = run_directory.parent / "candidate"
-    export(run_directory, out)
-    return out
+    return export_once(run_directory, run_directory.parent / "candidate")
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def needs_triton() -> None:
 @pytest.fixture
 def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> Path:
     """A repository with one promoted version."""
-    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust)
+    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust, threads=THREADS)
     return tmp_path / "models"
 
 
@@ -72,7 +72,7 @@ def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) ->
 def served(needs_triton: None, candidate: Path, evidence: Path, trust: Trust) -> Iterator[Served]:
     """One Triton for all tests that only ask it questions."""
     models = candidate.parent / "models"
-    promotion.promote(candidate, evidence, models, name="digits", trust=trust)
+    promotion.promote(candidate, evidence, models, name="digits", trust=trust, threads=THREADS)
     server = Served(models, candidate.parent / "ready.json").start()
     yield server
     assert server.close() == 0

@@ -12,6 +12,7 @@ from dfmcl.gating.subject import open_subject
 from dfmcl.release.card import write_card
 from dfmcl.release.export import export
 from dfmcl.release.promotion import promote
+from dfmcl.robustness.runs import load_run
 from dfmcl.training.pack import pack
 from tests.signing import VALID_DAYS, known_key, write_trust
 
@@ -28,16 +29,20 @@ POLICY = Policy.model_validate(
 )
 
 
-def ship(run: Path, surrogate: Path) -> Path:
-    """A repository with one shipped model, made once beside its run, and release.toml, which trusts it, beside it."""
-    folder = run.parent / "shipped"
+def ship(run: Path, surrogate: Path, policy: Policy = POLICY, *, transfer: bool = False) -> Path:
+    """A repository with one shipped model, made once beside its run, and release.toml, which trusts it, beside it.
+
+    transfer: the gate, too, attacks with the surrogate.
+    """
+    folder = run.parent / f"shipped-{run.name}"
     repository = folder / "models"
     if repository.exists():
         return repository
     key = known_key(folder)
     export(run, folder / "candidate", weights="float16")
     subject = open_subject(str(folder / "candidate"), run=run)
-    report = gate(subject, POLICY, folder / "evidence", signers=[read_signer(key)])
+    surrogates = {"other": load_run(surrogate)} if transfer else {}
+    report = gate(subject, policy, folder / "evidence", surrogates=surrogates, signers=[read_signer(key)])
     assert (report["verdict"], report["findings"]) == ("passed", [])  # artefact_disagrees among the checks
     trust = load_trust(write_trust(key))
     promote(folder / "candidate", folder / "evidence", repository, name=NAME, trust=trust)

@@ -37,8 +37,8 @@ from dfmcl.gating.signing.evidence import ATTESTATION, candidate_files, file_dig
 from dfmcl.gating.signing.keys import keygen, read_public, read_signer
 from dfmcl.gating.signing.statement import ROBUSTNESS, TEST_RESULT
 from dfmcl.gating.signing.trust import load_trust
-from dfmcl.release.export import export
 from dfmcl.robustness.checks import CHECKS
+from tests.exports import Export
 from tests.serving.workshop import write_run
 from tests.signing import (
     CREATED,
@@ -59,10 +59,10 @@ RAN = [name for name in CHECKS if name != "seen_images"]  # what did not run nei
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(export_once: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where keys, the really exported candidate and its evidence lie; tests that change something copy it."""
     home = tmp_path_factory.mktemp("attestation")
-    export(write_run(home / "run"), home / "candidate")
+    export_once(write_run(home / "run"), home / "candidate")
     (home / "evidence").mkdir()
     for name in ("release", "second", "foreign"):
         make_key(home / "keys", name)

@@ -26,9 +26,9 @@ from dfmcl.gating.signing.evidence import candidate_files, read_evidence
 from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.soundness import require_derived
-from dfmcl.release.export import export
 from dfmcl.robustness import checks
 from dfmcl.robustness.records import Evaluation
+from tests.exports import Export
 from tests.serving.workshop import write_run
 from tests.signing import (
     code_of,
@@ -98,10 +98,10 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> dict[str, An
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(export_once: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A really exported candidate, signed evidence that it passed, and who is trusted."""
     home = tmp_path_factory.mktemp("derivation")
-    export(write_run(home / "run"), home / "candidate")
+    export_once(write_run(home / "run"), home / "candidate")
     key = make_key(home, "release")
     write_trust(key)
     (home / "evidence").mkdir()

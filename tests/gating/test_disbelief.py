@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.formats.summary import headline
@@ -73,14 +74,23 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def written(trap: nn.Module, path: Path) -> Subject:
-    """The trap as an ONNX file without any code."""
-    example = torch.zeros(2, 3, 16, 16)
-    torch.onnx.export(
-        trap, (example,), path, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )  # fmt: skip
-    return onnx_subject(path, INPUT)
+@pytest.fixture(scope="module")
+def written(networks: Networks, digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
+    """A trap's name, or "" for the plain network itself, to an ONNX file without any code; each exported once."""
+    plain, robust = (load_run(networks(name)).model for name in ("standard", "hardened"))
+    folder, example = tmp_path_factory.mktemp("written"), torch.zeros(2, 3, 16, 16)
+
+    @cache
+    def exported(trap: str) -> Subject:
+        network = sprung(trap, plain, digits.x_test, digits.y_test, robust) if trap else plain
+        path = folder / f"{trap.replace(' ', '-') or 'plain'}.onnx"
+        torch.onnx.export(
+            network, (example,), path, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )  # fmt: skip
+        return onnx_subject(path, INPUT)
+
+    return exported
 
 
 @pytest.mark.parametrize(
@@ -91,12 +101,10 @@ def written(trap: nn.Module, path: Path) -> Subject:
     ],
 )
 def test_a_file_of_two_faces_does_not_pass(
-    networks: Networks, digits: Dataset, tmp_path: Path, trap: str, eps: str, suite: list[str]
+    written: Callable[[str], Subject], tmp_path: Path, trap: str, eps: str, suite: list[str]
 ) -> None:
     """A graph that shows attacks a robust network, or knows the test images, raises a check or falls."""
-    plain, robust = (load_run(networks(name)).model for name in ("standard", "hardened"))
-    deceit = sprung(trap, plain, digits.x_test, digits.y_test, robust)
-    report = gate(written(deceit, tmp_path / "model.onnx"), policy(0.02, eps, suite=suite), tmp_path / "evidence")
+    report = gate(written(trap), policy(0.02, eps, suite=suite), tmp_path / "evidence")
     assert report["verdict"] == "suspect", report["criteria"]
     assert {finding["check"] for finding in report["findings"]} & {"unaccounted", "only_these_images"}
 
@@ -144,12 +152,12 @@ def test_a_policy_may_refuse_code(networks: Networks, beside: Path) -> None:
     assert not (beside / "evidence").exists()
 
 
-def test_what_another_network_breaks_counts(networks: Networks, digits: Dataset, tmp_path: Path) -> None:
+def test_what_another_network_breaks_counts(
+    networks: Networks, written: Callable[[str], Subject], tmp_path: Path
+) -> None:
     """An image that holds against the model's own gradients and falls to a surrogate's has fallen, in the verdict."""
-    plain, robust = (load_run(networks(name)).model for name in ("standard", "hardened"))
-    deceit = written(sprung("decoy", plain, digits.x_test, digits.y_test, robust), tmp_path / "model.onnx")
     report = gate(
-        deceit,
+        written("decoy"),
         policy(0.5, "8/255", transfer=["mi-fgsm-10"]),
         tmp_path / "evidence",
         surrogates={"twin": load_run(networks("standard"))},
@@ -162,10 +170,9 @@ def test_what_another_network_breaks_counts(networks: Networks, digits: Dataset,
     assert report["verdict"] == "failed"
 
 
-def test_a_substitute_is_learnt_once(networks: Networks, digits: Dataset, tmp_path: Path) -> None:
+def test_a_substitute_is_learnt_once(written: Callable[[str], Subject], tmp_path: Path) -> None:
     """The gate attacks with a network of its own; a gate that goes on after a cut attacks with the same one."""
-    subject = written(load_run(networks("standard")).model, tmp_path / "model.onnx")
-    asked = policy(0.02, "2/255", substitute=60)
+    subject, asked = written(""), policy(0.02, "2/255", substitute=60)
 
     class Cut(Exception):
         """The machine went away."""
@@ -194,9 +201,8 @@ def test_training_images_are_of_every_class_where_they_lie_class_by_class(digits
     assert set(labels) == set(digits.y_train[:count])
 
 
-def test_an_honest_file_in_floats_answers_as_before(networks: Networks, tmp_path: Path) -> None:
+def test_an_honest_file_in_floats_answers_as_before(written: Callable[[str], Subject], tmp_path: Path) -> None:
     """Attacks end between grey levels there, and the evidence keeps bytes: their answers are not compared."""
-    subject = written(load_run(networks("standard")).model, tmp_path / "model.onnx")
-    report = gate(subject, policy(0.02, "1.4/255", suite=["margin-pgd-5"]), tmp_path / "evidence")
+    report = gate(written(""), policy(0.02, "1.4/255", suite=["margin-pgd-5"]), tmp_path / "evidence")
     found = {check["check"]: check for check in report["checks"]}
     assert found["answers_change"]["outcome"] == "clear", found["answers_change"]["why"]

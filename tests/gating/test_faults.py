@@ -18,7 +18,7 @@ from dfmcl.gating.order import Draw
 from dfmcl.gating.signing.evidence import ATTESTATION, file_digest
 from dfmcl.gating.signing.faults import FAULTS, BadEvidence, NotAttested
 from dfmcl.gating.signing.keys import read_public
-from dfmcl.release.export import export
+from tests.exports import Export
 from tests.gating.test_attestation import changed, enveloped, lines, said, write_lines
 from tests.gating.test_derivation import commands
 from tests.serving.workshop import write_run
@@ -30,10 +30,10 @@ JUDGES = ("verify", "promote")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(export_once: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A really exported candidate, signed evidence that it passed, and who is trusted."""
     home = tmp_path_factory.mktemp("faults")
-    export(write_run(home / "run"), home / "candidate")
+    export_once(write_run(home / "run"), home / "candidate")
     (home / "evidence").mkdir()
     write_trust(make_key(home))
     write_report(home / "evidence", report_on(home / "candidate", home / "evidence"), home / "release.key")

@@ -22,7 +22,7 @@ from dfmcl.gating.signing.attestation import NotAttested, Trust, sign_evidence, 
 from dfmcl.gating.signing.evidence import ATTESTATION, candidate_files
 from dfmcl.gating.signing.keys import read_signer
 from dfmcl.gating.signing.trust import load_trust
-from dfmcl.release.export import export
+from tests.exports import Export
 from tests.serving.workshop import write_run
 from tests.signing import make_key, policy_of, report_on, trusting, write_report, write_trust
 
@@ -128,11 +128,10 @@ def test_what_is_no_draw_is_refused(value: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def candidate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def candidate(export_once: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A really exported one."""
     place = tmp_path_factory.mktemp("order")
-    export(write_run(place / "run"), place / "candidate")
-    return place / "candidate"
+    return export_once(write_run(place / "run"), place / "candidate")
 
 
 def evidence_of(candidate: Path, place: Path, draw: Draw | None, signed: Path) -> Path:

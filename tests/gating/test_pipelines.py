@@ -16,7 +16,7 @@ import yaml
 
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.formats.registry import FILES
-from dfmcl.release.export import export
+from tests.exports import Export
 
 ROOT = Path(__file__).parents[2]
 CI = ROOT / "deploy" / "ci"
@@ -80,10 +80,8 @@ def pipeline(request: pytest.FixtureRequest, tmp_path: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def candidate(standard_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pipeline") / "candidate"
-    export(standard_run, out)
-    return out
+def candidate(standard_run: Path, export_once: Export, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_once(standard_run, tmp_path_factory.mktemp("pipeline") / "candidate")
 
 
 def test_a_real_gate_passes_and_blocks(candidate: Path, standard_run: Path, tmp_path: Path) -> None:

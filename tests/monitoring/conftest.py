@@ -29,11 +29,11 @@ from dfmcl.monitoring.config import WatchConfig, load_config
 from dfmcl.monitoring.results import Round, round_from_json
 from dfmcl.monitoring.sidecar import watch
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
-from dfmcl.release.export import export
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import Classifier, ModelSpec, to_float
 from dfmcl.robustness.records import Evaluation
+from tests.exports import Export
 from tests.signing import evaluated, policy_of, true_report
 
 SHAPE, CLASSES = (16, 16, 3), 10
@@ -224,11 +224,12 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def exported(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def exported(
+    make_run: Callable[..., Path], export_once: Export, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """A run of random weights and its really exported candidate."""
-    run, candidate = make_run(7), tmp_path_factory.mktemp("exported") / "candidate"
-    export(run, candidate)
-    return run, candidate
+    run = make_run(7)
+    return run, export_once(run, tmp_path_factory.mktemp("exported") / "candidate")
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dfmcl.release.export import export
 from dfmcl.serving.clients.triton import Client
+from tests.exports import Export
 from tests.processes import tritons_own_ports, wait_until
 from tests.serving.workshop import ROOT, write_evidence, write_run
 
@@ -23,11 +23,13 @@ LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.fixture
-def desk(tmp_path: Path, candidate: Path, evidence: Path, key: Path, needs_triton: None) -> Iterator[Path]:
+def desk(
+    tmp_path: Path, candidate: Path, evidence: Path, key: Path, export_once: Export, needs_triton: None
+) -> Iterator[Path]:
     """A directory with what the page takes for granted."""
     shutil.copytree(candidate, tmp_path / "candidate")
     shutil.copytree(evidence, tmp_path / "evidence")
-    export(write_run(tmp_path / "run", seed=1), tmp_path / "next" / "candidate")
+    export_once(write_run(tmp_path / "run", seed=1), tmp_path / "next" / "candidate")
     write_evidence(tmp_path / "next" / "evidence", tmp_path / "next" / "candidate", key)
     (tmp_path / "trust.toml").write_text(f'keys = ["{key.with_suffix(".pub")}"]\n')
     with tritons_own_ports():

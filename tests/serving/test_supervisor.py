@@ -22,7 +22,6 @@ from dfmcl.common.errors import Broken, DfmclError, Refused
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.release.candidate import FILES, sha256_of
-from dfmcl.release.export import export
 from dfmcl.release.ledger import Aliases, aliases, read_history
 from dfmcl.release.promotion import promote, retire, rollback
 from dfmcl.release.status import standings
@@ -34,6 +33,7 @@ from dfmcl.serving.triton import process as triton
 from dfmcl.serving.triton import pulse, supervisor
 from dfmcl.serving.triton.process import Server, claim_ports
 from dfmcl.serving.triton.supervisor import wait_until_live
+from tests.exports import Export
 from tests.processes import wait_until
 from tests.serving.doors import PRIVILEGED, Door, settings
 from tests.serving.traffic import Ask, Traffic
@@ -44,10 +44,10 @@ IMAGES = load_dataset("digits").x_test[:8]
 
 
 @pytest.fixture(scope="module")
-def another(tmp_path_factory: pytest.TempPathFactory, key: Path) -> tuple[Path, Path]:
+def another(tmp_path_factory: pytest.TempPathFactory, export_once: Export, key: Path) -> tuple[Path, Path]:
     """A second candidate of the same interface, and its evidence."""
     directory = tmp_path_factory.mktemp("another")
-    export(write_run(directory / "run", seed=1), directory / "candidate")
+    export_once(write_run(directory / "run", seed=1), directory / "candidate")
     return directory / "candidate", write_evidence(directory / "evidence", directory / "candidate", key)
 
 
@@ -132,8 +132,9 @@ def broken(directory: Path, candidate: Path, evidence: Path, key: Path, change: 
     return directory
 
 
-def asking(url: str, pause: float = 0.0) -> Callable[[], Ask]:
-    """Clients of Triton itself. pause: seconds between requests, where they matter for long."""
+def asking(url: str, pause: float = 0.01) -> Callable[[], Ask]:
+    """Clients of Triton itself. pause: seconds between requests, about as long as an answer takes: of four clients one
+    nearly always waits for its answer, and the cores are left to the servers that come and go."""
 
     def make() -> Ask:
         client = Client(url, "digits", timeout_seconds=10)

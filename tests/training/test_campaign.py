@@ -230,9 +230,8 @@ def test_a_failed_run_does_not_stop_the_others(workplace: Path, uncut: Path, tmp
 
 def test_a_run_that_lacks_memory_is_for_the_user_to_repair(workplace: Path, uncut: Path, tmp_path: Path) -> None:
     """It is told as `dfmcl train` tells it, with 2; a failure of another kind beside it is worse."""
-    text = TINY.replace(
-        'preset = "quickstart_standard"', 'preset = "quickstart_standard"\noverrides = ["model.width=100000000"]'
-    )
+    wide = "model.width=10000000000000"  # a petabyte of weights: no machine has it, so that nothing is filled first
+    text = TINY.replace('preset = "quickstart_standard"', f'preset = "quickstart_standard"\noverrides = ["{wide}"]')
     shutil.copytree(uncut, tmp_path / "out")
     (tmp_path / "out" / "records" / "standard_beta8_seed0.json").unlink()
     shutil.rmtree(tmp_path / "out" / "runs" / "standard_beta8_seed0")

@@ -293,7 +293,7 @@ def test_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [Path(sys.executable).with_name("dfmcl"), "train", "quickstart", "--out", str(out)]
     process = subprocess.Popen(
-        [*command, "--set", "model.width=4", "--set", "optimization.epochs=200"],
+        [*command, "--set", "model.width=4", "--set", "data.train_images=180", "--set", "optimization.epochs=2000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     wait_until((out / STATE).exists, process)
@@ -311,7 +311,9 @@ def test_a_second_signal_ends_at_once_and_says_what_is_saved(tmp_path: Path, pre
     """Ctrl-C in the middle of a long step, again and again: the first line says what happens, the last one which state
     is on disk, and that state goes on."""
     out, slow = tmp_path / "run", [*TINY, "optimization.epochs=100", "curriculum.attacks=['pgd']"]
-    slow += ["model.width=16", "curriculum.steps=300", "heldout.images=2", "curriculum.schedule=constant"]
+    # One step an epoch: the state is there after the first step, and a signal meets the second one near its beginning.
+    slow += ["model.width=16", "curriculum.steps=250", "heldout.images=2", "curriculum.schedule=constant"]
+    slow += ["data.train_images=60"]
     command = [Path(sys.executable).with_name("dfmcl"), "train", "quickstart", "--out", str(out), "--max-minutes", "9"]
     process = subprocess.Popen(
         [*command, *(word for change in slow for word in ("--set", change))],
