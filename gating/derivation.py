@@ -18,7 +18,7 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Criterion
 from dfmcl.gating.record import GateRecord
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, decide, one_look
-from dfmcl.robustness.drawn import Seen
+from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.statistics import Flags
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ class ClaimCourse:
 
     claim: Claim
     own: Flags
-    seen: Seen
+    seen: Fates
     standing: Standing | None
 
     @staticmethod

@@ -14,7 +14,7 @@ from dfmcl.gating.order import Draw, Matter, drawn_of, hex_of, order_of
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
 from dfmcl.gating.verdict import Claim, claims_about
-from dfmcl.robustness.drawn import Seen
+from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
 
@@ -106,10 +106,10 @@ class GateRecord:
         return len(self.claims) + len(self.regressions)
 
     @cached_property
-    def seen(self) -> list[tuple[Seen, Seen]]:
+    def seen(self) -> list[tuple[Fates, Fates]]:
         """For each evaluation: the images right as they came, and in the worst case over all attacks there."""
         return [
-            (Seen.of(np.array(one.correct, bool)), Seen.by(one, self.drawn, self.whole)) for one in self.evaluations
+            (Fates.of(np.array(one.correct, bool)), Fates.by(one, self.drawn, self.whole)) for one in self.evaluations
         ]
 
     @property

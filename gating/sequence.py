@@ -21,7 +21,7 @@ from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.resumption import State
 from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
-from dfmcl.robustness.drawn import Seen
+from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.statistics import Flags
@@ -125,13 +125,13 @@ def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
     return one_look(standing.claim, standing.seen, standing.among)
 
 
-def seen_of(claim: Claim, found: Outcome, labels: Labels, drawn: Flags, whole: int) -> Seen:
+def seen_of(claim: Claim, found: Outcome, labels: Labels, drawn: Flags, whole: int) -> Fates:
     """What the outcome of images, with their labels and draws `(N,)`, says about a claim: of its own class, or of all.
 
     whole: how many of the attacks, the last ones, only the drawn images met.
     """
     record = found.evaluation
-    seen = Seen.by(record, drawn, whole) if claim.criterion.robust else Seen.of(np.array(record.correct))
+    seen = Fates.by(record, drawn, whole) if claim.criterion.robust else Fates.of(np.array(record.correct))
     return seen if claim.class_index is None else seen[labels == claim.class_index]
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion
-from dfmcl.robustness.drawn import DrawnSequence, Seen, one_look_bounds
+from dfmcl.robustness.drawn import DrawnSequence, Fates, one_look_bounds
 from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.statistics import Share, lower_bound, upper_bound
 
@@ -115,7 +115,7 @@ class Standing:
 
     claim: Claim
     among: int
-    seen: Seen
+    seen: Fates
     lower: ConfidenceSequence | DrawnSequence
     upper: ConfidenceSequence | DrawnSequence
 
@@ -124,9 +124,9 @@ class Standing:
         """Before the first image, as one of `among` claims."""
         begin = DrawnSequence.begin if claim.drawn else ConfidenceSequence
         levels = claim.criterion.confidence, 1 - (1 - claim.criterion.confidence) / among
-        return Standing(claim, among, Seen.none(), *(begin(claim.population, level) for level in levels))
+        return Standing(claim, among, Fates.none(), *(begin(claim.population, level) for level in levels))
 
-    def after(self, seen: Seen) -> Standing:
+    def after(self, seen: Fates) -> Standing:
         """With the next outcomes of the claim's own images."""
         lower, upper = (
             bound.after(seen) if isinstance(bound, DrawnSequence) else bound.after(seen.kept)
@@ -158,7 +158,7 @@ class Standing:
         )
 
 
-def one_look(claim: Claim, seen: Seen, among: int) -> Judgement:
+def one_look(claim: Claim, seen: Fates, among: int) -> Judgement:
     """The claim about the population behind the data set, by one look at what was seen: exact one-sided bounds."""
     share = Share(int(seen.kept.sum()), len(seen))
     if not share.n:

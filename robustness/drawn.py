@@ -19,32 +19,32 @@ from dfmcl.robustness.statistics import Flags, lower_bound, upper_bound
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The outcomes of M images. held: under the cheap suite; drawn: for the dear one; lost: held, and fell to that."""
+class Fates:
+    """What became of M images. held: under the cheap suite; drawn: for the dear one; lost: held, and fell to that."""
 
     held: Flags
     drawn: Flags
     lost: Flags
 
     @staticmethod
-    def of(held: Flags) -> Seen:
+    def of(held: Flags) -> Fates:
         """By one suite that all images meet."""
         nobody = np.zeros(len(held), bool)
-        return Seen(held, nobody, nobody)
+        return Fates(held, nobody, nobody)
 
     @staticmethod
-    def by(evaluation: Evaluation, drawn: Flags, whole: int) -> Seen:
+    def by(evaluation: Evaluation, drawn: Flags, whole: int) -> Fates:
         """By a record whose last `whole` attacks only the drawn images `(N,)` met."""
         kept = np.array(evaluation.robust_images, bool)
         if not whole:
-            return Seen.of(kept)
+            return Fates.of(kept)
         held = np.array(replace(evaluation, attacks=evaluation.attacks[:-whole]).robust_images, bool)
-        return Seen(held, drawn, held & ~kept)
+        return Fates(held, drawn, held & ~kept)
 
     @staticmethod
-    def none() -> Seen:
+    def none() -> Fates:
         """Of no image."""
-        return Seen.of(np.zeros(0, bool))
+        return Fates.of(np.zeros(0, bool))
 
     @property
     def kept(self) -> Flags:
@@ -54,12 +54,12 @@ class Seen:
     def __len__(self) -> int:
         return len(self.held)
 
-    def __getitem__(self, rows: Flags | slice) -> Seen:
-        return Seen(self.held[rows], self.drawn[rows], self.lost[rows])
+    def __getitem__(self, rows: Flags | slice) -> Fates:
+        return Fates(self.held[rows], self.drawn[rows], self.lost[rows])
 
-    def __add__(self, other: Seen) -> Seen:
+    def __add__(self, other: Fates) -> Fates:
         pairs = ((self.held, other.held), (self.drawn, other.drawn), (self.lost, other.lost))
-        return Seen(*(np.concatenate(pair) for pair in pairs))
+        return Fates(*(np.concatenate(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class DrawnSequence:
         held, lost = (ConfidenceSequence(population, half, log_odds=beliefs) for beliefs in (LOG_ODDS, RARE))
         return DrawnSequence(population, held, lost, np.zeros(0, np.int64))
 
-    def after(self, seen: Seen) -> DrawnSequence:
+    def after(self, seen: Fates) -> DrawnSequence:
         """With the next outcomes in the fixed order."""
         so_far = int(self.met[-1]) if len(self.met) else 0
         return DrawnSequence(
@@ -104,7 +104,7 @@ class DrawnSequence:
         return left
 
 
-def one_look_bounds(seen: Seen, confidence: float, confidence_above: float) -> tuple[float, float]:
+def one_look_bounds(seen: Fates, confidence: float, confidence_above: float) -> tuple[float, float]:
     """Lower and upper bound of the share in the population behind the images, one-sided, by one look (binomial)."""
     k, n, lost, met = (int(count) for count in (seen.held.sum(), len(seen), seen.lost.sum(), seen.drawn.sum()))
     half, half_above = (1 + confidence) / 2, (1 + confidence_above) / 2

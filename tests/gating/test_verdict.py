@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, claims, decide, one_look
-from dfmcl.robustness.drawn import Seen
+from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.statistics import lower_bound, upper_bound
 
 CLASSES = ("cat", "dog", "ship")
@@ -28,7 +28,7 @@ def flags(k: int, n: int) -> np.ndarray:  # type: ignore[type-arg]
 
 
 def looked(criterion: Criterion, k: int, n: int, among: int = 1) -> Judgement:
-    return one_look(Claim(criterion, 10_000), Seen.of(flags(k, n)), among)
+    return one_look(Claim(criterion, 10_000), Fates.of(flags(k, n)), among)
 
 
 @given(counts, thresholds, st.floats(0.5, 0.999))
@@ -58,7 +58,7 @@ def test_ten_claims_fail_a_good_model_no_more_often_than_one() -> None:
     failed = {10: 0, 1: 0}
     for among in failed:
         for _ in range(runs):
-            seen = [Seen.of(stream.random(200) < 0.5) for _ in range(10)]
+            seen = [Fates.of(stream.random(200) < 0.5) for _ in range(10)]
             judged = [one_look(Claim(robust(0.5), 10**9), one, among) for one in seen]
             failed[among] += "missed" in [judgement.outcome for judgement in judged]
     assert failed[10] / runs <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
@@ -73,12 +73,12 @@ def test_to_pass_no_correction_is_needed_to_fail_one_is() -> None:
 
 def test_a_standing_decides_once() -> None:
     """The first bound to reach the threshold decides; what comes after it changes counts, not the outcome."""
-    standing = Standing.begin(Claim(robust(0.3), 1000), 1).after(Seen.of(np.ones(30, bool)))
+    standing = Standing.begin(Claim(robust(0.3), 1000), 1).after(Fates.of(np.ones(30, bool)))
     early = standing.judgement
     assert (early.outcome, early.share.k) == ("met", 30)
     assert early.decided_after is not None
     assert early.decided_after < 30
-    late = standing.after(Seen.of(np.zeros(900, bool))).judgement
+    late = standing.after(Fates.of(np.zeros(900, bool))).judgement
     assert (late.outcome, late.decided_after) == ("met", early.decided_after)
     assert Standing.begin(Claim(robust(0.3), 1000), 1).judgement.outcome == "open"
 
@@ -87,10 +87,10 @@ def test_a_standing_decides_once() -> None:
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(5, 30))
 def test_blocks_do_not_matter(outcomes: list[bool], size: int) -> None:
     """A standing after all images is the same, in whichever blocks they came."""
-    whole = Standing.begin(Claim(robust(0.5), 60), 3).after(Seen.of(np.array(outcomes)))
+    whole = Standing.begin(Claim(robust(0.5), 60), 3).after(Fates.of(np.array(outcomes)))
     parts = Standing.begin(Claim(robust(0.5), 60), 3)
     for begin in range(0, len(outcomes), size):
-        parts = parts.after(Seen.of(np.array(outcomes[begin : begin + size])))
+        parts = parts.after(Fates.of(np.array(outcomes[begin : begin + size])))
     assert whole.judgement == parts.judgement
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from dfmcl.robustness.drawn import DrawnSequence, Seen, one_look_bounds
+from dfmcl.robustness.drawn import DrawnSequence, Fates, one_look_bounds
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.threats.linf import Linf
@@ -16,19 +16,19 @@ from dfmcl.robustness.threats.linf import Linf
 FLAGS = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=1, max_size=40)
 
 
-def seen_of(rows: list[tuple[bool, bool, bool]]) -> Seen:
+def seen_of(rows: list[tuple[bool, bool, bool]]) -> Fates:
     held, drawn, falls = (np.array(column) for column in zip(*rows, strict=True))
-    return Seen(held, drawn, held & drawn & falls)
+    return Fates(held, drawn, held & drawn & falls)
 
 
-def population(seed: int, images: int, held: float, lost: float, chance: float) -> tuple[Seen, float]:
+def population(seed: int, images: int, held: float, lost: float, chance: float) -> tuple[Fates, float]:
     """Images in random order, of which so many hold under the cheap suite and so many of those fall to the dear one;
     and the share that holds under both."""
     stream = np.random.default_rng(seed)
     ranks = stream.permutation(images)
     holds, falls = ranks < round(held * images), ranks < round(lost * images)
     drawn = stream.random(images) < chance
-    return Seen(holds, drawn, holds & falls & drawn), float((holds & ~falls).mean())
+    return Fates(holds, drawn, holds & falls & drawn), float((holds & ~falls).mean())
 
 
 @settings(max_examples=30)
@@ -52,7 +52,7 @@ def test_where_all_are_drawn_at_the_end_the_share_is_known() -> None:
 
 def test_what_was_not_drawn_is_not_believed() -> None:
     """Without a drawn image nothing is known of the dear suite: the lower bound is 0, whatever held."""
-    seen = Seen.of(np.ones(50, bool))
+    seen = Fates.of(np.ones(50, bool))
     assert DrawnSequence.begin(50, 0.95).after(seen).lower[-1] == 0
     assert one_look_bounds(seen, 0.95, 0.95)[0] == 0.0
 
@@ -75,7 +75,7 @@ def test_the_same_of_one_look() -> None:
     for _ in range(2000):
         chance = stream.random((3, 150))
         held, drawn = chance[0] < 0.4, chance[1] < 0.3
-        lower, upper = one_look_bounds(Seen(held, drawn, held & drawn & (chance[2] < 0.25)), 0.8, 0.8)
+        lower, upper = one_look_bounds(Fates(held, drawn, held & drawn & (chance[2] < 0.25)), 0.8, 0.8)
         wrong += (lower > 0.3, upper < 0.3)
     assert (wrong <= binom.isf(5e-5, 2000, 0.2)).all(), wrong
 
@@ -95,8 +95,8 @@ def test_a_record_says_who_met_what() -> None:
     dear = AttackRecord("square", {}, (True, False, False, False), (False, True, False, False), 0, 1.0)
     record = Evaluation(Linf(0.1), True, 0, correct, (cheap, dear), 1.0)
     drawn = np.array([False, True, True, True])
-    seen = Seen.by(record, drawn, 1)
+    seen = Fates.by(record, drawn, 1)
     assert seen.held.tolist() == [True, True, False, False]
     assert seen.lost.tolist() == [False, True, False, False]
     assert seen.kept.tolist() == [True, False, False, False]
-    assert Seen.by(record, drawn, 0).kept.tolist() == seen.kept.tolist()
+    assert Fates.by(record, drawn, 0).kept.tolist() == seen.kept.tolist()
