@@ -25,7 +25,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.subject import Subject, open_subject
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.attacks.suites import SUITES
+from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.records import Evaluation, joined
 from dfmcl.robustness.threats.registry import threat_of
@@ -34,7 +34,7 @@ Rows = NDArray[np.int64]
 
 SHIPPED = Path(__file__).parents[1] / "model_repository" / "resnet18-cifar10" / "1"
 NAME = "standard"
-ATTACKS = tuple(kind for kind in SUITES["standard"] if kind not in SUITES["fast"])
+ATTACKS = AUTOATTACK[2:]
 CHUNK = 16
 SEED = 0
 RISK = 0.05

@@ -32,7 +32,7 @@ def raised(run: Path, digits: Dataset, other: nn.Module) -> dict[str, str]:
     """What a network raises, or leaves out, of all checks, and why."""
     model, threat = load_run(run).model, threat_of("linf", "3/255")
     images, labels = digits.x_test[:N], digits.y_test[:N]
-    suite = [Attack.parse(attack) for attack in ("apgd-ce-5", "apgd-t-3", "square-20")]
+    suite = [Attack.parse(attack) for attack in ("cr", "apgd-ce-5", "apgd-t-3", "square-20")]
     evaluation = evaluate(model, images, labels, threat, suite, grid=True, cascade=True).evaluation
     about = {
         "run": {"data": digits.sha256},
