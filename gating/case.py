@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,11 +23,12 @@ from dfmcl.gating.verdict import Claim, claims
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.conventions import IMAGES as FIRST
-from dfmcl.robustness.conventions import mismatch
+from dfmcl.robustness.conventions import Mismatch, mismatch
 from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
 from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
+from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.seeds import derived_seed
 
 
@@ -208,5 +209,19 @@ def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
     stands_in = subject.contract.dtype == "uint8" and subject.model is not None
     answer = subject.model if stands_in and subject.model is not None else subject.decide
     device, bytes_only = device_of(subject.model), subject.contract.dtype == "uint8" and not stands_in
-    if (found := mismatch(answer, images, labels, device=device, bytes_only=bytes_only)) is not None:
-        raise BadInput(f"{subject.name}: {found}")
+    found = mismatch(answer, images, labels, subject.contract, device=device, bytes_only=bytes_only)
+    if found is not None:
+        raise BadInput(f"{subject.name}: {found}, so its preprocessing is another; {_repair(subject, found)}")
+
+
+def _repair(subject: Subject, found: Mismatch) -> str:
+    """What makes the convention that was found the declared one."""
+    contract, kept = subject.contract, "make it a first layer of the model, which takes pixels in [0, 1] as RGB"
+    if not isinstance(found.convention, Scale):
+        return kept
+    if subject.kind == "candidate":
+        return f"export its file again with `{found.words}` in --input, or {kept}"
+    try:
+        return f"declare it: --input '{replace(contract, scale=found.convention)}'"
+    except BadInput:  # bytes have no scale
+        return kept

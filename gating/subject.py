@@ -129,9 +129,11 @@ def open_subject(
             raise BadInput(f"{text}: an endpoint is asked within a budget of queries; name one")
         described, predict = connect(remote["url"], remote["model"])
         return endpoint_subject(described, predict, name=text, budget=budget)
+    if kind == "onnx":
+        return onnx_subject(path, contract or "", labels)
     if contract is None:
-        raise BadInput(f"{text}: what images does it take? Say so, such as 'float32 NCHW 32x32x3'")
-    return onnx_subject(path, contract, labels) if kind == "onnx" else module_subject(text, contract, labels)
+        raise BadInput(f"{text}: what images does it take? Say so, such as --input 'float32 NCHW 224x224x3 imagenet'")
+    return module_subject(text, contract, labels)
 
 
 def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
@@ -194,8 +196,8 @@ def _require_same_network(
         )
 
 
-def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
-    """A bare ONNX classifier. contract: 'DTYPE LAYOUT [HxWxC]'; the size may be left out where the file gives it."""
+def onnx_subject(path: Path, contract: str = "", labels: tuple[str, ...] | None = None) -> Subject:
+    """A bare ONNX classifier. contract: see InputContract.parse; what the file gives may be left out."""
     graph = read_graph(path, contract)
     decide = artefact(graph.model.SerializeToString(), path, graph.contract)
     classes = count_classes(decide, graph.contract, path)
@@ -228,10 +230,11 @@ def reopened(path: Path, contract: str, images: Bytes) -> NDArray[np.float32]:
 
 
 def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
-    """What `module:callable` returns: an nn.Module from float images (N, C, H, W) in [0, 1] to logits (N, K).
+    """What `module:callable` returns: an nn.Module from float images (N, C, H, W) to logits (N, K).
 
-    It is judged in eval mode and in the contract's floats. contract: its images' size and dtype; uint8 means that it is
-    asked on the uint8 grid only, in float32. The module is looked for beside the user first, in the current directory.
+    It is judged in eval mode and in the contract's floats. contract: its images' size, dtype and scale; uint8 means
+    that it is asked on the uint8 grid only, in float32 and [0, 1]. The module is looked for beside the user first, in
+    the current directory.
     """
     parsed = InputContract.parse(contract)
     if parsed.layout != "NCHW":
@@ -259,7 +262,7 @@ def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = No
         no_gradients=why,
         state=partial(kept, network.module),
         afresh=lambda images: asked_afresh(
-            text, parsed.rounded(to_float(torch.from_numpy(images))).to(network.dtype).contiguous().numpy()
+            text, network.taken(parsed.rounded(to_float(torch.from_numpy(images)))).contiguous().numpy()
         ),
     )
 

@@ -63,8 +63,9 @@ class Graph:
         return int(next(entry.version for entry in self.model.opset_import if entry.domain in DOMAINS))
 
 
-def read_graph(path: Path, contract: str) -> Graph:
-    """Read an ONNX classifier; contract: 'DTYPE LAYOUT [HxWxC]', see InputContract.parse. BadInput where it is none."""
+def read_graph(path: Path, contract: str = "") -> Graph:
+    """Read an ONNX classifier; contract: see InputContract.parse, and the file gives what it leaves out. BadInput where
+    it is none."""
     data = _read(path)
     try:
         model = onnx.load_model_from_string(data)
@@ -88,7 +89,7 @@ def read_graph(path: Path, contract: str) -> Graph:
         what = f"{len(inputs)} inputs" if len(inputs) != 1 else f"{len(outputs)} outputs"
         raise BadInput(f"{path}: has {what} ({names}); export it with one image input and one output of logits (N, K)")
     dims = _dims(inputs[0])
-    parsed = InputContract.parse(contract, dims or ())
+    parsed = InputContract.parse(contract, dims or (), TYPES.get(inputs[0].type.tensor_type.elem_type, "float32"))
     parsed = replace(parsed, dtype=_dtype(inputs[0], parsed, path))
     digest = hashlib.sha256(model.SerializeToString(deterministic=True) if outside else data).hexdigest()
     return Graph(path, model, digest, parsed, dims[0] if dims else None)
@@ -262,7 +263,7 @@ def _dtype(value: onnx.ValueInfoProto, declared: InputContract, path: Path) -> s
     if declared.dtype != dtype and (declared.dtype, dtype) != ("float32", "float16"):
         raise BadInput(
             f"{path}: its input {value.name!r} is {dtype}, not {declared.dtype}; declare it as it is: --input"
-            f" '{dtype} {declared.layout}'"
+            f" '{' '.join(filter(None, (dtype, declared.layout, str(declared.scale))))}'"
         )
     return dtype
 

@@ -37,7 +37,7 @@ def gate(
         list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable; the first draws the order.")
     ] = None,
     contract: Annotated[
-        str | None, typer.Option("--input", help="What a foreign model takes, such as 'float32 NCHW 32x32x3'.")
+        str | None, typer.Option("--input", help="What a foreign model takes: 'float32 NCHW 224x224x3 imagenet'.")
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")

@@ -18,7 +18,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The candidate's directory.")],
     weights: Annotated[str | None, typer.Option(help="How a run's weights are stored: float32 or float16.")] = None,
     contract: Annotated[
-        str | None, typer.Option("--input", help="What the ONNX file takes, such as 'float32 NCHW'.")
+        str | None, typer.Option("--input", help="What the ONNX file takes, such as 'float32 NCHW imagenet'.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
 ) -> None:
@@ -51,8 +51,12 @@ def export(
         f" {parity['max_abs_difference']:.1e} (tolerance {parity['tolerance']:.1e}),"
         f" {100 * parity['label_agreement']:.1f} % equal labels{rounding if weights == 'float16' else ''}"
     )
-    if contract is not None and not contract.split()[0].startswith("uint8"):
-        say(f"{out}: {source} is sent pixels / 255, no mean taken off; `dfmcl gate` finds out whether that is right")
+    if foreign:
+        from dfmcl.robustness.contract import InputContract
+
+        origin: Any = manifest["origin"]
+        takes = InputContract.from_json(origin["input"])
+        say(f"{out}: takes bytes, of which it makes {takes} for {source}; `dfmcl gate` finds out whether that is right")
 
 
 @command

@@ -132,19 +132,37 @@ def assert_is(subject: Subject, net: nn.Module, images: int = 3, *, tolerance: f
 
 
 CONTRACTS = ["uint8 NHWC 12x10x3", "uint8 NCHW 9x9x1", "float32 NCHW 10x14x4", "float32 NHWC 8x8x3"]
+SCALED = [
+    "uint8 NHWC 8x8x3 BGR",
+    "float32 NCHW 8x8x3 imagenet",
+    "float32 NHWC 6x8x3 caffe",
+    "float32 NCHW 8x8x1 0..255",
+]
+
+
+class Behind(nn.Module):
+    """A network as pixels in [0, 1] reach it behind a contract."""
+
+    def __init__(self, net: nn.Module, contract: InputContract) -> None:
+        super().__init__()
+        self.net, self.scale = net, contract.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(self.scale.applied(x))
+        return logits
 
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])
-@pytest.mark.parametrize("text", CONTRACTS)
+@pytest.mark.parametrize("text", CONTRACTS + SCALED)
 def test_onnx_answers_and_gradients_are_the_networks(tmp_path: Path, text: str, dynamo: bool) -> None:
-    """Of any layout, type, size and number of channels, from either of torch's exporters."""
+    """Of any layout, type, size, number of channels and scale, from either of torch's exporters; in pixels' units."""
     contract = InputContract.parse(text)
     net = Tiny(contract.channels)
     path = to_onnx(tmp_path / "model.onnx", Wired(net, contract), zeros(contract), dynamo=dynamo)
-    subject = onnx_subject(path, " ".join(text.split()[:2]))  # the size is the file's
+    subject = onnx_subject(path, " ".join(word for word in text.split() if word[0] not in "1689"))  # the size is there
     assert subject.contract == contract
     assert (subject.kind, subject.classes, subject.no_gradients, subject.files) == ("onnx", 5, "", {})
-    assert_is(subject, net)
+    assert_is(subject, Behind(net, contract))
 
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])
@@ -408,7 +426,7 @@ WHOLE.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
         (DOUBLE, "float32 NCHW", "'x' is float64, not float32; declare it as it is: --input 'float64 NCHW'"),
         (WHOLE_INPUT, "uint8 NCHW", "its input 'x' is int64; images come as uint8, float32, float64, float16"),
         (graph_of(*means("x"), axes=AXES), "float32 NHWC 4x4x3", "the model says 3x4x4"),
-        (graph_of(*means("x"), axes=AXES), "float32 CHWN", "expected DTYPE LAYOUT"),
+        (graph_of(*means("x"), axes=AXES), "float32 CHWN", "'CHWN' is not known; expected DTYPE LAYOUT"),
         (graph_of(*means("x"), axes=AXES), "bfloat16 NCHW", "expected DTYPE LAYOUT .* one of uint8, float32, float64"),
         (UNLOADABLE, "float32 NCHW", "cannot load it"),
         (onnx.ModelProto(), "float32 NCHW", "not readable as ONNX"),
@@ -587,6 +605,21 @@ def test_module_under_a_uint8_contract_sees_bytes_only(made: str) -> None:
     assert not torch.equal(floats.decide(x), floats.decide(moved))
 
 
+def test_module_is_sent_its_scale(made: str) -> None:
+    """Its first logits are the red channel as the network takes it; the gate's gradient is in units of pixels."""
+    subject = module_subject(f"{made}:make", "float32 NCHW 2x2x3 caffe")
+    x = noise(subject.contract, 3)
+    blue = x[:, 2].flatten(1) * 255 - 103.939
+    assert_same(subject.decide(x), blue + 1)
+    assert subject.model is not None
+    raised = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(subject.model(raised).sum(), raised)
+    assert (slope[:, 2] == 255).all()
+    assert not slope[:, :2].any()
+    assert subject.afresh is not None
+    assert_same(torch.from_numpy(subject.afresh((x * 255).round().byte().permute(0, 2, 3, 1).numpy())), blue + 1)
+
+
 def holding(value: Tensor) -> nn.Module:
     module = nn.Module()
     module.register_buffer("value", value)
@@ -617,6 +650,7 @@ def test_module_digest_is_of_weights_and_classes(made: str) -> None:
         ("absent", "float32 NCHW 2x2x3", "cannot be made: AttributeError"),
         ("make", "float32 NCHW 2x2x4", "cannot take float32 NCHW"),
         ("make", "float32 NCHW", "the size is open"),
+        ("make", "float32 NCHW 2x2x3 vgg", "'vgg' is not known; .* SCALE of plain, imagenet"),
         ("pair", "float32 NCHW 2x2x3", "gives a tuple, expected a tensor of logits"),
     ],
 )
