@@ -24,7 +24,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.conventions import IMAGES as FIRST
 from dfmcl.robustness.conventions import Mismatch, mismatch
-from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
+from dfmcl.robustness.data import Bytes, Dataset, Labels, labelled_as, load_dataset
 from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
@@ -115,7 +115,10 @@ def prepare(
     require_kind(subject, policy)
     suite, no_gradients = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates)
-    data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
+    mode = "L" if subject.contract.channels == 1 else "RGB"
+    data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track, mode)
+    if isinstance(subject.classes, tuple) and {*data.classes} < {*subject.classes}:
+        data = labelled_as(data, subject.classes)
     require_fit(subject, data, policy)
     criteria = policy.parsed_criteria
     earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test)) if baseline else None
@@ -174,7 +177,10 @@ def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
             " channels); check data in the policy, and --input"
         )
     if count != len(data.classes):
-        raise BadInput(f"{where}: has {len(data.classes)} classes, the model {count}; check data in the policy")
+        named = (
+            "check data in the policy" if count < len(data.classes) else "name the model's with --labels, a line each"
+        )
+        raise BadInput(f"{where}: has {len(data.classes)} classes, the model {count}; {named}")
     for place, (ours, theirs) in enumerate(zip(data.classes, names, strict=True)):
         if ours != theirs:
             raise BadInput(

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.robustness.contract import DTYPES, InputContract
-from dfmcl.robustness.onnx_graph import first_line, noise
+from dfmcl.robustness.onnx_graph import noise
+from dfmcl.robustness.onnx_session import first_line
 
 DETACHED = "no gradient reaches the image: its forward detaches it, or computes outside torch's autograd"
 SIGNALLED = (130, 143)  # how a process ends that was asked to by SIGINT or SIGTERM

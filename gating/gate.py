@@ -23,7 +23,7 @@ from dfmcl.gating.block import Plan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
 from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import Policy
+from dfmcl.gating.policy import POLICY, Policy
 from dfmcl.gating.record import Record, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
@@ -50,7 +50,7 @@ RECALLED = 128  # answers that are asked for again at the end, half of them abou
 TRAINING = 512  # training images that a model must know as well as these
 OTHERS = 2  # networks whose fooling images segments lead to: the last, which are all surrogates and the substitute
 LARGEST = 1025
-EVIDENCE = (REPORT, PROBES, ATTESTATION, *FILES)
+EVIDENCE = (REPORT, PROBES, ATTESTATION, POLICY, *FILES)
 
 
 def gate(
@@ -224,6 +224,7 @@ def write(
             created=now(),
         )
         write_formats(report, arrays, staged)
+        (staged / POLICY).write_text(case.policy.to_toml(), encoding="utf-8")
         (staged / REPORT).write_text(dump_json(report), encoding="utf-8")
         if keys:
             signed = sign(report, sha256_of(staged / REPORT), keys, expires_days=case.policy.valid_days)
@@ -277,6 +278,7 @@ def subject_entry(subject: Subject) -> dict[str, Any]:
         "model_sha256": subject.digest,
         "files": dict(subject.files),
         "input": subject.contract.to_json(),
+        **({"output": subject.output} if subject.output else {}),
     }
 
 

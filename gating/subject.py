@@ -75,7 +75,8 @@ class Subject:
     uint8) to logits (N, K) float32 on the CPU: the answer that counts. model: the same, differentiable; None where
     there is no way to gradients, and `no_gradients` says why. run: what is known of the training: checkpoint_sha256,
     and data, the digest of the data set that it saw. state: what a module keeps, by place. afresh: the answers to uint8
-    images (n, H, W, C) of what the user named, opened anew: of a module by a new process.
+    images (n, H, W, C) of what the user named, opened anew: of a module by a new process. output: of a file with
+    several, which is judged.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Subject:
     no_gradients: str = ""
     state: Callable[[], Mapping[str, str]] | None = None
     afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
+    output: str = ""
 
 
 def open_subject(
@@ -98,11 +100,12 @@ def open_subject(
     run: Path | None = None,
     contract: str | None = None,
     labels: tuple[str, ...] | None = None,
+    output: str | None = None,
     connect: Connect | None = None,
     budget: int | None = None,
 ) -> Subject:
     """The subject that a text names. run belongs to a candidate, budget to an endpoint, contract and labels to an ONNX
-    file or a module; the others know theirs."""
+    file or a module, output to a file; the others know theirs."""
     path = Path(text)
     remote = ENDPOINT.fullmatch(text)
     if remote:
@@ -115,11 +118,11 @@ def open_subject(
         raise BadInput(f"{text}: names no model; expected {ONE_OF}")
     takes = {
         "candidate": {"run"},
-        "onnx": {"contract", "labels"},
+        "onnx": {"contract", "labels", "output"},
         "module": {"contract", "labels"},
         "endpoint": {"budget"},
     }
-    given = {"run": run, "contract": contract, "labels": labels, "budget": budget}
+    given = {"run": run, "contract": contract, "labels": labels, "output": output, "budget": budget}
     if strange := sorted(key for key, value in given.items() if value is not None and key not in takes[kind]):
         raise BadInput(f"{text}: is of kind {kind}, which takes no {' or '.join(strange)}; leave it out")
     if kind == "candidate":
@@ -130,7 +133,7 @@ def open_subject(
         described, predict = connect(remote["url"], remote["model"])
         return endpoint_subject(described, predict, name=text, budget=budget)
     if kind == "onnx":
-        return onnx_subject(path, contract or "", labels)
+        return onnx_subject(path, contract or "", labels, output)
     if contract is None:
         raise BadInput(f"{text}: what images does it take? Say so, such as --input 'float32 NCHW 224x224x3 imagenet'")
     return module_subject(text, contract, labels)
@@ -143,7 +146,7 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
     contract = InputContract.from_json(manifest.get("input", {}))
     labels = tuple(str(label) for label in manifest.get("labels", ()))
     named = (manifest.get("run") or {}).get("checkpoint_sha256")
-    graph = read_graph(path, str(contract))
+    graph = read_graph(path, str(contract), whole=True)
     if graph.digest != manifest["files"][MODEL]:
         raise BadInput(f"{path}: changed while it was read; export the candidate again")
     decide = artefact(graph.model.SerializeToString(), path, contract)
@@ -178,7 +181,7 @@ def candidate_subject(candidate: Path, run: Path | None = None) -> Subject:
         run=known,
         no_gradients=why,
         state=dict,
-        afresh=partial(reopened, path, str(contract)),
+        afresh=partial(reopened, path, str(contract), whole=True),
     )
 
 
@@ -196,9 +199,12 @@ def _require_same_network(
         )
 
 
-def onnx_subject(path: Path, contract: str = "", labels: tuple[str, ...] | None = None) -> Subject:
-    """A bare ONNX classifier. contract: see InputContract.parse; what the file gives may be left out."""
-    graph = read_graph(path, contract)
+def onnx_subject(
+    path: Path, contract: str = "", labels: tuple[str, ...] | None = None, output: str | None = None
+) -> Subject:
+    """A bare ONNX classifier. contract: see InputContract.parse; what the file gives may be left out. output: the name
+    of its scores, where it has several."""
+    graph = read_graph(path, contract, output, len(labels) if labels else None)
     decide = artefact(graph.model.SerializeToString(), path, graph.contract)
     classes = count_classes(decide, graph.contract, path)
     model, why = _gradients(lambda: differentiable(graph, decide))
@@ -213,16 +219,19 @@ def onnx_subject(path: Path, contract: str = "", labels: tuple[str, ...] | None 
         model=model,
         no_gradients=why,
         state=dict,  # a file keeps nothing
-        afresh=partial(reopened, path, str(graph.contract)),
+        afresh=partial(reopened, path, str(graph.contract), output=graph.head.output or None),
+        output=graph.head.output,
     )
 
 
-def reopened(path: Path, contract: str, images: Bytes) -> NDArray[np.float32]:
+def reopened(
+    path: Path, contract: str, images: Bytes, *, output: str | None = None, whole: bool = False
+) -> NDArray[np.float32]:
     """Logits `(n, K)` of uint8 images `(n, H, W, C)` by the file as it lies there now, in a session of its own.
 
     A file holds no code, so that another process would answer the same.
     """
-    graph = read_graph(path, contract)
+    graph = read_graph(path, contract, output, whole=whole)
     decide = artefact(graph.model.SerializeToString(), path, graph.contract)
     parts = to_float(torch.from_numpy(images)).split(ODD_BATCH)
     found: NDArray[np.float32] = torch.cat([decide(part) for part in parts]).numpy()

@@ -126,15 +126,25 @@ def export(
     return manifest.to_json()
 
 
-def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track: Track = silent) -> dict[str, object]:
+def wrap(
+    file: Path,
+    out: Path,
+    *,
+    contract: str,
+    labels: tuple[str, ...],
+    output: str | None = None,
+    track: Track = silent,
+) -> dict[str, object]:
     """Write the candidate directory of a foreign ONNX classifier and return its manifest; as `export` in all else.
 
-    contract: what images the file takes, see InputContract.parse; labels: K names in the order of its logits. A file
-    that takes images as they come, under our names, is kept byte for byte. BadInput (2): no such classifier, or labels
-    that are not as many as the logits. Refused (1): random operators, a batch size that is built in, operators too new
-    or too old to be served.
+    contract: what images the file takes, see InputContract.parse.
+    labels: K names in the order of its logits.
+    output: the name of its scores, where it has several outputs.
+    A file that takes images as they come and gives logits, under our names, is kept byte for byte. BadInput (2): no
+    such classifier, or labels that are not as many as the logits. Refused (1): random operators, a batch size that is
+    built in, operators too new or too old to be served.
     """
-    graph = read_graph(file, contract)
+    graph = read_graph(file, contract, output, len(labels))
     if random := random_operators(graph.model):
         raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
     if not OLDEST_OPSET <= graph.opset <= OPSET:
@@ -204,6 +214,7 @@ def _served_as_is(graph: Graph) -> bool:
         and (graph.input.name, graph.output.name) == (INPUT, OUTPUT)
         and answer == TensorProto.FLOAT
         and graph.batch is None
+        and graph.as_it_came
         and graph.model.ir_version <= IR_VERSION
     )
 

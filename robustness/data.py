@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,20 +65,31 @@ class Dataset:
     def remark(self) -> str:
         """One line about files that were not read, and classes that nobody can learn; nothing where all is there."""
         lacking = [self.classes[i] for i in np.setdiff1d(np.arange(len(self.classes)), self.y_train)]
-        untold = f"no training image of {listed([repr(name) for name in lacking])}" if lacking else ""
+        untold = (
+            f"no training image of {listed([repr(name) for name in lacking])}" if lacking and len(self.y_train) else ""
+        )
         said = "; ".join(filter(None, (described(self.skipped), untold)))
         return f"{self.path}: {said}" if said else ""
 
 
-def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
-    """Load `digits`, `cifar10`, `npz` or `folder`; `path` is a file or folder, `image_size` a side."""
+def labelled_as(data: Dataset, names: tuple[str, ...]) -> Dataset:
+    """The same images with their labels in the order of a model's classes, all of which the data's are among."""
+    place = np.array([names.index(name) for name in data.classes], np.int64)
+    return replace(data, y_train=place[data.y_train], y_test=place[data.y_test], classes=names)
+
+
+def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent, mode: str = "RGB") -> Dataset:
+    """Load `digits`, `cifar10`, `npz` or `folder`; `path` is a file or folder, `image_size` a side.
+
+    mode: RGB, or L, to read a folder for a network that takes grey images.
+    """
     if why := why_not_local(path):  # a path that no configuration gave, such as --data-path
         raise BadInput(f"data: path {path}: {why}")
     loaders = {
         "digits": lambda: _digits(),
         "cifar10": lambda: _npz(path, "cifar10", track) if path.endswith(".npz") else _cifar10(path),
         "npz": lambda: _npz(path, "npz", track),
-        "folder": lambda: _folder(path, image_size, track),
+        "folder": lambda: _folder(path, image_size, mode, track),
     }
     if name not in loaders:
         raise BadInput(f"data: name is {name!r}; choose one of {', '.join(loaders)}")
@@ -136,13 +147,18 @@ def _cifar10(path: str) -> Dataset:
     return Dataset("cifar10", x_train, y_train, x_test, y_test, CIFAR10_CLASSES, path=root)
 
 
-def _folder(path: str, image_size: int, track: Track) -> Dataset:
-    """`path`/train/CLASS/* and `path`/test/CLASS/*: fitted to image_size squared, as dfmcl.common.pictures does."""
+def _folder(path: str, image_size: int, mode: str, track: Track) -> Dataset:
+    """`path`/train/CLASS/* and `path`/test/CLASS/*, or `path`/CLASS/* where it has neither: then it is all test images.
+
+    They are fitted to image_size squared, as dfmcl.common.pictures does.
+    """
     if not path:
         raise BadInput("data: a folder needs a path, with PATH/train/CLASS/*.png and PATH/test/CLASS/*.png")
     if image_size < 8:
         raise BadInput(f"data: image_size is {image_size}; a folder needs a side to resize to, such as 32")
-    train, test = (read_part(Path(path) / part, image_size, track) for part in ("train", "test"))
+    parted = any((Path(path) / part).is_dir() for part in ("train", "test"))
+    test = read_part(Path(path) / "test" if parted else Path(path), image_size, track, mode)
+    train = read_part(Path(path) / "train", image_size, track, mode) if parted else test.without_images()
     for one, others, part, other in ((train, test, "train", "test"), (test, train, "test", "train")):
         lacking = [name for name in others.classes if name not in one.classes]
         if lacking:

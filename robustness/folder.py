@@ -26,39 +26,44 @@ HIDDEN, OUTSIDE, BARE = "hidden", "outside a class folder", "without a suffix"  
 
 @dataclass(frozen=True)
 class Part:
-    """uint8 (N, H, W, 3), int64 (N,) in the order of `classes`, and how many files were skipped, by reason."""
+    """uint8 (N, H, W, C), int64 (N,) in the order of `classes`, and how many files were skipped, by reason."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     skipped: Counter[str]
 
+    def without_images(self) -> Part:
+        """The same classes, and nothing of them."""
+        return Part(self.images[:0], self.labels[:0], self.classes, Counter())
 
-def read_part(folder: Path, side: int, track: Track) -> Part:
-    """All images of folder/CLASS, by name, fitted to (side, side). BadInput names the file that is in the way."""
+
+def read_part(folder: Path, side: int, track: Track, mode: str = "RGB") -> Part:
+    """All images of folder/CLASS, by name, fitted to (side, side); mode: RGB or L. BadInput names the file that is in
+    the way."""
     files, skipped = _found(folder)
     if not files:
-        raise BadInput(f"{folder}: has no class folders; expected PATH/{folder.name}/CLASS/*.png{_but(skipped)}")
+        raise BadInput(f"{folder}: has no class folders; expected {folder}/CLASS/*.png{_but(skipped)}")
     empty = [name for name, members in files.items() if not members]
     if empty:
         advice = "add some, or remove the folder from both parts"
         raise BadInput(f"{folder / empty[0]}: holds no image; {advice}{_but(skipped)}")
     paths = [path for members in files.values() for path in members]
     labels = np.repeat(np.arange(len(files)), [len(members) for members in files.values()])
-    images = np.empty((len(paths), side, side, 3), np.uint8)
+    images = np.empty((len(paths), side, side, len(mode)), np.uint8)
     for index, path in enumerate(track(paths, f"reading {folder.name} images", len(paths))):
-        images[index] = read_image(path, side)
+        images[index] = read_image(path, side, mode)
     return Part(images, labels.astype(np.int64), tuple(files), skipped)
 
 
-def read_image(path: str, side: int) -> NDArray[np.uint8]:
-    """One file as uint8 (side, side, 3); BadInput that names it where it is none."""
+def read_image(path: str, side: int, mode: str = "RGB") -> NDArray[np.uint8]:
+    """One file as uint8 (side, side, C); BadInput that names it where it is none."""
     try:
         if not S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # 2 us, where a Path takes 10, a million times
             raise BadInput(f"{path}: is no regular file; remove it")
         with open(path, "rb") as file:  # noqa: PTH123  # as above
             picture = pictures.opened(file, _readable(), MAX_PIXELS)
-            return pictures.to_array(pictures.fitted(pictures.upright(picture, "RGB"), side, side))
+            return pictures.to_array(pictures.fitted(pictures.upright(picture, mode), side, side))
     except pictures.Unusable as error:
         advice = "; replace it, or remove it" if error.reason == "bad_image" else ""
         raise BadInput(f"{path}: {error}{advice}") from None
@@ -106,7 +111,7 @@ def _found(folder: Path) -> tuple[dict[str, list[str]], Counter[str]]:
                 else:
                     found.append(path)
     except OSError as error:
-        expected = f"expected PATH/{folder.name}/CLASS/*.png in data.path"
+        expected = f"expected {folder}/CLASS/*.png"
         raise BadInput(f"{error.filename or folder}: {error.strerror or error}; {expected}") from None
     return files, skipped
 

@@ -94,6 +94,10 @@ def _train(
 ) -> dict[str, Any]:
     require_room(out, resume)
     data = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
+    if not len(data.x_train):
+        raise BadInput(
+            f"data {data.path}: has test images only; training needs {Path(data.path) / 'train'}/CLASS/*.png"
+        )
     if (out / MANIFEST).exists():
         return finished(out, config, data)
     fit, heldout = split(data, config)

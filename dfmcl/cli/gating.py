@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import read_labels
+from dfmcl.cli.arguments import OUTPUT, read_labels
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page
 
@@ -22,8 +22,11 @@ def gate(
     subject: Annotated[
         str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
     ],
-    policy: Annotated[Path, typer.Option(help="The policy (TOML).")],
-    out: Annotated[Path, typer.Option(help="Where the evidence goes.")],
+    policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
+    data: Annotated[str | None, typer.Option(help="A folder of classes, an .npz, digits or cifar10.")] = None,
+    eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
+    at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the evidence goes.")] = Path("evidence"),
     run: Annotated[
         Path | None, typer.Option(help="The run it was exported from; else gradients come from the ONNX file.")
     ] = None,
@@ -42,13 +45,19 @@ def gate(
     labels: Annotated[
         Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
     ] = None,
+    output: OUTPUT = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
-    from dfmcl.gating.policy import load_policy
+    from dfmcl.common.errors import BadInput
+    from dfmcl.gating.policy import POLICY, load_policy
 
-    parsed = load_policy(policy)  # before torch loads: a wrong key is answered at once
+    asked = {"--data": data, "--eps": eps, "--at-least": at_least}
+    if policy is not None and (given := [name for name, value in asked.items() if value is not None]):
+        raise BadInput(f"--policy {policy} says data, eps and threshold; leave {', '.join(given)} out, or --policy")
+    parsed = None if policy is None else load_policy(policy)  # before torch loads: a wrong key is answered at once
 
+    from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.bar import bar
     from dfmcl.gating.formats.github import publish
     from dfmcl.gating.formats.markdown import markdown
@@ -57,6 +66,7 @@ def gate(
     from dfmcl.robustness.ranks import Ranks
     from dfmcl.robustness.runs import load_run
 
+    assumed = Assumed.of(data, eps, at_least) if parsed is None else None
     ranks = Ranks.join()
     try:
         with ExitStack() as open_clients, bar(shown=ranks.first) as (show, watch):
@@ -65,9 +75,15 @@ def gate(
                 run=run,
                 contract=contract,
                 labels=read_labels(labels),
+                output=output,
                 connect=functools.partial(connect, open_clients),
                 budget=queries,
             )
+            if assumed is not None:
+                parsed = assumed.policy(judged.contract)
+                for line in assumed.said(parsed, judged.contract, out / POLICY) if ranks.first else ():
+                    say(line)
+            assert parsed is not None
             report = run_gate(
                 judged,
                 parsed,
@@ -81,7 +97,7 @@ def gate(
             )
         if ranks.first:
             say_page(markdown(report, details=False))
-            publish(report, policy, os.environ, say)
+            publish(report, policy or out / POLICY, os.environ, say)
             say(f"evidence: {out}")
     finally:
         ranks.leave()

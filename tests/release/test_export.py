@@ -474,9 +474,11 @@ def test_wrapper_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_triton_serves_a_wrapped_file(tmp_path: Path, needs_triton: None, key: Path, trust: Trust) -> None:
-    """From a float NCHW file with softmax to an answer over gRPC, the network's own, which the gate can ask for."""
-    net = nn.Sequential(Tiny(3, 10), nn.Softmax(1)).eval()
-    path = to_onnx(tmp_path / "foreign.onnx", net, torch.zeros(1, 3, 16, 16), free=False)
+    """From a float NCHW file with softmax to an answer over gRPC, the logits before it, which the gate can ask for."""
+    net = Tiny(3, 10)
+    path = to_onnx(
+        tmp_path / "foreign.onnx", nn.Sequential(net, nn.Softmax(1)).eval(), torch.zeros(1, 3, 16, 16), free=False
+    )
     labels = tuple(f"class {number}" for number in range(10))
     exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=labels)
     evidence = write_evidence(tmp_path / "evidence", tmp_path / "candidate", key)
@@ -509,7 +511,7 @@ def test_command_wraps_a_file(tmp_path: Path) -> None:
     for call, message in (
         (command, "--input 'float32 NCHW' --labels FILE"),
         ([*command, *meant, "--weights", "float16"], "an ONNX file keeps its weights as they are"),
-        ([*command[:4], str(tmp_path), *command[5:], *meant], "is no ONNX file; a run knows its --input and --labels"),
+        ([*command[:4], str(tmp_path), *command[5:], *meant], "is no ONNX file; a run knows its --input, --labels and"),
     ):
         refused = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr

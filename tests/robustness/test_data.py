@@ -178,7 +178,7 @@ def test_files_that_are_no_archive_are_named(tmp_path: Path) -> None:
         whole[: len(whole) // 2]: "cut off or damaged",
         whole[:-30]: "cut off or damaged",
         whole[:1000] + bytes([whole[1000] ^ 255]) + whole[1001:]: "Bad CRC-32 for file 'x_train.npy'",
-        zipped({"a.png": b"x"}): "lacks x_train, y_train, x_test, y_test; .* holds a.png",
+        zipped({"a.png": b"x"}): "lacks x_test, y_test; .* holds a.png",
         zipped(dict.fromkeys(GOOD, b"text")): "x_train is no array",
     }
     for content, message in broken.items():
@@ -281,7 +281,10 @@ def _emptied(tree: Path, place: str) -> None:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no test part": (lambda tree: shutil.rmtree(tree / "test"), r"test: No such file or directory; expected PATH/test"),
+    "no test part": (
+        lambda tree: shutil.rmtree(tree / "test"),
+        r"test: No such file or directory; expected .*/test/CLASS",
+    ),
     "a class without images": (
         lambda tree: _emptied(tree, "test/dog"),
         r"test/dog: holds no image; .*skipped 2 files: 2 \.heic \(supported: ",
@@ -294,7 +297,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no class folders": (
         lambda tree: [shutil.move(tree / "train" / name, tree) for name in ("cat", "dog")],
-        r"train: has no class folders; expected PATH/train/CLASS/\*\.png",
+        r"train: has no class folders; expected .*/train/CLASS/\*\.png",
     ),
     "a cut file": (
         lambda tree: (tree / "train/dog/1.png").write_bytes(READABLE["RGB"][:-200]),
