@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion, Policy, checked_radius
-from dfmcl.robustness.contract import InputContract
-from dfmcl.robustness.scale import PLAIN
+
+if TYPE_CHECKING:
+    from dfmcl.robustness.contract import InputContract
 
 CONFIDENCE = 95
 SUITE = "fast"
@@ -73,7 +75,7 @@ class Assumed:
         """What was assumed, in two lines. file: where the policy will lie."""
         side = policy.data.image_size
         fitted = f", their middle fitted to {side}x{side}" if side else ""
-        taken = f"{contract} plain, from 0 to 1" if contract.scale == PLAIN and contract.dtype != "uint8" else contract
+        taken = f"{contract} plain, from 0 to 1" if not str(contract.scale) and contract.dtype != "uint8" else contract
         return [
             f"assumed: {self.criterion} in Linf {self.eps}, suite {SUITE}; {file} will say so, for --policy",
             f"assumed: all test images of {self.data}{fitted}; the model takes {taken} (else say --input)",

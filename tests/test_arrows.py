@@ -98,7 +98,7 @@ def test_files_and_functions_are_short() -> None:
     assert {node.name for node in functions if (node.end_lineno or 0) - node.lineno >= 80} == set()
 
 
-POLICY = ("policy", "verdict", "report")
+POLICY = ("assumed", "policy", "verdict", "report")
 SIGNING = ("attestation", "faults", "keys", "probes", "statement", "trust")
 FORMATS = ("registry", "github")
 LIGHT = {

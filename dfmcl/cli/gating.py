@@ -8,13 +8,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfmcl.cli.arguments import OUTPUT, read_labels
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page
+
+if TYPE_CHECKING:
+    from dfmcl.gating.assumed import Assumed
+    from dfmcl.gating.policy import Policy
+    from dfmcl.robustness.contract import InputContract
 
 
 @command
@@ -49,15 +54,8 @@ def gate(
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
-    from dfmcl.common.errors import BadInput
-    from dfmcl.gating.policy import POLICY, load_policy
+    rules = rules_of(policy, data, eps, at_least)  # before torch loads: a wrong key is answered at once
 
-    asked = {"--data": data, "--eps": eps, "--at-least": at_least}
-    if policy is not None and (given := [name for name, value in asked.items() if value is not None]):
-        raise BadInput(f"--policy {policy} says data, eps and threshold; leave {', '.join(given)} out, or --policy")
-    parsed = None if policy is None else load_policy(policy)  # before torch loads: a wrong key is answered at once
-
-    from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.bar import bar
     from dfmcl.gating.formats.github import publish
     from dfmcl.gating.formats.markdown import markdown
@@ -66,7 +64,6 @@ def gate(
     from dfmcl.robustness.ranks import Ranks
     from dfmcl.robustness.runs import load_run
 
-    assumed = Assumed.of(data, eps, at_least) if parsed is None else None
     ranks = Ranks.join()
     try:
         with ExitStack() as open_clients, bar(shown=ranks.first) as (show, watch):
@@ -79,14 +76,9 @@ def gate(
                 connect=functools.partial(connect, open_clients),
                 budget=queries,
             )
-            if assumed is not None:
-                parsed = assumed.policy(judged.contract)
-                for line in assumed.said(parsed, judged.contract, out / POLICY) if ranks.first else ():
-                    say(line)
-            assert parsed is not None
             report = run_gate(
                 judged,
-                parsed,
+                settled(rules, judged.contract, out, say if ranks.first else lambda line: None),
                 out,
                 surrogates={path.resolve().name: load_run(path, ranks.device) for path in surrogate or ()},
                 baseline=baseline,
@@ -97,12 +89,38 @@ def gate(
             )
         if ranks.first:
             say_page(markdown(report, details=False))
-            publish(report, policy or out / POLICY, os.environ, say)
+            publish(report, policy or out / "policy.toml", os.environ, say)
             say(f"evidence: {out}")
     finally:
         ranks.leave()
     # torchrun makes 1, "failed", of whatever a process ends with: `dfmcl verdict` tells what the evidence says.
     return 0 if ranks.world > 1 else int(report["exit_code"])
+
+
+def rules_of(policy: Path | None, data: str | None, eps: str | None, at_least: str | None) -> Policy | Assumed:
+    """A policy's file, or the three options in its place; BadInput for both, or for neither."""
+    from dfmcl.common.errors import BadInput
+    from dfmcl.gating.assumed import Assumed
+    from dfmcl.gating.policy import load_policy
+
+    asked = {"--data": data, "--eps": eps, "--at-least": at_least}
+    if policy is None:
+        return Assumed.of(data, eps, at_least)
+    if given := [name for name, value in asked.items() if value is not None]:
+        raise BadInput(f"--policy {policy} says data, eps and threshold; leave {', '.join(given)} out, or --policy")
+    return load_policy(policy)
+
+
+def settled(rules: Policy | Assumed, contract: InputContract, out: Path, tell: Callable[[str], None]) -> Policy:
+    """The policy by which a model with this contract is judged; what was assumed is told."""
+    from dfmcl.gating.policy import POLICY, Policy
+
+    if isinstance(rules, Policy):
+        return rules
+    policy = rules.policy(contract)
+    for line in rules.said(policy, contract, out / POLICY):
+        tell(line)
+    return policy
 
 
 @command
