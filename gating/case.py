@@ -24,7 +24,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.conventions import IMAGES as FIRST
 from dfmcl.robustness.conventions import Mismatch, mismatch
-from dfmcl.robustness.data import Bytes, Dataset, Labels, labelled_as, load_dataset
+from dfmcl.robustness.data import Bytes, Dataset, Labels, labelled_as, open_dataset
 from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
@@ -116,7 +116,7 @@ def prepare(
     suite, no_gradients = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates)
     mode = "L" if subject.contract.channels == 1 else "RGB"
-    data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track, mode)
+    data = open_dataset(policy.data.name, policy.data.path, policy.data.image_size, track, mode)
     if isinstance(subject.classes, tuple) and {*data.classes} < {*subject.classes}:
         data = labelled_as(data, subject.classes)
     require_fit(subject, data, policy)

@@ -39,6 +39,7 @@ from dfmcl.robustness.data import Bytes, Dataset, Labels
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
 from dfmcl.robustness.gradients import AttackPass, attack_pass
+from dfmcl.robustness.images import Pictures
 from dfmcl.robustness.memorisation import copies, repeated
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.provenance import now, provenance
@@ -126,7 +127,7 @@ class Findings:
 def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callable[[Progress], None]) -> Findings:
     """Attack images in the order until every claim is decided, and then those of the baseline."""
     policy, data, decide = case.policy, case.data, case.subject.decide
-    climbed = climbed_by(case.subject, data.x_test[case.order], ranks)
+    climbed = climbed_by(case.subject, data.x_test[case.order[:GRADIENT_IMAGES]], ranks)
     sources, remarks = sources_of(case, state, ranks, track)
     threats = policy.threats(case.grid)
     plan = Plan(climbed, decide, threats, case.suite, case.grid, case.seed, sources=sources, remarks=remarks)
@@ -177,7 +178,7 @@ def checked(
         "data": {
             **case.data.describe(),
             "part": "test",
-            "in_training": repeated(found.images, case.data.x_train),
+            "in_training": in_training(case.data, found.index),
             "copies": copies(found.images),
         },
     }
@@ -254,6 +255,15 @@ def background_of(case: Case, found: Findings, ranks: Ranks) -> Background:
     )
 
 
+def in_training(data: Dataset, index: NDArray[np.int64]) -> int:
+    """How many test images at `index` are training images: by their pixels, or of a folder by their files' bytes."""
+    train, test = data.x_train, data.x_test
+    if isinstance(train, Pictures) and isinstance(test, Pictures):
+        known = set(train.digests)
+        return sum(test.digests[number] in known for number in index)
+    return repeated(test[index], np.asarray(train))
+
+
 def training_of(data: Dataset) -> tuple[Bytes, Labels]:
     """Images and labels `(n,)`, at most TRAINING, from all over the training part, which may lie class by class."""
     count = len(data.x_train)
@@ -266,7 +276,7 @@ def climbed_by(subject: Subject, images: Bytes, ranks: Ranks) -> AttackPass | No
     if subject.model is None:
         return None
     model = subject.model.to(ranks.device)
-    return attack_pass(model, to_float(torch.from_numpy(images[:GRADIENT_IMAGES])).to(ranks.device))
+    return attack_pass(model, to_float(torch.from_numpy(images)).to(ranks.device))
 
 
 def subject_entry(subject: Subject) -> dict[str, Any]:

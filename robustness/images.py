@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
-from dfmcl.robustness.folder import Part, read_image
+from dfmcl.robustness.folder import Part, file_digest, read_image
 
 
 class Images(Protocol):
@@ -60,12 +57,3 @@ class Pictures:
     def digests(self) -> Sequence[str]:
         """SHA-256 of each file's bytes, in order."""
         return [file_digest(path) for path in self.part.paths]
-
-
-def file_digest(path: str) -> str:
-    """Hex SHA-256 of a file; BadInput where it cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}; remove it, or make it readable") from None

@@ -18,11 +18,13 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import silent
 from dfmcl.gating.assumed import Assumed
 from dfmcl.gating.case import prepare
+from dfmcl.gating.gate import TRAINING, gate
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.subject import onnx_subject
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.folder import read_image
 from dfmcl.robustness.runs import load_run
 from tests.gating.test_subject import Tiny, to_onnx
 
@@ -66,7 +68,7 @@ def test_one_line_leads_to_a_verdict(
     assert words is not None, refused.output
     judged = dfmcl(*line, "--input", words[1])
     assert judged.exit_code == 1, judged.output
-    assert "assumed: robust_accuracy >= 0.3 at 95 % in Linf 24/255, suite fast; evidence/policy.toml" in judged.output
+    assert "assumed: robust_accuracy >= 0.3 at 95 % in Linf 24/255, suite fast, checks on 32" in judged.output
     assert f"all test images of photos, their middle fitted to 16x16; the model takes {words[1]}" in judged.output
     report, _ = read_evidence(tmp_path / "evidence")
     written = load_policy(tmp_path / "evidence" / "policy.toml")
@@ -151,6 +153,30 @@ def test_a_folder_of_some_of_the_models_classes_is_labelled_by_name(tmp_path: Pa
         assert (len(data.x_train), data.x_test.shape[1:]) == (0, (16, 16, channels))
         luminance = np.asarray(Image.fromarray(images[1]).convert("L"))
         expected = images[1] if channels == 3 else luminance[..., None]
-        np.testing.assert_array_equal(data.x_test[0], expected)
+        np.testing.assert_array_equal(data.x_test[:1][0], expected)
     with pytest.raises(BadInput, match="has 3 classes, the model 5; name the model's with --labels"):
         prepare(onnx_subject(path), policy, {}, None, (), silent)
+
+
+def test_a_gate_of_few_images_reads_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 200 test images those that it asks about before the attacks, of 800 training images those that checks and
+    substitute ask about; all others are never decoded, as their digests suffice."""
+    stream = np.random.default_rng(0)
+    images = stream.integers(0, 256, (1000, 16, 16, 3), np.uint8)
+    write_folder(tmp_path / "photos" / "test", images[:200], np.arange(200) % 5, "abcde")
+    write_folder(tmp_path / "photos" / "train", images[199:999], np.arange(800) % 5, "abcde")
+    path = to_onnx(tmp_path / "model.onnx", Tiny(), torch.zeros(2, 3, 16, 16))
+    asked = Assumed.of(str(tmp_path / "photos"), "64/255", "1").policy(SQUARE).model_dump()
+    asked["data"]["images"], asked["attacks"]["suite"], asked["attacks"]["substitute"] = 10, ["fgsm"], 100
+    decoded = set[str]()
+
+    def counted(path: str, side: int, mode: str) -> np.ndarray:
+        decoded.add(path)
+        return read_image(path, side, mode)
+
+    monkeypatch.setattr("dfmcl.robustness.images.read_image", counted)
+    report = gate(onnx_subject(path), Policy.of_text(asked), tmp_path / "evidence")
+    test = {name for name in decoded if "/test/" in name}
+    assert (report["statistics"]["attacked"], len(test)) == (10, 128)
+    assert len(decoded - test) <= TRAINING + 100 < 800
+    assert report["data"]["sha256"] == load_dataset("folder", str(tmp_path / "photos"), 16).sha256

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.data import DIGITS_SPLIT_SEED, load_dataset
+from dfmcl.robustness.data import DIGITS_SPLIT_SEED, load_dataset, open_dataset
 from dfmcl.robustness.runs import load_run
 from tests.common.pictures import readable
 
@@ -397,3 +397,26 @@ def test_malformed_run_is_named(tmp_path: Path, standard_run: Path) -> None:
         load_run(run)
     with pytest.raises(BadInput, match="is no run"):
         load_run(tmp_path / "nowhere")
+
+
+def test_a_folder_that_is_opened_is_not_read(tmp_path: Path) -> None:
+    """Only what is asked for is decoded, the same bytes as all at once; digest and shapes need no image at all."""
+    colours = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1) * 40 + np.zeros((16, 16, 3), np.uint8)
+    for number, image in enumerate(colours):
+        place = tmp_path / ("train", "test")[number % 2] / ("cat", "dog")[number // 2 % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number}.png")
+    opened, read = open_dataset("folder", str(tmp_path), 16), load_dataset("folder", str(tmp_path), 16)
+    assert opened.sha256 == read.sha256
+    assert opened.input_shape == (16, 16, 3)
+    np.testing.assert_array_equal(opened.x_test[np.array([2, 0])], read.x_test[[2, 0]])
+    np.testing.assert_array_equal(np.asarray(opened.x_train), read.x_train)
+    broken = next((tmp_path / "train" / "cat").iterdir())
+    broken.write_bytes(broken.read_bytes()[:60])
+    again = open_dataset("folder", str(tmp_path), 16)
+    assert again.sha256 != opened.sha256
+    assert again.x_test[:2].shape == (2, 16, 16, 3)
+    with pytest.raises(BadInput, match=f"{broken.name}: is cut off or broken"):
+        load_dataset("folder", str(tmp_path), 16)
+    grey = open_dataset("folder", str(tmp_path), 16, mode="L")
+    assert (grey.input_shape, grey.sha256 == again.sha256) == ((16, 16, 1), False)
