@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.text import why_not_local
 from dfmcl.gating.policy import Criterion, Policy, checked_radius
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Assumed:
             checked_radius(eps, "linf")
         except ValueError as error:
             raise BadInput(f"--eps {eps}: {error}") from None
+        if why := why_not_local(data):
+            raise BadInput(f"--data {data}: {why}")
         if data not in KNOWN and not Path(data).exists():
             raise BadInput(f"--data {data}: is not there; name a folder, an .npz, or one of {', '.join(KNOWN)}")
         return Assumed(data, eps, criterion)

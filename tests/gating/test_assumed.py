@@ -111,6 +111,7 @@ def test_a_written_policy_is_the_same_policy(
             ["--data", "mnist", "--eps", "4/255", "--at-least", "0.3"],
             "--data mnist: is not there; name a folder, an .npz",
         ),
+        (["--data", "s3://a/b", "--eps", "4/255", "--at-least", "0.3"], "--data s3://a/b: s3: is no folder here"),
         (["--policy", "p.toml", "--eps", "4/255"], "--policy p.toml says data, eps and threshold; leave --eps out"),
     ],
 )
