@@ -73,6 +73,11 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
             2,
             "train: not enough memory: Unable to allocate",
         ),
+        "no training images": (
+            [*folder, "--set", f"data.path={tmp_path}/images/test", "--set", "data.image_size=16"],
+            2,
+            f"data {tmp_path}/images/test: has test images only; training needs {tmp_path}/images/test/train/CLASS/*.png",
+        ),
         "a bomb among the images": (
             [*folder, "--set", f"data.path={tmp_path}/bombs", "--set", "data.image_size=16"],
             2,

@@ -420,3 +420,17 @@ def test_a_folder_that_is_opened_is_not_read(tmp_path: Path) -> None:
         load_dataset("folder", str(tmp_path), 16)
     grey = open_dataset("folder", str(tmp_path), 16, mode="L")
     assert (grey.input_shape, grey.sha256 == again.sha256) == ((16, 16, 1), False)
+
+
+def test_an_archive_of_test_images_alone_is_a_data_set(tmp_path: Path) -> None:
+    """Nobody who gates needs training images; half of them is a mistake all the same."""
+    held = {"x_test": np.arange(3 * 16 * 16 * 3, dtype=np.uint8).reshape(3, 16, 16, 3), "y_test": np.array([0, 1, 1])}
+    np.savez(tmp_path / "a.npz", **held)
+    data = load_dataset("npz", str(tmp_path / "a.npz"))
+    assert (data.classes, len(data.x_train), data.input_shape, data.remark) == (("0", "1"), 0, (16, 16, 3), "")
+    np.savez(tmp_path / "b.npz", x_train=held["x_test"], **held)
+    with pytest.raises(BadInput, match="lacks y_train"):
+        load_dataset("npz", str(tmp_path / "b.npz"))
+    np.savez(tmp_path / "c.npz", x_test=held["x_test"], y_test=np.array([1, 2, 2]))
+    with pytest.raises(BadInput, match="y_test has labels 1 to 2, but no image of 0"):
+        load_dataset("npz", str(tmp_path / "c.npz"))
