@@ -76,7 +76,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
         "no training images": (
             [*folder, "--set", f"data.path={tmp_path}/images/test", "--set", "data.image_size=16"],
             2,
-            f"data {tmp_path}/images/test: has test images only; training needs {tmp_path}/images/test/train/CLASS/*.png",
+            "images/test: has test images only; training needs",
         ),
         "a bomb among the images": (
             [*folder, "--set", f"data.path={tmp_path}/bombs", "--set", "data.image_size=16"],
@@ -152,7 +152,7 @@ CASES = [
     "no such preset", "unknown key", "taken directory", "missing data", "out below a file", "no run",
     "pack to the root",
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
-    "empty repository", "no watch config", "images that no memory holds", "a bomb among the images",
+    "empty repository", "no watch config", "images that no memory holds", "a bomb among the images", "no training images",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
     "nowhere to craft to", "nothing to craft on", "a directory as record", "a record in no directory",
     "a record in place of notes", "a record in place of a pipe",
