@@ -152,8 +152,9 @@ CASES = [
     "no such preset", "unknown key", "taken directory", "missing data", "out below a file", "no run",
     "pack to the root",
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
-    "empty repository", "no watch config", "images that no memory holds", "a bomb among the images", "no training images",
+    "empty repository", "no watch config", "images that no memory holds", "a bomb among the images",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
+    "no training images",
     "nowhere to craft to", "nothing to craft on", "a directory as record", "a record in no directory",
     "a record in place of notes", "a record in place of a pipe",
 ]  # fmt: skip
