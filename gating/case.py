@@ -22,8 +22,8 @@ from dfmcl.gating.subject import Subject
 from dfmcl.gating.verdict import Claim, claims
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
+from dfmcl.robustness.conventions import BATCH, Mismatch, mismatch
 from dfmcl.robustness.conventions import IMAGES as FIRST
-from dfmcl.robustness.conventions import Mismatch, mismatch
 from dfmcl.robustness.data import Bytes, Dataset, Labels, labelled_as, open_dataset
 from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.provenance import provenance
@@ -206,7 +206,7 @@ def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
     if subject.kind == "endpoint":
         return
     x = to_float(torch.from_numpy(images))
-    if not subject.decide(x).isfinite().all(dim=1).any():
+    if not any(subject.decide(part).isfinite().all(dim=1).any() for part in x.split(BATCH)):
         raise BadInput(
             f"{subject.name}: logits are not finite for {len(x)} of {len(x)} images; look for weights that are not, for"
             " a division by zero or an overflow in it"
