@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -181,3 +184,16 @@ def test_a_gate_of_few_images_reads_few(tmp_path: Path, monkeypatch: pytest.Monk
     assert (report["statistics"]["attacked"], len(test)) == (10, 128)
     assert len(decoded - test) <= TRAINING + 100 < 800
     assert report["data"]["sha256"] == load_dataset("folder", str(tmp_path / "photos"), 16).sha256
+
+
+def test_the_page_says_what_the_command_takes() -> None:
+    """Every command of docs/own-model.md parses as it stands there, and the example's scale is one."""
+    page = (Path(__file__).parents[2] / "docs" / "own-model.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    commands = [words for words in lines if words[0] == "dfmcl"]
+    assert len(commands) == 4
+    group: Any = typer.main.get_command(app)
+    for _, name, *words in commands:
+        given = group.commands[name].make_context(name, words).params["contract"]
+        assert given is None or str(InputContract.parse(given, (None, 3, 224, 224), "float32")).endswith(given)
