@@ -274,7 +274,7 @@ def diagnosed(
         )
     about = {
         "run": {"data": data.sha256 if trained_on is None else trained_on},
-        "data": {"sha256": data.sha256, "part": "test", "in_training": repeated(images, data.x_train)},
+        "data": {"sha256": data.sha256, "part": "test", "in_training": repeated(images, np.asarray(data.x_train))},
     }
     results = diagnose(
         model,

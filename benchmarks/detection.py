@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--attacked", type=int, default=16, help="images attacked at the same time")
     arguments = parser.parse_args()
     data = load_dataset("npz", str(arguments.data))
-    pictures, labels = data.x_test, data.y_test
+    pictures, labels = np.asarray(data.x_test), data.y_test
     load = os.getloadavg()[0]
     rows = [*costs(pictures), *benign(pictures[: arguments.benign]), *attacks(pictures, labels, arguments.attacked)]
     settings = Detection()

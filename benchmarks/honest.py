@@ -82,8 +82,8 @@ def seen_as(kind: str, digits: Dataset) -> Dataset:
             classes=digits.classes[: FEW[kind]],
         )
     if kind == "pairs":
-        x_train, y_train = _paired(digits.x_train, digits.y_train, 6000)
-        x_test, y_test = _paired(digits.x_test, digits.y_test, 400)
+        x_train, y_train = _paired(np.asarray(digits.x_train), digits.y_train, 6000)
+        x_test, y_test = _paired(np.asarray(digits.x_test), digits.y_test, 400)
         names = tuple(f"{first} {second}" for first in digits.classes for second in digits.classes)
         return replace(digits, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, classes=names)
     return digits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,12 +22,13 @@ from dfmcl.gating.subject import Subject
 from dfmcl.gating.verdict import Claim, claims
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
+from dfmcl.robustness.conventions import BATCH, Mismatch, mismatch
 from dfmcl.robustness.conventions import IMAGES as FIRST
-from dfmcl.robustness.conventions import mismatch
-from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
+from dfmcl.robustness.data import Bytes, Dataset, Labels, labelled_as, open_dataset
 from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
+from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
 
@@ -121,7 +122,10 @@ def prepare(
     require_kind(subject, policy)
     suite, whole, no_gradients = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates)
-    data = load_dataset(policy.data.name, policy.data.path, policy.data.image_size, track)
+    mode = "L" if subject.contract.channels == 1 else "RGB"
+    data = open_dataset(policy.data.name, policy.data.path, policy.data.image_size, track, mode)
+    if isinstance(subject.classes, tuple) and {*data.classes} < {*subject.classes}:
+        data = labelled_as(data, subject.classes)
     require_fit(subject, data, policy)
     criteria = policy.parsed_criteria
     earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test)) if baseline else None
@@ -185,7 +189,10 @@ def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
             " channels); check data in the policy, and --input"
         )
     if count != len(data.classes):
-        raise BadInput(f"{where}: has {len(data.classes)} classes, the model {count}; check data in the policy")
+        named = (
+            "check data in the policy" if count < len(data.classes) else "name the model's with --labels, a line each"
+        )
+        raise BadInput(f"{where}: has {len(data.classes)} classes, the model {count}; {named}")
     for place, (ours, theirs) in enumerate(zip(data.classes, names, strict=True)):
         if ours != theirs:
             raise BadInput(
@@ -211,7 +218,7 @@ def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
     if subject.kind == "endpoint":
         return
     x = to_float(torch.from_numpy(images))
-    if not subject.decide(x).isfinite().all(dim=1).any():
+    if not any(subject.decide(part).isfinite().all(dim=1).any() for part in x.split(BATCH)):
         raise BadInput(
             f"{subject.name}: logits are not finite for {len(x)} of {len(x)} images; look for weights that are not, for"
             " a division by zero or an overflow in it"
@@ -220,5 +227,19 @@ def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
     stands_in = subject.contract.dtype == "uint8" and subject.model is not None
     answer = subject.model if stands_in and subject.model is not None else subject.decide
     device, bytes_only = device_of(subject.model), subject.contract.dtype == "uint8" and not stands_in
-    if (found := mismatch(answer, images, labels, device=device, bytes_only=bytes_only)) is not None:
-        raise BadInput(f"{subject.name}: {found}")
+    found = mismatch(answer, images, labels, subject.contract, device=device, bytes_only=bytes_only)
+    if found is not None:
+        raise BadInput(f"{subject.name}: {found}, so its preprocessing is another; {_repair(subject, found)}")
+
+
+def _repair(subject: Subject, found: Mismatch) -> str:
+    """What makes the convention that was found the declared one."""
+    contract, kept = subject.contract, "make it a first layer of the model, which takes pixels in [0, 1] as RGB"
+    if not isinstance(found.convention, Scale):
+        return kept
+    if subject.kind == "candidate":
+        return f"export its file again with `{found.words}` in --input, or {kept}"
+    try:
+        return f"declare it: --input '{replace(contract, scale=found.convention)}'"
+    except BadInput:  # bytes have no scale
+        return kept

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import DfmclError, lacks_memory
 from dfmcl.robustness.contract import InputContract
-from dfmcl.robustness.onnx_graph import FATAL, Graph, apart, first_line, freed, noise
+from dfmcl.robustness.onnx_graph import Graph, apart, freed, noise
+from dfmcl.robustness.onnx_session import FATAL, first_line
 from dfmcl.robustness.provider import CPU
 
 # Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.robustness.contract import DTYPES, InputContract
-from dfmcl.robustness.onnx_graph import first_line, noise
+from dfmcl.robustness.onnx_graph import noise
+from dfmcl.robustness.onnx_session import first_line
 
 DETACHED = "no gradient reaches the image: its forward detaches it, or computes outside torch's autograd"
 SIGNALLED = (130, 143)  # how a process ends that was asked to by SIGINT or SIGTERM
@@ -28,8 +29,8 @@ SIGNALLED = (130, 143)  # how a process ends that was asked to by SIGINT or SIGT
 class Foreign(nn.Module):
     """Float images `(N, C, H, W)` in [0, 1] to float32 logits `(N, K)`, by a module in eval mode.
 
-    It gets a contiguous copy, because a `view` needs the one and an operation in place would reach our images
-    without the other. BadInput where it fails or gives anything else, whatever it raises.
+    It gets them on the contract's scale, as a contiguous copy, because a `view` needs the one and an operation in place
+    would reach our images without the other. BadInput where it fails or gives anything else, whatever it raises.
     """
 
     def __init__(self, module: nn.Module, contract: InputContract, name: str) -> None:
@@ -48,9 +49,13 @@ class Foreign(nn.Module):
             return logits
         return self.answered(x)
 
+    def taken(self, x: Tensor) -> Tensor:
+        """The images as the module takes them; under a uint8 contract in [0, 1], too."""
+        return self.contract.scale.applied(x).to(self.dtype)
+
     def answered(self, x: Tensor) -> Tensor:
         """The logits `(N, K)`, checked, with the graph of the module's own operations."""
-        copied = x.to(self.dtype).clone(memory_format=torch.contiguous_format)
+        copied = self.taken(x).clone(memory_format=torch.contiguous_format)
         with guarded(f"{self.name}: its module cannot take {shown(copied, ' NCHW')}"):
             logits: Any = self.module(copied)
         if not isinstance(logits, Tensor):

@@ -23,7 +23,7 @@ from dfmcl.gating.block import BlockPlan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
 from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import Policy
+from dfmcl.gating.policy import POLICY, Policy
 from dfmcl.gating.record import GateRecord, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
@@ -40,6 +40,7 @@ from dfmcl.robustness.data import Bytes, Dataset, Labels
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
 from dfmcl.robustness.gradients import AttackPass, attack_pass
+from dfmcl.robustness.images import Pictures
 from dfmcl.robustness.memorisation import copies, repeated
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.provenance import now, provenance
@@ -51,7 +52,7 @@ RECALLED = 128  # answers that are asked for again at the end, half of them abou
 TRAINING = 512  # training images that a model must know as well as these
 OTHERS = 2  # networks whose fooling images segments lead to: the last, which are all surrogates and the substitute
 LARGEST = 1025
-EVIDENCE = (REPORT, PROBES, ATTESTATION, *FILES)
+EVIDENCE = (REPORT, PROBES, ATTESTATION, POLICY, *FILES)
 
 
 def gate(
@@ -127,7 +128,7 @@ class Findings:
 def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callable[[Progress], None]) -> Findings:
     """Attack images in the order until every claim is decided, and then those of the baseline."""
     policy, data, decide = case.policy, case.data, case.subject.decide
-    climbed = climbed_by(case.subject, data.x_test[case.order], ranks)
+    climbed = climbed_by(case.subject, data.x_test[case.order[:GRADIENT_IMAGES]], ranks)
     sources, remarks = sources_of(case, state, ranks, track)
     threats = policy.threats(case.grid)
     plan = BlockPlan(climbed, decide, threats, case.suite, case.grid, case.seed, sources, case.whole, remarks=remarks)
@@ -178,7 +179,7 @@ def checked(
         "data": {
             **case.data.describe(),
             "part": "test",
-            "in_training": repeated(found.images, case.data.x_train),
+            "in_training": in_training(case.data, found.index),
             "copies": copies(found.images),
         },
     }
@@ -225,6 +226,7 @@ def write(
             created=now(),
         )
         write_formats(report, arrays, staged)
+        (staged / POLICY).write_text(case.policy.to_toml(), encoding="utf-8")
         (staged / REPORT).write_text(dump_json(report), encoding="utf-8")
         if signers:
             signed = sign(report, sha256_of(staged / REPORT), signers, expires_days=case.policy.valid_days)
@@ -254,6 +256,15 @@ def background_of(case: Case, found: Findings, ranks: Ranks) -> Background:
     )
 
 
+def in_training(data: Dataset, index: NDArray[np.int64]) -> int:
+    """How many test images at `index` are training images: by their pixels, or of a folder by their files' bytes."""
+    train, test = data.x_train, data.x_test
+    if isinstance(train, Pictures) and isinstance(test, Pictures):
+        known = set(train.digests)
+        return sum(test.digests[number] in known for number in index)
+    return repeated(test[index], np.asarray(train))
+
+
 def training_of(data: Dataset) -> tuple[Bytes, Labels]:
     """Images and labels `(n,)`, at most TRAINING, from all over the training part, which may lie class by class."""
     count = len(data.x_train)
@@ -266,7 +277,7 @@ def climbed_by(subject: Subject, images: Bytes, ranks: Ranks) -> AttackPass | No
     if subject.model is None:
         return None
     model = subject.model.to(ranks.device)
-    return attack_pass(model, to_float(torch.from_numpy(images[:GRADIENT_IMAGES])).to(ranks.device))
+    return attack_pass(model, to_float(torch.from_numpy(images)).to(ranks.device))
 
 
 def subject_entry(subject: Subject) -> dict[str, Any]:
@@ -278,6 +289,7 @@ def subject_entry(subject: Subject) -> dict[str, Any]:
         "model_sha256": subject.digest,
         "files": dict(subject.files),
         "input": subject.contract.to_json(),
+        **({"output": subject.output} if subject.output else {}),
     }
 
 

@@ -250,6 +250,15 @@ class Policy(Section):
         """SHA-256 of the policy's canonical JSON: comments and layout of the file do not count."""
         return digest_of(self.model_dump())
 
+    def to_toml(self) -> str:
+        """The policy as a file, every default written out; what reads it has the same digest."""
+        whole = self.model_dump()
+        tables = {name: value for name, value in whole.items() if isinstance(value, dict)}
+        lines = [f"{name} = {_toml(value)}" for name, value in whole.items() if name not in tables]
+        for name, table in tables.items():
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+        return "\n".join([*lines, ""])
+
     @staticmethod
     def of_text(text: Mapping[str, Any]) -> Policy:
         """The policy that a report holds; ValueError where it is none. Keys that it lacks have their defaults."""
@@ -260,6 +269,11 @@ class Policy(Section):
         return [radius(one, grid) for one in self.threats(grid)].index(radius(threat, grid))
 
 
+def _toml(value: str | int | list[str]) -> str:
+    # JSON's strings are TOML's, but that TOML escapes DEL, too; of both, whole numbers look the same.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def digest_of(text: Mapping[str, Any]) -> str:
     """SHA-256 of a policy as canonical JSON."""
     return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
@@ -268,6 +282,9 @@ def digest_of(text: Mapping[str, Any]) -> str:
 def radius(threat: Threat, grid: bool) -> float:
     """The eps that an attacker has: on the grid as far as bytes let it count."""
     return (threat.on_grid() if grid else threat).eps
+
+
+POLICY = "policy.toml"  # beside the evidence: the policy that was used
 
 
 def load_policy(path: Path) -> Policy:

@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dfmcl.common.errors import BadInput, DfmclError
+from dfmcl.common.errors import BadInput
 from dfmcl.gating.afresh import asked_afresh
 from dfmcl.gating.conversion import NoGradients, differentiable
+from dfmcl.gating.endpoint import Asked, Connect, Described, Predict
 from dfmcl.gating.foreign import Foreign, guarded, imported, kept, state_digest, without_gradients
 from dfmcl.gating.signing.evidence import candidate_files, read_candidate
 from dfmcl.robustness.contract import InputContract
@@ -35,31 +36,6 @@ ONE_OF = "a candidate's directory, an ONNX file, module:callable or grpc://HOST:
 
 ODD_BATCH = 7  # as no attack asks
 Decide = Callable[[Tensor], Tensor]
-Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-"""uint8 images (N, H, W, C) to logits (N, K), by questions to the subject."""
-
-
-class Described(Protocol):
-    """What an endpoint says of itself; input_shape is (H, W, C) of uint8 images."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def version(self) -> str: ...
-    @property
-    def input_shape(self) -> tuple[int, int, int]: ...
-    @property
-    def labels(self) -> tuple[str, ...]: ...
-
-
-Connect = Callable[[str, str], tuple[Described, Predict]]
-"""URL (host:port) and model to an endpoint's description and its `predict`."""
-
-
-class QueriesSpent(DfmclError):
-    """The next question would exceed the budget of queries; nothing of it was asked."""
-
-    exit_code = 3
 
 
 # Of the largest logit, on noise: weights stored as float16 move it by less than 0.01, another network by far more.
@@ -76,7 +52,8 @@ class Subject:
     uint8) to logits (N, K) float32 on the CPU: the answer that counts. model: the same, differentiable; None where
     there is no way to gradients, and `no_gradients` says why. run: what is known of the training: checkpoint_sha256,
     and data, the digest of the data set that it saw. state: what a module keeps, by place. afresh: the answers to uint8
-    images (n, H, W, C) of what the user named, opened anew: of a module by a new process.
+    images (n, H, W, C) of what the user named, opened anew: of a module by a new process. output: of a file with
+    several, which is judged.
     """
 
     kind: str
@@ -91,6 +68,7 @@ class Subject:
     no_gradients: str = ""
     state: Callable[[], Mapping[str, str]] | None = None
     afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
+    output: str = ""
 
 
 def open_subject(
@@ -99,6 +77,7 @@ def open_subject(
     run: Path | None = None,
     contract: str | None = None,
     labels: tuple[str, ...] | None = None,
+    output: str | None = None,
     connect: Connect | None = None,
     budget: int | None = None,
     provider: Provider = CPU,
@@ -107,6 +86,7 @@ def open_subject(
 
     run: a candidate's, where its gradients come from.
     contract, labels: of an ONNX file or a module; the others know theirs.
+    output: of an ONNX file with several: the name of its scores.
     connect, budget: of an endpoint: how it is reached, and the most images that it is asked about.
     provider: what computes a candidate or an ONNX file.
     """
@@ -122,11 +102,11 @@ def open_subject(
         raise BadInput(f"{text}: names no model; expected {ONE_OF}")
     takes = {
         "candidate": {"run"},
-        "onnx": {"contract", "labels"},
+        "onnx": {"contract", "labels", "output"},
         "module": {"contract", "labels"},
         "endpoint": {"budget"},
     }
-    given = {"run": run, "contract": contract, "labels": labels, "budget": budget}
+    given = {"run": run, "contract": contract, "labels": labels, "output": output, "budget": budget}
     if strange := sorted(key for key, value in given.items() if value is not None and key not in takes[kind]):
         raise BadInput(f"{text}: is of kind {kind}, which takes no {' or '.join(strange)}; leave it out")
     if kind == "candidate":
@@ -136,10 +116,10 @@ def open_subject(
             raise BadInput(f"{text}: an endpoint is asked within a budget of queries; name one")
         described, predict = connect(remote["url"], remote["model"])
         return endpoint_subject(described, predict, name=text, budget=budget)
-    if contract is None:
-        raise BadInput(f"{text}: what images does it take? Say so, such as 'float32 NCHW 32x32x3'")
     if kind == "onnx":
-        return onnx_subject(path, contract, labels, provider)
+        return onnx_subject(path, contract or "", labels, output, provider)
+    if contract is None:
+        raise BadInput(f"{text}: what images does it take? Say so, such as --input 'float32 NCHW 224x224x3 imagenet'")
     return module_subject(text, contract, labels)
 
 
@@ -150,7 +130,7 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
     contract = InputContract.from_json(manifest.get("input", {}))
     labels = tuple(str(label) for label in manifest.get("labels", ()))
     named = (manifest.get("run") or {}).get("checkpoint_sha256")
-    graph = read_graph(path, str(contract))
+    graph = read_graph(path, str(contract), whole=True)
     if graph.digest != manifest["files"][MODEL]:
         raise BadInput(f"{path}: changed while it was read; export the candidate again")
     decide = artefact(graph, provider)
@@ -185,7 +165,7 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
         run=known,
         no_gradients=why,
         state=dict,
-        afresh=partial(reopened, path, str(contract), provider),
+        afresh=partial(reopened, path, str(contract), provider, whole=True),
     )
 
 
@@ -203,9 +183,21 @@ def _require_same_network(
         )
 
 
-def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = None, provider: Provider = CPU) -> Subject:
-    """A bare ONNX classifier. contract: 'DTYPE LAYOUT [HxWxC]'; the size may be left out where the file gives it."""
-    graph = read_graph(path, contract)
+def onnx_subject(
+    path: Path,
+    contract: str = "",
+    labels: tuple[str, ...] | None = None,
+    output: str | None = None,
+    provider: Provider = CPU,
+) -> Subject:
+    """A bare ONNX classifier.
+
+    contract: see InputContract.parse; what the file gives may be left out.
+    labels: its classes in order.
+    output: the name of its scores, where it has several.
+    provider: what computes it.
+    """
+    graph = read_graph(path, contract, output, len(labels) if labels else None)
     decide = artefact(graph, provider)
     classes = count_classes(decide, graph.contract, path)
     model, why = _gradients(lambda: differentiable(graph, decide))
@@ -220,16 +212,25 @@ def onnx_subject(path: Path, contract: str, labels: tuple[str, ...] | None = Non
         model=model,
         no_gradients=why,
         state=dict,  # a file keeps nothing
-        afresh=partial(reopened, path, str(graph.contract), provider),
+        afresh=partial(reopened, path, str(graph.contract), provider, output=graph.head.output or None),
+        output=graph.head.output,
     )
 
 
-def reopened(path: Path, contract: str, provider: Provider, images: Bytes) -> NDArray[np.float32]:
+def reopened(
+    path: Path,
+    contract: str,
+    provider: Provider,
+    images: Bytes,
+    *,
+    output: str | None = None,
+    whole: bool = False,
+) -> NDArray[np.float32]:
     """Logits `(n, K)` of uint8 images `(n, H, W, C)` by the file as it lies there now, in a session of its own.
 
     A file holds no code, so that another process would answer the same.
     """
-    graph = read_graph(path, contract)
+    graph = read_graph(path, contract, output, whole=whole)
     decide = artefact(graph, provider)
     parts = to_float(torch.from_numpy(images)).split(ODD_BATCH)
     found: NDArray[np.float32] = torch.cat([decide(part) for part in parts]).numpy()
@@ -237,10 +238,11 @@ def reopened(path: Path, contract: str, provider: Provider, images: Bytes) -> ND
 
 
 def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = None) -> Subject:
-    """What `module:callable` returns: an nn.Module from float images (N, C, H, W) in [0, 1] to logits (N, K).
+    """What `module:callable` returns: an nn.Module from float images (N, C, H, W) to logits (N, K).
 
-    It is judged in eval mode and in the contract's floats. contract: its images' size and dtype; uint8 means that it is
-    asked on the uint8 grid only, in float32. The module is looked for beside the user first, in the current directory.
+    It is judged in eval mode and in the contract's floats. contract: its images' size, dtype and scale; uint8 means
+    that it is asked on the uint8 grid only, in float32 and [0, 1]. The module is looked for beside the user first, in
+    the current directory.
     """
     parsed = InputContract.parse(contract)
     if parsed.layout != "NCHW":
@@ -268,26 +270,9 @@ def module_subject(text: str, contract: str, labels: tuple[str, ...] | None = No
         no_gradients=why,
         state=partial(kept, network.module),
         afresh=lambda images: asked_afresh(
-            text, parsed.rounded(to_float(torch.from_numpy(images))).to(network.dtype).contiguous().numpy()
+            text, network.taken(parsed.rounded(to_float(torch.from_numpy(images)))).contiguous().numpy()
         ),
     )
-
-
-class Asked:
-    """The decider behind an endpoint: counts the images it was asked for, and never asks for more than its budget."""
-
-    def __init__(self, predict: Predict, contract: InputContract, budget: int, where: str) -> None:
-        self.budget, self.spent = budget, 0
-        self._predict, self._contract, self._where = predict, contract, where
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.spent + len(x) > self.budget:
-            raise QueriesSpent(
-                f"{self._where}: {self.spent} of {self.budget} queries are spent, {len(x)} more were wanted;"
-                " allow more, or fewer images"
-            )
-        self.spent += len(x)  # before the answer: a request that fails was made
-        return torch.from_numpy(np.asarray(self._predict(self._contract.wire(x.cpu()).numpy()), dtype=np.float32))
 
 
 def endpoint_subject(described: Described, predict: Predict, *, name: str, budget: int) -> Subject:

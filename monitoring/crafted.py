@@ -58,7 +58,7 @@ class Recipe:
         """A watch's; BadInput for data or surrogates that cannot be used."""
         dataset = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
         return Recipe(
-            pool=ImagePool(dataset.x_test, dataset.y_test, len(dataset.classes)),
+            pool=ImagePool(np.asarray(dataset.x_test), dataset.y_test, len(dataset.classes)),
             labels=tuple(map(str, dataset.classes)),
             surrogates=load_surrogates(config.surrogates.runs, dataset),
             threat=config.threat.threat,

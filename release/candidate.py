@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Manifest:
 
     files: name -> hex SHA-256; labels: K names in the order of the logits; input_shape: (H, W, C) of uint8 images;
     checkpoint_sha256: of the run it was exported from; weights: how matrices and kernels are stored, one of WEIGHTS;
-    all is computed in float32. A wrapped ONNX file has no run (None) but an origin, whose SHA-256 is given, and
-    weights AS_THEY_CAME.
+    all is computed in float32. A wrapped ONNX file has no run (None) but an origin, of which SHA-256 and input contract
+    are given, and weights AS_THEY_CAME; model.onnx converts the wire's bytes to that contract.
     """
 
     created: str
@@ -62,6 +62,7 @@ class Manifest:
     weights: str
     versions: Mapping[str, str]
     origin_sha256: str | None = None
+    origin_input: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model_sha256(self) -> str:
@@ -78,7 +79,7 @@ class Manifest:
         if self.origin_sha256 is None:
             source: dict[str, Any] = {"run": {"checkpoint_sha256": self.checkpoint_sha256}}
         else:
-            source = {"origin": {"kind": ORIGIN, "sha256": self.origin_sha256}}
+            source = {"origin": {"kind": ORIGIN, "sha256": self.origin_sha256, "input": dict(self.origin_input)}}
         return {
             "format": FORMAT,
             "created": self.created,
@@ -111,6 +112,7 @@ class Manifest:
             weights=str(value["weights"]),
             versions=dict(value["versions"]),
             origin_sha256=str(value["origin"]["sha256"]) if wrapped else None,
+            origin_input=dict(value["origin"]["input"]) if wrapped else {},
         )
         known = (AS_THEY_CAME,) if wrapped else WEIGHTS
         if manifest.weights not in known:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
@@ -41,9 +40,11 @@ from dfmcl.release.candidate import (
 )
 from dfmcl.release.graphs import random_operators, require_no_paths, store_as_float16, strip
 from dfmcl.robustness.attacks.registry import pgd
+from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
-from dfmcl.robustness.onnx_graph import FREE, Graph, artefact, count_classes, freed, noise, read_graph
+from dfmcl.robustness.onnx_graph import Graph, artefact, count_classes, freed, noise, read_graph
+from dfmcl.robustness.onnx_wire import with_wire_format
 from dfmcl.robustness.provenance import now, versions
 from dfmcl.robustness.provider import CPU
 from dfmcl.robustness.runs import Run, load_run
@@ -124,15 +125,25 @@ def export(
     return manifest.to_json()
 
 
-def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track: Track = silent) -> dict[str, object]:
+def wrap(
+    file: Path,
+    out: Path,
+    *,
+    contract: str,
+    labels: tuple[str, ...],
+    output: str | None = None,
+    track: Track = silent,
+) -> dict[str, object]:
     """Write the candidate directory of a foreign ONNX classifier and return its manifest; as `export` in all else.
 
-    contract: what images the file takes, 'DTYPE LAYOUT [HxWxC]'; labels: K names in the order of its logits. A file
-    that takes images as they come, under our names, is kept byte for byte. BadInput (2): no such classifier, or labels
-    that are not as many as the logits. Refused (1): random operators, a batch size that is built in, operators too new
-    or too old to be served.
+    contract: what images the file takes, see InputContract.parse.
+    labels: K names in the order of its logits.
+    output: the name of its scores, where it has several outputs.
+    A file that takes images as they come and gives logits, under our names, is kept byte for byte. BadInput (2): no
+    such classifier, or labels that are not as many as the logits. Refused (1): random operators, a batch size that is
+    built in, operators too new or too old to be served.
     """
-    graph = read_graph(file, contract)
+    graph = read_graph(file, contract, output, len(labels))
     if random := random_operators(graph.model):
         raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
     if not OLDEST_OPSET <= graph.opset <= OPSET:
@@ -150,7 +161,11 @@ def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track
     with whole_directory(out, names=(MODEL, LABELS, MANIFEST)) as staged:
         data = file.read_bytes()
         if not (_served_as_is(graph) and hashlib.sha256(data).hexdigest() == graph.digest):
-            data = with_wire_format(free, classes).SerializeToString(deterministic=True)
+            model = with_wire_format(free, classes, INPUT, OUTPUT)
+            model.ir_version = IR_VERSION
+            strip(model)
+            onnx.checker.check_model(model)
+            data = model.SerializeToString(deterministic=True)
         (staged / MODEL).write_bytes(data)
         (staged / LABELS).write_text(text, encoding="utf-8")
         manifest = Manifest(
@@ -164,42 +179,10 @@ def wrap(file: Path, out: Path, *, contract: str, labels: tuple[str, ...], track
             weights=AS_THEY_CAME,
             versions=versions(),
             origin_sha256=graph.digest,
+            origin_input=graph.contract.to_json(),
         )
         write_manifest(staged, manifest)
     return manifest.to_json()
-
-
-def with_wire_format(graph: Graph, classes: int) -> onnx.ModelProto:
-    """The graph behind a conversion of uint8 (N, H, W, C) to its input, in the order of `to_float`; float32 logits."""
-    model = onnx.compose.add_prefix(graph.model, "wrapped.")  # so that no name in it is one of ours
-    inner = replace(graph, model=model)
-    entry, answer = inner.input, inner.output
-    steps: list[tuple[str, dict[str, object]]] = []
-    if graph.contract.layout == "NCHW":
-        steps.append(("Transpose", {"perm": [0, 3, 1, 2]}))
-    if graph.contract.dtype != "uint8":
-        steps += [("Cast", {"to": TensorProto.FLOAT}), ("Div", {})]
-        if (held := entry.type.tensor_type.elem_type) != TensorProto.FLOAT:
-            steps.append(("Cast", {"to": held}))
-    nodes, at = [], INPUT
-    for number, (operator, attributes) in enumerate(steps or [("Identity", {})], 1):
-        after = entry.name if number == max(len(steps), 1) else f"wire.{number}"
-        nodes.append(helper.make_node(operator, [at, "wire.255"] if operator == "Div" else [at], [after], **attributes))
-        at = after
-    model.graph.initializer.append(numpy_helper.from_array(np.array(255, np.float32), "wire.255"))
-    last = helper.make_node("Cast", [answer.name], [OUTPUT], to=TensorProto.FLOAT)
-    every = [*nodes, *model.graph.node, last]
-    for field, values in (
-        ("node", every),
-        ("input", [helper.make_tensor_value_info(INPUT, TensorProto.UINT8, [FREE, *graph.contract.shape])]),
-        ("output", [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [FREE, classes])]),
-    ):
-        model.graph.ClearField(field)
-        getattr(model.graph, field).extend(values)
-    model.ir_version = IR_VERSION
-    strip(model)
-    onnx.checker.check_model(model)
-    return model
 
 
 def compare_with_original(graph: Graph, original: Callable[[Tensor], Tensor], model: Path, track: Track) -> Parity:
@@ -226,10 +209,11 @@ def compare_with_original(graph: Graph, original: Callable[[Tensor], Tensor], mo
 def _served_as_is(graph: Graph) -> bool:
     contract, answer = graph.contract, graph.output.type.tensor_type.elem_type
     return (
-        (contract.layout, contract.dtype) == ("NHWC", "uint8")
+        contract == InputContract(*contract.shape)
         and (graph.input.name, graph.output.name) == (INPUT, OUTPUT)
         and answer == TensorProto.FLOAT
         and graph.batch is None
+        and graph.as_it_came
         and graph.model.ir_version <= IR_VERSION
     )
 

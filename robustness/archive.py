@@ -16,6 +16,7 @@ from dfmcl.common.reader import opened
 
 Array = NDArray[Any]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+TEST = KEYS[2:]  # may stand alone, where nobody trains
 CLASSES = "classes"
 CHANNELS = (1, 3)
 NAMED = 5  # labels that a message lists
@@ -23,16 +24,19 @@ PICKLED = "is a pickled array of objects, which is not read because a pickle can
 
 
 def read_archive(path: str, track: Track) -> dict[str, Array]:
-    """The arrays KEYS, and `classes` where it is there, checked: uint8 (N, H, W, C) and int64 (N,)."""
+    """The arrays KEYS, and `classes` where it is there, checked: uint8 (N, H, W, C) and int64 (N,).
+
+    Without any of the training part, that is empty.
+    """
     held = _arrays(path, track)
-    for part in ("train", "test"):
+    for part in ("train", "test") if KEYS[0] in held else ("test",):
         images, labels = f"x_{part}", f"y_{part}"
         held[images] = images_of(held[images], f"{path}: {images}")
         held[labels] = labels_of(held[labels], f"{path}: {labels}")
         count = len(held[images])
         if count != len(held[labels]):
             raise BadInput(f"{path}: {count} images in {images}, {len(held[labels])} labels; expected one an image")
-    return held
+    return {"x_train": held["x_test"][:0], "y_train": held["y_test"][:0], **held}
 
 
 def images_of(images: Array, where: str) -> NDArray[np.uint8]:
@@ -72,14 +76,15 @@ def classes_of(held: Mapping[str, Array], path: str, known: tuple[str, ...] = ()
     BadInput where a label has no name, or where labels leave out a number that no array `classes` accounts for.
     """
     names = known or (_named(held[CLASSES], f"{path}: {CLASSES}") if CLASSES in held else ())
-    train, test = np.unique(held["y_train"]), np.unique(held["y_test"])
+    told = "y_train" if len(held["y_train"]) else "y_test"
+    train, test = np.unique(held[told]), np.unique(held["y_test"])
     if not names and not np.array_equal(train, np.arange(len(train))):
-        raise BadInput(f"{path}: {_gaps(train)}")
+        raise BadInput(f"{path}: {told} {_gaps(train)}")
     count = len(names) or len(train)
-    for key, labels in (("y_train", train), ("y_test", test)):
+    for key, labels in ((told, train), ("y_test", test)):
         outside = labels[(labels < 0) | (labels >= count)]
         if len(outside):
-            why = f"{count} classes are named" if names else f"y_train has 0 to {count - 1}"
+            why = f"{count} classes are named" if names else f"{told} has 0 to {count - 1}"
             raise BadInput(f"{path}: {key} has labels {listed(outside)}; {why}, expected 0 to {count - 1}")
     return names or tuple(map(str, range(count)))
 
@@ -91,7 +96,8 @@ def _arrays(path: str, track: Track) -> dict[str, Array]:
         if not zipfile.is_zipfile(path):
             raise BadInput(f"{path}: not readable as .npz: {_not_zip(path)}; save it with np.savez: {expected}")
         with np.load(path, allow_pickle=False) as archive:
-            missing = [key for key in KEYS if key not in archive]
+            needed = KEYS if {*KEYS[:2]} & {*archive.files} else TEST
+            missing = [key for key in needed if key not in archive]
             if missing:
                 found = f"holds {', '.join(archive.files[:NAMED]) or 'nothing'}"
                 raise BadInput(f"{path}: lacks {', '.join(missing)}; {expected}; it {found}")
@@ -167,12 +173,12 @@ def _gaps(labels: NDArray[np.int64]) -> str:
     """labels: sorted, each once."""
     low, high = int(labels[0]), int(labels[-1])
     if low < 0:
-        return f"y_train has labels {low} to {high}; expected 0 to K - 1: np.unique(y, return_inverse=True) renumbers"
+        return f"has labels {low} to {high}; expected 0 to K - 1: np.unique(y, return_inverse=True) renumbers"
     first = np.setdiff1d(np.arange(len(labels) + NAMED), labels)
     missing = listed(first[first < high])
     advice = f"y - {low}" if high - low == len(labels) - 1 else "them renumbered (np.unique with return_inverse=True)"
     return (
-        f"y_train has labels {low} to {high}, but no image of {missing}; expected each of 0 to K - 1: save {advice},"
+        f"has labels {low} to {high}, but no image of {missing}; expected each of 0 to K - 1: save {advice},"
         " in both parts, or name every class in an array `classes`"
     )
 

@@ -1,38 +1,57 @@
-"""What a model takes: the size, layout and type of its images. Every model has one; attacks see (N, C, H, W) floats."""
+"""What a model takes: size, layout and type of its images, and their scale. Attacks see (N, C, H, W) floats."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.scale import GREY, ORDERS, PLAIN, WORDS, Scale
 
 LAYOUTS = ("NHWC", "NCHW")
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
-FORM = "expected DTYPE LAYOUT [HxWxC], such as 'uint8 NHWC 32x32x3' or 'float32 NCHW'"
+SIZE = re.compile(r"(\d+)x(\d+)x(\d+)")
+FORM = (
+    "expected DTYPE LAYOUT HxWxC [SCALE], such as 'uint8 NHWC 32x32x3' or 'float32 NCHW 224x224x3 imagenet'; DTYPE is"
+    f" one of {', '.join(DTYPES)}, SCALE of {WORDS}"
+)
 
 
 @dataclass(frozen=True)
 class InputContract:
-    """Images of height x width pixels with `channels`; layout NHWC or NCHW; dtype uint8, or floats in [0, 1]."""
+    """Images of height x width pixels with `channels`; layout NHWC or NCHW; dtype uint8, or floats on a scale.
+
+    Bytes are bytes: of their scale only the order of the channels may differ from RGB.
+    """
 
     height: int
     width: int
     channels: int
     layout: str = "NHWC"
     dtype: str = "uint8"
+    scale: Scale = PLAIN
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS or self.dtype not in DTYPES or min(self.shape) < 1:
-            raise BadInput(f"input {str(self)!r}: {FORM}; DTYPE is one of {', '.join(DTYPES)}")
+            raise BadInput(f"input {str(self)!r}: {FORM}")
+        try:
+            self.scale.require_channels(self.channels)
+        except BadInput as error:
+            raise BadInput(f"input {str(self)!r}: {error}") from None
+        if self.dtype == "uint8" and replace(self.scale, order="RGB") != PLAIN:
+            raise BadInput(
+                f"input {str(self)!r}: uint8 images come as bytes; leave the scale out, and make it a first layer of"
+                " the model"
+            )
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.layout} {self.height}x{self.width}x{self.channels}"
+        size = f"{self.height}x{self.width}x{self.channels}"
+        return " ".join(filter(None, (self.dtype, self.layout, size, str(self.scale))))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,38 +65,38 @@ class InputContract:
         return self.shape if self.layout == "NHWC" else (channels, height, width)
 
     @staticmethod
-    def parse(text: str, dims: Sequence[int | None] = ()) -> InputContract:
-        """From 'uint8 NHWC 32x32x3'.
+    def parse(text: str, dims: Sequence[int | None] = (), dtype: str = "") -> InputContract:
+        """From 'uint8 NHWC 32x32x3' or 'float32 NCHW 224x224x3 imagenet'.
 
-        dims: what a file says of its input (N, ., ., .), None where it leaves a size open. The text may leave out the
-        size where the file gives it, and may not contradict it.
+        dims, dtype: what a file says of its input (N, ., ., .), None where it leaves a size open. The text may leave
+        out what the file gives, and may not contradict its size.
         """
-        found = re.fullmatch(r"\s*(\w+)\s+(\w+)(?:\s+(\d+)x(\d+)x(\d+))?\s*", text)
-        if not found or found[1] not in DTYPES or found[2] not in LAYOUTS:
-            raise BadInput(f"input {text!r}: {FORM}; DTYPE is one of {', '.join(DTYPES)}")
-        dtype, layout, *size = found.groups()
-        sizes: list[int | None] = [int(side) if side else None for side in size]
-        if dims:
-            if len(dims) != 4:
-                raise BadInput(f"input {text!r}: the model takes {len(dims)} dimensions, images have 4: (N, ., ., .)")
-            filed = list(dims[1:]) if layout == "NHWC" else [dims[2], dims[3], dims[1]]
-            if any(None not in (said, known) and said != known for said, known in zip(sizes, filed, strict=True)):
-                raise BadInput(f"input {text!r}: the model says {_size(filed)} (height x width x channels) in {layout}")
-            sizes = [said or known for said, known in zip(sizes, filed, strict=True)]
-        height, width, channels = sizes
-        if height is None or width is None or channels is None:
-            raise BadInput(f"input {text!r}: the size is open; add it, such as '{dtype} {layout} 32x32x3'")
-        return InputContract(height, width, channels, layout, dtype)
+        words = text.split()
+        try:
+            said, layout = _one(words, DTYPES) or dtype, _one(words, LAYOUTS) or _layout(dims)
+            size = next((found for word in words if (found := SIZE.fullmatch(word))), None)
+            rest = [word for word in words if word not in (said, layout) and not (size and word == size[0])]
+            if not said or not layout:
+                raise BadInput(f"it lacks {'LAYOUT' if said else 'DTYPE'}; {FORM}")
+            height, width, channels = _sides(size, dims, layout, f"{said} {layout}")
+            scale = _scale(rest, channels)
+        except BadInput as error:
+            raise BadInput(f"input {text!r}: {error}") from None
+        scale = replace(scale, top=1) if said == "uint8" and (scale.mean, scale.std) == ((0,), (1,)) else scale
+        return InputContract(height, width, channels, layout, said, scale)
 
     def to_json(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "layout": self.layout, "shape": list(self.shape)}
+        """A scale that is plain is not written."""
+        plain = {"dtype": self.dtype, "layout": self.layout, "shape": list(self.shape)}
+        return plain if self.scale == PLAIN else {**plain, **self.scale.to_json()}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> InputContract:
         """The inverse of `to_json`; a candidate's manifest names its input as well, which is no matter here."""
         try:
             height, width, channels = (int(size) for size in value["shape"])
-            return InputContract(height, width, channels, str(value["layout"]), str(value["dtype"]))
+            scale = Scale.from_json(value)
+            return InputContract(height, width, channels, str(value["layout"]), str(value["dtype"]), scale)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(f"input contract: {error!r} in {value}") from None
 
@@ -87,14 +106,57 @@ class InputContract:
 
     def wire(self, x: Tensor) -> Tensor:
         """Float `(N, C, H, W)` in [0, 1] as the model takes it."""
-        whole = ((x * 255).round() if self.dtype == "uint8" else x).to(DTYPES[self.dtype])
+        scaled = self.scale.applied(x)
+        whole = ((scaled * 255).round() if self.dtype == "uint8" else scaled).to(DTYPES[self.dtype])
         return (whole.permute(0, 2, 3, 1) if self.layout == "NHWC" else whole).contiguous()
 
     def relaxed(self, x: Tensor) -> Tensor:
         """The same for a model whose uint8 input was widened to floats in [0, 255]: nothing is rounded, x has a
         gradient."""
-        scaled = x * 255 if self.dtype == "uint8" else x.to(DTYPES[self.dtype])
+        scaled = self.scale.applied(x)
+        scaled = scaled * 255 if self.dtype == "uint8" else scaled.to(DTYPES[self.dtype])
         return scaled.permute(0, 2, 3, 1) if self.layout == "NHWC" else scaled
+
+
+def _one(words: Sequence[str], known: Mapping[str, Any] | Sequence[str]) -> str:
+    """The one of `known` among the words, nothing where there is none."""
+    found = [word for word in words if word in known]
+    if len(found) > 1:
+        raise BadInput(f"{' and '.join(found)} exclude each other; {FORM}")
+    return found[0] if found else ""
+
+
+def _layout(dims: Sequence[int | None]) -> str:
+    """Where a file's channels are, of which images have 1 or 3; nothing where that does not tell."""
+    told = {"NCHW": dims[1], "NHWC": dims[3]} if len(dims) == 4 else {}
+    found = [layout for layout, channels in told.items() if channels in (1, 3)]
+    return found[0] if len(found) == 1 else ""
+
+
+def _sides(size: re.Match[str] | None, dims: Sequence[int | None], layout: str, declared: str) -> tuple[int, int, int]:
+    """Height, width and channels, from the text or the file; BadInput where neither gives them, or they differ."""
+    sizes: list[int | None] = [int(side) for side in size.groups()] if size else [None] * 3
+    if dims:
+        if len(dims) != 4:
+            raise BadInput(f"the model takes {len(dims)} dimensions, images have 4: (N, ., ., .)")
+        filed = list(dims[1:]) if layout == "NHWC" else [dims[2], dims[3], dims[1]]
+        if any(None not in (said, known) and said != known for said, known in zip(sizes, filed, strict=True)):
+            raise BadInput(f"the model says {_size(filed)} (height x width x channels) in {layout}")
+        sizes = [said or known for said, known in zip(sizes, filed, strict=True)]
+    height, width, channels = sizes
+    if height is None or width is None or channels is None:
+        raise BadInput(f"the size is open; add it, such as '{declared} 32x32x3'")
+    return height, width, channels
+
+
+def _scale(words: Sequence[str], channels: int) -> Scale:
+    colours = {GREY: 1, **dict.fromkeys(ORDERS, 3)}
+    if odd := [word for word in words if colours.get(word, channels) != channels]:
+        raise BadInput(f"{odd[0]} takes {colours[odd[0]]} of an image's channels, there are {channels}")
+    try:
+        return Scale.parse(words)
+    except BadInput as error:
+        raise BadInput(f"{error}; {FORM}") from None
 
 
 def _size(sizes: Sequence[int | None]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,8 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
 from dfmcl.common.text import is_line, why_not_local
 from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
-from dfmcl.robustness.folder import described, read_part
+from dfmcl.robustness.folder import described, list_part
+from dfmcl.robustness.images import Images, Pictures
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -33,9 +34,9 @@ class Dataset:
     """A named data set; `path` and `image_size` suffice to load it again; skipped: files, by reason."""
 
     name: str
-    x_train: Bytes
+    x_train: Images
     y_train: Labels
-    x_test: Bytes
+    x_test: Images
     y_test: Labels
     classes: tuple[str, ...]
     path: str = ""
@@ -44,11 +45,17 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of all images and labels, in order."""
+        """Digest of all images and labels, in order; of a folder, of its files, their classes and how they are read."""
         digest = hashlib.sha256()
+        if isinstance(self.x_train, Pictures) and isinstance(self.x_test, Pictures):
+            for pictures in (self.x_train, self.x_test):
+                digest.update(str((pictures.shape, pictures.mode)).encode())
+                named = (pictures.part.classes[label] for label in pictures.part.labels)
+                digest.update("".join(map("{}\0{}\n".format, named, pictures.digests)).encode())
+            return digest.hexdigest()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
-            digest.update(str((array.shape, array.dtype.str)).encode())
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(str((array.shape, np.asarray(array).dtype.str)).encode())
+            digest.update(np.ascontiguousarray(np.asarray(array)).data)
         return digest.hexdigest()
 
     @property
@@ -65,20 +72,52 @@ class Dataset:
     def remark(self) -> str:
         """One line about files that were not read, and classes that nobody can learn; nothing where all is there."""
         lacking = [self.classes[i] for i in np.setdiff1d(np.arange(len(self.classes)), self.y_train)]
-        untold = f"no training image of {listed([repr(name) for name in lacking])}" if lacking else ""
+        untold = (
+            f"no training image of {listed([repr(name) for name in lacking])}" if lacking and len(self.y_train) else ""
+        )
         said = "; ".join(filter(None, (described(self.skipped), untold)))
         return f"{self.path}: {said}" if said else ""
 
 
+def whole(data: Dataset, track: Track = silent) -> Dataset:
+    """The same with its images as arrays."""
+
+    def read(images: Images, part: str) -> Bytes:
+        if isinstance(images, Pictures):
+            return images.read(np.arange(len(images)), track, f"reading {part} images")
+        return np.asarray(images)
+
+    digest = data.sha256
+    read_in = replace(data, x_train=read(data.x_train, "train"), x_test=read(data.x_test, "test"))
+    read_in.__dict__["sha256"] = digest
+    return read_in
+
+
+def labelled_as(data: Dataset, names: tuple[str, ...]) -> Dataset:
+    """The same images with their labels in the order of a model's classes, all of which the data's are among."""
+    place = np.array([names.index(name) for name in data.classes], np.int64)
+    return replace(data, y_train=place[data.y_train], y_test=place[data.y_test], classes=names)
+
+
 def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
-    """Load `digits`, `cifar10`, `npz` or `folder`; `path` is a file or folder, `image_size` a side."""
+    """The data set as `open_dataset` opens it, its images as arrays: for whoever asks for them all, or many times."""
+    return whole(open_dataset(name, path, image_size, track), track)
+
+
+def open_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent, mode: str = "RGB") -> Dataset:
+    """`digits`, `cifar10`, `npz` or `folder`, whose files are decoded when they are asked for.
+
+    path: a file or folder.
+    image_size: a side, of a folder.
+    mode: RGB, or L, to read a folder for a network that takes grey images.
+    """
     if why := why_not_local(path):  # a path that no configuration gave, such as --data-path
         raise BadInput(f"data: path {path}: {why}")
     loaders = {
         "digits": lambda: _digits(),
         "cifar10": lambda: _npz(path, "cifar10", track) if path.endswith(".npz") else _cifar10(path),
         "npz": lambda: _npz(path, "npz", track),
-        "folder": lambda: _folder(path, image_size, track),
+        "folder": lambda: _folder(path, image_size, mode),
     }
     if name not in loaders:
         raise BadInput(f"data: name is {name!r}; choose one of {', '.join(loaders)}")
@@ -136,13 +175,18 @@ def _cifar10(path: str) -> Dataset:
     return Dataset("cifar10", x_train, y_train, x_test, y_test, CIFAR10_CLASSES, path=root)
 
 
-def _folder(path: str, image_size: int, track: Track) -> Dataset:
-    """`path`/train/CLASS/* and `path`/test/CLASS/*: fitted to image_size squared, as dfmcl.common.pictures does."""
+def _folder(path: str, image_size: int, mode: str) -> Dataset:
+    """`path`/train/CLASS/* and `path`/test/CLASS/*, or `path`/CLASS/* where it has neither: then it is all test images.
+
+    They are fitted to image_size squared, as dfmcl.common.pictures does.
+    """
     if not path:
         raise BadInput("data: a folder needs a path, with PATH/train/CLASS/*.png and PATH/test/CLASS/*.png")
     if image_size < 8:
         raise BadInput(f"data: image_size is {image_size}; a folder needs a side to resize to, such as 32")
-    train, test = (read_part(Path(path) / part, image_size, track) for part in ("train", "test"))
+    parted = any((Path(path) / part).is_dir() for part in ("train", "test"))
+    test = list_part(Path(path) / "test" if parted else Path(path))
+    train = list_part(Path(path) / "train") if parted else test.without_images()
     for one, others, part, other in ((train, test, "train", "test"), (test, train, "test", "train")):
         lacking = [name for name in others.classes if name not in one.classes]
         if lacking:
@@ -152,9 +196,9 @@ def _folder(path: str, image_size: int, track: Track) -> Dataset:
             )
     return Dataset(
         name="folder",
-        x_train=train.images,
+        x_train=Pictures(train, image_size, mode),
         y_train=train.labels,
-        x_test=test.images,
+        x_test=Pictures(test, image_size, mode),
         y_test=test.labels,
         classes=train.classes,
         path=path,

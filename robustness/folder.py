@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from stat import S_ISREG
 
@@ -16,7 +18,6 @@ from PIL import Image
 
 from dfmcl.common import pictures
 from dfmcl.common.errors import BadInput
-from dfmcl.common.progress import Track
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # as this Pillow has them
 MAX_PIXELS = 89_478_485  # of a file, as Pillow has it: a decoded image takes up to a quarter of a gigabyte
@@ -26,44 +27,64 @@ HIDDEN, OUTSIDE, BARE = "hidden", "outside a class folder", "without a suffix"  
 
 @dataclass(frozen=True)
 class Part:
-    """uint8 (N, H, W, 3), int64 (N,) in the order of `classes`, and how many files were skipped, by reason."""
+    """The files of a part of a folder, in the order of `classes` and by name; labels int64 (N,); how many files were
+    skipped, by reason."""
 
-    images: NDArray[np.uint8]
+    paths: tuple[str, ...]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     skipped: Counter[str]
 
+    def without_images(self) -> Part:
+        """The same classes, and nothing of them."""
+        return Part((), self.labels[:0], self.classes, Counter())
 
-def read_part(folder: Path, side: int, track: Track) -> Part:
-    """All images of folder/CLASS, by name, fitted to (side, side). BadInput names the file that is in the way."""
+
+def list_part(folder: Path) -> Part:
+    """All images of folder/CLASS, none of them opened. BadInput names what is in the way."""
     files, skipped = _found(folder)
     if not files:
-        raise BadInput(f"{folder}: has no class folders; expected PATH/{folder.name}/CLASS/*.png{_but(skipped)}")
+        raise BadInput(f"{folder}: has no class folders; expected {folder}/CLASS/*.png{_but(skipped)}")
     empty = [name for name, members in files.items() if not members]
     if empty:
         advice = "add some, or remove the folder from both parts"
         raise BadInput(f"{folder / empty[0]}: holds no image; {advice}{_but(skipped)}")
-    paths = [path for members in files.values() for path in members]
     labels = np.repeat(np.arange(len(files)), [len(members) for members in files.values()])
-    images = np.empty((len(paths), side, side, 3), np.uint8)
-    for index, path in enumerate(track(paths, f"reading {folder.name} images", len(paths))):
-        images[index] = read_image(path, side)
-    return Part(images, labels.astype(np.int64), tuple(files), skipped)
+    paths = tuple(path for members in files.values() for path in members)
+    return Part(paths, labels.astype(np.int64), tuple(files), skipped)
 
 
-def read_image(path: str, side: int) -> NDArray[np.uint8]:
-    """One file as uint8 (side, side, 3); BadInput that names it where it is none."""
+def read_image(path: str, side: int, mode: str = "RGB") -> NDArray[np.uint8]:
+    """One file as uint8 (side, side, C); BadInput that names it where it is none."""
     try:
-        if not S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # 2 us, where a Path takes 10, a million times
-            raise BadInput(f"{path}: is no regular file; remove it")
-        with open(path, "rb") as file:  # noqa: PTH123  # as above
+        with _regular(path) as file:
             picture = pictures.opened(file, _readable(), MAX_PIXELS)
-            return pictures.to_array(pictures.fitted(pictures.upright(picture, "RGB"), side, side))
+            return pictures.to_array(pictures.fitted(pictures.upright(picture, mode), side, side))
     except pictures.Unusable as error:
         advice = "; replace it, or remove it" if error.reason == "bad_image" else ""
         raise BadInput(f"{path}: {error}{advice}") from None
     except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}; remove it, or make it readable") from None
+        raise _unreadable(path, error) from None
+
+
+def file_digest(path: str) -> str:
+    """Hex SHA-256 of a file's bytes; BadInput where it cannot be read."""
+    try:
+        with _regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _regular(path: str) -> BufferedReader:
+    """The file, open; a FIFO or a device would keep its reader waiting."""
+    if not S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # 2 us, where a Path takes 10, a million times
+        raise BadInput(f"{path}: is no regular file; remove it")
+    return open(path, "rb")  # noqa: PTH123  # as above; whoever asks closes it
+
+
+def _unreadable(path: str, error: OSError) -> BadInput:
+    return BadInput(f"{path}: {error.strerror or error}; remove it, or make it readable")
 
 
 def described(skipped: Mapping[str, int]) -> str:
@@ -106,7 +127,7 @@ def _found(folder: Path) -> tuple[dict[str, list[str]], Counter[str]]:
                 else:
                     found.append(path)
     except OSError as error:
-        expected = f"expected PATH/{folder.name}/CLASS/*.png in data.path"
+        expected = f"expected {folder}/CLASS/*.png"
         raise BadInput(f"{error.filename or folder}: {error.strerror or error}; {expected}") from None
     return files, skipped
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
@@ -19,6 +18,8 @@ from torch import Tensor
 from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.reader import Unfit, read_plain, why_unread
 from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.onnx_head import Head, headed
+from dfmcl.robustness.onnx_session import asked, first_line, observed, opened
 from dfmcl.robustness.provider import CPU, Provider
 
 FREE = "batch"  # the name of a dimension of any size
@@ -33,15 +34,15 @@ TYPES = {
 # Two forms of one file sum float32 in the same order, or nearly; a wrong axis or a mixed batch is off by a tenth.
 SAME = 1e-4
 MOST_BYTES = 2**31  # what protobuf can hold
-FATAL = 4  # ONNX Runtime's severity: what a trial reports as an error is an answer here, not news
 
 
 @dataclass(frozen=True)
 class Graph:
     """A classifier's file that was read and understood.
 
-    model: with all weights inside, also where the file keeps them beside itself. digest: SHA-256 of the file, or
-    of the model in whole where its weights lie elsewhere. batch: the only batch size it takes, None where it takes any.
+    model: with all weights inside, also where the file keeps them beside itself, and with logits as its one output.
+    digest: SHA-256 of the file, or of the model in whole where its weights lie elsewhere. batch: the only batch size it
+    takes, None where it takes any. head: how the file itself ends; as_it_came: whether it ends as the model does.
     """
 
     path: Path
@@ -49,6 +50,8 @@ class Graph:
     digest: str
     contract: InputContract
     batch: int | None
+    head: Head
+    as_it_came: bool
 
     @property
     def input(self) -> onnx.ValueInfoProto:
@@ -64,8 +67,15 @@ class Graph:
         return int(next(entry.version for entry in self.model.opset_import if entry.domain in DOMAINS))
 
 
-def read_graph(path: Path, contract: str) -> Graph:
-    """Read an ONNX classifier; contract: 'DTYPE LAYOUT [HxWxC]', see InputContract.parse. BadInput where it is none."""
+def read_graph(
+    path: Path, contract: str = "", output: str | None = None, classes: int | None = None, *, whole: bool = False
+) -> Graph:
+    """Read an ONNX classifier; BadInput where it is none.
+
+    contract: see InputContract.parse; the file gives what it leaves out.
+    output: the name of its scores, where it has several outputs; else the one of K columns. classes: K, where known.
+    whole: keep its end as it is, because it is served so.
+    """
     data = _read(path)
     try:
         model = onnx.load_model_from_string(data)
@@ -83,16 +93,23 @@ def read_graph(path: Path, contract: str) -> Graph:
         raise BadInput(f"{path}: not readable as ONNX: {first_line(error)}") from None
     if not model.graph.node or not any(entry.domain in DOMAINS for entry in model.opset_import):
         raise BadInput(f"{path}: not readable as ONNX: no operators in it; export the model again")
-    inputs, outputs = _inputs(model.graph), model.graph.output
-    if len(inputs) != 1 or len(outputs) != 1:
-        names = ", ".join(value.name for value in (inputs if len(inputs) != 1 else outputs))
-        what = f"{len(inputs)} inputs" if len(inputs) != 1 else f"{len(outputs)} outputs"
-        raise BadInput(f"{path}: has {what} ({names}); export it with one image input and one output of logits (N, K)")
+    inputs = _inputs(model.graph)
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs)
+        raise BadInput(f"{path}: has {len(inputs)} inputs ({names}); export it with one image input")
     dims = _dims(inputs[0])
-    parsed = InputContract.parse(contract, dims or ())
+    parsed = InputContract.parse(contract, dims or (), TYPES.get(inputs[0].type.tensor_type.elem_type, "float32"))
     parsed = replace(parsed, dtype=_dtype(inputs[0], parsed, path))
     digest = hashlib.sha256(model.SerializeToString(deterministic=True) if outside else data).hexdigest()
-    return Graph(path, model, digest, parsed, dims[0] if dims else None)
+    batch = dims[0] if dims else None
+    images = parsed.wire(torch.zeros(batch or 2, parsed.channels, parsed.height, parsed.width)).numpy()
+    head = Head("", "")
+    ended = model
+    if not whole:
+        ended, head = headed(model, images, path, output=output, classes=classes)
+    elif len(model.graph.output) != 1:
+        raise BadInput(f"{path}: has {len(model.graph.output)} outputs, a served file has one; export it again")
+    return Graph(path, ended, digest, parsed, batch, head, ended is model)
 
 
 def all_tensors(message: Any) -> Iterator[TensorProto]:
@@ -124,31 +141,13 @@ def artefact(graph: Graph, provider: Provider = CPU, *, quiet: bool = False) -> 
     Runtime cannot load it, or it cannot take these images.
     """
     where, contract = graph.path, graph.contract
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = FATAL if quiet else 3
-    try:
-        session = provider.session(graph.model.SerializeToString(), options)
-    except BadInput:
-        raise
-    except Exception as error:  # onnxruntime raises its own unrelated classes
-        if lacks_memory(error):
-            raise
-        way = "; export it in float32 (`model.float()`)" if contract.dtype in ("float64", "float16") else ""
-        raise BadInput(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}{way}") from None
-    (entry,), (answer,) = session.get_inputs(), session.get_outputs()
+    session = opened(graph.model.SerializeToString(), where, contract.dtype, provider, quiet=quiet)
+    (entry,) = session.get_inputs()
     size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
 
     def run(images: NDArray[Any]) -> NDArray[Any]:
-        try:
-            (logits,) = session.run([answer.name], {entry.name: images})
-        except Exception as error:  # as above
-            if lacks_memory(error):
-                raise
-            raise BadInput(f"{where}: cannot take {contract} x {len(images)}: {first_line(error)}") from None
-        return np.asarray(logits)
+        (logits,) = asked(session, images, where, f"{contract} x {len(images)}")
+        return logits
 
     def decide(x: Tensor) -> Tensor:
         images = contract.wire(x.cpu()).numpy()
@@ -231,16 +230,11 @@ def _same_answers(graph: Graph, free: Graph) -> bool:
 
 def _sizes(graph: Graph, names: list[str]) -> dict[str, int]:
     """The first size of inner tensors, by name: as they are, for what exporters declare is full of gaps."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
     inner = sorted(set(names) - {graph.output.name, graph.input.name})
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner)
-    options = ort.SessionOptions()
-    options.log_severity_level = FATAL
-    session = CPU.session(model.SerializeToString(), options)
     images = graph.contract.wire(noise(graph.contract, graph.batch or 1)).numpy()
-    found = zip(session.get_outputs(), session.run(None, {graph.input.name: images}), strict=True)
-    first = {entry.name: value.shape[0] for entry, value in found if value.ndim}
+    first = {
+        name: value.shape[0] for name, value in observed(graph.model, inner, images, graph.path).items() if value.ndim
+    }
     return {**first, graph.input.name: graph.batch or 1}
 
 
@@ -262,7 +256,7 @@ def _dtype(value: onnx.ValueInfoProto, declared: InputContract, path: Path) -> s
     if declared.dtype != dtype and (declared.dtype, dtype) != ("float32", "float16"):
         raise BadInput(
             f"{path}: its input {value.name!r} is {dtype}, not {declared.dtype}; declare it as it is: --input"
-            f" '{dtype} {declared.layout}'"
+            f" '{' '.join(filter(None, (dtype, declared.layout, str(declared.scale))))}'"
         )
     return dtype
 
@@ -277,8 +271,3 @@ def _read(path: Path) -> bytes:
         return read_plain(path, MOST_BYTES, named=True)
     except (OSError, Unfit) as error:
         raise BadInput(f"{path}: cannot be read: {why_unread(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Of a message that fills a screen, what fits in one of ours."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

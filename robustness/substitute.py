@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import mi_fgsm
-from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.images import Images
 from dfmcl.robustness.models import ResNet18, frozen, to_float
 from dfmcl.robustness.seeds import derived_seed, generator
 from dfmcl.robustness.threats.threat import Threat
@@ -78,7 +78,7 @@ class Learnt:
 
 def learnt(
     decide: Callable[[Tensor], Tensor],
-    images: Bytes,
+    images: Images,
     threat: Threat,
     *,
     answers: int,
@@ -94,9 +94,9 @@ def learnt(
     """
     stream = generator(seed, "substitute", device=device)
     count = min(len(images), max(1, answers // PARTS))
-    chosen = torch.randperm(len(images), generator=generator(seed, "substitute", "images"))[:count]
+    chosen = torch.randperm(len(images), generator=generator(seed, "substitute", "images"))[:count].numpy()
     # As bytes, and what was asked in the substitute's own size: whole and in floats they would take gigabytes.
-    parts = [part.to(device) for part in torch.from_numpy(images)[chosen].split(BATCH)]
+    parts = [part.to(device) for part in torch.from_numpy(images[chosen]).split(BATCH)]
     asked = [_Asked.of(decide, to_float(part)) for part in parts]
     truth = [one.labels for one in asked]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

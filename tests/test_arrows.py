@@ -108,7 +108,7 @@ def test_a_class_name_means_one_thing() -> None:
     assert {name for name, times in names.items() if times > 1} == {"DataSection", "ListenSection"}
 
 
-POLICY = ("policy", "verdict", "report")
+POLICY = ("assumed", "policy", "verdict", "report")
 SIGNING = ("attestation", "faults", "keys", "probes", "statement", "trust")
 FORMATS = ("registry", "github")
 LIGHT = {

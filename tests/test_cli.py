@@ -73,6 +73,11 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
             2,
             "train: not enough memory: Unable to allocate",
         ),
+        "no training images": (
+            [*folder, "--set", f"data.path={tmp_path}/images/test", "--set", "data.image_size=16"],
+            2,
+            "images/test: has test images only; training needs",
+        ),
         "a bomb among the images": (
             [*folder, "--set", f"data.path={tmp_path}/bombs", "--set", "data.image_size=16"],
             2,
@@ -149,6 +154,7 @@ CASES = [
     "no run to export", "no candidate", "nothing to promote", "promote without trust", "no evidence",
     "empty repository", "no watch config", "images that no memory holds", "a bomb among the images",
     "suite and attacks", "no such suite", "no such device", "no such GPU", "a device of another kind",
+    "no training images",
     "nowhere to craft to", "nothing to craft on", "a directory as record", "a record in no directory",
     "a record in place of notes", "a record in place of a pipe",
 ]  # fmt: skip

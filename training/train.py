@@ -94,6 +94,10 @@ def _train(
 ) -> dict[str, Any]:
     require_room(out, resume)
     data = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
+    if not len(data.x_train):
+        raise BadInput(
+            f"data {data.path}: has test images only; training needs {Path(data.path) / 'train'}/CLASS/*.png"
+        )
     if (out / MANIFEST).exists():
         return finished(out, config, data)
     fit, heldout = split(data, config)
@@ -187,7 +191,8 @@ def require_every_class(data: Dataset, labels: Labels) -> None:
 def build(config: TrainConfig, data: Dataset) -> Classifier:
     """A fresh network for this data, its weights drawn from the config's seed."""
     # From histograms: as floats, the images of CIFAR-10 take more than a gigabyte.
-    counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in np.moveaxis(data.x_train, 3, 0)])
+    channels = np.moveaxis(np.asarray(data.x_train), 3, 0)
+    counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in channels])
     share, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = share @ levels
     std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1))

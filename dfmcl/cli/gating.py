@@ -8,13 +8,18 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import read_labels
+from dfmcl.cli.arguments import OUTPUT, read_labels
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page
+
+if TYPE_CHECKING:
+    from dfmcl.gating.assumed import Assumed
+    from dfmcl.gating.policy import Policy
+    from dfmcl.robustness.contract import InputContract
 
 
 @command
@@ -22,8 +27,11 @@ def gate(
     subject: Annotated[
         str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
     ],
-    policy: Annotated[Path, typer.Option(help="The policy (TOML).")],
-    out: Annotated[Path, typer.Option(help="Where the evidence goes.")],
+    policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
+    data: Annotated[str | None, typer.Option(help="A folder of classes, an .npz, digits or cifar10.")] = None,
+    eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
+    at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the evidence goes.")] = Path("evidence"),
     run: Annotated[
         Path | None, typer.Option(help="The run it was exported from; else gradients come from the ONNX file.")
     ] = None,
@@ -37,18 +45,18 @@ def gate(
         list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable; the first draws the order.")
     ] = None,
     contract: Annotated[
-        str | None, typer.Option("--input", help="What a foreign model takes, such as 'float32 NCHW 32x32x3'.")
+        str | None, typer.Option("--input", help="What a foreign model takes: 'float32 NCHW 224x224x3 imagenet'.")
     ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
     ] = None,
+    output: OUTPUT = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
-    from dfmcl.gating.policy import load_policy
     from dfmcl.gating.signing.keys import read_signer
 
-    parsed = load_policy(policy)  # before torch loads: a wrong key is answered at once
+    rules = rules_of(policy, data, eps, at_least)  # before torch loads: a wrong key is answered at once
     signers = [read_signer(path) for path in key or ()]  # one that cannot sign is found out before the attacks
 
     from dfmcl.gating.bar import bar
@@ -67,12 +75,13 @@ def gate(
                 run=run,
                 contract=contract,
                 labels=read_labels(labels),
+                output=output,
                 connect=functools.partial(connect, open_clients),
                 budget=queries,
             )
             report = run_gate(
                 judged,
-                parsed,
+                settled(rules, judged.contract, out, say if ranks.first else lambda line: None),
                 out,
                 surrogates={path.resolve().name: load_run(path, ranks.device) for path in surrogate or ()},
                 baseline=baseline,
@@ -83,12 +92,38 @@ def gate(
             )
         if ranks.first:
             say_page(markdown(report, details=False))
-            publish(report, policy, os.environ, say)
+            publish(report, policy or out / "policy.toml", os.environ, say)
             say(f"evidence: {out}")
     finally:
         ranks.leave()
     # torchrun makes 1, "failed", of whatever a process ends with: `dfmcl verdict` tells what the evidence says.
     return 0 if ranks.world > 1 else int(report["exit_code"])
+
+
+def rules_of(policy: Path | None, data: str | None, eps: str | None, at_least: str | None) -> Policy | Assumed:
+    """A policy's file, or the three options in its place; BadInput for both, or for neither."""
+    from dfmcl.common.errors import BadInput
+    from dfmcl.gating.assumed import Assumed
+    from dfmcl.gating.policy import load_policy
+
+    asked = {"--data": data, "--eps": eps, "--at-least": at_least}
+    if policy is None:
+        return Assumed.of(data, eps, at_least)
+    if given := [name for name, value in asked.items() if value is not None]:
+        raise BadInput(f"--policy {policy} says data, eps and threshold; leave {', '.join(given)} out, or --policy")
+    return load_policy(policy)
+
+
+def settled(rules: Policy | Assumed, contract: InputContract, out: Path, tell: Callable[[str], None]) -> Policy:
+    """The policy by which a model with this contract is judged; what was assumed is told."""
+    from dfmcl.gating.policy import POLICY, Policy
+
+    if isinstance(rules, Policy):
+        return rules
+    policy = rules.policy(contract)
+    for line in rules.said(policy, contract, out / POLICY):
+        tell(line)
+    return policy
 
 
 @command

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import LIVE, NAME, REPOSITORY, TRUST, WAIT, read_labels
+from dfmcl.cli.arguments import LIVE, NAME, OUTPUT, REPOSITORY, TRUST, WAIT, read_labels
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track, warn
 
@@ -18,9 +18,10 @@ def export(
     out: Annotated[Path, typer.Option(help="The candidate's directory.")],
     weights: Annotated[str | None, typer.Option(help="How a run's weights are stored: float32 or float16.")] = None,
     contract: Annotated[
-        str | None, typer.Option("--input", help="What the ONNX file takes, such as 'float32 NCHW'.")
+        str | None, typer.Option("--input", help="What the ONNX file takes, such as 'float32 NCHW imagenet'.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
+    output: OUTPUT = None,
 ) -> None:
     """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to its source."""
     from dfmcl.common.errors import BadInput
@@ -30,14 +31,14 @@ def export(
         raise BadInput(f"{source}: say what it takes and what it tells apart: --input 'float32 NCHW' --labels FILE")
     if foreign and weights is not None:
         raise BadInput(f"{source}: an ONNX file keeps its weights as they are; leave --weights out")
-    if not foreign and (contract is not None or names is not None):
-        raise BadInput(f"{source}: is no ONNX file; a run knows its --input and --labels, leave them out")
+    if not foreign and any(value is not None for value in (contract, names, output)):
+        raise BadInput(f"{source}: is no ONNX file; a run knows its --input, --labels and --output, leave them out")
 
     from dfmcl.release.export import export as run_export  # after the questions that need no torch
     from dfmcl.release.export import wrap
 
     if contract is not None and names is not None:
-        manifest = wrap(source, out, contract=contract, labels=names, track=track)
+        manifest = wrap(source, out, contract=contract, labels=names, output=output, track=track)
     else:
         manifest = run_export(source, out, weights=weights or "float32", track=track, log=say)
     parity: Any = manifest["parity"]
@@ -51,8 +52,12 @@ def export(
         f" {parity['max_abs_difference']:.1e} (tolerance {parity['tolerance']:.1e}),"
         f" {100 * parity['label_agreement']:.1f} % equal labels{rounding if weights == 'float16' else ''}"
     )
-    if contract is not None and not contract.split()[0].startswith("uint8"):
-        say(f"{out}: {source} is sent pixels / 255, no mean taken off; `dfmcl gate` finds out whether that is right")
+    if foreign:
+        from dfmcl.robustness.contract import InputContract
+
+        origin: Any = manifest["origin"]
+        takes = InputContract.from_json(origin["input"])
+        say(f"{out}: takes bytes, of which it makes {takes} for {source}; `dfmcl gate` finds out whether that is right")
 
 
 @command

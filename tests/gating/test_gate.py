@@ -716,16 +716,25 @@ def spoilt(logits: torch.Tensor, x: torch.Tensor, bright: float) -> torch.Tensor
     return torch.where(rows[:, None], torch.nan, logits)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "repair"),
+    [
+        ("candidate", "uint8", "export its file again with `0..1 mean=[^`]*` in --input, or make it a first layer"),
+        ("onnx", "uint8", "make it a first layer of the model"),
+        ("onnx", "float32", "declare it: --input 'float32 NHWC 16x16x3 0..1 mean=[^']*'$"),
+    ],
+)
 def test_another_preprocessing_is_told_and_not_blamed_on_the_model(
-    subject: Subject, standard_run: Path, tmp_path: Path, dtype: str
+    subject: Subject, standard_run: Path, tmp_path: Path, kind: str, dtype: str, repair: str
 ) -> None:
     """The network without the layer that normalises, as files come from elsewhere: bad input, with what repairs it."""
     behind = load_run(standard_run).model.net.eval()
-    foreign = replace(
-        subject, model=behind, decide=exactly(behind), contract=replace(subject.contract, dtype=dtype), run={}
+    contract = replace(subject.contract, dtype=dtype)
+    foreign = replace(subject, kind=kind, model=behind, decide=exactly(behind), contract=contract, run={})
+    said = (
+        rf"as `.*` it is right on \d+ % of 64 images, as declared on \d+ %, so its preprocessing is another; {repair}"
     )
-    with pytest.raises(BadInput, match=r"right on \d+ % of 64 images as its contract says, and on \d+ % if they are"):
+    with pytest.raises(BadInput, match=said):
         gate(foreign, policy(0.1), tmp_path / "evidence", track=unattacked)
 
 

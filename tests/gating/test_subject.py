@@ -135,19 +135,37 @@ def assert_is(subject: Subject, net: nn.Module, images: int = 3, *, tolerance: f
 
 
 CONTRACTS = ["uint8 NHWC 12x10x3", "uint8 NCHW 9x9x1", "float32 NCHW 10x14x4", "float32 NHWC 8x8x3"]
+SCALED = [
+    "uint8 NHWC 8x8x3 BGR",
+    "float32 NCHW 8x8x3 imagenet",
+    "float32 NHWC 6x8x3 caffe",
+    "float32 NCHW 8x8x1 0..255",
+]
+
+
+class Behind(nn.Module):
+    """A network as pixels in [0, 1] reach it behind a contract."""
+
+    def __init__(self, net: nn.Module, contract: InputContract) -> None:
+        super().__init__()
+        self.net, self.scale = net, contract.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(self.scale.applied(x))
+        return logits
 
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])
-@pytest.mark.parametrize("text", CONTRACTS)
+@pytest.mark.parametrize("text", CONTRACTS + SCALED)
 def test_onnx_answers_and_gradients_are_the_networks(tmp_path: Path, text: str, dynamo: bool) -> None:
-    """Of any layout, type, size and number of channels, from either of torch's exporters."""
+    """Of any layout, type, size, number of channels and scale, from either of torch's exporters; in pixels' units."""
     contract = InputContract.parse(text)
     net = Tiny(contract.channels)
     path = to_onnx(tmp_path / "model.onnx", Wired(net, contract), zeros(contract), dynamo=dynamo)
-    subject = onnx_subject(path, " ".join(text.split()[:2]))  # the size is the file's
+    subject = onnx_subject(path, " ".join(word for word in text.split() if word[0] not in "1689"))  # the size is there
     assert subject.contract == contract
     assert (subject.kind, subject.classes, subject.no_gradients, subject.files) == ("onnx", 5, "", {})
-    assert_is(subject, net)
+    assert_is(subject, Behind(net, contract))
 
 
 def test_the_provider_that_was_handed_in_computes(tmp_path: Path) -> None:
@@ -269,15 +287,6 @@ def test_float64_that_nobody_computes_says_what_to_export(tmp_path: Path) -> Non
     path = to_onnx(tmp_path / "model.onnx", Tiny().double(), zeros(InputContract.parse("float64 NCHW 8x8x3")))
     with pytest.raises(BadInput, match=r"Conv.*; export it in float32 \(`model\.float\(\)`\)"):
         onnx_subject(path, "float64 NCHW")
-
-
-def test_softmax_at_the_end_stays(tmp_path: Path) -> None:
-    """What comes out is what the file says, be it probabilities; whether that is good is not asked here."""
-    net = nn.Sequential(Tiny(), nn.Softmax(1)).eval()
-    path = to_onnx(tmp_path / "model.onnx", net, torch.zeros(2, 3, 8, 8))
-    subject = onnx_subject(path, "float32 NCHW")
-    assert_is(subject, net)
-    np.testing.assert_allclose(subject.decide(noise(subject.contract, 3)).sum(dim=1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "dynamo"), [("resnet18", True), ("mobilenet_v2", False), ("densenet121", False)])
@@ -407,8 +416,8 @@ UNLOADABLE.opset_import.append(helper.make_opsetid("nobody.knows", 1))
 IDENTITY = helper.make_node("Identity", ["x"], ["y"])
 TWO_INPUTS = graph_of(*means("x"), axes=AXES)
 TWO_INPUTS.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["n"]))
-TWO_OUTPUTS = graph_of(*means("x"), axes=AXES)
-TWO_OUTPUTS.graph.output.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, None))
+TWO_OUTPUTS = graph_of(*means("x"), helper.make_node("Neg", ["y"], ["z"]), axes=AXES)
+TWO_OUTPUTS.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
 ARGMAX = graph_of(*means("x", "m"), helper.make_node("ArgMax", ["m"], ["y"], axis=1, keepdims=0), axes=AXES)
 ARGMAX.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
 WHOLE = graph_of(*means("x", "m"), helper.make_node("Cast", ["m"], ["y"], to=TensorProto.INT64), axes=AXES)
@@ -419,7 +428,7 @@ WHOLE.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
     ("model", "contract", "message"),
     [
         (TWO_INPUTS, "float32 NCHW", r"has 2 inputs \(x, mask\); export it with one image input"),
-        (TWO_OUTPUTS, "float32 NCHW", r"has 2 outputs \(y, x\)"),
+        (TWO_OUTPUTS, "float32 NCHW", r"has 2 outputs \(y float32 \(2, 3\), z float32 \(2, 3\)\); say which"),
         (ARGMAX, "float32 NCHW", r"2 images gave int64 \(2,\); a classifier gives one row"),
         (WHOLE, "float32 NCHW", r"2 images gave int64 \(2, 3\)"),
         (graph_of(IDENTITY), "float32 NCHW", r"2 images gave float32 \(2, 3, 4, 4\)"),
@@ -431,7 +440,7 @@ WHOLE.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
         (DOUBLE, "float32 NCHW", "'x' is float64, not float32; declare it as it is: --input 'float64 NCHW'"),
         (WHOLE_INPUT, "uint8 NCHW", "its input 'x' is int64; images come as uint8, float32, float64, float16"),
         (graph_of(*means("x"), axes=AXES), "float32 NHWC 4x4x3", "the model says 3x4x4"),
-        (graph_of(*means("x"), axes=AXES), "float32 CHWN", "expected DTYPE LAYOUT"),
+        (graph_of(*means("x"), axes=AXES), "float32 CHWN", "'CHWN' is not known; expected DTYPE LAYOUT"),
         (graph_of(*means("x"), axes=AXES), "bfloat16 NCHW", "expected DTYPE LAYOUT .* one of uint8, float32, float64"),
         (UNLOADABLE, "float32 NCHW", "cannot load it"),
         (onnx.ModelProto(), "float32 NCHW", "not readable as ONNX"),
@@ -610,6 +619,21 @@ def test_module_under_a_uint8_contract_sees_bytes_only(made: str) -> None:
     assert not torch.equal(floats.decide(x), floats.decide(moved))
 
 
+def test_module_is_sent_its_scale(made: str) -> None:
+    """Its first logits are the red channel as the network takes it; the gate's gradient is in units of pixels."""
+    subject = module_subject(f"{made}:make", "float32 NCHW 2x2x3 caffe")
+    x = noise(subject.contract, 3)
+    blue = x[:, 2].flatten(1) * 255 - 103.939
+    assert_same(subject.decide(x), blue + 1)
+    assert subject.model is not None
+    raised = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(subject.model(raised).sum(), raised)
+    assert (slope[:, 2] == 255).all()
+    assert not slope[:, :2].any()
+    assert subject.afresh is not None
+    assert_same(torch.from_numpy(subject.afresh((x * 255).round().byte().permute(0, 2, 3, 1).numpy())), blue + 1)
+
+
 def holding(value: Tensor) -> nn.Module:
     module = nn.Module()
     module.register_buffer("value", value)
@@ -640,6 +664,7 @@ def test_module_digest_is_of_weights_and_classes(made: str) -> None:
         ("absent", "float32 NCHW 2x2x3", "cannot be made: AttributeError"),
         ("make", "float32 NCHW 2x2x4", "cannot take float32 NCHW"),
         ("make", "float32 NCHW", "the size is open"),
+        ("make", "float32 NCHW 2x2x3 vgg", "'vgg' is not known; .* SCALE of plain, imagenet"),
         ("pair", "float32 NCHW 2x2x3", "gives a tuple, expected a tensor of logits"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -326,7 +327,11 @@ LETTERS = ("a", "b", "c", "d", "e")
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])
 @pytest.mark.parametrize(
-    "text", ["uint8 NHWC 12x10x3", "uint8 NCHW 9x9x1", "float32 NCHW 10x14x4", "float32 NHWC 8x8x3", "half"]
+    "text",
+    [
+        *("uint8 NHWC 12x10x3", "uint8 NCHW 9x9x1", "float32 NCHW 10x14x4", "float32 NHWC 8x8x3", "half"),
+        *("float32 NCHW 8x8x3 imagenet", "float32 NHWC 8x8x3 caffe", "uint8 NHWC 8x8x3 BGR"),
+    ],
 )
 def test_wrapped_file_takes_images_as_they_come(tmp_path: Path, text: str, dynamo: bool) -> None:
     """Whatever it took, the candidate takes uint8 (N, H, W, C) of any N and answers with the network's logits."""
@@ -336,12 +341,14 @@ def test_wrapped_file_takes_images_as_they_come(tmp_path: Path, text: str, dynam
     if text == "half":
         wired, example = wired.half(), example.half()
     path = to_onnx(tmp_path / "foreign.onnx", wired, example, dynamo=dynamo)
-    given = f"{contract.dtype} {contract.layout}"
+    given = " ".join(filter(None, (contract.dtype, contract.layout, str(contract.scale))))
     manifest = exporting.wrap(path, tmp_path / "candidate", contract=given, labels=LETTERS)
     read = read_manifest(tmp_path / "candidate")
     assert manifest == read.to_json()
     assert Manifest.from_json(json.loads(json.dumps(manifest))) == read
     assert (read.input_shape, read.labels, read.checkpoint_sha256) == (contract.shape, LETTERS, None)
+    baked = InputContract.from_json(read.origin_input)
+    assert baked == replace(contract, dtype="float16" if text == "half" else contract.dtype)
     assert {path.name for path in (tmp_path / "candidate").iterdir()} == {*FILES, "manifest.json"}
     model = tmp_path / "candidate" / "model.onnx"
     (entry,), (answer,) = (
@@ -352,7 +359,7 @@ def test_wrapped_file_takes_images_as_they_come(tmp_path: Path, text: str, dynam
     assert entry == ("images", "tensor(uint8)", ["batch", *contract.shape])
     assert answer == ("logits", "tensor(float)", ["batch", 5])
     x = noise(contract, 5, seed=2)
-    expected = Tiny(contract.channels)(x).detach().numpy()
+    expected = Tiny(contract.channels)(contract.scale.applied(x)).detach().numpy()
     for images in (1, 5):
         found = onnx_logits(model, to_bytes(x[:images]).numpy())
         tolerance = (5e-3 if text == "half" else 1e-5) * np.abs(expected).max()
@@ -363,7 +370,8 @@ def test_wrapped_manifest_names_the_original_and_no_run(tmp_path: Path) -> None:
     """Its origin is the file's SHA-256, its parity is with that file; the gate reads it as any candidate."""
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
     manifest = exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=LETTERS)
-    assert manifest["origin"] == {"kind": "onnx", "sha256": sha256_of(path)}
+    taken = {"dtype": "float32", "layout": "NCHW", "shape": [8, 8, 3]}
+    assert manifest["origin"] == {"kind": "onnx", "sha256": sha256_of(path), "input": taken}
     assert "run" not in manifest
     assert manifest["weights"] == "original"
     parity = read_manifest(tmp_path / "candidate").parity
@@ -389,7 +397,7 @@ def test_file_in_our_own_wire_format_is_kept_byte_for_byte(tmp_path: Path, candi
     labels = read_manifest(candidate).labels
     manifest = exporting.wrap(candidate / "model.onnx", tmp_path / "same", contract="uint8 NHWC", labels=labels)
     assert manifest["files"] == json.loads((candidate / "manifest.json").read_text())["files"]
-    assert manifest["origin"] == {"kind": "onnx", "sha256": sha256_of(candidate / "model.onnx")}
+    assert manifest["origin"]["sha256"] == sha256_of(candidate / "model.onnx")
 
 
 @pytest.mark.parametrize("dynamo", [False, True], ids=["old", "dynamo"])
@@ -466,9 +474,11 @@ def test_wrapper_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_triton_serves_a_wrapped_file(tmp_path: Path, needs_triton: None, key: Path, trust: Trust) -> None:
-    """From a float NCHW file with softmax to an answer over gRPC, the network's own, which the gate can ask for."""
-    net = nn.Sequential(Tiny(3, 10), nn.Softmax(1)).eval()
-    path = to_onnx(tmp_path / "foreign.onnx", net, torch.zeros(1, 3, 16, 16), free=False)
+    """From a float NCHW file with softmax to an answer over gRPC, the logits before it, which the gate can ask for."""
+    net = Tiny(3, 10)
+    path = to_onnx(
+        tmp_path / "foreign.onnx", nn.Sequential(net, nn.Softmax(1)).eval(), torch.zeros(1, 3, 16, 16), free=False
+    )
     labels = tuple(f"class {number}" for number in range(10))
     exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=labels)
     evidence = write_evidence(tmp_path / "evidence", tmp_path / "candidate", key)
@@ -497,11 +507,11 @@ def test_command_wraps_a_file(tmp_path: Path) -> None:
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
     (tmp_path / "labels.txt").write_text("\n".join(LETTERS))
     command = [sys.executable, "-m", "dfmcl", "export", str(path), "--out", str(tmp_path / "candidate")]
-    meant = ["--input", "float32 NCHW", "--labels", str(tmp_path / "labels.txt")]
+    meant = ["--input", "float32 NCHW clip", "--labels", str(tmp_path / "labels.txt")]
     for call, message in (
         (command, "--input 'float32 NCHW' --labels FILE"),
         ([*command, *meant, "--weights", "float16"], "an ONNX file keeps its weights as they are"),
-        ([*command[:4], str(tmp_path), *command[5:], *meant], "is no ONNX file; a run knows its --input and --labels"),
+        ([*command[:4], str(tmp_path), *command[5:], *meant], "is no ONNX file; a run knows its --input, --labels and"),
     ):
         refused = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
@@ -509,4 +519,5 @@ def test_command_wraps_a_file(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "100.0 % equal labels" in done.stdout
+    assert "of which it makes float32 NCHW 8x8x3 clip for" in done.stdout
     assert read_manifest(tmp_path / "candidate").labels == LETTERS

@@ -1,0 +1,89 @@
+"""The policy of somebody who has none: one threshold at one radius, and of the rest what this file says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dfmcl.common.errors import BadInput
+from dfmcl.common.text import why_not_local
+from dfmcl.gating.policy import Criterion, Policy, checked_radius
+
+if TYPE_CHECKING:
+    from dfmcl.robustness.contract import InputContract
+
+CONFIDENCE = 95
+SUITE = "fast"
+CHECKED = (
+    32  # images that checks look at: a first verdict comes in a quarter of the time, and `--policy` can ask for 128
+)
+KNOWN = ("digits", "cifar10")
+OPTIONS = ("--data", "--eps", "--at-least")
+EXAMPLE = "--data FOLDER --eps 4/255 --at-least 0.3"
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What was asked. data: a folder, an .npz or a known name; eps: in Linf, as a policy writes it."""
+
+    data: str
+    eps: str
+    criterion: Criterion
+
+    @staticmethod
+    def of(data: str | None, eps: str | None, at_least: str | None) -> Assumed:
+        """From the three options; BadInput names the one that is missing or wrong."""
+        given = dict(zip(OPTIONS, (data, eps, at_least), strict=True))
+        if missing := [name for name, value in given.items() if value is None]:
+            raise BadInput(f"without --policy it needs {EXAMPLE}, and lacks {', '.join(missing)}")
+        assert data is not None
+        assert eps is not None
+        try:
+            criterion = Criterion.parse(f"robust_accuracy >= {at_least} at {CONFIDENCE} %")
+        except BadInput:
+            raise BadInput(f"--at-least {at_least}: expected a share of the images, such as 0.3 or '30 %'") from None
+        try:
+            checked_radius(eps, "linf")
+        except ValueError as error:
+            raise BadInput(f"--eps {eps}: {error}") from None
+        if why := why_not_local(data):
+            raise BadInput(f"--data {data}: {why}")
+        if data not in KNOWN and not Path(data).exists():
+            raise BadInput(f"--data {data}: is not there; name a folder, an .npz, or one of {', '.join(KNOWN)}")
+        return Assumed(data, eps, criterion)
+
+    def policy(self, contract: InputContract) -> Policy:
+        """The policy for a model that takes such images; what it does not say are the defaults."""
+        return Policy.of_text(
+            {
+                "criteria": [str(self.criterion)],
+                "threat": {"norm": "linf", "eps": self.eps},
+                "data": self._section(contract),
+                "attacks": {"suite": SUITE},
+                "checks": {"images": CHECKED},
+            }
+        )
+
+    def _section(self, contract: InputContract) -> dict[str, str | int]:
+        """The data as a policy names it; BadInput where a folder cannot be fitted to these images."""
+        if self.data in KNOWN:
+            return {"name": self.data}
+        if not Path(self.data).is_dir():
+            return {"name": "npz", "path": self.data}
+        if contract.height != contract.width:
+            raise BadInput(
+                f"--data {self.data}: a folder's images are fitted to a square, the model takes {contract}; save them"
+                " as an .npz of x_test and y_test"
+            )
+        return {"name": "folder", "path": self.data, "image_size": contract.height}
+
+    def said(self, policy: Policy, contract: InputContract, file: Path) -> list[str]:
+        """What was assumed, in two lines. file: where the policy will lie."""
+        side = policy.data.image_size
+        fitted = f", their middle fitted to {side}x{side}" if side else ""
+        taken = f"{contract} plain, from 0 to 1" if not str(contract.scale) and contract.dtype != "uint8" else contract
+        return [
+            f"assumed: {self.criterion} in Linf {self.eps}, suite {SUITE}, checks on {CHECKED} images; see {file}",
+            f"assumed: all test images of {self.data}{fitted}; the model takes {taken} (else say --input)",
+        ]

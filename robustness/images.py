@@ -1,0 +1,59 @@
+"""Images as a data set holds them: an array, or files that are decoded when somebody asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfmcl.common.progress import Track, silent
+from dfmcl.robustness.folder import Part, file_digest, read_image
+
+
+class Images(Protocol):
+    """uint8 (N, H, W, C); an index gives an array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+    def __array__(self) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The files of a part of a folder, fitted to (side, side); mode: RGB or L. Nothing is kept of what was decoded."""
+
+    part: Part
+    side: int
+    mode: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self), self.side, self.side, len(self.mode)
+
+    def __len__(self) -> int:
+        return len(self.part.paths)
+
+    def __getitem__(self, index: slice | NDArray[np.int64], /) -> NDArray[np.uint8]:
+        """The images at `index`, in its order; BadInput names a file that is none."""
+        return self.read(np.arange(len(self))[index], silent)
+
+    def __array__(self) -> NDArray[np.uint8]:
+        return self[:]
+
+    def read(self, index: NDArray[np.int64], track: Track, label: str = "reading images") -> NDArray[np.uint8]:
+        """The same, with progress."""
+        images = np.empty((len(index), *self.shape[1:]), np.uint8)
+        for place, number in enumerate(track(index, label, len(index))):
+            images[place] = read_image(self.part.paths[number], self.side, self.mode)
+        return images
+
+    @cached_property
+    def digests(self) -> Sequence[str]:
+        """SHA-256 of each file's bytes, in order."""
+        return [file_digest(path) for path in self.part.paths]

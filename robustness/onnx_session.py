@@ -1,0 +1,68 @@
+"""ONNX Runtime as this house asks it: quietly, with each failure as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from dfmcl.common.errors import BadInput, lacks_memory
+from dfmcl.robustness.provider import CPU, Provider
+
+FATAL = 4  # ONNX Runtime's severity: what a trial reports as an error is an answer here, not news
+WIDE = ("float64", "float16")  # types of which it lacks operators
+
+
+def opened(
+    model: bytes, where: object, dtype: str, provider: Provider = CPU, *, quiet: bool = False
+) -> ort.InferenceSession:
+    """A session of a model; BadInput where ONNX Runtime cannot load it. dtype: of its images, for the advice."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = FATAL if quiet else 3
+    try:
+        return provider.session(model, options)
+    except BadInput:
+        raise
+    except Exception as error:  # onnxruntime raises its own unrelated classes
+        if lacks_memory(error):
+            raise
+        way = "; export it in float32 (`model.float()`)" if dtype in WIDE else ""
+        raise BadInput(f"{where}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}{way}") from None
+
+
+def observed(
+    model: onnx.ModelProto, names: Sequence[str], images: NDArray[Any], where: object
+) -> dict[str, NDArray[Any]]:
+    """The inner tensors of these names for one batch of images: as they are, for what exporters declare has gaps."""
+    if not names:
+        return {}
+    twin = onnx.ModelProto()
+    twin.CopyFrom(model)
+    twin.graph.ClearField("output")
+    twin.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = opened(twin.SerializeToString(), where, str(images.dtype), quiet=True)
+    return dict(zip(names, asked(session, images, where, f"{images.dtype} {images.shape}"), strict=True))
+
+
+def asked(session: ort.InferenceSession, images: NDArray[Any], where: object, what: str) -> list[NDArray[Any]]:
+    """All outputs of a session with one input; BadInput where it cannot take these images, which `what` describes."""
+    try:
+        found: list[NDArray[Any]] = session.run(None, {session.get_inputs()[0].name: images})
+    except Exception as error:  # as above
+        if lacks_memory(error):
+            raise
+        raise BadInput(f"{where}: cannot take {what}: {first_line(error)}") from None
+    return [np.asarray(value) for value in found]
+
+
+def first_line(error: BaseException) -> str:
+    """Of a message that fills a screen, what fits in one of ours."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

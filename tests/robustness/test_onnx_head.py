@@ -1,0 +1,240 @@
+"""However a classifier's file ends, its logits (N, K) are found, and they lead back to the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.subject import Subject, candidate_subject, onnx_subject
+from dfmcl.release.export import wrap
+from dfmcl.robustness.onnx_graph import noise, read_graph
+from tests.gating.test_subject import Tiny, assert_is, assert_same, gradient, graph_of, means, to_onnx
+
+LOUD = 1000.0  # logits so far apart that their softmax is 0 and 1, and has no slope
+
+
+class Ended(nn.Module):
+    """A network with something behind its logits."""
+
+    def __init__(self, end: Callable[[Tensor], object], classes: int = 5, loud: float = 1.0) -> None:
+        super().__init__()
+        self.net, self.end, self.loud = Tiny(classes=classes), end, loud
+        self.eval()
+
+    def forward(self, x: Tensor) -> object:
+        return self.end(self.net(x) * self.loud)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the file should be judged by."""
+        found: Tensor = self.net(x) * self.loud
+        return found
+
+
+def subject_of(path: Path, net: nn.Module, *, batch: int = 2, free: bool = True, **options: object) -> Subject:
+    to_onnx(path, net, torch.zeros(batch, 3, 8, 8), free=free)
+    return onnx_subject(path, **options)  # type: ignore[arg-type]  # of the test's own parameters
+
+
+ENDS: dict[str, Callable[[Tensor], object]] = {
+    "softmax": lambda z: z.softmax(1),
+    "softmax of the last axis": lambda z: z.softmax(-1),
+    "log-softmax": lambda z: z.log_softmax(1),
+    "log of softmax": lambda z: z.softmax(1).log(),
+    "softmax of maps": lambda z: z[:, :, None, None].softmax(1).flatten(1),
+    "maps of one pixel": lambda z: z[:, :, None, None],
+    "softmax in maps of one pixel": lambda z: z[:, :, None, None].softmax(1),
+    "channels last": lambda z: z[:, None, None, :],
+    "a sigmoid a class": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_what_stands_behind_the_logits_is_left_out(tmp_path: Path, end: str) -> None:
+    """Answers and gradients are those of the logits, be they so large that the file's own output has no slope."""
+    for loud in (1.0, LOUD):
+        net = Ended(ENDS[end], loud=loud)
+        path = tmp_path / f"{loud}.onnx"
+        subject = subject_of(path, net)
+        assert subject.classes == 5
+        x = noise(subject.contract, 3, seed=1)
+        assert_same(subject.decide(x), net.logits(x).detach())
+        assert subject.model is not None, subject.no_gradients
+        assert_same(gradient(subject.model, x), gradient(net.logits, x), 1e-3)
+        assert subject.digest == read_graph(path).digest
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("end", ["softmax", "softmax in maps of one pixel", "channels last"])
+def test_a_fixed_batch_changes_nothing(tmp_path: Path, end: str, batch: int) -> None:
+    """A file for one batch size is freed from it, whatever its end."""
+    net = Ended(ENDS[end])
+    subject = subject_of(tmp_path / "model.onnx", net, batch=batch, free=False)
+    assert_is(subject, nn.Sequential(net.net), images=5)
+
+
+@pytest.mark.parametrize("opset", [11, 13])
+def test_a_softmax_of_old_is_read_as_it_was_meant(tmp_path: Path, opset: int) -> None:
+    """Before opset 13 it is over all axes from its own on: of (N, K, 1, 1) from axis 1 that is K numbers."""
+    for opset_axis, squashed in ((1, True), (2, False)):
+        nodes = [
+            helper.make_node("GlobalAveragePool", ["x"], ["m"]),
+            helper.make_node("Softmax", ["m"], ["s"], axis=opset_axis),
+            helper.make_node("Flatten", ["s"], ["y"], axis=1),
+        ]
+        model = graph_of(*nodes)
+        model.opset_import[0].version, model.ir_version = opset, 6
+        path = tmp_path / f"{opset_axis}.onnx"
+        onnx.save(model, path)
+        graph = read_graph(path, "float32 NCHW")
+        assert graph.head.squash == ("Softmax" if squashed else "")
+        found = onnx_subject(path, "float32 NCHW").decide(x := noise(graph.contract, 3))
+        assert_same(found, x.mean((2, 3)) if squashed else torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda z: 3 * z.softmax(1) - 1,
+        lambda z: z[:, :2].softmax(0),
+        lambda z: torch.sigmoid(z[:, :4].reshape(-1, 2))[:, :1],
+    ],
+    ids=["computed on", "over the batch", "of another shape"],
+)
+def test_a_softmax_that_is_not_the_end_stays(tmp_path: Path, end: Callable[[Tensor], Tensor]) -> None:
+    """One that something was computed from, or that compares images, is a part of the network."""
+    net = Ended(end)
+    to_onnx(tmp_path / "model.onnx", net, torch.zeros(2, 3, 8, 8))
+    try:
+        graph = read_graph(tmp_path / "model.onnx")
+    except BadInput as error:
+        assert "one number an image" in str(error)  # noqa: PT017  # one of the three
+    else:
+        assert (graph.head.squash, graph.as_it_came) == ("", True)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [torch.sigmoid, lambda z: torch.sigmoid(z)[:, 0], lambda z: torch.sigmoid(z[:, :, None, None])],
+    ids=["a column", "a number", "a map"],
+)
+def test_one_sigmoid_is_two_classes(tmp_path: Path, end: Callable[[Tensor], Tensor]) -> None:
+    """Their softmax is (1 - p, p), with a slope where p is 0 or 1 in float32."""
+    for loud in (1.0, LOUD):
+        net = Ended(end, classes=1, loud=loud)
+        subject = subject_of(tmp_path / f"{loud}.onnx", net, labels=("no", "yes"))
+        assert subject.classes == ("no", "yes")
+        x = noise(subject.contract, 4, seed=1)
+        p = torch.sigmoid(net.logits(x))[:, 0].detach()
+        assert_same(subject.decide(x).softmax(1), torch.stack([1 - p, p], dim=1))
+        assert subject.model is not None
+        raised = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(subject.model(raised)[:, 1].sum(), raised)
+        assert (slope.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_one_number_without_a_sigmoid_says_what_to_export(tmp_path: Path) -> None:
+    """Whether it is a probability, a logit or a price nobody knows."""
+    with pytest.raises(BadInput, match="gives one number an image in 'scores', and no sigmoid made it; export it with"):
+        subject_of(tmp_path / "model.onnx", Ended(lambda z: z, classes=1))
+
+
+class Two(nn.Module):
+    """Features (N, 8) beside logits (N, 5) and the label (N,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Tiny()
+        self.eval()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.net.body((x - 0.4) / 0.3).flatten(1)
+        logits = self.net.head(features)
+        return features, logits.argmax(1), logits.softmax(1)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    path = tmp_path / "two.onnx"
+    names = ["features", "label", "probabilities"]
+    axes = {name: {0: "n"} for name in ("entry", *names)}
+    torch.onnx.export(
+        Two(), (torch.zeros(2, 3, 8, 8),), path, dynamo=False, input_names=["entry"], output_names=names,
+        dynamic_axes=axes,
+    )  # fmt: skip
+    return path
+
+
+def test_of_several_outputs_the_scores_are_judged(two: Path, tmp_path: Path) -> None:
+    """The one of K columns, or the one that is named, be it inside; where two could be, one line lists all."""
+    with pytest.raises(BadInput, match=r"has 3 outputs \(features float32 \(2, 8\), label int64 .2,., .*--output NAME"):
+        onnx_subject(two)
+    with pytest.raises(BadInput, match="has no tensor 'logits'; its outputs are features, label, probabilities"):
+        onnx_subject(two, output="logits")
+    subject = onnx_subject(two, labels=tuple("abcde"))
+    assert subject.output == "probabilities"
+    assert_is(subject, Tiny())
+    assert_is(onnx_subject(two, output="probabilities"), Tiny())
+    assert onnx_subject(two, output="features").classes == 8
+    images = np.zeros((3, 8, 8, 3), np.uint8)
+    assert subject.afresh is not None
+    assert_same(torch.from_numpy(subject.afresh(images)), subject.decide(torch.zeros(3, 3, 8, 8)))
+    wrap(two, tmp_path / "candidate", contract="float32 NCHW", labels=tuple("abcde"))
+    assert_is(candidate_subject(tmp_path / "candidate"), Tiny())
+
+
+def test_labels_beside_maps_of_probabilities(tmp_path: Path) -> None:
+    """As skl2onnx writes a classifier: the label, and a map from label to probability for each image."""
+    model = graph_of(
+        *means("x", "m"),
+        helper.make_node("Softmax", ["m"], ["p"], axis=1),
+        helper.make_node("ArgMax", ["m"], ["y"], axis=1, keepdims=0),
+        helper.make_node("ZipMap", ["p"], ["z"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2]),
+        axes=np.array([2, 3]),
+    )
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 1))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    maps = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(1, []))
+    )
+    model.graph.output.append(helper.make_value_info("z", maps))
+    onnx.save(model, tmp_path / "model.onnx")
+    subject = onnx_subject(tmp_path / "model.onnx")
+    x = noise(subject.contract, 3)
+    assert_same(subject.decide(x), x.mean((2, 3)))
+    assert subject.model is not None, subject.no_gradients
+    assert_same(subject.model(x), x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_floats_have_logits_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Half and double precision, from input to softmax, in the words of the file itself; answers are float32."""
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    net = nn.Sequential(layers, nn.Softmax(1)).to(dtype).eval()
+    path = to_onnx(tmp_path / "model.onnx", net, torch.zeros(2, 3, 8, 8, dtype=dtype))
+    subject = onnx_subject(path)
+    assert str(subject.contract) == f"{str(dtype).removeprefix('torch.')} NCHW 8x8x3"
+    x = noise(subject.contract, 3)
+    expected = layers.float()(x).detach()
+    tolerance = 5e-3 if dtype == torch.float16 else 1e-6
+    assert_same(subject.decide(x), expected, tolerance)
+    assert subject.model is not None, subject.no_gradients
+    assert_same(gradient(subject.model, x), gradient(layers, x), 2e-2 if dtype == torch.float16 else 1e-5)
+
+
+def test_a_candidate_is_judged_as_it_is_served(tmp_path: Path) -> None:
+    """An export leaves the softmax out; the gate of a candidate takes nothing away that Triton would answer with."""
+    net = Ended(ENDS["softmax"])
+    path = to_onnx(tmp_path / "model.onnx", net, torch.zeros(2, 3, 8, 8))
+    manifest = wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=tuple("abcde"))
+    assert_is(candidate_subject(tmp_path / "candidate"), nn.Sequential(net.net))
+    assert manifest["origin"]["sha256"] == read_graph(path).digest  # type: ignore[index]  # JSON of our own
+    served = read_graph(path, whole=True)
+    assert (served.head.squash, served.model.graph.node[-1].op_type) == ("", "Softmax")
