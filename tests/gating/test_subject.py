@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.conversion import NoGradients, differentiable
+from dfmcl.gating.endpoint import Asked, QueriesSpent
 from dfmcl.gating.foreign import state_digest
 from dfmcl.gating.subject import (
-    Asked,
-    QueriesSpent,
     Subject,
     candidate_subject,
     endpoint_subject,
