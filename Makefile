@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence \
+.PHONY: help setup quickstart check test test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
 	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
 	dashboards pictures sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -22,6 +22,7 @@ help:
 	@echo 'make bench-attacks       PGD and Square beside foolbox, torchattacks and ART; writes attacks.json, .md'
 	@echo 'make bench-strength      our AutoAttack beside torchattacks'"'"'; writes strength.json, .md'
 	@echo 'make bench-evidence      the suite fast beside APGD-CE and APGD-T, image by image; writes evidence.json, .md'
+	@echo 'make bench-drawn         whether a claim about the whole suite from a drawn part errs; writes drawn.json, .md'
 	@echo 'make bench-standard      FAB-T and Square on what the gate left of the shipped model'"'"'s images; writes standard.json, .md'
 	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-detection     detectors of attacks by queries: cost, false alarms, recall; DATA=cifar10.npz; writes detection.json, .md'
@@ -111,6 +112,9 @@ bench-watch: .venv/.installed .venv-triton/.installed
 
 bench-evidence: .venv/.installed
 	$(BIN)/python -m benchmarks.evidence
+
+bench-drawn: .venv/.installed
+	$(BIN)/python -m benchmarks.drawn
 
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks
