@@ -26,23 +26,36 @@ BLOCK = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gates", type=int, default=2000)
-    parser.add_argument("--images", type=int, default=1000, help="of the data set, which may all be attacked")
+    parser.add_argument("--images", type=int, default=300, help="of the data set, which may all be attacked")
+    parser.add_argument("--few", type=int, default=200, help="gates a row of data sets that do reach the threshold")
     parser.add_argument("--threshold", type=float, default=0.45)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     criterion = Criterion("robust_accuracy", arguments.threshold, 0.95)
     just_misses = int(np.ceil(arguments.threshold * arguments.images)) - 1
     rows = [
-        simulated(criterion, arguments.images, just_misses + above, lost, arguments.gates, arguments.seed)
+        simulated(
+            criterion,
+            arguments.images,
+            just_misses + above,
+            lost,
+            arguments.few if above else arguments.gates,
+            arguments.seed,
+        )
         for above in (0, arguments.images // 20, arguments.images // 10)
         for lost in LOST
     ]
     at_threshold = [row["passed"] for row in rows if row["holds"] < arguments.threshold]
     note = (
-        f"each image is drawn with a chance of {DRAWN}; holds: the true share under both suites; lost: of the images that"
-        " hold under the cheap suite; passed, failed: of the gates; images, tried: attacked, and by the dear suite, median"
+        f"each image is drawn with a chance of {DRAWN}; holds: the true share under both suites; lost: of the images"
+        " that hold under the cheap suite; passed, failed: of the gates; images, tried: attacked, and by the dear"
+        " suite, median"
     )
-    conditions = {"n": f"{arguments.gates} gates a row", "seed": arguments.seed, "note": note}
+    conditions = {
+        "n": f"{arguments.gates} gates a row at the threshold, {arguments.few} above; {arguments.images} images",
+        "seed": arguments.seed,
+        "note": note,
+    }
     ratios = {"false_passes_vs_alpha_worst": max(at_threshold) / (1 - criterion.confidence)}
     write_result("drawn", "A drawn part for the whole suite", rows, ratios, conditions)
 
@@ -51,9 +64,8 @@ def simulated(criterion: Criterion, images: int, holding: int, lost: float, gate
     """One row: gates on a data set of which `holding` images hold under both suites."""
     cheap = min(round(holding / (1 - lost)), images)
     stream = np.random.default_rng([seed, holding, round(1000 * lost)])
-    found = [
-        gate(criterion, images, holding, cheap, stream) for _ in track(range(gates), f"{holding} hold, {lost} lost")
-    ]
+    label = f"{holding} of {images} hold, {100 * lost:g} % lost"
+    found = [gate(criterion, images, holding, cheap, stream) for _ in track(range(gates), label)]
     outcomes = [outcome for outcome, _, _ in found]
     return {
         "holds": holding / images,
