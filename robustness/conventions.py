@@ -42,6 +42,8 @@ USEFUL = 0.5
 CIFAR10 = Scale(1, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 MNIST = Scale(1, (0.1307,), (0.3081,))
 INVERTED = Scale(1, (1,), (-1,))
+# Images by which one that `--input` cannot say must be ahead: two that fit equally well differ by as many by chance.
+AHEAD = 3
 DIGITS = 4  # of the images' own mean and std, as `--input` will say them
 
 
@@ -150,9 +152,10 @@ def _odds(k: int, n: int) -> float:
 
 
 def _best(answer: Answer, tried: Mapping[Convention, Apply], x: Tensor, y: Tensor) -> dict[Convention, Apply]:
-    """The conventions, the one with the most images right first."""
+    """The conventions, the one with the most images right first; of those that fit equally well one to be declared."""
     counted = {one: int(_right(answer, sent(x), y).sum()) for one, sent in tried.items()} if len(y) else {}
-    return {one: tried[one] for one in sorted(tried, key=lambda one: -counted.get(one, 0))}
+    ahead = {one: AHEAD if isinstance(one, Standardised) else 0 for one in tried}
+    return {one: tried[one] for one in sorted(tried, key=lambda one: ahead[one] - counted.get(one, 0))}
 
 
 def _right(answer: Answer, x: Tensor, y: Tensor) -> Flags:

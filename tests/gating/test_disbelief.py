@@ -135,7 +135,7 @@ def test_an_honest_module_passes_and_says_that_code_was_trusted(networks: Networ
     finally:
         sys.modules.pop("one_face", None)
     assert report["verdict"] == "passed", report["findings"]
-    assert "not run: seen_images" in headline(report)
+    assert "not run: cr_is_blind, seen_images" in headline(report)
     assert "code was trusted" in headline(report)
 
 

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.common.locks import LOCK
+from dfmcl.common.progress import silent
+from dfmcl.gating.case import prepare
 from dfmcl.gating.formats.markdown import markdown
 from dfmcl.gating.formats.summary import flags as flags_in
 from dfmcl.gating.gate import gate
@@ -44,6 +46,7 @@ from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import exactly
 from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import lower_bound, upper_bound
 from dfmcl.robustness.threats.l2 import L2
 from tests.exports import Export
@@ -317,12 +320,13 @@ def test_what_is_no_state_is_left_alone(subject: Subject, tmp_path: Path) -> Non
 
 def test_attacks_draw_from_the_key_as_well_as_from_the_policy(subject: Subject, tmp_path: Path) -> None:
     """Whoever knows the policy knows the random starts of a gate without a key, and of no other."""
-    wanted, signers = policy(0.1, "60/255", 30), [read_signer(make_key(tmp_path, name)) for name in ("one", "two")]
-    rounds = [[], signers[:1], signers[:1], signers[1:]]
-    reports = [gate(subject, wanted, tmp_path / str(number), signers=used) for number, used in enumerate(rounds)]
-    bare, one, again, other = [(report["evaluation"]["seed"], report["files"]) for report in reports]
+    wanted, keys = policy(0.1, "60/255", 30), [read_signer(make_key(tmp_path, name)) for name in ("one", "two")]
+    rounds = [[], keys[:1], keys[:1], keys[1:]]
+    bare, one, again, other = (prepare(subject, wanted, {}, None, signers, silent).seed for signers in rounds)
     assert one == again
-    assert len({bare[0], one[0], other[0]}) == 3
+    assert len({bare, one, other}) == 3
+    report = gate(subject, wanted, tmp_path / "evidence", signers=keys)
+    assert report["evaluation"]["seed"] == derived_seed(one, "block", 0)
 
 
 @pytest.fixture

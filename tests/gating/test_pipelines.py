@@ -91,7 +91,12 @@ def test_a_real_gate_passes_and_blocks(candidate: Path, standard_run: Path, tmp_
         (tmp_path / "gate.toml").write_text(POLICY.format(threshold=threshold))
         made = pipeline.run(subject=str(candidate), run=str(standard_run), policy="gate.toml")
         assert made.returncode == code, made.stdout + made.stderr
-        assert {path.name for path in (tmp_path / "evidence").iterdir()} == {"report.json", "probes.npz", *FILES}
+        assert {path.name for path in (tmp_path / "evidence").iterdir()} == {
+            "report.json",
+            "probes.npz",
+            "policy.toml",
+            *FILES,
+        }
         report = json.loads((tmp_path / "evidence" / "report.json").read_text())
         assert report["exit_code"] == code
         assert f"::{'error' if code else 'notice'} file=gate.toml,line={1 + code}," in made.stdout

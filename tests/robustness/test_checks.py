@@ -404,10 +404,10 @@ def test_chance_raises_a_comparison_at_its_level(differing: int) -> None:
 
 
 def test_a_comparison_has_to_be_sure_and_clear() -> None:
-    """Ten that only the weaker attack broke are not sure, eleven are; of 1,000 images they are no clear surplus."""
+    """Eleven that only the weaker attack broke are not sure, twelve are; of 1,000 images they are no clear surplus."""
     none = np.zeros(128, bool)
-    assert surplus("a", np.arange(128) < 10, "b", none).outcome == "clear"
-    assert surplus("a", np.arange(128) < 11, "b", none).outcome == "raised"
+    assert surplus("a", np.arange(128) < 11, "b", none).outcome == "clear"
+    assert surplus("a", np.arange(128) < 12, "b", none).outcome == "raised"
     many = np.arange(1000)
     assert surplus("a", many < 1000 * CLEARLY - 1, "b", many < 0).outcome == "clear"
     assert surplus("a", many < 1000 * CLEARLY, "b", many < 0).outcome == "raised"
