@@ -46,14 +46,14 @@ def constraint_relaxation(
     targets that came near. About 50 forward and 35 backward passes an image, where APGD-CE and APGD-T spend 480.
     """
     search = _Search(model, x, y, threat, generator, trial or Trial(y))
-    targets, unit = search.begin()
+    targets = search.begin()
     near = torch.zeros(targets.shape, dtype=torch.bool, device=x.device)
     for number in range(restarts):
         for place, target in enumerate(targets.unbind(dim=1)):
             wanted = search.left if number == 0 else search.left & near[:, place]
             rows = torch.nonzero(wanted).squeeze(1)
             if len(rows):
-                closest = search.towards(rows, target[rows], unit[rows], max(steps // len(CYCLES), 3))
+                closest = search.towards(rows, target[rows], max(steps // len(CYCLES), 3))
                 near[rows, place] |= closest < NEAR
     return search.best
 
@@ -63,6 +63,7 @@ class _Search:
     """An attack on N images, and what it has found.
 
     best: the points `(N, C, H, W)` to be returned; highest: their margins `(N,)`, inf where one fools the model.
+    unit: of each image's logits `(N,)`, from the first that were seen; empty before.
     """
 
     model: Model
@@ -73,10 +74,12 @@ class _Search:
     trial: Trial
     best: Tensor = field(init=False)
     highest: Tensor = field(init=False)
+    unit: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.best = self.x.clone()
         self.highest = self.x.new_full((len(self.x),), -torch.inf)
+        self.unit = self.x.new_zeros(0)
 
     @property
     def left(self) -> Tensor:
@@ -87,15 +90,14 @@ class _Search:
         """The ball of so much of the radius."""
         return self.threat.sized(share * self.threat.eps)
 
-    def begin(self) -> tuple[Tensor, Tensor]:
-        """Climb the cross-entropy: the likeliest wrong classes `(N, T)`, and the unit of each image's margin `(N,)`."""
+    def begin(self) -> Tensor:
+        """Climb the cross-entropy: the likeliest wrong classes of each image `(N, T)`."""
         rows, point = torch.arange(len(self.x), device=self.x.device), self.threat.start(self.x, self.generator)
-        first = last = torch.empty(0)  # each image's logits where it begins, and where it falls or ends
+        last = torch.empty(0)  # each image's logits where it fell or ended
         for size in (*BEGIN, 0.0):
-            _, gradient, logits = losses.value_and_gradient(
-                self.model, point, losses.cross_entropy, (self.y[rows],), size > 0
-            )
-            first, last = (first, last.index_copy(0, rows, logits)) if len(last) else (logits, logits)
+            labels = self.y[rows], rows
+            _, gradient, logits = losses.value_and_gradient(self.model, point, self.surprise, labels, size > 0)
+            last = last.index_copy(0, rows, logits) if len(last) else logits
             stay = ~self.look(rows, point, logits, gradient=size > 0)
             rows, gradient, point = rows[stay], gradient[stay], point[stay]
             if not len(rows):
@@ -103,12 +105,18 @@ class _Search:
             point = self.step(point, rows, gradient, size, self.threat)
         classes = last.shape[1]
         wrong = last.scatter(1, self.y[:, None], -torch.inf)
-        likeliest = wrong.topk(min(math.ceil(math.log(classes)), classes - 1), dim=1).indices
-        return likeliest, (first.amax(dim=1) - first.mean(dim=1)) / UNIT
+        return wrong.topk(min(math.ceil(math.log(classes)), classes - 1), dim=1).indices
 
-    def towards(self, rows: Tensor, target: Tensor, unit: Tensor, length: int) -> Tensor:
+    def surprise(self, logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """The cross-entropy of logits in their units: neither saturated nor flat, on whatever scale the model is."""
+        if len(self.unit) < len(self.x):
+            spread = logits.detach().amax(dim=1) - logits.detach().mean(dim=1)
+            self.unit = (spread / UNIT).clamp_min(losses.TINY)
+        return losses.cross_entropy(logits / self.unit[rows, None], y)
+
+    def towards(self, rows: Tensor, target: Tensor, length: int) -> Tensor:
         """One run on images `rows` `(M,)`: how near, in units, each came to its target, `(M,)`; beyond it below 0."""
-        closest, own = unit.new_full((len(rows),), torch.inf), torch.arange(len(rows), device=rows.device)
+        closest, own = self.unit.new_full((len(rows),), torch.inf), torch.arange(len(rows), device=rows.device)
         point = self.threat.start(self.x[rows], self.generator)
         for size in CYCLES:
             for step in range(length):
@@ -120,7 +128,7 @@ class _Search:
                 value, gradient, logits = losses.value_and_gradient(
                     self.model, point, losses.targeted_margin, (self.y[rows], target[own]), True
                 )
-                gap = -value / unit[own]
+                gap = -value / self.unit[rows]
                 if outside := 0 < step < length // 3:
                     fooled = self.look_within(rows, point, logits)
                 else:

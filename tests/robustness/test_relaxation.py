@@ -94,10 +94,7 @@ def test_the_way_leads_outside_and_nothing_there_counts(norm: str) -> None:
 def test_a_model_on_another_scale_loses_the_same_images(
     hardened: Classifier, digits: tuple[Tensor, Tensor], norm: str, factor: float
 ) -> None:
-    """The thresholds are in units of each image's logits, so it costs the same too, up to the first ten steps.
-
-    These climb the cross-entropy, which is on a scale.
-    """
+    """The loss and the thresholds are in units of each image's logits: in float64 also the passes are the same."""
     x, y = (part[:40] for part in digits)
     threat, model = threat_of(norm, 20 / 255 if norm == "linf" else 1.2), hardened.double()
 
@@ -114,7 +111,7 @@ def test_a_model_on_another_scale_loses_the_same_images(
         hardened.float()
     assert 4 < plain.fooled.sum() < 36
     assert torch.equal(plain.fooled, scaled.fooled)
-    assert 0.8 < scaled.forward.sum() / plain.forward.sum() < 1.25
+    assert torch.equal(plain.forward, scaled.forward)
 
 
 def test_nothing_better_was_seen_inside_than_what_is_returned() -> None:
