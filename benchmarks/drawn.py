@@ -1,6 +1,6 @@
 """How often a claim about the whole suite from a drawn part of the images errs, and what it costs: `make bench-drawn`.
 
-Simulated gates: a data set of which a known share holds under the cheap suite and another share of those is lost to the
+Simulated gates: a known share of a data set holds under the cheap suite, a known share of these images is lost to the
 dear one; images come in random order, each drawn with one chance, and the gate stops as a sequential gate does. A data
 set that just misses the threshold must pass in at most alpha of the gates. Which images are lost, those nearest to the
 border or any others, makes no difference, because the draw does not look at them.
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def simulated(criterion: Criterion, images: int, holding: int, lost: float, gates: int, seed: int) -> dict[str, Any]:
-    """One row: gates on a data set of which `holding` images hold under both suites."""
+    """One row: gates on a data set with `holding` images that hold under both suites."""
     cheap = min(round(holding / (1 - lost)), images)
     stream = np.random.default_rng([seed, holding, round(1000 * lost)])
     label = f"{holding} of {images} hold, {100 * lost:g} % lost"

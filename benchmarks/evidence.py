@@ -6,8 +6,6 @@ takes. Both decide in float32 on bytes. Passes are those spent on all images, th
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from rich.progress import track
 from torch import nn
 
 from benchmarks.result import write_result
-from benchmarks.strength import NETWORKS, SHIPPED, opened
+from benchmarks.strength import images_of, opened, parser_of
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.data import Bytes, Labels
@@ -32,15 +30,8 @@ DEAR = ("apgd-ce", "apgd-t")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", type=Path, default=NETWORKS, help="runs or candidates")
-    parser.add_argument("--probes", type=Path, default=SHIPPED / "1/probes.npz", help="where images and labels lie")
-    parser.add_argument("--threat", nargs="+", default=["linf:8/255", "l2:0.5"], help="such as linf:4/255")
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    with np.load(arguments.probes) as probes:
-        images, labels = probes["images"][: arguments.images], probes["labels"][: arguments.images]
+    arguments = parser_of(__doc__).parse_args()
+    images, labels = images_of(arguments)
     rows = [
         compared(folder.name, opened(folder), images, labels, parse_threat(threat), arguments.seed)
         for folder in arguments.networks

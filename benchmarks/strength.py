@@ -50,17 +50,11 @@ TWINS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", type=Path, default=NETWORKS, help="runs or candidates")
-    parser.add_argument("--probes", type=Path, default=SHIPPED / "1/probes.npz", help="where images and labels lie")
-    parser.add_argument("--threat", nargs="+", default=["linf:8/255", "l2:0.5"], help="such as linf:4/255")
-    parser.add_argument("--images", type=int, default=200)
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB; 100 is AutoAttack's")
     parser.add_argument("--queries", type=int, default=5000, help="of Square; 5,000 is AutoAttack's")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with np.load(arguments.probes) as probes:
-        images, labels = probes["images"][: arguments.images], probes["labels"][: arguments.images]
+    images, labels = images_of(arguments)
     rows: list[dict[str, Any]] = []
     for folder in arguments.networks:
         network = opened(folder)
@@ -82,6 +76,23 @@ def main() -> None:
     )
     conditions = {"n": f"{len(images)} images of {arguments.probes}", "seed": arguments.seed, "note": note}
     write_result("strength", "The standard suite beside AutoAttack", rows, ratios, conditions)
+
+
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark of attacks: networks, images and labels, threats, a seed."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("networks", nargs="*", type=Path, default=NETWORKS, help="runs or candidates")
+    parser.add_argument("--probes", type=Path, default=SHIPPED / "1/probes.npz", help="where images and labels lie")
+    parser.add_argument("--threat", nargs="+", default=["linf:8/255", "l2:0.5"], help="such as linf:4/255")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def images_of(arguments: argparse.Namespace) -> tuple[Bytes, Labels]:
+    """The first images `(N, H, W, C)` and labels `(N,)` of the probes."""
+    with np.load(arguments.probes) as probes:
+        return probes["images"][: arguments.images], probes["labels"][: arguments.images]
 
 
 def opened(folder: Path) -> nn.Module:

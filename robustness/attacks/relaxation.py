@@ -60,7 +60,7 @@ def constraint_relaxation(
 
 @dataclass
 class _Search:
-    """An attack on N images, and what it has found.
+    """An attack on N images, with its finds so far.
 
     best: the points `(N, C, H, W)` to be returned; highest: their margins `(N,)`, inf where one fools the model.
     unit: of each image's logits `(N,)`, from the first that were seen; empty before.
