@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dfmcl.common.errors import BadInput
 from dfmcl.common.text import why_not_local
 from dfmcl.gating.policy import Criterion, Policy, checked_radius
+from dfmcl.robustness.sources import BUILT_IN, Kind
 
 if TYPE_CHECKING:
     from dfmcl.robustness.contract import InputContract
@@ -18,14 +19,13 @@ SUITE = "fast"
 CHECKED = (
     32  # images that checks look at: a first verdict comes in a quarter of the time, and `--policy` can ask for 128
 )
-KNOWN = ("digits", "cifar10")
 OPTIONS = ("--data", "--eps", "--at-least")
 EXAMPLE = "--data FOLDER --eps 4/255 --at-least 0.3"
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What was asked. data: a folder, an .npz or a known name; eps: in Linf, as a policy writes it."""
+    """What was asked. data: a folder, an .npz, a .csv or a known name; eps: in Linf, as a policy writes it."""
 
     data: str
     eps: str
@@ -49,8 +49,10 @@ class Assumed:
             raise BadInput(f"--eps {eps}: {error}") from None
         if why := why_not_local(data):
             raise BadInput(f"--data {data}: {why}")
-        if data not in KNOWN and not Path(data).exists():
-            raise BadInput(f"--data {data}: is not there; name a folder, an .npz, or one of {', '.join(KNOWN)}")
+        if data not in BUILT_IN and not Path(data).exists():
+            raise BadInput(
+                f"--data {data}: is not there; name a folder, an .npz, a .csv, or one of {', '.join(BUILT_IN)}"
+            )
         return Assumed(data, eps, criterion)
 
     def policy(self, contract: InputContract) -> Policy:
@@ -67,16 +69,17 @@ class Assumed:
 
     def _section(self, contract: InputContract) -> dict[str, str | int]:
         """The data as a policy names it; BadInput where a folder cannot be fitted to these images."""
-        if self.data in KNOWN:
+        if self.data in BUILT_IN:
             return {"name": self.data}
-        if not Path(self.data).is_dir():
-            return {"name": "npz", "path": self.data}
+        kind = kind_of(Path(self.data))
+        if kind == "npz":
+            return {"name": kind, "path": self.data}
         if contract.height != contract.width:
             raise BadInput(
-                f"--data {self.data}: a folder's images are fitted to a square, the model takes {contract}; save them"
+                f"--data {self.data}: its images are fitted to a square, the model takes {contract}; save them"
                 " as an .npz of x_test and y_test"
             )
-        return {"name": "folder", "path": self.data, "image_size": contract.height}
+        return {"name": kind, "path": self.data, "image_size": contract.height}
 
     def said(self, policy: Policy, contract: InputContract, file: Path) -> list[str]:
         """What was assumed, in two lines. file: where the policy will lie."""
@@ -87,3 +90,12 @@ class Assumed:
             f"assumed: {self.criterion} in Linf {self.eps}, suite {SUITE}, checks on {CHECKED} images; see {file}",
             f"assumed: all test images of {self.data}{fitted}; the model takes {taken} (else say --input)",
         ]
+
+
+def kind_of(path: Path) -> Kind:
+    """The kind of data set that a path is: a folder of shards or of classes, a CSV file, else an archive."""
+    if path.is_dir():
+        return (
+            "shards" if any(any(place.glob("*.tar")) for place in (path, path / "train", path / "test")) else "folder"
+        )
+    return "csv" if path.suffix.lower() == ".csv" else "npz"

@@ -16,6 +16,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_toml, validated
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import SUITES
+from dfmcl.robustness.sources import Kind
 from dfmcl.robustness.threats.radius import Norm
 from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import RADIUS, Threat
@@ -117,7 +118,7 @@ class DataSection(Section):
     In `sequential` statistics the claim is about the whole test part, in `fixed` about the population it is drawn from.
     """
 
-    name: Literal["digits", "cifar10", "npz", "folder"]
+    name: Kind
     path: LocalPath = ""
     image_size: int = Field(0, ge=0)
     images: int = Field(0, ge=0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -15,6 +15,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.sources import Kind
 from dfmcl.robustness.threats.radius import Norm, Radius
 from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
@@ -55,7 +56,7 @@ class Target(Section):
 class DataSection(Section):
     """Where the images come from: the test part of a data set."""
 
-    name: Literal["digits", "cifar10", "npz", "folder"]
+    name: Kind
     path: LocalPath = ""
     image_size: int = Field(0, ge=0)
 

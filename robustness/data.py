@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -19,8 +20,11 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
 from dfmcl.common.text import is_line, why_not_local
 from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
-from dfmcl.robustness.folder import described, list_part
+from dfmcl.robustness.folder import Part, described, list_part
 from dfmcl.robustness.images import Images, Pictures
+from dfmcl.robustness.manifest import list_manifest
+from dfmcl.robustness.shards import list_shards
+from dfmcl.robustness.sources import FITTED
 
 Bytes = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -105,11 +109,11 @@ def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = 
 
 
 def open_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent, mode: str = "RGB") -> Dataset:
-    """`digits`, `cifar10`, `npz` or `folder`, whose files are decoded when they are asked for.
+    """A data set by its kind (dfmcl.robustness.sources); files of FITTED kinds are decoded when they are asked for.
 
     path: a file or folder.
-    image_size: a side, of a folder.
-    mode: RGB, or L, to read a folder for a network that takes grey images.
+    image_size: the side that files are fitted to.
+    mode: RGB, or L, to read files for a network that takes grey images.
     """
     if why := why_not_local(path):  # a path that no configuration gave, such as --data-path
         raise BadInput(f"data: path {path}: {why}")
@@ -117,8 +121,7 @@ def open_dataset(name: str, path: str = "", image_size: int = 0, track: Track = 
         "digits": lambda: _digits(),
         "cifar10": lambda: _npz(path, "cifar10", track) if path.endswith(".npz") else _cifar10(path),
         "npz": lambda: _npz(path, "npz", track),
-        "folder": lambda: _folder(path, image_size, mode),
-    }
+    } | {kind: functools.partial(_fitted, kind, path, image_size, mode) for kind in FITTED}
     if name not in loaders:
         raise BadInput(f"data: name is {name!r}; choose one of {', '.join(loaders)}")
     dataset = loaders[name]()
@@ -175,15 +178,8 @@ def _cifar10(path: str) -> Dataset:
     return Dataset("cifar10", x_train, y_train, x_test, y_test, CIFAR10_CLASSES, path=root)
 
 
-def _folder(path: str, image_size: int, mode: str) -> Dataset:
-    """`path`/train/CLASS/* and `path`/test/CLASS/*, or `path`/CLASS/* where it has neither: then it is all test images.
-
-    They are fitted to image_size squared, as dfmcl.common.pictures does.
-    """
-    if not path:
-        raise BadInput("data: a folder needs a path, with PATH/train/CLASS/*.png and PATH/test/CLASS/*.png")
-    if image_size < 8:
-        raise BadInput(f"data: image_size is {image_size}; a folder needs a side to resize to, such as 32")
+def _folder(path: str) -> tuple[Part, Part]:
+    """`path`/train/CLASS/* and `path`/test/CLASS/*, or, where it has neither, `path`/CLASS/*, all of it test images."""
     parted = any((Path(path) / part).is_dir() for part in ("train", "test"))
     test = list_part(Path(path) / "test" if parted else Path(path))
     train = list_part(Path(path) / "train") if parted else test.without_images()
@@ -194,8 +190,30 @@ def _folder(path: str, image_size: int, mode: str) -> Dataset:
                 f"{path}: {part} has no folder {lacking[0]!r} ({len(lacking)} of {other}'s {len(others.classes)}"
                 f" classes are missing); add {Path(path) / part / lacking[0]}, or remove it from {other}"
             )
+    return train, test
+
+
+LISTS: dict[str, Callable[[str], tuple[Part, Part]]] = {
+    "folder": _folder,
+    "csv": lambda path: list_manifest(Path(path)),
+    "shards": lambda path: list_shards(Path(path)),
+}
+EXPECTED = {
+    "folder": "PATH/train/CLASS/*.png and PATH/test/CLASS/*.png",
+    "csv": "a file with the columns path, label and split",
+    "shards": "PATH/train/*.tar and PATH/test/*.tar",
+}
+
+
+def _fitted(name: str, path: str, image_size: int, mode: str) -> Dataset:
+    """Files of any size, fitted to image_size squared, as dfmcl.common.pictures does."""
+    if not path:
+        raise BadInput(f"data: {name} needs a path, with {EXPECTED[name]}")
+    if image_size < 8:
+        raise BadInput(f"data: image_size is {image_size}; {name} needs a side to resize to, such as 32")
+    train, test = LISTS[name](path)
     return Dataset(
-        name="folder",
+        name=name,
         x_train=Pictures(train, image_size, mode),
         y_train=train.labels,
         x_test=Pictures(test, image_size, mode),

@@ -8,9 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from stat import S_ISREG
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +16,7 @@ from PIL import Image
 
 from dfmcl.common import pictures
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.members import Member, opened
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # as this Pillow has them
 MAX_PIXELS = 89_478_485  # of a file, as Pillow has it: a decoded image takes up to a quarter of a gigabyte
@@ -27,10 +26,10 @@ HIDDEN, OUTSIDE, BARE = "hidden", "outside a class folder", "without a suffix"  
 
 @dataclass(frozen=True)
 class Part:
-    """The files of a part of a folder, in the order of `classes` and by name; labels int64 (N,); how many files were
+    """The files of a part, of a folder in the order of `classes` and by name; labels int64 (N,); how many files were
     skipped, by reason."""
 
-    paths: tuple[str, ...]
+    paths: tuple[str | Member, ...]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     skipped: Counter[str]
@@ -54,10 +53,10 @@ def list_part(folder: Path) -> Part:
     return Part(paths, labels.astype(np.int64), tuple(files), skipped)
 
 
-def read_image(path: str, side: int, mode: str = "RGB") -> NDArray[np.uint8]:
+def read_image(path: str | Member, side: int, mode: str = "RGB") -> NDArray[np.uint8]:
     """One file as uint8 (side, side, C); BadInput that names it where it is none."""
     try:
-        with _regular(path) as file:
+        with opened(path) as file:
             picture = pictures.opened(file, _readable(), MAX_PIXELS)
             return pictures.to_array(pictures.fitted(pictures.upright(picture, mode), side, side))
     except pictures.Unusable as error:
@@ -67,23 +66,16 @@ def read_image(path: str, side: int, mode: str = "RGB") -> NDArray[np.uint8]:
         raise _unreadable(path, error) from None
 
 
-def file_digest(path: str) -> str:
+def file_digest(path: str | Member) -> str:
     """Hex SHA-256 of a file's bytes; BadInput where it cannot be read."""
     try:
-        with _regular(path) as file:
+        with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from None
 
 
-def _regular(path: str) -> BufferedReader:
-    """The file, open; a FIFO or a device would keep its reader waiting."""
-    if not S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # 2 us, where a Path takes 10, a million times
-        raise BadInput(f"{path}: is no regular file; remove it")
-    return open(path, "rb")  # noqa: PTH123  # as above; whoever asks closes it
-
-
-def _unreadable(path: str, error: OSError) -> BadInput:
+def _unreadable(path: str | Member, error: OSError) -> BadInput:
     return BadInput(f"{path}: {error.strerror or error}; remove it, or make it readable")
 
 
@@ -107,7 +99,8 @@ def _readable() -> tuple[str, ...]:
 
 
 @functools.cache
-def _suffixes() -> frozenset[str]:
+def suffixes() -> frozenset[str]:
+    """Of the formats that can be read, in small letters, with the dot."""
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in _readable())
 
 
@@ -138,7 +131,7 @@ def _classified(top: str, *, hidden: bool) -> Iterator[tuple[str, str]]:
         inside = hidden or any(map(_hidden, Path(root).relative_to(top).parts))
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122  # as above
-            known = "" if suffix in _suffixes() else suffix or BARE
+            known = "" if suffix in suffixes() else suffix or BARE
             yield os.path.join(root, name), HIDDEN if inside or _hidden(name) else known  # noqa: PTH118  # as above
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_shipped, shipped, validated
+from dfmcl.robustness.sources import Kind
 from dfmcl.robustness.threats.radius import Radius
 
 PRESETS = "dfmcl.training.presets"  # the package that carries them
@@ -23,7 +24,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DataSection(Section):
     """Which images. `heldout_images` of the training part are never trained on: selection happens there."""
 
-    name: Literal["digits", "cifar10", "npz", "folder"] = "cifar10"
+    name: Kind = "cifar10"
     path: LocalPath = ""
     image_size: int = Field(0, ge=0)
     train_images: int = Field(0, ge=0)

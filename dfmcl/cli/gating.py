@@ -28,7 +28,7 @@ def gate(
         str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
     ],
     policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
-    data: Annotated[str | None, typer.Option(help="A folder of classes, an .npz, digits or cifar10.")] = None,
+    data: Annotated[str | None, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")] = None,
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
     at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
     out: Annotated[Path, typer.Option(help="Where the evidence goes.")] = Path("evidence"),

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from dfmcl.cli import app
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import silent
+from dfmcl.common.text import why_not_local
 from dfmcl.gating.assumed import Assumed
 from dfmcl.gating.case import prepare
 from dfmcl.gating.gate import TRAINING, gate
@@ -83,7 +84,7 @@ def test_one_line_leads_to_a_verdict(
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 
 
-@given(TEXTS.filter(lambda text: "://" not in text), st.integers(0, 9), st.lists(st.just("pgd-5"), max_size=2))
+@given(TEXTS.filter(lambda text: not why_not_local(text)), st.integers(0, 9), st.lists(st.just("pgd-5"), max_size=2))
 def test_a_written_policy_is_the_same_policy(
     tmp_path_factory: pytest.TempPathFactory, path: str, images: int, suite: list[str]
 ) -> None:
@@ -128,10 +129,15 @@ def test_half_a_line_says_which_half_is_missing(options: list[str], message: str
 def test_data_of_any_kind_are_named_as_a_policy_names_them(photos: Path, tmp_path: Path) -> None:
     """A folder is fitted to the model's square, an archive and a known name are as they are."""
     np.savez(tmp_path / "a.npz", x_test=np.zeros((2, 16, 16, 3), np.uint8), y_test=[0, 1])
+    (tmp_path / "a.csv").write_text("path,label\n")
+    (tmp_path / "shards" / "test").mkdir(parents=True)
+    (tmp_path / "shards" / "test" / "0.tar").touch()
     for data, section in (
         (str(photos), ("folder", str(photos), 16)),
         (str(tmp_path / "a.npz"), ("npz", str(tmp_path / "a.npz"), 0)),
         ("digits", ("digits", "", 0)),
+        (str(tmp_path / "a.csv"), ("csv", str(tmp_path / "a.csv"), 16)),
+        (str(tmp_path / "shards"), ("shards", str(tmp_path / "shards"), 16)),
     ):
         found = Assumed.of(data, "4/255", "30 %").policy(SQUARE)
         assert (found.data.name, found.data.path, found.data.image_size) == section
