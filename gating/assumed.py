@@ -55,15 +55,18 @@ class Assumed:
             )
         return Assumed(data, eps, criterion)
 
-    def policy(self, contract: InputContract) -> Policy:
-        """The policy for a model that takes such images; what it does not say are the defaults."""
+    def policy(self, contract: InputContract, checked: int | None = CHECKED) -> Policy:
+        """The policy for a model that takes such images; what it does not say are the defaults.
+
+        checked: images that checks look at; None: the default.
+        """
         return Policy.of_text(
             {
                 "criteria": [str(self.criterion)],
                 "threat": {"norm": "linf", "eps": self.eps},
                 "data": self._section(contract),
                 "attacks": {"suite": SUITE},
-                "checks": {"images": CHECKED},
+                "checks": {} if checked is None else {"images": checked},
             }
         )
 

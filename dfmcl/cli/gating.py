@@ -14,7 +14,7 @@ import typer
 
 from dfmcl.cli.arguments import OUTPUT, read_labels
 from dfmcl.cli.command import command
-from dfmcl.cli.output import say, say_page
+from dfmcl.cli.output import say, say_page, track
 
 if TYPE_CHECKING:
     from dfmcl.gating.assumed import Assumed
@@ -28,7 +28,9 @@ def gate(
         str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
     ],
     policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
-    data: Annotated[str | None, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")
+    ] = None,
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
     at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
     out: Annotated[Path, typer.Option(help="Where the evidence goes.")] = Path("evidence"),
@@ -124,6 +126,46 @@ def settled(rules: Policy | Assumed, contract: InputContract, out: Path, tell: C
     for line in rules.said(policy, contract, out / POLICY):
         tell(line)
     return policy
+
+
+@command
+def init(
+    subject: Annotated[str, typer.Argument(help="An .onnx file or module:callable, as the pipeline will find it.")],
+    data: Annotated[str, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")],
+    eps: Annotated[str, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")],
+    at_least: Annotated[str, typer.Option(help="The robust accuracy to prove, such as 0.3.")],
+    contract: Annotated[
+        str | None, typer.Option("--input", help="What the model takes: 'float32 NCHW 224x224x3 imagenet'.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Its classes in order, one a line. Default: the data's, written down.")
+    ] = None,
+    output: OUTPUT = None,
+    ci: Annotated[str, typer.Option(help="Whose pipeline: github or gitlab.")] = "github",
+    out: Annotated[Path, typer.Option(help="The repository's directory.")] = Path(),
+) -> None:
+    """Write a policy, a trust file and a pipeline for a model that answers as its labels say; nothing is attacked."""
+    from dfmcl.common.errors import BadInput
+    from dfmcl.gating.assumed import Assumed
+    from dfmcl.gating.beginning import KEY, PIPELINES, TRUST, Shown, require_free, write, written
+
+    asked = Assumed.of(data, eps, at_least)
+    require_free(out, ci, Shown(subject, "", output, labels))
+
+    from dfmcl.gating.case import prepare
+    from dfmcl.gating.subject import open_subject
+
+    judged = open_subject(subject, contract=contract, labels=read_labels(labels), output=output)
+    if judged.kind not in ("onnx", "module"):
+        raise BadInput(f"{subject}: is of kind {judged.kind}; init is for an .onnx file or module:callable")
+    policy = asked.policy(judged.contract, checked=None)
+    case = prepare(judged, policy, {}, None, (), track)
+    shown = Shown(subject, str(judged.contract), output, labels)
+    write(out, texts := written(shown, policy, case.data.classes, ci))
+    for name in texts:
+        say(f"{out / name}: written")
+    say(f"next: dfmcl keygen {KEY}; commit {KEY}.pub; put the text of {KEY}.key into {ci}'s secret DFMCL_KEY")
+    say(f"then {PIPELINES[ci]} blocks what misses gate.toml, and promote takes what {TRUST} trusts")
 
 
 @command

@@ -198,7 +198,7 @@ def test_the_page_says_what_the_command_takes() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     commands = [words for words in lines if words[0] == "dfmcl"]
-    assert len(commands) == 4
+    assert len(commands) == 5
     group: Any = typer.main.get_command(app)
     for _, name, *words in commands:
         given = group.commands[name].make_context(name, words).params["contract"]
