@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 
 def perturbed_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that are perturbed: those with more than one dimension, as the authors do; no bias, no batch norm."""
-    return [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    """The weights that are perturbed: of those that move, the ones of two dimensions or more, as the authors do."""
+    return [parameter for parameter in model.parameters() if parameter.dim() > 1 and parameter.requires_grad]
 
 
 @contextmanager

@@ -36,11 +36,17 @@ class Model(Section):
     """Which network: `resnet18`, or any classifier as `torchvision:NAME` or `timm:NAME`.
 
     width (maps of the first stage; 64 is the usual ResNet-18) and activation belong to `resnet18` only.
+    weights: what to begin with: a file (.safetensors, .pth) or `torchvision:NAME`, `timm:NAME`; a head of another
+    number of classes begins anew. scale: what they expect to be sent, in the words of `--input`; empty: the library's
+    own, from scratch the data's mean and deviation. frozen: modules whose weights and batch norms stay.
     """
 
     arch: str = "resnet18"
     width: int = Field(64, ge=1)
     activation: Literal["relu", "silu"] = "relu"
+    weights: str = ""
+    scale: str = ""
+    frozen: list[str] = Field(default=[])
     batch_norm: Literal["batch", "frozen", "synchronised"] = "batch"
 
 
@@ -110,11 +116,13 @@ class Optimization(Section):
 
     precision: of forward and backward passes in training; weights, perturbations and every measurement stay float32.
     graphs: whether a GPU runs each pass as one CUDA graph (masks on an inner layer apart).
+    layer_decay: what the learning rate is multiplied by from each block to the one before it (1: all alike).
+    accumulate: parts of a batch that are passed one after the other, for the memory of one.
     """
 
     epochs: int = Field(100, ge=1)
     batch_size: int = Field(128, ge=2)
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = Field(1e-3, gt=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     lr_warmup: Share = 0.0
@@ -126,6 +134,8 @@ class Optimization(Section):
     awp_start: Share = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     graphs: Literal["auto", "never"] = "auto"
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    accumulate: int = Field(1, ge=1)
 
 
 class Heldout(Section):

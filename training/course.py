@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dfmcl.common.errors import Broken, Interrupted
+from dfmcl.common.errors import BadInput, Broken, Interrupted
 from dfmcl.common.progress import Track
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.models import Classifier
@@ -45,17 +45,20 @@ class Course:
         ranks: Ranks,
         limits: Limits,
         compact: bool,
+        begun: Mapping[str, Any] | None = None,
     ) -> None:
         """A run at its first step.
 
         config, data: of the run; out: where its states go.
         fit: indices of the training images that it learns from.
-        network: fresh, with the config's seed.
+        network: at its first step.
         ranks: the processes that share each batch.
         limits: when it must end.
         compact: whether its states are small, and resume closely only.
+        begun: of the pretrained weights in the network, the manifest's entry.
         """
         self.config, self.out, self.data_sha256, self.ranks, self.limits = config, out, data.sha256, ranks, limits
+        self.begun = begun
         self.compact, self.every = compact, CHECK_STEPS[ranks.device.type]
         self.images = torch.from_numpy(data.x_train[fit]).to(ranks.device)
         self.labels = torch.from_numpy(data.y_train[fit]).to(ranks.device)
@@ -68,7 +71,11 @@ class Course:
         self._saved, self._cost = time.monotonic(), 0.0  # when, and its seconds
 
     def go_on(self, state: Mapping[str, Any], log: Callable[[str], None]) -> None:
-        """From a saved state."""
+        """From a saved state. BadInput where it began with other weights."""
+        if state["weights"] != self.begun:
+            raise BadInput(
+                f"{self.out}: began with other weights than {self.config.model.weights} holds now; name those"
+            )
         self.learner.load_state_dict(state["learner"])
         self.done, self.seconds = state["step"], state["seconds"]
         self.loss.fill_(state["loss"])
@@ -133,6 +140,7 @@ class Course:
                 "seconds": self.seconds,
                 "loss": self.loss.item(),
                 "data": self.data_sha256,
+                "weights": self.begun,
                 "history": [asdict(epoch) for epoch in self.history],
             }
             write_state(self.out, self.config, {"learner": self.learner.state_dict(), **progress}, self.compact)

@@ -27,6 +27,7 @@ from dfmcl.training.noise import Noise
 from dfmcl.training.objectives import OBJECTIVES, jensen_shannon, smoothed
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+Seen = tuple[list[Tensor], list[Tensor], Tensor]  # views, attacked views, targets
 
 
 class Learner:
@@ -40,10 +41,10 @@ class Learner:
         self.config, self.total_steps, self.ranks = config, total_steps, ranks
         self.beta = parse_eps(config.curriculum.beta)
         self.device = ranks.device
-        if config.optimization.batch_size % ranks.world:
-            raise BadInput(
-                f"optimization.batch_size: {config.optimization.batch_size} is no multiple of {ranks.world} processes"
-            )
+        shares, size = ranks.world * config.optimization.accumulate, config.optimization.batch_size
+        if size % shares:
+            told = f"{ranks.world} processes" if shares == ranks.world else f"{shares} parts (optimization.accumulate)"
+            raise BadInput(f"optimization.batch_size: {size} is no multiple of {told}")
         self.layout = layout_of(model)
         model = model.to(self.device).to(memory_format=self.layout)
         synchronised = config.model.batch_norm == "synchronised" and ranks.world > 1
@@ -51,6 +52,7 @@ class Learner:
             if self.device.type != "cuda":
                 raise BadInput("model.batch_norm: synchronised needs GPUs; use batch or frozen on CPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        freeze(model, config.model.frozen)
         self.model = model
         self.mask = DynamicFeatureMask(config.masking).to(self.device)
         if config.masking.enabled:
@@ -75,7 +77,7 @@ class Learner:
     def record(self, whole: Sequence[Pass], views: Sequence[int]) -> None:
         """Have a GPU run each pass as one graph. whole: of each network; views: the network of each."""
         height, width, channels = self.model.spec.input_shape
-        size = self.config.optimization.batch_size // self.ranks.world
+        size = self.config.optimization.batch_size // (self.ranks.world * self.config.optimization.accumulate)
         example = torch.rand(size, channels, height, width, device=self.device)
         example = example.contiguous(memory_format=self.layout)
 
@@ -106,29 +108,50 @@ class Learner:
         return loss
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """Gradients of step t's objective, in `.grad`; returns its value."""
+        """Gradients of step t's objective, in `.grad`; returns its value.
+
+        A batch in parts sees what it would see whole: each part is what one of so many processes would see of it.
+        """
         chosen = self.config.optimization
-        noise = Noise(generator(self.config.seed, "step", step, device=self.device), self.ranks.rank, self.ranks.world)
+        parts = chosen.accumulate
+        noises = [
+            Noise(
+                generator(self.config.seed, "step", step, device=self.device),
+                self.ranks.rank * parts + part,
+                self.ranks.world * parts,
+            )
+            for part in range(parts)
+        ]
+        self.optimizer.zero_grad(set_to_none=True)
+        seen = [self.seen(images, labels, step, noise) for noise in noises]
+        if not (chosen.awp and step > chosen.awp_start * self.total_steps):
+            return self._backward(seen, noises)
+        weights = perturbed_parameters(self.model)
+        gradients = [torch.zeros_like(weight) for weight in weights]
+        with running_statistics_kept(self.model):
+            for (views, attacked, target), noise in zip(seen, noises, strict=True):
+                worst = self.objective(views[:1], attacked[:1], target, noise) / parts
+                torch._foreach_add_(gradients, [_full(one) for one in torch.autograd.grad(worst, weights)])
+        self.ranks.average(gradients)
+        with perturbed(weights, gradients, chosen.awp):
+            return self._backward(seen, noises)
+
+    def seen(self, images: Tensor, labels: Tensor, step: int, noise: Noise) -> Seen:
+        """What this part of the batch shows the network: its views, the same attacked, and the targets."""
         y = noise.mine(labels)
         target = smoothed(y, self.model.spec.classes, self.config.objective.label_smoothing)
         kinds = [self.config.data.augmentation]
         kinds += [self.config.objective.view_augmentation] * self.config.objective.views
         views = [self.view(noise.mine(augment(images, noise.generator, kind))) for kind in kinds]
-        attacked = [self.craft(x, y, step, noise, number) for number, x in enumerate(views)]
-        self.optimizer.zero_grad(set_to_none=True)
-        if chosen.awp and step > chosen.awp_start * self.total_steps:
-            weights = perturbed_parameters(self.model)
-            with running_statistics_kept(self.model):
-                worst = self.objective(views[:1], attacked[:1], target, noise)
-                gradients = [_full(gradient) for gradient in torch.autograd.grad(worst, weights)]
-            self.ranks.average(gradients)
-            with perturbed(weights, gradients, chosen.awp):
-                loss = self.objective(views, attacked, target, noise)
-                loss.backward()
-        else:
-            loss = self.objective(views, attacked, target, noise)
+        return views, [self.craft(x, y, step, noise, number) for number, x in enumerate(views)], target
+
+    def _backward(self, seen: Sequence[Seen], noises: Sequence[Noise]) -> Tensor:
+        losses = []
+        for (views, attacked, target), noise in zip(seen, noises, strict=True):
+            loss = self.objective(views, attacked, target, noise) / len(seen)
             loss.backward()
-        return loss.detach()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def apply(self, step: int) -> None:
         """Move the weights by the gradients that `loss` left."""
@@ -284,26 +307,66 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
-def set_training(model: nn.Module, config: TrainConfig) -> None:
-    """Training mode; batch norm stays in eval mode where the config freezes it."""
+def set_training(model: Classifier, config: TrainConfig) -> None:
+    """Training mode; batch norm stays in eval mode where the config freezes it, or the module that it lies in."""
     model.train()
-    if config.model.batch_norm == "frozen":
-        for module in batch_norms(model):
-            module.eval()
+    still = (
+        [model] if config.model.batch_norm == "frozen" else [find_layer(model, name) for name in config.model.frozen]
+    )
+    for module in (norm for part in still for norm in batch_norms(part)):
+        module.eval()
 
 
-def build_optimizer(config: TrainConfig, networks: Sequence[nn.Module], mask: nn.Module) -> torch.optim.Optimizer:
-    """Adam or SGD with Nesterov momentum; alpha is exempt from weight decay, which would make all p alike."""
+def freeze(model: Classifier, names: Sequence[str]) -> None:
+    """Keep the weights of these modules as they are. BadInput for a name that is none, or where nothing is left."""
+    for name in names:
+        find_layer(model, name, "model.frozen").requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise BadInput(f"model.frozen: {', '.join(names)} are all there is; leave the head to be trained")
+
+
+def build_optimizer(config: TrainConfig, networks: Sequence[Classifier], mask: nn.Module) -> torch.optim.Optimizer:
+    """Adam, AdamW or SGD with Nesterov momentum; alpha is exempt from weight decay, which would make all p alike.
+
+    A group's `share` is what the learning rate is multiplied by.
+    """
     chosen = config.optimization
-    weights = list({id(p): p for network in networks for p in network.parameters()}.values())
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": chosen.weight_decay},
-        {"params": list(mask.parameters()), "weight_decay": 0.0},
-    ]
-    fused = weights[0].device.type == "cuda"
-    if chosen.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=chosen.lr, fused=fused)
-    return torch.optim.SGD(groups, lr=chosen.lr, momentum=chosen.momentum, nesterov=chosen.momentum > 0, fused=fused)
+    groups = [{**group, "weight_decay": chosen.weight_decay} for group in layered(networks, chosen.layer_decay)]
+    groups.append({"params": list(mask.parameters()), "weight_decay": 0.0, "share": 1.0})
+    fused = networks[0].mean.device.type == "cuda"
+    if chosen.optimizer == "sgd":
+        nesterov = chosen.momentum > 0
+        return torch.optim.SGD(groups, lr=chosen.lr, momentum=chosen.momentum, nesterov=nesterov, fused=fused)
+    adam = torch.optim.AdamW if chosen.optimizer == "adamw" else torch.optim.Adam
+    return adam(groups, lr=chosen.lr, fused=fused)
+
+
+def layered(networks: Sequence[Classifier], decay: float) -> list[dict[str, Any]]:
+    """Parameters that are not frozen, in groups of equal learning rate: `share` is decay to the power of their depth.
+
+    The last block with weights, the head, has depth 0. What lies in no block (a class token) is as deep as the first.
+    """
+    weights = list({id(p): p for network in networks for p in network.parameters() if p.requires_grad}.values())
+    if decay == 1:
+        return [{"params": weights, "share": 1.0}]
+    depth: dict[int, int] = {}
+    for network in networks:
+        blocks = [block for block in blocks_of(network.net) if any(True for _ in block.parameters())]
+        for number, block in enumerate(reversed(blocks)):
+            depth |= {id(parameter): number for parameter in block.parameters()}
+    deepest = max(depth.values())
+    members: dict[int, list[nn.Parameter]] = {}
+    for weight in weights:
+        members.setdefault(depth.get(id(weight), deepest), []).append(weight)
+    return [{"params": members[number], "share": decay**number} for number in sorted(members)]
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """A network's children in order; of a sequence its members, one by one."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        found += blocks_of(child) if isinstance(child, nn.Sequential | nn.ModuleList) else [child]
+    return found
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -319,4 +382,4 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step, total_steps)
+        group["lr"] = learning_rate(config, step, total_steps) * group["share"]

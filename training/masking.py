@@ -212,12 +212,12 @@ def has_pooled_linear_tail(model: Classifier, layer: str) -> bool:
     return layer == "layer4" and model.is_resnet
 
 
-def find_layer(model: Classifier, layer: str) -> nn.Module:
-    """The module of that name inside the network."""
+def find_layer(model: Classifier, layer: str, key: str = "masking.layer") -> nn.Module:
+    """The module of that name inside the network; BadInput names the config's key."""
     modules: dict[str, nn.Module] = dict(model.net.named_modules())
     if layer not in modules or not layer:
         top = ", ".join(name for name, _ in model.net.named_children())
-        raise BadInput(f"masking.layer: the network has no layer {layer!r}; choose one of {top}, or a module in them")
+        raise BadInput(f"{key}: the network has no layer {layer!r}; choose one of {top}, or a module in them")
     return modules[layer]
 
 

@@ -112,8 +112,13 @@ def write_run(
     labels: tuple[str, ...],
     data: dict[str, Any],
     result: dict[str, Any],
+    begun: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The finished run: weights first, the manifest that vouches for them last. Broken where a weight is not finite."""
+    """The finished run: weights first, the manifest that vouches for them last. Broken where a weight is not finite.
+
+    config, model, labels, data, result: what the manifest says of the run.
+    begun: the pretrained weights that it began with; None: from scratch.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if wild := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise Broken(f"{out}: {wild[0]} is not finite after the last step; lower optimization.lr and train again")
@@ -129,6 +134,7 @@ def write_run(
         "config_sha256": config.digest,
         "files": {CHECKPOINT: sha256_of(out / CHECKPOINT)},
         "result": result,
+        **({"weights": begun} if begun else {}),
         **provenance(),
     }
     write_text(out / MANIFEST, dump_json(manifest))

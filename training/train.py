@@ -23,11 +23,13 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
+from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.course import ELSEWHERE, Course
 from dfmcl.training.learner import Learner
 from dfmcl.training.limits import EndedAtOnce, Limits
+from dfmcl.training.pretrained import read_pretrained, scale_of
 from dfmcl.training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run
 
 
@@ -105,7 +107,8 @@ def _train(
         log, track = (lambda line: None), silent
     if data.remark:
         log(data.remark)
-    course = Course(config, out, data, fit, build(config, data), ranks, limits, compact)
+    network, begun = begin(config, data, log)
+    course = Course(config, out, data, fit, network, ranks, limits, compact, begun)
     ranks.agree(False)  # nobody creates the directory before all have looked at it
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +136,7 @@ def _train(
         return {}
     last = course.history[-1]
     result = {"train_images": len(fit), "heldout_images": len(heldout), "epochs": len(course.history), **asdict(last)}
-    return write_run(out, config, course.learner.result, data.classes, data.describe(), result)
+    return write_run(out, config, course.learner.result, data.classes, data.describe(), result, begun)
 
 
 def require_room(out: Path, resume: bool) -> None:
@@ -188,26 +191,52 @@ def require_every_class(data: Dataset, labels: Labels) -> None:
         )
 
 
-def build(config: TrainConfig, data: Dataset) -> Classifier:
-    """A fresh network for this data, its weights drawn from the config's seed."""
+def begin(config: TrainConfig, data: Dataset, log: Callable[[str], None]) -> tuple[Classifier, dict[str, Any] | None]:
+    """The network at a run's first step, and the manifest's entry of the pretrained weights that it begins with."""
+    if not config.model.weights:
+        return build(config, data, scale_of(config.model.scale, None)), None
+    pretrained = read_pretrained(config.model.weights)
+    scale = scale_of(config.model.scale, pretrained)
+    network = build(config, data, scale)
+    entry = pretrained.lay_into(network.net)
+    head = f"; {', '.join(entry['fresh'])} begin anew" if entry["fresh"] else ""
+    log(f"begins with {pretrained.source}, which expects {scale or 'plain'}{head}")
+    return network, entry
+
+
+def build(config: TrainConfig, data: Dataset, scale: Scale | None = None) -> Classifier:
+    """A fresh network for this data, its weights drawn from the config's seed. scale: None: the data's."""
+    mean, std = statistics(data) if scale is None else in_pixels(scale, data.input_shape[2])
+    spec = ModelSpec(
+        arch=config.model.arch,
+        width=config.model.width,
+        classes=len(data.classes),
+        input_shape=data.input_shape,
+        mean=mean,
+        std=std,
+        activation=config.model.activation,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Classifier(spec)
+
+
+def statistics(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel of the training images, in pixels from 0 to 1."""
     # From histograms: as floats, the images of CIFAR-10 take more than a gigabyte.
     channels = np.moveaxis(np.asarray(data.x_train), 3, 0)
     counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in channels])
     share, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = share @ levels
     std = np.sqrt((share * (levels - mean[:, None]) ** 2).sum(axis=1))
-    spec = ModelSpec(
-        arch=config.model.arch,
-        width=config.model.width,
-        classes=len(data.classes),
-        input_shape=data.input_shape,
-        mean=tuple(round(float(v), 4) for v in mean),
-        std=tuple(round(max(float(v), 1e-3), 4) for v in std),
-        activation=config.model.activation,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Classifier(spec)
+    return tuple(round(float(v), 4) for v in mean), tuple(round(max(float(v), 1e-3), 4) for v in std)
+
+
+def in_pixels(scale: Scale, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A scale's mean and deviation for pixels from 0 to 1, one a channel."""
+    scale.require_channels(channels)
+    mean, std = (values * channels if len(values) == 1 else values for values in (scale.mean, scale.std))
+    return tuple(value / scale.top for value in mean), tuple(value / scale.top for value in std)
 
 
 def measure(learner: Learner, data: Dataset, heldout: Labels, config: TrainConfig) -> tuple[float, float]:
