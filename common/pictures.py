@@ -1,7 +1,7 @@
 """A picture's file as the image that a network is shown: the same pixels, or the same refusal, in training and gateway.
 
-An image is upright as EXIF says, its alpha lies on white, it has 8 bits a channel, and its shorter side is fitted
-(bilinear), the longer one cut at both ends. No torch, because the gateway loads this too.
+An image is upright as EXIF says, its alpha lies on white, and it has 8 bits a channel; dfmcl.common.preprocessing
+brings it to a size. No torch, because the gateway loads this too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-FILTER = Image.Resampling.BILINEAR
 WHITE = "white"
 # Modes of Pillow that become RGB without a loss that nobody asked for; LAB and HSV need a colour profile.
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"})
@@ -65,11 +64,6 @@ def upright(picture: Image.Image, mode: str) -> Image.Image:
         ImageOps.exif_transpose(picture, in_place=True)
         picture = _on_white(picture) if picture.has_transparency_data else picture
         return picture if picture.mode == mode else picture.convert(mode)
-
-
-def fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The middle of the image, as large as its shape allows, at this size; unchanged where it has this size."""
-    return image if image.size == (width, height) else ImageOps.fit(image, (width, height), FILTER)
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.common.text import why_not_local
 from dfmcl.gating.policy import Criterion, Policy, checked_radius
 from dfmcl.robustness.sources import BUILT_IN, Kind
@@ -30,9 +31,10 @@ class Assumed:
     data: str
     eps: str
     criterion: Criterion
+    preprocessing: Preprocessing = USUAL
 
     @staticmethod
-    def of(data: str | None, eps: str | None, at_least: str | None) -> Assumed:
+    def of(data: str | None, eps: str | None, at_least: str | None, preprocessing: Preprocessing = USUAL) -> Assumed:
         """From the three options; BadInput names the one that is missing or wrong."""
         given = dict(zip(OPTIONS, (data, eps, at_least), strict=True))
         if missing := [name for name, value in given.items() if value is None]:
@@ -53,7 +55,7 @@ class Assumed:
             raise BadInput(
                 f"--data {data}: is not there; name a folder, an .npz, a .csv, or one of {', '.join(BUILT_IN)}"
             )
-        return Assumed(data, eps, criterion)
+        return Assumed(data, eps, criterion, preprocessing)
 
     def policy(self, contract: InputContract, checked: int | None = CHECKED) -> Policy:
         """The policy for a model that takes such images; what it does not say are the defaults.
@@ -82,12 +84,14 @@ class Assumed:
                 f"--data {self.data}: its images are fitted to a square, the model takes {contract}; save them"
                 " as an .npz of x_test and y_test"
             )
-        return {"name": kind, "path": self.data, "image_size": contract.height}
+        self.preprocessing.require_side(contract.height)
+        told = {"preprocessing": str(self.preprocessing)}
+        return {"name": kind, "path": self.data, "image_size": contract.height, **told}
 
     def said(self, policy: Policy, contract: InputContract, file: Path) -> list[str]:
         """What was assumed, in two lines. file: where the policy will lie."""
         side = policy.data.image_size
-        fitted = f", their middle fitted to {side}x{side}" if side else ""
+        fitted = f", brought to {side}x{side} by {policy.data.preprocessing}" if side else ""
         taken = f"{contract} plain, from 0 to 1" if not str(contract.scale) and contract.dtype != "uint8" else contract
         return [
             f"assumed: {self.criterion} in Linf {self.eps}, suite {SUITE}, checks on {CHECKED} images; see {file}",

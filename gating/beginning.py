@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.files import write_text
+from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.gating.policy import Policy
 
 POLICY, TRUST, LABELS, KEY = "gate.toml", "trust.toml", "labels.txt", "release"
@@ -84,13 +85,14 @@ class Shown:
     """The model that the files are about, as a command names it.
 
     model: an ONNX file or module:callable. contract: the words of --input. output: of an ONNX file with several.
-    labels: the file that names its classes; None: LABELS is written.
+    labels: the file that names its classes; None: LABELS is written. preprocessing: of its pictures.
     """
 
     model: str
     contract: str
     output: str | None
     labels: Path | None
+    preprocessing: Preprocessing = USUAL
 
     @property
     def file(self) -> bool:
@@ -140,9 +142,10 @@ def _script(shown: Shown) -> list[str]:
     """Lines of a shell: the model becomes a candidate where it can, and is judged."""
     told = ["--labels", str(shown.labels or LABELS), "--input", shown.contract]
     told += ["--output", shown.output] if shown.output else []
+    fitted = [] if shown.preprocessing == USUAL else ["--preprocessing", str(shown.preprocessing)]
     judged, lines = shlex.join(["candidate"]), []
     if shown.file:
-        lines.append(shlex.join(["dfmcl", "export", shown.model, *told, "--out", "candidate"]))
+        lines.append(shlex.join(["dfmcl", "export", shown.model, *told, *fitted, "--out", "candidate"]))
     else:
         judged = shlex.join([shown.model, *told])
     key = f"{KEY}.key"

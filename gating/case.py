@@ -123,7 +123,7 @@ def prepare(
     suite, whole, no_gradients = suite_of(subject, policy)
     carried = carried_of(subject, policy, surrogates)
     mode = "L" if subject.contract.channels == 1 else "RGB"
-    data = open_dataset(policy.data.name, policy.data.path, policy.data.image_size, track, mode)
+    data = open_dataset(*policy.data.named, track, mode, policy.data.preprocessing)
     if isinstance(subject.classes, tuple) and {*data.classes} < {*subject.classes}:
         data = labelled_as(data, subject.classes)
     require_fit(subject, data, policy)
@@ -199,6 +199,11 @@ def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
                 f"{where}: class {place} is {ours!r}, the model's label {place} is {theirs!r}; bring the labels into"
                 " the order of the logits, or name the data set that the model tells apart"
             )
+    if data.preprocessing and subject.preprocessing and data.preprocessing != str(subject.preprocessing):
+        raise BadInput(
+            f"{where}: its files are preprocessed by {data.preprocessing}, {subject.name} is served with"
+            f" {subject.preprocessing}; judge it on what it will be shown: set data.preprocessing, or export it again"
+        )
     if policy.data.images > len(data.x_test):
         raise BadInput(
             f"policy data.images is {policy.data.images}; {policy.data.name} has {len(data.x_test)} test images"

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import LocalPath, Section, read_toml, validated
+from dfmcl.common.toml import Section, read_toml, validated
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import SUITES
-from dfmcl.robustness.sources import Kind
+from dfmcl.robustness.sources import DataSource
 from dfmcl.robustness.threats.radius import Norm
 from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import RADIUS, Threat
@@ -112,15 +112,12 @@ def checked_radius(text: str, norm: str) -> str:
     return text
 
 
-class DataSection(Section):
+class DataSection(DataSource):
     """Whose test part the claim is about, and how many of its images may be attacked before the gate gives up (0: all).
 
     In `sequential` statistics the claim is about the whole test part, in `fixed` about the population it is drawn from.
     """
 
-    name: Kind
-    path: LocalPath = ""
-    image_size: int = Field(0, ge=0)
     images: int = Field(0, ge=0)
 
 

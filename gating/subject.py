@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.gating.afresh import asked_afresh
 from dfmcl.gating.conversion import NoGradients, differentiable
 from dfmcl.gating.endpoint import Asked, Connect, Described, Predict
@@ -53,7 +54,7 @@ class Subject:
     there is no way to gradients, and `no_gradients` says why. run: what is known of the training: checkpoint_sha256,
     and data, the digest of the data set that it saw. state: what a module keeps, by place. afresh: the answers to uint8
     images (n, H, W, C) of what the user named, opened anew: of a module by a new process. output: of a file with
-    several, which is judged.
+    several, which is judged. preprocessing: how a candidate's pictures become its images, where they are files.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Subject:
     state: Callable[[], Mapping[str, str]] | None = None
     afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
     output: str = ""
+    preprocessing: Preprocessing | None = None
 
 
 def open_subject(
@@ -166,6 +168,7 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
         no_gradients=why,
         state=dict,
         afresh=partial(reopened, path, str(contract), provider, whole=True),
+        preprocessing=Preprocessing.parse(str(manifest.get("preprocessing", ""))),
     )
 
 

@@ -15,7 +15,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.sources import Kind
+from dfmcl.robustness.sources import DataSource
 from dfmcl.robustness.threats.radius import Norm, Radius
 from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.robustness.threats.threat import Threat
@@ -51,14 +51,6 @@ class Target(Section):
     url: TritonUrl = "127.0.0.1:8001"
     model: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")  # what promotion allows; it becomes a label
     timeout_seconds: float = Field(5.0, gt=0, le=600, allow_inf_nan=False)
-
-
-class DataSection(Section):
-    """Where the images come from: the test part of a data set."""
-
-    name: Kind
-    path: LocalPath = ""
-    image_size: int = Field(0, ge=0)
 
 
 class Ball(Section):
@@ -175,7 +167,7 @@ class WatchConfig(Section):
     """A whole watch."""
 
     target: Target
-    data: DataSection
+    data: DataSource
     threat: Ball
     probe: Probe = Probe()
     query: QuerySection = QuerySection()

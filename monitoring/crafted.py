@@ -56,7 +56,7 @@ class Recipe:
     @staticmethod
     def of(config: WatchConfig, track: Track = silent) -> Recipe:
         """A watch's; BadInput for data or surrogates that cannot be used."""
-        dataset = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
+        dataset = load_dataset(*config.data.named, track, config.data.preprocessing)
         return Recipe(
             pool=ImagePool(np.asarray(dataset.x_test), dataset.y_test, len(dataset.classes)),
             labels=tuple(map(str, dataset.classes)),

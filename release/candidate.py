@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.common.reader import MANIFEST_BYTES, parse_object, read_plain
 
 FORMAT = "dfmcl.candidate/1"
@@ -49,7 +50,8 @@ class Manifest:
     files: name -> hex SHA-256; labels: K names in the order of the logits; input_shape: (H, W, C) of uint8 images;
     checkpoint_sha256: of the run it was exported from; weights: how matrices and kernels are stored, one of WEIGHTS;
     all is computed in float32. A wrapped ONNX file has no run (None) but an origin, of which SHA-256 and input contract
-    are given, and weights AS_THEY_CAME; model.onnx converts the wire's bytes to that contract.
+    are given, and weights AS_THEY_CAME; model.onnx converts the wire's bytes to that contract. preprocessing: how
+    pictures become such images; USUAL where the manifest does not say.
     """
 
     created: str
@@ -63,6 +65,7 @@ class Manifest:
     versions: Mapping[str, str]
     origin_sha256: str | None = None
     origin_input: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing = USUAL
 
     @property
     def model_sha256(self) -> str:
@@ -86,6 +89,7 @@ class Manifest:
             "files": dict(self.files),
             "labels": list(self.labels),
             "input": {"name": INPUT, "dtype": "uint8", "layout": "NHWC", "shape": list(self.input_shape)},
+            "preprocessing": str(self.preprocessing),
             "output": {"name": OUTPUT, "dtype": "float32", "classes": len(self.labels)},
             **source,
             "parity": asdict(self.parity),
@@ -113,6 +117,7 @@ class Manifest:
             versions=dict(value["versions"]),
             origin_sha256=str(value["origin"]["sha256"]) if wrapped else None,
             origin_input=dict(value["origin"]["input"]) if wrapped else {},
+            preprocessing=Preprocessing.parse(str(value.get("preprocessing", ""))),
         )
         known = (AS_THEY_CAME,) if wrapped else WEIGHTS
         if manifest.weights not in known:

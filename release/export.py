@@ -23,6 +23,7 @@ from torch.fx.experimental.optimization import fuse
 
 from dfmcl.common.errors import BadInput, Broken, Refused
 from dfmcl.common.files import whole_directory
+from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.common.progress import Track, silent
 from dfmcl.release.candidate import (
     AS_THEY_CAME,
@@ -120,6 +121,7 @@ def export(
             opset=OPSET,
             weights=weights,
             versions=versions(),
+            preprocessing=Preprocessing.parse(source.data.get("preprocessing", "")),
         )
         write_manifest(staged, manifest)
     return manifest.to_json()
@@ -132,6 +134,7 @@ def wrap(
     contract: str,
     labels: tuple[str, ...],
     output: str | None = None,
+    preprocessing: Preprocessing = USUAL,
     track: Track = silent,
 ) -> dict[str, object]:
     """Write the candidate directory of a foreign ONNX classifier and return its manifest; as `export` in all else.
@@ -139,11 +142,13 @@ def wrap(
     contract: what images the file takes, see InputContract.parse.
     labels: K names in the order of its logits.
     output: the name of its scores, where it has several outputs.
+    preprocessing: how pictures become images of its size.
     A file that takes images as they come and gives logits, under our names, is kept byte for byte. BadInput (2): no
     such classifier, or labels that are not as many as the logits. Refused (1): random operators, a batch size that is
     built in, operators too new or too old to be served.
     """
     graph = read_graph(file, contract, output, len(labels))
+    preprocessing.require_side(max(graph.contract.height, graph.contract.width))
     if random := random_operators(graph.model):
         raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
     if not OLDEST_OPSET <= graph.opset <= OPSET:
@@ -180,6 +185,7 @@ def wrap(
             versions=versions(),
             origin_sha256=graph.digest,
             origin_input=graph.contract.to_json(),
+            preprocessing=preprocessing,
         )
         write_manifest(staged, manifest)
     return manifest.to_json()
@@ -264,7 +270,9 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
     the tolerance, Refused where rounding changes labels, BadInput where the data do not fit the model.
     """
     data = run.data
-    dataset = load_dataset(data["name"], data.get("path", ""), data.get("image_size", 0), track=track)
+    dataset = load_dataset(
+        data["name"], data.get("path", ""), data.get("image_size", 0), track, data.get("preprocessing", "")
+    )
     if dataset.remark:
         log(dataset.remark)
     if dataset.input_shape != run.input_shape:

@@ -20,6 +20,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from dfmcl.common.errors import BadInput, Refused
+from dfmcl.common.preprocessing import PARAMETER
 from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 from dfmcl.release.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest
 
@@ -104,6 +105,8 @@ version_policy {{ specific {{ versions: [ {version} ] }} }}
 dynamic_batching {{ }}
 parameters {{ key: "intra_op_thread_count" value {{ string_value: "{threads}" }} }}
 parameters {{ key: "inter_op_thread_count" value {{ string_value: "1" }} }}
+# How the gateway brings a picture to this size: as the images were that the model was judged on.
+parameters {{ key: "{PARAMETER}" value {{ string_value: "{manifest.preprocessing}" }} }}
 # Probes must reach the model, not a cache of its answers.
 response_cache {{ enable: false }}
 {warmup}

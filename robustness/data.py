@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import Track, silent
 from dfmcl.common.text import is_line, why_not_local
 from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
@@ -35,7 +36,7 @@ DIGITS_SPLIT_SEED = 20260
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set; `path` and `image_size` suffice to load it again; skipped: files, by reason."""
+    """A named data set; `path`, `image_size` and `preprocessing` load it again; skipped: files, by reason."""
 
     name: str
     x_train: Images
@@ -45,6 +46,7 @@ class Dataset:
     classes: tuple[str, ...]
     path: str = ""
     image_size: int = 0
+    preprocessing: str = ""
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
@@ -53,7 +55,7 @@ class Dataset:
         digest = hashlib.sha256()
         if isinstance(self.x_train, Pictures) and isinstance(self.x_test, Pictures):
             for pictures in (self.x_train, self.x_test):
-                digest.update(str((pictures.shape, pictures.mode)).encode())
+                digest.update(str((pictures.shape, pictures.mode, str(pictures.preprocessing))).encode())
                 named = (pictures.part.classes[label] for label in pictures.part.labels)
                 digest.update("".join(map("{}\0{}\n".format, named, pictures.digests)).encode())
             return digest.hexdigest()
@@ -70,6 +72,7 @@ class Dataset:
     def describe(self) -> dict[str, Any]:
         """The entry that manifests keep."""
         entry = {"name": self.name, "path": self.path, "image_size": self.image_size, "sha256": self.sha256}
+        entry |= {"preprocessing": self.preprocessing} if self.preprocessing else {}
         return entry | ({"skipped": dict(self.skipped)} if self.skipped else {})
 
     @property
@@ -103,17 +106,27 @@ def labelled_as(data: Dataset, names: tuple[str, ...]) -> Dataset:
     return replace(data, y_train=place[data.y_train], y_test=place[data.y_test], classes=names)
 
 
-def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
-    """The data set as `open_dataset` opens it, its images as arrays: for whoever asks for them all, or many times."""
-    return whole(open_dataset(name, path, image_size, track), track)
+def load_dataset(
+    name: str, path: str = "", image_size: int = 0, track: Track = silent, preprocessing: str = ""
+) -> Dataset:
+    """The data set as `open_dataset` opens it, its images as arrays, because all are needed, or many times."""
+    return whole(open_dataset(name, path, image_size, track, preprocessing=preprocessing), track)
 
 
-def open_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent, mode: str = "RGB") -> Dataset:
+def open_dataset(
+    name: str,
+    path: str = "",
+    image_size: int = 0,
+    track: Track = silent,
+    mode: str = "RGB",
+    preprocessing: str = "",
+) -> Dataset:
     """A data set by its kind (dfmcl.robustness.sources); files of FITTED kinds are decoded when they are asked for.
 
     path: a file or folder.
     image_size: the side that files are fitted to.
     mode: RGB, or L, to read files for a network that takes grey images.
+    preprocessing: how they are fitted, in the words of Preprocessing; empty: `fit bilinear`.
     """
     if why := why_not_local(path):  # a path that no configuration gave, such as --data-path
         raise BadInput(f"data: path {path}: {why}")
@@ -121,7 +134,7 @@ def open_dataset(name: str, path: str = "", image_size: int = 0, track: Track = 
         "digits": lambda: _digits(),
         "cifar10": lambda: _npz(path, "cifar10", track) if path.endswith(".npz") else _cifar10(path),
         "npz": lambda: _npz(path, "npz", track),
-    } | {kind: functools.partial(_fitted, kind, path, image_size, mode) for kind in FITTED}
+    } | {kind: functools.partial(_fitted, kind, path, image_size, mode, preprocessing) for kind in FITTED}
     if name not in loaders:
         raise BadInput(f"data: name is {name!r}; choose one of {', '.join(loaders)}")
     dataset = loaders[name]()
@@ -205,21 +218,27 @@ EXPECTED = {
 }
 
 
-def _fitted(name: str, path: str, image_size: int, mode: str) -> Dataset:
-    """Files of any size, fitted to image_size squared, as dfmcl.common.pictures does."""
+def _fitted(name: str, path: str, image_size: int, mode: str, preprocessing: str) -> Dataset:
+    """Files of any size, brought to image_size squared."""
     if not path:
         raise BadInput(f"data: {name} needs a path, with {EXPECTED[name]}")
     if image_size < 8:
         raise BadInput(f"data: image_size is {image_size}; {name} needs a side to resize to, such as 32")
+    try:
+        told = Preprocessing.parse(preprocessing)
+    except ValueError as error:
+        raise BadInput(f"data: preprocessing: {error}") from None
+    told.require_side(image_size)
     train, test = LISTS[name](path)
     return Dataset(
         name=name,
-        x_train=Pictures(train, image_size, mode),
+        x_train=Pictures(train, image_size, mode, told),
         y_train=train.labels,
-        x_test=Pictures(test, image_size, mode),
+        x_test=Pictures(test, image_size, mode, told),
         y_test=test.labels,
         classes=train.classes,
         path=path,
         image_size=image_size,
+        preprocessing=str(told),
         skipped=dict(train.skipped + test.skipped),
     )

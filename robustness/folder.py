@@ -16,6 +16,7 @@ from PIL import Image
 
 from dfmcl.common import pictures
 from dfmcl.common.errors import BadInput
+from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.robustness.members import Member, opened
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # as this Pillow has them
@@ -53,12 +54,14 @@ def list_part(folder: Path) -> Part:
     return Part(paths, labels.astype(np.int64), tuple(files), skipped)
 
 
-def read_image(path: str | Member, side: int, mode: str = "RGB") -> NDArray[np.uint8]:
+def read_image(
+    path: str | Member, side: int, mode: str = "RGB", preprocessing: Preprocessing = USUAL
+) -> NDArray[np.uint8]:
     """One file as uint8 (side, side, C); BadInput that names it where it is none."""
     try:
         with opened(path) as file:
             picture = pictures.opened(file, _readable(), MAX_PIXELS)
-            return pictures.to_array(pictures.fitted(pictures.upright(picture, mode), side, side))
+            return pictures.to_array(preprocessing.applied(pictures.upright(picture, mode), side, side))
     except pictures.Unusable as error:
         advice = "; replace it, or remove it" if error.reason == "bad_image" else ""
         raise BadInput(f"{path}: {error}{advice}") from None

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.folder import Part, file_digest, read_image
 
@@ -26,11 +27,12 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Pictures:
-    """The files of a part of a folder, fitted to (side, side); mode: RGB or L. Nothing is kept of what was decoded."""
+    """The files of a part, brought to (side, side); mode: RGB or L. Nothing is kept of what was decoded."""
 
     part: Part
     side: int
     mode: str
+    preprocessing: Preprocessing
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +52,7 @@ class Pictures:
         """The same, with progress."""
         images = np.empty((len(index), *self.shape[1:]), np.uint8)
         for place, number in enumerate(track(index, label, len(index))):
-            images[place] = read_image(self.part.paths[number], self.side, self.mode)
+            images[place] = read_image(self.part.paths[number], self.side, self.mode, self.preprocessing)
         return images
 
     @cached_property

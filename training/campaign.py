@@ -269,14 +269,14 @@ def make_directory(path: Path) -> None:
 
 def load_once(track: Track) -> Callable[[PlannedRun], Dataset]:
     """A loader that keeps the last data set: the runs of a campaign share one."""
-    kept: dict[tuple[str, str, int], Dataset] = {}
+    kept: dict[tuple[str, str, int, str], Dataset] = {}
 
     def load(run: PlannedRun) -> Dataset:
         chosen = run.config.data
-        key = (chosen.name, chosen.path, chosen.image_size)
+        key = (*chosen.named, chosen.preprocessing)
         if key not in kept:
             kept.clear()
-            kept[key] = load_dataset(*key, track)
+            kept[key] = load_dataset(*chosen.named, track, chosen.preprocessing)
         return kept[key]
 
     return load

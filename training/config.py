@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import LocalPath, Section, read_shipped, shipped, validated
-from dfmcl.robustness.sources import Kind
+from dfmcl.common.toml import Section, read_shipped, shipped, validated
+from dfmcl.robustness.sources import DataSource, Kind
 from dfmcl.robustness.threats.radius import Radius
 
 PRESETS = "dfmcl.training.presets"  # the package that carries them
@@ -21,12 +21,10 @@ AttackName = Literal["fgsm", "n-fgsm", "pgd", "cw", "kl"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class DataSection(Section):
+class DataSection(DataSource):
     """Which images. `heldout_images` of the training part are never trained on: selection happens there."""
 
     name: Kind = "cifar10"
-    path: LocalPath = ""
-    image_size: int = Field(0, ge=0)
     train_images: int = Field(0, ge=0)
     heldout_images: int = Field(1000, ge=1)
     augmentation: Augmentation = "crop-flip"

@@ -95,7 +95,7 @@ def _train(
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     require_room(out, resume)
-    data = load_dataset(config.data.name, config.data.path, config.data.image_size, track)
+    data = load_dataset(*config.data.named, track, config.data.preprocessing)
     if not len(data.x_train):
         raise BadInput(
             f"data {data.path}: has test images only; training needs {Path(data.path) / 'train'}/CLASS/*.png"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dfmcl.common.preprocessing import Preprocessing
 
 
 def require_local(path: object) -> None:
@@ -34,9 +37,23 @@ def read_labels(path: Path | None) -> tuple[str, ...] | None:
         raise BadInput(f"--labels {path}: not readable: {error}") from None
 
 
+def read_preprocessing(text: str | None) -> Preprocessing:
+    """The words of an option; BadInput for others."""
+    from dfmcl.common.errors import BadInput
+    from dfmcl.common.preprocessing import Preprocessing
+
+    try:
+        return Preprocessing.parse(text or "")
+    except ValueError as error:
+        raise BadInput(f"--preprocessing {error}") from None
+
+
 NAME = Annotated[str, typer.Option(help="The model's name in Triton.")]
 REPOSITORY = Annotated[Path, typer.Option(help="Triton's model repository.")]
 TRUST = Annotated[Path, typer.Option(help="Whose signature counts (TOML).")]
 LIVE = Annotated[str | None, typer.Option(help="HOST:PORT of the gRPC endpoint: wait until it answers as gated.")]
 WAIT = Annotated[float, typer.Option(help="Seconds to wait for that.", min=0.1)]
+PREPROCESSING = Annotated[
+    str | None, typer.Option(help="How pictures become its size: 'fit bilinear', 'resize=256 bicubic', 'squash'.")
+]
 OUTPUT = Annotated[str | None, typer.Option(help="An ONNX file's output of scores, where it has several.")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import OUTPUT, read_labels
+from dfmcl.cli.arguments import OUTPUT, PREPROCESSING, read_labels, read_preprocessing
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track
 
@@ -33,6 +33,7 @@ def gate(
     ] = None,
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
     at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
+    preprocessing: PREPROCESSING = None,
     out: Annotated[Path, typer.Option(help="Where the evidence goes.")] = Path("evidence"),
     run: Annotated[
         Path | None, typer.Option(help="The run it was exported from; else gradients come from the ONNX file.")
@@ -58,7 +59,7 @@ def gate(
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
     from dfmcl.gating.signing.keys import read_signer
 
-    rules = rules_of(policy, data, eps, at_least)  # before torch loads: a wrong key is answered at once
+    rules = rules_of(policy, data, eps, at_least, preprocessing)  # before torch loads: a wrong key is answered at once
     signers = [read_signer(path) for path in key or ()]  # one that cannot sign is found out before the attacks
 
     from dfmcl.gating.bar import bar
@@ -102,15 +103,17 @@ def gate(
     return 0 if ranks.world > 1 else int(report["exit_code"])
 
 
-def rules_of(policy: Path | None, data: str | None, eps: str | None, at_least: str | None) -> Policy | Assumed:
-    """A policy's file, or the three options in its place; BadInput for both, or for neither."""
+def rules_of(
+    policy: Path | None, data: str | None, eps: str | None, at_least: str | None, preprocessing: str | None
+) -> Policy | Assumed:
+    """A policy's file, or the options in its place; BadInput for both, or for neither."""
     from dfmcl.common.errors import BadInput
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.policy import load_policy
 
-    asked = {"--data": data, "--eps": eps, "--at-least": at_least}
+    asked = {"--data": data, "--eps": eps, "--at-least": at_least, "--preprocessing": preprocessing}
     if policy is None:
-        return Assumed.of(data, eps, at_least)
+        return Assumed.of(data, eps, at_least, read_preprocessing(preprocessing))
     if given := [name for name, value in asked.items() if value is not None]:
         raise BadInput(f"--policy {policy} says data, eps and threshold; leave {', '.join(given)} out, or --policy")
     return load_policy(policy)
@@ -134,6 +137,7 @@ def init(
     data: Annotated[str, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")],
     eps: Annotated[str, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")],
     at_least: Annotated[str, typer.Option(help="The robust accuracy to prove, such as 0.3.")],
+    preprocessing: PREPROCESSING = None,
     contract: Annotated[
         str | None, typer.Option("--input", help="What the model takes: 'float32 NCHW 224x224x3 imagenet'.")
     ] = None,
@@ -149,7 +153,7 @@ def init(
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.beginning import KEY, PIPELINES, TRUST, Shown, require_free, write, written
 
-    asked = Assumed.of(data, eps, at_least)
+    asked = Assumed.of(data, eps, at_least, read_preprocessing(preprocessing))
     require_free(out, ci, Shown(subject, "", output, labels))
 
     from dfmcl.gating.case import prepare
@@ -160,7 +164,7 @@ def init(
         raise BadInput(f"{subject}: is of kind {judged.kind}; init is for an .onnx file or module:callable")
     policy = asked.policy(judged.contract, checked=None)
     case = prepare(judged, policy, {}, None, (), track)
-    shown = Shown(subject, str(judged.contract), output, labels)
+    shown = Shown(subject, str(judged.contract), output, labels, asked.preprocessing)
     write(out, texts := written(shown, policy, case.data.classes, ci))
     for name in texts:
         say(f"{out / name}: written")

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import LIVE, NAME, OUTPUT, REPOSITORY, TRUST, WAIT, read_labels
+from dfmcl.cli.arguments import (
+    LIVE,
+    NAME,
+    OUTPUT,
+    PREPROCESSING,
+    REPOSITORY,
+    TRUST,
+    WAIT,
+    read_labels,
+    read_preprocessing,
+)
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track, warn
 
@@ -22,6 +32,7 @@ def export(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
     output: OUTPUT = None,
+    preprocessing: PREPROCESSING = None,
 ) -> None:
     """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to its source."""
     from dfmcl.common.errors import BadInput
@@ -31,14 +42,24 @@ def export(
         raise BadInput(f"{source}: say what it takes and what it tells apart: --input 'float32 NCHW' --labels FILE")
     if foreign and weights is not None:
         raise BadInput(f"{source}: an ONNX file keeps its weights as they are; leave --weights out")
-    if not foreign and any(value is not None for value in (contract, names, output)):
-        raise BadInput(f"{source}: is no ONNX file; a run knows its --input, --labels and --output, leave them out")
+    if not foreign and any(value is not None for value in (contract, names, output, preprocessing)):
+        raise BadInput(
+            f"{source}: is no ONNX file; a run knows --input, --labels, --output and --preprocessing; leave them out"
+        )
 
     from dfmcl.release.export import export as run_export  # after the questions that need no torch
     from dfmcl.release.export import wrap
 
     if contract is not None and names is not None:
-        manifest = wrap(source, out, contract=contract, labels=names, output=output, track=track)
+        manifest = wrap(
+            source,
+            out,
+            contract=contract,
+            labels=names,
+            output=output,
+            preprocessing=read_preprocessing(preprocessing),
+            track=track,
+        )
     else:
         manifest = run_export(source, out, weights=weights or "float32", track=track, log=say)
     parity: Any = manifest["parity"]

@@ -48,7 +48,9 @@ def evaluate(
         source = load_run(surrogate, where) if surrogate else None
         threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
         entry = trained.data
-        data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
+        data = load_dataset(
+            entry["name"], data_path or entry["path"], entry["image_size"], track, entry.get("preprocessing", "")
+        )
         if data.remark:
             say(data.remark)
         evaluations = measure(

@@ -16,6 +16,7 @@ import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
+from dfmcl.common.preprocessing import PARAMETER, USUAL, Preprocessing
 
 LOWEST = 2  # priority of a client that gives way; users are 1 by default
 CHANNEL_OPTIONS = [
@@ -65,6 +66,7 @@ class Contract:
     classes: int
     max_batch_size: int
     priority_levels: int = 0
+    preprocessing: Preprocessing = USUAL
 
     @classmethod
     def of(cls, config: Any, where: str) -> Contract:
@@ -73,6 +75,10 @@ class Contract:
         if len(image) != 1 or len(logits) != 1 or len(image[0].dims) != 3 or len(logits[0].dims) != 1:
             raise Rejected(f"{where}: not one image in and one row of logits out", "invalid")
         height, width, channels = image[0].dims
+        try:
+            preprocessing = Preprocessing.parse(config.parameters[PARAMETER].string_value)
+        except ValueError as error:
+            raise Rejected(f"{where}: its configuration's parameter {PARAMETER}: {error}", "invalid") from None
         return cls(
             where,
             image[0].name,
@@ -81,6 +87,7 @@ class Contract:
             logits[0].dims[0],
             max(config.max_batch_size, 1),
             config.dynamic_batching.priority_levels,
+            preprocessing,
         )
 
     def question(self, images: npt.NDArray[np.uint8], *, ranked: bool = False) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def require_size(image: Image.Image, contract: Contract) -> None:
 
 
 def pixels(image: Image.Image, contract: Contract, *, resize: bool) -> Batch:
-    """An opened image as (1, H, W, C), as training reads it: upright, alpha on white, fitted where allowed.
+    """An opened image as (1, H, W, C), as training reads it: upright, alpha on white, and where allowed preprocessed.
+
+    Where it is not, an image of the model's size is taken as it is: its sender has preprocessed it.
 
     Problem: bad_image where the file is cut off or broken, wrong_input where it does not fit the model.
     """
@@ -74,7 +76,7 @@ def pixels(image: Image.Image, contract: Contract, *, resize: bool) -> Batch:
         image = pictures.upright(image, MODES[channels])
         if image.size != (width, height) and not resize:
             raise _wrong_size(image, width, height)
-        return pictures.to_array(pictures.fitted(image, width, height))[None]
+        return pictures.to_array(contract.preprocessing.applied(image, width, height) if resize else image)[None]
 
 
 def tensor(body: bytes, contract: Contract) -> Batch:

@@ -71,7 +71,8 @@ def _classify(config: GatewayConfig) -> dict[str, Any]:
         "operationId": "classify",
         "description": f"An image has up to {limits.pixels} pixels, a body up to {limits.body_bytes} bytes. An image is"
         " turned as its EXIF says, and its alpha lies on white. More than 8 bits a channel and several frames are"
-        " refused, and so is another size than the model takes; with resize=true its middle is fitted (bilinear).",
+        " refused, and so is another size than the model takes; with resize=true it is brought to that size as the"
+        " images were that the model was judged on.",
         "parameters": [
             {"name": "resize", "in": "query", "schema": flag, "description": "Resize what has another size."},
             {"name": "logits", "in": "query", "schema": flag, "description": "Raw logits too; not every key may."},

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, Resize
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.pictures import Unusable, fitted, opened, upright
+from dfmcl.common.pictures import Unusable, opened, upright
+from dfmcl.common.preprocessing import FILTERS, USUAL, Preprocessing
 from dfmcl.robustness import folder
 from dfmcl.robustness.data import load_dataset
 from dfmcl.serving.clients.triton import Contract
@@ -26,27 +29,31 @@ GATEWAY_PIXELS = 16_000_000
 READABLE, UNREADABLE, OTHER = readable(), unreadable(), other()
 
 
-def trained(directory: Path, data: bytes, suffix: str = "png", side: int = SIDE) -> Array:
+def trained(directory: Path, data: bytes, suffix: str = "png", side: int = SIDE, preprocessing: str = "") -> Array:
     """What a network that trains on a folder with this file is shown, (side, side, 3)."""
     for place in ("train/a", "train/b", "test/a", "test/b"):
         (directory / place).mkdir(parents=True)
         (directory / place / "plain.png").write_bytes(READABLE["RGB"])
     (directory / "train" / "a" / f"odd.{suffix}").write_bytes(data)
-    loaded = load_dataset("folder", str(directory), side)
+    loaded = load_dataset("folder", str(directory), side, preprocessing=preprocessing)
     assert len(loaded.x_train) == 3
     return loaded.x_train[0]  # odd before plain
 
 
-def asked(data: bytes, side: int = SIDE, channels: int = 3, *, resize: bool = True) -> Array:
+def asked(
+    data: bytes, side: int = SIDE, channels: int = 3, *, resize: bool = True, preprocessing: Preprocessing = USUAL
+) -> Array:
     """What Triton is sent for a request with this body, (side, side, channels)."""
-    contract = Contract("", "images", (side, side, channels), "logits", 10, 64)
+    contract = Contract("", "images", (side, side, channels), "logits", 10, 64, preprocessing=preprocessing)
     return images.pixels(images.open_image(data, "", GATEWAY_PIXELS), contract, resize=resize)[0]
 
 
 @pytest.mark.parametrize("name", READABLE)
 def test_both_rooms_see_the_same_bytes(tmp_path: Path, name: str) -> None:
-    """EXIF, alpha, palettes, grey, CMYK, any shape: equal, pixel by pixel."""
-    np.testing.assert_array_equal(trained(tmp_path, READABLE[name]), asked(READABLE[name]))
+    """EXIF, alpha, palettes, grey, CMYK, any shape, brought to the size by any rule: equal, pixel by pixel."""
+    for words in ("", "squash lanczos", "resize=20 bicubic"):
+        seen = trained(tmp_path / words, READABLE[name], preprocessing=words)
+        np.testing.assert_array_equal(seen, asked(READABLE[name], preprocessing=Preprocessing.parse(words)))
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -158,14 +165,52 @@ def test_the_middle_is_kept_as_torchvision_keeps_it(height: int, width: int, sid
     """Resize(side), CenterCrop(side) is the oracle where it need not round the longer side, or the cut, to a pixel."""
     picture = Image.fromarray(drawn(height, width))
     oracle = np.asarray(Compose([Resize(side), CenterCrop(side)])(picture))
-    found = np.asarray(fitted(picture, side, side)).astype(int)
+    found = np.asarray(USUAL.applied(picture, side, side)).astype(int)
     assert np.abs(found - oracle).max() <= 1  # level: Pillow's weights are whole numbers, of another origin
 
 
 def test_a_long_strip_costs_nothing() -> None:
     """Fitting its shorter side first would make an image of gigabytes."""
     strip = Image.new("L", (8_000_000, 1))
-    assert fitted(strip, 224, 224).size == (224, 224)
+    for words in ("", "squash", "resize=256"):
+        assert Preprocessing.parse(words).applied(strip, 224, 224).size == (224, 224)
+
+
+FILTERS_OF_TORCHVISION = {"bilinear": "BILINEAR", "bicubic": "BICUBIC", "lanczos": "LANCZOS", "nearest": "NEAREST"}
+
+
+@given(st.integers(8, 90), st.integers(8, 90), st.integers(24, 40), st.sampled_from(sorted(FILTERS_OF_TORCHVISION)))
+def test_a_resized_picture_is_torchvisions(height: int, width: int, resize: int, name: str) -> None:
+    """Resize(R), CenterCrop(24), as torchvision and timm evaluate: byte for byte, of any shape, up and down."""
+    picture = Image.fromarray(drawn(height, width))
+    by = InterpolationMode[FILTERS_OF_TORCHVISION[name]]
+    oracle = Compose([Resize(resize, interpolation=by), CenterCrop(24)])(picture)
+    found = Preprocessing.parse(f"resize={resize} {name}").applied(picture, 24, 24)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(oracle))
+
+
+def test_words_of_preprocessing_are_read_back() -> None:
+    """All rules with all filters; other words, two of a kind and sides that are none are refused."""
+    for rule in ("fit", "squash", "resize=256"):
+        for name in FILTERS:
+            told = Preprocessing.parse(f"{name} {rule}")
+            assert (str(told), Preprocessing.parse(str(told))) == (f"{rule} {name}", told)
+    assert Preprocessing.parse("") == USUAL == Preprocessing.parse("fit bilinear")
+    for wrong in ("crop", "fit squash", "bilinear box", "resize=0", "resize=-3", "resize=1e3", "resize=256px", "Fit"):
+        with pytest.raises(ValueError, match="is no preprocessing; expected 'fit', 'squash' or"):
+            Preprocessing.parse(wrong)
+    with pytest.raises(BadInput, match="resize=20 bilinear: is smaller than the network's 24 pixels"):
+        Preprocessing.parse("resize=20").require_side(24)
+
+
+def test_an_image_of_the_models_size_is_taken_as_it_is_where_nobody_asks_to_resize() -> None:
+    """Its sender has preprocessed it; with ?resize=true it is brought there as every other."""
+    data = saved(Image.fromarray(drawn(SIDE, SIDE)), "PNG")
+    larger = Preprocessing.parse("resize=20")
+    np.testing.assert_array_equal(asked(data, resize=False, preprocessing=larger), drawn(SIDE, SIDE))
+    expected = np.asarray(larger.applied(Image.fromarray(drawn(SIDE, SIDE)), SIDE, SIDE))
+    np.testing.assert_array_equal(asked(data, preprocessing=larger), expected)
+    assert (expected != drawn(SIDE, SIDE)).any()
 
 
 def test_only_the_named_formats_are_tried() -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from dfmcl.cli import app
 from dfmcl.common.errors import BadInput
+from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import silent
 from dfmcl.common.text import why_not_local
 from dfmcl.gating.assumed import Assumed
@@ -25,7 +26,7 @@ from dfmcl.gating.case import prepare
 from dfmcl.gating.gate import TRAINING, gate
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.signing.evidence import read_evidence
-from dfmcl.gating.subject import onnx_subject
+from dfmcl.gating.subject import candidate_subject, onnx_subject
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.folder import read_image
@@ -73,7 +74,7 @@ def test_one_line_leads_to_a_verdict(
     judged = dfmcl(*line, "--input", words[1])
     assert judged.exit_code == 1, judged.output
     assert "assumed: robust_accuracy >= 0.3 at 95 % in Linf 24/255, suite fast, checks on 32" in judged.output
-    assert f"all test images of photos, their middle fitted to 16x16; the model takes {words[1]}" in judged.output
+    assert f"all test images of photos, brought to 16x16 by fit bilinear; the model takes {words[1]}" in judged.output
     report, _ = read_evidence(tmp_path / "evidence")
     written = load_policy(tmp_path / "evidence" / "policy.toml")
     assert written.digest == report["policy"]["sha256"]
@@ -168,6 +169,27 @@ def test_a_folder_of_some_of_the_models_classes_is_labelled_by_name(tmp_path: Pa
         prepare(onnx_subject(path), policy, {}, None, (), silent)
 
 
+def test_a_candidate_is_judged_on_what_it_will_be_shown(photos: Path, tmp_path: Path) -> None:
+    """Its preprocessing travels with it; a policy with another is refused, and both are named."""
+    path = to_onnx(tmp_path / "model.onnx", Tiny(), torch.zeros(2, 3, 16, 16))
+    (tmp_path / "labels.txt").write_text("\n".join("abcde"))
+    folder = write_folder(tmp_path / "own", np.zeros((5, 20, 30, 3), np.uint8), np.arange(5), "abcde")
+    told = ["--preprocessing", "resize=20 bicubic"]
+    made = dfmcl("export", path, "--input", "float32 NCHW", "--labels", tmp_path / "labels.txt", "--out",
+                 tmp_path / "candidate", *told)  # fmt: skip
+    assert made.exit_code == 0, made.output
+    line = ["gate", tmp_path / "candidate", "--data", folder, "--eps", "4/255", "--at-least", "0.3"]
+    refused = dfmcl(*line, "--out", tmp_path / "evidence")
+    assert refused.exit_code == 2
+    assert "preprocessed by fit bilinear" in refused.output
+    assert "is served with resize=20 bicubic; judge it on what it will be shown" in refused.output
+    for wrong in ("resize=12", "crop"):
+        assert dfmcl(*line, "--preprocessing", wrong).exit_code == 2
+    rules = Assumed.of(str(folder), "4/255", "0.3", Preprocessing.parse(told[1])).policy(SQUARE)
+    case = prepare(candidate_subject(tmp_path / "candidate"), rules, {}, None, (), silent)
+    assert case.data.preprocessing == "resize=20 bicubic"
+
+
 def test_a_gate_of_few_images_reads_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 200 test images those that it asks about before the attacks, of 800 training images those that checks and
     substitute ask about; all others are never decoded, as their digests suffice."""
@@ -180,9 +202,9 @@ def test_a_gate_of_few_images_reads_few(tmp_path: Path, monkeypatch: pytest.Monk
     asked["data"]["images"], asked["attacks"]["suite"], asked["attacks"]["substitute"] = 10, ["fgsm"], 100
     decoded = set[str]()
 
-    def counted(path: str, side: int, mode: str) -> np.ndarray:
+    def counted(path: str, *how: Any) -> np.ndarray:
         decoded.add(path)
-        return read_image(path, side, mode)
+        return read_image(path, *how)
 
     monkeypatch.setattr("dfmcl.robustness.images.read_image", counted)
     report = gate(onnx_subject(path), Policy.of_text(asked), tmp_path / "evidence")

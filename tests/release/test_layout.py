@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dfmcl.common.errors import BadInput, Refused
-from dfmcl.release.candidate import read_manifest
+from dfmcl.common.errors import BadInput, Refused, Rejected
+from dfmcl.common.preprocessing import Preprocessing
+from dfmcl.release.candidate import Manifest, read_manifest
 from dfmcl.release.layout import checked_name, configs, parse_config, require_ours
+from dfmcl.serving.clients.triton import Contract
 
 
 def test_config_says_what_triton_needs(candidate: Path) -> None:
@@ -30,6 +33,14 @@ def test_config_says_what_triton_needs(candidate: Path) -> None:
     assert not config.response_cache.enable
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, config.max_batch_size]
     assert dict(config.metric_tags) == {"sha": manifest.model_sha256[:12]}
+    told = replace(manifest, preprocessing=Preprocessing.parse("resize=20 bicubic"))
+    assert Manifest.from_json(told.to_json()) == told
+    other = parse_config(configs(told, "digits", 7)["config.pbtxt"], "config.pbtxt")
+    asked = [Contract.of(one, "digits").preprocessing for one in (config, other)]
+    assert asked == [manifest.preprocessing, told.preprocessing]
+    other.parameters["preprocessing"].string_value = "crop"
+    with pytest.raises(Rejected, match="digits: its configuration's parameter preprocessing: 'crop' is no"):
+        Contract.of(other, "digits")
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-flag", "a/b", "..", "a b", 'a"b', "1st", "ä", "x" * 65])

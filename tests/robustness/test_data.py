@@ -344,7 +344,7 @@ def test_a_folder_needs_a_path_and_a_size(tree: Path) -> None:
     """Both are named where they are missing."""
     with pytest.raises(BadInput, match="image_size is 0"):
         load_dataset("folder", str(tree))
-    with pytest.raises(BadInput, match="a folder needs a path"):
+    with pytest.raises(BadInput, match="folder needs a path"):
         load_dataset("folder", "", 16)
 
 

@@ -24,9 +24,10 @@ from dfmcl.training.averaging import MovingAverage
 from dfmcl.training.awp import perturbed, perturbed_parameters
 from dfmcl.training.compact import expand, shrink
 from dfmcl.training.config import TrainConfig, load_config
-from dfmcl.training.learner import Learner, batch_norms, layout_of, learning_rate, twin, with_own_batch_norm
+from dfmcl.training.learner import Learner, batch_norms, layout_of, twin, with_own_batch_norm
 from dfmcl.training.noise import Noise
 from dfmcl.training.objectives import OBJECTIVES, jensen_shannon, kl, smoothed
+from dfmcl.training.optimizer import learning_rate
 from dfmcl.training.train import build
 from tests.training.workshop import ALONE, NARROW, PLAIN, batch, learner
 

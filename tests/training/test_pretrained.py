@@ -23,8 +23,8 @@ from dfmcl.robustness.runs import CHECKPOINT, load_run
 from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.weights import PREFIXES, fitted, read_weights
 from dfmcl.training.config import load_config
-from dfmcl.training.learner import blocks_of
 from dfmcl.training.limits import Limits
+from dfmcl.training.optimizer import blocks_of
 from dfmcl.training.pretrained import read_pretrained, scale_of
 from dfmcl.training.train import begin, in_pixels, train
 from tests.training.workshop import NARROW, PLAIN, StopAfter, batch, learner, quiet
