@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 Model = Callable[[Tensor], Tensor]
 TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -23,7 +23,7 @@ def apgd(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
@@ -47,7 +47,7 @@ def apgd_targeted(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     steps: int = 100,
@@ -120,7 +120,7 @@ def _strongest(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     generator: torch.Generator,
     loss: TargetedLoss,
     steps: int,
@@ -144,7 +144,7 @@ def _run(
     x: Tensor,
     y: Tensor,
     target: Tensor,
-    threat: Threat,
+    threat: Ball,
     generator: torch.Generator,
     loss: TargetedLoss,
     steps: int,
