@@ -24,7 +24,12 @@ from dfmcl.robustness.threats.threat import Threat
 
 FORMAT = "dfmcl.evaluations/1"
 # By kind of threat, where the user names no attack.
-DEFAULTS = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",), "spatial": ("grid",)}
+DEFAULTS = {
+    "linf": ("fgsm", "pgd-20", "margin-pgd-20"),
+    "l2": ("cw-l2",),
+    "spatial": ("grid",),
+    "corruption": ("grid",),
+}
 BLACK_BOX = ("mi-fgsm-10",)
 CPU_BATCH = 128
 GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a ResNet-18 takes a few GB for them

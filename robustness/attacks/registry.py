@@ -31,6 +31,7 @@ from dfmcl.robustness.attacks.suites import FROM, SUITES
 from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import FAMILIES
@@ -199,7 +200,7 @@ ATTACKS: dict[str, Kind] = {
     "subspace": Kind(subspace),
     "square-subspace": blind(square_subspace),
     "rays": blind(rays, scores=False, live=True, threats=(Linf.kind,)),
-    "grid": blind(grid, threats=(Spatial.kind,)),
+    "grid": blind(grid, threats=(Spatial.kind, Corruption.kind)),
     "di-fgsm": carried(di_fgsm),
     "ti-fgsm": carried(ti_fgsm),
     "vmi-fgsm": carried(vmi_fgsm),  # 55 passes of the surrogates an image, the others 10

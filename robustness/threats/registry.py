@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.threats.ball import Ball, as_ball
+from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.spatial import Spatial
@@ -15,7 +16,7 @@ from dfmcl.robustness.threats.threat import Threat, parse_eps
 from dfmcl.robustness.threats.union import Union
 
 T = TypeVar("T")
-FAMILIES: tuple[type[Threat], ...] = (Linf, L2, Spatial)
+FAMILIES: tuple[type[Threat], ...] = (Linf, L2, Spatial, Corruption)
 THREATS: dict[str, type[Threat]] = {head: family for family in FAMILIES for head in family.heads}
 BALLS: dict[str, type[Ball]] = {head: family for head, family in THREATS.items() if issubclass(family, Ball)}
 HEAD = re.compile(r"[a-z_0-9]+")
@@ -62,5 +63,5 @@ def threat_from_json(value: Mapping[str, Any]) -> Threat:
     if "norm" in value:
         return by_norm(BALLS, value["norm"])(value["eps"])
     if "members" in value:
-        return Union.of([threat_from_json(member) for member in value["members"]], value.get("title", ""))
+        return Union.of([threat_from_json(member) for member in value["members"]])
     return parse_threat(value["spelling"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dfmcl.common.errors import BadInput
@@ -49,7 +49,7 @@ class Union(Threat):
         return tuple(part for member in self.members for part in member.parts)
 
     def on_grid(self) -> Union:
-        return Union(tuple(member.on_grid() for member in self.members), self.title)
+        return replace(self, members=tuple(member.on_grid() for member in self.members))
 
     def fits(self, shape: tuple[int, ...]) -> None:
         for member in self.members:
@@ -68,8 +68,8 @@ class Union(Threat):
         return inside
 
     def to_json(self) -> dict[str, Any]:
-        own = {"title": self.title} if self.title else {}
-        return {**super().to_json(), **own, "members": [member.to_json() for member in self.members]}
+        named = {} if self.title else {"members": [member.to_json() for member in self.members]}
+        return {**super().to_json(), **named}
 
     def __str__(self) -> str:
         return self.title or super().__str__()
