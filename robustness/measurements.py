@@ -27,6 +27,7 @@ FORMAT = "dfmcl.evaluations/1"
 DEFAULTS = {
     "linf": ("fgsm", "pgd-20", "margin-pgd-20"),
     "l2": ("cw-l2",),
+    "l1": ("apgd-ce",),
     "spatial": ("grid",),
     "corruption": ("grid",),
 }

@@ -34,7 +34,7 @@ from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.threats.registry import FAMILIES
+from dfmcl.robustness.threats.registry import BALLS, FAMILIES
 from dfmcl.robustness.threats.spatial import Spatial
 from dfmcl.robustness.threats.threat import Threat, parse_eps
 
@@ -178,6 +178,7 @@ class Kind:
     threats: tuple[str, ...] = (Linf.kind, L2.kind)
 
 
+NORMS = tuple(BALLS)
 KINDS = tuple(family.kind for family in FAMILIES)
 # The last iterate, as one that fools the surrogate early says little about the other.
 LAST = {"steps": 10, "keep": "last"}
@@ -192,8 +193,8 @@ ATTACKS: dict[str, Kind] = {
     "margin-pgd": Kind(margin_pgd, carried=LAST),
     "mi-fgsm": carried(mi_fgsm),
     "cw-l2": Kind(cw_l2, restarts=False),  # it searches from the image itself
-    "apgd-ce": Kind(apgd),
-    "apgd-t": Kind(apgd_targeted),
+    "apgd-ce": Kind(apgd, threats=NORMS),
+    "apgd-t": Kind(apgd_targeted, threats=NORMS),
     "cr": Kind(constraint_relaxation),
     "fab-t": Kind(fab_targeted, float32=True),  # the way to the border: 1 to 3 points in bfloat16
     "square": blind(square, live=True),

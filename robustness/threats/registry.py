@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.threats.ball import Ball, as_ball
 from dfmcl.robustness.threats.corruption import Corruption
+from dfmcl.robustness.threats.l1 import L1
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.spatial import Spatial
@@ -16,7 +17,7 @@ from dfmcl.robustness.threats.threat import Threat, parse_eps
 from dfmcl.robustness.threats.union import Union
 
 T = TypeVar("T")
-FAMILIES: tuple[type[Threat], ...] = (Linf, L2, Spatial, Corruption)
+FAMILIES: tuple[type[Threat], ...] = (Linf, L2, L1, Spatial, Corruption)
 THREATS: dict[str, type[Threat]] = {head: family for family in FAMILIES for head in family.heads}
 BALLS: dict[str, type[Ball]] = {head: family for head, family in THREATS.items() if issubclass(family, Ball)}
 HEAD = re.compile(r"[a-z_0-9]+")

@@ -20,6 +20,7 @@ from dfmcl.robustness.attacks.subspaces import CHARTS
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.measurements import DEFAULTS
 from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.l1 import L1
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.radius import SUITED
@@ -40,6 +41,7 @@ from tests.test_arrows import FILES
 threats = st.one_of(
     st.floats(0, 1).map(Linf),
     st.floats(0, 5).map(L2),
+    st.floats(0, 20).map(L1),
 )
 seeds = st.integers(0, 2**31)
 
@@ -83,7 +85,7 @@ def test_random_start_lies_inside(threat: Ball, seed: int) -> None:
 
 @given(threats, seeds, seeds)
 def test_bytes_stay_inside_the_ball(threat: Ball, seed: int, other: int) -> None:
-    """Quantised adversarial images lie in the ball in integer arithmetic, for every radius and both norms."""
+    """Quantised adversarial images lie in the ball in integer arithmetic, for every radius and norm."""
     images = (random_images(seed) * 255).round().to(torch.uint8)
     x = images.float() / 255
     adversarial = threat.to_uint8(threat.project(random_images(other, spread=4.0), x), x)
@@ -195,7 +197,7 @@ def test_an_unknown_spelling_is_refused_with_those_that_are_known(text: str) -> 
     with pytest.raises(BadInput, match=r"threat|eps") as caught:
         parse_threat(text)
     assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match=r"unknown; write one such as linf:8/255.*words: linf, l2"):
+    with pytest.raises(BadInput, match=r"unknown; write one such as linf:8/255.*words: linf, l2, l1"):
         parse_threat("l7:3")
 
 
@@ -242,3 +244,4 @@ def test_norms_agree_with_numpy() -> None:
     flat = delta.flatten(1).numpy()
     assert np.allclose(Linf.lengths(delta), np.linalg.norm(flat, np.inf, axis=1))
     assert np.allclose(L2.lengths(delta), np.linalg.norm(flat, 2, axis=1))
+    assert np.allclose(L1.lengths(delta), np.linalg.norm(flat, 1, axis=1))
