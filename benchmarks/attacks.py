@@ -36,8 +36,8 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord
 from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
 
@@ -162,9 +162,7 @@ def got_right(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
         return torch.cat([model(part).argmax(dim=1) for part in x.split(128)]) == y
 
 
-def pgd_rows(
-    model: Classifier, x: Tensor, y: Tensor, right: Tensor, threat: Threat, rounds: int
-) -> list[dict[str, Any]]:
+def pgd_rows(model: Classifier, x: Tensor, y: Tensor, right: Tensor, threat: Ball, rounds: int) -> list[dict[str, Any]]:
     """Images a second and robust accuracy of each library's PGD-20. right: `(N,)` bool, see RIGHT."""
     step = 2.5 * threat.eps / STEPS
     made: dict[str, Callable[[], Tensor] | None] = {
@@ -209,13 +207,13 @@ def with_frozen(model: nn.Module, attack: Callable[[], Tensor]) -> Callable[[], 
     return run
 
 
-def share_that_holds(model: Classifier, x_adv: Tensor, x: Tensor, y: Tensor, threat: Threat) -> float:
+def share_that_holds(model: Classifier, x_adv: Tensor, x: Tensor, y: Tensor, threat: Ball) -> float:
     """Of all N images, in float32: right, and not fooled inside the ball."""
     fooled = ~got_right(model, x_adv, y) & threat.contains(x_adv, x)
     return float((got_right(model, x, y) & ~fooled).float().mean())
 
 
-def our_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, precision: str = "auto") -> Callable[[], Tensor]:
+def our_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Ball, precision: str = "auto") -> Callable[[], Tensor]:
     images, labels = to_bytes(x).numpy(), y.numpy()
 
     def attack() -> Tensor:
@@ -226,7 +224,7 @@ def our_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, precision: 
     return attack
 
 
-def foolbox_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float) -> Callable[[], Tensor] | None:
+def foolbox_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Ball, step: float) -> Callable[[], Tensor] | None:
     try:
         import foolbox
     except ModuleNotFoundError:
@@ -241,9 +239,7 @@ def foolbox_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: f
     return run
 
 
-def torchattacks_pgd(
-    model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float
-) -> Callable[[], Tensor] | None:
+def torchattacks_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Ball, step: float) -> Callable[[], Tensor] | None:
     try:
         import torchattacks
     except ModuleNotFoundError:
@@ -262,7 +258,7 @@ def art_classifier(model: nn.Module, x: Tensor) -> Any:
     )
 
 
-def art_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float) -> Callable[[], Tensor] | None:
+def art_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Ball, step: float) -> Callable[[], Tensor] | None:
     try:
         from art.attacks.evasion import ProjectedGradientDescentPyTorch
     except ModuleNotFoundError:
@@ -281,7 +277,7 @@ def art_pgd(model: Classifier, x: Tensor, y: Tensor, threat: Threat, step: float
 
 
 def square_rows(
-    model: Classifier, x: Tensor, y: Tensor, threat: Threat, queries: int, seeds: int
+    model: Classifier, x: Tensor, y: Tensor, threat: Ball, queries: int, seeds: int
 ) -> list[dict[str, Any]]:
     """Queries an image and success of Square, means of several seeds: ours, torchattacks', ART's, and at ART's success.
 
@@ -348,7 +344,7 @@ def stopped(costs: Any, fell: Any, queries: int) -> tuple[float, float]:
 
 
 def torchattacks_square(
-    model: nn.Module, x: Tensor, y: Tensor, threat: Threat, queries: int, seed: int
+    model: nn.Module, x: Tensor, y: Tensor, threat: Ball, queries: int, seed: int
 ) -> Callable[[], Tensor] | None:
     try:
         import torchattacks
@@ -359,7 +355,7 @@ def torchattacks_square(
 
 
 def art_square(
-    model: Counted, x: Tensor, y: Tensor, threat: Threat, queries: int, seed: int
+    model: Counted, x: Tensor, y: Tensor, threat: Ball, queries: int, seed: int
 ) -> Callable[[], Tensor] | None:
     try:
         from art.attacks.evasion import SquareAttack

@@ -50,8 +50,8 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import upper_bound
 from dfmcl.robustness.substitute import learnt as learnt_from
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.config import load_config
 from dfmcl.training.train import train
 from tests.robustness.traps import TRAPS, sprung
@@ -169,7 +169,7 @@ def main() -> None:
     write_result("checks", "Reasons to disbelieve: traps and honest models", rows, ratios, conditions)
 
 
-def honest_run(preset: str, overrides: list[str], threat: Threat, seed: int) -> Run:
+def honest_run(preset: str, overrides: list[str], threat: Ball, seed: int) -> Run:
     """Train one network and look at it."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -242,14 +242,14 @@ def trained(preset: str, overrides: Sequence[str], out: Path) -> Classifier:
     return load_run(out).model
 
 
-def recorded(model: nn.Module, data: Dataset, threat: Threat, seed: int) -> Evaluation:
+def recorded(model: nn.Module, data: Dataset, threat: Ball, seed: int) -> Evaluation:
     """What the gate would hand in."""
     attacks = [Attack.parse(name) for name in SUITE]
     images, labels = data.x_test[:IMAGES], data.y_test[:IMAGES]
     return evaluate(model, images, labels, threat, attacks, grid=True, cascade=True, seed=seed).evaluation
 
 
-def looked_at(model: nn.Module, data: Dataset, threat: Threat, seed: int, trained_on: str | None = None) -> Run:
+def looked_at(model: nn.Module, data: Dataset, threat: Ball, seed: int, trained_on: str | None = None) -> Run:
     """The diagnosis of an honest network, beside the record of its attacks."""
     record = recorded(model, data, threat, seed)
     return Run(diagnosed(model, data, threat, seed, record, trained_on), record.robust.value)
@@ -258,7 +258,7 @@ def looked_at(model: nn.Module, data: Dataset, threat: Threat, seed: int, traine
 def diagnosed(
     model: nn.Module,
     data: Dataset,
-    threat: Threat,
+    threat: Ball,
     seed: int,
     evaluation: Evaluation | None = None,
     trained_on: str | None = None,
@@ -299,7 +299,7 @@ def answers_of(model: nn.Module, images: Bytes) -> NDArray[np.float32]:
     return found
 
 
-def substitute(model: nn.Module, data: Dataset, threat: Threat, seed: int) -> nn.Module:
+def substitute(model: nn.Module, data: Dataset, threat: Ball, seed: int) -> nn.Module:
     """As the gate learns one."""
     device = torch.device("cpu")
     return learnt_from(exactly(model), data.x_train, threat, answers=ANSWERS, seed=seed, device=device).model

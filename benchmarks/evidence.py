@@ -18,10 +18,10 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.measurements import parse_threat
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import PairedCounts
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.registry import parse_ball
 
 BATCH = 100
 # Subspaces are met by both, and decide nothing on these networks.
@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser_of(__doc__).parse_args()
     images, labels = images_of(arguments)
     rows = [
-        compared(folder.name, opened(folder), images, labels, parse_threat(threat), arguments.seed)
+        compared(folder.name, opened(folder), images, labels, parse_ball(threat), arguments.seed)
         for folder in arguments.networks
         for threat in arguments.threat
     ]
@@ -51,7 +51,7 @@ def main() -> None:
     write_result("evidence", "Fast beside APGD-CE and APGD-T", rows, ratios, conditions)
 
 
-def compared(name: str, network: nn.Module, images: Bytes, labels: Labels, threat: Threat, seed: int) -> dict[str, Any]:
+def compared(name: str, network: nn.Module, images: Bytes, labels: Labels, threat: Ball, seed: int) -> dict[str, Any]:
     """One row: a network at one radius."""
     found: dict[str, Evaluation] = {}
     for suite in (CHEAP, DEAR):

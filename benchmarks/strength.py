@@ -28,11 +28,11 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.measurements import parse_threat
 from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import PairedCounts
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.registry import parse_ball
 
 SHIPPED = Path("model_repository/resnet18-cifar10")
 NETWORKS = (SHIPPED / "1", *(SHIPPED / "surrogates" / f"surrogate-{name}" for name in ("pgd", "pgd-8", "trades")))
@@ -58,7 +58,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for folder in arguments.networks:
         network = opened(folder)
-        for threat in map(parse_threat, arguments.threat):
+        for threat in map(parse_ball, arguments.threat):
             budget = {"steps": arguments.steps, "queries": arguments.queries}
             rows += compared(folder.name, network, images, labels, threat, budget, arguments.seed)
     last = [row for row in rows if row["attack"] == AUTOATTACK[-1]]
@@ -106,7 +106,7 @@ def opened(folder: Path) -> nn.Module:
 
 
 def compared(
-    name: str, network: nn.Module, images: Bytes, labels: Labels, threat: Threat, budget: dict[str, int], seed: int
+    name: str, network: nn.Module, images: Bytes, labels: Labels, threat: Ball, budget: dict[str, int], seed: int
 ) -> list[dict[str, Any]]:
     """A row for each attack of the suite; both orders of attacks begin with the images that the network gets right."""
     kinds, numbers = AUTOATTACK, {"square": budget["queries"]}
@@ -144,7 +144,7 @@ def compared(
     return rows
 
 
-def left(network: nn.Module, twin: Any, x: Tensor, y: Tensor, held: Flags, threat: Threat, title: str) -> Flags:
+def left(network: nn.Module, twin: Any, x: Tensor, y: Tensor, held: Flags, threat: Ball, title: str) -> Flags:
     """Which of the images that `held` `(N,)` still do after the twin: `(N,)`."""
     after = held.copy()
     where = np.flatnonzero(held)

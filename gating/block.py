@@ -21,7 +21,7 @@ from dfmcl.robustness.gradients import AttackPass
 from dfmcl.robustness.records import AttackRecord, Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 T = TypeVar("T")
 ARRAYS = ("adversarial", "clean_logits", "adversarial_logits")
@@ -49,7 +49,7 @@ class BlockPlan:
 
     model: AttackPass | None
     decide: Callable[[Tensor], Tensor]
-    threats: tuple[Threat, ...]
+    threats: tuple[Ball, ...]
     attacks: tuple[Attack, ...]
     grid: bool
     seed: int
@@ -58,7 +58,7 @@ class BlockPlan:
     purpose: str = "block"
     remarks: Mapping[str, str] = field(default_factory=dict)
 
-    def place(self, threat: Threat) -> int:
+    def place(self, threat: Ball) -> int:
         """Which of the outcomes is about a ball."""
         return [radius(one, self.grid) for one in self.threats].index(radius(threat, self.grid))
 
@@ -124,7 +124,7 @@ def _attacked(
     images: Bytes,
     labels: Labels,
     number: int,
-    threat: Threat,
+    threat: Ball,
     after: Outcome | None,
     source: Source | None,
     track: Track,

@@ -17,9 +17,9 @@ from dfmcl.common.toml import Section, read_toml, validated
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.sources import DataSource
+from dfmcl.robustness.threats.ball import RADIUS, Ball
 from dfmcl.robustness.threats.radius import Norm
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import RADIUS, Threat
 
 METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
 NO_REGRESSION = "no_regression"
@@ -227,14 +227,14 @@ class Policy(Section):
         return tuple(Criterion.parse(sentence) for sentence in self.criteria)
 
     @property
-    def parsed_threat(self) -> Threat:
+    def parsed_threat(self) -> Ball:
         return threat_of(self.threat.norm, self.threat.eps)
 
-    def threat_of(self, criterion: Criterion) -> Threat:
+    def threat_of(self, criterion: Criterion) -> Ball:
         """The ball a criterion is about."""
         return threat_of(self.threat.norm, criterion.eps or self.threat.eps)
 
-    def threats(self, grid: bool) -> tuple[Threat, ...]:
+    def threats(self, grid: bool) -> tuple[Ball, ...]:
         """All balls that criteria name and the policy's own, smallest first: what falls in one falls in the next.
 
         grid: as bytes, where two radii may be the same one; in floats they are not.
@@ -262,7 +262,7 @@ class Policy(Section):
         """The policy that a report holds; ValueError where it is none. Keys that it lacks have their defaults."""
         return Policy.model_validate_json(json.dumps(text))
 
-    def place(self, threat: Threat, grid: bool) -> int:
+    def place(self, threat: Ball, grid: bool) -> int:
         """Which of `threats(grid)` a ball is."""
         return [radius(one, grid) for one in self.threats(grid)].index(radius(threat, grid))
 
@@ -277,7 +277,7 @@ def digest_of(text: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
 
 
-def radius(threat: Threat, grid: bool) -> float:
+def radius(threat: Ball, grid: bool) -> float:
     """The eps that an attacker has: on the grid as far as bytes let it count."""
     return (threat.on_grid() if grid else threat).eps
 

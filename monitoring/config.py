@@ -16,9 +16,9 @@ from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored,
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.sources import DataSource
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.radius import Norm, Radius
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 
 WEEK_SECONDS = 7 * 24 * 3600.0
 
@@ -53,14 +53,14 @@ class Target(Section):
     timeout_seconds: float = Field(5.0, gt=0, le=600, allow_inf_nan=False)
 
 
-class Ball(Section):
+class BallSection(Section):
     """How far an adversarial image may be from its original; on the wire eps is rounded down to whole 255ths."""
 
     norm: Norm = "linf"
     eps: Radius
 
     @property
-    def threat(self) -> Threat:
+    def threat(self) -> Ball:
         """The ball on the uint8 grid."""
         return threat_of(self.norm, self.eps).on_grid()
 
@@ -168,7 +168,7 @@ class WatchConfig(Section):
 
     target: Target
     data: DataSource
-    threat: Ball
+    threat: BallSection
     probe: Probe = Probe()
     query: QuerySection = QuerySection()
     budget: BudgetSection = BudgetSection()
@@ -186,7 +186,7 @@ def load_config(path: Path | str) -> WatchConfig:
     config = validated(WatchConfig, read_toml(path, "name a TOML file such as deploy/watch.toml"), str(path))
     if config.threat.threat.eps == 0:
         raise BadInput(f"{path}: threat.eps: {config.threat.eps} is below one grey level; bytes need at least 1/255")
-    if config.threat.norm not in Attack.parse(config.query.attack).kind.norms:
+    if config.threat.norm not in Attack.parse(config.query.attack).kind.threats:
         raise BadInput(f"{path}: query.attack: {config.query.attack} knows Linf only; take square")
     return _anchored(config, path.parent)
 

@@ -30,7 +30,7 @@ from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, load_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 Indices = npt.NDArray[np.int64]
 
@@ -48,7 +48,7 @@ class Recipe:
     pool: ImagePool
     labels: tuple[str, ...]
     surrogates: Surrogates
-    threat: Threat
+    threat: Ball
     attacks: tuple[Attack, ...]
     seed: int
     remark: str = ""
@@ -110,7 +110,7 @@ class Crafted:
     """A pool's adversarial versions under one attack, in an open file: who replaces the directory changes nothing."""
 
     pool: ImagePool
-    threat: Threat
+    threat: Ball
     path: Path
     file: BinaryIO
 
@@ -160,7 +160,7 @@ def load_crafted(recipe: Recipe, path: Path) -> Mapping[str, Crafted]:
 
 
 def prepared_scenes(
-    pool: ImagePool, threat: Threat, crafted: Mapping[str, Crafted], *, seed: int, count: int, first: int = 1
+    pool: ImagePool, threat: Ball, crafted: Mapping[str, Crafted], *, seed: int, count: int, first: int = 1
 ) -> Iterator[Scene]:
     """Scenes of rounds `first`, `first` + 1, ... without any crafting."""
     for number in itertools.count(first):

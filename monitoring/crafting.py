@@ -24,7 +24,7 @@ from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.seeds import derived_seed
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 AHEAD = 2  # rounds that lie ready; more would only be older when they are used
 CRAFT_IMAGES = 8  # a pass is what a server on the same cores waits for; fewer would cost more in all
@@ -48,7 +48,7 @@ class ImagePool:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def scene(self, threat: Threat, seed: int, number: int, count: int) -> Scene:
+    def scene(self, threat: Ball, seed: int, number: int, count: int) -> Scene:
         """`count` different images of round `number`, drawn anew from all of them: rounds are independent."""
         chosen = draw(len(self.images), count, seed, number)
         return Scene(self.images[chosen], self.labels[chosen], threat, seed, number, {})
@@ -105,7 +105,7 @@ class Pace:
 def scenes(
     pool: ImagePool,
     source: Model,
-    threat: Threat,
+    threat: Ball,
     attacks: tuple[Attack, ...],
     *,
     seed: int,

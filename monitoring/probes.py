@@ -17,7 +17,7 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.models import to_bytes, to_float
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 Ask = Callable[[Bytes], Logits]
 """uint8 images (N, H, W, C) to the logits (N, K) that the endpoint gives them."""
@@ -29,7 +29,7 @@ class Scene:
 
     images: Bytes
     labels: Labels
-    threat: Threat
+    threat: Ball
     seed: int
     number: int
     adversarial: Mapping[str, Bytes]

@@ -29,7 +29,7 @@ from dfmcl.monitoring.results import (
 )
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 EXAMPLES = 2  # of an attack and round, for the page
 
@@ -43,7 +43,7 @@ class RoundPlan:
 
     model: str
     classes: int
-    threat: Threat
+    threat: Ball
     attacks: tuple[Attack, ...]
     images: int
     replay: int = 0

@@ -206,7 +206,8 @@ def _transferred(evaluation: Record) -> bool:
 
 
 def _threat(evaluation: Record) -> str:
-    return f"{evaluation['threat']['norm']} {evaluation['threat']['label']}"
+    threat = evaluation["threat"]
+    return " ".join((*([threat["norm"]] if "norm" in threat else []), threat["label"]))
 
 
 def _attacks(evaluation: Record) -> str:

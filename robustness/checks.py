@@ -64,6 +64,7 @@ from dfmcl.robustness.finding import Check, Figures, Found
 from dfmcl.robustness.memorisation import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
 from dfmcl.robustness.models import frozen
 from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.threats.ball import as_ball
 from dfmcl.robustness.threats.threat import Threat
 from dfmcl.robustness.traces import STEPS
 
@@ -109,8 +110,9 @@ def diagnose(
 ) -> list[Result]:
     """Run every check on the first 128 of uint8 images `(n, H, W, C)`, and on the record of all of them.
 
-    model: gives gradients; None: what needs them is not run. decide: whose answers count. grid: as bytes. evaluation,
-    transfer: what was found on these images, by the suite and by attacks crafted on other models.
+    model: gives gradients; None: what needs them is not run. decide: whose answers count. threat: a ball, else
+    BadInput. grid: as bytes. evaluation, transfer: what was found on these images, by the suite and by attacks crafted
+    on other models.
     about: what is known of the data, for the check that the model has not seen the images: run["data"], the digest of
     the data set it was trained on; run["parts"], which of its parts (train); data["sha256"] and data["part"] of the
     images; data["in_training"], how many of them are among the training images as well; data["copies"], how many
@@ -122,7 +124,7 @@ def diagnose(
         decide,
         images,
         labels,
-        threat,
+        as_ball(threat, "checks"),
         grid=grid,
         seed=seed,
         evaluation=evaluation,

@@ -22,7 +22,7 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.traces import STEPS, Rescaled, Slopes, Traced, of_another_class, on_grid
 
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
@@ -53,7 +53,7 @@ class Examination:
         decide: Decide,
         images: Bytes,
         labels: Labels,
-        threat: Threat,
+        threat: Ball,
         *,
         grid: bool,
         seed: int,
@@ -122,7 +122,7 @@ class Examination:
         return max(BEYOND * self.threat.eps, self.threat.eps + (self.threat.level if self.grid else 0))
 
     @property
-    def everything(self) -> Threat:
+    def everything(self) -> Ball:
         """The ball that holds every image."""
         return self.threat.sized(self.threat.diameter(self.x[0].numel()))
 
@@ -241,7 +241,7 @@ class Examination:
     @cached_property
     def queried(self) -> dict[str, tuple[int, int]]:
         """By attack: of how many images that PGD left (second) a few black-box queries broke how many (first)."""
-        return {name: self._queried(name) for name in QUERYING if self.threat.norm in ATTACKS[name].norms}
+        return {name: self._queried(name) for name in QUERYING if self.threat.norm in ATTACKS[name].threats}
 
     def _queried(self, name: str) -> tuple[int, int]:
         left = np.flatnonzero(self.correct.numpy())[~self.pgd]
@@ -265,7 +265,7 @@ class Examination:
     def _pgd(self) -> Outcome:
         self._traces: list[Tensor] = []
 
-        def traced(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat: Threat, **rest: Any) -> Tensor:
+        def traced(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, threat: Ball, **rest: Any) -> Tensor:
             trial = Traced(rest.pop("trial"), y)
             x_adv = climb(model, x, y, threat, steps=STEPS, trial=trial, **rest)
             self._traces.append(trial.margins)
@@ -273,9 +273,7 @@ class Examination:
 
         return self._attack(traced, self.threat, f"{STEPS} steps")
 
-    def _fell(
-        self, function: Callable[..., Tensor], threat: Threat, name: str, source: nn.Module | None = None
-    ) -> Flags:
+    def _fell(self, function: Callable[..., Tensor], threat: Ball, name: str, source: nn.Module | None = None) -> Flags:
         return self._fell_at(self._attack(function, threat, name, source))
 
     def _fell_at(self, outcome: Outcome) -> Flags:
@@ -289,7 +287,7 @@ class Examination:
         return attack_pass(self.model, self.x)
 
     def _attack(
-        self, function: Callable[..., Tensor], threat: Threat, name: str, source: nn.Module | None = None
+        self, function: Callable[..., Tensor], threat: Ball, name: str, source: nn.Module | None = None
     ) -> Outcome:
         return evaluate(
             self.model,
@@ -305,7 +303,7 @@ class Examination:
             track=self._track,
         )
 
-    def _labelled_right(self, x: Tensor, threat: Threat) -> Tensor:
+    def _labelled_right(self, x: Tensor, threat: Ball) -> Tensor:
         point = threat.to_uint8(x, self.x).float() / 255 if self.grid else x
         return losses.right(self.answers(point), self.y.cpu())
 

@@ -72,7 +72,7 @@ def evaluate(
     """Attack `model` on uint8 images `(N, H, W, C)` with labels `(N,)` and count, per image, what still holds.
 
     model: what is attacked; None where only answers can be had, so that attacks that need gradients cannot run.
-    threat: the ball; on the grid, eps rounded down to whole levels.
+    threat: what the attacker may do, one that is no union; on the grid, a ball's eps rounded down to whole levels.
     attacks: one after another.
     decide: whose answers count; default: the model itself, in float32.
     source: where gradients come from, a surrogate for a transfer attack; default: the model. It is climbed as a fast

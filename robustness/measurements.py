@@ -1,4 +1,4 @@
-"""What `dfmcl evaluate` measures of a run: white-box attacks at several radii, and transfer from a surrogate."""
+"""What `dfmcl evaluate` measures of a run: white-box attacks under several threats, and transfer from a surrogate."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from dfmcl.robustness.data import Dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
 from dfmcl.robustness.provenance import now, provenance
-from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.records import Evaluation, worst_of
 from dfmcl.robustness.runs import Run
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.threats.registry import by_norm, threat_of
-from dfmcl.robustness.threats.threat import RADIUS, Threat
+from dfmcl.robustness.threats.registry import by_norm
+from dfmcl.robustness.threats.threat import Threat
 
 FORMAT = "dfmcl.evaluations/1"
-WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}
+# By kind of threat, where the user names no attack.
+DEFAULTS = {
+    "linf": ("fgsm", "pgd-20", "margin-pgd-20"),
+    "l2": ("cw-l2",),
+    "l1": ("apgd-ce",),
+    "spatial": ("grid",),
+    "corruption": ("grid",),
+}
 BLACK_BOX = ("mi-fgsm-10",)
 CPU_BATCH = 128
 GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a ResNet-18 takes a few GB for them
-
-
-def parse_threat(text: str) -> Threat:
-    """`8/255` or `linf:8/255` in Linf, `l2:0.5` in L2."""
-    norm, colon, eps = text.rpartition(":")
-    threat = threat_of(norm if colon else "linf", eps)
-    if not threat.sensible:
-        raise BadInput(f"--threat {text}: {RADIUS}")
-    return threat
 
 
 def measure(
@@ -49,10 +48,14 @@ def measure(
     seed: int = 0,
     track: Track = silent,
 ) -> list[Evaluation]:
-    """Evaluate a run on test images, in float as the literature does: every attack on every image it gets right.
+    """Evaluate a run on test images: every attack on every image it gets right.
 
-    attacks: names for all threats (default: WHITE_BOX by norm). cascade: each only on what those before it left, which
-    is the same worst case at less cost. surrogate: adds, per Linf threat, one evaluation of images crafted on it.
+    Balls are measured in float as the literature does, other threats as bytes. A union is the worst case over its
+    parts, each of which is attacked by itself, once.
+
+    attacks: names, each used for the threats it can search in; a threat that has none gets DEFAULTS by its kind.
+    cascade: each only on what those before it left, which is the same worst case at less cost.
+    surrogate: adds, per Linf threat, one evaluation of images crafted on it.
     images: how many test images, drawn by seed (0: all). White-box evaluations come first.
     """
     if data.input_shape != run.input_shape or len(data.classes) != len(run.classes):
@@ -67,14 +70,14 @@ def measure(
     x, y = data.x_test[chosen], data.y_test[chosen]
     on_cpu = next(run.model.parameters()).device.type == "cpu"
     batch_size = CPU_BATCH if on_cpu else max(1, GPU_VALUES // math.prod(run.input_shape))
-    evaluations = []
-    for threat in threats:
-        suite = [Attack.parse(name) for name in attacks or by_norm(WHITE_BOX, threat.norm, "white box")]
+    by_part: dict[Threat, Evaluation] = {}
+    for part, suite in _planned(threats, [Attack.parse(name) for name in attacks], run.input_shape).items():
         outcome = evaluate(
-            run.model, x, y, threat, suite, cascade=cascade, seed=seed, batch_size=batch_size,
-            about={"kind": "white-box"}, track=track,
+            run.model, x, y, part, suite, grid=not isinstance(part, Ball), cascade=cascade, seed=seed,
+            batch_size=batch_size, about={"kind": "white-box"}, track=track,
         )  # fmt: skip
-        evaluations.append(outcome.evaluation)
+        by_part[part] = outcome.evaluation
+    evaluations = [worst_of(threat, [by_part[part] for part in threat.parts]) for threat in threats]
     if surrogate is not None:
         about = {"kind": "transfer", "surrogate_sha256": surrogate.checkpoint_sha256}
         suite = [Attack.parse(name) for name in BLACK_BOX]
@@ -85,6 +88,22 @@ def measure(
             )  # fmt: skip
             evaluations.append(outcome.evaluation)
     return evaluations
+
+
+def _planned(
+    threats: Sequence[Threat], attacks: Sequence[Attack], input_shape: tuple[int, int, int]
+) -> dict[Threat, list[Attack]]:
+    """The attacks of each part of the threats; BadInput where an attack can search in none, or images have no room."""
+    parts = list(dict.fromkeys(part for threat in threats for part in threat.parts))
+    for attack in attacks:
+        if not any(part.kind in attack.kind.threats for part in parts):
+            attack.check(parts[0])
+    plan = {}
+    for part in parts:
+        part.fits((input_shape[2], *input_shape[:2]))
+        fitting = [attack for attack in attacks if part.kind in attack.kind.threats]
+        plan[part] = fitting or [Attack.parse(name) for name in by_norm(DEFAULTS, part.kind, "default attacks")]
+    return plan
 
 
 def record(run: Run, data: Dataset, evaluations: Sequence[Evaluation]) -> dict[str, Any]:

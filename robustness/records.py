@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.suites import FROM
 from dfmcl.robustness.statistics import Share
-from dfmcl.robustness.threats.registry import THREATS, by_norm
+from dfmcl.robustness.threats.registry import threat_from_json
 from dfmcl.robustness.threats.threat import Threat
 
 FORMAT = "dfmcl.evaluation/1"
@@ -102,7 +102,7 @@ class Evaluation:
         return {
             "format": FORMAT,
             "about": dict(self.about),
-            "threat": {"norm": self.threat.norm, "eps": self.threat.eps, "label": self.threat.label},
+            "threat": self.threat.to_json(),
             "grid": "uint8" if self.grid else "float",
             "seed": self.seed,
             "images": len(self.correct),
@@ -141,7 +141,7 @@ class Evaluation:
             raise BadInput(f"evaluation: format is {value.get('format')!r}; expected {FORMAT!r}")
         try:
             return Evaluation(
-                threat=by_norm(THREATS, value["threat"]["norm"])(value["threat"]["eps"]),
+                threat=threat_from_json(value["threat"]),
                 grid=value["grid"] == "uint8",
                 seed=value["seed"],
                 correct=from_bits(value["per_image"]["correct"]),
@@ -204,6 +204,26 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
         ),
         seconds=sum(part.seconds for part in parts),
         not_finite=sum(part.not_finite for part in parts),
+    )
+
+
+def worst_of(threat: Threat, parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of one model on the same images under the parts of a union as one: per image the worst of them.
+
+    Each attack is named with its part, `apgd-ce in linf:4/255`. Of one part it is that part's own.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        threat=threat,
+        grid=all(part.grid for part in parts),
+        attacks=tuple(
+            replace(record, name=f"{record.name} in {part.threat.spelling}")
+            for part in parts
+            for record in part.attacks
+        ),
+        seconds=sum(part.seconds for part in parts),
     )
 
 

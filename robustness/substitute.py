@@ -21,7 +21,7 @@ from dfmcl.robustness.attacks.registry import mi_fgsm
 from dfmcl.robustness.images import Images
 from dfmcl.robustness.models import ResNet18, frozen, to_float
 from dfmcl.robustness.seeds import derived_seed, generator
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 SIDE = 32  # larger images are looked at in this size: the substitute is small, and transfer cares for coarse patterns
 WIDTH = 8
@@ -79,7 +79,7 @@ class Learnt:
 def learnt(
     decide: Callable[[Tensor], Tensor],
     images: Images,
-    threat: Threat,
+    threat: Ball,
     *,
     answers: int,
     seed: int,
@@ -142,12 +142,12 @@ def _seen(x: Tensor) -> Tensor:
     return functional.interpolate(x, size=(SIDE, SIDE), mode="area") if max(x.shape[2:]) > SIDE else x
 
 
-def _fooling(model: nn.Module, x: Tensor, labels: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
+def _fooling(model: nn.Module, x: Tensor, labels: Tensor, threat: Ball, stream: torch.Generator) -> Tensor:
     found = mi_fgsm(model, x, labels, threat, generator=stream, steps=STEPS)
     return threat.to_uint8(found, x).float() / 255
 
 
-def _around(x: Tensor, threat: Threat, stream: torch.Generator) -> Tensor:
+def _around(x: Tensor, threat: Ball, stream: torch.Generator) -> Tensor:
     """Noise of one of four kinds around each image: fine or coarse, in each channel or alike in all."""
     size, device = x.shape, x.device
     coarse = (min(COARSE, size[2]), min(COARSE, size[3]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 STEPS = 20
 
@@ -71,5 +71,5 @@ def of_another_class(labels: Tensor, chosen: Tensor) -> Tensor:
     return steps.gather(1, apart.int().argmax(dim=1, keepdim=True)).squeeze(1)
 
 
-def on_grid(point: Tensor, x: Tensor, threat: Threat) -> Tensor:
+def on_grid(point: Tensor, x: Tensor, threat: Ball) -> Tensor:
     return threat.to_uint8(point, x).float() / 255

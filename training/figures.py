@@ -9,9 +9,9 @@ from typing import Any
 
 from dfmcl.robustness.hyperscore import combined_value
 from dfmcl.robustness.statistics import Flags, Share
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.linf import Linf, in_255ths
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 from dfmcl.training.plan import WORST, Campaign, Method
 from dfmcl.training.run_record import RunRecord
 
@@ -44,7 +44,7 @@ def informed(record: RunRecord) -> bool:
     return bool(chosen["enabled"]) and chosen["rule"] in ("literal", "ranked")
 
 
-def cell(records: Sequence[RunRecord], what: str, threat: Threat, measurement: str = "") -> str:
+def cell(records: Sequence[RunRecord], what: str, threat: Ball, measurement: str = "") -> str:
     """One network: accuracy with its exact interval. Several: mean ± standard deviation over seeds."""
     flags = [found for record in records if (found := within(record, measurement).flags(what, threat)) is not None]
     if not flags:
@@ -91,7 +91,7 @@ def accuracy_over_eps(records: Sequence[RunRecord], attack: str) -> dict[float, 
     return {eps: mean(values) for eps, values in found.items()}
 
 
-def compared(campaign: Campaign) -> list[tuple[Threat, str]]:
+def compared(campaign: Campaign) -> list[tuple[Ball, str]]:
     """Threats and accuracies to compare; clean once."""
     threats = [threat_of("linf", eps) for eps in campaign.comparisons.eps]
     attacks = campaign.comparisons.attacks
@@ -100,7 +100,7 @@ def compared(campaign: Campaign) -> list[tuple[Threat, str]]:
 
 
 def paired_flags(
-    first: Sequence[RunRecord], second: Sequence[RunRecord], what: str, threat: Threat
+    first: Sequence[RunRecord], second: Sequence[RunRecord], what: str, threat: Ball
 ) -> dict[int, tuple[Flags, Flags]]:
     """By seed, what both methods held, on the images that all of them looked at."""
     found = {
@@ -114,7 +114,7 @@ def paired_flags(
     return {seed: (a[:shortest], b[:shortest]) for seed, (a, b) in found.items()}
 
 
-def combined(record: RunRecord, threat: Threat) -> float | None:
+def combined(record: RunRecord, threat: Ball) -> float | None:
     """V of a record at a threat; None where a part of it was not measured."""
     flags = {
         "clean": record.flags("clean", threat),

@@ -20,7 +20,7 @@ from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.training.plan import Campaign, PlannedAttack
 
 SHUFFLE_SEED = 0  # of the test images, the same for every run, so that any two can be compared image by image
@@ -98,7 +98,7 @@ def measure(
     return tuple(evaluations), tuple(missing)
 
 
-def address(key: str, threat: Threat, attack: PlannedAttack) -> str:
+def address(key: str, threat: Ball, attack: PlannedAttack) -> str:
     return f"{key}, {threat}, {attack.label}"
 
 
@@ -108,7 +108,7 @@ def attacked(
     x: Bytes,
     y: Labels,
     tried: Flags,
-    threat: Threat,
+    threat: Ball,
     attack: PlannedAttack,
     key: str,
     batch_size: int,

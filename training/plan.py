@@ -15,10 +15,11 @@ from pydantic import BeforeValidator, Field, InstanceOf
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, read_shipped, shipped, validated
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.linf import Linf, in_255ths
 from dfmcl.robustness.threats.radius import Norm, Radius
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat, parse_eps
+from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.config import TrainConfig, load_config
 
 S = TypeVar("S", bound=Section)
@@ -37,7 +38,7 @@ class PlannedAttack:
     def label(self) -> str:
         return f"{self.name} (step {self.step_size})" if self.step_size else self.name
 
-    def at(self, threat: Threat) -> Attack:
+    def at(self, threat: Ball) -> Attack:
         """The attack with the steps it takes at this radius."""
         attack = Attack.parse(self.name)
         if not self.step_size:
@@ -94,7 +95,7 @@ class Measurement(Section):
     images: int = Field(0, ge=0)
 
     @property
-    def threats(self) -> list[Threat]:
+    def threats(self) -> list[Ball]:
         return [threat_of(self.norm, eps) for eps in self.eps]
 
     @property

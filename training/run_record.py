@@ -14,7 +14,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.files import dump_json, read_json, write_text
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.training.plan import WORST, PlannedRun
 
 FORMAT = "dfmcl.campaign.record/1"
@@ -48,7 +48,7 @@ class RunRecord:
     def done(self) -> bool:
         return self.status == "done"
 
-    def flags(self, what: str, threat: Threat, black_box: bool | None = None) -> Flags | None:
+    def flags(self, what: str, threat: Ball, black_box: bool | None = None) -> Flags | None:
         """Per image whether it held, `(N,)`; None where that was not measured.
 
         what: `clean`, an attack's name, or `worst case` over the evaluations of this threat (black_box: of that kind

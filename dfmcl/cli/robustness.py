@@ -36,8 +36,9 @@ def evaluate(
     from dfmcl.common.files import dump_json, only_writer, write_text
     from dfmcl.robustness.attacks.registry import Attack
     from dfmcl.robustness.data import load_dataset
-    from dfmcl.robustness.measurements import FORMAT, measure, parse_threat, record
+    from dfmcl.robustness.measurements import FORMAT, measure, record
     from dfmcl.robustness.runs import load_run, parse_device
+    from dfmcl.robustness.threats.registry import parse_threat
 
     if suite and attack:
         raise BadInput(f"--suite {suite}: brings its own attacks; leave --attack out")

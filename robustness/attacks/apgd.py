@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from dfmcl.robustness import losses
+from dfmcl.robustness.attacks.apgd_l1 import run_l1
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.registry import by_norm
 
 Model = Callable[[Tensor], Tensor]
 TargetedLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -23,7 +25,7 @@ def apgd(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     loss: Callable[[Tensor, Tensor], Tensor] = losses.cross_entropy,
@@ -47,7 +49,7 @@ def apgd_targeted(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     steps: int = 100,
@@ -120,7 +122,7 @@ def _strongest(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     generator: torch.Generator,
     loss: TargetedLoss,
     steps: int,
@@ -133,7 +135,8 @@ def _strongest(
         left = torch.nonzero(highest < torch.inf).squeeze(1)
         if not len(left):
             break
-        found, value = _run(model, x[left], y[left], target[left], threat, generator, loss, steps, trial, left)
+        run = by_norm(RUNS, threat.norm, "apgd")
+        found, value = run(model, x[left], y[left], target[left], threat, generator, loss, steps, trial, left)
         better = value > highest[left]
         best[left[better]], highest[left[better]] = found[better], value[better]
     return best
@@ -144,7 +147,7 @@ def _run(
     x: Tensor,
     y: Tensor,
     target: Tensor,
-    threat: Threat,
+    threat: Ball,
     generator: torch.Generator,
     loss: TargetedLoss,
     steps: int,
@@ -204,6 +207,9 @@ def _run(
         s.previous, s.point = s.point, ahead
     best[s.index], highest[s.index] = s.best, s.highest
     return best, highest
+
+
+RUNS = {"linf": _run, "l2": _run, "l1": run_l1}
 
 
 def _where(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from dfmcl.robustness.attacks.square import SEARCHES, patch_side, patched, signs
 from dfmcl.robustness.attacks.subspaces import Chart, Subspace, chart_of, subspaces
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin, value_and_gradient
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.registry import by_norm
-from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
 
@@ -28,7 +28,7 @@ def subspace(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     steps: int = 10,
@@ -55,7 +55,7 @@ def square_subspace(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     queries: int = 5000,

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
-from dfmcl.robustness.threats.threat import Threat
 
 
 def cw_l2(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     search_steps: int = 6,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import targeted_margin, value_and_gradient
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.registry import by_norm
-from dfmcl.robustness.threats.threat import Threat
 
 Model = Callable[[Tensor], Tensor]
 
@@ -23,7 +23,7 @@ def fab_targeted(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     steps: int = 100,
@@ -89,7 +89,7 @@ class _Search:
     """One search of the way to class `target` `(M,)`, for images that are `rows` of the trial."""
 
     def __init__(
-        self, model: Model, x: Tensor, y: Tensor, target: Tensor, threat: Threat, trial: Trial, rows: Tensor
+        self, model: Model, x: Tensor, y: Tensor, target: Tensor, threat: Ball, trial: Trial, rows: Tensor
     ) -> None:
         self.model, self.x, self.y, self.target = model, x, y, target
         self.threat, self.trial, self.rows = threat, trial, rows

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.threats.threat import Threat
 
 PRECISION = 1e-3  # of eps: how exactly the radius at which a ray crosses the border is found
 
@@ -19,7 +19,7 @@ def rays(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     queries: int = 10_000,

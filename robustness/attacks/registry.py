@@ -1,7 +1,7 @@
 """Attacks as functions with one signature: `attack(model, x, y, threat, *, generator, trial=None, ...) -> x_adv`.
 
 `model` maps float images in [0, 1] to logits and is frozen by the caller (`models.frozen`); x `(N, C, H, W)`,
-y `(N,)`; the result is inside the ball that `threat` names, and in [0, 1]. A `trial` counts passes and says which
+y `(N,)`; the result is a member of `threat`, and in [0, 1]. A `trial` counts passes and says which
 images are done; nothing else is changed by a call.
 """
 
@@ -23,14 +23,19 @@ from dfmcl.robustness.attacks.apgd import apgd, apgd_targeted
 from dfmcl.robustness.attacks.confined import square_subspace, subspace
 from dfmcl.robustness.attacks.cw import cw_l2
 from dfmcl.robustness.attacks.fab import fab_targeted
+from dfmcl.robustness.attacks.grid import grid
 from dfmcl.robustness.attacks.rays import rays
 from dfmcl.robustness.attacks.relaxation import constraint_relaxation
 from dfmcl.robustness.attacks.square import square
 from dfmcl.robustness.attacks.suites import FROM, SUITES
 from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
 from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.corruption import Corruption
+from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.threats.registry import THREATS
+from dfmcl.robustness.threats.registry import BALLS, FAMILIES
+from dfmcl.robustness.threats.spatial import Spatial
 from dfmcl.robustness.threats.threat import Threat, parse_eps
 
 Model = Callable[[Tensor], Tensor]
@@ -42,7 +47,7 @@ def climb(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     loss: Loss = losses.cross_entropy,
@@ -112,7 +117,7 @@ def climb(
 
 
 def fgsm(
-    model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator, trial: Trial | None = None
+    model: Model, x: Tensor, y: Tensor, threat: Ball, *, generator: torch.Generator, trial: Trial | None = None
 ) -> Tensor:
     """One step of length eps from the image itself. Goodfellow et al. 2015."""
     return climb(
@@ -160,7 +165,7 @@ class Kind:
     restarts: whether it may be told to run more than once.
     carried: its parameters when it is crafted on a surrogate for another model; None where it does not transfer.
     live: whether an outsider runs it against an endpoint.
-    norms: of the threats that it can search in.
+    threats: the kinds of threat that it can search in.
     """
 
     function: AttackFunction
@@ -170,9 +175,11 @@ class Kind:
     restarts: bool = True
     carried: Mapping[str, Any] | None = None
     live: bool = False
-    norms: tuple[str, ...] = tuple(THREATS)
+    threats: tuple[str, ...] = (Linf.kind, L2.kind)
 
 
+NORMS = tuple(BALLS)
+KINDS = tuple(family.kind for family in FAMILIES)
 # The last iterate, as one that fools the surrogate early says little about the other.
 LAST = {"steps": 10, "keep": "last"}
 carried = partial(Kind, restarts=False, carried=LAST)  # it starts at the image itself
@@ -186,14 +193,15 @@ ATTACKS: dict[str, Kind] = {
     "margin-pgd": Kind(margin_pgd, carried=LAST),
     "mi-fgsm": carried(mi_fgsm),
     "cw-l2": Kind(cw_l2, restarts=False),  # it searches from the image itself
-    "apgd-ce": Kind(apgd),
-    "apgd-t": Kind(apgd_targeted),
+    "apgd-ce": Kind(apgd, threats=NORMS),
+    "apgd-t": Kind(apgd_targeted, threats=NORMS),
     "cr": Kind(constraint_relaxation),
     "fab-t": Kind(fab_targeted, float32=True),  # the way to the border: 1 to 3 points in bfloat16
     "square": blind(square, live=True),
     "subspace": Kind(subspace),
     "square-subspace": blind(square_subspace),
-    "rays": blind(rays, scores=False, live=True, norms=(Linf.norm,)),
+    "rays": blind(rays, scores=False, live=True, threats=(Linf.kind,)),
+    "grid": blind(grid, threats=(Spatial.kind, Corruption.kind)),
     "di-fgsm": carried(di_fgsm),
     "ti-fgsm": carried(ti_fgsm),
     "vmi-fgsm": carried(vmi_fgsm),  # 55 passes of the surrogates an image, the others 10
@@ -218,8 +226,8 @@ class Attack:
         """From a name: KIND, KIND-STEPS or KIND-STEPSxRESTARTS, and @STEP_SIZE where the attack has one.
 
         `fgsm`, `pgd-20`, `pgd-50x5`, `apgd-t`, `subspace-10`, `pgd-40@2/255`, `pgd-200x5@eps/4`. For `square-1000`,
-        `square-subspace-1000` and `rays-1000` the number is that of queries. BadInput where the name or a number makes
-        no sense.
+        `square-subspace-1000`, `rays-1000` and `grid-100` the number is that of queries. BadInput where the name or a
+        number makes no sense.
         """
         match = GRAMMAR.fullmatch(text)
         if match is None:
@@ -273,8 +281,15 @@ class Attack:
 
     @property
     def kind(self) -> Kind:
-        """What it needs and can; a function that is none of ours needs gradients."""
-        return next((kind for kind in ATTACKS.values() if kind.function is self.function), Kind(self.function))
+        """What it needs and can; a function that is none of ours needs gradients, and may search anywhere."""
+        own = (kind for kind in ATTACKS.values() if kind.function is self.function)
+        return next(own, Kind(self.function, threats=KINDS))
+
+    def check(self, threat: Threat) -> None:
+        """BadInput where it cannot search in the threat."""
+        if threat.kind not in self.kind.threats:
+            able = [name for name, kind in ATTACKS.items() if threat.kind in kind.threats]
+            raise BadInput(f"attack: {self.name!r} does not search in {threat}; choose one of {', '.join(able)}")
 
     def __call__(
         self,
@@ -286,13 +301,14 @@ class Attack:
         generator: torch.Generator,
         trial: Trial | None = None,
     ) -> Tensor:
+        self.check(threat)
         parameters = dict(self.parameters)
-        if isinstance(parameters.get("step_size"), str):
+        if isinstance(threat, Ball) and isinstance(parameters.get("step_size"), str):
             parameters["step_size"] = step_length(parameters["step_size"], threat)
         return self.function(model, x, y, threat, generator=generator, trial=trial, **parameters)
 
 
-def step_length(text: str, threat: Threat) -> float:
+def step_length(text: str, threat: Ball) -> float:
     """The step that `2/255` or `0.01`, or by the radius `eps/4`, stands for; BadInput for others."""
     if not text.startswith("eps/"):
         return parse_eps(text)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 Model = Callable[[Tensor], Tensor]
 
@@ -32,7 +32,7 @@ def constraint_relaxation(
     model: Model,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     steps: int = 150,
@@ -69,7 +69,7 @@ class _Search:
     model: Model
     x: Tensor
     y: Tensor
-    threat: Threat
+    threat: Ball
     generator: torch.Generator
     trial: Trial
     best: Tensor = field(init=False)
@@ -86,7 +86,7 @@ class _Search:
         """Which images hold so far, `(N,)` bool."""
         return self.highest < torch.inf
 
-    def ball(self, share: float) -> Threat:
+    def ball(self, share: float) -> Ball:
         """The ball of so much of the radius."""
         return self.threat.sized(share * self.threat.eps)
 
@@ -146,7 +146,7 @@ class _Search:
         self.look(rows, point, logits, gradient=False)
         return closest
 
-    def step(self, point: Tensor, rows: Tensor, gradient: Tensor, size: float, ball: Threat) -> Tensor:
+    def step(self, point: Tensor, rows: Tensor, gradient: Tensor, size: float, ball: Ball) -> Tensor:
         """Uphill by so much of eps, and back into a ball around the images."""
         ahead = point + size * self.threat.eps * self.threat.steepest(gradient)
         return ball.project(ahead, self.x[rows])

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.registry import by_norm
-from dfmcl.robustness.threats.threat import Threat
 
 # Where the patch's share of the image is halved, in ten-thousandths of all queries (section 5 of the paper).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -25,7 +25,7 @@ def square(
     model: Callable[[Tensor], Tensor],
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Ball,
     *,
     generator: torch.Generator,
     queries: int = 5000,
@@ -73,13 +73,13 @@ def patch_side(proposal: int, queries: int, p_init: float, size: tuple[int, ...]
     return min(max(1, round(math.sqrt(share * size[0] * size[1]))), *size)
 
 
-def _striped(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+def _striped(x: Tensor, threat: Ball, generator: torch.Generator) -> Tensor:
     """Vertical stripes of +-eps, one sign a column and channel."""
     up = signs((len(x), x.shape[1], 1, x.shape[3]), x, generator)
     return torch.where(up, x + threat.eps, x - threat.eps).clamp(0, 1)
 
 
-def _patched(current: Tensor, x: Tensor, threat: Threat, side: int, generator: torch.Generator) -> Tensor:
+def _patched(current: Tensor, x: Tensor, threat: Ball, side: int, generator: torch.Generator) -> Tensor:
     """`current` with one square each at the ball's border."""
     return patched(current, (x - threat.eps).clamp(0, 1), (x + threat.eps).clamp(0, 1), side, generator)
 
@@ -96,7 +96,7 @@ def patched(current: Tensor, low: Tensor, high: Tensor, side: int, generator: to
     return torch.where(inside & same, torch.where(up, low, high), proposed)
 
 
-def _tiled(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
+def _tiled(x: Tensor, threat: Ball, generator: torch.Generator) -> Tensor:
     """Five by five bumps, each with a sign a channel, scaled to the radius; a rest at the border stays."""
     count, channels, height, width = x.shape
     delta = torch.zeros_like(x)
@@ -108,7 +108,7 @@ def _tiled(x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
     return _at_radius(x, delta, threat)
 
 
-def _shifted(current: Tensor, x: Tensor, threat: Threat, side: int, generator: torch.Generator) -> Tensor:
+def _shifted(current: Tensor, x: Tensor, threat: Ball, side: int, generator: torch.Generator) -> Tensor:
     """`current` with the radius moved from one square to another, where a bump is added. Algorithm 3 of the paper.
 
     Each channel of the bump gets the length that all had together, before the whole is brought to the radius: so does
@@ -156,14 +156,14 @@ def _of_length(windows: Tensor, length: Tensor | float) -> Tensor:
     return windows * (length / windows.square().sum(dim=(2, 3), keepdim=True).sqrt().clamp_min(1e-12))
 
 
-def _at_radius(x: Tensor, delta: Tensor, threat: Threat) -> Tensor:
+def _at_radius(x: Tensor, delta: Tensor, threat: Ball) -> Tensor:
     """x + delta with the length of delta stretched to the radius, in the box."""
     factor = threat.eps / L2.lengths(delta).clamp_min(1e-12)
     return threat.project(x + delta * factor.view(-1, 1, 1, 1), x)
 
 
-Begin = Callable[[Tensor, Threat, torch.Generator], Tensor]
-Propose = Callable[[Tensor, Tensor, Threat, int, torch.Generator], Tensor]
+Begin = Callable[[Tensor, Ball, torch.Generator], Tensor]
+Propose = Callable[[Tensor, Tensor, Ball, int, torch.Generator], Tensor]
 SEARCHES: dict[str, tuple[Begin, Propose]] = {"linf": (_striped, _patched), "l2": (_tiled, _shifted)}
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.registry import by_norm
-from dfmcl.robustness.threats.threat import Threat
 
 COARSE = 2  # pixels from one free value to the next, where frequencies are low
 # Interpolation to how many pixels beyond its own a value reaches. Linear slopes have next to nothing in the upper half
@@ -107,7 +107,7 @@ class Chart(ABC):
     frequencies.
     """
 
-    def __init__(self, space: Subspace, x: Tensor, threat: Threat) -> None:
+    def __init__(self, space: Subspace, x: Tensor, threat: Ball) -> None:
         self.space, self.x, self.threat = space, x, threat
         self.whole = 255 * threat.eps + TINY >= 1
         self.lower, self.upper = -self._free(x), self._free(1 - x)
@@ -236,7 +236,7 @@ class L2Chart(Chart):
 CHARTS: dict[str, type[Chart]] = {"linf": LinfChart, "l2": L2Chart}
 
 
-def chart_of(space: Subspace, x: Tensor, threat: Threat) -> Chart:
+def chart_of(space: Subspace, x: Tensor, threat: Ball) -> Chart:
     """BadInput where nothing is known of the threat's balls in a subspace."""
     return by_norm(CHARTS, threat.norm, "subspace")(space, x, threat)
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 Pass = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 """Points `(N, C, H, W)`, labels `(N,)`, whether a gradient is wanted: loss `(N,)`, its gradient, logits `(N, K)`."""
 
-Transform = Callable[[Pass, Threat, torch.Generator], Pass]
+Transform = Callable[[Pass, Ball, torch.Generator], Pass]
 
 SMALLEST = 0.9  # size of a view, at least: 299 of 330 pixels in the paper
 CHANGED = 0.5  # p of the paper: how often there is a view, instead of the image
@@ -57,7 +57,7 @@ def ensemble_sha256(checkpoints: Sequence[str]) -> str:
     return hashlib.sha256("".join(sorted(checkpoints)).encode()).hexdigest()
 
 
-def diverse(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
+def diverse(look: Pass, threat: Ball, generator: torch.Generator) -> Pass:
     """Every other image, at random, is looked at smaller and elsewhere, on black: DI, Xie et al. 2019.
 
     The paper enlarges and pads; a network for one size of images gets that size here. Bilinear; each image has its own.
@@ -87,7 +87,7 @@ def diverse(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
     return changed
 
 
-def smoothed(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
+def smoothed(look: Pass, threat: Ball, generator: torch.Generator) -> Pass:
     """The gradient blurred, as if the image were looked at from places around it: TI, Dong et al. 2019.
 
     By a Gaussian kernel that is cut at three of its standard deviations. On images of 32 pixels it adds nothing: from
@@ -110,7 +110,7 @@ def blurred(images: Tensor) -> Tensor:
     return functional.conv2d(across, line.transpose(2, 3), padding=(reach, 0), groups=channels)
 
 
-def tuned(look: Pass, threat: Threat, generator: torch.Generator) -> Pass:
+def tuned(look: Pass, threat: Ball, generator: torch.Generator) -> Pass:
     """The gradient, and by how much those around the point before differed from its own: VMI, Wang & He 2021.
 
     They are asked when the next step needs them: T steps cost T + (T - 1) * SAMPLES passes. It remembers the point

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 if TYPE_CHECKING:
     import torch
@@ -14,14 +14,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class L2(Threat):
-    norm, name, most = "l2", "L2", math.inf
+class L2(Ball):
+    kind, name, heads, examples = "l2", "L2", ("l2",), ("l2:0.5",)
+    most = math.inf
     slack = 1e-4  # eps is ~50 at most, where one rounding is 4e-6
     level = 0.0  # lengths of whole levels are roots of whole numbers, as close as wanted
-
-    @property
-    def label(self) -> str:
-        return f"{self.eps:.4g}"
 
     @staticmethod
     def lengths(delta: Tensor) -> Tensor:
@@ -48,9 +45,6 @@ class L2(Threat):
         delta = x_adv - x
         length = self.lengths(delta).clamp_min(1e-12)  # a zero perturbation stays zero
         return (x + delta * _each((self.eps / length).clamp(max=1.0), x)).clamp(0, 1)
-
-    def on_grid(self) -> L2:
-        return self
 
     def outermost(self, x_adv: Tensor, x: Tensor) -> Tensor:
         return self.project(x + self.eps * self.steepest(x_adv - x), x)

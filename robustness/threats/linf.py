@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dfmcl.robustness.threats.threat import Threat
+from dfmcl.robustness.threats.ball import Ball
 
 if TYPE_CHECKING:
     import torch
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Linf(Threat):
-    norm, name, most, slack, level = "linf", "Linf", 1.0, 1e-6, 1 / 255
+class Linf(Ball):
+    kind, name, heads, examples = "linf", "Linf", ("linf",), ("linf:8/255", "8/255")
+    most, slack, level = 1.0, 1e-6, 1 / 255
 
     @property
     def label(self) -> str:

@@ -7,13 +7,16 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.threats.registry import THREATS
+from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.threat import parse_eps
+
+SUITED = (Linf.kind, L2.kind)  # the norms in which every attack of a suite can search
 
 
 def _is_norm(text: str) -> str:
-    if text not in THREATS:
-        raise ValueError(f"choose one of {', '.join(THREATS)}")
+    if text not in SUITED:
+        raise ValueError(f"choose one of {', '.join(SUITED)}")
     return text
 
 

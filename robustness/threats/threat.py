@@ -1,114 +1,96 @@
-"""What an attacker may do to an image: the little that attacks, checks and judges ask of it.
+"""What an attacker may do to an image: the little that every attack, check and judge may ask of it.
 
 A member is a file of this room and a line of its registry. Letters used here: N batch, C H W image; x images as float
-in [0, 1], `(N, C, H, W)`. torch loads when a random start is drawn: policies know threats without it.
+in [0, 1], `(N, C, H, W)`. torch loads when images come: policies know threats without it.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from dfmcl.common.errors import BadInput
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-RADIUS = "a radius is above 0, and in Linf at most 1 (pixel units: 8/255, not 8)"
 
-
-@dataclass(frozen=True)
 class Threat(ABC):
-    """The images `{x' : length(x' - x) <= eps, 0 <= x' <= 1}`; eps >= 0 in pixel units of [0, 1].
+    """A set of images around each image, the image itself among them.
 
-    norm: as policies and records spell it; name: as people do.
-    most: a radius beyond which none makes sense, inf where there is no such.
-    slack: how far float32 arithmetic may carry a projected point out of its ball; a uint8 step is 4e-3.
-    level: by how much a ball must grow, at least, to hold other images of whole grey levels.
+    kind: as tables name it, one for each class. name: as people do. heads: the words with which its spellings begin.
+    examples: spellings, for help and messages.
     """
 
-    norm: ClassVar[str]
+    kind: ClassVar[str]
     name: ClassVar[str]
-    most: ClassVar[float]
-    slack: ClassVar[float]
-    level: ClassVar[float]
-    eps: float
+    heads: ClassVar[tuple[str, ...]]
+    examples: ClassVar[tuple[str, ...]]
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            raise BadInput(f"threat: eps is {self.eps}; it must be a number >= 0, such as 8/255")
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str) -> Threat:
+        """From a spelling that begins with one of `heads`; BadInput where the rest makes no sense."""
 
     @property
-    def sensible(self) -> bool:
-        """Whether a user may have meant it; RADIUS says what he may mean."""
-        return 0 < self.eps <= self.most
+    @abstractmethod
+    def spelling(self) -> str:
+        """The canonical text that `parse` reads as this threat, every default written out."""
 
     @property
     @abstractmethod
     def label(self) -> str:
-        """The canonical way to write the radius."""
-
-    @staticmethod
-    @abstractmethod
-    def lengths(delta: Tensor) -> Tensor:
-        """Length of each image's perturbation: `(N, ...)` -> `(N,)`."""
-
-    @staticmethod
-    @abstractmethod
-    def diameter(values: int) -> float:
-        """The length of a step that moves each of so many values from 0 to 1: no image lies farther away."""
-
-    @staticmethod
-    @abstractmethod
-    def steepest(gradient: Tensor) -> Tensor:
-        """The step of length 1 that raises the loss most."""
-
-    @abstractmethod
-    def start(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """A random point of the ball around x, uniform in it but for what is clipped to [0, 1]."""
-
-    @abstractmethod
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The point of the ball around x (and of [0, 1]) that an attack step is pulled back to.
-
-        Exact projection onto the ball, then onto the box; as x is in the box, the second step never leaves the ball.
-        """
-
-    @abstractmethod
-    def on_grid(self) -> Threat:
-        """The largest ball of this kind that uint8 images can use: 20.4/255 becomes 20/255 in Linf."""
-
-    @abstractmethod
-    def whole_levels(self, moved: Tensor) -> Tensor:
-        """Whole grey levels near `moved` `(N, ...)`, in levels too, that are inside the ball where `moved` is."""
+        """What follows the name where people read it: `8/255` of `Linf 8/255`."""
 
     @abstractmethod
     def contains_uint8(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Exact membership of uint8 images in the ball, in integer arithmetic: `(N, ...)` x 2 -> `(N,)` bool."""
-
-    def outermost(self, x_adv: Tensor, x: Tensor) -> Tensor | None:
-        """x_adv moved on to the ball's border; None where rounding to bytes does not lead back from there."""
-        return None
-
-    def sized(self, eps: float) -> Self:
-        """The same kind with another radius."""
-        return replace(self, eps=eps)
+        """Exact membership of uint8 images, in integer arithmetic: `(N, C, H, W)` x 2 -> `(N,)` bool."""
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Whether each image lies in the ball and in [0, 1], up to float rounding: `(N,)` bool."""
-        inside = self.lengths(x_adv - x) <= self.eps + self.slack
-        return inside & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(dim=1)
+        """Whether each float image is a member, `(N,)` bool. Here: whole grey levels that are one as bytes."""
+        levels = x_adv * 255
+        whole = ((levels - levels.round()).abs() < 1e-3).flatten(1).all(dim=1)  # float32 carries a level to 2e-5
+        return whole & in_box(x_adv) & self.contains_uint8(as_levels(x_adv), as_levels(x))
 
     def to_uint8(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Adversarial images as bytes `(N, C, H, W)` that stay inside the ball around x, which is on the uint8 grid."""
-        origin = (x * 255).round()
-        return (origin + self.whole_levels(x_adv * 255 - origin)).clamp(0, 255).byte()
+        """Adversarial images as bytes `(N, C, H, W)` that are members where x_adv is; x is on the uint8 grid."""
+        return as_levels(x_adv)
+
+    def on_grid(self) -> Self:
+        """The largest threat of this kind that uint8 images can use: 20.4/255 becomes 20/255 in Linf."""
+        return self
+
+    def outermost(self, x_adv: Tensor, x: Tensor) -> Tensor | None:
+        """x_adv moved on to the border; None where rounding to bytes does not lead back from there."""
+        return None
+
+    def fits(self, shape: tuple[int, ...]) -> None:
+        """BadInput where images `(C, H, W)` have no room for it."""
+        return  # most threats fit any image
+
+    @property
+    def parts(self) -> tuple[Threat, ...]:
+        """The threats that are attacked one by one: itself, unless it is a union."""
+        return (self,)
+
+    def to_json(self) -> dict[str, Any]:
+        """As records hold it; `registry.threat_from_json` reads it."""
+        return {"spelling": self.spelling, "label": str(self)}
 
     def __str__(self) -> str:
         return f"{self.name} {self.label}"
+
+
+def as_levels(x: Tensor) -> Tensor:
+    """Float images in [0, 1] as bytes."""
+    return (x * 255).round().clamp(0, 255).byte()
+
+
+def in_box(x: Tensor) -> Tensor:
+    """Whether each image lies in [0, 1], `(N,)` bool."""
+    inside: Tensor = ((x >= 0) & (x <= 1)).flatten(1).all(dim=1)
+    return inside
 
 
 def parse_eps(text: str | float) -> float:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.subject import Subject, module_subject
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.measurements import parse_threat
 from dfmcl.robustness.models import to_bytes
 from dfmcl.robustness.onnx_graph import noise
+from dfmcl.robustness.threats.registry import parse_threat
 
 NAME = "dfmcl_module_of_a_user"
 CONTRACT = "float32 NCHW 8x8x3"

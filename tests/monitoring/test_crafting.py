@@ -22,8 +22,8 @@ from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
-from dfmcl.robustness.threats.threat import Threat
 from tests.monitoring.conftest import wait_for
 from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
 
@@ -225,7 +225,7 @@ def scene_begins(seconds: float, costs: list[list[float]], share_of_core: float)
 def test_parts_of_a_scene_have_chances_of_their_own() -> None:
     """What an attack draws for one part of the images, it does not draw again for the next."""
 
-    def noisy(model: Any, x: torch.Tensor, y: torch.Tensor, threat: Threat, generator: Any, trial: Any) -> torch.Tensor:
+    def noisy(model: Any, x: torch.Tensor, y: torch.Tensor, threat: Ball, generator: Any, trial: Any) -> torch.Tensor:
         return x + threat.eps * (2 * torch.rand(x.shape, generator=generator) - 1)
 
     grey = pool(np.full(16, 100, np.uint8), np.zeros(16, np.int64))

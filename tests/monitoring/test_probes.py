@@ -10,10 +10,10 @@ from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.endpoint import Asker
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 from dfmcl.serving.clients.triton import Answer
 from tests.linear import Linear
 from tests.linear import images as near_grey
@@ -36,7 +36,7 @@ class Asked:
             return self.model(torch.from_numpy(images).float().permute(0, 3, 1, 2) / 255).numpy()
 
 
-def scene(threat: Threat = BALL) -> Scene:
+def scene(threat: Ball = BALL) -> Scene:
     """The greys that are right."""
     return Scene(pool().images[RIGHT], LABELS[RIGHT], threat, 0, 1, {})
 

@@ -17,8 +17,9 @@ from dfmcl.release.candidate import read_manifest
 from dfmcl.release.card import card, write_card
 from dfmcl.release.verification import verify_release
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.measurements import measure, parse_threat, record
+from dfmcl.robustness.measurements import measure, record
 from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.threats.registry import parse_threat
 from tests.shipping import NAME, ship
 
 

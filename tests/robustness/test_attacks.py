@@ -10,10 +10,10 @@ from dfmcl.robustness.attacks.registry import ATTACKS, Attack, climb
 from dfmcl.robustness.attacks.suites import WITHOUT_GRADIENTS
 from dfmcl.robustness.losses import cross_entropy, margin
 from dfmcl.robustness.models import frozen
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.robustness.test_apgd import network
 
@@ -25,7 +25,7 @@ def stream() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def run(name: str, model: Linear, x: torch.Tensor, threat: Threat) -> torch.Tensor:
+def run(name: str, model: Linear, x: torch.Tensor, threat: Ball) -> torch.Tensor:
     y = model(x).argmax(dim=1)
     with frozen(model):
         return Attack.parse(name)(model, x, y, threat, generator=stream())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.measurements import measure, parse_threat
+from dfmcl.robustness.measurements import measure
 from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.threats.registry import parse_threat
 
 
 def test_a_suite_shows_each_attack_what_is_left(standard_run: Path) -> None:

@@ -27,8 +27,8 @@ from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, to_bytes, to_float
 from dfmcl.robustness.statistics import Flags, PairedCounts
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 from tests.signs import sign_flip_p
 
 LEVEL = 1e-5  # there are 20 comparisons, each repeated under some 20 perturbations: 0.4 % that any of them errs
@@ -133,7 +133,7 @@ class Border:
     groups: tuple[tuple[NDArray[np.int64], float], ...]
     norm: str
 
-    def held(self, attack: Callable[[Tensor, Tensor, Threat], Flags], reach: float = 1.0) -> Flags:
+    def held(self, attack: Callable[[Tensor, Tensor, Ball], Flags], reach: float = 1.0) -> Flags:
         """Which images hold `(N,)`, each group attacked at its own radius times `reach`; False outside all groups."""
         flags = np.zeros(len(self.y), dtype=np.bool_)
         for rows, radius in self.groups:
@@ -155,14 +155,14 @@ class Border:
         return [rows[begin : begin + size] for rows, _ in self.groups for begin in range(0, len(rows), size)]
 
 
-def ours(model: Classifier, attacks: Attack | Sequence[Attack], x: Tensor, y: Tensor, threat: Threat) -> Flags:
+def ours(model: Classifier, attacks: Attack | Sequence[Attack], x: Tensor, y: Tensor, threat: Ball) -> Flags:
     """Per image whether it holds, in float32; under several attacks, whether it holds under all."""
     suite = [attacks] if isinstance(attacks, Attack) else attacks
     found = evaluate(model, to_bytes(x).numpy(), y.numpy(), threat, suite, cascade=True)
     return np.array(found.evaluation.robust_images)
 
 
-def theirs(model: Classifier, make: Peer, x: Tensor, y: Tensor, threat: Threat, seed: int = 0) -> Flags:
+def theirs(model: Classifier, make: Peer, x: Tensor, y: Tensor, threat: Ball, seed: int = 0) -> Flags:
     """The same of another library's attack: what it returns outside the ball does not count."""
     torch.manual_seed(seed)  # foolbox draws from the global stream
     x_adv = make(model, threat.norm, threat.eps, seed)(x, y)
@@ -257,7 +257,7 @@ QUERIES = 100
 REACH = {"linf": 1.7, "l2": 2.0}  # Square's own border, see Pair
 
 
-def their_square(model: Classifier, x: Tensor, y: Tensor, threat: Threat) -> Flags:
+def their_square(model: Classifier, x: Tensor, y: Tensor, threat: Ball) -> Flags:
     """torchattacks' Square, a few images a call, each call by a seed of its own. It counts its first query apart."""
     make, first = of_torchattacks("Square", n_queries=QUERIES - 1), int(1e6 * threat.eps)
     parts = [slice(begin, begin + TOGETHER) for begin in range(0, len(y), TOGETHER)]

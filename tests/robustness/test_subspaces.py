@@ -24,10 +24,10 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.losses import margin
 from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.switches import Switch, high_frequencies, switches
@@ -151,7 +151,7 @@ def test_an_attack_asks_nothing_outside(name: str, norm: str, eps: float) -> Non
     )
 
 
-def best_gain(space: Subspace, weight: Tensor, x: Tensor, threat: Threat) -> Tensor:
+def best_gain(space: Subspace, weight: Tensor, x: Tensor, threat: Ball) -> Tensor:
     """How much w.x + b can fall in the subspace, images one by one `(N,)`, before rounding; the box does not bind."""
     count = len(x)
     if space.lattice:

@@ -17,9 +17,9 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, exactly, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.registry import threat_of
-from dfmcl.robustness.threats.threat import Threat
 
 THREAT = threat_of("linf", "8/255")
 
@@ -96,7 +96,7 @@ def test_an_attack_goes_on_until_the_bytes_fall(model: Classifier) -> None:
 def test_what_fell_stays_found_whatever_the_attack_returns(model: Classifier) -> None:
     """An attack that forgets its finds and returns the images themselves is believed for what it showed."""
 
-    def forgetful(model: Any, x: Tensor, y: Tensor, threat: Threat, **rest: Any) -> Tensor:
+    def forgetful(model: Any, x: Tensor, y: Tensor, threat: Ball, **rest: Any) -> Tensor:
         ATTACKS["pgd"].function(model, x, y, threat, steps=10, **rest)
         return x
 
