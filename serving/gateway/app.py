@@ -18,11 +18,11 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,7 @@ from starlette.types import Message, Receive, Scope, Send
 from dfmcl.common.errors import BadInput
 from dfmcl.serving.clients.triton import Contract
 from dfmcl.serving.detection.detector import Worker
-from dfmcl.serving.gateway import images, pages
+from dfmcl.serving.gateway import images, pages, v2
 from dfmcl.serving.gateway.admission import Admission, Place
 from dfmcl.serving.gateway.api_keys import ANYONE, PREFIX, Caller
 from dfmcl.serving.gateway.config import GatewayConfig
@@ -67,6 +67,7 @@ SPOT_PIXELS, SPOT_BYTES = 65_536, 65_536
 PACED = frozenset({"overloaded", "rate_limited", "unauthorized"})  # what costs the asker nothing to hear again
 
 Log = Callable[[dict[str, Any]], None]
+T = TypeVar("T")
 
 
 class Gateway:
@@ -89,6 +90,7 @@ class Gateway:
         figures: Routes = {"/metrics": ("GET", self._metrics)}
         public: Routes = {
             CLASSIFY: ("POST", self._classify),
+            **self._v2,
             **health,
             **({} if config.listen.admin else figures),
             "/openapi.json": ("GET", self._describe),
@@ -162,7 +164,8 @@ class Gateway:
                 if problem.reason in PACED:
                     unread = int(Headers(scope=scope).get("content-length", 0)) - exchange.bytes
                     await asyncio.sleep(self._admission.pause(unread))
-                response = json_response(problem.to_json(exchange.id), problem.status, headers)
+                told: dict[str, Any] = problem.to_v2() if exchange.v2 else problem.to_json(exchange.id)
+                response = json_response(told, problem.status, headers)
                 await response(scope, receive, answer)
         finally:
             self._record(exchange)
@@ -178,7 +181,7 @@ class Gateway:
 
     def _record(self, exchange: Exchange) -> None:
         now, caller = time.monotonic(), exchange.caller
-        if exchange.path == CLASSIFY:
+        if exchange.path == CLASSIFY or exchange.inference:
             self.metrics.ended(
                 exchange.status,
                 exchange.reason,
@@ -212,42 +215,73 @@ class Gateway:
         self._log(entry | ({"detail": exchange.detail} if exchange.detail else {}))
 
     async def _classify(self, request: Request) -> Response:
+        async def decoded(body: bytes, wish: Wish) -> tuple[npt.NDArray[np.uint8], bool]:
+            return await self._decoded(request, body, self._pool.contract, wish)
+
+        reply, single, wish = await self._asked(request, decoded)
+        return json_response(self._answer(reply, wish, request.scope["exchange"].id, single=single))
+
+    async def _infer(self, request: Request) -> Response:
+        """The same in KServe's protocol, which answers with logits."""
+        self._require_served(request)
+        header = request.headers.get(v2.HEADER_LENGTH)
+
+        async def decoded(body: bytes, wish: Wish) -> tuple[npt.NDArray[np.uint8], v2.Question]:
+            found = await self._worked(len(body) <= SPOT_BYTES, v2.question, body, header, self._pool.contract)
+            return found.images, found
+
+        reply, asked, _ = await self._asked(request, decoded, logits=True)
+        self._require_version(request, reply.version)
+        body, headers = v2.answer(reply, asked, self._config.triton.model, self._pool.contract)
+        return Response(body, headers={"cache-control": "no-store", **headers})
+
+    async def _asked(
+        self,
+        request: Request,
+        decoded: Callable[[bytes, Wish], Awaitable[tuple[npt.NDArray[np.uint8], T]]],
+        *,
+        logits: bool = False,
+    ) -> tuple[Reply, T, Wish]:
+        """The reply to a request, what else `decoded` made of its body, and its wish. logits: whether it sees them."""
         exchange: Exchange = request.scope["exchange"]
+        exchange.inference = True
         caller = exchange.caller = self._keyring.caller(request.headers)
         promised = self._promised(request)
         caller.spend(promised)
         try:
-            return await self._classified(request, exchange, caller, promised)
+            wish = self._wish(request, caller)
+            if logits and not caller.logits:
+                raise Problem("forbidden", f"key {caller.name!r} may not see logits; {CLASSIFY} answers without")
+            with self._place(exchange, caller, promised, wish) as place:
+                body = await self._body(request, exchange)
+                exchange.heard = time.monotonic()
+                self._admission.arrived(place, promised)
+                try:
+                    async with asyncio.timeout(wish.seconds):
+                        batch, more = await decoded(body, wish)
+                        exchange.images = len(batch)
+                        self._admission.arrived(place, exchange.images)
+                        reply = await self._pool.infer(
+                            batch, deadline=exchange.heard + wish.seconds, flow=place.flow, canary=caller.canary
+                        )
+                except TimeoutError:
+                    why = "no answer before the deadline; X-Request-Timeout-Ms asks for more"
+                    raise Problem("deadline", why) from None
+            exchange.version, exchange.endpoint = reply.version, reply.endpoint
+            exchange.asked = batch
+            return reply, more, wish
         finally:
             caller.correct(max(1, exchange.images) - promised)
 
-    async def _classified(self, request: Request, exchange: Exchange, caller: Caller, promised: int) -> Response:
-        wish = self._wish(request, caller)
-        with self._place(exchange, caller, promised, wish) as place:
-            body = await self._body(request, exchange)
-            exchange.heard = time.monotonic()
-            self._admission.arrived(place, promised)
-            try:
-                async with asyncio.timeout(wish.seconds):
-                    batch, single = await self._decoded(request, body, self._pool.contract, wish)
-                    exchange.images = len(batch)
-                    self._admission.arrived(place, exchange.images)
-                    reply = await self._pool.infer(
-                        batch, deadline=exchange.heard + wish.seconds, flow=place.flow, canary=caller.canary
-                    )
-            except TimeoutError:
-                raise Problem("deadline", "no answer before the deadline; X-Request-Timeout-Ms asks for more") from None
-        exchange.version, exchange.endpoint = reply.version, reply.endpoint
-        exchange.asked = batch
-        return json_response(self._answer(reply, wish, exchange.id, single=single))
-
     def _promised(self, request: Request) -> int:
-        """How many images a request will hold, as far as its headers tell: a file holds one, JSON as many as fit."""
+        """How many images a request will hold, by its headers: a file holds one, a tensor as many as fit."""
         contract, headers = self._pool.contract, request.headers
-        if images.media_type(headers.get("content-type", "")) != images.TENSOR:
+        binary = v2.HEADER_LENGTH in headers
+        if not binary and images.media_type(headers.get("content-type", "")) != images.TENSOR:
             return 1
         size = int(headers.get("content-length", self._config.limits.body_bytes))
-        return min(max(1, size // (BYTES_A_NUMBER * math.prod(contract.input_shape))), contract.max_batch_size)
+        of_one = (1 if binary else BYTES_A_NUMBER) * math.prod(contract.input_shape)
+        return min(max(1, size // of_one), contract.max_batch_size)
 
     def _wish(self, request: Request, caller: Caller) -> Wish:
         query = request.query_params
@@ -342,6 +376,41 @@ class Gateway:
         ]
         found = {"label": labels[best[0]], "index": best[0], "top": top}
         return {**found, "logits": row.tolist()} if logits else found
+
+    @property
+    def _v2(self) -> Routes:
+        """KServe's protocol."""
+        model = "/v2/models/{model}"
+        routes: Routes = {"/v2": ("GET", self._server), "/v2/health/live": ("GET", self._healthz)}
+        routes["/v2/health/ready"] = ("GET", self._readyz)
+        for place in (model, f"{model}/versions/{{version}}"):
+            routes[place] = ("GET", self._metadata)
+            routes[f"{place}/ready"] = ("GET", self._model_ready)
+            routes[f"{place}/infer"] = ("POST", self._infer)
+        return routes
+
+    async def _server(self, request: Request) -> Response:
+        about = {"name": "dfmcl-gateway", "version": metadata.version("dfmcl"), "extensions": list(v2.EXTENSIONS)}
+        return json_response(about)
+
+    async def _metadata(self, request: Request) -> Response:
+        self._keyring.caller(request.headers)
+        self._require_served(request)
+        return json_response(v2.metadata(self._config.triton.model, self._pool.version, self._pool.contract))
+
+    async def _model_ready(self, request: Request) -> Response:
+        self._require_served(request)
+        return await self._readyz(request)
+
+    def _require_served(self, request: Request) -> None:
+        """A Problem where the path names another model, or a version that is not served."""
+        if request.path_params["model"] != self._config.triton.model:
+            raise Problem("not_found", f"the model here is {self._config.triton.model!r}")
+        self._require_version(request, self._pool.version)
+
+    def _require_version(self, request: Request, served: str) -> None:
+        if request.path_params.get("version", served) != served:
+            raise Problem("not_found", f"version {served} is served; leave the version out, or name it")
 
     async def _healthz(self, request: Request) -> Response:
         return json_response({"status": "alive"})

@@ -56,6 +56,12 @@ class Exchange:
     version: str | None = None
     endpoint: str | None = None
     asked: npt.NDArray[np.uint8] | None = None  # what was answered, as the model saw it
+    inference: bool = False  # whether it asks the model
+
+    @property
+    def v2(self) -> bool:
+        """Whether it speaks KServe's protocol, errors included."""
+        return self.path is not None and self.path.startswith("/v2")
 
 
 @dataclass(frozen=True)

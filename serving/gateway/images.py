@@ -85,19 +85,35 @@ def tensor(body: bytes, contract: Contract) -> Batch:
     Problem: bad_request where it is no such JSON, wrong_input where it is not what the model takes, too_large where
     there are too many images.
     """
-    name, shape, datatype, data = _tensor_parts(body)
-    if name != contract.input_name or datatype != "UINT8" or tuple(shape[1:]) != contract.input_shape or shape[0] < 1:
-        takes = ", ".join(map(str, contract.input_shape))
-        raise Problem("wrong_input", f"inputs: the model takes {contract.input_name!r}, UINT8, of shape [N, {takes}]")
-    if shape[0] > contract.max_batch_size:
-        raise Problem("too_large", f"inputs: holds {shape[0]} images, may hold up to {contract.max_batch_size}")
+    return tensor_of(*document_of(body), contract)
+
+
+def tensor_of(document: dict[str, Any], numbers: bytes, contract: Contract) -> Batch:
+    """The same of what `document_of` found."""
+    (entry,) = document["inputs"]
+    shape = require_tensor(entry, contract)
+    data = entry.get("data")
     try:
-        values = _bytes_of(data)
+        values = _bytes_of(numbers if data == [] and numbers else data)
     except (TypeError, ValueError, OverflowError):
         raise Problem("bad_request", "inputs: data must be a list of whole numbers from 0 to 255") from None
     if len(values) != math.prod(shape):
         raise Problem("bad_request", f"inputs: data holds {len(values)} numbers, the shape says {math.prod(shape)}")
     return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def require_tensor(entry: dict[str, Any], contract: Contract) -> tuple[int, ...]:
+    """The shape of an input that the model takes; a Problem otherwise."""
+    shape = entry["shape"]
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise Problem("bad_request", "inputs: shape must be a list of whole numbers")
+    told = (entry["name"], entry["datatype"], tuple(shape[1:]))
+    if told != (contract.input_name, "UINT8", contract.input_shape) or shape[0] < 1:
+        takes = ", ".join(map(str, contract.input_shape))
+        raise Problem("wrong_input", f"inputs: the model takes {contract.input_name!r}, UINT8, of shape [N, {takes}]")
+    if shape[0] > contract.max_batch_size:
+        raise Problem("too_large", f"inputs: holds {shape[0]} images, may hold up to {contract.max_batch_size}")
+    return tuple(shape)
 
 
 def form_field(body: bytes, content_type: str) -> tuple[bytes, str]:
@@ -151,23 +167,25 @@ def _bytes_of(data: Any) -> bytes:
     return bytes(data)
 
 
-def _tensor_parts(body: bytes) -> tuple[Any, list[int], Any, Any]:
-    """name, shape, datatype and data of the one input; only their places are checked, and the shape's type."""
+def document_of(body: bytes) -> tuple[dict[str, Any], bytes]:
+    """A KServe v2 request with one input, and the numbers that were taken out of it, where these were many.
+
+    Only the places of name, shape and datatype are checked.
+    """
     try:
         rest, numbers = _without_numbers(body)
         if len(rest) > REST:
             raise ValueError("what is that?")
-        (entry,) = json.loads(rest)["inputs"]
-        name, shape, datatype, data = (entry[key] for key in ("name", "shape", "datatype", "data"))
-        data = numbers if data == [] and numbers else data
+        document = json.loads(rest)
+        (entry,) = document["inputs"]
+        for key in ("name", "shape", "datatype"):
+            entry[key]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Problem(
             "bad_request",
             'body: expected {"inputs": [{"name", "shape", "datatype", "data"}]} with one input, its data whole numbers',
         ) from None
-    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-        raise Problem("bad_request", "inputs: shape must be a list of whole numbers")
-    return name, shape, datatype, data
+    return document, numbers
 
 
 def _without_numbers(body: bytes) -> tuple[bytes, bytes]:

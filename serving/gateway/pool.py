@@ -64,6 +64,14 @@ class Pool:
         raise Unavailable("no endpoint has answered yet", "unavailable")
 
     @property
+    def version(self) -> str:
+        """Of the model that is served now; Unavailable as `contract`."""
+        for endpoint in sorted(self.endpoints, key=lambda endpoint: not endpoint.up):
+            if endpoint.served is not None:
+                return endpoint.served.version
+        raise Unavailable("no endpoint has answered yet", "unavailable")
+
+    @property
     def computed(self) -> int:
         """Images that were computed, ever."""
         return sum(endpoint.turns.computed for endpoint in self.endpoints)

@@ -60,6 +60,10 @@ class Problem(Exception):
         """The body of the response. request_id: None where there was no request."""
         return {"error": {"reason": self.reason, "message": str(self), "request_id": request_id}}
 
+    def to_v2(self) -> dict[str, str]:
+        """The same in KServe's protocol."""
+        return {"error": str(self)}
+
     @classmethod
     def of(cls, error: AnswerError) -> Problem:
         """The same, said to someone outside."""
