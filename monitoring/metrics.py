@@ -1,6 +1,6 @@
 """What a sidecar knows as Prometheus metrics: one collector that translates a snapshot at each scrape.
 
-Long, as every metric has its full name and its help here, once.
+Long, because every metric has its full name and its help here, once.
 
 Labels come from closed sets: names of the configuration, reasons, states, and the last two served versions.
 """
@@ -386,7 +386,7 @@ def _bounded(
     start: str,
     stretch: str,
 ) -> Iterator[Metric]:
-    """Six metrics of a live figure, as a label for the bound would make sums meaningless.
+    """Six metrics of a live figure, because a label for the bound would make sums meaningless.
 
     documentation: the figure, as a sentence begins.
     rows: labels, totals, and the figure's name there.

@@ -94,13 +94,13 @@ def whole(data: Dataset, track: Track = silent) -> Dataset:
 
 
 def labelled_as(data: Dataset, names: tuple[str, ...]) -> Dataset:
-    """The same images with their labels in the order of a model's classes, all of which the data's are among."""
+    """The same images with their labels in the order of a model's classes, which include all of the data's."""
     place = np.array([names.index(name) for name in data.classes], np.int64)
     return replace(data, y_train=place[data.y_train], y_test=place[data.y_test], classes=names)
 
 
 def load_dataset(name: str, path: str = "", image_size: int = 0, track: Track = silent) -> Dataset:
-    """The data set as `open_dataset` opens it, its images as arrays: for whoever asks for them all, or many times."""
+    """The data set as `open_dataset` opens it, its images as arrays: for a caller that needs them all, or often."""
     return whole(open_dataset(name, path, image_size, track), track)
 
 

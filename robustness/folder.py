@@ -80,7 +80,7 @@ def _regular(path: str) -> BufferedReader:
     """The file, open; a FIFO or a device would keep its reader waiting."""
     if not S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # 2 us, where a Path takes 10, a million times
         raise BadInput(f"{path}: is no regular file; remove it")
-    return open(path, "rb")  # noqa: PTH123  # as above; whoever asks closes it
+    return open(path, "rb")  # noqa: PTH123  # as above; the caller closes it
 
 
 def _unreadable(path: str, error: OSError) -> BadInput:
