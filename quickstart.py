@@ -1,6 +1,6 @@
 """The whole line on scanned digits: train, evaluate, export, gate, promote, serve, watch. `make quickstart` runs it.
 
-Long, as it is read from top to bottom.
+Long, because it is read from top to bottom.
 
 With `--model shipped` the end of the line on the model that lies in model_repository/: verify, serve, watch; nothing is
 trained. Every stage is a `dfmcl` command, printed before it runs, so that it can be run again by hand. What the gate
