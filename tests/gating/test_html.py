@@ -219,6 +219,18 @@ def test_drawings_put_figures_where_they_belong() -> None:
     assert 'class="bounds" x="20.00" width="30.00"' in interval(0.2, 0.5, 0.3, None)
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.44, 0.47, 0.5, 0.53, 0.9])
+@pytest.mark.parametrize(("lower", "upper"), [(0.45, 0.55), (0.49, 0.51), (0.0, 1.0)])
+def test_labels_of_bounds_lie_apart(lower: float, upper: float, threshold: float) -> None:
+    """The two do not cover each other, nor the threshold's line, wherever the three are; they stay on the drawing."""
+    drawing = bounds_over_images([Known(16, lower, upper)], threshold)
+    top, bottom = (float(y) for y in re.findall(r'class="tick strong" x="\S+" y="(\S+)"', drawing))
+    (line,) = (float(y) for y in re.findall(r'class="threshold" x1="\S+" y1="(\S+)"', drawing))
+    assert bottom - top >= 12
+    assert 12 <= top <= bottom <= 230
+    assert not any(y - 10 < line < y for y in (top, bottom))
+
+
 @browsing
 def test_a_browser_finds_nothing_to_complain_of(tmp_path: Path) -> None:
     """Chromium, light: the page renders, no console message, no request; and the same with hostile names in it."""
