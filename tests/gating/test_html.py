@@ -168,7 +168,7 @@ def test_class_rows_count_what_the_record_says() -> None:
 
 
 def test_confusion_is_true_class_by_answer() -> None:
-    """Three images by hand: two of class 0, one of which is answered 2, and one of class 1."""
+    """Three images by hand: two of class 0, one of them answered 2, and one of class 1."""
     counts = confusion(3, {"labels": np.array([0, 0, 1]), "adversarial_logits": np.eye(3)[[0, 2, 1]]})
     assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
     assert confused(["a", "b", "c"], counts).commonest == [("a", "c", 1)]
