@@ -65,7 +65,7 @@ def test_sequential_figures_on_the_page_are_the_records() -> None:
 
 def test_figures_of_the_shipped_model_are_the_reports() -> None:
     """The gate's cascade, attack by attack, and its bounds."""
-    text = page("results/shipped-model")
+    text = " ".join(page("results/shipped-model").split())
     folder = ROOT / "model_repository" / MODEL / "1"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     bounds = {row["metric"]: f"{100 * row['lower']:.1f} to {100 * row['upper']:.1f}" for row in report["criteria"]}
@@ -96,7 +96,7 @@ def test_the_gate_and_the_table_of_all_agree_image_by_image() -> None:
 
 def test_transfer_on_the_page_is_the_reports() -> None:
     """From all surrogates together with its interval, from each alone."""
-    text = page("results/shipped-model")
+    text = " ".join(page("results/shipped-model").split())
     report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
     for entry in report["transfer"]:
         shares = [attack["accuracy"] for attack in entry["attacks"]]
