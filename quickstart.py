@@ -223,7 +223,7 @@ def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust
 
 
 def prepare() -> None:
-    """Start from nothing, so that what is printed is what this run did."""
+    """Start from nothing, so that all printed figures are of this run."""
     if HOME.is_dir():
         shutil.rmtree(HOME)
     HOME.mkdir()

@@ -27,7 +27,7 @@ from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.threats.threat import Threat
 
 AHEAD = 2  # rounds that lie ready; more would only be older when they are used
-CRAFT_IMAGES = 8  # a pass is what a server on the same cores waits for; fewer would cost more in all
+CRAFT_IMAGES = 8  # a server on the same cores waits for a pass; fewer would cost more in all
 REMEMBERED_BYTES = 256 * 2**20
 POLL_SECONDS = 0.2
 

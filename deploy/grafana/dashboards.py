@@ -82,7 +82,7 @@ def fact(
     names: bool = False,
     width: int = 4,
 ) -> Any:
-    """The value of now in one word or number, its colour by `steps`. names: the legend is what is shown."""
+    """The value of now in one word or number, its colour by `steps`. names: the legend is shown."""
     shown = shapes.BigValueTextMode.NAME if names else shapes.BigValueTextMode.AUTO
     panel = stat.Panel().unit(unit).thresholds(_steps(steps)).text_mode(shown).height(5)
     panel.color_mode(shapes.BigValueColorMode.BACKGROUND).graph_mode(shapes.BigValueGraphMode.NONE)
@@ -173,7 +173,7 @@ def overview() -> models.Dashboard:
         "Is it still robust?",
         fact(
             "Alerts",
-            "Alerts about robustness that fire now, pages and tickets. 0 is what is wanted.",
+            "Alerts about robustness that fire now, pages and tickets. 0 is good.",
             (
                 f'count(ALERTS{{alertname=~"{OURS}",alertstate="firing"}}) or vector(0)',
                 "firing",

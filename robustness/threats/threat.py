@@ -43,7 +43,7 @@ class Threat(ABC):
 
     @property
     def sensible(self) -> bool:
-        """Whether a user may have meant it; RADIUS says what he may mean."""
+        """Whether a user may have meant it; RADIUS says which radii make sense."""
         return 0 < self.eps <= self.most
 
     @property
