@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
+.PHONY: help setup quickstart check test coverage test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
 	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
 	dashboards pictures sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -15,6 +15,7 @@ help:
 	@echo 'make quickstart MODEL=shipped   verify, serve and watch the model in model_repository/; nothing is trained'
 	@echo 'make check               lint, and the tests that take no server and no training: under a minute'
 	@echo 'make test                the whole test suite'
+	@echo 'make coverage            the same, and which lines of the package it never ran; ARGS="tests/gating" for a part'
 	@echo 'make test-portable       the numeric tests as other processors and other draws would run them; ONLY="NAME ..."'
 	@echo 'make lint                ruff, ruff format --check, mypy'
 	@echo 'make bench-training      training speed beside the usual loop; writes benchmarks/results/training.json, .md'
@@ -35,7 +36,7 @@ help:
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
 	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
-	@echo 'make pictures            the README'"'"'s picture, from docs/pictures/flow.py'
+	@echo 'make pictures            every picture in docs/pictures, from its script; ONLY="flow report watch" for some'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -60,6 +61,10 @@ quickstart: setup
 # fixtures, and files come in the order of tests/conftest.py.
 test: setup
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
+
+# Lines that run in the tests' own processes; what commands and servers run that tests start is not counted.
+coverage: setup
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --cov --cov-report term:skip-covered $(ARGS)
 
 # The inner loop: what is quick by itself, see tests/conftest.py.
 check: lint
@@ -130,9 +135,9 @@ kubernetes-rules:
 dashboards: .venv/.installed
 	$(BIN)/python deploy/grafana/dashboards.py
 
-# README's picture, in light and in dark.
-pictures: .venv/.installed
-	$(BIN)/python docs/pictures/flow.py
+# What the pages show, in light and in dark; the sidecar's page comes from a real watch of the shipped model.
+pictures: .venv/.installed .venv-triton/.installed
+	$(BIN)/python -m docs.pictures.make $(ONLY)
 
 # What faces the network (images `serve` and `gateway`) brings along, and what is known against it. The tools live apart.
 .audit/.installed: pyproject.toml

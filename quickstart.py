@@ -1,6 +1,6 @@
 """The whole line on scanned digits: train, evaluate, export, gate, promote, serve, watch. `make quickstart` runs it.
 
-Long, as it is read from top to bottom.
+Long, because it is read from top to bottom.
 
 With `--model shipped` the end of the line on the model that lies in model_repository/: verify, serve, watch; nothing is
 trained. Every stage is a `dfmcl` command, printed before it runs, so that it can be run again by hand. What the gate
@@ -223,7 +223,7 @@ def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust
 
 
 def prepare() -> None:
-    """Start from nothing, so that what is printed is what this run did."""
+    """Start from nothing, so that all printed figures are of this run."""
     if HOME.is_dir():
         shutil.rmtree(HOME)
     HOME.mkdir()

@@ -1,6 +1,6 @@
 """A fire drill: what the alerts say, and how soon, when robustness is really lost: `make bench-alarms`.
 
-Long, as a drill is one course of events.
+Long, because a drill is one course of events.
 
 The shipped model behind a real Triton and the gateway, a real sidecar, the distribution's Prometheus and Alertmanager
 with the shipped rules. Then, one after another: the served bytes are replaced by weaker ones under the same version

@@ -1,6 +1,6 @@
 """PGD-20 and Square beside foolbox, torchattacks and ART: `make bench-attacks`.
 
-Long, as each peer is called in its own way.
+Long, because each peer is called in its own way.
 
 One full-width ResNet-18, the same images, the same run, all libraries in turn. PGD-20: images a second and robust
 accuracy, on test images as they come, decided by the network in float32, whatever the library says; ours leaves
@@ -109,7 +109,7 @@ def main() -> None:
     network = f"{model.spec.arch} of width {model.spec.width} on {data.name}"
     rounds = f"median of {arguments.rounds} rounds after one to warm up"
     conditions = {
-        "n": f"the first {len(x)} test images, one batch, of which the network gets {int(right.sum())} right; PGD:"
+        "n": f"the first {len(x)} test images, one batch; the network gets {int(right.sum())} of them right; PGD:"
         f" {rounds}; Square: the latter, mean of {arguments.seeds} searches",
         "seed": f"0; Square: 0 to {arguments.seeds - 1}, of peers one a call",
         "note": f"{network}; peers as they are documented, and given a network with frozen weights, which spares them a"

@@ -128,7 +128,7 @@ def device() -> torch.device:
 def plain_loop(
     width: int, size: int, images: Tensor, labels: Tensor, attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None
 ) -> Step:
-    """The usual loop; on a CPU the DataLoader works in the same process, as it is as fast there."""
+    """The usual loop; on a CPU the DataLoader works in the same process, because it is as fast there."""
     model = fresh(width).to(device())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     workers = 4 if torch.cuda.is_available() else 0

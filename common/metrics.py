@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """A share, 0 to 1, and its bounds: three metrics, as a label for the bound would make sums meaningless."""
+    """A share, 0 to 1, and its bounds: three metrics, because a label for the bound would make sums meaningless."""
 
     ratio: str
     lower: str

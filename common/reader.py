@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: plain ones only, no larger than they may be, and JSON that says one thing alone."""
+"""Files from others: plain ones only, no larger than they may be, and JSON that says one thing alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def opened(path: Path, most: int | None = None, *, named: bool = False) -> Buffe
     """A file, open to be read; OSError where it cannot be, Unfit where it is no plain file or holds more than `most`.
 
     Neither a FIFO without a writer nor a device without an end keeps anybody waiting. named: by the user, who may
-    name a link to anywhere; a link that lies among somebody's files must stay in its directory.
+    name a link to anywhere; a link that lies among a user's files must stay in its directory.
     """
     if "\0" in str(path):
         raise Unfit("is no file name: it holds a null character")

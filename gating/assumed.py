@@ -1,4 +1,4 @@
-"""The policy of somebody who has none: one threshold at one radius, and of the rest what this file says."""
+"""The policy of a user who has none: one threshold at one radius, and of the rest what this file says."""
 
 from __future__ import annotations
 

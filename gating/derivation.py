@@ -1,6 +1,6 @@
 """What follows from a gate's record: the one way from images, policy and checks to claims, bounds, reasons and verdict.
 
-The gate writes its report by it, and whoever reads a report as evidence derives it again: what somebody edited differs.
+The gate writes its report by it, and every reader of evidence derives it again: an edited report differs.
 Taken as given is what cannot be derived: which attack flipped which image, what each check found, digests and dates.
 """
 

@@ -46,7 +46,7 @@ class Draw:
 
     @staticmethod
     def by(signer: Signer, matter: Matter) -> Draw:
-        """The one draw of this key; BadInput where it could make many, of which its holder might choose."""
+        """The one draw of this key; BadInput where it could make many, because its holder might choose."""
         return Draw(signer.public_key.keyid, only_signature(signer, matter.text))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A report that somebody else wrote: its parts must agree, and all that follows must follow from its own record."""
+"""A report from others: its parts must agree, and all that follows must follow from its own record."""
 
 from __future__ import annotations
 

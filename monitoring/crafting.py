@@ -27,7 +27,7 @@ from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.threats.ball import Ball
 
 AHEAD = 2  # rounds that lie ready; more would only be older when they are used
-CRAFT_IMAGES = 8  # a pass is what a server on the same cores waits for; fewer would cost more in all
+CRAFT_IMAGES = 8  # a server on the same cores waits for a pass; fewer would cost more in all
 REMEMBERED_BYTES = 256 * 2**20
 POLL_SECONDS = 0.2
 
@@ -64,10 +64,10 @@ def draw(pool: int, count: int, seed: int, number: int) -> npt.NDArray[np.int64]
 class Pace:
     """Spreads the passes of a scene over `seconds`; the first scene is made at once, and shows what one costs.
 
-    In a burst a core is gone for seconds, in which a server on the same cores takes twice as long: users see that in
-    their 99th percentile. The same work in small parts delays each answer a little.
+    In a burst a core is gone for seconds, and a server on the same cores takes twice as long meanwhile: users see that
+    in their 99th percentile. The same work in small parts delays each answer a little.
     cpu: seconds that this thread has computed, which say how much of a scene is made; the most expensive scene counts,
-    as later ones know images already. clock: seconds; a scene that got little of a core does not rest, as it is late.
+    because later ones know images already. clock: seconds; a scene with little of a core is late, and does not rest.
     """
 
     def __init__(

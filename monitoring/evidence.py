@@ -155,7 +155,7 @@ def _read(directory: Path, trust: Trust | None) -> Release:
 def read_report(evidence: Path) -> Attested:
     """The report of an evidence directory (a promoted version holds one too); BadInput where it is none.
 
-    All that follows from its own record is derived again, and its files must be those that it names.
+    All that follows from its own record is derived again, and its files must be the named ones.
     """
     path = evidence / REPORT
     try:

@@ -25,7 +25,7 @@ from dfmcl.monitoring.results import (
 from dfmcl.robustness.statistics import Share
 
 RECENT = 20  # rounds of any outcome; live shares are over the measured ones among them
-KEPT_FAILURES = 50  # failures outlive successes, as one looks for them after the fact
+KEPT_FAILURES = 50  # failures outlive successes, because one looks for them after the fact
 KEPT_EXAMPLES = 12
 POINTS = 720  # of the page's curve: half a day of a round a minute
 OUTAGES = ("unavailable", "server_error", "timeout")

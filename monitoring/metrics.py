@@ -1,6 +1,6 @@
 """What a sidecar knows as Prometheus metrics: one collector that translates a snapshot at each scrape.
 
-Long, as every metric has its full name and its help here, once.
+Long, because every metric has its full name and its help here, once.
 
 Labels come from closed sets: names of the configuration, reasons, states, and the last two served versions.
 """
@@ -13,16 +13,7 @@ from typing import TypeVar
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from dfmcl.common.metrics import (
-    GATE_ACCURACY,
-    GATE_CLEAN_ACCURACY,
-    GATE_CLEAN_THRESHOLD,
-    GATE_EVALUATED,
-    GATE_STATE,
-    GATE_THRESHOLD,
-    GATE_TRANSFER_ACCURACY,
-    Interval,
-)
+from dfmcl.common import metrics as shared
 from dfmcl.monitoring.evidence import STATES, Attested
 from dfmcl.monitoring.families import Labels, counter, gauge, histogram, info
 from dfmcl.monitoring.journal import RECENT, AttackTotals, Journal, PathTotals, VersionTotals
@@ -78,7 +69,7 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         return
     found = [({"model": identity.model, "version": v}, release) for v, release in now.releases.items()]
     yield gauge(
-        GATE_STATE,
+        shared.GATE_STATE,
         "1 for the state of the evidence for this version: the gate's verdict, or why there is none that holds.",
         [({**labels, "state": name}, float(name == one.state)) for labels, one in found for name in STATES],
     )
@@ -99,32 +90,32 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         [{**labels, "sha256": one.model_sha256, "policy_sha256": one.policy_sha256} for labels, one in gated],
     )
     yield gauge(
-        GATE_EVALUATED,
+        shared.GATE_EVALUATED,
         "When the gate ran, unix time.",
         [(labels, one.evaluated) for labels, one in gated],
     )
     yield gauge(
-        GATE_THRESHOLD,
+        shared.GATE_THRESHOLD,
         "Robust accuracy that the gate's policy asks for, 0 to 1.",
         [(labels | _its_ball(one), one.robust_threshold) for labels, one in gated if one.robust_threshold is not None],
     )
     yield gauge(
-        GATE_CLEAN_THRESHOLD,
+        shared.GATE_CLEAN_THRESHOLD,
         "Clean accuracy that the gate's policy asks for, 0 to 1.",
         [(labels, one.clean_threshold) for labels, one in gated if one.clean_threshold is not None],
     )
     yield from _attested(
-        GATE_ACCURACY,
+        shared.GATE_ACCURACY,
         "Robust accuracy that the gate measured with the model's own gradients, worst case per image",
         [(labels | _its_ball(one), one.robust) for labels, one in gated],
     )
     yield from _attested(
-        GATE_CLEAN_ACCURACY,
+        shared.GATE_CLEAN_ACCURACY,
         "Clean accuracy that the gate measured",
         [(labels, one.clean) for labels, one in gated],
     )
     yield from _attested(
-        GATE_TRANSFER_ACCURACY,
+        shared.GATE_TRANSFER_ACCURACY,
         "Accuracy that the gate measured under this attack, crafted on the surrogates of this watch",
         [
             (labels | _its_ball(one) | {"attack": attack}, share)
@@ -386,7 +377,7 @@ def _bounded(
     start: str,
     stretch: str,
 ) -> Iterator[Metric]:
-    """Six metrics of a live figure, as a label for the bound would make sums meaningless.
+    """Six metrics of a live figure, because a label for the bound would make sums meaningless.
 
     documentation: the figure, as a sentence begins.
     rows: labels, totals, and the figure's name there.
@@ -420,7 +411,7 @@ def _bounded(
     )
 
 
-def _attested(names: Interval, documentation: str, rows: Iterable[tuple[Labels, Share]]) -> Iterator[Metric]:
+def _attested(names: shared.Interval, documentation: str, rows: Iterable[tuple[Labels, Share]]) -> Iterator[Metric]:
     """The gate's figures, with the exact 95 % interval of their images."""
     rows = list(rows)
     bounds = [(labels, *share.bounds) for labels, share in rows]

@@ -32,12 +32,15 @@ background:var(--paper)}h1{font-size:1.3em}h2{font-size:1.05em;margin-top:2em}
 .verdict{color:var(--ink);font-size:1.25em;font-weight:600;padding:.6em .8em;margin:1em 0;
 border-left:.4em solid var(--soft)}
 .verdict.bad{border-color:var(--bad);color:var(--bad)}.verdict.good{border-color:var(--good)}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
+h1,p,figcaption{overflow-wrap:anywhere}table{border-collapse:collapse;font-variant-numeric:tabular-nums;min-width:56em}
+.scroll{overflow-x:auto}
 td,th{padding:.25em 1.2em .25em 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}
 tr.failed td{color:var(--bad)}tr.skipped td{color:var(--soft)}p,figcaption,small{color:var(--soft)}
-svg{width:100%;height:auto}svg text{font-size:12px;fill:var(--soft)}.band{fill:var(--band)}
+td:nth-child(-n+3){white-space:nowrap}td:nth-child(4){min-width:8em}svg{width:100%;height:auto}.band{fill:var(--band)}
+svg text{font-size:12px;fill:var(--soft);paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .curve{fill:none;stroke:var(--line);stroke-width:2}.axis{stroke:var(--rule)}
 .asked{stroke:var(--bad);stroke-dasharray:6 4}.gated{stroke:var(--soft);stroke-dasharray:2 4}
+@media(max-width:40em){svg text{font-size:21px}}
 .examples{display:flex;flex-wrap:wrap;gap:1.2em}figure{margin:0}
 figure img{width:64px;height:64px;image-rendering:pixelated}
 """
@@ -51,8 +54,8 @@ def render(target: str, identity: Identity, now: Snapshot) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f'<title>dfmcl watch</title><link rel="icon" href="data:,"><style>{STYLE}</style>',
         f"<h1>{escape(target)}</h1>",
-        "<p>Attacked round after round by somebody who does not know its weights. What is found is an upper bound of "
-        "robust accuracy: the gate, which knows them, finds less.</p>",
+        "<p>Attacked round after round without its weights. So each figure under attack is an upper bound of robust "
+        "accuracy: the gate, which has the weights, breaks more images.</p>",
         _state(identity, now),
     ]
     if journal.current is not None:
@@ -123,7 +126,7 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
     )
     return (
         '<h2>Accuracy</h2><div class="scroll"><table><tr><th><th>live, recent rounds'
-        "<th>mean over the last W rounds, proven<th>W, since (UTC)<th>proven over the last of these, some number"
+        "<th>mean over the last W rounds, proven<th>W, since (UTC)<th>mean over some last rounds, W at most, proven"
         f"<th>at the gate [95 %]</tr>{''.join(rows)}</table></div>{replayed}"
     )
 
@@ -157,10 +160,10 @@ def _curve(journal: Journal, release: Release) -> str:
     def y(share: float) -> float:
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - share), 1)
 
-    def line(kind: str, share: float, text: str) -> str:
+    def line(kind: str, share: float, text: str, away: int, dy: str) -> str:
         return (
             f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(share)}" y2="{y(share)}"/>'
-            f'<text x="{WIDTH - RIGHT}" y="{y(share) - 4}" text-anchor="end">{escape(text)}</text>'
+            f'<text x="{WIDTH - RIGHT}" y="{y(share) + away}" dy="{dy}" text-anchor="end">{escape(text)}</text>'
         )
 
     around = [*((x(p), y(p.upper)) for p in points), *((x(p), y(p.lower)) for p in reversed(points))]
@@ -172,11 +175,17 @@ def _curve(journal: Journal, release: Release) -> str:
     parts.append(f'<polygon class="band" points="{_joined(around)}"/>')
     parts.append(f'<polyline class="curve" points="{_joined([(x(p), y(p.value)) for p in points])}"/>')
     if (attested := release.attested) is not None:
+        lines = [("gated", attested.robust.value, "the gate, with the weights")]
         if attested.robust_threshold is not None:
-            parts.append(line("asked", attested.robust_threshold, "the policy's threshold"))
-        parts.append(line("gated", attested.robust.value, "the gate, with the weights"))
+            lines.append(("asked", attested.robust_threshold, "the policy's threshold"))
+        # The higher line's words above it, the lower one's below: the two may be close.
+        for one, (away, dy) in zip(sorted(lines, key=lambda one: -one[1]), ((-4, "0"), (2, "0.9em")), strict=False):
+            parts.append(line(*one, away, dy))
     times = [(LEFT, "start", points[0]), (WIDTH - RIGHT, "end", points[-1])]
-    parts += [f'<text x="{at}" y="{HEIGHT - 8}" text-anchor="{how}">{_date(p.time)}</text>' for at, how, p in times]
+    parts += [
+        f'<text x="{at}" y="{HEIGHT - BOTTOM + 5}" dy="1em" text-anchor="{how}">{_date(p.time)}</text>'
+        for at, how, p in times
+    ]
     return (
         '<h2>Worst case over time, %</h2><figure><svg viewBox="0 0 '
         f'{WIDTH} {HEIGHT}" role="img" aria-label="worst case over time">{"".join(parts)}</svg><figcaption>'
@@ -195,7 +204,7 @@ def _examples(examples: Sequence[Example], labels: Sequence[str]) -> str:
         for one in reversed(examples)
     )
     return (
-        "<h2>What got through</h2><p>An image that was right, the version that was not, and "
+        "<h2>What got through</h2><p>An image that was right, the attacked one that was not, and "
         f'{AMPLIFIED} times their difference.</p><div class="examples">{shown}</div>'
     )
 

@@ -50,7 +50,7 @@ def unless_stopped(function: Callable[[A], R], stop: threading.Event) -> Callabl
 
 
 def say(line: str) -> None:
-    """Print at once, as what is piped would wait for a full buffer otherwise."""
+    """Print at once, because what is piped would wait for a full buffer otherwise."""
     print(line, flush=True)
 
 

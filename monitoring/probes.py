@@ -69,7 +69,7 @@ def transfer(scene: Scene, attack: Attack, ask: Ask) -> Seen:
 def query(scene: Scene, attack: Attack, ask: Ask) -> Seen:
     """Search by asking: one question per image and step while it holds, within the attack's own budget.
 
-    What counts is what was asked, bytes, and only inside the ball; attacks look outside of it too.
+    The bytes that were asked about count, and only inside the ball; attacks look outside of it too.
     """
     if not len(scene.images):
         return Seen(scene.labels, scene.images, 0)

@@ -190,7 +190,7 @@ def round_from_json(value: Mapping[str, Any]) -> Round:
 
 
 def _is_sound(outcome: Round) -> bool:
-    """Whether its words are from closed sets, as they become labels, and its numbers are such."""
+    """Whether its words are from closed sets, because they become labels, and its numbers are such."""
     queries = outcome.queries
     counts = [outcome.number, *(query.images for query in queries)]
     numbers = [outcome.started, outcome.seconds, *(query.seconds for query in queries)]

@@ -70,7 +70,7 @@ def watch(
 
 @contextmanager
 def _recorded(config: WatchConfig, rounds: int | None, log: Callable[[str], None]) -> Iterator[WatchConfig]:
-    """Hold the record, as two that append to it would give two rounds one number; a look by hand does without it.
+    """Hold the record, because two that append to it would give two rounds one number; a look by hand does without it.
 
     Where it cannot be locked, probing goes on, as it does where it cannot be written.
     """

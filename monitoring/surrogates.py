@@ -27,7 +27,7 @@ class Surrogates:
     checkpoints: tuple[str, ...]
 
     def require_apart(self, checkpoint: str, where: str) -> None:
-        """BadInput where one of them is what is served: the figures would not be those of an outsider."""
+        """BadInput where one of them is the served model: the figures would not be those of an outsider."""
         if checkpoint and checkpoint in self.checkpoints:
             raise BadInput(f"{where}: is one of the surrogates ({self.name}); a surrogate must be another run")
 

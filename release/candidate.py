@@ -49,8 +49,8 @@ class Manifest:
 
     files: name -> hex SHA-256; labels: K names in the order of the logits; input_shape: (H, W, C) of uint8 images;
     checkpoint_sha256: of the run it was exported from; weights: how matrices and kernels are stored, one of WEIGHTS;
-    all is computed in float32. A wrapped ONNX file has no run (None) but an origin, of which SHA-256 and input contract
-    are given, and weights AS_THEY_CAME; model.onnx converts the wire's bytes to that contract. preprocessing: how
+    all is computed in float32. A wrapped ONNX file has no run (None) but an origin, with its SHA-256 and
+    input contract, and weights AS_THEY_CAME; model.onnx converts the wire's bytes to that contract. preprocessing: how
     pictures become such images; USUAL where the manifest does not say.
     """
 

@@ -1,4 +1,4 @@
-"""What lies in a repository is what promotion wrote, and what was signed; who promoted it, nobody asks here."""
+"""A repository holds the files that promotion wrote and a key signed; who promoted them, nobody asks here."""
 
 from __future__ import annotations
 

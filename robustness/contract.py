@@ -127,7 +127,7 @@ def _one(words: Sequence[str], known: Mapping[str, Any] | Sequence[str]) -> str:
 
 
 def _layout(dims: Sequence[int | None]) -> str:
-    """Where a file's channels are, of which images have 1 or 3; nothing where that does not tell."""
+    """Where a file's channels are, because images have 1 or 3 of them; nothing where that does not tell."""
     told = {"NCHW": dims[1], "NHWC": dims[3]} if len(dims) == 4 else {}
     found = [layout for layout, channels in told.items() if channels in (1, 3)]
     return found[0] if len(found) == 1 else ""

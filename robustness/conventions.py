@@ -137,7 +137,7 @@ def mismatch(
 
 
 def _through(convention: Convention, declared: Scale, x: Tensor) -> Tensor:
-    """Images `(N, C, H, W)` of which the declared scale makes what the convention makes of x."""
+    """Images `(N, C, H, W)` that become under the declared scale what x becomes under the convention."""
     made = convention.applied(x)
     return made if declared == PLAIN else declared.undone(made)
 

@@ -101,7 +101,7 @@ def whole(data: Dataset, track: Track = silent) -> Dataset:
 
 
 def labelled_as(data: Dataset, names: tuple[str, ...]) -> Dataset:
-    """The same images with their labels in the order of a model's classes, all of which the data's are among."""
+    """The same images with their labels in the order of a model's classes, which include all of the data's."""
     place = np.array([names.index(name) for name in data.classes], np.int64)
     return replace(data, y_train=place[data.y_train], y_test=place[data.y_test], classes=names)
 

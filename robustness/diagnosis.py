@@ -41,7 +41,7 @@ BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
 
 
 class Examination:
-    """A model and the first images of an evaluation; n images, of which M are right.
+    """A model and the first images of an evaluation: n images, M of them right.
 
     Attacks are counted as in every evaluation: by what `decide` says, on the grid as bytes. Flags `(M,)` are about the
     images that are right, in their order.

@@ -223,8 +223,8 @@ def cliff_beyond_ball(e: Examination) -> Found:
 
 
 def _black_box_in(evaluation: Evaluation) -> dict[str, tuple[int, int]]:
-    """For each attack of the suite without the model's gradients, or within a subspace: broken, of those images that
-    the others tried and left.
+    """For each attack of the suite without the model's gradients, or within a subspace: how many it broke of
+    the images that the others tried and left.
 
     Only where a strong one was among them.
     """

@@ -1,4 +1,4 @@
-"""Images as a data set holds them: an array, or files that are decoded when somebody asks for them."""
+"""Images as a data set holds them: an array, or files that are decoded when they are asked for."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def headed(
     name = names[0] if len(names) == 1 else _scores(found, names, len(images), classes, where)
     chosen = name if output is not None or len(model.graph.output) > 1 else ""
     columns = _columns(found[name], len(images)) if name in found else 0
-    if not columns:  # no scores of anything: whoever asks for them says what came
+    if not columns:  # no scores of anything: the caller that asks for them says what came
         return model, Head(chosen, "")
     nodes = chains[name]
     over_classes = bool(nodes) and _over_classes(nodes[-1], model, found, len(images), columns)

@@ -15,7 +15,7 @@ from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.robustness.provider import CPU, Provider
 
 FATAL = 4  # ONNX Runtime's severity: what a trial reports as an error is an answer here, not news
-WIDE = ("float64", "float16")  # types of which it lacks operators
+WIDE = ("float64", "float16")  # it lacks operators for these types
 
 
 def opened(

@@ -1,16 +1,16 @@
 """What the images seen so far prove about a whole data set, however often one looks.
 
-N images of which an unknown number K succeed (are right, hold under attack), seen one by one in random order without
-replacement. The claim is about exactly these N images, not about a population they came from; chance is in the order
-alone, which must not depend on the outcomes.
+N images are seen one by one in random order without replacement, and an unknown number K of them succeed (are right,
+hold under attack). The claim is about exactly these N images, not about a population they came from; chance is in the
+order alone, which must not depend on the outcomes.
 
 A gambler bets against each candidate K = k. Given S successes among t images seen, the next one succeeds with
-probability m = (k - S) / (N - t) if k is true; a stake that pays 1 + lambda * (x - m) for outcome x is fair. Whoever
+probability m = (k - S) / (N - t) if k is true; a stake that pays 1 + lambda * (x - m) for outcome x is fair. Who
 starts with 1 and bets fairly, never into debt, owns 1 / alpha at any time with probability at most alpha (Ville 1939):
 a candidate against which so much was won is rejected, at whichever look. That is betting as in Waudby-Smith & Ramdas
 2024, "Estimating means of bounded random variables by betting", section 5, for sampling without replacement.
 
-Which bets: whoever believes in another count k' > k bets lambda = (m' - m) / (m (1 - m)), with m' = (k' - S) / (N - t),
+Which bets: belief in another count k' > k bets lambda = (m' - m) / (m (1 - m)), with m' = (k' - S) / (N - t),
 and then owns the likelihood ratio of k' to k, the most that any bet can grow if k' is true. The true count being
 unknown, the capital is divided at the start between nine such beliefs, a log-odds ratio of 0.08 to 1.28 above k (2 to
 28 points at a share of one half): that costs at most log 9 = 2.2 of log-wealth, and as neighbours win together, far

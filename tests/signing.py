@@ -80,7 +80,7 @@ POLICY = policy_of().digest
 
 
 def evaluated(correct: Array, held: Array, eps: str = "38/255", about: Mapping[str, Any] | None = None) -> Evaluation:
-    """One attack on images, of which `correct` `(N,)` were right and `held` `(N,)` are so still."""
+    """One attack on images: `correct` `(N,)` were right, and `held` `(N,)` are so still."""
     right, kept = tuple(correct.tolist()), tuple((correct & held).tolist())
     passes = tuple(int(tried) for tried in right)
     attack = AttackRecord("fgsm", {"steps": 1}, kept, right, 0, 0.1, 0, passes, passes)
@@ -178,7 +178,7 @@ def true_report(
 
 
 def probes_of(shape: Sequence[int], classes: int, images: int = IMAGES) -> dict[str, Array]:
-    """What a gate would keep of so many black images, all answered right, of which the first one fell."""
+    """The record that a gate would keep of so many black images, all answered right; the first one fell."""
     labels = np.arange(images) % classes
     logits = 8 * np.eye(classes, dtype=np.float32)
     adversarial = logits[labels]

@@ -22,7 +22,7 @@ KUBERNETES = "1.35"  # the oldest that the base names: image volumes are on by d
 # What operators bring; their schemas are not Kubernetes'. The pods inside are validated all the same.
 CUSTOM = {"PodMonitor", "PrometheusRule", "ServingRuntime", "InferenceService", "PyTorchJob"}
 SOURCES = [*OVERLAYS, *JOBS]
-# What whoever installs it brings along; docs and comments say how.
+# What its operator brings along; docs and comments say how.
 SECRETS, CLAIMS = {"triton-admin", "dfmcl-gate-key"}, {"probe-images", "dfmcl-data"}
 
 

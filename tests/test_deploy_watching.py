@@ -145,7 +145,7 @@ def test_every_alert_is_seen_to_fire_and_to_keep_silent(name: str) -> None:
 
 
 def test_pages_are_facts_and_proofs() -> None:
-    """What may wake somebody is a closed list; the rest are tickets. Each has one sentence and a runbook."""
+    """Alerts that may wake a person are a closed list; the rest are tickets. Each has one sentence and a runbook."""
     pages = {name for name, rule in ALERTS.items() if rule["labels"]["severity"] == "critical"}
     assert {name for name in pages if name.startswith("Robustness")} == {
         "RobustnessLost",

@@ -36,7 +36,7 @@ def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
 
 
 def test_nothing_but_dfmcl_appears_in_site_packages(wheel: Path, tmp_path: Path) -> None:
-    """No other name of ours can hide a user's folder, or a package of somebody else."""
+    """No other name of ours can hide a user's folder, or another's package."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), str(wheel)]
     subprocess.run(command, check=True)
     tops = {path.name for path in tmp_path.iterdir()} - {"bin"}

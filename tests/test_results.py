@@ -1,4 +1,4 @@
-"""docs/results.md says what the raw records say."""
+"""docs/results.md and its pages say what the raw records say."""
 
 from __future__ import annotations
 
@@ -23,51 +23,72 @@ from dfmcl.training.table import table
 
 ROOT = Path(__file__).parents[1]
 MODEL = "resnet18-cifar10"
-PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+NUMBER = r"\d+(?:[.,]\d+)*"
+
+
+def page(name: str) -> str:
+    """A page of docs/, as it is written."""
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_each_finding_stands_on_the_page_that_it_links_to() -> None:
+    """Every number of a finding is on a page behind one of its links, so that no finding outlives its record."""
+    findings = re.findall(r"^\* (.*?)(?=^\*|^$)", page("results"), flags=re.DOTALL | re.MULTILINE)
+    assert len(findings) > 20
+    for finding in findings:
+        links = re.findall(r"\]\(([\w/-]+)\.md", finding)
+        assert links, finding
+        known = set(re.findall(NUMBER, "".join(map(page, links))))
+        said = set(re.findall(NUMBER, re.sub(r"\]\(.*?\)", "]", finding)))
+        assert said - known == set(), finding
 
 
 def test_speed_on_the_page_is_the_records() -> None:
     """Each ratio of results/training.json stands on the page; PGD-10 training is at least twice the plain loop's."""
+    text = page("results/training")
     record = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))
     assert record["ratios"]["pgd10_images_per_s_vs_plain_loop"] >= 2
-    assert [name for name, value in record["ratios"].items() if f"| {name} | {value:.2f} |" not in PAGE] == []
+    assert [name for name, value in record["ratios"].items() if f"| {name} | {value:.2f} |" not in text] == []
 
 
 def test_sequential_figures_on_the_page_are_the_records() -> None:
     """False verdicts stay below 5 % on each side; 5 points above the threshold 800 images do, 10 points above 160."""
+    text = page("results/gate")
     ratios = json.loads((ROOT / "benchmarks" / "results" / "gate.json").read_text(encoding="utf-8"))["ratios"]
     for name, limit in (("false_pass_rate_at_threshold_exact", 0.05), ("false_fail_rate_at_threshold_exact", 0.05)):
         assert ratios[name] <= limit
-        assert f"| {name} | {ratios[name]:.3f} |" in PAGE
+        assert f"| {name} | {ratios[name]:.3f} |" in text
     for name, limit in (("median_images_at_plus_5_points", 800), ("median_images_at_plus_10_points", 160)):
         assert ratios[name] <= limit
-        assert f"| {name} | {ratios[name]} |" in PAGE
+        assert f"| {name} | {ratios[name]} |" in text
 
 
 def test_figures_of_the_shipped_model_are_the_reports() -> None:
     """The gate's cascade, attack by attack, and its bounds."""
+    text = " ".join(page("results/shipped-model").split())
     folder = ROOT / "model_repository" / MODEL / "1"
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     bounds = {row["metric"]: f"{100 * row['lower']:.1f} to {100 * row['upper']:.1f}" for row in report["criteria"]}
     evaluation, attacks = report["evaluation"], report["evaluation"]["attacks"]
     shares = [100 * share["value"] for share in (evaluation["clean"], *(attack["accuracy"] for attack in attacks))]
-    assert f"| clean | {shares[0]:.1f} | {bounds['clean_accuracy']} |" in PAGE
-    assert f"| APGD-CE | {shares[1]:.1f} | |" in PAGE
-    assert f"| and APGD-T | {shares[2]:.1f} | {bounds['robust_accuracy']} |" in PAGE
-    assert f"Of the {evaluation['images']:,} images" in PAGE
+    assert f"| clean | {shares[0]:.1f} | {bounds['clean_accuracy']} |" in text
+    assert f"| APGD-CE | {shares[1]:.1f} | |" in text
+    assert f"| and APGD-T | {shares[2]:.1f} | {bounds['robust_accuracy']} |" in text
+    assert f"Of the {evaluation['images']:,} images" in text
     wanted = {row["metric"]: f"{100 * row['threshold']:.0f} %" for row in report["criteria"]}
-    assert f"({wanted['robust_accuracy']} right at 8/255, {wanted['clean_accuracy']} clean)" in PAGE
+    assert f"({wanted['robust_accuracy']} right at 8/255, {wanted['clean_accuracy']} clean)" in text
 
 
 def test_the_gate_and_the_table_of_all_agree_image_by_image() -> None:
     """Robust on the same images; clean on all but those that the page counts. The table's order is that of seed 0."""
+    text = page("results/shipped-model")
     record = json.loads((ROOT / "benchmarks" / "results" / "resnet18_fast_10000.json").read_text(encoding="utf-8"))
     table = Evaluation.from_json(record["evaluations"][0])
     report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
     gate = Evaluation.from_json(report["evaluation"])
     place = np.argsort(np.random.default_rng(0).permutation(len(table.correct)))[report["per_image"]["index"]]
     assert (np.array(table.robust_images)[place] == np.array(gate.robust_images)).all()
-    assert f"the same {gate.robust.k} hold under attack, and clean one more is right there" in " ".join(PAGE.split())
+    assert f"the same {gate.robust.k} hold under attack, and clean one more is right there" in " ".join(text.split())
     differ = np.array(table.correct)[place].astype(int) - np.array(gate.correct).astype(int)
     assert sorted(set(differ.tolist())) == [0, 1]
     assert differ.sum() == 1
@@ -75,20 +96,22 @@ def test_the_gate_and_the_table_of_all_agree_image_by_image() -> None:
 
 def test_transfer_on_the_page_is_the_reports() -> None:
     """From all surrogates together with its interval, from each alone."""
+    text = " ".join(page("results/shipped-model").split())
     report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
     for entry in report["transfer"]:
         shares = [attack["accuracy"] for attack in entry["attacks"]]
         if "+" not in entry["about"]["surrogate"]:
             mi, di = (f"{100 * share['value']:.1f}" for share in shares)
-            assert f"| `{entry['about']['surrogate']}` | {mi} | {di} |" in PAGE
+            assert f"| `{entry['about']['surrogate']}` | {mi} | {di} |" in text
             continue
         for share in shares:
             low, high = 100 * share["lower_95"], 100 * share["upper_95"]
-            assert f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]" in PAGE
+            assert f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]" in text
 
 
 def test_figures_of_all_test_images_are_the_records() -> None:
     """Clean and worst case with their exact intervals, on the page, in the README and in the model's card."""
+    text = page("results/shipped-model")
     record = json.loads((ROOT / "benchmarks" / "results" / "resnet18_fast_10000.json").read_text(encoding="utf-8"))
     (evaluation,) = (Evaluation.from_json(entry) for entry in record["evaluations"])
     manifest = json.loads((ROOT / "model_repository" / MODEL / "1" / "manifest.json").read_text(encoding="utf-8"))
@@ -100,7 +123,7 @@ def test_figures_of_all_test_images_are_the_records() -> None:
         ("and APGD-T (9 targets, 100 steps each)", evaluation.robust),
     ):
         low, high = (100 * bound for bound in clopper_pearson(share.k, share.n, 0.95))
-        assert f"| {name} | {100 * share.value:.1f} [{low:.1f}, {high:.1f}] |" in PAGE
+        assert f"| {name} | {100 * share.value:.1f} [{low:.1f}, {high:.1f}] |" in text
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"{100 * evaluation.clean.value:.1f} % of all 10,000 test images right" in readme
     assert f"{100 * evaluation.robust.value:.1f} % [{low:.1f}, {high:.1f}] under APGD-CE and APGD-T" in readme
@@ -108,38 +131,42 @@ def test_figures_of_all_test_images_are_the_records() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "record", "said"),
+    ("where", "record", "said"),
     [
-        ("results", "attacks", "**{pgd20_images_per_s_vs_fastest_peer:.2f} times the fastest"),
-        ("results", "attacks", "and ours {pgd20_images_per_s_vs_fastest_peer_with_frozen_weights:.2f} times that"),
-        ("results", "attacks", "In float32 {pgd20_float32_images_per_s_vs_fastest_peer:.2f} times"),
-        ("results", "attacks", "the ratio is {pgd20_only_right_images_per_s_vs_fastest_peer:.1f}, at"),
-        ("results", "attacks", "**{square_queries_vs_art:.2f} of ART's**"),
-        ("results", "attacks_eps4", "it was {pgd20_images_per_s_vs_fastest_peer:.1f} times (`attacks_eps4.json`)"),
-        ("results", "checks", "fewer than {honest_runs_that_raise_upper_95:.1%} of such runs would"),
-        ("results", "standard", "attacks at most {all_four_at_most:.1f}% of the 1,000 hold"),
-        ("results", "standard", "no more than a fall to {all_four_at_least:.1f}%"),
-        ("results", "strength", "with {forward_passes_vs_autoattack:.2f} times as many forward passes"),
-        ("results", "strength", "in {seconds_vs_autoattack:.2f} times the time"),
-        ("sre", "watch_crafted", "cores | {p50:+.0%} | {p99:+.0%} | {throughput:+.0%} | {sidecar_share_of_a_core:.1%}"),
+        ("attacks", "attacks", "**{pgd20_images_per_s_vs_fastest_peer:.2f} times the fastest"),
+        ("attacks", "attacks", "and ours {pgd20_images_per_s_vs_fastest_peer_with_frozen_weights:.2f} times that"),
+        ("attacks", "attacks", "In float32 {pgd20_float32_images_per_s_vs_fastest_peer:.2f} times"),
+        ("attacks", "attacks", "the ratio is {pgd20_only_right_images_per_s_vs_fastest_peer:.1f}, at"),
+        ("attacks", "attacks", "**{square_queries_vs_art:.2f} of ART's**"),
+        ("attacks", "attacks_eps4", "it was {pgd20_images_per_s_vs_fastest_peer:.1f} times (`attacks_eps4.json`)"),
+        ("gate", "checks", "fewer than {honest_runs_that_raise_upper_95:.1%} of such runs would"),
+        ("shipped-model", "standard", "attacks at most {all_four_at_most:.1f}% of the 1,000 hold"),
+        ("shipped-model", "standard", "no more than a fall to {all_four_at_least:.1f}%"),
+        ("attacks", "strength", "with {forward_passes_vs_autoattack:.2f} times as many forward passes"),
+        ("attacks", "strength", "in {seconds_vs_autoattack:.2f} times the time"),
         (
-            "sre",
+            "watching",
+            "watch_crafted",
+            "cores | {p50:+.0%} | {p99:+.0%} | {throughput:+.0%} | {sidecar_share_of_a_core:.1%}",
+        ),
+        (
+            "watching",
             "watch",
             "| {p50_sharing_cores:+.0%} | {p99_sharing_cores:+.0%} | {throughput_sharing_cores:+.0%} |"
             " {sidecar_share_of_a_core_sharing_cores:.1%} |",
         ),
-        ("sre", "watch", "core | {p50:+.0%} | {p99:+.0%} | {throughput:+.0%} | {sidecar_share_of_a_core:.1%} |"),
-        ("sre", "watch", "at most {sidecar_memory_mib:.0f} MiB"),
-        ("sre", "alarms", "RobustnessIntegrityMismatch | {rounds_to_integrity_alert:.0f} rounds"),
-        ("sre", "alarms", "with nothing replayed {rounds_to_proven_loss_without_replay:.0f} |"),
-        ("sre", "endurance", "earlier, narrower model) {rss_at_1000_vs_100:.2f} times the memory"),
+        ("watching", "watch", "core | {p50:+.0%} | {p99:+.0%} | {throughput:+.0%} | {sidecar_share_of_a_core:.1%} |"),
+        ("watching", "watch", "at most {sidecar_memory_mib:.0f} MiB"),
+        ("watching", "alarms", "RobustnessIntegrityMismatch | {rounds_to_integrity_alert:.0f} rounds"),
+        ("watching", "alarms", "with nothing replayed {rounds_to_proven_loss_without_replay:.0f} |"),
+        ("watching", "endurance", "earlier, narrower model) {rss_at_1000_vs_100:.2f} times the memory"),
     ],
 )
-def test_what_benchmarks_found_stands_on_the_pages(page: str, record: str, said: str) -> None:
+def test_what_benchmarks_found_stands_on_the_pages(where: str, record: str, said: str) -> None:
     """The figures that text names, as they are in the records."""
     ratios = json.loads((ROOT / "benchmarks" / "results" / f"{record}.json").read_text(encoding="utf-8"))["ratios"]
     changes = {name.removeprefix("user_").replace("_with_probes_vs_without", ""): r - 1 for name, r in ratios.items()}
-    text = " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
+    text = " ".join(page(f"results/{where}").split())
     assert said.format_map(changes | ratios).replace("%", " %") in text
 
 
@@ -154,26 +181,26 @@ def test_the_sidecars_delays_stand_on_its_page() -> None:
         median, most = row[f"minutes_to_page_{points}_points"], row[f"p90_{points}_points"]
         return f"{median:,.0f}, {'over a week' if most >= 7 * 24 * 60 else f'{most:,.0f}'}"
 
-    page = (ROOT / "docs" / "sre.md").read_text(encoding="utf-8")
+    text = page("sre")
     for row in recorded("paging"):
         delays = " | ".join(pair(row, points) for points in (5, 10, 20))
-        assert f"| {row['images_a_round']} | {row['gate_images']} | {delays} |" in page
+        assert f"| {row['images_a_round']} | {row['gate_images']} | {delays} |" in text
     worst = max(row["false_pages_a_month"] for row in recorded("paging"))
-    assert f"False pages, simulated: {100 * worst:.1f} % of 200 months at most" in page
-    assert f"simulated, {100 * worst:.1f} % of 200 at most" in page
+    assert f"False pages, simulated: {100 * worst:.1f} % of 200 months at most" in text
+    assert f"simulated, {100 * worst:.1f} % of 200 at most" in text
 
 
-def test_how_soon_bounds_follow_stands_on_the_sidecars_page() -> None:
+def test_how_soon_bounds_follow_stands_on_the_page_of_watching() -> None:
     """A row for each change after 500 rounds, as bench-bounds left it; in no stream was a bound wrong about its mean,
     or lower above upper, and fewer than were allowed to are where it could be seen."""
-    page = (ROOT / "docs" / "sre.md").read_text(encoding="utf-8")
+    text = page("results/watching")
     rows = recorded("bounds")
     for row in rows:
         if row.get("changes_after") == 500:
             now = f"{row['until_now_median']:.0f} ({row['until_now_p90']:.0f})"
             page_in = f"{row['pages_median']:.0f}" if "pages_median" in row else ""
             ends = f"{row['page_ends_median']:.0f}" if "page_ends_median" in row else ""
-            assert f"| {row['stream']} | {now} | {row['former_until_now_median']:.0f} | {page_in} | {ends} |" in page
+            assert f"| {row['stream']} | {now} | {row['former_until_now_median']:.0f} | {page_in} | {ends} |" in text
     assert not any(row.get("wrong") or row.get("lower_above_upper") for row in rows)
     assert all(row["wrong_of_20_percent"] < 0.2 for row in rows if "wrong_of_20_percent" in row)
     assert max(row["width_1000_vs_former"] for row in rows if "width_1000_vs_former" in row) < 1.15
@@ -200,18 +227,20 @@ def test_peers_leave_the_network_as_it_was() -> None:
 
 def test_what_transfers_is_what_the_gate_recorded() -> None:
     """Both attacks from all surrogates together, with their intervals."""
+    text = page("results/shipped-model")
     report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
     together = report["transfer"][-1]
     assert "+" in together["about"]["surrogate"]
-    text = " ".join(PAGE.split())
+    text = " ".join(text.split())
     for share in (attack["accuracy"] for attack in together["attacks"]):
         low, high = (100 * bound for bound in clopper_pearson(share["k"], share["n"], 0.95))
         assert f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]" in text
 
 
-@pytest.mark.parametrize(("name", "heading"), [("table1_small", "### Claimed"), ("alpha_small", "### The sweep")])
+@pytest.mark.parametrize(("name", "heading"), [("table1_small", "## Claimed"), ("alpha_small", "## The sweep")])
 def test_campaign_tables_are_made_from_their_records(name: str, heading: str) -> None:
     """The whole table is what the records give now; of every section on the page, each row stands in it."""
+    text = page("results/table1")
     folder, campaign = ROOT / "benchmarks" / "results" / name, load_campaign(name)
     planned = [run.name for run in runs(campaign, name)]
     records = [read_record(folder / "records" / f"{run}.json") for run in planned]
@@ -220,8 +249,8 @@ def test_campaign_tables_are_made_from_their_records(name: str, heading: str) ->
     assert plots
     assert all((folder / plot).is_file() for plot in plots)
     assert table(campaign, planned, records, plots) == whole
-    part = PAGE[PAGE.index(heading) :]
+    part = text[text.index(heading) :]
     part = part[: part.index("\n!")]
-    rows = [line for line in part.splitlines() if line.startswith(("|", "####"))]
+    rows = [line for line in part.splitlines() if line.startswith(("|", "###"))]
     assert len(rows) > 30
-    assert [row for row in rows if row.removeprefix("##") not in whole.splitlines()] == []
+    assert [row for row in rows if row.removeprefix("#") not in whole.splitlines()] == []

@@ -1,6 +1,6 @@
 """Writes the dashboards beside it: `make dashboards`. A test compares what is committed with what this writes.
 
-Long, as a dashboard is one list of panels.
+Long, because a dashboard is one list of panels.
 
 One for the engineer on duty (is it still robust?), one for a model in depth, one for the sidecar's own health.
 """
@@ -25,7 +25,7 @@ SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 MODEL = 'model=~"$model"'
 VERSION = 'model=~"$model",version=~"$version"'
 OURS = "Robustness.+|QueryAttack.+|Detector.+|ResponseCacheHit"  # alerts, in rules/robustness.yaml
-ROUNDS = "10m"  # rates are of this long at least, as the sidecar counts by rounds: a minute each, searches five
+ROUNDS = "10m"  # rates are of this long at least, because the sidecar counts by rounds: a minute each, searches five
 GOOD, BAD, NOTICE, PLAIN = "green", "red", "orange", "blue"
 
 
@@ -82,7 +82,7 @@ def fact(
     names: bool = False,
     width: int = 4,
 ) -> Any:
-    """The value of now in one word or number, its colour by `steps`. names: the legend is what is shown."""
+    """The value of now in one word or number, its colour by `steps`. names: the legend is shown."""
     shown = shapes.BigValueTextMode.NAME if names else shapes.BigValueTextMode.AUTO
     panel = stat.Panel().unit(unit).thresholds(_steps(steps)).text_mode(shown).height(5)
     panel.color_mode(shapes.BigValueColorMode.BACKGROUND).graph_mode(shapes.BigValueGraphMode.NONE)
@@ -173,7 +173,7 @@ def overview() -> models.Dashboard:
         "Is it still robust?",
         fact(
             "Alerts",
-            "Alerts about robustness that fire now, pages and tickets. 0 is what is wanted.",
+            "Alerts about robustness that fire now, pages and tickets. 0 is good.",
             (
                 f'count(ALERTS{{alertname=~"{OURS}",alertstate="firing"}}) or vector(0)',
                 "firing",
@@ -380,7 +380,7 @@ def model() -> models.Dashboard:
         ),
         course(
             "Replayed images",
-            "Images of the gate that were sent again, and those that were answered otherwise.",
+            "Images of the gate that were sent again, and how many of them were answered otherwise.",
             (rate("robustness_replay_samples_total", VERSION, "version"), "replayed {{version}}"),
             (rate("robustness_replay_mismatches_total", VERSION, "version"), "otherwise {{version}}"),
             unit="cps",
@@ -473,7 +473,7 @@ def health() -> models.Dashboard:
         ),
         course(
             "Skips an hour, by reason",
-            "Rounds that were due: the budget was spent, users came first, or somebody paused them.",
+            "Rounds that were due: the budget was spent, users came first, or the pause file was there.",
             (f"3600 * {rate('robustness_probe_rounds_skipped_total', MODEL, 'via, reason')}", "{{via}}: {{reason}}"),
             unit="none",
             width=8,
@@ -598,8 +598,8 @@ def health() -> models.Dashboard:
         ),
         course(
             "Share of the canary's images that are recognised",
-            "attack: the sidecar's own attacks by queries, of which most should be. benign: its harmless images, of "
-            "which none should be.",
+            "attack: the sidecar's own attacks by queries; most should be recognised. benign: its harmless images; "
+            "none should be.",
             (
                 "sum by (probe, detector) (rate(gateway_detection_canary_matches_total[$__rate_interval])) "
                 "/ on (probe) group_left () "

@@ -78,7 +78,7 @@ def export(
 
         origin: Any = manifest["origin"]
         takes = InputContract.from_json(origin["input"])
-        say(f"{out}: takes bytes, of which it makes {takes} for {source}; `dfmcl gate` finds out whether that is right")
+        say(f"{out}: takes bytes, turns them into {takes} for {source}; `dfmcl gate` finds out whether that is right")
 
 
 @command

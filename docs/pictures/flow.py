@@ -1,11 +1,9 @@
-"""The picture of README: the line, and the files that pass from room to room. `python docs/pictures/flow.py`."""
+"""The picture of README: the line, and the files that pass from room to room."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from xml.sax.saxutils import escape
 
-HERE = Path(__file__).parent
 # A stage, the sentence below it, and what it hands to the next one.
 STAGES = (
     ("train", "masks, harder attacks", "run/"),
@@ -53,8 +51,3 @@ def flow(name: str) -> str:
     said = "train, evaluate, export, gate, promote, serve, watch"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{said}"'
     return "\n".join([f'{head} font-family="system-ui, sans-serif">', *parts, "</svg>"]) + "\n"
-
-
-if __name__ == "__main__":
-    for name in COLOURS:
-        (HERE / f"flow-{name}.svg").write_text(flow(name), encoding="utf-8")

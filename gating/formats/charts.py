@@ -35,12 +35,13 @@ class Known:
 
 @dataclass(frozen=True)
 class Plane:
-    """x from 0 to `most` and y from 0 to 1, on a drawing of WIDTH times HEIGHT."""
+    """x from 0 to `most` and y from 0 to 1, on a drawing of WIDTH times HEIGHT. left: pixels before x = 0."""
 
     most: float
+    left: int = LEFT
 
     def x(self, value: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * value / self.most, 1)
+        return round(self.left + (WIDTH - self.left - RIGHT) * value / self.most, 1)
 
     def y(self, share: float) -> float:
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - share), 1)
@@ -48,7 +49,7 @@ class Plane:
 
 def accuracy_over_eps(points: Sequence[Reading], thresholds: Sequence[tuple[float, float]]) -> Markup:
     """Accuracy against the radius, with intervals; thresholds are (radius, share) that the policy asks for."""
-    plane = Plane(1.08 * max(point.x for point in points) or 1.0)
+    plane = Plane(1.08 * max(point.x for point in points) or 1.0, LEFT + 20)  # a dot at 0 stays clear of the scale
     line = sorted((point for point in points if point.kind != "transfer"), key=lambda point: point.x)
     parts = [*_frame(plane, "radius of the perturbation"), _labels(plane, line)]
     upper = [(plane.x(point.x), plane.y(point.upper)) for point in line]
@@ -84,8 +85,12 @@ def bounds_over_images(history: Sequence[Known], threshold: float) -> Markup:
     y = plane.y(threshold)
     parts.append(_line("threshold", LEFT, y, WIDTH - RIGHT, y))
     parts.append(_text("tick threshold-text", LEFT + 6, y - 6, f"threshold {100 * threshold:.1f} %", "start"))
-    for bound in (steps[-1].lower, steps[-1].upper):
-        parts.append(_text("tick strong", WIDTH - RIGHT - 4, plane.y(bound) - 6, f"{100 * bound:.1f} %", "end"))
+    for bound, away in ((steps[-1].upper, -6), (steps[-1].lower, 15)):  # above the band, and below it
+        beside = plane.y(bound) + away
+        if beside - 14 < y < beside + 5:  # the text would lie on the threshold
+            beside = y + away
+        beside = min(max(beside, TOP), HEIGHT - BOTTOM - 4)
+        parts.append(_text("tick strong", WIDTH - RIGHT - 4, beside, f"{100 * bound:.1f} %", "end"))
     return _drawing(parts, "Bounds of the criterion over the images attacked")
 
 

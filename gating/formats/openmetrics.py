@@ -12,16 +12,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from dfmcl.common.metrics import (
-    GATE_ACCURACY,
-    GATE_CLEAN_ACCURACY,
-    GATE_CLEAN_THRESHOLD,
-    GATE_EVALUATED,
-    GATE_STATE,
-    GATE_THRESHOLD,
-    GATE_TRANSFER_ACCURACY,
-    Interval,
-)
+from dfmcl.common import metrics as shared
 from dfmcl.gating.formats import summary
 from dfmcl.gating.formats.summary import Report
 from dfmcl.gating.verdict import EXIT_CODES
@@ -80,9 +71,9 @@ def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
     }
     yield _gauge("robustness_gate_info", "What was judged, by which policy, on which data.", [(about, 1)])
     states = [({**model, "state": state}, float(report["verdict"] == state)) for state in EXIT_CODES]
-    yield _gauge(GATE_STATE, "1 for the gate's verdict.", states)
+    yield _gauge(shared.GATE_STATE, "1 for the gate's verdict.", states)
     ran = datetime.fromisoformat(report["created"]).timestamp()
-    yield _gauge(GATE_EVALUATED, "When the gate ran, unix time.", [(model, ran)])
+    yield _gauge(shared.GATE_EVALUATED, "When the gate ran, unix time.", [(model, ran)])
     yield _gauge("robustness_gate_duration_seconds", "Wall time of the gate.", [(model, report["seconds"])])
     yield _gauge("robustness_gate_attacked_images", "Images attacked.", [(model, statistics["attacked"])])
     yield _gauge(
@@ -127,9 +118,9 @@ def _criteria(report: Report, model: Labels) -> Iterator[Metric]:
 def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
     evaluations = (report["evaluation"], *report["radii"])
     clean = [(model, report["evaluation"]["clean"])]
-    yield from _shares(GATE_CLEAN_ACCURACY, "Clean accuracy that the gate measured", clean)
+    yield from _shares(shared.GATE_CLEAN_ACCURACY, "Clean accuracy that the gate measured", clean)
     yield from _shares(
-        GATE_ACCURACY,
+        shared.GATE_ACCURACY,
         f"Robust accuracy that the gate measured {_means(report)}, worst case per image",
         [(_ball(model, one), one["robust"]) for one in evaluations],
     )
@@ -137,7 +128,7 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
         transfer = [
             ({**_ball(model, one), "surrogate": one["about"]["surrogate"]}, one["robust"]) for one in report["transfer"]
         ]
-        yield from _shares(GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
+        yield from _shares(shared.GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
     overall = [row for row in report["criteria"] if row["class"] is None]
     main = _ball(model, report["evaluation"])
     robust = [
@@ -145,9 +136,9 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
         for row in overall
         if row["metric"] == "robust_accuracy"
     ]
-    yield _gauge(GATE_THRESHOLD, "Robust accuracy that the policy asks for, 0 to 1.", robust)
+    yield _gauge(shared.GATE_THRESHOLD, "Robust accuracy that the policy asks for, 0 to 1.", robust)
     asked = [(model, row["threshold"]) for row in overall if row["metric"] == "clean_accuracy"]
-    yield _gauge(GATE_CLEAN_THRESHOLD, "Clean accuracy that the policy asks for, 0 to 1.", asked)
+    yield _gauge(shared.GATE_CLEAN_THRESHOLD, "Clean accuracy that the policy asks for, 0 to 1.", asked)
 
 
 def _means(report: Report) -> str:
@@ -177,7 +168,9 @@ def _ball(model: Labels, evaluation: Mapping[str, Any]) -> dict[str, str]:
     return {**model, "norm": evaluation["threat"]["norm"], "epsilon": evaluation["threat"]["label"]}
 
 
-def _shares(names: Interval, documentation: str, rows: Sequence[tuple[Labels, Mapping[str, Any]]]) -> Iterator[Metric]:
+def _shares(
+    names: shared.Interval, documentation: str, rows: Sequence[tuple[Labels, Mapping[str, Any]]]
+) -> Iterator[Metric]:
     for name, key, text in (
         (names.ratio, "value", f"{documentation}, 0 to 1."),
         (names.lower, "lower_95", f"Lower bound of {names.ratio}, {INTERVAL}"),

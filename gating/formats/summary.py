@@ -164,7 +164,7 @@ def reservations(report: Report) -> str:
 
 
 def trusted_code(report: Report) -> bool:
-    """Whether somebody's code gave the answers."""
+    """Whether a user's code gave the answers."""
     return bool(report["candidate"]["kind"] == "module")
 
 

@@ -177,7 +177,7 @@ class Worker:
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        """Count a failure; the first of them is told to the log, as one bug may strike with every image."""
+        """Count a failure; the first of them is told to the log, because one bug may strike with every image."""
         self._metrics.failed.inc()
         if not self._failed:
             self._failed = True

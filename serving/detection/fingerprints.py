@@ -24,7 +24,7 @@ TAGS = 50  # digests kept of an image
 WINDOWS = 4096  # hashed of a larger image, evenly spread, so that its size does not decide the cost
 # Of the perceptual hash.
 GRID = 8  # blocks a side
-CONTRAST = 8.0  # in 255ths: blocks that differ by less say nothing, as a perturbation of 8/255 can turn them round
+CONTRAST = 8.0  # in 255ths: blocks that differ by less say nothing, because a perturbation of 8/255 can turn them round
 
 Image = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint16]

@@ -1,6 +1,6 @@
 """The public door: HTTP in, images checked and decoded, Triton asked over gRPC, JSON out.
 
-Long, as the class is one order of questions.
+Long, because the class is one order of questions.
 
     client --HTTP(S)--> Gateway --gRPC--> Triton, Triton, ...
 

@@ -114,7 +114,7 @@ def _is_web(url: str) -> str:
 
 class Detection(Section):
     """Attacks by queries, noticed: of each key the last `queries` different images are remembered for `seconds`, and of
-    so many keys, those that asked last: up to keys * queries * 190 bytes. `matches` near-duplicates among them are a
+    so many keys, the ones that asked last: up to keys * queries * 190 bytes. `matches` near-duplicates among them are a
     campaign, which ends when there was none for quiet_seconds. Up to `queue` images wait to be looked at.
 
     Answers stay as they are unless throttle_images_per_second is above 0: then a key with a campaign may send only so
@@ -231,6 +231,6 @@ def _first_complaint(error: ValidationError) -> str:
     first = error.errors(include_input=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}; see deploy/gateway.toml for those that are known"
+        return f"unknown key {key}; see deploy/gateway.toml for the known ones"
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" if key else message

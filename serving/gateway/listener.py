@@ -81,7 +81,7 @@ def tls_context(listen: ListenSection) -> ssl.SSLContext | None:
 
 
 class Listener(uvicorn.Server):
-    """uvicorn that is told when to end; it leaves signals alone, as it need not be the process's only work."""
+    """uvicorn that is told when to end; it leaves signals alone, because it need not be the process's only work."""
 
     def __init__(
         self,

@@ -111,7 +111,7 @@ def _classify(config: GatewayConfig) -> dict[str, Any]:
 HEADERS: dict[str, Any] = {"X-Request-Id": {"schema": {"type": "string"}, "required": True}}
 RETRY_AFTER = {
     "description": "Whole seconds after which there is room again: until the images sent are paid for (429), or until"
-    " enough of those that wait are answered (503).",
+    " enough of the waiting ones are answered (503).",
     "schema": {"type": "integer", "minimum": 1},
 }
 

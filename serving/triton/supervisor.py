@@ -1,6 +1,6 @@
 """`dfmcl serve`: keeps a Triton answering with what the repository holds, as the gate saw it answer.
 
-Long, as it is one machine of states: each method is a way from one to another.
+Long, because it is one machine of states: each method is a way from one to another.
 
 It follows the repository. Where a promotion changes what a model serves, the new version is verified, asked the known
 answers on a Triton of its own, and only then loaded; where that fails, the repository returns to the version that is
@@ -256,10 +256,10 @@ class _Supervisor:
                     pulses[name].look(askers)
 
     def _heed_trust(self) -> None:
-        """Take note of whom the trust file names now.
+        """Take note of the keys that the trust file names now.
 
-        What is live goes on where nobody vouches for it any more: to take it from its users is a decision of the person
-        who revoked the key, who is told.
+        A live version goes on where no key vouches for it any more: to take it from its users is a decision for the
+        person who revoked the key, and the log tells them.
         """
         trust = self._ask_trust and self._ask_trust()
         if trust == self._trust:
@@ -413,7 +413,7 @@ class _Supervisor:
                 shutil.rmtree(model / str(old))
         shutil.copytree(release.path, model / str(release.version))
         shutil.copy(release.path.parent / layout.CONFIG, staged := config.with_name(f"{layout.STAGING}{config.name}"))
-        staged.replace(config)  # whole, as a Triton that is started again reads it
+        staged.replace(config)  # whole, because a Triton that is started again reads it
         release = replace(release, path=model / str(release.version))
         try:
             server.load(release.model)

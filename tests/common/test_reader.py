@@ -1,4 +1,4 @@
-"""What somebody else wrote is read at once, or refused at once, in words that say why."""
+"""Files from others are read at once, or refused at once, in words that say why."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_is_no_plain_small_file_is_refused_at_once(tmp_path: Path, kind: st
 
 
 def test_a_device_is_refused_though_it_was_named() -> None:
-    """/dev/zero has no end, whoever names it; and /proc says 0 of its sizes."""
+    """/dev/zero has no end, by whatever name; and /proc says 0 of its sizes."""
     with pytest.raises(Unfit, match="is no plain file"):
         read_plain(Path("/dev/zero"), MOST, named=True)
     with pytest.raises(Unfit, match="at most 10 are read"):

@@ -38,8 +38,22 @@ class Visit:
     requests: list[str]
 
 
-def visit(page: Path, scratch: Path, *, size: tuple[int, int] = (1280, 4000), screenshot: Path | None = None) -> Visit:
-    """Open a file. All requests go to a proxy that writes them down and answers nothing."""
+def visit(
+    page: Path,
+    scratch: Path,
+    *,
+    size: tuple[int, int] = (1280, 4000),
+    screenshot: Path | None = None,
+    dark: bool = False,
+) -> Visit:
+    """Open a file. All requests go to a proxy that writes them down and answers nothing.
+
+    page: the file.
+    scratch: where the browser keeps its profile.
+    size: of the window, width and height in pixels.
+    screenshot: where a picture of it goes, in place of its DOM.
+    dark: whether the reader prefers dark pages.
+    """
     assert BROWSER is not None
     with _door() as (port, requests):
         made = subprocess.run(
@@ -50,6 +64,7 @@ def visit(page: Path, scratch: Path, *, size: tuple[int, int] = (1280, 4000), sc
                 f"--proxy-server=127.0.0.1:{port}",
                 "--proxy-bypass-list=<-loopback>",
                 f"--window-size={size[0]},{size[1]}",
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
                 *([f"--screenshot={screenshot}"] if screenshot else ["--dump-dom"]),
                 page.as_uri(),
             ],

@@ -405,7 +405,7 @@ def test_files_other_than_the_signed_ones_are_refused(pair: tuple[Path, Path], k
 
 
 def test_a_foreign_key_counts_for_nothing(pair: tuple[Path, Path], key: Path, foreign: Path) -> None:
-    """A valid signature of somebody else is none, nor is one under a trusted key's id."""
+    """A valid signature by another key is none, nor is one under a trusted key's id."""
     candidate, evidence = pair
     sign_again(evidence, foreign)
     with pytest.raises(NotAttested, match=FEW):
@@ -473,7 +473,7 @@ def test_keys_rotate_by_a_list(pair: tuple[Path, Path], key: Path, second: Path)
 
 
 def test_only_allowed_policies_let_pass(pair: tuple[Path, Path], key: Path) -> None:
-    """A signed pass by a policy that somebody softened is refused."""
+    """A signed pass by a softened policy is refused."""
     assert verify(*pair, trusting(key, policies=frozenset({POLICY, "b" * 64})), NOW)
     with pytest.raises(NotAttested, match=rf"policy {POLICY[:12]}\.\.\. is none that the trust file allows"):
         verify(*pair, trusting(key, policies=frozenset({"b" * 64})), NOW)
@@ -507,7 +507,7 @@ def test_time_runs_out(pair: tuple[Path, Path], key: Path) -> None:
 
 
 def test_signing_late_prolongs_nothing(pair: tuple[Path, Path], second: Path) -> None:
-    """The days count from the gate, whoever signs whenever."""
+    """The days count from the gate, whenever it is signed."""
     expires = datetime.fromisoformat(said(pair[1])[1]["predicate"]["expires"])
     (pair[1] / ATTESTATION).unlink()
     assert sign_evidence(pair[1], [read_signer(second)]) == expires

@@ -150,7 +150,7 @@ def signed_nonsense(home: Path) -> None:
 
 
 def claimed(home: Path) -> None:
-    """An order whose signature somebody tried until it pleased, in the name of the key that is trusted."""
+    """An order whose signature was tried until it pleased, in the name of the key that is trusted."""
     draw = Draw(read_public(home / "release.pub").keyid, "0123456789abcdef" * 8)
     report = report_on(home / "candidate", home / "evidence", draw=draw)
     write_report(home / "evidence", report, home / "release.key")
@@ -242,7 +242,7 @@ def test_a_fault_has_one_code_in_every_command(
 
 
 def test_who_may_sign_is_advised_where_nobody_forged_anything() -> None:
-    """Signing what somebody changed, or trusting who changed it, would be the forger's wish."""
+    """Signing changed evidence, or trusting who changed it, would be the forger's wish."""
     assert {name for name, row in FAULTS.items() if "dfmcl sign" in row.advice} == {"unsigned", "signers"}
 
 

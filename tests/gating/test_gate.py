@@ -319,7 +319,7 @@ def test_what_is_no_state_is_left_alone(subject: Subject, tmp_path: Path) -> Non
 
 
 def test_attacks_draw_from_the_key_as_well_as_from_the_policy(subject: Subject, tmp_path: Path) -> None:
-    """Whoever knows the policy knows the random starts of a gate without a key, and of no other."""
+    """A reader of the policy knows the random starts of a gate without a key, and of no other."""
     wanted, keys = policy(0.1, "60/255", 30), [read_signer(make_key(tmp_path, name)) for name in ("one", "two")]
     rounds = [[], keys[:1], keys[:1], keys[1:]]
     bare, one, again, other = (prepare(subject, wanted, {}, None, signers, silent).seed for signers in rounds)

@@ -168,7 +168,7 @@ def test_class_rows_count_what_the_record_says() -> None:
 
 
 def test_confusion_is_true_class_by_answer() -> None:
-    """Three images by hand: two of class 0, one of which is answered 2, and one of class 1."""
+    """Three images by hand: two of class 0, one of them answered 2, and one of class 1."""
     counts = confusion(3, {"labels": np.array([0, 0, 1]), "adversarial_logits": np.eye(3)[[0, 2, 1]]})
     assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
     assert confused(["a", "b", "c"], counts).commonest == [("a", "c", 1)]
@@ -217,6 +217,18 @@ def test_drawings_put_figures_where_they_belong() -> None:
     assert "40.0 %" in steps
     assert "80.0 %" in steps
     assert 'class="bounds" x="20.00" width="30.00"' in interval(0.2, 0.5, 0.3, None)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.44, 0.47, 0.5, 0.53, 0.9])
+@pytest.mark.parametrize(("lower", "upper"), [(0.45, 0.55), (0.49, 0.51), (0.0, 1.0)])
+def test_labels_of_bounds_lie_apart(lower: float, upper: float, threshold: float) -> None:
+    """The two do not cover each other, nor the threshold's line, wherever the three are; they stay on the drawing."""
+    drawing = bounds_over_images([Known(16, lower, upper)], threshold)
+    top, bottom = (float(y) for y in re.findall(r'class="tick strong" x="\S+" y="(\S+)"', drawing))
+    (line,) = (float(y) for y in re.findall(r'class="threshold" x1="\S+" y1="(\S+)"', drawing))
+    assert bottom - top >= 12
+    assert 12 <= top <= bottom <= 230
+    assert not any(y - 10 < line < y for y in (top, bottom))
 
 
 @browsing

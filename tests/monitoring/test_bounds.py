@@ -112,7 +112,7 @@ def ever_wrong(path: tuple[int, ...], truth: tuple[float, ...], enough: float) -
 
 @cache
 def after_pairs(path: tuple[int, ...], enough: float) -> Bounds:
-    """After rounds of two images each, of which so many were right."""
+    """After rounds of two images each; so many were right."""
     return after_all(Bounds(enough), [(right, 2) for right in path])
 
 

@@ -113,6 +113,19 @@ def test_the_curve_stays_in_its_frame() -> None:
             assert 0 <= y <= 260
 
 
+@pytest.mark.parametrize(("threshold", "first"), [(0.54, "the gate, with the weights"), (0.56, "the policy")])
+def test_words_at_close_lines_do_not_meet(threshold: float, first: str) -> None:
+    """The higher line has its words above, the lower one below, whichever is which."""
+    assert RELEASES["1"].attested is not None
+    attested = replace(RELEASES["1"].attested, robust_threshold=threshold)
+    text = page(journal(result(1), result(2)), releases={"1": replace(RELEASES["1"], attested=attested)})
+    found = re.findall(r'y2="(\S+)"/><text x="\S+" y="(\S+)" dy="(\S+)" text-anchor="end">(.*?)</text>', text)
+    (high, above, none, words), (low, below, down, _) = found
+    assert words.startswith(first)
+    assert float(above) < float(high) < float(low) < float(below)
+    assert (none, down) == ("0", "0.9em")
+
+
 def test_one_point_is_no_curve() -> None:
     """Nor are examples shown where there are none."""
     text = page(journal(result()))

@@ -77,7 +77,7 @@ IDENTITY = Identity(
 
 
 def result(number: int = 1, version: str = "1") -> RoundResult:
-    """Four images: three right, of which the first attack flips one and the second another; four replayed."""
+    """Four images: three right; the first attack flips one of them and the second another; four replayed."""
     return RoundResult(
         number=number,
         via=TRITON,
@@ -98,7 +98,7 @@ def result(number: int = 1, version: str = "1") -> RoundResult:
 
 
 def search(number: int = 1, version: str = "1") -> RoundResult:
-    """Two images through the gateway, both right, of which the search flips one after 30 questions."""
+    """Two images through the gateway, both right; the search flips one after 30 questions."""
     held = AttackResult(SEARCH, (True, False), 130)
     return replace(
         result(number, version), via=GATEWAY, correct=(True, True), attacks=(held,), replay=None, seconds=40.0

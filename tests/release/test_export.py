@@ -519,5 +519,5 @@ def test_command_wraps_a_file(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "100.0 % equal labels" in done.stdout
-    assert "of which it makes float32 NCHW 8x8x3 clip for" in done.stdout
+    assert "turns them into float32 NCHW 8x8x3 clip for" in done.stdout
     assert read_manifest(tmp_path / "candidate").labels == LETTERS

@@ -22,7 +22,7 @@ def seen_of(rows: list[tuple[bool, bool, bool]]) -> Fates:
 
 
 def population(seed: int, images: int, held: float, lost: float, chance: float) -> tuple[Fates, float]:
-    """Images in random order, of which so many hold under the cheap suite and so many of those fall to the dear one;
+    """Images in random order; so many hold under the cheap suite, and so many of these fall to the dear one;
     and the share that holds under both."""
     stream = np.random.default_rng(seed)
     ranks = stream.permutation(images)

@@ -169,7 +169,7 @@ def test_result_is_inside_repeatable_and_as_dear_as_said(
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_tuning_loses_nothing_where_gradients_are_alike(norm: str) -> None:
-    """On a linear model the neighbours say the same: VMI reaches the best point of the ball, whoever is fooled."""
+    """On a linear model the neighbours say the same: VMI reaches the best point of the ball on each image."""
     model, x = Linear(SHAPE), images(4, SHAPE)
     y = model(x).argmax(dim=1)
     eps = 0.5 * model.least(x, norm).min().item()

@@ -268,7 +268,7 @@ class Borrowed(Behind):
 
 
 class Watched(Behind):
-    """The robust network whenever somebody wants gradients."""
+    """The robust network whenever gradients are wanted."""
 
     def forward(self, x: Tensor) -> Tensor:
         return answer(self.robust if torch.is_grad_enabled() else self.plain, x)

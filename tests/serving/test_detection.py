@@ -261,7 +261,7 @@ def test_memory_is_bounded(sent: list[tuple[int, int]], queries: int, keys: int)
 
 
 def test_the_key_that_asked_longest_ago_is_forgotten() -> None:
-    """Least recently used, with its campaign, which ends; and every key of which nothing counts any more."""
+    """Least recently used, with its campaign, which ends; and every key that has nothing left to count."""
     stream = Stream(Detection(keys=2, matches=2, seconds=100, quiet_seconds=1000))
     near = [nearly(photograph(0), seed) for seed in range(9)]
     stream.send(near[:4], Caller("a")).send([noise(0)], Caller("b")).send([near[5]], Caller("a"))

@@ -326,7 +326,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_work_does_not_grow_with_the_batch(kind: str) -> None:
-    """As many calls for 4,000 images as for 1,000, none of which waits for a number or a list of indices."""
+    """As many calls for 4,000 images as for 1,000; none waits for a number or a list of indices."""
     seen = []
     augment(noise(1, 8, 8, 3), seeded(0), kind)  # the policy's table is made once and kept
     for count in (1_000, 4_000):

@@ -1,0 +1,94 @@
+"""Every picture of docs/pictures, and pictures.json, which says what they show: `make pictures`.
+
+A name (flow, report, watch) makes only that one again. The pages need a Chromium, the watch also Triton and 5 minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from docs.pictures import flow, pages
+from tests.gating.browser import BROWSER, MISSING, visit
+
+HERE = Path(__file__).parent
+RECORD = HERE / "pictures.json"
+MOST_BYTES = 200_000
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page to be shown. written: makes it, in an empty folder; shows: its digest; size: width, height in pixels."""
+
+    written: Callable[[Path], str]
+    shows: Callable[[], str]
+    size: tuple[int, int]
+
+
+PAGES = {
+    "report": Page(pages.report, pages.report_shows, (1000, 660)),
+    "watch": Page(pages.watch, pages.watch_shows, (1000, 1140)),
+}
+
+
+def main(chosen: Sequence[str]) -> None:
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    for name in chosen or ("flow", *PAGES):
+        for path, shows in drawn() if name == "flow" else shot(name):
+            record[path.name] = {"shows": shows, "sha256": sha256(path)}
+            print(f"{path.name}: {path.stat().st_size:,} bytes")
+    RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def shows() -> dict[str, str]:
+    """What each picture should show now, as a digest, by the name of its file."""
+    found = {f"flow-{colour}.svg": flow_shows(colour) for colour in flow.COLOURS}
+    for name, page in PAGES.items():
+        found |= dict.fromkeys((f"{name}-light.png", f"{name}-dark.png"), page.shows())
+    return found
+
+
+def flow_shows(colour: str) -> str:
+    return hashlib.sha256(flow.flow(colour).encode()).hexdigest()
+
+
+def drawn() -> list[tuple[Path, str]]:
+    """The line, in light and in dark: files, and what they show."""
+    files = {colour: HERE / f"flow-{colour}.svg" for colour in flow.COLOURS}
+    for colour, path in files.items():
+        path.write_text(flow.flow(colour), encoding="utf-8")
+    return [(path, flow_shows(colour)) for colour, path in files.items()]
+
+
+def shot(name: str) -> list[tuple[Path, str]]:
+    """The upper part of a page, in light and in dark: files, and what they show."""
+    if BROWSER is None:
+        raise SystemExit(MISSING)
+    page, made = PAGES[name], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "files").mkdir()
+        (folder / "page.html").write_text(page.written(folder / "files"), encoding="utf-8")
+        for colour in ("light", "dark"):
+            raw, path = folder / f"{colour}.png", HERE / f"{name}-{colour}.png"
+            visit(folder / "page.html", folder / "profile", size=page.size, screenshot=raw, dark=colour == "dark")
+            with Image.open(raw) as picture:
+                flat = picture.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+                flat.save(path, optimize=True)  # 256 colours, rare ones among them: a third of the bytes
+            made.append((path, page.shows()))
+    return made
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
