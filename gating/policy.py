@@ -248,11 +248,15 @@ class Policy(Section):
     @property
     def digest(self) -> str:
         """SHA-256 of the policy's canonical JSON: comments and layout of the file do not count."""
-        return digest_of(self.model_dump())
+        return digest_of(self.as_written())
+
+    def as_written(self) -> dict[str, Any]:
+        """The policy as its report and its digest have it: every default written out."""
+        return self.model_dump()
 
     def to_toml(self) -> str:
         """The policy as a file, every default written out; what reads it has the same digest."""
-        whole = self.model_dump()
+        whole = self.as_written()
         tables = {name: value for name, value in whole.items() if isinstance(value, dict)}
         lines = [f"{name} = {_toml(value)}" for name, value in whole.items() if name not in tables]
         for name, table in tables.items():
