@@ -4,7 +4,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
 	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
-	dashboards pictures sbom audit clean
+	dashboards pictures report-schema sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -36,6 +36,7 @@ help:
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
 	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
 	@echo 'make pictures            the README'"'"'s picture, from docs/pictures/flow.py'
+	@echo 'make report-schema       the JSON schema of a gate'"'"'s report, from its records'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -133,6 +134,9 @@ dashboards: .venv/.installed
 # README's picture, in light and in dark.
 pictures: .venv/.installed
 	$(BIN)/python docs/pictures/flow.py
+
+report-schema: .venv/.installed
+	$(BIN)/python -m dfmcl.gating.schema
 
 # What faces the network (images `serve` and `gateway`) brings along, and what is known against it. The tools live apart.
 .audit/.installed: pyproject.toml

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    Strict,
     TypeAdapter,
     ValidationError,
     WithJsonSchema,
@@ -25,27 +25,21 @@ class Entry:
     No other key is read, and no value of another type: `true` is no number, 1.0 no whole one, null no absent value.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @classmethod
     def from_json(cls, value: object) -> Self:
         """ValueError, in one line, where a part is missing, unknown or of another type."""
         try:
-            made: Self = _adapter(cls).validate_json(json.dumps(value))
+            made: Self = _adapter(cls).validate_python(value)
         except ValidationError as error:
             raise ValueError(_first(error)) from None
-        return made
-
-    @classmethod
-    def ours(cls, value: object) -> Self:
-        """The same from JSON of our own making, which may hold names that no JSON in UTF-8 does."""
-        made: Self = _adapter(cls).validate_python(value, strict=False)
         return made
 
     def to_json(self, *names: str) -> dict[str, Any]:
         """What `from_json` reads; of some fields only, where names are given."""
         written: dict[str, Any] = _adapter(type(self)).dump_python(
-            self, mode="json", include=set(names) or None, by_alias=True, exclude_defaults=True
+            self, mode="json", include=set(names) or None, by_alias=True, exclude_defaults=True, warnings="error"
         )
         return written
 
@@ -92,7 +86,8 @@ class _NotNull:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         nullable = handler(source)
         assert nullable["type"] == "nullable"
-        return nullable["schema"]
+        inner: core_schema.CoreSchema = nullable["schema"]
+        return inner
 
 
 def told(**words: Any) -> WithJsonSchema:
@@ -113,7 +108,8 @@ Maybe = Annotated[T | None, _NotNull()]
 Number = Annotated[float, _AsWritten()]
 Amount = Annotated[Number, told(type="number", minimum=0)]
 Ratio = Annotated[Number, told(type="number", minimum=0, maximum=1)]
-Count = Annotated[int, told(type="integer", minimum=0)]
+Whole = Annotated[int, Strict()]
+Count = Annotated[Whole, told(type="integer", minimum=0)]
 Digest = Annotated[str, text("^[0-9a-f]{64}$")]
 Bits = Annotated[str, text("^[01]*$")]
 

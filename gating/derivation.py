@@ -75,7 +75,7 @@ def derived(record: GateRecord) -> Conclusions:
     why = reasons(record, judgements, rows[len(judgements) :])
     raised = [check for check in record.checks if check.outcome == "raised"]
     verdict = decide([row.outcome for row in rows], [check.check for check in raised], list(why))
-    order, main = record.order, SuiteEntry.ours(record.main.to_json())
+    order, main = record.order, SuiteEntry.from_json(record.main.to_json())
     others = [one for number, one in enumerate(record.evaluations) if number != record.place]
     return Conclusions(
         verdict=verdict,
@@ -97,8 +97,8 @@ def derived(record: GateRecord) -> Conclusions:
         findings=tuple(FindingEntry(check=one.check, why=one.why, do=one.do) for one in raised),
         policy=PolicyEntry.of(record.policy),
         evaluation=main,
-        radii=tuple(SuiteEntry.ours(one.to_json()) for one in others),
-        transfer=tuple(TransferEntry.ours(one.to_json()) for one in record.transfer),
+        radii=tuple(SuiteEntry.from_json(one.to_json()) for one in others),
+        transfer=tuple(TransferEntry.from_json(one.to_json()) for one in record.transfer),
         per_image=ImagesEntry(index=tuple(order[: len(record.labels)].tolist()), label=tuple(record.labels.tolist())),
         baseline=None if record.pairs is None else record.pairs.entry,
     )

@@ -163,7 +163,7 @@ def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> GateRec
         labels=found.labels,
         evaluations=[outcome.evaluation for outcome in found.outcomes],
         transfer=recorded,
-        checks=[CheckEntry.ours(result.to_json()) for result in checked(case, found, transfer, ranks, track)],
+        checks=[CheckEntry.from_json(result.to_json()) for result in checked(case, found, transfer, ranks, track)],
         pairs=found.pairs,
         no_gradients=case.no_gradients,
         not_finite=wild(found.probes),
@@ -295,7 +295,7 @@ def candidate_entry(subject: Subject) -> CandidateEntry:
         name=name,
         model_sha256=subject.digest,
         files=dict(subject.files),
-        input=InputEntry.ours(subject.contract.to_json()),
+        input=InputEntry.from_json(subject.contract.to_json()),
         output=subject.output or None,
     )
 
@@ -303,7 +303,7 @@ def candidate_entry(subject: Subject) -> CandidateEntry:
 def data_entry(data: Dataset) -> DataEntry:
     """The data set whose test part was attacked."""
     about = {"part": "test", "images": len(data.x_test), "classes": list(data.classes)}
-    return DataEntry.ours({**data.describe(), **about})
+    return DataEntry.from_json({**data.describe(), **about})
 
 
 if __name__ == "__main__":  # `torchrun -m -- dfmcl.gating.gate SUBJECT ...`, also where nothing is installed

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer
 
-from dfmcl.common.entry import Amount, Bits, Count, Digest, Entry, Maybe, Number, Ratio, one_of, text, told
+from dfmcl.common.entry import Amount, Bits, Count, Digest, Entry, Maybe, Number, Ratio, Whole, one_of, text, told
 from dfmcl.gating.order import Draw
 from dfmcl.gating.policy import METRICS, NO_REGRESSION, Policy, digest_of
 from dfmcl.gating.signing.evaluation import SuiteEntry, TransferEntry
@@ -218,7 +218,7 @@ class Conclusions(Entry):
     """All of a report that follows from the gate's record."""
 
     verdict: Annotated[str, one_of(*EXIT_CODES)]
-    exit_code: Annotated[int, one_of(*EXIT_CODES.values())]
+    exit_code: Annotated[Whole, one_of(*EXIT_CODES.values())]
     reasons: tuple[Reason, ...]
     why: Maybe[Mapping[Reason, str]] = None
     statistics: StatisticsEntry
@@ -250,8 +250,8 @@ class Report(Conclusions):
     data: DataEntry
     code: CodeEntry
     versions: Mapping[str, str]
-    hardware: Mapping[str, str | int | None]
-    processes: Annotated[int, told(type="integer", minimum=1)]
+    hardware: Mapping[str, str | Whole | None]
+    processes: Annotated[Whole, told(type="integer", minimum=1)]
     seconds: Amount
 
     def to_json(self, *names: str) -> dict[str, Any]:

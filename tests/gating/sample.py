@@ -42,7 +42,7 @@ def edited(report: Report, edit: Callable[[dict[str, Any]], object]) -> Report:
     """The report with another text: what somebody wrote who is not the gate."""
     document = report.to_json()
     edit(document)
-    return Report.ours(document)
+    return Report.from_json(document)
 
 
 def probes(report: Report) -> dict[str, Array]:
