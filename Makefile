@@ -4,7 +4,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test coverage test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
 	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
-	dashboards pictures sbom audit clean
+	dashboards pictures report-schema sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
@@ -37,6 +37,7 @@ help:
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
 	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
 	@echo 'make pictures            every picture in docs/pictures, from its script; ONLY="flow report watch" for some'
+	@echo 'make report-schema       the JSON schema of a gate'"'"'s report, from its records'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -138,6 +139,9 @@ dashboards: .venv/.installed
 # What the pages show, in light and in dark; the sidecar's page comes from a real watch of the shipped model.
 pictures: .venv/.installed .venv-triton/.installed
 	$(BIN)/python -m docs.pictures.make $(ONLY)
+
+report-schema: .venv/.installed
+	$(BIN)/python -m dfmcl.gating.schema
 
 # What faces the network (images `serve` and `gateway`) brings along, and what is known against it. The tools live apart.
 .audit/.installed: pyproject.toml

@@ -30,6 +30,8 @@ from rich.progress import track
 from rich.table import Table
 
 from dfmcl.common.errors import DfmclError
+from dfmcl.gating.signing.evaluation import ShareEntry, SuiteEntry
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release import layout
@@ -182,7 +184,7 @@ def digits_line(servers: list[subprocess.Popen[bytes]]) -> None:
 def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust: Path) -> None:
     """Verify, serve and watch the one model of a repository; prints the gate's figures beside the live ones."""
     release = verify(repository, trust)
-    evaluation = read(release.path / layout.REPORT)["evaluation"]
+    evaluation = read_report(release.path / layout.REPORT)[0].evaluation
     surrogates = sorted(
         path.parent for path in (repository / release.model / layout.SURROGATES).glob("*/manifest.json")
     )
@@ -198,8 +200,8 @@ def shipped_line(servers: list[subprocess.Popen[bytes]], repository: Path, trust
         model=release.model,
         data="npz",
         path=write_images(probes, release).absolute(),
-        norm=evaluation["threat"]["norm"],
-        eps=evaluation["threat"]["label"],
+        norm=evaluation.threat.norm,
+        eps=evaluation.threat.label,
         interval=60,
         images=min(PROBE_IMAGES, len(probes["images"])),
         runs=json.dumps([str(path.absolute()) for path in surrogates]),
@@ -353,32 +355,34 @@ def accuracy_table() -> Table:
     columns = {}
     for name in MODELS:
         record = json.loads((HOME / f"{name}.json").read_text(encoding="utf-8"))
-        linf, l2, transfer = record["evaluations"]
-        white = {attack["name"]: attack["accuracy"] for attack in linf["attacks"]}
+        linf, l2, transfer = (SuiteEntry.from_json(entry) for entry in record["evaluations"])
+        white = {attack.name: attack.accuracy for attack in linf.attacks}
         columns[name] = {
-            "clean": linf["clean"],
+            "clean": linf.clean,
             f"FGSM, Linf {EPS}": white["fgsm"],
             f"PGD-20, Linf {EPS}": white["pgd-20"],
-            f"C&W, L2 {L2_EPS}": l2["robust"],
-            f"transfer, Linf {EPS}": transfer["robust"],
+            f"C&W, L2 {L2_EPS}": l2.robust,
+            f"transfer, Linf {EPS}": transfer.robust,
         }
-        images = linf["images"]
+        images = linf.images
     table = Table("", *MODELS, title=f"accuracy on {images} test images, % [95 % interval]", title_justify="left")
     for row in columns["hardened"]:
-        table.add_row(row, *(share(column[row]) for column in columns.values()))
+        table.add_row(row, *(exact(column[row]) for column in columns.values()))
     return table
 
 
-def release_table(release: Promoted, evaluation: Any, replayed: dict[str, Share], live: dict[str, list[Any]]) -> Table:
+def release_table(
+    release: Promoted, evaluation: SuiteEntry, replayed: dict[str, Share], live: dict[str, list[Any]]
+) -> Table:
     """What the gate measured, what its images give through the server, and what the sidecar found; 95 % intervals."""
-    threat = f"{evaluation['threat']['norm']} {evaluation['threat']['label']}"
+    threat = f"{evaluation.threat.norm} {evaluation.threat.label}"
     title = f"{release.model} version {release.version}, {threat}, % [95 % interval]"
     (images,) = {int(sample.value) for sample in live["robustness_clean_samples_total"]}
     columns = ("gate", "its images, served", f"live, {images} of them")
     table = Table("", *columns, title=title, title_justify="left", caption=CAPTION, caption_justify="left")
     (clean,) = bounds(live, CLEAN).values()
-    table.add_row("clean", share(evaluation["clean"]), interval(replayed["clean"]), clean)
-    table.add_row("robust", share(evaluation["robust"]), interval(replayed["robust"]), "")
+    table.add_row("clean", exact(evaluation.clean), interval(replayed["clean"]), clean)
+    table.add_row("robust", exact(evaluation.robust), interval(replayed["robust"]), "")
     for attack, found in sorted(bounds(live, ROBUST).items()):
         table.add_row(f"<= {attack}", "", "", found)
     return table
@@ -387,7 +391,7 @@ def release_table(release: Promoted, evaluation: Any, replayed: dict[str, Share]
 def bounds(live: dict[str, list[Any]], names: Sequence[str]) -> dict[str, str]:
     """A metric of shares with the bounds of its mean, by attack (None where it has no attack)."""
     value, lower, upper = ({sample.labels.get("attack"): sample.value for sample in live[name]} for name in names)
-    return {key: share({"value": value[key], "lower_95": lower[key], "upper_95": upper[key]}) for key in value}
+    return {key: share(value[key], lower[key], upper[key]) for key in value}
 
 
 def example_table(labels: Sequence[str], truth: Any, clean: Any, adversarial: Any) -> Table:
@@ -405,18 +409,20 @@ def print_urls(urls: dict[str, str], model: str, metrics_url: str) -> None:
 
 
 def interval(value: Share) -> str:
-    lower, upper = value.bounds
-    return share({"value": value.value, "lower_95": lower, "upper_95": upper})
+    return share(value.value, *value.bounds)
 
 
-def share(value: dict[str, float]) -> str:
-    low, high = value["lower_95"], value["upper_95"]
-    return f"{100 * value['value']:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
+def exact(entry: ShareEntry) -> str:
+    return share(entry.value, entry.lower_95, entry.upper_95)
+
+
+def share(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} \\[{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def verdict(name: str) -> str:
-    report = json.loads((HOME / f"{name}-evidence" / "report.json").read_text(encoding="utf-8"))
-    return {"passed": "[green]passed[/], promoted and served", "failed": "[red]blocked[/]"}[report["verdict"]]
+    report, _ = read_report(HOME / f"{name}-evidence" / layout.REPORT)
+    return {"passed": "[green]passed[/], promoted and served", "failed": "[red]blocked[/]"}[report.verdict]
 
 
 def live_line(live: dict[str, list[Any]]) -> str:

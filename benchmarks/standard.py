@@ -13,7 +13,6 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,14 @@ from scipy.stats import hypergeom
 
 from benchmarks.result import RESULTS, write_result
 from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.report import Report
 from dfmcl.gating.subject import Subject, open_subject
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.records import Evaluation, joined
-from dfmcl.robustness.threats.registry import threat_of
 
 Rows = NDArray[np.int64]
 
@@ -47,14 +47,14 @@ def main() -> None:
     arguments = parser.parse_args()
     end = time.perf_counter() + 60 * arguments.minutes
     subject = open_subject(str(arguments.candidate))
-    report = json.loads((arguments.candidate / "report.json").read_text())
+    report, _ = read_report(arguments.candidate / "report.json")
     probes = read_probes(arguments.candidate / "probes.npz")
     margin = margins(probes["adversarial_logits"], probes["labels"])
     ranked, drawn = rank(margin), draw(margin)
     order = by_turns(ranked, drawn)
     if not len(order):
         parser.error(f"{arguments.candidate}: the gate's attacks left no image; there is nothing to attack")
-    about = {"model": subject.digest, "probes": report["files"]["probes.npz"], "attacks": ", ".join(ATTACKS)}
+    about = {"model": subject.digest, "probes": report.files["probes.npz"], "attacks": ", ".join(ATTACKS)}
     found = earlier(RESULTS / f"{NAME}.json", about, order)
     while found is None or (len(found.correct) < len(order) and time.perf_counter() < end):
         done = len(found.correct) if found else 0
@@ -120,16 +120,14 @@ def earlier(path: Path, about: dict[str, str], order: Rows) -> Evaluation | None
     return Evaluation.from_json(found["evaluation"])
 
 
-def attacked(
-    subject: Subject, images: NDArray[np.uint8], labels: Rows, report: dict[str, Any], number: int
-) -> Evaluation:
+def attacked(subject: Subject, images: NDArray[np.uint8], labels: Rows, report: Report, number: int) -> Evaluation:
     """One chunk under both attacks, Square on what FAB-T left."""
-    threat = report["evaluation"]["threat"]
+    threat = report.evaluation.threat
     found = evaluate(
         subject.model,
         images,
         labels,
-        threat_of(threat["norm"], threat["label"]),
+        threat.parsed,
         [Attack.parse(kind) for kind in ATTACKS],
         decide=subject.decide,
         grid=True,
@@ -152,7 +150,7 @@ def save(
     ranked: Rows,
     drawn: Rows,
     margin: NDArray[np.float32],
-    report: dict[str, Any],
+    report: Report,
     about: dict[str, str],
 ) -> None:
     """Both files: what fell of the nearest and of the draw, and what that says of all."""
@@ -173,15 +171,15 @@ def save(
         }
         for name, group in (("the nearest to the border", nearest), ("drawn of all", sample), ("together", done))
     ]
-    before = report["evaluation"]["robust"]
+    before = report.evaluation.robust
     most = may_fall(len(order), len(sample), int(fell[np.isin(done, sample)].sum()))
     ratios = {
-        "apgd_ce_and_apgd_t": 100 * before["k"] / before["n"],
-        "all_four_at_most": 100 * (before["k"] - int(fell.sum())) / before["n"],
-        "all_four_at_least": 100 * (before["k"] - max(most, int(fell.sum()))) / before["n"],
+        "apgd_ce_and_apgd_t": 100 * before.k / before.n,
+        "all_four_at_most": 100 * (before.k - int(fell.sum())) / before.n,
+        "all_four_at_least": 100 * (before.k - max(most, int(fell.sum()))) / before.n,
     }
     conditions = {
-        "n": f"{len(done)} of the {len(order)} images that the gate's attacks left of {before['n']}",
+        "n": f"{len(done)} of the {len(order)} images that the gate's attacks left of {before.n}",
         "seed": SEED,
         "note": "robust accuracy of the gate's images, in %; under all four attacks at most: if of those that were not"
         f" attacked none falls; at least: if as many fall as the draw allows, at {100 * (1 - RISK):g} %, by one look",

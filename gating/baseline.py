@@ -35,20 +35,20 @@ class Baseline:
             require_derived(report, path)
         except EvidenceError as error:
             raise BadInput(f"--baseline {error}") from None
-        asked, threat = report["policy"], policy.threat
+        asked, data = report.policy, report.data
         for name, ours, theirs in (
-            ("threat", (threat.norm, threat.eps), (asked["threat"].get("norm", "linf"), asked["threat"]["eps"])),
-            ("attacks", policy.attacks.suite, asked["attacks"]["suite"]),
-            ("whole suite", policy.attacks.whole, asked["attacks"].get("whole", 1.0)),
-            ("data", (data_sha256, population), (report["data"]["sha256"], report["data"]["images"])),
+            ("threat", policy.threat, asked.threat),
+            ("attacks", policy.attacks.suite, asked.attacks.suite),
+            ("whole suite", policy.attacks.whole, asked.attacks.whole),
+            ("data", (data_sha256, population), (data.sha256, data.images)),
         ):
             if ours != theirs:
                 raise BadInput(f"--baseline {path}: was made with other {name}; gate that model by this policy first")
         return Baseline(
             report_sha256=digest,
-            model_sha256=str(report["candidate"]["model_sha256"]),
-            index=tuple(report["per_image"]["index"]),
-            held=from_bits(report["evaluation"]["per_image"]["robust"]),
+            model_sha256=report.candidate.model_sha256,
+            index=report.per_image.index,
+            held=from_bits(report.evaluation.per_image.robust),
         )
 
 

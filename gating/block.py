@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfmcl.common.progress import Track, silent
-from dfmcl.gating.policy import radius
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Outcome, evaluate
@@ -22,6 +21,7 @@ from dfmcl.robustness.records import AttackRecord, Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
 from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.threat import Threat
 
 T = TypeVar("T")
 ARRAYS = ("adversarial", "clean_logits", "adversarial_logits")
@@ -40,7 +40,8 @@ class Source:
 class BlockPlan:
     """What every block is put through.
 
-    threats: ascending.
+    threats: of the policy, in its order.
+    suites: attacks by kind of threat, where these are not `attacks`.
     sources: whatever attacks crafted on them break counts as well.
     whole: attacks that only drawn images meet, on what all others left; of one threat.
     purpose: what these images are attacked for; part of the seed's address, so that no two blocks draw the same.
@@ -49,7 +50,7 @@ class BlockPlan:
 
     model: AttackPass | None
     decide: Callable[[Tensor], Tensor]
-    threats: tuple[Ball, ...]
+    threats: tuple[Threat, ...]
     attacks: tuple[Attack, ...]
     grid: bool
     seed: int
@@ -57,10 +58,7 @@ class BlockPlan:
     whole: tuple[Attack, ...] = ()
     purpose: str = "block"
     remarks: Mapping[str, str] = field(default_factory=dict)
-
-    def place(self, threat: Ball) -> int:
-        """Which of the outcomes is about a ball."""
-        return [radius(one, self.grid) for one in self.threats].index(radius(threat, self.grid))
+    suites: Mapping[str, tuple[Attack, ...]] = field(default_factory=dict)
 
     @property
     def about(self) -> dict[str, str]:
@@ -104,10 +102,14 @@ def attack_block(
     drawn: which of the images meet the plan's whole suite, `(N,)`.
     """
     outcomes: list[Outcome] = []
+    inner: Threat | None = None
     for threat in plan.threats:
-        found = _attacked(plan, images, labels, number, threat, outcomes[-1] if outcomes else None, None, track)
+        after = outcomes[-1] if isinstance(threat, Ball) and inner is not None and inner.kind == threat.kind else None
+        found = _attacked(plan, images, labels, number, threat, after, None, track)
         for source in plan.sources:
-            found = _beside(found, _attacked(plan, images, labels, number, threat, found, source, track))
+            if all(threat.kind in attack.kind.threats for attack in source.attacks):
+                found = _beside(found, _attacked(plan, images, labels, number, threat, found, source, track))
+        inner = threat
         if plan.whole and drawn is not None:
             rows, rest = np.flatnonzero(drawn), replace(plan, attacks=plan.whole)
             if len(rows):
@@ -124,13 +126,14 @@ def _attacked(
     images: Bytes,
     labels: Labels,
     number: int,
-    threat: Ball,
+    threat: Threat,
     after: Outcome | None,
     source: Source | None,
     track: Track,
 ) -> Outcome:
     """By the plan's own attacks, or by attacks crafted on a source, on the images left before."""
-    attacks = plan.attacks if source is None else tuple(one.crafted_on(source.name) for one in source.attacks)
+    own = plan.suites.get(threat.kind, plan.attacks)
+    attacks = own if source is None else tuple(one.crafted_on(source.name) for one in source.attacks)
     return evaluate(
         plan.model,
         images,
@@ -139,7 +142,7 @@ def _attacked(
         attacks,
         decide=plan.decide,
         source=None if source is None else source.model,
-        grid=plan.grid,
+        grid=plan.grid or not isinstance(threat, Ball),  # other threats are of bytes
         cascade=True,
         after=after,
         seed=derived_seed(plan.seed, plan.purpose, number),

@@ -39,7 +39,8 @@ class Case:
 
     surrogates: networks of others by name.
     earlier: the baseline's images and answers, for `no_regression`.
-    suite: the attacks that can run on all images; whole: those that only drawn ones meet.
+    suite: the attacks that can run on all images; whole: those that only drawn ones meet; suites: by kind of threat,
+    where the suite cannot search.
     no_gradients: why only black-box ones, None where all can.
     carried: the attacks that are crafted on other networks.
     claims: all that the criteria say about the data set, but for `no_regression`.
@@ -58,6 +59,7 @@ class Case:
     claims: Sequence[Claim]
     matter: Matter
     draw: Draw | None
+    suites: Mapping[str, tuple[Attack, ...]]
 
     @property
     def grid(self) -> bool:
@@ -92,7 +94,8 @@ class Case:
     def identity(self) -> dict[str, str]:
         """Everything that the blocks of an interrupted gate depend on."""
         found = provenance()
-        suite = [(attack.name, dict(attack.parameters)) for attack in (*self.suite, *self.whole)]
+        others = (attack for attacks in self.suites.values() for attack in attacks)
+        suite = [(attack.name, dict(attack.parameters)) for attack in (*self.suite, *self.whole, *others)]
         return {
             "subject": self.subject.digest,
             "run": str(self.subject.run.get("checkpoint_sha256", "")),
@@ -121,6 +124,7 @@ def prepare(
     """
     require_kind(subject, policy)
     suite, whole, no_gradients = suite_of(subject, policy)
+    suites = suites_of(policy, no_gradients is not None)
     carried = carried_of(subject, policy, surrogates)
     mode = "L" if subject.contract.channels == 1 else "RGB"
     data = open_dataset(*policy.data.named, track, mode, policy.data.preprocessing)
@@ -135,7 +139,9 @@ def prepare(
     found = claims(shares, data.classes, data.y_test, drawn=bool(whole))
     matter = Matter(subject.digest, data.sha256, policy.digest, len(data.x_test))
     draw = Draw.by(signers[0], matter) if signers else None
-    case = Case(subject, policy, data, surrogates, earlier, suite, whole, no_gradients, carried, found, matter, draw)
+    case = Case(
+        subject, policy, data, surrogates, earlier, suite, whole, no_gradients, carried, found, matter, draw, suites
+    )
     require_answers(subject, *case.test(case.order[:FIRST]))
     return case
 
@@ -163,6 +169,31 @@ def suite_of(subject: Subject, policy: Policy) -> tuple[tuple[Attack, ...], tupl
     if not blind or any(attack.kind.gradients for attack in blind):
         raise BadInput("policy attacks.black_box: needs attacks without gradients, such as square-1000")
     return tuple(blind), (), subject.no_gradients
+
+
+def suites_of(policy: Policy, blind: bool) -> dict[str, tuple[Attack, ...]]:
+    """The attacks of each kind of threat that the suite cannot search in. blind: without gradients.
+
+    BadInput where one that is named cannot search there, or none can run.
+    """
+    found: dict[str, tuple[Attack, ...]] = {}
+    for threat in policy.threats(grid=True):
+        names = policy.attacks.by_kind(threat.kind)
+        if names is None or threat.kind in found:
+            continue
+        attacks = Attack.parse_suite(names)
+        for attack in attacks:
+            try:
+                attack.check(threat)
+            except BadInput as error:
+                raise BadInput(f"policy attacks.{threat.kind}: {error}") from None
+        found[threat.kind] = tuple(attack for attack in attacks if not (blind and attack.kind.gradients))
+        if not found[threat.kind]:
+            raise BadInput(
+                f"policy attacks.{threat.kind}: the model gives no gradients, which all of {', '.join(names)} need;"
+                f" leave {threat} out of the criteria"
+            )
+    return found
 
 
 def carried_of(subject: Subject, policy: Policy, surrogates: Mapping[str, Run]) -> tuple[Attack, ...]:
@@ -204,6 +235,8 @@ def require_fit(subject: Subject, data: Dataset, policy: Policy) -> None:
             f"{where}: its files are preprocessed by {data.preprocessing}, {subject.name} is served with"
             f" {subject.preprocessing}; judge it on what it will be shown: set data.preprocessing, or export it again"
         )
+    for threat in policy.threats(grid=True):
+        threat.fits((contract.channels, contract.height, contract.width))
     if policy.data.images > len(data.x_test):
         raise BadInput(
             f"policy data.images is {policy.data.images}; {policy.data.name} has {len(data.x_test)} test images"

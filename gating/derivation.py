@@ -10,19 +10,26 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Criterion
 from dfmcl.gating.record import GateRecord
-from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Outcome, Standing, decide, one_look
+from dfmcl.gating.signing.evaluation import SuiteEntry, TransferEntry
+from dfmcl.gating.signing.report import (
+    BoundsEntry,
+    Conclusions,
+    CriterionEntry,
+    FindingEntry,
+    ImagesEntry,
+    PolicyEntry,
+    StatisticsEntry,
+    WholeSuite,
+)
+from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, decide, one_look
 from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.statistics import Flags
-
-Row = dict[str, Any]
-FOUND = ("check", "why", "do")
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,7 @@ class ClaimCourse:
     @staticmethod
     def of(claim: Claim, record: GateRecord) -> ClaimCourse:
         """Worst case per image over all attacks, or the clean answers, in the order of the record."""
-        place = record.policy.place(record.policy.threat_of(claim.criterion), record.grid)
-        seen = record.seen[place][claim.criterion.robust]
+        seen = record.seen(claim)
         own = np.ones(len(seen), bool) if claim.class_index is None else record.labels == claim.class_index
         if record.policy.statistics == "fixed":
             return ClaimCourse(claim, own, seen[own], None)
@@ -57,7 +63,7 @@ class ClaimCourse:
         return looked.lower, looked.upper
 
 
-def derived(record: GateRecord) -> Row:
+def derived(record: GateRecord) -> Conclusions:
     """All entries of a report that follow from the record."""
     among = record.among
     courses = [ClaimCourse.of(claim, record) for claim in record.claims]
@@ -66,52 +72,50 @@ def derived(record: GateRecord) -> Row:
     if record.pairs is not None:
         rows += [regression_row(criterion, record.pairs, among) for criterion in record.regressions]
     why = reasons(record, judgements, rows[len(judgements) :])
-    findings = [{key: check[key] for key in FOUND} for check in record.checks if check["outcome"] == "raised"]
-    verdict = decide([row["outcome"] for row in rows], findings, list(why))
-    order = record.order
-    sizes = {} if record.class_images is None else {"class_images": list(record.class_images)}
-    draw = {} if record.draw is None else {"draw": record.draw.to_json()}
-    return {
-        "verdict": verdict,
-        "exit_code": EXIT_CODES[verdict],
-        "reasons": list(why),
-        "why": why,
-        "statistics": {
-            "kind": record.policy.statistics,
-            "population": record.population,
-            "attacked": stop(record, courses, judgements),
-            "cap": record.cap,
-            "order_sha256": hashlib.sha256(order.tobytes()).hexdigest(),
-            **sizes,
-            **draw,
-            **whole_suite(record),
-        },
-        "criteria": rows,
-        "progress": progress(record, courses, among),
-        "findings": findings,
-        "policy": {"sha256": record.policy_sha256},
-        "evaluation": record.main.to_json(),
-        "radii": [one.to_json() for number, one in enumerate(record.evaluations) if number != record.place],
-        "transfer": [one.to_json() for one in record.transfer],
-        "per_image": {"index": order[: len(record.labels)].tolist(), "label": record.labels.tolist()},
-        "baseline": None if record.pairs is None else record.pairs.to_json(),
-    }
+    raised = [check for check in record.checks if check.outcome == "raised"]
+    verdict = decide([row.outcome for row in rows], [check.check for check in raised], list(why))
+    order, main = record.order, SuiteEntry.from_json(record.main.to_json())
+    others = [one for number, one in enumerate(record.evaluations) if number != record.place]
+    return Conclusions(
+        verdict=verdict,
+        exit_code=EXIT_CODES[verdict],
+        reasons=tuple(why),
+        why=why,
+        statistics=StatisticsEntry(
+            kind=record.policy.statistics,
+            population=record.population,
+            attacked=stop(record, courses, judgements),
+            cap=record.cap,
+            order_sha256=hashlib.sha256(order.tobytes()).hexdigest(),
+            class_images=None if record.class_images is None else tuple(record.class_images),
+            draw=record.draw,
+            whole=whole_suite(record),
+        ),
+        criteria=tuple(rows),
+        progress=tuple(progress(record, courses, among)),
+        findings=tuple(FindingEntry(check=one.check, why=one.why, do=one.do) for one in raised),
+        policy=PolicyEntry.of(record.policy),
+        evaluation=main,
+        radii=tuple(SuiteEntry.from_json(one.to_json()) for one in others),
+        transfer=tuple(TransferEntry.from_json(one.to_json()) for one in record.transfer),
+        per_image=ImagesEntry(index=tuple(order[: len(record.labels)].tolist()), label=tuple(record.labels.tolist())),
+        baseline=None if record.pairs is None else record.pairs.entry,
+    )
 
 
-def whole_suite(record: GateRecord) -> Row:
+def whole_suite(record: GateRecord) -> WholeSuite | None:
     """How the drawn images fared, where only these met the whole suite: drawn, of those tried, and of those lost."""
     if not record.whole:
-        return {}
-    seen = record.seen[record.place][True]
-    tried = seen.drawn & seen.held
-    counts = {"drawn": seen.drawn, "tried": tried, "lost": seen.lost}
-    return {"whole": {"chance": record.policy.attacks.chance, **{key: int(one.sum()) for key, one in counts.items()}}}
+        return None
+    seen = Fates.by(record.main, record.drawn, record.whole)
+    drawn, tried, lost = (int(one.sum()) for one in (seen.drawn, seen.drawn & seen.held, seen.lost))
+    return WholeSuite(chance=record.policy.attacks.chance, drawn=drawn, tried=tried, lost=lost)
 
 
-def progress(record: GateRecord, courses: Sequence[ClaimCourse], among: int) -> list[Row]:
+def progress(record: GateRecord, courses: Sequence[ClaimCourse], among: int) -> list[BoundsEntry]:
     """The bounds after each block, of the claims that are not about one class."""
     return [
-        {"images": end, "criterion": number, "lower": lower, "upper": upper}
+        BoundsEntry(images=end, criterion=number, lower=lower, upper=upper)
         for end in record.ends
         for number, course in enumerate(courses)
         if not course.claim.criterion.by_class
@@ -136,7 +140,9 @@ def _decided_at(course: ClaimCourse, judgement: Judgement) -> float:
     return int(np.flatnonzero(course.own)[judgement.decided_after - 1]) + 1
 
 
-def reasons(record: GateRecord, judgements: Sequence[Judgement], regressions: Sequence[Row]) -> dict[str, str]:
+def reasons(
+    record: GateRecord, judgements: Sequence[Judgement], regressions: Sequence[CriterionEntry]
+) -> dict[str, str]:
     """Why no evidence of this kind will do to pass, each with what is known of it ("": nothing more)."""
     why = {} if record.no_gradients is None else {"no_gradients": record.no_gradients}
     outcomes = [judgement.outcome for judgement in judgements]
@@ -149,32 +155,32 @@ def reasons(record: GateRecord, judgements: Sequence[Judgement], regressions: Se
     elif record.not_finite:
         why["not_finite"] = f"for {record.not_finite} of {count} images as attacks left them"
     pairs = record.pairs
-    if pairs is not None and pairs.images == pairs.of and any(row["outcome"] == "open" for row in regressions):
+    if pairs is not None and pairs.images == pairs.of and any(row.outcome == "open" for row in regressions):
         why["small_baseline"] = f"{pairs.held} of {pairs.of}"
     return why
 
 
-def criterion_row(judgement: Judgement) -> Row:
+def criterion_row(judgement: Judgement) -> CriterionEntry:
     """A claim as the report has it."""
-    criterion = judgement.criterion
-    return {
-        "criterion": str(judgement.claim),
-        "metric": criterion.metric,
-        "eps": criterion.eps or None,
-        "class": judgement.claim.class_name,
-        "threshold": criterion.threshold,
-        "confidence": criterion.confidence,
-        "outcome": judgement.outcome,
-        "decided_after": judgement.decided_after,
-        "k": judgement.share.k,
-        "n": judgement.share.n,
-        "value": judgement.share.value if judgement.share.n else None,
-        "lower": judgement.lower,
-        "upper": judgement.upper,
-    }
+    criterion, share = judgement.criterion, judgement.share
+    return CriterionEntry(
+        criterion=str(judgement.claim),
+        metric=criterion.metric,
+        eps=criterion.eps or None,
+        class_name=judgement.claim.class_name,
+        threshold=criterion.threshold,
+        confidence=criterion.confidence,
+        outcome=judgement.outcome,
+        decided_after=judgement.decided_after,
+        k=share.k,
+        n=share.n,
+        value=share.value if share.n else None,
+        lower=judgement.lower,
+        upper=judgement.upper,
+    )
 
 
-def regression_row(criterion: Criterion, pairs: Pairs, among: int) -> Row:
+def regression_row(criterion: Criterion, pairs: Pairs, among: int) -> CriterionEntry:
     """`no_regression`: missed where chance would break so many more images in less than its share of the runs.
 
     The images are a fixed set, looked at once. Met says that no regression was shown, not that there is none; and it
@@ -184,19 +190,18 @@ def regression_row(criterion: Criterion, pairs: Pairs, among: int) -> Row:
     kept = pairs.images - len(pairs.newly_broken)
     level = (1 - criterion.confidence) / among
     tested = pairs.images == pairs.of and 0.5**pairs.held <= level
-    outcome: Outcome = "missed" if pairs.p <= level else "met" if tested else "open"
-    return {
-        "criterion": str(criterion),
-        "metric": criterion.metric,
-        "eps": None,
-        "class": None,
-        "threshold": None,
-        "confidence": criterion.confidence,
-        "outcome": outcome,
-        "decided_after": pairs.images or None,
-        "k": kept,
-        "n": pairs.images,
-        "value": kept / pairs.images if pairs.images else None,
-        "lower": None,
-        "upper": None,
-    }
+    return CriterionEntry(
+        criterion=str(criterion),
+        metric=criterion.metric,
+        eps=None,
+        class_name=None,
+        threshold=None,
+        confidence=criterion.confidence,
+        outcome="missed" if pairs.p <= level else "met" if tested else "open",
+        decided_after=pairs.images or None,
+        k=kept,
+        n=pairs.images,
+        value=kept / pairs.images if pairs.images else None,
+        lower=None,
+        upper=None,
+    )

@@ -31,6 +31,7 @@ from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgem
 from dfmcl.gating.signing.attestation import sign
 from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.sources import sources_of, transferred
 from dfmcl.gating.subject import Subject
@@ -43,7 +44,7 @@ from dfmcl.robustness.gradients import AttackPass, attack_pass
 from dfmcl.robustness.images import Pictures
 from dfmcl.robustness.memorisation import copies, repeated
 from dfmcl.robustness.models import to_float
-from dfmcl.robustness.provenance import now, provenance
+from dfmcl.robustness.provenance import hardware, now, revision, versions
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import Evaluation, joined
 from dfmcl.robustness.runs import Run
@@ -66,7 +67,7 @@ def gate(
     ranks: Ranks | None = None,
     track: Track = silent,
     watch: Callable[[Progress], None] = unwatched,
-) -> dict[str, Any]:
+) -> Report:
     """Judge `subject` by `policy`, write the evidence to `out`, and return the report.
 
     surrogates: by name, to record how much holds against images crafted on them.
@@ -80,15 +81,16 @@ def gate(
     ranks = ranks or Ranks.alone()
     require_place(out, EVIDENCE)
     case = prepare(subject, policy, surrogates or {}, baseline, signers, track)
-    report: dict[str, Any] = {}
+    report = None
     with State.at(out, case.identity, secret_of(signers), ranks) as state:
         found = attacked(case, state, ranks, track, watch)
         if ranks.first:
             record = examined(case, found, ranks, track)
-            made = {**provenance(), "processes": ranks.world, "seconds": time.perf_counter() - started}
-            report = write(case, record, found.probes, out, made, signers)
+            seconds = time.perf_counter() - started
+            report = write(case, record, found.probes, out, signers, processes=ranks.world, seconds=seconds)
         report = ranks.gather(report)[0]
         state.done()
+    assert report is not None  # the first process has it
     return report
 
 
@@ -131,7 +133,18 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     climbed = climbed_by(case.subject, data.x_test[case.order[:GRADIENT_IMAGES]], ranks)
     sources, remarks = sources_of(case, state, ranks, track)
     threats = policy.threats(case.grid)
-    plan = BlockPlan(climbed, decide, threats, case.suite, case.grid, case.seed, sources, case.whole, remarks=remarks)
+    plan = BlockPlan(
+        climbed,
+        decide,
+        threats,
+        case.suite,
+        case.grid,
+        case.seed,
+        sources,
+        case.whole,
+        remarks=remarks,
+        suites=case.suites,
+    )
     work = Work(plan, data, case.drawn, state, ranks, track)
     standings, blocks = run(work, case.claims, case.order[: case.cap], policy, watch)
     outcomes = joined_outcomes(blocks)
@@ -140,7 +153,7 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     if case.earlier is not None:
         missed = any(standing_judgement(standing, policy).outcome == "missed" for standing in standings)
         pairs = compared(work, case.earlier, index, outcomes, policy, skip=missed)
-    main = outcomes[plan.place(policy.parsed_threat)]
+    main = outcomes[policy.place(case.grid)]
     return Findings(index, *case.test(index), sources, outcomes, main, pairs)
 
 
@@ -152,7 +165,6 @@ def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> GateRec
         recorded = [joined(pair) for pair in zip(transfer, transferred(case, more, track), strict=True)]
     return GateRecord(
         policy=case.policy,
-        policy_sha256=case.policy.digest,
         data_sha256=case.data.sha256,
         model_sha256=case.subject.digest,
         grid=case.grid,
@@ -162,7 +174,7 @@ def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> GateRec
         labels=found.labels,
         evaluations=[outcome.evaluation for outcome in found.outcomes],
         transfer=recorded,
-        checks=[result.to_json() for result in checked(case, found, transfer, ranks, track)],
+        checks=[CheckEntry.from_json(result.to_json()) for result in checked(case, found, transfer, ranks, track)],
         pairs=found.pairs,
         no_gradients=case.no_gradients,
         not_finite=wild(found.probes),
@@ -203,31 +215,37 @@ def write(
     record: GateRecord,
     arrays: Mapping[str, NDArray[Any]],
     out: Path,
-    made: Mapping[str, Any],
     signers: Sequence[Signer],
-) -> dict[str, Any]:
+    *,
+    processes: int,
+    seconds: float,
+) -> Report:
     """Write the evidence, whole or not at all, and return the report.
 
     record: all that the verdict follows from.
     arrays: the probes.
-    made: code, versions, hardware and time.
     signers: each signs.
+    processes: that shared its blocks; seconds: that they took.
     """
     subject, data = case.subject, case.data
     with whole_directory(out, names=EVIDENCE) as staged:
         (staged / PROBES).write_bytes(as_npz(arrays))
         report = build_report(
             record,
-            subject=subject_entry(subject),
-            run={key: value for key, value in subject.run.items() if key == "checkpoint_sha256"},
-            data={**data.describe(), "part": "test", "images": len(data.x_test), "classes": list(data.classes)},
+            candidate=candidate_entry(subject),
+            run=RunEntry(checkpoint_sha256=subject.run.get("checkpoint_sha256")),
+            data=data_entry(data),
             files={PROBES: sha256_of(staged / PROBES)},
-            provenance=made,
+            code=CodeEntry(revision=revision()),
+            versions=versions(),
+            hardware=hardware(),
+            processes=processes,
+            seconds=seconds,
             created=now(),
         )
         write_formats(report, arrays, staged)
         (staged / POLICY).write_text(case.policy.to_toml(), encoding="utf-8")
-        (staged / REPORT).write_text(dump_json(report), encoding="utf-8")
+        (staged / REPORT).write_text(dump_json(report.to_json()), encoding="utf-8")
         if signers:
             signed = sign(report, sha256_of(staged / REPORT), signers, expires_days=case.policy.valid_days)
             (staged / ATTESTATION).write_text(signed, encoding="utf-8")
@@ -280,17 +298,23 @@ def climbed_by(subject: Subject, images: Bytes, ranks: Ranks) -> AttackPass | No
     return attack_pass(model, to_float(torch.from_numpy(images)).to(ranks.device))
 
 
-def subject_entry(subject: Subject) -> dict[str, Any]:
+def candidate_entry(subject: Subject) -> CandidateEntry:
     """What was judged, without the paths of this machine."""
     name = subject.name if subject.kind in ("module", "endpoint") else Path(subject.name).name
-    return {
-        "kind": subject.kind,
-        "name": name,
-        "model_sha256": subject.digest,
-        "files": dict(subject.files),
-        "input": subject.contract.to_json(),
-        **({"output": subject.output} if subject.output else {}),
-    }
+    return CandidateEntry(
+        kind=subject.kind,
+        name=name,
+        model_sha256=subject.digest,
+        files=dict(subject.files),
+        input=InputEntry.from_json(subject.contract.to_json()),
+        output=subject.output or None,
+    )
+
+
+def data_entry(data: Dataset) -> DataEntry:
+    """The data set whose test part was attacked."""
+    about = {"part": "test", "images": len(data.x_test), "classes": list(data.classes)}
+    return DataEntry.from_json({**data.describe(), **about})
 
 
 if __name__ == "__main__":  # `torchrun -m -- dfmcl.gating.gate SUBJECT ...`, also where nothing is installed

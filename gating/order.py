@@ -8,14 +8,14 @@ order for a file, and nobody else can tell which. The attacks and checks of that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 from securesystemslib.signer import Signature
 
+from dfmcl.common.entry import Digest, Entry, text
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.signer import PublicKey, Signer, made_by, only_signature
 from dfmcl.robustness.statistics import Flags
@@ -38,24 +38,20 @@ class Matter:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Draw(Entry):
     """A gate's word for its order. keyid: of the key, as trust files know it; signature: hex, over the matter."""
 
-    keyid: str
-    signature: str
+    keyid: Digest
+    signature: Annotated[str, text("^[0-9a-f]{128}$")]
+
+    def __post_init__(self) -> None:
+        hex_of(self.keyid, 32)
+        hex_of(self.signature, 64)
 
     @staticmethod
     def by(signer: Signer, matter: Matter) -> Draw:
         """The one draw of this key; BadInput where it could make many, because its holder might choose."""
         return Draw(signer.public_key.keyid, only_signature(signer, matter.text))
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Draw:
-        """KeyError or BadInput where it is none."""
-        return Draw(hex_of(value["keyid"], 32), hex_of(value["signature"], 64))
-
-    def to_json(self) -> dict[str, str]:
-        return asdict(self)
 
     def is_by(self, key: PublicKey, matter: Matter) -> bool:
         """Whether `key` made it, over just this."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from dfmcl.gating.signing.report import BaselineEntry, PairFlags
 from dfmcl.robustness.records import bits, from_bits
 from dfmcl.robustness.statistics import PairedCounts
 
@@ -38,10 +37,10 @@ class Pairs:
         return sum(self.before)
 
     @property
-    def newly_broken(self) -> list[int]:
+    def newly_broken(self) -> tuple[int, ...]:
         """The images that the baseline held and the candidate does not."""
         triples = zip(self.index, self.before, self.after, strict=True)
-        return [index for index, before, after in triples if before and not after]
+        return tuple(index for index, before, after in triples if before and not after)
 
     @cached_property
     def counts(self) -> PairedCounts:
@@ -54,26 +53,25 @@ class Pairs:
         """How likely chance alone breaks at least so many of the images on which the two differ. McNemar 1947."""
         return self.counts.p_more_lost
 
-    def to_json(self) -> dict[str, Any]:
-        """The report's `baseline` entry: paired counts, the exact one-sided p, and the flags behind them."""
-        return {
-            "report_sha256": self.report_sha256,
-            "model_sha256": self.model_sha256,
-            "images": self.images,
-            "of": self.of,
-            "held": self.held,
-            "only_baseline": self.counts.only_first,
-            "only_candidate": self.counts.only_second,
-            "p": self.p,
-            "newly_broken": self.newly_broken,
-            "per_image": {"index": list(self.index), "before": bits(self.before), "after": bits(self.after)},
-        }
+    @property
+    def entry(self) -> BaselineEntry:
+        """As the report has it: paired counts, the exact one-sided p, and the flags behind them."""
+        return BaselineEntry(
+            report_sha256=self.report_sha256,
+            model_sha256=self.model_sha256,
+            images=self.images,
+            of=self.of,
+            held=self.held,
+            only_baseline=self.counts.only_first,
+            only_candidate=self.counts.only_second,
+            p=self.p,
+            newly_broken=self.newly_broken,
+            per_image=PairFlags(index=self.index, before=bits(self.before), after=bits(self.after)),
+        )
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Pairs:
-        """KeyError or TypeError where it is no such entry."""
-        each = value["per_image"]
-        before, after = from_bits(each["before"]), from_bits(each["after"])
-        return Pairs(
-            str(value["report_sha256"]), str(value["model_sha256"]), value["of"], tuple(each["index"]), before, after
-        )
+    def of_entry(entry: BaselineEntry) -> Pairs:
+        """What the figures of an entry follow from."""
+        each = entry.per_image
+        before, after = from_bits(each.before), from_bits(each.after)
+        return Pairs(entry.report_sha256, entry.model_sha256, entry.of, each.index, before, after)

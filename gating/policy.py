@@ -15,11 +15,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, read_toml, validated
 from dfmcl.gating.signing.statement import VALID_DAYS
-from dfmcl.robustness.attacks.suites import SUITES
+from dfmcl.robustness.attacks.suites import BY_KIND, SUITES
 from dfmcl.robustness.sources import DataSource
 from dfmcl.robustness.threats.ball import RADIUS, Ball
 from dfmcl.robustness.threats.radius import Norm
-from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.registry import parse_threat, threat_of
+from dfmcl.robustness.threats.threat import Threat
 
 METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
 NO_REGRESSION = "no_regression"
@@ -87,6 +88,16 @@ class Criterion:
         return self.metric.startswith("class_")
 
 
+def threat_in(text: str, norm: str) -> Threat:
+    """The threat that a criterion names: a radius in the policy's norm, or a spelling such as `patch:5x5`."""
+    return threat_of(norm, text) if is_radius(text) else parse_threat(text)
+
+
+def is_radius(text: str) -> bool:
+    """Whether a criterion's threat is written as a number, in the policy's norm."""
+    return text[:1].isdigit() or text[:1] in ("+", "-", ".")
+
+
 class ThreatSection(Section):
     """The ball the attacker may use; on uint8 images eps is rounded down to the grid."""
 
@@ -131,6 +142,7 @@ class AttackSection(Section):
     where those are more. substitute: answers of the model that the gate trains a substitute on (0: it trains none).
     block: images that are attacked together.
     whole: of suite "standard": the chance of an image to meet all of it, where all meet "fast"; "drawn": DRAWN. 1: all.
+    l1, patch, spatial, corruption: in place of the suite, where a criterion names such a threat.
     """
 
     suite: str | list[str]
@@ -140,6 +152,14 @@ class AttackSection(Section):
     substitute: int = Field(1200, ge=0)
     block: int = Field(32, ge=1)
     whole: Literal["drawn"] | Annotated[float, Field(gt=0, le=1)] = 1.0
+    l1: list[str] = Field(default=list(BY_KIND["l1"]), min_length=1)
+    patch: list[str] = Field(default=list(BY_KIND["patch"]), min_length=1)
+    spatial: list[str] = Field(default=list(BY_KIND["spatial"]), min_length=1)
+    corruption: list[str] = Field(default=list(BY_KIND["corruption"]), min_length=1)
+
+    def by_kind(self, kind: str) -> list[str] | None:
+        """The attacks in threats of a kind; None where it is the suite's."""
+        return list(getattr(self, kind)) if kind in BY_KIND else None
 
     @property
     def chance(self) -> float:
@@ -192,12 +212,16 @@ class Policy(Section):
         return sentences
 
     @model_validator(mode="after")
-    def _radii_fit_the_norm(self) -> Self:
+    def _threats_are_known(self) -> Self:
         for criterion in self.parsed_criteria:
             if criterion.eps:
                 try:
-                    checked_radius(criterion.eps, self.threat.norm)
-                except ValueError as error:
+                    if is_radius(criterion.eps):
+                        checked_radius(criterion.eps, self.threat.norm)
+                    for part in self.threat_of(criterion).parts:
+                        if isinstance(part, Ball):
+                            checked_radius(part.label, part.kind)
+                except (BadInput, ValueError) as error:
                     raise ValueError(f"criterion {str(criterion)!r}: {error}") from None
         return self
 
@@ -210,7 +234,7 @@ class Policy(Section):
         if any(criterion.metric == NO_REGRESSION for criterion in self.parsed_criteria):
             raise ValueError(f"attacks.whole: {NO_REGRESSION} compares image by image; use two policies")
         if len(self.threats(grid=True)) > 1:
-            raise ValueError("attacks.whole: a drawn part is of one radius; use a policy for each")
+            raise ValueError("attacks.whole: a drawn part is of one threat; use a policy for each")
         return self
 
     @model_validator(mode="after")
@@ -230,27 +254,36 @@ class Policy(Section):
     def parsed_threat(self) -> Ball:
         return threat_of(self.threat.norm, self.threat.eps)
 
-    def threat_of(self, criterion: Criterion) -> Ball:
-        """The ball a criterion is about."""
-        return threat_of(self.threat.norm, criterion.eps or self.threat.eps)
+    def threat_of(self, criterion: Criterion) -> Threat:
+        """The threat a criterion is about, which may be a union."""
+        return threat_in(criterion.eps or self.threat.eps, self.threat.norm)
 
-    def threats(self, grid: bool) -> tuple[Ball, ...]:
-        """All balls that criteria name and the policy's own, smallest first: what falls in one falls in the next.
+    def threats(self, grid: bool) -> tuple[Threat, ...]:
+        """All threats that are attacked one by one: the policy's own and those of criteria, of unions their parts.
 
+        Balls of the policy's norm come first, smallest first, because an image that falls in one falls in the next.
         grid: as bytes, where two radii may be the same one; in floats they are not.
         """
-        named = [self.parsed_threat, *(self.threat_of(criterion) for criterion in self.parsed_criteria)]
-        distinct = {radius(threat, grid): threat for threat in reversed(named)}
-        return tuple(sorted(distinct.values(), key=lambda threat: threat.eps))
+        named = [self.parsed_threat, *(part for one in self.parsed_criteria for part in self.threat_of(one).parts)]
+        own = [threat for threat in named if isinstance(threat, Ball) and threat.kind == self.threat.norm]
+        distinct = {radius(ball, grid): ball for ball in reversed(own)}
+        others = dict.fromkeys(
+            threat.on_grid() if grid else threat for threat in named if threat.kind != self.threat.norm
+        )
+        return (*sorted(distinct.values(), key=lambda ball: ball.eps), *others)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the policy's canonical JSON: comments and layout of the file do not count."""
-        return digest_of(self.model_dump())
+        return digest_of(self.as_written())
+
+    def as_written(self) -> dict[str, Any]:
+        """The policy as its report and its digest have it: every default written out."""
+        return self.model_dump()
 
     def to_toml(self) -> str:
         """The policy as a file, every default written out; what reads it has the same digest."""
-        whole = self.model_dump()
+        whole = self.as_written()
         tables = {name: value for name, value in whole.items() if isinstance(value, dict)}
         lines = [f"{name} = {_toml(value)}" for name, value in whole.items() if name not in tables]
         for name, table in tables.items():
@@ -262,9 +295,14 @@ class Policy(Section):
         """The policy that a report holds; ValueError where it is none. Keys that it lacks have their defaults."""
         return Policy.model_validate_json(json.dumps(text))
 
-    def place(self, threat: Ball, grid: bool) -> int:
-        """Which of `threats(grid)` a ball is."""
-        return [radius(one, grid) for one in self.threats(grid)].index(radius(threat, grid))
+    def places(self, threat: Threat, grid: bool) -> tuple[int, ...]:
+        """Which of `threats(grid)` a threat is, or the parts of a union."""
+        known = [_met(one, grid) for one in self.threats(grid)]
+        return tuple(known.index(_met(part, grid)) for part in threat.parts)
+
+    def place(self, grid: bool) -> int:
+        """Which of `threats(grid)` is the policy's own."""
+        return self.places(self.parsed_threat, grid)[0]
 
 
 def _toml(value: str | int | list[str]) -> str:
@@ -275,6 +313,10 @@ def _toml(value: str | int | list[str]) -> str:
 def digest_of(text: Mapping[str, Any]) -> str:
     """SHA-256 of a policy as canonical JSON."""
     return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+
+
+def _met(threat: Threat, grid: bool) -> Threat:
+    return threat.on_grid() if grid else threat
 
 
 def radius(threat: Ball, grid: bool) -> float:

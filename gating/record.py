@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from dfmcl.gating.order import Draw, Matter, drawn_of, hex_of, order_of
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy, digest_of
+from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy
+from dfmcl.gating.signing.report import CheckEntry, Report
 from dfmcl.gating.verdict import Claim, claims_about
 from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.records import Evaluation
@@ -26,11 +27,11 @@ MOST_IMAGES = 10**7  # of a data set; drawing the order of more would take the r
 class GateRecord:
     """What a gate saw of one model: all that its verdict follows from.
 
-    policy_sha256, data_sha256, model_sha256: as digests they fix the order.
+    policy, data_sha256, model_sha256: by their digests they fix the order.
     grid: whether adversarial images count as uint8.
     population: images of the data set; class_images: of each class, None in reports that do not say.
     labels: `(N,)` of the images attacked, in the order.
-    evaluations: one for each of the policy's threats, smallest first; transfer: upper bounds, for the record.
+    evaluations: one for each of the policy's threats, in its order; transfer: upper bounds, for the record.
     pairs: baseline and candidate on the baseline's images, where there is a baseline.
     no_gradients: why only black-box attacks could run; None where gradients were there.
     not_finite: images whose logits are not finite as attacks left them.
@@ -38,7 +39,6 @@ class GateRecord:
     """
 
     policy: Policy
-    policy_sha256: str
     data_sha256: str
     model_sha256: str
     grid: bool
@@ -48,7 +48,7 @@ class GateRecord:
     labels: NDArray[np.int64]
     evaluations: Sequence[Evaluation]
     transfer: Sequence[Evaluation]
-    checks: Sequence[Mapping[str, Any]]
+    checks: Sequence[CheckEntry]
     pairs: Pairs | None = None
     no_gradients: str | None = None
     not_finite: int = 0
@@ -69,7 +69,7 @@ class GateRecord:
     @property
     def matter(self) -> Matter:
         """What the order is of."""
-        return Matter(self.model_sha256, self.data_sha256, self.policy_sha256, self.population)
+        return Matter(self.model_sha256, self.data_sha256, self.policy.digest, self.population)
 
     @property
     def order(self) -> NDArray[np.int64]:
@@ -84,7 +84,7 @@ class GateRecord:
     @property
     def place(self) -> int:
         """Which of the evaluations is at the policy's own radius."""
-        return self.policy.place(self.policy.parsed_threat, self.grid)
+        return self.policy.place(self.grid)
 
     @property
     def main(self) -> Evaluation:
@@ -105,12 +105,12 @@ class GateRecord:
         """How many claims share the chance of failing a good model."""
         return len(self.claims) + len(self.regressions)
 
-    @cached_property
-    def seen(self) -> list[tuple[Fates, Fates]]:
-        """For each evaluation: the images right as they came, and in the worst case over all attacks there."""
-        return [
-            (Fates.of(np.array(one.correct, bool)), Fates.by(one, self.drawn, self.whole)) for one in self.evaluations
-        ]
+    def seen(self, claim: Claim) -> Fates:
+        """Of all images: right as they came, or in the worst case over all attacks of the claim's threats."""
+        if not claim.criterion.robust:
+            return Fates.of(np.array(self.main.correct, bool))
+        places = self.policy.places(self.policy.threat_of(claim.criterion), self.grid)
+        return Fates.worst([self.evaluations[place] for place in places], self.drawn, self.whole)
 
     @property
     def ends(self) -> list[int]:
@@ -119,34 +119,30 @@ class GateRecord:
         return [*range(size, count, size), count]
 
 
-def recorded(report: Mapping[str, Any], probes: Probes | None = None) -> GateRecord:
+def recorded(report: Report, probes: Probes | None = None) -> GateRecord:
     """The record in a report. KeyError, TypeError or ValueError where it is none of the gate's."""
-    text = {key: value for key, value in report["policy"].items() if key != "sha256"}
-    policy, candidate, data, why = Policy.of_text(text), report["candidate"], report["data"], report.get("why", {})
-    evaluations = [Evaluation.from_json(value) for value in report["radii"]]
-    main = Evaluation.from_json(report["evaluation"])
-    grid = candidate["input"]["dtype"] == "uint8"
-    evaluations.insert(policy.place(policy.parsed_threat, grid), main)
-    blind, draw = main.about.get("kind") == "black-box", report["statistics"].get("draw")
+    policy, data, why, labels = report.policy, report.data, report.why or {}, report.per_image.label
+    evaluations = [Evaluation.from_json(one.to_json()) for one in report.radii]
+    main = Evaluation.from_json(report.evaluation.to_json())
+    grid = report.candidate.input.dtype == "uint8"
+    evaluations.insert(policy.place(grid), main)
+    blind = main.about.get("kind") == "black-box"
     return GateRecord(
         policy=policy,
-        policy_sha256=digest_of(text),
-        data_sha256=hex_of(data["sha256"], 32),
-        model_sha256=hex_of(candidate["model_sha256"], 32),
+        data_sha256=hex_of(data.sha256, 32),
+        model_sha256=hex_of(report.candidate.model_sha256, 32),
         grid=grid,
-        population=count_of(data["images"], MOST_IMAGES),
-        classes=[str(name) for name in data["classes"]],
-        class_images=report["statistics"].get("class_images"),
-        labels=np.array(
-            [count_of(label, len(data["classes"]) - 1) for label in report["per_image"]["label"]], np.int64
-        ),
+        population=count_of(data.images, MOST_IMAGES),
+        classes=data.classes,
+        class_images=report.statistics.class_images,
+        labels=np.array([count_of(label, len(data.classes) - 1) for label in labels], np.int64),
         evaluations=evaluations,
-        transfer=[Evaluation.from_json(value) for value in report["transfer"]],
-        checks=report["checks"],
-        pairs=None if report["baseline"] is None else Pairs.from_json(report["baseline"]),
-        no_gradients=str(why.get("no_gradients", "")) if blind else None,
-        not_finite=_not_finite(why, len(report["per_image"]["label"])) if probes is None else wild(probes),
-        draw=None if draw is None else Draw.from_json(draw),
+        transfer=[Evaluation.from_json(one.to_json()) for one in report.transfer],
+        checks=report.checks,
+        pairs=None if report.baseline is None else Pairs.of_entry(report.baseline),
+        no_gradients=why.get("no_gradients", "") if blind else None,
+        not_finite=_not_finite(why, len(labels)) if probes is None else wild(probes),
+        draw=report.statistics.draw,
     )
 
 
@@ -155,14 +151,14 @@ def wild(probes: Probes) -> int:
     return int((~np.isfinite(probes["adversarial_logits"])).any(axis=1).sum())
 
 
-def _not_finite(why: Mapping[str, Any], count: int) -> int:
+def _not_finite(why: Mapping[str, str], count: int) -> int:
     """The same as a report says it: all that is known without the logits."""
-    said = str(why.get("not_finite", "")).split(" ")
+    said = why.get("not_finite", "").split(" ")
     return int(said[1]) if said[2:] == f"of {count} images as attacks left them".split(" ") else 0
 
 
-def count_of(value: Any, most: int) -> int:
+def count_of(value: int, most: int) -> int:
     """A whole number from 0 to `most`; ValueError for others."""
-    if type(value) is not int or not 0 <= value <= most:
+    if not 0 <= value <= most:
         raise ValueError(f"{value!r} is no count up to {most:,}")
     return value

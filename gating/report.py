@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from dfmcl.gating.derivation import derived
 from dfmcl.gating.record import GateRecord
 from dfmcl.gating.signing.evidence import REPORT, REPORT_FORMAT
+from dfmcl.gating.signing.report import CandidateEntry, CodeEntry, DataEntry, Report, RunEntry
 
 __all__ = ["REPORT", "build_report"]
 
@@ -15,30 +15,37 @@ __all__ = ["REPORT", "build_report"]
 def build_report(
     record: GateRecord,
     *,
-    subject: Mapping[str, Any],
-    run: Mapping[str, Any],
-    data: Mapping[str, Any],
+    candidate: CandidateEntry,
+    run: RunEntry,
+    data: DataEntry,
     files: Mapping[str, str],
-    provenance: Mapping[str, Any],
+    code: CodeEntry,
+    versions: Mapping[str, str],
+    hardware: Mapping[str, str | int | None],
+    processes: int,
+    seconds: float,
     created: str,
-) -> dict[str, Any]:
+) -> Report:
     """report.json: what follows from the record, the verdict in it, and what the record is about.
 
-    subject: what was judged; run: that it was exported from, {} for none.
+    candidate: what was judged; run: that it was exported from.
     data: the data set, with the names of its classes.
     files: SHA-256 of the other evidence, by name.
-    provenance: code, versions, hardware, time; created: UTC, ISO 8601.
+    code, versions, hardware: where the gate ran, in how many processes and seconds.
+    created: UTC, ISO 8601.
     """
-    found = derived(record)
-    return {
-        "format": REPORT_FORMAT,
-        "created": created,
-        **found,
-        "checks": [dict(check) for check in record.checks],
-        "files": dict(files),
-        "policy": {**record.policy.model_dump(), **found["policy"]},
-        "candidate": dict(subject),
-        "run": dict(run),
-        "data": dict(data),
-        **provenance,
-    }
+    return Report(
+        **vars(derived(record)),
+        format=REPORT_FORMAT,
+        created=created,
+        checks=tuple(record.checks),
+        files=files,
+        candidate=candidate,
+        run=run,
+        data=data,
+        code=code,
+        versions=versions,
+        hardware=hardware,
+        processes=processes,
+        seconds=seconds,
+    )

@@ -78,7 +78,7 @@ def run(
     labels = work.data.y_test
     among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
     standings = [Standing.begin(claim, among) for claim in found]
-    places = {claim.criterion: work.plan.place(policy.threat_of(claim.criterion)) for claim in found}
+    places = {claim.criterion: policy.places(policy.threat_of(claim.criterion), work.plan.grid) for claim in found}
     blocks: list[Block] = []
     seen, begun = 0, time.perf_counter()
     watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
@@ -90,7 +90,7 @@ def run(
                 standing.after(
                     seen_of(
                         standing.claim,
-                        block.outcomes[places[standing.claim.criterion]],
+                        [block.outcomes[place] for place in places[standing.claim.criterion]],
                         labels[index],
                         work.drawn[index],
                         len(work.plan.whole),
@@ -125,13 +125,14 @@ def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
     return one_look(standing.claim, standing.seen, standing.among)
 
 
-def seen_of(claim: Claim, found: Outcome, labels: Labels, drawn: Flags, whole: int) -> Fates:
-    """What the outcome of images, with their labels and draws `(N,)`, says about a claim: of its own class, or of all.
+def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags, whole: int) -> Fates:
+    """What images, with their labels and draws `(N,)`, say about a claim: of its own class, or of all.
 
+    found: an outcome for each threat of the claim, of which the worst counts image by image.
     whole: how many of the attacks, the last ones, only the drawn images met.
     """
-    record = found.evaluation
-    seen = Fates.by(record, drawn, whole) if claim.criterion.robust else Fates.of(np.array(record.correct))
+    records = [outcome.evaluation for outcome in found]
+    seen = Fates.worst(records, drawn, whole) if claim.criterion.robust else Fates.of(np.array(records[0].correct))
     return seen if claim.class_index is None else seen[labels == claim.class_index]
 
 
@@ -161,7 +162,7 @@ def compared(
     skip: bool,
 ) -> Pairs:
     """The candidate on the baseline's images; those not attacked yet are attacked now, unless it failed already."""
-    eps = work.plan.place(policy.parsed_threat)
+    eps = policy.place(work.plan.grid)
     held = dict(zip(index.tolist(), outcomes[eps].evaluation.robust_images, strict=True))
     rest = np.array([i for i in earlier.index if i not in held], dtype=np.int64)
     if not skip and len(rest):

@@ -16,8 +16,10 @@ from dfmcl.gating.derivation import derived
 from dfmcl.gating.record import GateRecord, Probes, count_of, recorded
 from dfmcl.gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
 from dfmcl.gating.signing.faults import refusal
+from dfmcl.gating.signing.report import Report
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
+from dfmcl.robustness.threats.ball import Ball
 
 # Special functions of another scipy differ in the last digits; another outcome takes far larger changes.
 RELATIVE, ABSOLUTE = 1e-9, 1e-12
@@ -29,7 +31,7 @@ BALL_FREE = "cw-l2"  # this attack looks beyond the ball
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, BadInput)
 
 
-def require_derived(report: Mapping[str, Any], path: Path, probes: Probes | None = None) -> None:
+def require_derived(report: Report, path: Path, probes: Probes | None = None) -> None:
     """Refuse a report, read from `path`, that differs anywhere from what follows from its own record.
 
     probes: labels and logits of the images attacked; None where they are not at hand.
@@ -41,19 +43,20 @@ def require_derived(report: Mapping[str, Any], path: Path, probes: Probes | None
     except MALFORMED as error:
         lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise refusal("malformed", f"{path}: not a gate's report ({' '.join(lacks.split())[:200]})") from None
-    _require(path, "per_image.label: entries", len(record.labels), again["statistics"]["attacked"])
-    there = {"why": {}, **report, "policy": {"sha256": report["policy"]["sha256"]}}
-    for key, value in again.items():
-        if (found := difference(there.get(key), value, key)) is not None:
+    _require(path, "per_image.label: entries", len(record.labels), again.statistics.attacked)
+    there = {"why": {}, **report.to_json()}
+    for key, value in again.to_json().items():
+        if (found := difference(there[key], value, key)) is not None:
             raise contradiction(path, *found)
 
 
-def _require_sound(report: Mapping[str, Any], record: GateRecord, path: Path, probes: Probes | None) -> None:
+def _require_sound(report: Report, record: GateRecord, path: Path, probes: Probes | None) -> None:
     """What the record's parts say of each other, before anything is derived from them."""
     count, main = len(record.labels), record.main
     expected = [threat.on_grid() if record.grid else threat for threat in record.policy.threats(record.grid)]
+    own = record.policy.threat.norm
     _require_subject(report, record, path)
-    _require_checks(report, record, path)
+    _require_checks(record, path)
     sizes = record.class_images
     if sizes is not None:
         found = np.bincount(record.labels, minlength=len(record.classes)).tolist()
@@ -61,18 +64,19 @@ def _require_sound(report: Mapping[str, Any], record: GateRecord, path: Path, pr
         _require(path, "statistics.class_images", list(sizes), least)
         _require(path, "data.images", record.population, sum(sizes))
     _require(path, "radii", [str(one.threat) for one in record.evaluations], [str(threat) for threat in expected])
-    attacks, left = _attacks(report, record), main.correct
+    left = main.correct
     for one, threat in zip(record.evaluations, expected, strict=True):
         where = f"evaluation at {threat}"
-        _require(path, f"{where}: threat", vars(one.threat), vars(threat))
-        _require(path, f"{where}: grid", one.grid, record.grid)
+        attacks = _attacks(report, threat.kind, record.no_gradients is not None)
+        _require(path, f"{where}: threat", one.threat.to_json(), threat.to_json())
+        _require(path, f"{where}: grid", one.grid, record.grid or not isinstance(threat, Ball))
         _require(path, f"{where}: correct", one.correct, main.correct)
         _require(path, f"{where}: images", len(one.correct), count)
         _require(path, f"{where}: not_finite", one.not_finite, main.not_finite)
         _require(path, f"{where}: kind", one.about.get("kind"), main.about.get("kind"))
         _require(path, f"{where}: attacks", ", ".join(attack.name for attack in one.attacks), ", ".join(attacks))
         _require_measured(one)
-        left = _require_left(path, where, one, left, record)
+        left = _require_left(path, where, one, left if threat.kind == own else main.correct, record)
     for one in record.transfer:
         _require_measured(one)
     _require_pairs(path, record)
@@ -80,44 +84,43 @@ def _require_sound(report: Mapping[str, Any], record: GateRecord, path: Path, pr
         _require_answers(path, record, probes)
 
 
-def _require_subject(report: Mapping[str, Any], record: GateRecord, path: Path) -> None:
+def _require_subject(report: Report, record: GateRecord, path: Path) -> None:
     """The kind is one that the policy judges, has the files of that kind, and gives gradients or not."""
-    candidate, about = report["candidate"], record.main.about.get("kind")
-    kind, files = candidate["kind"], candidate["files"]
+    about, kind, files = record.main.about.get("kind"), report.candidate.kind, report.candidate.files
     _require(path, "candidate.kind: judged by the policy", kind in record.policy.subjects, True)
     _require(path, "candidate.kind: of files", kind == "candidate", bool(files))
     _require(path, "candidate.model_sha256", record.model_sha256, files.get("model.onnx", record.model_sha256))
-    if datetime.fromisoformat(report["created"]).tzinfo is None:
+    if datetime.fromisoformat(report.created).tzinfo is None:
         raise ValueError("created names no time zone")
-    _require(path, "data.part", report["data"]["part"], "test")
-    _require(path, "data.name", report["data"]["name"], record.policy.data.name)
+    _require(path, "data.part", report.data.part, "test")
+    _require(path, "data.name", report.data.name, record.policy.data.name)
     _require(path, "evaluation.about: a known kind", about in KINDS, True)
     if kind == "endpoint":
         _require(path, "evaluation.about.kind", about, "black-box")
 
 
-def _require_checks(report: Mapping[str, Any], record: GateRecord, path: Path) -> None:
+def _require_checks(record: GateRecord, path: Path) -> None:
     """Each check stands there once, and each that could run did."""
     checks = record.checks
-    _require(path, "checks: outcomes", sorted({check["outcome"] for check in checks} - OUTCOMES), [])
-    names = [check["check"] for check in checks]
-    _require(path, "checks: absent", absent_checks(names, early=is_early(report["policy"])), [])
+    _require(path, "checks: outcomes", sorted({check.outcome for check in checks} - OUTCOMES), [])
+    names = [check.check for check in checks]
+    _require(path, "checks: absent", absent_checks(names, early=is_early(record.policy)), [])
     outside = sum(one.outside for one in record.main.attacks if not one.name.startswith(BALL_FREE))
-    said = {check["check"]: check["outcome"] for check in checks}["outside_ball"]
+    said = {check.check: check.outcome for check in checks}["outside_ball"]
     _require(path, "checks: outside_ball", said, "raised" if outside else "clear")
     if record.no_gradients is None and any(record.main.correct[: record.policy.checks.images]):
-        idle = [check["check"] for check in checks if check["outcome"] == "not_run" and check["check"] not in SELDOM]
+        idle = [check.check for check in checks if check.outcome == "not_run" and check.check not in SELDOM]
         _require(path, "checks: not run", idle, [])
 
 
-def _attacks(report: Mapping[str, Any], record: GateRecord) -> list[str]:
-    surrogates = [str(one.about["surrogate"]) for one in record.transfer]
-    sources = sources_of(report["policy"], report["candidate"]["kind"], surrogates)
-    return attacks_of(report["policy"], blind=record.no_gradients is not None, sources=sources)
+def _attacks(report: Report, kind: str, blind: bool) -> list[str]:
+    surrogates = [one.about.surrogate for one in report.transfer]
+    sources = sources_of(report.policy, report.candidate.kind, surrogates)
+    return attacks_of(report.policy, kind, blind=blind, sources=sources)
 
 
 def _require_measured(one: Evaluation) -> None:
-    """What is only measured is of the type that it is shown as; ValueError otherwise."""
+    """What is only measured is a possible count, or a time; ValueError otherwise."""
     for attack in one.attacks:
         counts = (attack.outside, attack.unconfirmed or 0, *attack.forward, *attack.backward)
         for value in counts:
@@ -125,7 +128,7 @@ def _require_measured(one: Evaluation) -> None:
         if {len(attack.forward), len(attack.backward)} - {0, len(one.correct)}:
             raise ValueError(f"{attack.name}: passes of other images than attacked")
     for seconds in (one.seconds, *(attack.seconds for attack in one.attacks)):
-        if type(seconds) not in (int, float) or not 0 <= seconds <= MOST_PASSES:
+        if not 0 <= seconds <= MOST_PASSES:
             raise ValueError(f"{str(seconds)[:20]!r} is no time")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -172,15 +172,16 @@ def one_look(claim: Claim, seen: Fates, among: int) -> Judgement:
     return Judgement(claim, share, lower, upper, outcome, None if outcome == "open" else share.n)
 
 
-def decide(outcomes: Sequence[Outcome], findings: Sequence[Mapping[str, str]], reasons: Sequence[str] = ()) -> str:
+def decide(outcomes: Sequence[str], raised: Sequence[str], reasons: Sequence[str] = ()) -> str:
     """The verdict: failed before suspect before inconclusive before passed.
 
+    outcomes: of claims and other criteria; raised: the names of checks that were.
     Failed where any claim is certainly missed: an adversarial image that was found is a fact, however suspect the rest;
     and where the model answers an image with no finite numbers, which nobody can serve.
     Suspect where any check was raised. Inconclusive where a claim is open, or for a reason why no evidence would do.
     """
     if "missed" in outcomes or "not_finite" in reasons:
         return "failed"
-    if findings:
+    if raised:
         return "suspect"
     return "inconclusive" if "open" in outcomes or reasons else "passed"

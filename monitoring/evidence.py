@@ -10,15 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust, read_attestation, verify
+from dfmcl.gating.signing.evaluation import ShareEntry
 from dfmcl.gating.signing.evidence import PROBES, read_evidence
 from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.report import CriterionEntry
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.statistics import Share
 
@@ -157,37 +158,31 @@ def read_report(evidence: Path) -> Attested:
 
     All that follows from its own record is derived again, and its files must be the named ones.
     """
-    path = evidence / REPORT
     try:
         report, _ = read_evidence(evidence)
     except (NotAttested, BadEvidence) as error:
         raise BadInput(str(error)) from None
-    try:
-        evaluation = report["evaluation"]
-        norm, epsilon = str(evaluation["threat"]["norm"]), str(evaluation["threat"]["label"])
-        attested = Attested(
-            state=str(report["verdict"]),
-            model_sha256=str(report["candidate"]["model_sha256"]),
-            policy_sha256=str(report["policy"]["sha256"]),
-            checkpoint_sha256=str(report["run"].get("checkpoint_sha256", "")),
-            norm=norm,
-            epsilon=epsilon,
-            clean=max((_share(one["clean"]) for one in (evaluation, *report["transfer"])), key=lambda share: share.n),
-            robust=_share(evaluation["robust"]),
-            clean_threshold=_strictest(report["criteria"], "clean_accuracy", epsilon),
-            robust_threshold=_strictest(report["criteria"], "robust_accuracy", epsilon),
-            evaluated=datetime.fromisoformat(report["created"]).timestamp(),
-            transfer={
-                (str(one["about"]["surrogate_sha256"]), str(attack["name"])): _share(attack["accuracy"])
-                for one in report["transfer"]
-                if (one["threat"]["norm"], one["threat"]["label"]) == (norm, epsilon)
-                for attack in one["attacks"]
-            },
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else error
-        raise BadInput(f"{path}: not a gate report ({reason}); run dfmcl gate again") from None
-    return attested
+    main, threat = report.evaluation, report.evaluation.threat.parsed
+    cleans = [main.clean, *(one.clean for one in report.transfer)]
+    return Attested(
+        state=report.verdict,
+        model_sha256=report.candidate.model_sha256,
+        policy_sha256=report.policy.sha256,
+        checkpoint_sha256=report.run.checkpoint_sha256 or "",
+        norm=threat.kind,
+        epsilon=threat.label,
+        clean=_share(max(cleans, key=lambda share: share.n)),
+        robust=_share(main.robust),
+        clean_threshold=_strictest(report.criteria, "clean_accuracy", threat.label),
+        robust_threshold=_strictest(report.criteria, "robust_accuracy", threat.label),
+        evaluated=datetime.fromisoformat(report.created).timestamp(),
+        transfer={
+            (one.about.surrogate_sha256, attack.name): _share(attack.accuracy)
+            for one in report.transfer
+            if one.threat.parsed == threat
+            for attack in one.attacks
+        },
+    )
 
 
 def read_replay(path: Path) -> Replay | None:
@@ -215,15 +210,14 @@ def _stamp(directory: Path) -> frozenset[tuple[str, int, int]]:
     return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
-def _share(value: Mapping[str, Any]) -> Share:
-    return Share(int(value["k"]), int(value["n"]))
+def _share(entry: ShareEntry) -> Share:
+    return Share(entry.k, entry.n)
 
 
-def _strictest(criteria: Sequence[Mapping[str, Any]], metric: str, radius: str) -> float | None:
+def _strictest(criteria: Sequence[CriterionEntry], metric: str, radius: str) -> float | None:
     """Of the criteria about all classes at the policy's own radius, which need not be named."""
-    own = [row for row in criteria if row["metric"] == metric and row["eps"] in (None, radius) and not row["class"]]
-    thresholds = [float(row["threshold"]) for row in own]
-    return max(thresholds, default=None)
+    own = [row for row in criteria if row.metric == metric and row.eps in (None, radius) and not row.class_name]
+    return max((row.threshold for row in own if row.threshold is not None), default=None)
 
 
 def _date(seconds: float) -> str:

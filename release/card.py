@@ -10,6 +10,9 @@ from typing import Any
 from dfmcl.common.errors import BadInput
 from dfmcl.common.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
 from dfmcl.common.text import as_markdown
+from dfmcl.gating.signing.evaluation import ShareEntry, SuiteEntry
+from dfmcl.gating.signing.evidence import read_report
+from dfmcl.gating.signing.report import Report
 from dfmcl.release import layout
 from dfmcl.release.candidate import Manifest, read_manifest
 from dfmcl.release.ledger import replace
@@ -100,18 +103,16 @@ def write_card(run: Path, repository: Path, name: str, evaluation: Path | None =
     """
     require_repository(repository)
     release = verify_release(repository, name)
-    manifest, report = read_manifest(release.path), _read(release.path / layout.REPORT)
+    manifest, report = read_manifest(release.path), read_report(release.path / layout.REPORT)[0]
     training = _read(run / "manifest.json")
     path = repository / name / layout.CARD
     try:
         if training["files"]["checkpoint.safetensors"] != manifest.checkpoint_sha256:
             raise BadInput(f"{run}: {release.path} was exported from another run; name that one")
-        record = _read(evaluation) if evaluation else {"evaluations": []}
-        if evaluation and record["run"]["checkpoint_sha256"] != manifest.checkpoint_sha256:
-            raise BadInput(f"{evaluation}: is about another run than {run}")
+        measured = _measurements(evaluation, manifest, run) if evaluation else []
         folders = sorted((repository / name / layout.SURROGATES).glob("*/manifest.json"))
         surrogates = {folder.parent.name: _read(folder) for folder in folders}
-        text = card(release, manifest, report, training, surrogates, record["evaluations"])
+        text = card(release, manifest, report, training, surrogates, measured)
     except KeyError as error:
         raise BadInput(f"{run} or {release.path}: a record lacks {error}; train, gate and promote again") from None
     with only_writer(repository, settle=False):
@@ -119,30 +120,41 @@ def write_card(run: Path, repository: Path, name: str, evaluation: Path | None =
     return path
 
 
+def _measurements(path: Path, manifest: Manifest, run: Path) -> list[SuiteEntry]:
+    """What `dfmcl evaluate --out` wrote of the run; KeyError or BadInput where it did not."""
+    record = _read(path)
+    if record["run"]["checkpoint_sha256"] != manifest.checkpoint_sha256:
+        raise BadInput(f"{path}: is about another run than {run}")
+    try:
+        return [SuiteEntry.from_json(entry) for entry in record["evaluations"]]
+    except ValueError as error:
+        raise BadInput(f"{path}: not a record of an evaluation ({error}); run dfmcl evaluate again") from None
+
+
 def card(
     release: Promoted,
     manifest: Manifest,
-    report: Record,
+    report: Report,
     training: Record,
     surrogates: Mapping[str, Record],
-    evaluations: Sequence[Record] = (),
+    evaluations: Sequence[SuiteEntry] = (),
 ) -> str:
     """The card as Markdown with YAML metadata.
 
     training: the run's manifest; surrogates: theirs, by name; evaluations: what else was measured of the run.
     """
-    evaluation, parity, result = report["evaluation"], manifest.parity, training["result"]
-    clean, robust = evaluation["clean"], evaluation["robust"]
-    sequential = report["statistics"]["kind"] == "sequential"
+    evaluation, parity, result = report.evaluation, manifest.parity, training["result"]
+    clean, robust = evaluation.clean, evaluation.robust
+    sequential = report.statistics.kind == "sequential"
     threat, attacks = _threat(evaluation), _attacks(evaluation)
-    data, images = report["data"]["name"], evaluation["images"]
+    data, images = report.data.name, evaluation.images
     text = CARD.format(
         model=json.dumps(release.model),  # in the metadata texts are JSON strings, which are YAML too
         data=json.dumps(data),
         clean_name=json.dumps(f"clean accuracy, n = {images}"),
-        clean_value=clean["value"],
+        clean_value=clean.value,
         robust_name=json.dumps(f"robust accuracy, {threat}, worst case of {attacks}, n = {images}"),
-        robust_value=robust["value"],
+        robust_value=robust.value,
         more_metrics="".join(_metrics(evaluations)),
         measured=MEASURED + "".join(_measured(evaluations)) if evaluations else "",
         title=release.model,
@@ -159,8 +171,8 @@ def card(
         clean=_percent(clean, _bounds(report, "clean_accuracy") if sequential else None),
         robust=_percent(robust, _bounds(report, "robust_accuracy") if sequential else None),
         attacks=attacks,
-        verdict=report["verdict"],
-        criteria=as_markdown("; ".join(row["criterion"] for row in report["criteria"])),
+        verdict=report.verdict,
+        criteria=as_markdown("; ".join(row.criterion for row in report.criteria)),
         parity=parity,
         agreement=100 * parity.checkpoint_label_agreement,
         seed=training["seed"],
@@ -179,39 +191,39 @@ def card(
     return text + (SHIPPED_SURROGATES + "\n".join(rows) + "\n" if rows else "")
 
 
-def _metrics(evaluations: Sequence[Record]) -> Iterator[str]:
+def _metrics(evaluations: Sequence[SuiteEntry]) -> Iterator[str]:
     for entry in evaluations:
-        what = f"{_measure(entry)}, {_threat(entry)}, worst case of {_attacks(entry)}, n = {entry['images']}"
+        what = f"{_measure(entry)}, {_threat(entry)}, worst case of {_attacks(entry)}, n = {entry.images}"
         name = json.dumps(what)
-        yield f"\n    - {{type: accuracy, name: {name}, value: {entry['robust']['value']}}}"
+        yield f"\n    - {{type: accuracy, name: {name}, value: {entry.robust.value}}}"
 
 
-def _measured(evaluations: Sequence[Record]) -> Iterator[str]:
+def _measured(evaluations: Sequence[SuiteEntry]) -> Iterator[str]:
     for entry in evaluations:
         clean, robust = (
-            f"{100 * share['value']:.1f} [{100 * share['lower_95']:.1f}, {100 * share['upper_95']:.1f}]"
-            for share in (entry["clean"], entry["robust"])
+            f"{100 * share.value:.1f} [{100 * share.lower_95:.1f}, {100 * share.upper_95:.1f}]"
+            for share in (entry.clean, entry.robust)
         )
-        blocks = [f"blocks: {entry['about']['blocks']}"] if "blocks" in entry["about"] else []
+        blocks = [f"blocks: {entry.about['blocks']}"] if "blocks" in entry.about else []
         attacks = "; ".join([_attacks(entry), *[TRANSFER] * _transferred(entry), *blocks])
-        yield f"| {entry['images']:,} | {_threat(entry)} | {clean} | {attacks} | {robust} |\n"
+        yield f"| {entry.images:,} | {_threat(entry)} | {clean} | {attacks} | {robust} |\n"
 
 
-def _measure(evaluation: Record) -> str:
+def _measure(evaluation: SuiteEntry) -> str:
     return f"accuracy, {TRANSFER}" if _transferred(evaluation) else "robust accuracy"
 
 
-def _transferred(evaluation: Record) -> bool:
-    return bool(evaluation["about"].get("kind") == "transfer")
+def _transferred(evaluation: SuiteEntry) -> bool:
+    return bool(evaluation.about.get("kind") == "transfer")
 
 
-def _threat(evaluation: Record) -> str:
-    threat = evaluation["threat"]
-    return " ".join((*([threat["norm"]] if "norm" in threat else []), threat["label"]))
+def _threat(evaluation: SuiteEntry) -> str:
+    threat = evaluation.threat.parsed
+    return f"{threat.kind} {threat.label}"
 
 
-def _attacks(evaluation: Record) -> str:
-    return ", ".join(attack["name"] for attack in evaluation["attacks"])
+def _attacks(evaluation: SuiteEntry) -> str:
+    return ", ".join(attack.name for attack in evaluation.attacks)
 
 
 def _network(training: Record) -> str:
@@ -226,15 +238,16 @@ def _heldout(result: Record) -> str:
     return f"clean {100 * result['heldout_clean']:.1f} %, PGD {100 * result['heldout_pgd']:.1f} %"
 
 
-def _bounds(report: Record, metric: str) -> tuple[float, float] | None:
+def _bounds(report: Report, metric: str) -> tuple[float, float] | None:
     """The gate's own bounds of a metric at the main radius; None where the policy has no criterion for it."""
-    rows = [row for row in report["criteria"] if (row["metric"], row["eps"]) == (metric, None)]
-    return (rows[0]["lower"], rows[0]["upper"]) if rows else None
+    rows = [row for row in report.criteria if (row.metric, row.eps) == (metric, None)]
+    bounds = (rows[0].lower, rows[0].upper) if rows else (None, None)
+    return None if bounds[0] is None or bounds[1] is None else (bounds[0], bounds[1])
 
 
-def _percent(share: Record, bounds: tuple[float, float] | None) -> str:
-    low, high = bounds or (share["lower_95"], share["upper_95"])
-    return f"{100 * share['value']:.1f} | {100 * low:.1f} to {100 * high:.1f}"
+def _percent(share: ShareEntry, bounds: tuple[float, float] | None) -> str:
+    low, high = bounds or (share.lower_95, share.upper_95)
+    return f"{100 * share.value:.1f} | {100 * low:.1f} to {100 * high:.1f}"
 
 
 def _settings(config: Record) -> Iterator[str]:

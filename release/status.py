@@ -7,13 +7,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfmcl.common.errors import BadInput, Refused
 from dfmcl.gating.signing.attestation import Trust, read_attestation
 from dfmcl.gating.signing.evidence import inspect
 from dfmcl.release import layout, ledger, verification
 from dfmcl.release.repair import UNFIT, mendable, models
+
+if TYPE_CHECKING:
+    from dfmcl.gating.signing.report import CriterionEntry
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def _standing(
         release = verification.verify_release(repository, name, trust, now)
         _require_not_given_up(repository, name, release.version)
         sha256 = release.sha256
-        criteria = [_criterion(row) for row in inspect(release.path, release.path)["criteria"]]
+        criteria = [_criterion(row) for row in inspect(release.path, release.path).criteria]
         if trust is not None:
             expires = read_attestation(release.path, trust).expires.isoformat()
     except UNFIT as error:
@@ -101,6 +104,5 @@ def _doubt(repository: Path, name: str, configured: int | None) -> str:
     return f"{layout.HISTORY} says that {told} served; {layout.MEND}"
 
 
-def _criterion(row: dict[str, Any]) -> str:
-    value = row.get("value")
-    return str(row["criterion"]) if value is None else f"{row['criterion']}: {100 * float(value):.1f} %"
+def _criterion(row: CriterionEntry) -> str:
+    return row.criterion if row.value is None else f"{row.criterion}: {100 * row.value:.1f} %"

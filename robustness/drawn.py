@@ -9,6 +9,7 @@ half for each. Nothing is assumed of the images that are lost, neither how many 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,6 +41,13 @@ class Fates:
             return Fates.of(kept)
         held = np.array(replace(evaluation, attacks=evaluation.attacks[:-whole]).robust_images, bool)
         return Fates(held, drawn, held & ~kept)
+
+    @staticmethod
+    def worst(evaluations: Sequence[Evaluation], drawn: Flags, whole: int) -> Fates:
+        """By records of the same images under one threat or several: image by image the worst. whole: of one only."""
+        if len(evaluations) == 1:
+            return Fates.by(evaluations[0], drawn, whole)
+        return Fates.of(np.logical_and.reduce([np.array(one.robust_images, bool) for one in evaluations]))
 
     @staticmethod
     def none() -> Fates:

@@ -43,7 +43,7 @@ def ship(run: Path, surrogate: Path, policy: Policy = POLICY, *, transfer: bool 
     subject = open_subject(str(folder / "candidate"), run=run)
     surrogates = {"other": load_run(surrogate)} if transfer else {}
     report = gate(subject, policy, folder / "evidence", surrogates=surrogates, signers=[read_signer(key)])
-    assert (report["verdict"], report["findings"]) == ("passed", [])  # artefact_disagrees among the checks
+    assert (report.verdict, report.findings) == ("passed", ())  # artefact_disagrees among the checks
     trust = load_trust(write_trust(key))
     promote(folder / "candidate", folder / "evidence", repository, name=NAME, trust=trust)
     pack(surrogate, repository / NAME / "surrogates" / "other")

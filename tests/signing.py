@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from dfmcl.gating.signing.attestation import Trust, sign
 from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candidate_files
 from dfmcl.gating.signing.keys import keygen, read_public, read_signer
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.robustness.checks import CHECKS
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.threats.registry import threat_of
@@ -87,14 +89,13 @@ def evaluated(correct: Array, held: Array, eps: str = "38/255", about: Mapping[s
     return Evaluation(threat_of("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
 
 
-def check(name: str, outcome: str) -> dict[str, Any]:
-    """A row of checks."""
-    return {"check": name, "outcome": outcome, "when": "always", "why": "", "do": "", "figures": {}}
-
-
-def checked(**outcomes: str) -> list[dict[str, Any]]:
+def checked(**outcomes: str) -> list[CheckEntry]:
     """A row of every check: clear, but for these outcomes and what nobody says of the training."""
-    return [check(name, ({"seen_images": "not_run"} | outcomes).get(name, "clear")) for name in CHECKS]
+    outcomes = {**dict.fromkeys(CHECKS, "clear"), "seen_images": "not_run", **outcomes}
+    return [
+        CheckEntry(check=name, outcome=outcome, when="always", why="", do="", figures={})
+        for name, outcome in outcomes.items()
+    ]
 
 
 def in_cascade(evaluations: Sequence[Evaluation], sources: Sequence[str], attacks: Sequence[str]) -> list[Evaluation]:
@@ -119,10 +120,10 @@ def true_report(
     files: Mapping[str, str],
     *,
     policy: Policy | None = None,
-    checks: Sequence[Mapping[str, Any]] | None = None,
-    run: Mapping[str, str] | None = None,
+    checks: Sequence[CheckEntry] | None = None,
+    run: RunEntry | None = None,
     **changes: Any,
-) -> dict[str, Any]:
+) -> Report:
     """The report of a gate whose attacks led to these probes, about a candidate of these files.
 
     changes: of the record behind it.
@@ -132,7 +133,6 @@ def true_report(
     classes = [str(number) for number in range(probes["clean_logits"].shape[1])]
     about: dict[str, Any] = {
         "policy": policy,
-        "policy_sha256": policy.digest,
         "data_sha256": "d" * 64,
         "model_sha256": files["model.onnx"],
         "grid": True,
@@ -150,29 +150,27 @@ def true_report(
     record = GateRecord(**about)
     return build_report(
         record,
-        subject={
-            "kind": "candidate",
-            "name": "candidate",
-            "model_sha256": record.model_sha256,
-            "files": dict(files),
-            "input": {"dtype": "uint8", "layout": "NHWC", "shape": list(probes["images"].shape[1:])},
-        },
-        run={"checkpoint_sha256": "c" * 64} if run is None else run,
-        data={
-            "name": "digits",
-            "sha256": record.data_sha256,
-            "part": "test",
-            "images": record.population,
-            "classes": list(record.classes),
-        },
-        files={},
-        provenance={
-            "code": {"revision": "e" * 40},
-            "versions": {"python": "3.11.7"},
-            "hardware": {"machine": "x86_64"},
-            "seconds": 0.1,
-            "processes": 1,
-        },
+        candidate=CandidateEntry(
+            kind="candidate",
+            name="candidate",
+            model_sha256=record.model_sha256,
+            files=dict(files),
+            input=InputEntry(dtype="uint8", layout="NHWC", shape=probes["images"].shape[1:]),
+        ),
+        run=run or RunEntry(checkpoint_sha256="c" * 64),
+        data=DataEntry(
+            name="digits",
+            sha256=record.data_sha256,
+            part="test",
+            images=record.population,
+            classes=tuple(record.classes),
+        ),
+        files={PROBES: hashlib.sha256(as_npz(probes)).hexdigest()},
+        code=CodeEntry(revision="e" * 40),
+        versions={"python": "3.11.7"},
+        hardware={"machine": "x86_64"},
+        seconds=0.1,
+        processes=1,
         created=CREATED,
     )
 
@@ -201,7 +199,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 
 
-def report_on(candidate: Path, evidence: Path, verdict: str = "passed", **changes: Any) -> dict[str, Any]:
+def report_on(candidate: Path, evidence: Path, verdict: str = "passed", **changes: Any) -> Report:
     """A true report of a verdict about a candidate on disk, and its probes.npz in the evidence directory.
 
     Images and answers are those of the probes that lie there, if any do; as nobody knows their labels, the model's
@@ -220,10 +218,10 @@ def report_on(candidate: Path, evidence: Path, verdict: str = "passed", **change
     if criteria := wanted.pop("criteria", None):
         wanted["policy"] = policy_of(criteria)
     path.write_bytes(as_npz(probes))
-    wanted |= {"run": dict(manifest.get("run", {})), "classes": manifest["labels"]}
+    wanted |= {"run": RunEntry(**manifest.get("run", {})), "classes": manifest["labels"]}
     report = true_report(probes, candidate_files(candidate), **(wanted | changes))
-    assert "policy" in changes or report["verdict"] == verdict
-    return report | {"files": {PROBES: sha256_of(path)}}
+    assert "policy" in changes or report.verdict == verdict
+    return report
 
 
 def code_of(*arguments: str) -> object:
@@ -233,13 +231,13 @@ def code_of(*arguments: str) -> object:
     return ended.value.code
 
 
-def write_report(evidence: Path, report: dict[str, Any], *keys: Path) -> Path:
+def write_report(evidence: Path, report: Report, *keys: Path) -> Path:
     """report.json, and the attestation where keys are given, in an evidence directory that holds its probes."""
-    (evidence / "report.json").write_text(json.dumps(report))
+    (evidence / "report.json").write_text(json.dumps(report.to_json()))
     if keys:
-        days = report["policy"]["valid_days"]
         signers = [read_signer(key) for key in keys]
-        signed = sign(report, sha256_of(evidence / "report.json"), signers, expires_days=days)
+        digest = sha256_of(evidence / "report.json")
+        signed = sign(report, digest, signers, expires_days=report.policy.valid_days)
         (evidence / ATTESTATION).write_text(signed)
     return evidence
 
@@ -248,4 +246,4 @@ def sign_again(evidence: Path, key: Path, **changes: Any) -> None:
     """Evidence with other top-level entries in its report, and a signature that fits them, as nobody should give it."""
     report = json.loads((evidence / "report.json").read_text()) | changes
     report["files"] = {name: sha256_of(evidence / name) for name in report["files"]}
-    write_report(evidence, report, key)
+    write_report(evidence, Report.from_json(report), key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release.verification import verify_release
@@ -48,10 +48,10 @@ def test_the_sidecar_is_compared_with_what_the_gate_recorded(name: str) -> None:
     assert folders == sorted((REPOSITORY / name / "surrogates").iterdir())
     digest = ensemble_sha256([load_run(folder).origin_sha256 for folder in folders])
     policy = tomllib.loads((TRUST / name / "gate.toml").read_text())
-    report = json.loads((verify_release(REPOSITORY, name).path / "report.json").read_text())
-    (recorded,) = (entry for entry in report["transfer"] if entry["about"]["surrogate_sha256"] == digest)
-    assert [attack["name"] for attack in recorded["attacks"]] == policy["attacks"]["transfer"]
-    assert recorded["images"] == policy["attacks"]["transfer_images"]
+    report, _ = read_report(verify_release(REPOSITORY, name).path / "report.json")
+    (recorded,) = (entry for entry in report.transfer if entry.about.surrogate_sha256 == digest)
+    assert [attack.name for attack in recorded.attacks] == policy["attacks"]["transfer"]
+    assert recorded.images == policy["attacks"]["transfer_images"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -59,17 +59,16 @@ def test_model_answers_as_the_gate_recorded(name: str) -> None:
     """ONNX Runtime on the release's probes: the recorded labels, and the accuracies of report and card."""
     folder = verify_release(REPOSITORY, name).path
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    probes, report = read_probes(folder / "probes.npz"), json.loads((folder / "report.json").read_text())
+    probes, report = read_probes(folder / "probes.npz"), read_report(folder / "report.json")[0]
     figures = {}
     for kind, images in (("clean", probes["images"]), ("adversarial", probes["adversarial"])):
         (logits,) = session.run(["logits"], {"images": images[:200]})
         recorded = probes[f"{kind}_logits"][:200]
         assert np.abs(logits - recorded).max() < 1e-2
         figures[kind] = int((probes[f"{kind}_logits"].argmax(axis=1) == probes["labels"]).sum())
-    evaluation = report["evaluation"]
-    assert figures["clean"] == evaluation["clean"]["k"]
+    assert figures["clean"] == report.evaluation.clean.k
     distance = np.abs(probes["images"].astype(int) - probes["adversarial"].astype(int)).max()
     assert distance == 8  # of 255: the radius, as bytes
-    robust = evaluation["robust"]
-    assert figures["adversarial"] == robust["k"]
-    assert (robust["lower_95"], robust["upper_95"]) == pytest.approx(clopper_pearson(robust["k"], robust["n"], 0.95))
+    robust = report.evaluation.robust
+    assert figures["adversarial"] == robust.k
+    assert (robust.lower_95, robust.upper_95) == pytest.approx(clopper_pearson(robust.k, robust.n, 0.95))

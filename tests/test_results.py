@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from benchmarks.attacks import SHIPPED, Counted, shipped, torchattacks_square
+from dfmcl.gating.signing.evidence import read_report
+from dfmcl.gating.signing.report import Report
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import clopper_pearson
@@ -43,6 +45,11 @@ def test_each_finding_stands_on_the_page_that_it_links_to() -> None:
         assert said - known == set(), finding
 
 
+def shipped_report() -> Report:
+    """The gate's, on the model of the repository."""
+    return read_report(ROOT / "model_repository" / MODEL / "1" / "report.json")[0]
+
+
 def test_speed_on_the_page_is_the_records() -> None:
     """Each ratio of results/training.json stands on the page; PGD-10 training is at least twice the plain loop's."""
     text = page("results/training")
@@ -66,16 +73,16 @@ def test_sequential_figures_on_the_page_are_the_records() -> None:
 def test_figures_of_the_shipped_model_are_the_reports() -> None:
     """The gate's cascade, attack by attack, and its bounds."""
     text = " ".join(page("results/shipped-model").split())
-    folder = ROOT / "model_repository" / MODEL / "1"
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    bounds = {row["metric"]: f"{100 * row['lower']:.1f} to {100 * row['upper']:.1f}" for row in report["criteria"]}
-    evaluation, attacks = report["evaluation"], report["evaluation"]["attacks"]
-    shares = [100 * share["value"] for share in (evaluation["clean"], *(attack["accuracy"] for attack in attacks))]
+    report = shipped_report()
+    bounds = {row.metric: f"{100 * row.lower:.1f} to {100 * row.upper:.1f}" for row in report.criteria}
+    evaluation = report.evaluation
+    measured = [evaluation.clean, *(attack.accuracy for attack in evaluation.attacks)]
+    shares = [100 * share.value for share in measured]
     assert f"| clean | {shares[0]:.1f} | {bounds['clean_accuracy']} |" in text
     assert f"| APGD-CE | {shares[1]:.1f} | |" in text
     assert f"| and APGD-T | {shares[2]:.1f} | {bounds['robust_accuracy']} |" in text
-    assert f"Of the {evaluation['images']:,} images" in text
-    wanted = {row["metric"]: f"{100 * row['threshold']:.0f} %" for row in report["criteria"]}
+    assert f"Of the {evaluation.images:,} images" in text
+    wanted = {row.metric: f"{100 * row.threshold:.0f} %" for row in report.criteria}
     assert f"({wanted['robust_accuracy']} right at 8/255, {wanted['clean_accuracy']} clean)" in text
 
 
@@ -84,9 +91,9 @@ def test_the_gate_and_the_table_of_all_agree_image_by_image() -> None:
     text = page("results/shipped-model")
     record = json.loads((ROOT / "benchmarks" / "results" / "resnet18_fast_10000.json").read_text(encoding="utf-8"))
     table = Evaluation.from_json(record["evaluations"][0])
-    report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
-    gate = Evaluation.from_json(report["evaluation"])
-    place = np.argsort(np.random.default_rng(0).permutation(len(table.correct)))[report["per_image"]["index"]]
+    report = shipped_report()
+    gate = Evaluation.from_json(report.evaluation.to_json())
+    place = np.argsort(np.random.default_rng(0).permutation(len(table.correct)))[list(report.per_image.index)]
     assert (np.array(table.robust_images)[place] == np.array(gate.robust_images)).all()
     assert f"the same {gate.robust.k} hold under attack, and clean one more is right there" in " ".join(text.split())
     differ = np.array(table.correct)[place].astype(int) - np.array(gate.correct).astype(int)
@@ -97,16 +104,16 @@ def test_the_gate_and_the_table_of_all_agree_image_by_image() -> None:
 def test_transfer_on_the_page_is_the_reports() -> None:
     """From all surrogates together with its interval, from each alone."""
     text = " ".join(page("results/shipped-model").split())
-    report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
-    for entry in report["transfer"]:
-        shares = [attack["accuracy"] for attack in entry["attacks"]]
-        if "+" not in entry["about"]["surrogate"]:
-            mi, di = (f"{100 * share['value']:.1f}" for share in shares)
-            assert f"| `{entry['about']['surrogate']}` | {mi} | {di} |" in text
+    report = shipped_report()
+    for entry in report.transfer:
+        shares = [attack.accuracy for attack in entry.attacks]
+        if "+" not in entry.about.surrogate:
+            mi, di = (f"{100 * share.value:.1f}" for share in shares)
+            assert f"| `{entry.about.surrogate}` | {mi} | {di} |" in text
             continue
         for share in shares:
-            low, high = 100 * share["lower_95"], 100 * share["upper_95"]
-            assert f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]" in text
+            low, high = 100 * share.lower_95, 100 * share.upper_95
+            assert f"{100 * share.value:.1f} % [{low:.1f}, {high:.1f}]" in text
 
 
 def test_figures_of_all_test_images_are_the_records() -> None:
@@ -228,13 +235,13 @@ def test_peers_leave_the_network_as_it_was() -> None:
 def test_what_transfers_is_what_the_gate_recorded() -> None:
     """Both attacks from all surrogates together, with their intervals."""
     text = page("results/shipped-model")
-    report = json.loads((ROOT / "model_repository" / MODEL / "1" / "report.json").read_text(encoding="utf-8"))
-    together = report["transfer"][-1]
-    assert "+" in together["about"]["surrogate"]
+    report = shipped_report()
+    together = report.transfer[-1]
+    assert "+" in together.about.surrogate
     text = " ".join(text.split())
-    for share in (attack["accuracy"] for attack in together["attacks"]):
-        low, high = (100 * bound for bound in clopper_pearson(share["k"], share["n"], 0.95))
-        assert f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]" in text
+    for share in (attack.accuracy for attack in together.attacks):
+        low, high = (100 * bound for bound in clopper_pearson(share.k, share.n, 0.95))
+        assert f"{100 * share.value:.1f} % [{low:.1f}, {high:.1f}]" in text
 
 
 @pytest.mark.parametrize(("name", "heading"), [("table1_small", "## Claimed"), ("alpha_small", "## The sweep")])

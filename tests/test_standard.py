@@ -16,6 +16,7 @@ from scipy.stats import hypergeom
 from benchmarks import result, standard
 from benchmarks.standard import ATTACKS, RISK, SHIPPED, begun, by_turns, draw, margins, may_fall, rank
 from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.threats.linf import Linf
@@ -26,7 +27,7 @@ def test_a_margin_is_positive_where_an_image_held() -> None:
     assert margins(np.array([[3, 1, 2], [3, 5, 1]], np.float32), np.array([0, 0])).tolist() == [1, -2]
     probes = read_probes(SHIPPED / "probes.npz")
     held = margins(probes["adversarial_logits"], probes["labels"]) > 0
-    assert held.sum() == json.loads((SHIPPED / "report.json").read_text())["evaluation"]["robust"]["k"]
+    assert held.sum() == read_report(SHIPPED / "report.json")[0].evaluation.robust.k
 
 
 @given(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=40), st.integers(0, 40))
@@ -82,12 +83,12 @@ def test_it_goes_on_from_its_record(shelf: Path, monkeypatch: pytest.MonkeyPatch
     assert first["rows"][2]["attacked"] == 16
     session(monkeypatch)
     last = json.loads(shelf.read_text())
-    held = json.loads((SHIPPED / "report.json").read_text())["evaluation"]["robust"]
-    assert [row["attacked"] for row in last["rows"]] == [held["k"]] * 3
+    held = read_report(SHIPPED / "report.json")[0].evaluation.robust
+    assert [row["attacked"] for row in last["rows"]] == [held.k] * 3
     assert last["conditions"]["rows"][:16] == first["conditions"]["rows"]
-    fell = sum(start + 1 < held["k"] for start in range(0, held["k"], 16))
+    fell = sum(start + 1 < held.k for start in range(0, held.k, 16))
     assert last["rows"][2]["fell to fab-t"] == fell
-    left = 100 * (held["k"] - fell) / held["n"]
+    left = 100 * (held.k - fell) / held.n
     assert last["ratios"]["all_four_at_most"] == last["ratios"]["all_four_at_least"] == pytest.approx(left)
     assert first["ratios"]["all_four_at_least"] < left < first["ratios"]["all_four_at_most"]
 

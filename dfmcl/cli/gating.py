@@ -100,7 +100,7 @@ def gate(
     finally:
         ranks.leave()
     # torchrun makes 1, "failed", of whatever a process ends with: `dfmcl verdict` tells what the evidence says.
-    return 0 if ranks.world > 1 else int(report["exit_code"])
+    return 0 if ranks.world > 1 else report.exit_code
 
 
 def rules_of(
@@ -180,7 +180,7 @@ def verdict(evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")]
 
     report, _ = read_evidence(evidence)
     say_page(markdown(report, details=False))
-    return int(report["exit_code"])
+    return report.exit_code
 
 
 def connect(clients: ExitStack, url: str, model: str) -> tuple[Any, Callable[[Any], Any]]:
@@ -220,7 +220,7 @@ def sign(
         clear_parts(evidence, {ATTESTATION})
         until = sign_evidence(evidence, [read_signer(path) for path in key])
     say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
-    if "draw" not in read_report(evidence / REPORT)[0]["statistics"]:
+    if read_report(evidence / REPORT)[0].statistics.draw is None:
         say("no key drew the order of its images, so `drawn = true` in a trust file refuses it; gate with --key")
 
 
@@ -245,5 +245,5 @@ def verify(
         path = verify_path(path, trusted, now)
     report = run_verify(path, evidence or path, trusted, now)
     signed = read_attestation(evidence or path, trusted)
-    say(f"{path}: passed on {report['created'][:10]}, {'; '.join(row['criterion'] for row in report['criteria'])}")
+    say(f"{path}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
     say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from dfmcl.common.text import printable
 from dfmcl.gating.formats import summary
 from dfmcl.gating.formats.markdown import markdown
-from dfmcl.gating.formats.summary import Report
+from dfmcl.gating.signing.report import CriterionEntry, Report
 
 # GitHub shows this many of a kind for one step and drops the rest.
 MOST = 10
@@ -29,29 +28,28 @@ def publish(report: Report, policy: Path, environment: Mapping[str, str], say: C
 def commands(report: Report, policy: Path) -> list[str]:
     """Workflow commands, at most MOST: errors for what is missed or was raised, warnings for what is open."""
     lines = [
-        _command("error", policy, _line(policy, row["criterion"]), f"{row['criterion']} is missed", sentence)
+        _command("error", policy, _line(policy, row.criterion), f"{row.criterion} is missed", sentence)
         for row, sentence in _judged(report, "missed")
     ]
     lines += [
-        _command("error", policy, 1, f"{row['check']} was raised", f"{row['why']}; {row['do']}")
-        for row in report["findings"]
+        _command("error", policy, 1, f"{row.check} was raised", f"{row.why}; {row.do}") for row in report.findings
     ]
     lines += [
-        _command("warning", policy, _line(policy, row["criterion"]), f"{row['criterion']} is open", sentence)
+        _command("warning", policy, _line(policy, row.criterion), f"{row.criterion} is open", sentence)
         for row, sentence in _judged(report, "open")
     ]
-    level = "error" if report["verdict"] == "failed" else "warning"
-    titled = zip(report["reasons"], summary.reasons(report), strict=True)
+    level = "error" if report.verdict == "failed" else "warning"
+    titled = zip(report.reasons, summary.reasons(report), strict=True)
     lines += [_command(level, policy, 1, name.replace("_", " "), sentence) for name, sentence in titled]
     if not lines:
-        level = "notice" if report["verdict"] == "passed" else "warning"
+        level = "notice" if report.verdict == "passed" else "warning"
         headline = summary.headline(report)
         lines = [_command(level, policy, 1, "dfmcl gate", "; ".join((headline, *summary.decided(report))))]
     return lines[:MOST]
 
 
-def _judged(report: Report, outcome: str) -> list[tuple[Mapping[str, Any], str]]:
-    return [(row, summary.judged(row)) for row in report["criteria"] if row["outcome"] == outcome]
+def _judged(report: Report, outcome: str) -> list[tuple[CriterionEntry, str]]:
+    return [(row, summary.judged(row)) for row in report.criteria if row.outcome == outcome]
 
 
 def _line(policy: Path, criterion: str) -> int:

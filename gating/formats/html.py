@@ -16,8 +16,11 @@ from dfmcl.common.text import printable
 from dfmcl.gating.formats import charts, summary
 from dfmcl.gating.formats.gallery import gallery
 from dfmcl.gating.formats.markdown import NEWLY_BROKEN
-from dfmcl.gating.formats.summary import Probes, Report
-from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.gating.formats.summary import Probes
+from dfmcl.gating.policy import threat_in
+from dfmcl.gating.signing.evaluation import SuiteEntry
+from dfmcl.gating.signing.report import BaselineEntry, CriterionEntry, Report
+from dfmcl.robustness.threats.ball import Ball
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
 MATRIX = 16
@@ -46,61 +49,59 @@ def html(report: Report, probes: Probes) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": summary.percent, "duration": summary.duration}
-    classes = [str(name) for name in report["data"]["classes"]]
+    classes = report.data.classes
     page = environment.get_template("report.html.jinja")
     return page.render(
         report=report,
         headline=summary.headline(report).partition(": "),
         decided=summary.decided(report),
         advice=summary.advice(report),
-        criteria=summary.by_weight(report["criteria"]),
+        criteria=summary.by_weight(report.criteria),
         claim=summary.claim(report),
         threat=summary.threat,
-        threat_of=summary.threat(report["evaluation"]),
+        threat_of=summary.threat(report.evaluation),
         interval=charts.interval,
         remains=charts.remains,
         over_eps=over_eps(report),
         over_images=over_images(report),
-        attacks=summary.attack_rows(report["evaluation"]),
+        attacks=summary.attack_rows(report.evaluation),
         classes=summary.class_rows(report),
         names=classes,
         confusion=confused(classes, summary.confusion(len(classes), probes)),
         matrix=len(classes) <= MATRIX,
-        gallery=gallery(probes, report["per_image"]["index"], classes),
+        gallery=gallery(probes, report.per_image.index, classes),
         checks=summary.checks_by_weight(report),
-        newly_broken=newly_broken(report["baseline"]),
+        newly_broken=newly_broken(report.baseline),
         provenance=provenance(report),
     )
 
 
 def over_eps(report: Report) -> Markup:
     """The curve of accuracy: clean as radius 0, then every radius of the main norm, and transfer where measured."""
-    main = report["evaluation"]
-    norm, clean = main["threat"]["norm"], main["clean"]
-    points = [charts.Reading(0, clean["value"], clean["lower_95"], clean["upper_95"], "clean", "clean")]
-    measured = [("robust", one) for one in (main, *report["radii"])]
-    for kind, one in [*measured, *(("transfer", one) for one in report["transfer"])]:
-        if one["threat"]["norm"] == norm:
-            share, ball = one["robust"], one["threat"]
-            points.append(
-                charts.Reading(ball["eps"], share["value"], share["lower_95"], share["upper_95"], ball["label"], kind)
-            )
-    asked = [row for row in report["criteria"] if row["class"] is None and row["threshold"] is not None]
-    thresholds = [(_radius(row, main), row["threshold"]) for row in asked if row["metric"] in PLACED]
+    main, clean = report.evaluation, report.evaluation.clean
+    kind_of_main = main.threat.parsed.kind
+    points = [charts.Reading(0, clean.value, clean.lower_95, clean.upper_95, "clean", "clean")]
+    measured = [("robust", one.threat.parsed, one.robust) for one in (main, *report.radii)]
+    measured += [("transfer", one.threat.parsed, one.robust) for one in report.transfer]
+    points += [
+        charts.Reading(ball.eps, share.value, share.lower_95, share.upper_95, ball.label, kind)
+        for kind, ball, share in measured
+        if isinstance(ball, Ball) and ball.kind == kind_of_main
+    ]
+    placed = [row for row in report.criteria if row.class_name is None and row.metric in PLACED]
+    found = [(_radius(row, main), row.threshold) for row in placed]
+    thresholds = [(eps, threshold) for eps, threshold in found if eps is not None and threshold is not None]
     return charts.accuracy_over_eps(points, thresholds)
 
 
 def over_images(report: Report) -> list[tuple[str, Markup]]:
     """A drawing for each criterion whose bounds were kept as the gate went: the criterion and the drawing."""
     drawings = []
-    for number, row in enumerate(report["criteria"]):
-        history = [
-            charts.Known(step["images"], step["lower"], step["upper"])
-            for step in report["progress"]
-            if step["criterion"] == number
-        ]
-        if history and row["threshold"] is not None:
-            drawings.append((row["criterion"], charts.bounds_over_images(history, row["threshold"])))
+    for number, row in enumerate(report.criteria):
+        steps = [step for step in report.progress if step.criterion == number]
+        history = [charts.Known(step.images, step.lower, step.upper) for step in steps]
+        if history and row.threshold is not None:
+            drawings.append((row.criterion, charts.bounds_over_images(history, row.threshold)))
     return drawings
 
 
@@ -114,44 +115,47 @@ def confused(names: Sequence[str], counts: NDArray[np.int64]) -> Confusion:
     return Confusion(counts.tolist(), shade.tolist(), commonest)
 
 
-def newly_broken(baseline: Mapping[str, Any] | None) -> str:
+def newly_broken(baseline: BaselineEntry | None) -> str:
     """The images that only the baseline holds, as far as a page can name them."""
-    return summary.listed(baseline["newly_broken"], NEWLY_BROKEN) if baseline else ""
+    return summary.listed(baseline.newly_broken, NEWLY_BROKEN) if baseline else ""
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:
     """Where the figures come from, in the order of a doubter's questions."""
-    candidate, statistics = report["candidate"], report["statistics"]
+    candidate, statistics = report.candidate, report.statistics
     facts: dict[str, Any] = {
-        "created": report["created"],
-        "code revision": report["code"]["revision"],
-        "kind of model": candidate["kind"],
-        "input": candidate["input"],
-        "model": candidate["model_sha256"],
-        **{f"file {name}": digest for name, digest in candidate["files"].items()},
-        **{f"run, {name}": value for name, value in report["run"].items()},
-        "policy": report["policy"]["sha256"],
-        "data": report["data"]["sha256"],
-        "statistics": f"{statistics['kind']}, cap {statistics['cap']:,} of {statistics['population']:,} images",
+        "created": report.created,
+        "code revision": report.code.revision,
+        "kind of model": candidate.kind,
+        "input": candidate.input.to_json(),
+        "model": candidate.model_sha256,
+        **{f"file {name}": digest for name, digest in candidate.files.items()},
+        **{f"run, {name}": value for name, value in report.run.to_json().items()},
+        "policy": report.policy.sha256,
+        "data": report.data.sha256,
+        "statistics": f"{statistics.kind}, cap {statistics.cap:,} of {statistics.population:,} images",
         "order of the images": summary.order(report),
-        "seed": report["evaluation"]["seed"],
-        **report["files"],
-        "wall time": summary.duration(report["seconds"]),
-        "processes": report["processes"],
-        **{f"hardware, {name}": value for name, value in report["hardware"].items()},
-        **{f"version of {name}": value for name, value in report["versions"].items()},
+        "seed": report.evaluation.seed,
+        **report.files,
+        "wall time": summary.duration(report.seconds),
+        "processes": report.processes,
+        **{f"hardware, {name}": value for name, value in report.hardware.items()},
+        **{f"version of {name}": value for name, value in report.versions.items()},
     }
     return [(name, _plain(value)) for name, value in facts.items()]
 
 
-def _radius(row: Mapping[str, Any], main: Mapping[str, Any]) -> float:
-    """Where on the axis a criterion's threshold belongs; the radius as far as the grid lets it count."""
-    if row["metric"] == "clean_accuracy":
+def _radius(row: CriterionEntry, main: SuiteEntry) -> float | None:
+    """Where on the axis a criterion's threshold belongs; the radius as far as the grid lets it count.
+
+    None where it is about a threat that has no place there.
+    """
+    if row.metric == "clean_accuracy":
         return 0.0
-    if row["eps"] is None:
-        return float(main["threat"]["eps"])
-    asked = threat_of(main["threat"]["norm"], row["eps"])
-    return (asked.on_grid() if main["grid"] == "uint8" else asked).eps
+    asked = main.threat.parsed if row.eps is None else threat_in(row.eps, main.threat.parsed.kind)
+    if not isinstance(asked, Ball) or asked.kind != main.threat.parsed.kind:
+        return None
+    return (asked.on_grid() if main.grid == "uint8" else asked).eps
 
 
 def _plain(value: Any) -> str:

@@ -9,7 +9,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from dfmcl.common.text import printable
 from dfmcl.gating.formats import summary
-from dfmcl.gating.formats.summary import Report, percent
+from dfmcl.gating.formats.summary import percent
+from dfmcl.gating.signing.report import Report
 
 # What XML 1.0 cannot hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -23,7 +24,7 @@ def junit(report: Report) -> str:
     A reason why no evidence of this kind will do to pass is skipped too, or a failure where it blocks by itself.
     """
     document = Element("testsuites", name="dfmcl gate")
-    for suite in (_criteria(report), _checks(report), *([_reasons(report)] if report["reasons"] else [])):
+    for suite in (_criteria(report), _checks(report), *([_reasons(report)] if report.reasons else [])):
         suite.set("tests", str(len(suite.findall("testcase"))))
         for count, kind in KINDS.items():
             suite.set(count, str(len(suite.findall(f"testcase/{kind}"))))
@@ -35,24 +36,24 @@ def junit(report: Report) -> str:
 
 
 def _criteria(report: Report) -> Element:
-    suite = Element("testsuite", name="criteria", timestamp=report["created"], time=f"{report['seconds']:.3f}")
+    suite = Element("testsuite", name="criteria", timestamp=report.created, time=f"{report.seconds:.3f}")
     facts = {
-        "verdict": report["verdict"],
-        "exit_code": report["exit_code"],
-        "model": report["candidate"]["name"],
-        "model_sha256": report["candidate"]["model_sha256"],
-        "policy_sha256": report["policy"]["sha256"],
-        "data_sha256": report["data"]["sha256"],
-        "statistics": report["statistics"]["kind"],
-        "images": report["statistics"]["attacked"],
+        "verdict": report.verdict,
+        "exit_code": report.exit_code,
+        "model": report.candidate.name,
+        "model_sha256": report.candidate.model_sha256,
+        "policy_sha256": report.policy.sha256,
+        "data_sha256": report.data.sha256,
+        "statistics": report.statistics.kind,
+        "images": report.statistics.attacked,
     }
     _properties(suite, facts)
-    for row in report["criteria"]:
-        case = _case(suite, "dfmcl.gate.criteria", row["criterion"], {name: row[name] for name in FIGURES})
-        said = f"{row['k']} of {row['n']}, bounds {percent(row['lower'])} and {percent(row['upper'])}"
-        if row["outcome"] == "missed":
+    for row in report.criteria:
+        case = _case(suite, "dfmcl.gate.criteria", row.criterion, {name: getattr(row, name) for name in FIGURES})
+        said = f"{row.k} of {row.n}, bounds {percent(row.lower)} and {percent(row.upper)}"
+        if row.outcome == "missed":
             SubElement(case, "failure", type="missed", message=said)
-        elif row["outcome"] == "open":
+        elif row.outcome == "open":
             SubElement(case, "skipped", message=f"open: {said}")
     said = "\n".join((summary.headline(report), *summary.decided(report)))
     SubElement(suite, "system-out").text = _legal(said)
@@ -60,22 +61,22 @@ def _criteria(report: Report) -> Element:
 
 
 def _checks(report: Report) -> Element:
-    suite = Element("testsuite", name="checks", timestamp=report["created"])
-    for row in report["checks"]:
-        case = _case(suite, "dfmcl.gate.checks", row["check"], row["figures"])
-        if row["outcome"] == "raised":
-            SubElement(case, "error", type="raised", message=_legal(row["why"])).text = _legal(row["do"])
-        elif row["outcome"] == "not_run":
-            SubElement(case, "skipped", message=_legal(f"not run: {row['why']}"))
+    suite = Element("testsuite", name="checks", timestamp=report.created)
+    for row in report.checks:
+        case = _case(suite, "dfmcl.gate.checks", row.check, row.figures)
+        if row.outcome == "raised":
+            SubElement(case, "error", type="raised", message=_legal(row.why)).text = _legal(row.do)
+        elif row.outcome == "not_run":
+            SubElement(case, "skipped", message=_legal(f"not run: {row.why}"))
     return suite
 
 
 def _reasons(report: Report) -> Element:
-    suite = Element("testsuite", name="reasons", timestamp=report["created"])
-    for name, sentence in zip(report["reasons"], summary.reasons(report), strict=True):
+    suite = Element("testsuite", name="reasons", timestamp=report.created)
+    for name, sentence in zip(report.reasons, summary.reasons(report), strict=True):
         case = _case(suite, "dfmcl.gate.reasons", name, {})
         kind = {"type": name, "message": _legal(sentence)} if name == "not_finite" else {"message": _legal(sentence)}
-        SubElement(case, "failure" if name == "not_finite" else "skipped", **kind)
+        SubElement(case, "failure" if name == "not_finite" else "skipped", kind)
     return suite
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
 
 from dfmcl.common.text import as_markdown, printable
 from dfmcl.gating.formats import summary
-from dfmcl.gating.formats.summary import Report, percent
+from dfmcl.gating.formats.summary import percent
+from dfmcl.gating.signing.report import BaselineEntry, Report
 
 # A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and the poster adds some.
 # Bytes here; a character takes one or more.
@@ -34,7 +34,7 @@ def markdown(report: Report, *, details: bool = True) -> str:
 
 
 def _top(report: Report) -> Iterator[str]:
-    candidate, evaluation = report["candidate"], report["evaluation"]
+    candidate, evaluation = report.candidate, report.evaluation
     yield f"### {summary.headline(report)}"
     yield ""
     yield from (f"- {as_markdown(sentence)}" for sentence in summary.decided(report))
@@ -42,8 +42,8 @@ def _top(report: Report) -> Iterator[str]:
     yield summary.advice(report)
     yield ""
     yield (
-        f"Model {_code(candidate['name'])} {_short(candidate['model_sha256'])},"
-        f" policy {_short(report['policy']['sha256'])}, {summary.threat(evaluation)}."
+        f"Model {_code(candidate.name)} {_short(candidate.model_sha256)},"
+        f" policy {_short(report.policy.sha256)}, {summary.threat(evaluation)}."
         f" {as_markdown(summary.claim(report))}"
     )
     yield ""
@@ -51,12 +51,12 @@ def _top(report: Report) -> Iterator[str]:
         ("criterion", "measured", "bounds", "outcome"),
         (
             (
-                _code(row["criterion"]),
-                f"{percent(row['value'])} ({row['k']}/{row['n']})",
-                f"{percent(row['lower'])} to {percent(row['upper'])}",
-                row["outcome"],
+                _code(row.criterion),
+                f"{percent(row.value)} ({row.k}/{row.n})",
+                f"{percent(row.lower)} to {percent(row.upper)}",
+                row.outcome,
             )
-            for row in summary.by_weight(report["criteria"])
+            for row in summary.by_weight(report.criteria)
         ),
         "criteria",
     )
@@ -69,26 +69,26 @@ def _top(report: Report) -> Iterator[str]:
         ),
         "attacks",
     )
-    if report["findings"]:
+    if report.findings:
         yield ""
         yield from _table(
             ("check raised", "why", "what to do"),
-            ((_code(row["check"]), as_markdown(row["why"]), as_markdown(row["do"])) for row in report["findings"]),
+            ((_code(row.check), as_markdown(row.why), as_markdown(row.do)) for row in report.findings),
             "checks",
         )
-    if report["baseline"] is not None:
+    if report.baseline is not None:
         yield ""
-        yield baseline(report["baseline"])
+        yield baseline(report.baseline)
 
 
-def baseline(record: dict[str, Any]) -> str:
+def baseline(record: BaselineEntry) -> str:
     """How the candidate compares with the baseline on the images that both were shown."""
-    broken = record["newly_broken"]
+    broken = record.newly_broken
     named = f" Newly broken: images {summary.listed(broken, NEWLY_BROKEN)}." if broken else ""
     return (
-        f"Against the baseline model {_short(record['model_sha256'])} on the same {record['images']:,} images:"
-        f" {record['only_baseline']} held only there, {record['only_candidate']} hold only now"
-        f" (exact one-sided McNemar p = {record['p']:.3g}).{named}"
+        f"Against the baseline model {_short(record.model_sha256)} on the same {record.images:,} images:"
+        f" {record.only_baseline} held only there, {record.only_candidate} hold only now"
+        f" (exact one-sided McNemar p = {record.p:.3g}).{named}"
     )
 
 
@@ -100,20 +100,20 @@ def _sections(report: Report) -> Iterator[tuple[str, list[str]]]:
 
 
 def _radii(report: Report) -> Iterator[str]:
-    main = report["evaluation"]
-    rows = [("clean", main["clean"]), *((summary.threat(one), one["robust"]) for one in (main, *report["radii"]))]
+    main = report.evaluation
+    rows = [("clean", main.clean), *((summary.threat(one), one.robust) for one in (main, *report.radii))]
     rows += [
-        (f"{summary.threat(one)}, transfer from {_code(one['about']['surrogate'])} (upper bound)", one["robust"])
-        for one in report["transfer"]
+        (f"{summary.threat(one)}, transfer from {_code(one.about.surrogate)} (upper bound)", one.robust)
+        for one in report.transfer
     ]
     yield from _table(
         ("threat", "accuracy", "k/n", "95 % interval of one look"),
         (
             (
                 name,
-                percent(share["value"]),
-                f"{share['k']}/{share['n']}",
-                f"{percent(share['lower_95'])} to {percent(share['upper_95'])}",
+                percent(share.value),
+                f"{share.k}/{share.n}",
+                f"{percent(share.lower_95)} to {percent(share.upper_95)}",
             )
             for name, share in rows
         ),
@@ -143,7 +143,7 @@ def _checks(report: Report) -> Iterator[str]:
     yield from _table(
         ("check", "outcome", "raised when", "found"),
         (
-            (_code(row["check"]), row["outcome"].replace("_", " "), as_markdown(row["when"]), as_markdown(row["why"]))
+            (_code(row.check), row.outcome.replace("_", " "), as_markdown(row.when), as_markdown(row.why))
             for row in summary.checks_by_weight(report)
         ),
         "checks",
@@ -152,17 +152,17 @@ def _checks(report: Report) -> Iterator[str]:
 
 def _provenance(report: Report) -> Iterator[str]:
     facts = {
-        "model": report["candidate"]["model_sha256"],
-        "policy": report["policy"]["sha256"],
-        "data": report["data"]["sha256"],
+        "model": report.candidate.model_sha256,
+        "policy": report.policy.sha256,
+        "data": report.data.sha256,
         "order of the images": summary.order(report),
-        "created": report["created"],
-        "code": report["code"]["revision"],
-        "seed": report["evaluation"]["seed"],
-        "wall time": summary.duration(report["seconds"]),
-        "processes": report["processes"],
-        **{str(key): value for key, value in report["hardware"].items() if value is not None},
-        **report["versions"],
+        "created": report.created,
+        "code": report.code.revision,
+        "seed": report.evaluation.seed,
+        "wall time": summary.duration(report.seconds),
+        "processes": report.processes,
+        **{key: value for key, value in report.hardware.items() if value is not None},
+        **report.versions,
     }
     yield from _table(("what", "value"), ((as_markdown(name), _code(value)) for name, value in facts.items()), "facts")
 

@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 
 from dfmcl.common import metrics as shared
 from dfmcl.gating.formats import summary
-from dfmcl.gating.formats.summary import Report
+from dfmcl.gating.signing.evaluation import EvaluationEntry, ShareEntry
+from dfmcl.gating.signing.report import Report
 from dfmcl.gating.verdict import EXIT_CODES
 
 Labels = Mapping[str, str]
@@ -40,115 +41,120 @@ class _Once(Collector):
 
 
 def _metrics(report: Report) -> Iterator[Metric]:
-    model = {"model": report["candidate"]["name"]}
+    model = {"model": report.candidate.name}
     yield from _verdict(report, model)
     yield from _reasons(report, model)
     yield from _criteria(report, model)
     yield from _accuracies(report, model)
     yield from _attacks(report, model)
     checks = [
-        ({**model, "check": row["check"], "state": state}, float(row["outcome"] == state))
-        for row in report["checks"]
+        ({**model, "check": row.check, "state": state}, float(row.outcome == state))
+        for row in report.checks
         for state in ("clear", "raised", "not_run")
     ]
     yield _gauge("robustness_gate_check_state", "1 for what the check found.", checks)
-    if report["baseline"] is not None:
-        broken = len(report["baseline"]["newly_broken"])
+    if report.baseline is not None:
+        broken = len(report.baseline.newly_broken)
         yield _gauge(
             "robustness_gate_newly_broken_images", "Images that only the baseline model holds.", [(model, broken)]
         )
 
 
 def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
-    statistics, policy = report["statistics"], report["policy"]
     about = {
         **model,
-        "sha256": report["candidate"]["model_sha256"],
-        "policy_sha256": policy["sha256"],
-        "data_sha256": report["data"]["sha256"],
-        "statistics": statistics["kind"],
-        "revision": report["code"]["revision"],
+        "sha256": report.candidate.model_sha256,
+        "policy_sha256": report.policy.sha256,
+        "data_sha256": report.data.sha256,
+        "statistics": report.statistics.kind,
+        "revision": report.code.revision,
     }
     yield _gauge("robustness_gate_info", "What was judged, by which policy, on which data.", [(about, 1)])
-    states = [({**model, "state": state}, float(report["verdict"] == state)) for state in EXIT_CODES]
+    states = [({**model, "state": state}, float(report.verdict == state)) for state in EXIT_CODES]
     yield _gauge(shared.GATE_STATE, "1 for the gate's verdict.", states)
-    ran = datetime.fromisoformat(report["created"]).timestamp()
+    ran = datetime.fromisoformat(report.created).timestamp()
     yield _gauge(shared.GATE_EVALUATED, "When the gate ran, unix time.", [(model, ran)])
-    yield _gauge("robustness_gate_duration_seconds", "Wall time of the gate.", [(model, report["seconds"])])
-    yield _gauge("robustness_gate_attacked_images", "Images attacked.", [(model, statistics["attacked"])])
+    yield _gauge("robustness_gate_duration_seconds", "Wall time of the gate.", [(model, report.seconds)])
+    yield _gauge("robustness_gate_attacked_images", "Images attacked.", [(model, report.statistics.attacked)])
     yield _gauge(
         "robustness_gate_population_images",
         "Images of the data set that the order runs through.",
-        [(model, statistics["population"])],
+        [(model, report.statistics.population)],
     )
 
 
 def _reasons(report: Report, model: Labels) -> Iterator[Metric]:
-    named = zip(report["reasons"], summary.reasons(report), strict=True)
+    named = zip(report.reasons, summary.reasons(report), strict=True)
     rows = [({**model, "reason": name, "why": sentence}, 1.0) for name, sentence in named]
     yield _gauge("robustness_gate_reason", "1 for each reason why no evidence of this kind will do to pass.", rows)
 
 
 def _criteria(report: Report, model: Labels) -> Iterator[Metric]:
-    rows = report["criteria"]
-    labels = [{**model, "criterion": row["criterion"]} for row in rows]
+    rows = report.criteria
+    labels = [{**model, "criterion": row.criterion} for row in rows]
     states = [
-        ({**label, "state": state}, float(row["outcome"] == state))
+        ({**label, "state": state}, float(row.outcome == state))
         for label, row in zip(labels, rows, strict=True)
         for state in ("met", "missed", "open")
     ]
     yield _gauge("robustness_gate_criterion_state", "1 for the criterion's outcome.", states)
-    for name, key, text in (
-        ("robustness_gate_criterion_value_ratio", "value", "What was counted for the criterion, 0 to 1."),
+    for name, shares, text in (
+        (
+            "robustness_gate_criterion_value_ratio",
+            [row.value for row in rows],
+            "What was counted for the criterion, 0 to 1.",
+        ),
         (
             "robustness_gate_criterion_lower_ratio",
-            "lower",
+            [row.lower for row in rows],
             "The lower bound that a criterion must reach to be met, 0 to 1.",
         ),
         (
             "robustness_gate_criterion_upper_ratio",
-            "upper",
+            [row.upper for row in rows],
             "The upper bound that stays below the threshold of a missed criterion, 0 to 1.",
         ),
-        ("robustness_gate_criterion_threshold_ratio", "threshold", "What the policy asks for, 0 to 1."),
+        (
+            "robustness_gate_criterion_threshold_ratio",
+            [row.threshold for row in rows],
+            "What the policy asks for, 0 to 1.",
+        ),
     ):
-        yield _gauge(name, text, [(label, row[key]) for label, row in zip(labels, rows, strict=True)])
+        yield _gauge(name, text, zip(labels, shares, strict=True))
 
 
 def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
-    evaluations = (report["evaluation"], *report["radii"])
-    clean = [(model, report["evaluation"]["clean"])]
-    yield from _shares(shared.GATE_CLEAN_ACCURACY, "Clean accuracy that the gate measured", clean)
+    yield from _shares(
+        shared.GATE_CLEAN_ACCURACY, "Clean accuracy that the gate measured", [(model, report.evaluation.clean)]
+    )
     yield from _shares(
         shared.GATE_ACCURACY,
         f"Robust accuracy that the gate measured {_means(report)}, worst case per image",
-        [(_ball(model, one), one["robust"]) for one in evaluations],
+        [(_ball(model, one), one.robust) for one in (report.evaluation, *report.radii)],
     )
-    if report["transfer"]:
-        transfer = [
-            ({**_ball(model, one), "surrogate": one["about"]["surrogate"]}, one["robust"]) for one in report["transfer"]
-        ]
+    if report.transfer:
+        transfer = [({**_ball(model, one), "surrogate": one.about.surrogate}, one.robust) for one in report.transfer]
         yield from _shares(shared.GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
-    overall = [row for row in report["criteria"] if row["class"] is None]
-    main = _ball(model, report["evaluation"])
+    overall = [row for row in report.criteria if row.class_name is None]
+    main = _ball(model, report.evaluation)
     robust = [
-        ({**main, "epsilon": row["eps"] or main["epsilon"]}, row["threshold"])
+        ({**main, "epsilon": row.eps or report.evaluation.threat.label}, row.threshold)
         for row in overall
-        if row["metric"] == "robust_accuracy"
+        if row.metric == "robust_accuracy"
     ]
     yield _gauge(shared.GATE_THRESHOLD, "Robust accuracy that the policy asks for, 0 to 1.", robust)
-    asked = [(model, row["threshold"]) for row in overall if row["metric"] == "clean_accuracy"]
+    asked = [(model, row.threshold) for row in overall if row.metric == "clean_accuracy"]
     yield _gauge(shared.GATE_CLEAN_THRESHOLD, "Clean accuracy that the policy asks for, 0 to 1.", asked)
 
 
 def _means(report: Report) -> str:
-    return "without gradients" if "no_gradients" in report["reasons"] else "with the model's own gradients"
+    return "without gradients" if "no_gradients" in report.reasons else "with the model's own gradients"
 
 
 def _attacks(report: Report, model: Labels) -> Iterator[Metric]:
     rows = [
         ({**_ball(model, one), "attack": row.name}, row)
-        for one in (report["evaluation"], *report["radii"])
+        for one in (report.evaluation, *report.radii)
         for row in summary.attack_rows(one)
     ]
     tried, flipped = ([(labels, float(getattr(row, part))) for labels, row in rows] for part in ("tried", "flipped"))
@@ -164,19 +170,26 @@ def _attacks(report: Report, model: Labels) -> Iterator[Metric]:
     yield _gauge("robustness_gate_attack_duration_seconds", "Wall time of the attack.", times)
 
 
-def _ball(model: Labels, evaluation: Mapping[str, Any]) -> dict[str, str]:
-    return {**model, "norm": evaluation["threat"]["norm"], "epsilon": evaluation["threat"]["label"]}
+def _ball(model: Labels, evaluation: EvaluationEntry[Any]) -> dict[str, str]:
+    threat = evaluation.threat.parsed
+    return {**model, "norm": threat.kind, "epsilon": threat.label}
 
 
-def _shares(
-    names: shared.Interval, documentation: str, rows: Sequence[tuple[Labels, Mapping[str, Any]]]
-) -> Iterator[Metric]:
-    for name, key, text in (
-        (names.ratio, "value", f"{documentation}, 0 to 1."),
-        (names.lower, "lower_95", f"Lower bound of {names.ratio}, {INTERVAL}"),
-        (names.upper, "upper_95", f"Upper bound of {names.ratio}, {INTERVAL}"),
+def _shares(names: shared.Interval, documentation: str, rows: Sequence[tuple[Labels, ShareEntry]]) -> Iterator[Metric]:
+    for name, found, text in (
+        (names.ratio, [(labels, share.value) for labels, share in rows], f"{documentation}, 0 to 1."),
+        (
+            names.lower,
+            [(labels, share.lower_95) for labels, share in rows],
+            f"Lower bound of {names.ratio}, {INTERVAL}",
+        ),
+        (
+            names.upper,
+            [(labels, share.upper_95) for labels, share in rows],
+            f"Upper bound of {names.ratio}, {INTERVAL}",
+        ),
     ):
-        yield _gauge(name, text, [(labels, share[key]) for labels, share in rows])
+        yield _gauge(name, text, found)
 
 
 def _gauge(name: str, documentation: str, rows: Rows) -> Metric:

@@ -9,7 +9,8 @@ from dfmcl.gating.formats.html import html
 from dfmcl.gating.formats.junit import junit
 from dfmcl.gating.formats.markdown import markdown
 from dfmcl.gating.formats.openmetrics import openmetrics
-from dfmcl.gating.formats.summary import Probes, Report
+from dfmcl.gating.formats.summary import Probes
+from dfmcl.gating.signing.report import Report
 
 FORMATS: dict[str, Callable[[Report, Probes], str]] = {
     "report.md": lambda report, probes: markdown(report),

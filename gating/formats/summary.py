@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.gating.signing.evaluation import EvaluationEntry
+from dfmcl.gating.signing.report import CheckEntry, CriterionEntry, Report
 from dfmcl.robustness.folder import described
 from dfmcl.robustness.statistics import Share
-from dfmcl.robustness.threats.registry import THREATS, by_norm
 
-Report = Mapping[str, Any]
 Probes = Mapping[str, NDArray[Any]]
 """Arrays of probes.npz, in the order attacked: images, change, labels, clean_logits, adversarial_logits.
 
@@ -106,58 +106,55 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def order(report: Mapping[str, Any]) -> str:
+def order(report: Report) -> str:
     """Which order the images were attacked in, and who drew it."""
-    statistics = report["statistics"]
-    by = f"drawn by key {statistics['draw']['keyid'][:12]}" if "draw" in statistics else "fixed by digests alone"
-    return f"{statistics['order_sha256']}, {by}"
+    draw = report.statistics.draw
+    by = "fixed by digests alone" if draw is None else f"drawn by key {draw.keyid[:12]}"
+    return f"{report.statistics.order_sha256}, {by}"
 
 
-def threat(evaluation: Mapping[str, Any]) -> str:
+def threat(evaluation: EvaluationEntry[Any]) -> str:
     """`Linf 8/255 as uint8`."""
-    asked = evaluation["threat"]
-    return f"{by_norm(THREATS, asked['norm']).name} {asked['label']} as {evaluation['grid']}"
+    return f"{evaluation.threat.parsed} as {evaluation.grid}"
 
 
 def claim(report: Report) -> str:
     """The subject of the verdict: exactly these images, or the population that they were drawn from."""
-    statistics = report["statistics"]
-    part = f"{report['data']['name']} ({report['data']['part']} part)"
-    skipped = described(report["data"].get("skipped", {}))
+    statistics, whole = report.statistics, report.statistics.whole
+    part = f"{report.data.name} ({report.data.part} part)"
+    skipped = described(report.data.skipped or {})
     remark = f" The loader {skipped}." if skipped else ""
-    if "whole" in statistics:
-        whole = statistics["whole"]
+    if whole is not None:
         remark = (
-            f" All of them met the suite fast; {whole['drawn']:,}, drawn beforehand, were to meet the whole standard"
-            f" suite: {whole['tried']:,} of these held until then, and {whole['lost']:,} fell. The bounds are about the"
+            f" All of them met the suite fast; {whole.drawn:,}, drawn beforehand, were to meet the whole standard"
+            f" suite: {whole.tried:,} of these held until then, and {whole.lost:,} fell. The bounds are about the"
             f" whole suite and all images.{remark}"
         )
-    if statistics["kind"] == "sequential":
+    if statistics.kind == "sequential":
         return (
-            f"The claim is about exactly the {statistics['population']:,} images of {part}, and this attack suite."
-            f" {statistics['attacked']:,} of them were attacked, in an order fixed beforehand; the bounds hold however"
+            f"The claim is about exactly the {statistics.population:,} images of {part}, and this attack suite."
+            f" {statistics.attacked:,} of them were attacked, in an order fixed beforehand; the bounds hold however"
             f" often one looks.{remark}"
         )
     return (
         f"The claim is about the population that the images of {part} were drawn from, and this attack suite."
-        f" {statistics['attacked']:,} images were attacked and looked at once, as fixed beforehand.{remark}"
+        f" {statistics.attacked:,} images were attacked and looked at once, as fixed beforehand.{remark}"
     )
 
 
 def headline(report: Report) -> str:
     """The verdict in one line."""
-    missed = any(row["outcome"] == "missed" for row in report["criteria"])
-    if report["verdict"] == "failed" and not missed:
+    outcomes = {row.outcome for row in report.criteria}
+    if report.verdict == "failed" and "missed" not in outcomes:
         return "BLOCKED: the model does not answer every image with numbers"
-    only_reasons = not any(row["outcome"] == "open" for row in report["criteria"])
-    if report["verdict"] == "inconclusive" and only_reasons:
+    if report.verdict == "inconclusive" and "open" not in outcomes:
         return "INCONCLUSIVE: every criterion is met, and that is not enough"
-    return HEADLINES[report["verdict"]] + (reservations(report) if report["verdict"] == "passed" else "")
+    return HEADLINES[report.verdict] + (reservations(report) if report.verdict == "passed" else "")
 
 
 def reservations(report: Report) -> str:
     """What a pass rests on without a test: the checks that did not run, and code that was trusted."""
-    absent = [check["check"] for check in report["checks"] if check["outcome"] == "not_run"]
+    absent = [check.check for check in report.checks if check.outcome == "not_run"]
     said = [f"not run: {', '.join(absent)}"] if absent else []
     said += ["its code was trusted, because a module can deceive the gate"] if trusted_code(report) else []
     return "".join(f"; {part}" for part in said)
@@ -165,95 +162,94 @@ def reservations(report: Report) -> str:
 
 def trusted_code(report: Report) -> bool:
     """Whether a user's code gave the answers."""
-    return bool(report["candidate"]["kind"] == "module")
+    return report.candidate.kind == "module"
 
 
 def advice(report: Report) -> str:
     """What to do now, by what was found and by what was judged."""
-    if report["verdict"] == "passed":
-        return PROMOTE[report["candidate"]["kind"]]
-    if report["verdict"] == "suspect":
+    if report.verdict == "passed":
+        return PROMOTE[report.candidate.kind]
+    if report.verdict == "suspect":
         return SUSPECT
-    if report["verdict"] == "inconclusive":
-        remedies = [REMEDIES[reason] for reason in report["reasons"] if reason in REMEDIES]
+    if report.verdict == "inconclusive":
+        remedies = [REMEDIES[reason] for reason in report.reasons if reason in REMEDIES]
         return f"{_sentence('; '.join(remedies))}, and run the gate again. {UNTIL}" if remedies else UNTIL
-    missed = {row["metric"] for row in report["criteria"] if row["outcome"] == "missed"}
+    missed = {row.metric for row in report.criteria if row.outcome == "missed"}
     ways = [HARDEN] if any("robust" in metric for metric in missed) else []
     ways += [TRAIN] if any("clean" in metric for metric in missed) else []
     ways += [COMPARE] if "no_regression" in missed else []
-    repair = [REPAIR] if "not_finite" in report["reasons"] else []
+    repair = [REPAIR] if "not_finite" in report.reasons else []
     return " ".join([KEEP, *repair, *([f"{'. '.join(ways)} {PROMISE}"] if ways else [])])
 
 
 def reasons(report: Report) -> list[str]:
     """Why no evidence of this kind will do to pass, a sentence each, with what is known of it."""
-    why = report.get("why", {})
-    return [f"{REASONS[reason]}{f': {why[reason]}' if why.get(reason) else ''}" for reason in report["reasons"]]
+    why = report.why or {}
+    return [f"{REASONS[reason]}{f': {why[reason]}' if why.get(reason) else ''}" for reason in report.reasons]
 
 
 def decided(report: Report) -> list[str]:
     """One sentence for each criterion, check or reason that made the verdict; of very many, the first."""
-    verdict = report["verdict"]
-    found = [f"{finding['check']} was raised: {finding['why']}" for finding in report["findings"]]
-    if verdict != "suspect":
-        wanted = {"failed": "missed", "inconclusive": "open", "passed": "met"}[verdict]
-        found = _by_criterion([row for row in report["criteria"] if row["outcome"] == wanted], wanted)
+    found = [f"{finding.check} was raised: {finding.why}" for finding in report.findings]
+    if report.verdict != "suspect":
+        wanted = {"failed": "missed", "inconclusive": "open", "passed": "met"}[report.verdict]
+        found = _by_criterion([row for row in report.criteria if row.outcome == wanted], wanted)
     more = [f"and {len(found) - MOST} more"] if len(found) > MOST else []
     return [*found[:MOST], *more, *reasons(report)]
 
 
-def _by_criterion(rows: Sequence[Mapping[str, Any]], outcome: str) -> list[str]:
-    sentences = [judged(row) for row in rows if row["class"] is None]
-    by_class: dict[str, list[Mapping[str, Any]]] = {}
+def _by_criterion(rows: Sequence[CriterionEntry], outcome: str) -> list[str]:
+    sentences = [judged(row) for row in rows if row.class_name is None]
+    by_class: dict[str, list[CriterionEntry]] = {}
     for row in rows:
-        if row["class"] is not None:
-            by_class.setdefault(row["criterion"].removesuffix(f", class {row['class']}"), []).append(row)
+        if row.class_name is not None:
+            by_class.setdefault(row.criterion.removesuffix(f", class {row.class_name}"), []).append(row)
     for criterion, same in by_class.items():
         if len(same) == 1:
             sentences.append(judged(same[0]))
         else:
-            named = listed([shortened(row["class"]) for row in same], 5)
+            named = listed([shortened(row.class_name) for row in same], 5)
             sentences.append(f"{criterion}: {outcome} for {len(same)} classes, {named}")
     return sentences
 
 
-def judged(row: Mapping[str, Any]) -> str:
+def judged(row: CriterionEntry) -> str:
     """A criterion with its counts, bounds and outcome in one sentence."""
-    after = row["decided_after"] if row["decided_after"] is not None else row["n"]
-    bounds = "" if row["lower"] is None else f", bounds {percent(row['lower'])} and {percent(row['upper'])}"
-    said = f"{shortened(row['criterion'], 200)}: {row['outcome']}"
-    return f"{said} after {after:,} images; {row['k']:,} of {row['n']:,}{bounds}"
+    after = row.n if row.decided_after is None else row.decided_after
+    bounds = "" if row.lower is None else f", bounds {percent(row.lower)} and {percent(row.upper)}"
+    said = f"{shortened(row.criterion, 200)}: {row.outcome}"
+    return f"{said} after {after:,} images; {row.k:,} of {row.n:,}{bounds}"
 
 
-def attack_rows(evaluation: Mapping[str, Any]) -> list[AttackRow]:
+def attack_rows(evaluation: EvaluationEntry[Any]) -> list[AttackRow]:
     """The attacks as they thinned out what held."""
     return [
         AttackRow(
-            attack["name"],
-            attack["tried"],
-            attack["flipped"],
-            attack["accuracy"]["k"],
-            attack["accuracy"]["n"],
-            attack["seconds"],
-            sum(attack["per_image"]["forward"]),
-            sum(attack["per_image"]["backward"]),
+            attack.name,
+            attack.tried,
+            attack.flipped,
+            attack.accuracy.k,
+            attack.accuracy.n,
+            attack.seconds,
+            sum(attack.per_image.forward),
+            sum(attack.per_image.backward),
         )
-        for attack in evaluation["attacks"]
+        for attack in evaluation.attacks
     ]
 
 
 def class_rows(report: Report) -> list[ClassRow]:
     """Per class of the data, at the main radius; classes without an image among those attacked have n = 0."""
-    bits = report["evaluation"]["per_image"]
-    labels, right, held = np.asarray(report["per_image"]["label"]), flags(bits["correct"]), flags(bits["robust"])
-    wanted = [row for row in report["criteria"] if row["metric"] == "class_robust_accuracy" and row["eps"] is None]
-    about = {row["class"]: row for row in wanted}
+    bits = report.evaluation.per_image
+    labels, right, held = np.asarray(report.per_image.label), flags(bits.correct), flags(bits.robust)
+    wanted = [row for row in report.criteria if row.metric == "class_robust_accuracy" and row.eps is None]
+    about = {row.class_name: row for row in wanted}
     rows = []
-    for number, name in enumerate(report["data"]["classes"]):
+    for number, name in enumerate(report.data.classes):
         chosen = labels == number
         n, k = int(chosen.sum()), int(held[chosen].sum())
         lower, upper = Share(k, n).bounds if n else (0.0, 1.0)
-        criterion = about.get(name, {})
+        criterion = about.get(name)
         rows.append(
             ClassRow(
                 name,
@@ -262,8 +258,8 @@ def class_rows(report: Report) -> list[ClassRow]:
                 k,
                 lower,
                 upper,
-                criterion.get("threshold"),
-                criterion.get("outcome"),
+                None if criterion is None else criterion.threshold,
+                None if criterion is None else criterion.outcome,
             )
         )
     return rows
@@ -285,16 +281,16 @@ def confusion(classes: int, probes: Probes) -> NDArray[np.int64]:
     return counts
 
 
-def checks_by_weight(report: Report) -> list[Mapping[str, Any]]:
+def checks_by_weight(report: Report) -> list[CheckEntry]:
     """All checks: raised ones first, then checks that could not run."""
     weight = {"raised": 0, "not_run": 1, "clear": 2}
-    return sorted(report["checks"], key=lambda check: weight[check["outcome"]])
+    return sorted(report.checks, key=lambda check: weight[check.outcome])
 
 
-def by_weight(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def by_weight(rows: Iterable[CriterionEntry]) -> list[CriterionEntry]:
     """Criteria: missed ones first, then open ones."""
     weight = {"missed": 0, "open": 1, "met": 2}
-    return sorted(rows, key=lambda row: weight[row["outcome"]])
+    return sorted(rows, key=lambda row: weight[row.outcome])
 
 
 def shortened(name: object, most: int = 80) -> str:

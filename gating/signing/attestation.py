@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from securesystemslib.dsse import Envelope
 
@@ -45,13 +45,15 @@ from dfmcl.gating.signing.statement import (
     ROBUSTNESS,
     STATEMENT,
     TEST_RESULT,
-    VALID_DAYS,
     expiry,
     robustness,
     statements,
     subjects,
     test_result,
 )
+
+if TYPE_CHECKING:
+    from dfmcl.gating.signing.report import Report
 
 CLOCK_SKEW = timedelta(minutes=10)  # between the machine of the gate and this one
 
@@ -95,7 +97,7 @@ class Attestation:
         return datetime.fromisoformat(self.robustness["expires"])
 
 
-def sign(report: dict[str, Any], report_sha256: str, signers: Sequence[Signer], *, expires_days: int) -> str:
+def sign(report: Report, report_sha256: str, signers: Sequence[Signer], *, expires_days: int) -> str:
     """attestation.intoto.jsonl: both statements about a report of any verdict, each signed by every signer.
 
     report_sha256: of the bytes of report.json. It expires so many days after the report was made.
@@ -112,7 +114,7 @@ def sign_evidence(evidence: Path, signers: Sequence[Signer]) -> datetime:
     path = evidence / ATTESTATION
     report, digest = read_evidence(evidence)
     envelopes = read_envelopes(path) if os.path.lexists(path) else None
-    fresh = _unsigned(report, digest, report["policy"].get("valid_days", VALID_DAYS))
+    fresh = _unsigned(report, digest, report.policy.valid_days)
     if envelopes is not None and [said_by(envelope) for envelope in envelopes] != [
         said_by(envelope) for envelope in fresh
     ]:
@@ -155,7 +157,7 @@ def read_attestation(evidence: Path, trust: Trust) -> Attestation:
         raise refusal("statement", f"{path}: a malformed statement was signed: {reason_of(error)}") from None
 
 
-def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None = None) -> dict[str, Any]:
+def verify(candidate: Path, evidence: Path, trust: Trust, now: datetime | None = None) -> Report:
     """The report, if enough trusted keys say that exactly the candidate's bytes passed, and still do at `now` (UTC).
 
     NotAttested (1): they do not say it, or not about these bytes, or the report contradicts itself, or what the trust
@@ -207,11 +209,11 @@ def _require_current(attestation: Attestation, trust: Trust, now: datetime, path
     return report_sha256
 
 
-def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha256: str, path: Path) -> None:
+def _require_alike(attestation: Attestation, report: Report, report_sha256: str, path: Path) -> None:
     """The statements say of their report what it says itself, no more and no less."""
     if attestation.subject != subjects(report):
         raise refusal("unlike", f"{path}: is about other files than {REPORT}")
-    expires = expiry(report, report["policy"].get("valid_days", VALID_DAYS))
+    expires = expiry(report, report.policy.valid_days)
     for said, made in (
         (attestation.test_result, test_result(report, report_sha256)),
         (attestation.robustness, robustness(report, report_sha256, expires)),
@@ -222,26 +224,24 @@ def _require_alike(attestation: Attestation, report: dict[str, Any], report_sha2
             raise refusal("unlike", f"{path}: says another {other[0]} than {REPORT}")
 
 
-def _require_drawn(report: dict[str, Any], keys: Iterable[PublicKey], path: Path, *, by_one: bool) -> None:
+def _require_drawn(report: Report, keys: Iterable[PublicKey], path: Path, *, by_one: bool) -> None:
     """Refuse an order that names one of the keys, which did not draw it; by_one: also one that none of them drew."""
-    from dfmcl.gating.order import Draw, Matter  # here, as it loads numpy
+    from dfmcl.gating.order import Matter  # here, as it loads numpy
 
-    said = report["statistics"].get("draw")
-    if said is None:
+    draw = report.statistics.draw
+    if draw is None:
         if by_one:
             raise refusal("order", f"{path}: the order follows from digests alone")
         return
-    draw, own = Draw.from_json(said), {key.keyid: key for key in keys}
-    model, data, policy = report["candidate"]["model_sha256"], report["data"]["sha256"], report["policy"]["sha256"]
+    own = {key.keyid: key for key in keys}
+    matter = Matter(report.candidate.model_sha256, report.data.sha256, report.policy.sha256, report.data.images)
     if draw.keyid not in own and by_one:
         raise refusal("order", f"{path}: key {draw.keyid[:12]} drew the order, and is none that is trusted and signed")
-    if draw.keyid in own and not draw.is_by(
-        own[draw.keyid], Matter(str(model), str(data), policy, report["data"]["images"])
-    ):
+    if draw.keyid in own and not draw.is_by(own[draw.keyid], matter):
         raise refusal("order", f"{path}: key {draw.keyid[:12]} did not draw the order that names it")
 
 
-def _unsigned(report: dict[str, Any], report_sha256: str, expires_days: Any) -> list[Envelope]:
+def _unsigned(report: Report, report_sha256: str, expires_days: int) -> list[Envelope]:
     """Both statements, in envelopes; one report gives the same bytes always. BadEvidence where it is no gate's."""
     try:
         made = statements(report, report_sha256, expiry(report, expires_days))

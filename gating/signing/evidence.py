@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dfmcl.common.errors import BadInput
 from dfmcl.common.reader import (
     MANIFEST_BYTES,
     RECORD_BYTES,
@@ -18,6 +19,9 @@ from dfmcl.common.reader import (
 )
 from dfmcl.gating.signing.faults import refusal
 
+if TYPE_CHECKING:
+    from dfmcl.gating.signing.report import Report
+
 REPORT_FORMAT = "dfmcl.report/2"
 CANDIDATE_FORMAT = "dfmcl.candidate/1"
 MANIFEST = "manifest.json"
@@ -28,7 +32,7 @@ FILE_BYTES = 2**32  # an ONNX file holds 2 GiB at most, and probes unpack to 4
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
-def inspect(candidate: Path, evidence: Path) -> dict[str, Any]:
+def inspect(candidate: Path, evidence: Path) -> Report:
     """The report, if it holds a passing verdict for exactly the candidate's bytes; who wrote it, nobody asks here."""
     if _same(candidate, evidence) and leaves(candidate):  # a version is what lies in the repository
         raise refusal("unreadable", f"{candidate}: is a link that leaves its directory")
@@ -37,7 +41,7 @@ def inspect(candidate: Path, evidence: Path) -> dict[str, Any]:
     return report
 
 
-def read_evidence(evidence: Path) -> tuple[dict[str, Any], str]:
+def read_evidence(evidence: Path) -> tuple[Report, str]:
     """The report of a gate and the SHA-256 of its bytes, whatever its verdict and its writer.
 
     All that follows from its own record is derived again, and its files must be those that it names: NotAttested (1)
@@ -49,14 +53,24 @@ def read_evidence(evidence: Path) -> tuple[dict[str, Any], str]:
     path = evidence / REPORT
     report, digest = read_report(path)
     _require_evidence(report, evidence)
-    require_derived(report, path, read_answers(evidence / PROBES, _shape(report, path)))
+    shape = (len(report.per_image.label), *report.candidate.input.shape, len(report.data.classes))
+    require_derived(report, path, read_answers(evidence / PROBES, shape))
     return report, digest
 
 
-def read_report(path: Path) -> tuple[dict[str, Any], str]:
-    """A report.json, nothing of it believed yet, and the SHA-256 of the very bytes it was read from."""
+def read_report(path: Path) -> tuple[Report, str]:
+    """A report.json, nothing of it believed yet, and the SHA-256 of the very bytes it was read from.
+
+    BadEvidence where it cannot be read, or where a part of it is missing, unknown or of another type.
+    """
+    from dfmcl.gating.signing.report import Report  # here, as it loads pydantic and numpy
+
     data = read_file(path, RECORD_BYTES)
-    return parsed_as(path, data, REPORT_FORMAT), hashlib.sha256(data).hexdigest()
+    value = parsed_as(path, data, REPORT_FORMAT)
+    try:
+        return Report.from_json(value), hashlib.sha256(data).hexdigest()
+    except (ValueError, BadInput) as error:
+        raise refusal("malformed", f"{path}: not a gate's report ({error})") from None
 
 
 def file_digest(path: Path) -> str:
@@ -105,10 +119,10 @@ def require_verdict(verdict: object, path: Path) -> None:
         raise refusal("verdict", f"{path}: the verdict is {verdict!r}")
 
 
-def _require_passed(report: dict[str, Any], candidate: Path, evidence: Path) -> None:
+def _require_passed(report: Report, candidate: Path, evidence: Path) -> None:
     """Refuse a report that did not pass, or whose candidate or evidence is not, file for file, what lies there."""
-    files = object_at(object_at(report, "candidate", evidence), "files", evidence)
-    beside = {REPORT, ATTESTATION, *object_at(report, "files", evidence)}
+    files = report.candidate.files
+    beside = {REPORT, ATTESTATION, *report.files}
     allowed = {*files, *(beside if _same(candidate, evidence) else ())}
     try:
         found = sorted(path.name for path in candidate.iterdir())
@@ -126,17 +140,17 @@ def _require_passed(report: dict[str, Any], candidate: Path, evidence: Path) -> 
     if (listed := manifest["files"]) != {name: files[name] for name in files if name != MANIFEST}:
         raise refusal("candidate", f"{candidate / MANIFEST}: lists {', '.join(listed)}, with other digests than judged")
     _require_interface(report, manifest, evidence)
-    require_verdict(report.get("verdict"), evidence)
+    require_verdict(report.verdict, evidence)
 
 
-def _require_interface(report: dict[str, Any], manifest: dict[str, Any], evidence: Path) -> None:
+def _require_interface(report: Report, manifest: dict[str, Any], evidence: Path) -> None:
     """The report is about the images, classes and run that the candidate's own manifest names."""
     try:
-        asked, run = report["candidate"]["input"], (manifest.get("run") or {}).get("checkpoint_sha256")
+        asked, run = report.candidate.input.to_json(), (manifest.get("run") or {}).get("checkpoint_sha256")
         pairs = {
             "candidate.input": (asked, {key: manifest["input"][key] for key in asked}),
-            "data.classes": (report["data"]["classes"], manifest["labels"]),
-            "run.checkpoint_sha256": (report["run"].get("checkpoint_sha256"), run),
+            "data.classes": (list(report.data.classes), manifest["labels"]),
+            "run.checkpoint_sha256": (report.run.checkpoint_sha256, run),
         }
     except MALFORMED as error:
         raise refusal("malformed", f"{evidence / REPORT}: not about such a candidate ({reason_of(error)})") from None
@@ -144,11 +158,10 @@ def _require_interface(report: dict[str, Any], manifest: dict[str, Any], evidenc
         raise refusal("bytes", f"{evidence / REPORT}: {other[0]} is another one than {MANIFEST} names")
 
 
-def _require_evidence(report: dict[str, Any], evidence: Path) -> None:
-    files = object_at(report, "files", evidence / REPORT)
-    if PROBES not in files:
+def _require_evidence(report: Report, evidence: Path) -> None:
+    if PROBES not in report.files:
         raise refusal("malformed", f"{evidence / REPORT}: lists no {PROBES}")
-    for name, digest in files.items():
+    for name, digest in report.files.items():
         _require_file(evidence, name, digest, "evidence", "is not what the gate wrote")
 
 
@@ -189,15 +202,6 @@ def object_at(value: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found if key == "files"):
         raise refusal("malformed", f"{where}: {key} is {type(found).__name__}, expected an object")
     return found
-
-
-def _shape(report: dict[str, Any], path: Path) -> tuple[int, int, int, int, int]:
-    """Of the probes that a report is about: images, height, width, channels, classes."""
-    try:
-        height, width, channels = (int(size) for size in report["candidate"]["input"]["shape"])
-        return len(report["per_image"]["label"]), height, width, channels, len(report["data"]["classes"])
-    except MALFORMED as error:
-        raise refusal("malformed", f"{path}: not a gate's report ({reason_of(error)})") from None
 
 
 def reason_of(error: Exception) -> str:

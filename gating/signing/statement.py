@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dfmcl.gating.signing.evaluation import EvaluationEntry
+    from dfmcl.gating.signing.report import Report
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 ROBUSTNESS = "https://dfmcl.dev/attestation/robustness/v1"
 
-Report = Mapping[str, Any]
 VALID_DAYS = 90  # of an attestation, where the policy does not say
 COPIED = ("verdict", "reasons", "statistics", "criteria", "created", "run", "code", "versions", "hardware", "processes")
 MEASURED = ("threat", "grid", "seed", "images", "clean", "robust")
@@ -23,10 +26,7 @@ ABOUT_ATTACK = ("name", "parameters", "accuracy", "tried", "flipped", "outside")
 
 
 def statements(report: Report, report_sha256: str, expires: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The test result and the robustness statement. report_sha256: of report.json's bytes; expires: UTC, ISO 8601.
-
-    KeyError or TypeError where the report is none of the gate's.
-    """
+    """The test result and the robustness statement. report_sha256: of report.json's bytes; expires: UTC, ISO 8601."""
     subject = subjects(report)
     return (
         _statement(subject, TEST_RESULT, test_result(report, report_sha256)),
@@ -36,24 +36,24 @@ def statements(report: Report, report_sha256: str, expires: str) -> tuple[dict[s
 
 def subjects(report: Report) -> dict[str, str]:
     """SHA-256 by name of what was judged: the files of a candidate, or the one thing that is no candidate."""
-    candidate = report["candidate"]
-    name = candidate["name"] if candidate["kind"] != "onnx" else PurePath(candidate["name"]).name
-    return dict(candidate["files"]) or {name: candidate["model_sha256"]}
+    candidate = report.candidate
+    name = candidate.name if candidate.kind != "onnx" else PurePath(candidate.name).name
+    return dict(candidate.files) or {name: candidate.model_sha256}
 
 
 def test_result(report: Report, report_sha256: str) -> dict[str, Any]:
     """The predicate that generic verifiers read. WARNED is not used: to them it means passed, with a warning."""
-    tests = [(row["criterion"], row["outcome"] == "met") for row in report["criteria"]]
+    tests = [(row.criterion, row.outcome == "met") for row in report.criteria]
     # A check that did not run neither passed nor failed.
-    tests += [(row["check"], row["outcome"] == "clear") for row in report["checks"] if row["outcome"] != "not_run"]
+    tests += [(row.check, row.outcome == "clear") for row in report.checks if row.outcome != "not_run"]
     digests = {
-        "policy": report["policy"]["sha256"],
-        f"data {report['data']['name']}": report["data"]["sha256"],
+        "policy": report.policy.sha256,
+        f"data {report.data.name}": report.data.sha256,
         "report.json": report_sha256,
-        **report["files"],
+        **report.files,
     }
     return {
-        "result": "PASSED" if report["verdict"] == "passed" else "FAILED",
+        "result": "PASSED" if report.verdict == "passed" else "FAILED",
         "configuration": [{"name": name, "digest": {"sha256": digest}} for name, digest in digests.items()],
         "passedTests": [name for name, passed in tests if passed],
         "failedTests": [name for name, passed in tests if not passed],
@@ -63,28 +63,28 @@ def test_result(report: Report, report_sha256: str) -> dict[str, Any]:
 def robustness(report: Report, report_sha256: str, expires: str) -> dict[str, Any]:
     """The predicate in numbers: how much the model resists, on what, how it was found, and until when that counts."""
     return {
-        **{key: report[key] for key in COPIED},
+        **report.to_json(*COPIED),
         "expires": expires,
-        "checks": {row["check"]: row["outcome"] for row in report["checks"]},
-        "evaluation": _measured(report["evaluation"]),
-        "radii": [_measured(evaluation) for evaluation in report["radii"]],
-        "transfer": [_measured(evaluation) | {"about": evaluation["about"]} for evaluation in report["transfer"]],
-        "policy": {"sha256": report["policy"]["sha256"]},
-        "data": {key: report["data"][key] for key in ("name", "sha256", "part", "images")},
+        "checks": {row.check: row.outcome for row in report.checks},
+        "evaluation": _measured(report.evaluation),
+        "radii": [_measured(evaluation) for evaluation in report.radii],
+        "transfer": [_measured(evaluation) | evaluation.to_json("about") for evaluation in report.transfer],
+        "policy": {"sha256": report.policy.sha256},
+        "data": report.data.to_json("name", "sha256", "part", "images"),
         "report": {"sha256": report_sha256},
-        "files": dict(report["files"]),
-        "candidate": {key: report["candidate"][key] for key in ("kind", "model_sha256", "input")},
+        "files": dict(report.files),
+        "candidate": report.candidate.to_json("kind", "model_sha256", "input"),
     }
 
 
 def expiry(report: Report, days: int) -> str:
     """When an attestation of this report expires: `days` after the gate ran, so that signing late prolongs nothing."""
-    return (datetime.fromisoformat(report["created"]) + timedelta(days=days)).isoformat(timespec="seconds")
+    return (datetime.fromisoformat(report.created) + timedelta(days=days)).isoformat(timespec="seconds")
 
 
-def _measured(evaluation: Report) -> dict[str, Any]:
-    attacks = [{key: attack[key] for key in ABOUT_ATTACK} for attack in evaluation["attacks"]]
-    return {**{key: evaluation[key] for key in MEASURED}, "attacks": attacks}
+def _measured(evaluation: EvaluationEntry[Any]) -> dict[str, Any]:
+    attacks = [attack.to_json(*ABOUT_ATTACK) for attack in evaluation.attacks]
+    return {**evaluation.to_json(*MEASURED), "attacks": attacks}
 
 
 def _statement(subject: Mapping[str, str], kind: str, predicate: dict[str, Any]) -> dict[str, Any]:

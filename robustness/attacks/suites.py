@@ -20,6 +20,14 @@ SUITES: dict[str, tuple[str, ...]] = {
     "standard": (*AUTOATTACK, SUBSPACE),
 }
 
+# By kind of threat, of those that the suites cannot search in.
+BY_KIND: dict[str, tuple[str, ...]] = {
+    "l1": ("apgd-ce-50", "apgd-t-25"),
+    "patch": ("patch-50", "patch-rs-500"),
+    "spatial": ("grid",),
+    "corruption": ("grid",),
+}
+
 # They ask for scores or labels only; the number in their name is that of queries.
 WITHOUT_GRADIENTS = ("square", "square-subspace", "rays", "grid")
 

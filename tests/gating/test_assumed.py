@@ -77,9 +77,9 @@ def test_one_line_leads_to_a_verdict(
     assert f"all test images of photos, brought to 16x16 by fit bilinear; the model takes {words[1]}" in judged.output
     report, _ = read_evidence(tmp_path / "evidence")
     written = load_policy(tmp_path / "evidence" / "policy.toml")
-    assert written.digest == report["policy"]["sha256"]
-    assert (report["data"]["images"], report["candidate"]["kind"]) == (IMAGES, "onnx")
-    assert InputContract.from_json(report["candidate"]["input"]) == InputContract.parse(words[1])
+    assert written.digest == report.policy.sha256
+    assert (report.data.images, report.candidate.kind) == (IMAGES, "onnx")
+    assert InputContract.from_json(report.candidate.input.to_json()) == InputContract.parse(words[1])
 
 
 TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
@@ -209,9 +209,9 @@ def test_a_gate_of_few_images_reads_few(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("dfmcl.robustness.images.read_image", counted)
     report = gate(onnx_subject(path), Policy.of_text(asked), tmp_path / "evidence")
     test = {name for name in decoded if "/test/" in name}
-    assert (report["statistics"]["attacked"], len(test)) == (10, 128)
+    assert (report.statistics.attacked, len(test)) == (10, 128)
     assert len(decoded - test) <= TRAINING + 100 < 800
-    assert report["data"]["sha256"] == load_dataset("folder", str(tmp_path / "photos"), 16).sha256
+    assert report.data.sha256 == load_dataset("folder", str(tmp_path / "photos"), 16).sha256
 
 
 def test_the_page_says_what_the_command_takes() -> None:

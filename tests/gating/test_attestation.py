@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import load_policy
-from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, read_attestation, sign, sign_evidence, verify
+from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, read_attestation, sign_evidence, verify
 from dfmcl.gating.signing.envelopes import PAYLOAD_TYPE
 from dfmcl.gating.signing.evidence import ATTESTATION, candidate_files, file_digest, inspect
 from dfmcl.gating.signing.keys import keygen, read_public, read_signer
@@ -134,7 +134,8 @@ def test_signed_evidence_for_these_bytes_is_believed(pair: tuple[Path, Path], ke
     """The report comes back, from candidate and evidence as from a version that holds both."""
     candidate, evidence = pair
     report = verify(candidate, evidence, trusting(key), NOW)
-    assert report == json.loads((evidence / "report.json").read_text()) == inspect(candidate, evidence)
+    assert report.to_json() == json.loads((evidence / "report.json").read_text())
+    assert report == inspect(candidate, evidence)
     version = shutil.copytree(candidate, candidate.parent / "1")
     shutil.copytree(evidence, version, dirs_exist_ok=True)
     assert verify(version, version, trusting(key), NOW) == report
@@ -439,7 +440,7 @@ def test_two_must_sign_where_two_are_asked_for(pair: tuple[Path, Path], key: Pat
     with pytest.raises(NotAttested, match=message):
         verify(candidate, evidence, trusting(key, key, threshold=2), NOW)
     sign_evidence(evidence, [read_signer(second)])
-    assert verify(candidate, evidence, both, NOW)["verdict"] == "passed"
+    assert verify(candidate, evidence, both, NOW).verdict == "passed"
     signers = {read_public(path.with_suffix(".pub")).keyid for path in (key, second)}
     assert set(read_attestation(evidence, both).signers) == signers
 
@@ -537,13 +538,15 @@ def test_what_is_no_candidate_is_signed_and_not_let_in(pair: tuple[Path, Path], 
         verify(candidate, evidence, trusting(key), NOW)
 
 
-@pytest.mark.parametrize("part", ["candidate", "criteria", "created", "statistics", "data"])
+@pytest.mark.parametrize("part", ["candidate", "criteria", "created", "statistics", "data", "verdict"])
 def test_what_is_no_report_is_not_signed(pair: tuple[Path, Path], key: Path, part: str) -> None:
     """A report without one of its parts gives one line, not half a statement."""
-    report = json.loads((pair[1] / "report.json").read_text())
+    path = pair[1] / "report.json"
+    report = json.loads(path.read_text())
     del report[part]
-    with pytest.raises(BadEvidence, match=f"the report cannot be signed: lacks '{part}'; run dfmcl gate again"):
-        sign(report, "0" * 64, [read_signer(key)], expires_days=1)
+    path.write_text(json.dumps(report))
+    with pytest.raises(BadEvidence, match=rf"not a gate's report \(lacks '{part}'\); run dfmcl gate again"):
+        sign_evidence(pair[1], [read_signer(key)])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "dfmcl.report/1"}', "[" * 100_000, '{"a": 1, "a": 2}'])

@@ -22,9 +22,10 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.record import recorded
 from dfmcl.gating.roster import CHECKS, LATER, SELDOM, attacks_of, sources_of
 from dfmcl.gating.signing.attestation import NotAttested
-from dfmcl.gating.signing.evidence import candidate_files, read_evidence
+from dfmcl.gating.signing.evidence import candidate_files, read_evidence, read_report
 from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.report import Report, RunEntry
 from dfmcl.gating.soundness import require_derived
 from dfmcl.robustness import checks
 from dfmcl.robustness.records import Evaluation
@@ -64,13 +65,13 @@ DERIVED = (
 )  # fmt: skip
 
 
-def whole_report(candidate: Path, evidence: Path) -> dict[str, Any]:
+def whole_report(candidate: Path, evidence: Path) -> Report:
     """A passing report with all its parts: two radii, classes, a baseline, transfer, statistics that stop early."""
     reports = (whole_report_on(count, candidate, evidence) for count in range(BLOCK, POPULATION, BLOCK))
-    return next(report for report in reports if report["statistics"]["attacked"] == len(report["per_image"]["label"]))
+    return next(report for report in reports if report.statistics.attacked == len(report.per_image.label))
 
 
-def whole_report_on(count: int, candidate: Path, evidence: Path) -> dict[str, Any]:
+def whole_report_on(count: int, candidate: Path, evidence: Path) -> Report:
     """The same on so many images, which may be too few or too many to stop at."""
     manifest = json.loads((candidate / "manifest.json").read_text())
     probes = probes_of(manifest["input"]["shape"], len(manifest["labels"]), count)
@@ -82,11 +83,11 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> dict[str, An
     policy = policy_of(CRITERIA, statistics="sequential", attacks={"suite": ["fgsm"], "substitute": 0, "block": BLOCK})
     record = {"model": candidate_files(candidate)["model.onnx"], "data": "d" * 64}
     index = order_of(Matter(**record, policy=policy.digest, images=POPULATION))[:count]
-    report = true_report(
+    return true_report(
         probes,
         candidate_files(candidate),
         policy=policy,
-        run=manifest["run"],
+        run=RunEntry(**manifest["run"]),
         classes=manifest["labels"],
         population=POPULATION,
         class_images=[POPULATION // 10] * 10,
@@ -94,7 +95,6 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> dict[str, An
         transfer=[evaluated(right, right, "38/255", about)],
         pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before),
     )
-    return report | {"files": {"probes.npz": sha256_of(evidence / "probes.npz")}}
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,6 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "another part of the data": lambda r: r["data"].update(part="train"),
     "another kind": lambda r: r["candidate"].update(kind="module"),
     "another data set": lambda r: r["data"].update(name="cifar10"),
-    "a count that is no whole number": lambda r: r["evaluation"].update(images=float(r["evaluation"]["images"])),
     "another model": lambda r: r["candidate"].update(model_sha256="0" * 64),
     "other data": lambda r: r["data"].update(sha256="0" * 64),
 }
@@ -270,7 +269,7 @@ def test_an_early_stop_is_no_stop(home: Path) -> None:
             bits.update({key: value[:BLOCK] for key, value in bits.items()})
     short["per_image"] = {key: value[:BLOCK] for key, value in short["per_image"].items()}
     with pytest.raises(NotAttested, match=r"per_image\.label: entries is 8, and 100 follows|baseline"):
-        require_derived(short, home / "evidence" / "report.json")
+        require_derived(Report.from_json(short), home / "evidence" / "report.json")
 
 
 def test_probes_that_say_otherwise_are_refused(place: Path) -> None:
@@ -282,7 +281,7 @@ def test_probes_that_say_otherwise_are_refused(place: Path) -> None:
     for key in ("labels", "clean_logits", "adversarial_logits"):
         spoiled = {**probes, key: np.roll(probes[key], 1, axis=0)}
         (evidence / "probes.npz").write_bytes(as_npz(spoiled))
-        write_report(evidence, report | {"files": {"probes.npz": sha256_of(evidence / "probes.npz")}})
+        write_report(evidence, replace(report, files={"probes.npz": sha256_of(evidence / "probes.npz")}))
         with pytest.raises(NotAttested, match=rf"probes\.npz: {key}"):
             read_evidence(evidence)
 
@@ -290,44 +289,47 @@ def test_probes_that_say_otherwise_are_refused(place: Path) -> None:
 def test_the_same_last_digits_are_not_asked_for(home: Path) -> None:
     """Another scipy's last digits are no contradiction; a billionth of a bound is."""
     path = home / "evidence" / "report.json"
-    report = json.loads(path.read_text())
-    report["criteria"][0]["lower"] *= 1 + 1e-13
-    require_derived(report, path)
-    report["criteria"][0]["lower"] *= 1 + 1e-7
+    report, _ = read_report(path)
+    first, *others = report.criteria
+    require_derived(replace(report, criteria=(replace(first, lower=first.lower * (1 + 1e-13)), *others)), path)
     with pytest.raises(NotAttested, match=r"criteria\[0\]\.lower is"):
-        require_derived(report, path)
+        require_derived(replace(report, criteria=(replace(first, lower=first.lower * (1 + 1e-7)), *others)), path)
 
 
 def test_an_image_that_fell_in_a_smaller_ball_fell_in_a_larger_one(place: Path) -> None:
     """A record that lets it stand again is refused, though all its figures follow from that."""
     path = place / "evidence" / "report.json"
-    report = json.loads(path.read_text())
+    report, _ = read_report(path)
     record = recorded(report)
     small, main = record.evaluations
     (attack,) = small.attacks[:1]
     held = tuple(flag and place != 1 for place, flag in enumerate(attack.held))
     fallen = [replace(one, held=held, tried=held if number else one.tried) for number, one in enumerate(small.attacks)]
     again = derived(replace(record, evaluations=(replace(small, attacks=tuple(fallen)), main)))
-    assert again["verdict"] == "passed"
+    assert again.verdict == "passed"
     with pytest.raises(NotAttested, match=r"fgsm: images tried"):
-        require_derived(report | again | {"policy": report["policy"]}, path)
+        require_derived(replace(report, **vars(again)), path)
 
 
-MEASURED: tuple[Callable[[dict[str, Any], dict[str, Any]], object], ...] = (
+OTHERWISE_TYPED: tuple[Callable[[dict[str, Any], dict[str, Any]], object], ...] = (
     lambda report, attack: attack.update(seconds="long"),
     lambda report, attack: attack.update(seconds=10**400),
     lambda report, attack: attack.update(outside=None),
+    lambda report, attack: report["evaluation"].update(images=float(report["evaluation"]["images"])),
+    lambda report, attack: report["evaluation"].update(not_finite=None),
+    lambda report, attack: report.update(exit_code=False),
+    lambda report, attack: report.update(note="splendid"),
     lambda report, attack: attack["per_image"].update(forward=["many"] * len(attack["per_image"]["held"])),
     lambda report, attack: attack["per_image"].update(backward=[1]),
     lambda report, attack: report.update(created="2026-01-02T03:04:05"),
 )
 
 
-@pytest.mark.parametrize("spoil", MEASURED)
-def test_what_is_only_measured_has_its_type(
+@pytest.mark.parametrize("spoil", OTHERWISE_TYPED)
+def test_a_part_of_another_type_is_no_report(
     place: Path, spoil: Callable[[dict[str, Any], dict[str, Any]], object]
 ) -> None:
-    """Nothing derives it, and a page shows it: what is no number is no report, and no error of ours."""
+    """Another type, a part that nobody knows, a measured figure that is none: 2, and no error of ours."""
     path = place / "evidence" / "report.json"
     report = json.loads(path.read_text())
     spoil(report, report["evaluation"]["attacks"][0])
@@ -355,7 +357,7 @@ def test_a_policy_implies_its_attacks(
     attacks: dict[str, Any], kind: str, surrogates: list[str], blind: bool, names: str
 ) -> None:
     """The suite's, without gradients those by queries; then from each other network. None of it where none was."""
-    policy = {"attacks": {"transfer": ["pgd-3"], "black_box": ["square-9"], **attacks}}
+    policy = policy_of(attacks={"transfer": ["pgd-3"], "black_box": ["square-9"], **attacks})
     found = attacks_of(policy, blind=blind, sources=sources_of(policy, kind, surrogates))
     assert found == [name.replace(":", " from ") for name in names.split()]
 
@@ -382,7 +384,7 @@ def test_answers_to_wrong_images_are_the_clean_ones(place: Path, key: str) -> No
     probes[key][2, 5] = np.nan
     report = true_report(probes, files, policy=policy_of(["robust_accuracy >= 0.1 at 95 %"]))
     (evidence / "probes.npz").write_bytes(as_npz(probes))
-    write_report(evidence, report | {"files": {"probes.npz": sha256_of(evidence / "probes.npz")}})
+    write_report(evidence, report)
     with pytest.raises(NotAttested, match="wrong images with other adversarial logits is 1"):
         read_evidence(evidence)
 
@@ -392,11 +394,11 @@ def test_a_report_about_another_interface_is_refused(place: Path, capfd: pytest.
     """Signed as it stands: classes or a run that the candidate's own manifest does not name."""
     evidence = place / "evidence"
     report = report_on(place / "candidate", evidence)
-    changes = {
-        "run": {"checkpoint_sha256": "0" * 64},
-        "data": report["data"] | {"classes": [f"class {name}" for name in report["data"]["classes"]]},
+    changes: dict[str, Any] = {
+        "run": RunEntry(checkpoint_sha256="0" * 64),
+        "data": replace(report.data, classes=tuple(f"class {name}" for name in report.data.classes)),
     }
-    write_report(evidence, report | {part: changes[part]}, place / "release.key")
+    write_report(evidence, replace(report, **{part: changes[part]}), place / "release.key")
     for name in ("verify", "promote"):
         assert code_of(*commands(place)[name]) == 1
         assert "than manifest.json names" in capfd.readouterr().err

@@ -105,8 +105,8 @@ def test_a_file_of_two_faces_does_not_pass(
 ) -> None:
     """A graph that shows attacks a robust network, or knows the test images, raises a check or falls."""
     report = gate(written(trap), policy(0.02, eps, suite=suite), tmp_path / "evidence")
-    assert report["verdict"] == "suspect", report["criteria"]
-    assert {finding["check"] for finding in report["findings"]} & {"unaccounted", "only_these_images"}
+    assert report.verdict == "suspect", report.criteria
+    assert {finding.check for finding in report.findings} & {"unaccounted", "only_these_images"}
 
 
 @pytest.mark.parametrize("shown", SHOWN)
@@ -122,8 +122,8 @@ def test_code_that_knows_who_asks_does_not_pass(networks: Networks, beside: Path
         report = gate(module_subject(f"{module}:make", INPUT), policy(0.02, "8/255"), beside / "evidence")
     finally:
         sys.modules.pop(module, None)
-    assert check in {finding["check"] for finding in report["findings"]}
-    assert report["verdict"] == "suspect"
+    assert check in {finding.check for finding in report.findings}
+    assert report.verdict == "suspect"
 
 
 def test_an_honest_module_passes_and_says_that_code_was_trusted(networks: Networks, beside: Path) -> None:
@@ -134,7 +134,7 @@ def test_an_honest_module_passes_and_says_that_code_was_trusted(networks: Networ
         report = gate(module_subject("one_face:make", INPUT), policy(0.02, "8/255"), beside / "evidence")
     finally:
         sys.modules.pop("one_face", None)
-    assert report["verdict"] == "passed", report["findings"]
+    assert report.verdict == "passed", report.findings
     assert "not run: cr_is_blind, seen_images" in headline(report)
     assert "code was trusted" in headline(report)
 
@@ -162,12 +162,12 @@ def test_what_another_network_breaks_counts(
         tmp_path / "evidence",
         surrogates={"twin": load_run(networks("standard"))},
     )
-    (row,) = report["criteria"]
-    own, other = report["evaluation"]["attacks"]
-    assert (own["name"], other["name"]) == ("apgd-ce-10", "mi-fgsm-10 from twin")
-    assert other["flipped"] > own["flipped"]
-    assert row["k"] == other["accuracy"]["k"] == report["evaluation"]["robust"]["k"] < own["accuracy"]["k"]
-    assert report["verdict"] == "failed"
+    (row,) = report.criteria
+    own, other = report.evaluation.attacks
+    assert (own.name, other.name) == ("apgd-ce-10", "mi-fgsm-10 from twin")
+    assert other.flipped > own.flipped
+    assert row.k == other.accuracy.k == report.evaluation.robust.k < own.accuracy.k
+    assert report.verdict == "failed"
 
 
 def test_a_substitute_is_learnt_once(written: Callable[[str], Subject], tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_a_substitute_is_learnt_once(written: Callable[[str], Subject], tmp_path
         gate(subject, asked, tmp_path / "cut", watch=cut)
     again = gate(subject, asked, tmp_path / "cut")
     for report in (whole, again):
-        assert [attack["name"] for attack in report["evaluation"]["attacks"]][-1] == "mi-fgsm-10 from substitute"
-        assert report["evaluation"]["about"]["substitute"].startswith("learnt from 60 answers")
-    assert whole["evaluation"]["per_image"] == again["evaluation"]["per_image"]
+        assert report.evaluation.attacks[-1].name == "mi-fgsm-10 from substitute"
+        assert report.evaluation.about["substitute"].startswith("learnt from 60 answers")
+    assert whole.evaluation.per_image == again.evaluation.per_image
 
 
 @pytest.mark.parametrize("count", [1, 300, 1300])
@@ -204,5 +204,5 @@ def test_training_images_are_of_every_class_where_they_lie_class_by_class(digits
 def test_an_honest_file_in_floats_answers_as_before(written: Callable[[str], Subject], tmp_path: Path) -> None:
     """Attacks end between grey levels there, and the evidence keeps bytes: their answers are not compared."""
     report = gate(written(""), policy(0.02, "1.4/255", suite=["margin-pgd-5"]), tmp_path / "evidence")
-    found = {check["check"]: check for check in report["checks"]}
-    assert found["answers_change"]["outcome"] == "clear", found["answers_change"]["why"]
+    found = {check.check: check for check in report.checks}
+    assert found["answers_change"].outcome == "clear", found["answers_change"].why

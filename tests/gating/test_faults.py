@@ -9,6 +9,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def resign(home: Path, **changes: object) -> None:
 def without_labels(home: Path) -> None:
     report = json.loads((home / "evidence" / "report.json").read_text())
     del report["per_image"]["label"]
-    resign(home, **report)
+    rewrite(home, json.dumps(report))
 
 
 def other_manifest(home: Path) -> None:
@@ -86,7 +87,8 @@ def other_manifest(home: Path) -> None:
     manifest = json.loads(path.read_text())
     manifest["files"]["labels.txt"] = "0" * 64
     path.write_text(json.dumps(manifest))
-    report["candidate"]["files"]["manifest.json"] = file_digest(path)
+    files = {**report.candidate.files, "manifest.json": file_digest(path)}
+    report = replace(report, candidate=replace(report.candidate, files=files))
     write_report(home / "evidence", report, home / "release.key")
 
 
@@ -121,7 +123,7 @@ def failed(home: Path) -> None:
 
 def dated(home: Path, created: str, days: int = 30) -> None:
     report = report_on(home / "candidate", home / "evidence", policy=policy_of(valid_days=days))
-    write_report(home / "evidence", report | {"created": created}, home / "release.key")
+    write_report(home / "evidence", replace(report, created=created), home / "release.key")
 
 
 def retyped(home: Path) -> None:

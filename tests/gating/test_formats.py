@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from dfmcl.common.text import as_markdown
 from dfmcl.gating.formats import summary
 from dfmcl.gating.formats.github import MOST, commands, publish
 from dfmcl.gating.formats.html import html
@@ -25,14 +26,16 @@ from dfmcl.gating.formats.junit import junit
 from dfmcl.gating.formats.markdown import LIMIT, markdown
 from dfmcl.gating.formats.openmetrics import openmetrics
 from dfmcl.gating.formats.registry import FILES, FORMATS, write_formats
-from tests.gating.sample import probes, sample
+from dfmcl.gating.signing.report import Report
+from dfmcl.gating.soundness import require_derived
+from tests.gating.sample import edited, probes, sample
 
 ROOT = Path(__file__).parents[2]
 VERDICTS = {
     "passed": sample(),
     "failed": sample(0.85),
-    "inconclusive": sample(0.64),
-    "suspect": sample(raised=("fgsm_beats_pgd", "scale_matters")),
+    "inconclusive": sample(0.6),
+    "suspect": sample(raised=("fgsm_beats_pgd", "scale_hides")),
 }
 verdicts = pytest.mark.parametrize("verdict", VERDICTS)
 
@@ -44,11 +47,12 @@ def schema() -> dict[str, Any]:
 
 @verdicts
 def test_samples_follow_the_schema(verdict: str) -> None:
-    """What these tests look at is what the schema describes, with all four verdicts."""
+    """What these tests look at is what the schema describes, and what follows from its record; of all four verdicts."""
     report = VERDICTS[verdict]
-    assert report["verdict"] == verdict
+    assert report.verdict == verdict
     jsonschema.Draft202012Validator.check_schema(schema())
-    jsonschema.validate(json.loads(json.dumps(report)), schema())
+    jsonschema.validate(report.to_json(), schema())
+    require_derived(report, Path("report.json"), probes(report))
 
 
 BREAKS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -69,7 +73,7 @@ BREAKS: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("broken", BREAKS)
 def test_the_schema_refuses_what_is_no_report(broken: str) -> None:
     """Each kind of mistake is seen."""
-    report = sample()
+    report = sample().to_json()
     BREAKS[broken](report)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(report, schema())
@@ -91,13 +95,15 @@ def test_junit_says_the_verdict_in_its_words(verdict: str) -> None:
     """Read back by junitparser: missed fails, raised is an error, open and not run are skipped, the rest passes."""
     report = VERDICTS[verdict]
     criteria, checks, *reasons = JUnitXml.fromstring(junit(report).encode())
-    assert [case.name for suite in reasons for case in suite] == report["reasons"]
+    assert tuple(case.name for suite in reasons for case in suite) == report.reasons
     kinds = {"met": [], "missed": [Failure], "open": [Skipped], "clear": [], "raised": [Error], "not_run": [Skipped]}
-    for suite, rows, key in ((criteria, report["criteria"], "criterion"), (checks, report["checks"], "check")):
-        assert [case.name for case in suite] == [row[key] for row in rows]
-        for case, row in zip(suite, rows, strict=True):
-            assert [type(result) for result in case.result] == kinds[row["outcome"]]
-        found = [kind for row in rows for kind in kinds[row["outcome"]]]
+    judged = [(row.criterion, row.outcome) for row in report.criteria]
+    looked = [(row.check, row.outcome) for row in report.checks]
+    for suite, rows in ((criteria, judged), (checks, looked)):
+        assert [case.name for case in suite] == [name for name, _ in rows]
+        for case, (_, outcome) in zip(suite, rows, strict=True):
+            assert [type(result) for result in case.result] == kinds[outcome]
+        found = [kind for _, outcome in rows for kind in kinds[outcome]]
         assert (suite.tests, suite.failures, suite.errors, suite.skipped) == (
             len(rows),
             found.count(Failure),
@@ -106,17 +112,19 @@ def test_junit_says_the_verdict_in_its_words(verdict: str) -> None:
         )
     facts = {one.name: one.value for one in criteria.properties()}
     assert facts["verdict"] == verdict
-    assert facts["model_sha256"] == report["candidate"]["model_sha256"]
+    assert facts["model_sha256"] == report.candidate.model_sha256
     figures = {one.get("name"): one.get("value") for one in criteria._elem.iter("property")}
-    assert figures["threshold"] == str(report["criteria"][-2]["threshold"])
+    assert figures["threshold"] == str(report.criteria[-2].threshold)
 
 
 def test_junit_is_xml_whatever_the_names_are() -> None:
     """Markup and control characters in names do not break the file."""
-    report = sample(raised=("fgsm_beats_pgd",))
-    report["criteria"][0]["criterion"] = 'a < b & "c" \x00\x1b]]>'
-    report["checks"][1]["why"] = report["checks"][1]["do"] = "\ud800 <x>"
-    criteria, checks = JUnitXml.fromstring(junit(report).encode())
+
+    def edit(report: dict[str, Any]) -> None:
+        report["criteria"][0]["criterion"] = 'a < b & "c" \x00\x1b]]>'
+        next(row for row in report["checks"] if row["outcome"] == "raised").update(why="\ud800 <x>", do="\ud800 <x>")
+
+    criteria, checks = JUnitXml.fromstring(junit(edited(VERDICTS["suspect"], edit)).encode())
     assert next(iter(criteria)).name == 'a < b & "c" \ufffd\ufffd]]>'
     assert next(iter(next(case for case in checks if case.result).result)).message == "\ufffd <x>"
 
@@ -130,10 +138,10 @@ def test_markdown_begins_with_the_verdict(verdict: str) -> None:
     assert page.startswith(f"### {heads[verdict]}: ")
     top, _, _ = page.partition("<details>")
     assert top.strip() == markdown(report, details=False).strip()
-    for row in report["criteria"]:
-        assert f"| `{row['criterion']}` | {100 * row['value']:.1f} % ({row['k']}/{row['n']})" in top
-    for finding in report["findings"]:
-        assert f"| `{finding['check']}` | {finding['why']} | {finding['do']} |" in top
+    for row in report.criteria:
+        assert f"| `{row.criterion}` | {100 * (row.value or 0):.1f} % ({row.k}/{row.n})" in top
+    for finding in report.findings:
+        assert f"| `{finding.check}` | {as_markdown(finding.why)} | {as_markdown(finding.do)} |" in top
     for title in ("Radii and transfer", "Classes", "Checks", "Provenance"):
         assert f"<details><summary>{title}</summary>\n\n| " in page
     assert "transfer from `surrogate-pgd` (upper bound)" in page
@@ -141,10 +149,13 @@ def test_markdown_begins_with_the_verdict(verdict: str) -> None:
 
 def test_markdown_tables_hold_whatever_the_names_are() -> None:
     """Pipes, backticks, line breaks and markup in names neither break a table nor become markup."""
-    report = sample(raised=("fgsm_beats_pgd",))
     name = "a|b`c\n| d | <script>x</script> [l](http://probe.invalid)"
-    report["data"]["classes"][3] = report["evaluation"]["attacks"][0]["name"] = name
-    report["findings"][0]["why"] = report["checks"][1]["why"] = name
+
+    def edit(report: dict[str, Any]) -> None:
+        report["data"]["classes"][3] = report["evaluation"]["attacks"][0]["name"] = name
+        report["findings"][0]["why"] = report["checks"][1]["why"] = name
+
+    report = edited(VERDICTS["suspect"], edit)
     rows = [line for line in markdown(report).splitlines() if "b'c" in line]
     assert len(rows) == 2
     for row in rows:
@@ -159,9 +170,12 @@ def test_markdown_tables_hold_whatever_the_names_are() -> None:
 @pytest.mark.parametrize("hostile", ["\x1b[2J\x1b]0;t\x07", "\u202egpj\u2066", "\udcff", "\u2028::error::x"])
 def test_no_name_acts_on_a_terminal_or_a_page(hostile: str) -> None:
     """Escapes and marks that turn the direction of reading are written out in every format that people read."""
-    report = sample(raised=("fgsm_beats_pgd",))
-    report["data"]["classes"][3] = report["candidate"]["name"] = hostile
-    report["checks"][1]["why"] = report["findings"][0]["why"] = report["criteria"][3]["criterion"] = hostile
+
+    def edit(report: dict[str, Any]) -> None:
+        report["data"]["classes"][3] = report["candidate"]["name"] = hostile
+        report["checks"][1]["why"] = report["findings"][0]["why"] = report["criteria"][3]["criterion"] = hostile
+
+    report = edited(VERDICTS["suspect"], edit)
     lines = "\n".join(commands(report, Path("gate.toml")))
     for page in (markdown(report), html(report, probes(report)), junit(report), lines):
         assert hostile not in page
@@ -171,23 +185,27 @@ def test_no_name_acts_on_a_terminal_or_a_page(hostile: str) -> None:
 COMMENT = 65_536  # characters that GitHub takes
 
 
-def many(classes: int, missed: int = 0, name: str = "class") -> dict[str, Any]:
+def many(classes: int, missed: int = 0, name: str = "class") -> Report:
     """A report with a robust criterion for each of very many classes; the last are missed."""
     report = sample()
-    names = [f"{name} {number}" for number in range(classes)]
-    report["data"]["classes"] = names
-    row = report["criteria"][3]
-    report["criteria"] = report["criteria"][:3] + [
-        {
-            **row,
-            "criterion": f"class_robust_accuracy >= 0.1 at 95 %, class {name}",
-            "class": name,
-            "outcome": "missed" if number >= classes - missed else "met",
-        }
+    names = tuple(f"{name} {number}" for number in range(classes))
+    rows = [
+        replace(
+            report.criteria[3],
+            criterion=f"class_robust_accuracy >= 0.1 at 95 %, class {name}",
+            class_name=name,
+            outcome="missed" if number >= classes - missed else "met",
+        )
         for number, name in enumerate(names)
     ]
-    verdict = {"verdict": "failed", "exit_code": 1} if missed else {}
-    return report | verdict
+    verdict, code = ("failed", 1) if missed else ("passed", 0)
+    return replace(
+        report,
+        data=replace(report.data, classes=names),
+        criteria=(*report.criteria[:3], *rows),
+        verdict=verdict,
+        exit_code=code,
+    )
 
 
 @pytest.mark.parametrize("details", [True, False])
@@ -215,7 +233,7 @@ def test_the_real_report_of_a_thousand_classes_fits_everywhere(tmp_path: Path) -
     report = many(1000, 3)
     write_formats(report, probes(sample()), tmp_path)
     assert len((tmp_path / "report.md").read_text()) < COMMENT
-    assert sum(len(suite) for suite in JUnitXml.fromfile(str(tmp_path / "junit.xml"))) == 1003 + len(report["checks"])
+    assert sum(len(suite) for suite in JUnitXml.fromfile(str(tmp_path / "junit.xml"))) == 1003 + len(report.checks)
     step, said = tmp_path / "summary.md", []
     environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(step)}
     publish(report, tmp_path / "gate.toml", environment, said.append)
@@ -226,8 +244,7 @@ def test_the_real_report_of_a_thousand_classes_fits_everywhere(tmp_path: Path) -
 @pytest.mark.parametrize("criteria", [1, 400])
 def test_the_sentences_that_decided_are_few(criteria: int) -> None:
     """A policy of hundreds of criteria is summed up."""
-    report = sample(0.85)
-    report["criteria"] = [report["criteria"][0]] * criteria
+    report = replace(VERDICTS["failed"], criteria=VERDICTS["failed"].criteria[:1] * criteria)
     sentences = summary.decided(report)
     assert len(sentences) == min(criteria, summary.MOST + 1)
     assert criteria == 1 or sentences[-1] == f"and {criteria - summary.MOST} more"
@@ -236,20 +253,16 @@ def test_the_sentences_that_decided_are_few(criteria: int) -> None:
 WHY = "onnx2pytorch cannot convert it: <QuantizeLinear>"
 
 
-def without_gradients(verdict: str) -> dict[str, Any]:
-    report = copy.deepcopy(VERDICTS[verdict])
-    if verdict == "passed":
-        report |= {"verdict": "inconclusive", "exit_code": 3}
-    report["reasons"] = ["no_gradients"]
-    report["why"] = {"no_gradients": WHY}
-    return report
+def without_gradients(verdict: str) -> Report:
+    report = replace(VERDICTS[verdict], reasons=("no_gradients",), why={"no_gradients": WHY})
+    return replace(report, verdict="inconclusive", exit_code=3) if verdict == "passed" else report
 
 
 @verdicts
 def test_every_format_says_why_there_are_no_gradients(verdict: str, tmp_path: Path) -> None:
     """Whatever the verdict: the line, the page, the test tab, the metrics and the annotations name the reason."""
     report = without_gradients(verdict)
-    jsonschema.validate(report, schema())
+    jsonschema.validate(report.to_json(), schema())
     texts = {name: render(report, probes(report)) for name, render in FORMATS.items()}
     texts["github"] = "\n".join(commands(report, tmp_path / "gate.toml"))
     texts["terminal"] = markdown(report, details=False)
@@ -263,9 +276,9 @@ def test_every_format_says_why_there_are_no_gradients(verdict: str, tmp_path: Pa
 
 def test_numbers_that_are_none_block_and_are_named_everywhere(tmp_path: Path) -> None:
     """With every criterion met: the headline, a failure in the test tab, an error at the policy."""
-    report = sample() | {"verdict": "failed", "exit_code": 1, "reasons": ["not_finite"]}
-    report["why"] = {"not_finite": "for 3 of 200 images"}
-    jsonschema.validate(report, schema())
+    why = {"not_finite": "for 3 of 200 images"}
+    report = replace(sample(), verdict="failed", exit_code=1, reasons=("not_finite",), why=why)
+    jsonschema.validate(report.to_json(), schema())
     for name, render in FORMATS.items():
         assert "logits are not finite: for 3 of 200 images" in render(report, probes(report)), name
     assert markdown(report).startswith("### BLOCKED: the model does not answer every image with numbers")
@@ -286,8 +299,7 @@ def test_numbers_that_are_none_block_and_are_named_everywhere(tmp_path: Path) ->
 )
 def test_only_what_can_be_promoted_is_told_to_be(kind: str, said: str) -> None:
     """`promote` takes candidates; the others are told the way there."""
-    report = sample()
-    report["candidate"]["kind"] = kind
+    report = replace(sample(), candidate=replace(sample().candidate, kind=kind))
     assert said in markdown(report)
     assert ("promote the candidate" in markdown(report)) == (kind == "candidate")
     assert said in html(report, probes(report))
@@ -295,16 +307,18 @@ def test_only_what_can_be_promoted_is_told_to_be(kind: str, said: str) -> None:
 
 def test_advice_speaks_of_what_is_missed() -> None:
     """Attacks do not make a model right on clean images: who misses that is told to train, not to harden."""
-    report = sample(0.85)
+    report = VERDICTS["failed"]
     assert "Harden this one" in summary.advice(report)
-    report["criteria"][0] |= {"metric": "clean_accuracy", "criterion": "clean_accuracy >= 0.9 at 95 %"}
-    assert "Harden" not in summary.advice(report)
-    assert "right more often" in summary.advice(report)
-    report["criteria"][0] |= {"metric": "no_regression", "criterion": "no_regression at 95 %"}
-    assert "holds what the baseline holds" in summary.advice(report)
+    said = {}
+    for metric in ("clean_accuracy", "no_regression"):
+        missed = replace(report.criteria[0], metric=metric)
+        said[metric] = summary.advice(replace(report, criteria=(missed, *report.criteria[1:])))
+        assert "Harden" not in said[metric]
+    assert "right more often" in said["clean_accuracy"]
+    assert "holds what the baseline holds" in said["no_regression"]
 
 
-def samples_of(report: dict[str, Any]) -> dict[tuple[str, frozenset[str]], float]:
+def samples_of(report: Report) -> dict[tuple[str, frozenset[str]], float]:
     """OpenMetrics text through prometheus_client's strict parser: name and label values to value."""
     families = text_string_to_metric_families(openmetrics(report))
     return {(one.name, frozenset(one.labels.values())): one.value for family in families for one in family.samples}
@@ -320,29 +334,29 @@ def test_metrics_carry_the_reports_figures(verdict: str) -> None:
         return found[f"robustness_gate_{name}", frozenset({"candidate", *labels})]
 
     assert {state: figure("state", state) for state in VERDICTS} == {state: state == verdict for state in VERDICTS}
-    ball, robust = ("linf", "16/255"), report["evaluation"]["robust"]
-    for name, key in (("", "value"), ("_lower", "lower_95"), ("_upper", "upper_95")):
-        assert figure(f"accuracy{name}_ratio", *ball) == robust[key]
-    assert figure("accuracy_ratio", "linf", "8/255") == report["radii"][1]["robust"]["value"]
-    assert figure("threshold_ratio", *ball) == report["criteria"][0]["threshold"]
+    ball, robust = ("linf", "16/255"), report.evaluation.robust
+    for name, share in (("", robust.value), ("_lower", robust.lower_95), ("_upper", robust.upper_95)):
+        assert figure(f"accuracy{name}_ratio", *ball) == share
+    assert figure("accuracy_ratio", "linf", "8/255") == report.radii[1].robust.value
+    assert figure("threshold_ratio", *ball) == report.criteria[0].threshold
     assert figure("threshold_ratio", "linf", "8/255") == 0.6
     assert figure("clean_threshold_ratio") == 0.85
-    assert figure("transfer_accuracy_ratio", *ball, "surrogate-pgd") > robust["value"]
-    assert figure("evaluated_timestamp_seconds") == 1772600767
-    assert figure("criterion_lower_ratio", report["criteria"][0]["criterion"]) == report["criteria"][0]["lower"]
-    attack = report["evaluation"]["attacks"][3]
-    assert figure("attack_flipped_images", *ball, "square-1000") == attack["flipped"]
-    assert figure("attack_passes", *ball, "square-1000", "forward") == sum(attack["per_image"]["forward"])
-    for check in report["checks"]:
-        states = {state: figure("check_state", check["check"], state) for state in ("clear", "raised", "not_run")}
-        assert states == {state: state == check["outcome"] for state in states}
+    assert figure("transfer_accuracy_ratio", *ball, "surrogate-pgd") > robust.value
+    assert figure("evaluated_timestamp_seconds") == 1767323045
+    assert figure("criterion_lower_ratio", report.criteria[0].criterion) == report.criteria[0].lower
+    attack = report.evaluation.attacks[3]
+    assert figure("attack_flipped_images", *ball, "square-1000") == attack.flipped
+    assert figure("attack_passes", *ball, "square-1000", "forward") == sum(attack.per_image.forward)
+    for check in report.checks:
+        states = {state: figure("check_state", check.check, state) for state in ("clear", "raised", "not_run")}
+        assert states == {state: state == check.outcome for state in states}
 
 
 def test_metrics_take_any_name() -> None:
     """Quotes, line breaks and backslashes in a name arrive as they are, and two equal rows make one sample."""
     report = sample()
-    report["candidate"]["name"] = 'a"b\\c\nd'
-    report["criteria"].append(dict(report["criteria"][0]))
+    named = replace(report.candidate, name='a"b\\c\nd')
+    report = replace(report, candidate=named, criteria=(*report.criteria, report.criteria[0]))
     assert ("robustness_gate_duration_seconds", frozenset({'a"b\\c\nd'})) in samples_of(report)
 
 
@@ -359,9 +373,10 @@ def test_annotations_point_at_the_policy(tmp_path: Path) -> None:
     """One error for each missed criterion and raised check, at the criterion's line; a notice where all is met."""
     policy = tmp_path / "gate.toml"
     policy.write_text('seed = 0\n# robust_accuracy below\ncriteria = [\n  "robust_accuracy >= 0.85 at 95 %",\n]\n')
-    (line,) = commands(VERDICTS["failed"], policy)
+    line, *others = commands(VERDICTS["failed"], policy)
+    assert {other.partition(" ")[0] for other in others} == {"::warning"}
     assert line.startswith(f"::error file={policy},line=4,title=robust_accuracy >= 0.85 at 95 %25 is missed::")
-    assert "after 200 images" in line
+    assert f"after {VERDICTS['failed'].criteria[0].decided_after} images" in line
     assert [line.partition(" ")[0] for line in commands(VERDICTS["suspect"], policy)] == ["::error", "::error"]
     assert commands(VERDICTS["inconclusive"], policy)[0].startswith("::warning ")
     assert commands(VERDICTS["passed"], tmp_path / "none.toml")[0].startswith("::notice ")
@@ -369,10 +384,8 @@ def test_annotations_point_at_the_policy(tmp_path: Path) -> None:
 
 def test_annotations_are_few_and_each_is_one_command() -> None:
     """At most ten; a line break, a colon or a comma in a name neither ends a command nor begins another."""
-    report = sample(0.85)
-    row = {**report["criteria"][0], "criterion": "a,b::c\n::error::x"}
-    report["criteria"] = [row] * 30
-    lines = commands(report, Path("x,y.toml"))
+    row = replace(VERDICTS["failed"].criteria[0], criterion="a,b::c\n::error::x")
+    lines = commands(replace(VERDICTS["failed"], criteria=(row,) * 30), Path("x,y.toml"))
     assert len(lines) == MOST
     for line in lines:
         assert "\n" not in line

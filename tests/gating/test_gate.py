@@ -38,6 +38,7 @@ from dfmcl.gating.signing.attestation import BadEvidence
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.keys import keygen, read_signer
 from dfmcl.gating.signing.probes import as_npz, read_probes
+from dfmcl.gating.signing.report import Report
 from dfmcl.gating.subject import Subject, candidate_subject
 from dfmcl.release.export import export
 from dfmcl.robustness.attacks.registry import Attack
@@ -81,30 +82,30 @@ def subject(candidate: Path, standard_run: Path) -> Subject:
 @pytest.fixture(scope="module")
 def passed(candidate: Path, subject: Subject) -> Path:
     out = candidate.parent / "passed"
-    assert gate(subject, policy(0.1), out)["verdict"] == "passed"
+    assert gate(subject, policy(0.03), out).verdict == "passed"
     return out
 
 
-def report_of(evidence: Path) -> dict[str, Any]:
+def report_of(evidence: Path) -> Report:
     """The report, which follows from its own record as everybody derives it again."""
     return read_evidence(evidence)[0]
 
 
 @pytest.mark.parametrize(
     ("robust", "eps", "verdict", "code"),
-    [(0.1, "2/255", "passed", 0), (0.5, "60/255", "failed", 1), (0.6, "1/255", "inconclusive", 3)],
+    [(0.03, "2/255", "passed", 0), (0.5, "60/255", "failed", 1), (0.6, "1/255", "inconclusive", 3)],
 )
 def test_verdicts(subject: Subject, tmp_path: Path, robust: float, eps: str, verdict: str, code: int) -> None:
     """A modest claim passes, an impossible one fails, a claim that 5 images cannot settle is inconclusive."""
     images = 5 if verdict == "inconclusive" else 120
     report = gate(subject, policy(robust, eps, images), tmp_path / "evidence")
-    assert (report["verdict"], report["exit_code"]) == (verdict, code), report["criteria"]
+    assert (report.verdict, report.exit_code) == (verdict, code), report.criteria
 
 
 def test_report_follows_its_schema(passed: Path) -> None:
     """report.json validates against the packaged JSON Schema, and a changed one does not."""
     schema = json.loads((resources.files("dfmcl.gating") / "report.schema.json").read_text())
-    report = report_of(passed)
+    report = report_of(passed).to_json()
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -131,14 +132,14 @@ def test_probes_replay_on_the_artefact(candidate: Path, passed: Path) -> None:
         held = (probes["clean_logits"].argmax(1) == probes["labels"]) & (
             probes["adversarial_logits"].argmax(1) == probes["labels"]
         )
-    assert "".join("01"[int(flag)] for flag in held) == report["evaluation"]["per_image"]["robust"]
-    assert held.sum() == report["evaluation"]["robust"]["k"] < report["evaluation"]["clean"]["k"]
+    assert "".join("01"[int(flag)] for flag in held) == report.evaluation.per_image.robust
+    assert held.sum() == report.evaluation.robust.k < report.evaluation.clean.k
 
 
 def test_gate_is_repeatable(subject: Subject, passed: Path, tmp_path: Path) -> None:
     """The same bytes under the same policy give the same per-image record."""
-    again = gate(subject, policy(0.1), tmp_path / "evidence")
-    assert again["evaluation"]["per_image"] == report_of(passed)["evaluation"]["per_image"]
+    again = gate(subject, policy(0.03), tmp_path / "evidence")
+    assert again.evaluation.per_image == report_of(passed).evaluation.per_image
 
 
 def test_tampered_candidate_is_not_judged(candidate: Path, standard_run: Path, tmp_path: Path) -> None:
@@ -160,15 +161,15 @@ def test_gradients_must_come_from_the_exported_run(candidate: Path, other_run: P
 
 def test_wrong_gradients_make_the_evidence_suspect(subject: Subject, other_run: Path, tmp_path: Path) -> None:
     """Were another network's gradients used all the same, disagreement on adversarial images is noticed: exit 4."""
-    report = gate(replace(subject, model=load_run(other_run).model), policy(0.1), tmp_path / "evidence")
-    assert (report["verdict"], report["exit_code"]) == ("suspect", 4)
-    assert "artefact_disagrees" in [finding["check"] for finding in report["findings"]]
+    report = gate(replace(subject, model=load_run(other_run).model), policy(0.03), tmp_path / "evidence")
+    assert (report.verdict, report.exit_code) == ("suspect", 4)
+    assert "artefact_disagrees" in [finding.check for finding in report.findings]
 
 
 def test_data_that_does_not_fit_is_bad_input(subject: Subject, tmp_path: Path) -> None:
     """More images than the test part has, or images of another shape: one line that names the key."""
     with pytest.raises(BadInput, match=r"data\.images is 5000"):
-        gate(subject, policy(0.1, images=5000), tmp_path / "evidence")
+        gate(subject, policy(0.03, images=5000), tmp_path / "evidence")
 
 
 def test_existing_directory_of_somebody_else_is_left_alone(
@@ -177,7 +178,7 @@ def test_existing_directory_of_somebody_else_is_left_alone(
     """Evidence replaces evidence, an export an export, and neither a run, a release or anybody's files."""
     (tmp_path / "keep.txt").write_text("mine")
     with pytest.raises(BadInput, match=r"holds keep\.txt, which this command did not write"):
-        gate(subject, policy(0.1), tmp_path, track=unattacked)
+        gate(subject, policy(0.03), tmp_path, track=unattacked)
     assert (tmp_path / "keep.txt").read_text() == "mine"
     with pytest.raises(BadInput, match="did not write"):
         export(standard_run, standard_run)
@@ -187,7 +188,7 @@ def test_existing_directory_of_somebody_else_is_left_alone(
     (release / "report.json").write_text("{}")
     for overwrite in (
         lambda: export(standard_run, release),
-        lambda: gate(subject, policy(0.1), release),
+        lambda: gate(subject, policy(0.03), release),
     ):
         with pytest.raises(BadInput, match="did not write"):
             overwrite()
@@ -197,7 +198,7 @@ def test_evidence_replaces_evidence(subject: Subject, passed: Path, tmp_path: Pa
     """The same directory can be judged into again; nothing staged stays beside it."""
     shutil.copytree(passed, tmp_path / "evidence")
     (tmp_path / "evidence" / "report.md").write_text("old")
-    gate(subject, policy(0.1), tmp_path / "evidence")
+    gate(subject, policy(0.03), tmp_path / "evidence")
     assert (tmp_path / "evidence" / "report.md").read_text().startswith("### PASSED")
     assert [path.name for path in tmp_path.iterdir()] == ["evidence"]
 
@@ -211,12 +212,12 @@ def test_an_l2_gate_blocks_what_falls_in_float(subject: Subject, standard_run: P
         report = gate(subject, Policy.model_validate(wanted), tmp_path / "evidence")
         trained, data = load_run(standard_run), load_dataset("digits")
         attacks = [Attack.parse(name) for name in suite]
-        chosen = report["per_image"]["index"]
+        chosen = list(report.per_image.index)
         outcome = evaluate(trained.model, data.x_test[chosen], data.y_test[chosen], L2(2.0), attacks)
         assert outcome.evaluation.robust.value <= 0.05
         # Towards x instead of to the nearest byte, cw-l2 would leave 97 % standing; 2 of 40 images may differ.
-        assert report["evaluation"]["robust"]["k"] <= outcome.evaluation.robust.k + 2
-        assert report["verdict"] == "failed"
+        assert report.evaluation.robust.k <= outcome.evaluation.robust.k + 2
+        assert report.verdict == "failed"
 
 
 T = TypeVar("T")
@@ -245,33 +246,36 @@ def unattacked(items: Iterable[T], label: str, total: int | None = None) -> Iter
     yield from items
 
 
-def without_time(report: dict[str, Any]) -> dict[str, Any]:
+def without_time(report: Report) -> Report:
     """A report without what no two runs share."""
-    kept = json.loads(json.dumps(report))
-    for evaluation in [kept["evaluation"], *kept["radii"], *kept["transfer"]]:
-        del evaluation["seconds"]
-        for attack in evaluation["attacks"]:
-            del attack["seconds"]
-    return {key: value for key, value in kept.items() if key not in ("created", "seconds", "files", "processes")}
+
+    def timeless(one: Any) -> Any:
+        return replace(one, seconds=0, attacks=tuple(replace(attack, seconds=0) for attack in one.attacks))
+
+    radii, transfer = (tuple(map(timeless, part)) for part in (report.radii, report.transfer))
+    main = timeless(report.evaluation)
+    return replace(
+        report, evaluation=main, radii=radii, transfer=transfer, created="", seconds=0, files={}, processes=1
+    )
 
 
 def test_it_stops_as_soon_as_the_bounds_decide(passed: Path) -> None:
     """The block of 30 in which the last claim is decided is the last one, of the 120 images that may be looked at."""
     report = report_of(passed)
-    decided = max(row["decided_after"] for row in report["criteria"])
-    assert report["statistics"]["attacked"] == 30 * -(-decided // 30) <= 120 == report["statistics"]["cap"]
-    assert report["progress"][-1]["images"] == report["statistics"]["attacked"]
+    decided = max(row.decided_after for row in report.criteria)
+    assert report.statistics.attacked == 30 * -(-decided // 30) <= 120 == report.statistics.cap
+    assert report.progress[-1].images == report.statistics.attacked
 
 
 def test_nobody_chooses_the_order(subject: Subject, passed: Path, tmp_path: Path) -> None:
     """Another policy, even another confidence, is met by other images."""
-    other = gate(subject, policy(0.1, "2/255", 120, "clean_accuracy >= 0.2 at 90 %"), tmp_path / "evidence")
-    assert other["per_image"]["index"][:20] != report_of(passed)["per_image"]["index"][:20]
+    other = gate(subject, policy(0.03, "2/255", 120, "clean_accuracy >= 0.2 at 90 %"), tmp_path / "evidence")
+    assert other.per_image.index[:20] != report_of(passed).per_image.index[:20]
 
 
 def test_a_cut_gate_goes_on_where_it_was(subject: Subject, tmp_path: Path) -> None:
     """Blocks that were done are not attacked again, and the evidence is that of a gate that nobody cut."""
-    wanted = policy(0.1, images=90, statistics="fixed")
+    wanted = policy(0.03, images=90, statistics="fixed")
     whole = gate(subject, wanted, tmp_path / "whole")
     out = tmp_path / "evidence"
     with pytest.raises(Cut):
@@ -293,7 +297,7 @@ def test_a_cut_gate_goes_on_where_it_was(subject: Subject, tmp_path: Path) -> No
 
 def test_the_state_of_another_gate_is_refused(subject: Subject, tmp_path: Path) -> None:
     """Another policy, another model: what was begun is not theirs, and stays."""
-    out, mine = tmp_path / "evidence", policy(0.1, images=90, statistics="fixed")
+    out, mine = tmp_path / "evidence", policy(0.03, images=90, statistics="fixed")
     with pytest.raises(Cut):
         gate(subject, mine, out, track=cut_after(1))
     begun = sorted(path.name for path in (tmp_path / "evidence.partial").iterdir())
@@ -310,11 +314,11 @@ def test_what_is_no_state_is_left_alone(subject: Subject, tmp_path: Path) -> Non
     notes.parent.mkdir()
     notes.write_text("mine")
     with pytest.raises(BadInput, match=r"evidence\.partial: is no state of a gate; remove it"):
-        gate(subject, policy(0.1), out)
+        gate(subject, policy(0.03), out)
     assert [path.name for path in notes.parent.iterdir()] == ["notes.txt"]
     notes.rename(notes.with_name(".state.json.123.part"))
     (notes.parent / LOCK).touch()
-    assert gate(subject, policy(0.1), out)["verdict"] == "passed"
+    assert gate(subject, policy(0.03), out).verdict == "passed"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence"]
 
 
@@ -326,7 +330,7 @@ def test_attacks_draw_from_the_key_as_well_as_from_the_policy(subject: Subject, 
     assert one == again
     assert len({bare, one, other}) == 3
     report = gate(subject, wanted, tmp_path / "evidence", signers=keys)
-    assert report["evaluation"]["seed"] == derived_seed(one, "block", 0)
+    assert report.evaluation.seed == derived_seed(one, "block", 0)
 
 
 @pytest.fixture
@@ -343,26 +347,24 @@ def test_a_drawn_part_meets_the_whole_suite(subject: Subject, tmp_path: Path, st
     wanted = policy(0.05, "1/255", 60, statistics=statistics, attacks=attacks)
     report = gate(subject, wanted, tmp_path / "evidence")
     assert report_of(tmp_path / "evidence") == report
-    jsonschema.validate(report, json.loads((resources.files("dfmcl.gating") / "report.schema.json").read_text()))
-    by_name = {attack["name"]: attack for attack in report["evaluation"]["attacks"]}
+    jsonschema.validate(report.to_json(), Report.schema())
+    by_name = {attack.name: attack for attack in report.evaluation.attacks}
     assert list(by_name) == [*SUITES["fast"], "margin-pgd-3", "square-40"]
-    count = report["statistics"]["attacked"]
-    drawn = drawn_of(
-        Matter(subject.digest, report["data"]["sha256"], wanted.digest, report["data"]["images"]), None, 0.3
-    )
-    mine = drawn[report["per_image"]["index"]]
-    left = flags_in(by_name[SUITES["fast"][-1]]["per_image"]["held"])
-    assert flags_in(by_name["margin-pgd-3"]["per_image"]["tried"]).tolist() == (mine & left).tolist()
-    whole = report["statistics"]["whole"]
-    assert (whole["drawn"], whole["tried"]) == (int(mine.sum()), int((mine & left).sum()))
-    assert 3 < whole["drawn"] < count
-    (row, _) = report["criteria"]
+    count = report.statistics.attacked
+    drawn = drawn_of(Matter(subject.digest, report.data.sha256, wanted.digest, report.data.images), None, 0.3)
+    mine = drawn[list(report.per_image.index)]
+    left = flags_in(by_name[SUITES["fast"][-1]].per_image.held)
+    assert flags_in(by_name["margin-pgd-3"].per_image.tried).tolist() == (mine & left).tolist()
+    whole = report.statistics.whole
+    assert (whole.drawn, whole.tried) == (int(mine.sum()), int((mine & left).sum()))
+    assert 3 < whole.drawn < count
+    (row, _) = report.criteria
     everybody = gate(
         subject,
         policy(0.05, "1/255", 60, statistics=statistics, attacks={**attacks, "suite": "fast", "whole": 1}),
         tmp_path / "fast",
     )
-    assert row["lower"] < everybody["criteria"][0]["lower"]
+    assert row.lower < everybody.criteria[0].lower
     assert (
         "drawn beforehand, were to meet the whole standard suite" in (tmp_path / "evidence" / "report.md").read_text()
     )
@@ -414,7 +416,7 @@ def test_a_drawn_part_of_nothing_is_refused(changes: dict[str, Any], message: st
 @pytest.mark.parametrize("damage", ["torn", "exchanged", "sealed by a stranger"])
 def test_a_block_that_this_gate_did_not_seal_is_attacked_again(subject: Subject, tmp_path: Path, damage: str) -> None:
     """A stranger who brings a file into the state's directory, with a cache or a commit, decides nothing."""
-    wanted, signers = policy(0.1, images=90, statistics="fixed"), [read_signer(make_key(tmp_path, "one"))]
+    wanted, signers = policy(0.03, images=90, statistics="fixed"), [read_signer(make_key(tmp_path, "one"))]
     whole = gate(subject, wanted, tmp_path / "whole", signers=signers)
     out, state = tmp_path / "evidence", tmp_path / "evidence.partial"
     with pytest.raises(Cut):
@@ -435,8 +437,8 @@ def test_a_block_that_this_gate_did_not_seal_is_attacked_again(subject: Subject,
         yield from items
 
     report = gate(subject, wanted, out, track=track, signers=signers)
-    assert report["per_image"] == whole["per_image"]
-    assert report["evaluation"]["robust"] == whole["evaluation"]["robust"]
+    assert report.per_image == whole.per_image
+    assert report.evaluation.robust == whole.evaluation.robust
     attacked = sum(label.startswith("fgsm at Linf 2/255") for label in seen)
     assert attacked == 2
 
@@ -466,7 +468,7 @@ images = 32
     (tmp_path / "run").symlink_to(standard_run)
     keygen(tmp_path / "gate")
     alone = gate(subject, load_policy(path), tmp_path / "alone", signers=[read_signer(tmp_path / "gate.key")])
-    assert alone["exit_code"] == code
+    assert alone.exit_code == code
     job = yaml.safe_load((ROOT / "deploy" / "gate" / "job.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]
     told = {"PROCESSES": "2", "DATA": str(tmp_path), "POLICY": str(path), "KEY": str(tmp_path / "gate.key")}
@@ -482,10 +484,10 @@ images = 32
     )
     assert done.returncode == code, done.stderr
     both = report_of(tmp_path / "evidence")
-    assert both["processes"] == 2
-    assert both["criteria"] == alone["criteria"]
-    assert both["per_image"] == alone["per_image"]
-    assert both["evaluation"]["per_image"] == alone["evaluation"]["per_image"]
+    assert both.processes == 2
+    assert both.criteria == alone.criteria
+    assert both.per_image == alone.per_image
+    assert both.evaluation.per_image == alone.evaluation.per_image
     assert done.stdout.count("evidence: ") == 1
     assert code in job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] or code == 0
 
@@ -494,27 +496,27 @@ def test_radii_and_classes_are_claims_of_their_own(subject: Subject, tmp_path: P
     """A claim at a smaller radius is met by what holds there; a floor that one class misses blocks the model."""
     more = ["robust_accuracy(1/255) >= 0.02 at 95 %"]
     report = gate(subject, policy(0.0, "2/255", 60, *more), tmp_path / "radii")
-    assert [evaluation["threat"]["label"] for evaluation in report["radii"]] == ["1/255"]
-    assert report["radii"][0]["robust"]["k"] > report["evaluation"]["robust"]["k"]
-    assert report["criteria"][2]["eps"] == "1/255"
-    assert report["criteria"][2]["outcome"] == "met"
+    assert [evaluation.threat.label for evaluation in report.radii] == ["1/255"]
+    assert report.radii[0].robust.k > report.evaluation.robust.k
+    assert report.criteria[2].eps == "1/255"
+    assert report.criteria[2].outcome == "met"
     floor = policy(0.0, "2/255", 0, "class_robust_accuracy >= 0.9 at 95 %")
     blocked = gate(subject, floor, tmp_path / "classes")
-    rows = [row for row in blocked["criteria"] if row["metric"] == "class_robust_accuracy"]
-    assert [row["class"] for row in rows] == list("0123456789")
-    assert blocked["verdict"] == "failed"
-    assert "missed" in {row["outcome"] for row in rows}
+    rows = [row for row in blocked.criteria if row.metric == "class_robust_accuracy"]
+    assert [row.class_name for row in rows] == list("0123456789")
+    assert blocked.verdict == "failed"
+    assert "missed" in {row.outcome for row in rows}
 
 
 def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path) -> None:
     """Fixed statistics look once, at exactly the images that the policy names, by exact bounds."""
     shown: list[Progress] = []
-    report = gate(subject, policy(0.1, images=90, statistics="fixed"), tmp_path / "evidence", watch=shown.append)
+    report = gate(subject, policy(0.03, images=90, statistics="fixed"), tmp_path / "evidence", watch=shown.append)
     assert {progress.expected for progress in shown} == {90}
-    row = report["criteria"][0]
-    assert report["statistics"]["attacked"] == row["n"] == 90
-    assert row["lower"] == lower_bound(row["k"], 90, 0.95)
-    assert row["upper"] == upper_bound(row["k"], 90, 0.975)
+    row = report.criteria[0]
+    assert report.statistics.attacked == row.n == 90
+    assert row.lower == lower_bound(row.k, 90, 0.95)
+    assert row.upper == upper_bound(row.k, 90, 0.975)
 
 
 def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path) -> None:
@@ -522,9 +524,9 @@ def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path
     wanted = policy(0.0, "1/255", 120, "no_regression at 95 %")
     first = gate(subject, policy(0.0, "1/255", images=90, statistics="fixed"), tmp_path / "first")
     same = gate(subject, wanted, tmp_path / "same", baseline=tmp_path / "first" / "report.json")
-    assert (same["verdict"], len(same["baseline"]["newly_broken"])) == ("passed", same["baseline"]["only_baseline"])
-    assert same["baseline"]["only_baseline"] <= 2  # other blocks, other random starts
-    assert same["baseline"]["images"] == 90
+    assert (same.verdict, len(same.baseline.newly_broken)) == ("passed", same.baseline.only_baseline)
+    assert same.baseline.only_baseline <= 2  # other blocks, other random starts
+    assert same.baseline.images == 90
     worse = load_run(other_run).model
     with torch.no_grad():
         worse.net.fc.weight.mul_(-1)  # wrong on almost every image
@@ -538,16 +540,14 @@ def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path
         tmp_path / "worse",
         baseline=tmp_path / "first" / "report.json",
     )
-    assert blocked["criteria"][-1]["outcome"] == "missed"
-    assert blocked["verdict"] == "failed"
-    broken = set(blocked["baseline"]["newly_broken"])
+    assert blocked.criteria[-1].outcome == "missed"
+    assert blocked.verdict == "failed"
+    broken = set(blocked.baseline.newly_broken)
     held = {
-        index
-        for index, bit in zip(first["per_image"]["index"], first["evaluation"]["per_image"]["robust"], strict=True)
-        if bit == "1"
+        index for index, bit in zip(first.per_image.index, first.evaluation.per_image.robust, strict=True) if bit == "1"
     }
     assert broken <= held
-    assert len(broken) == blocked["baseline"]["only_baseline"] > 20
+    assert len(broken) == blocked.baseline.only_baseline > 20
 
 
 def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path: Path) -> None:
@@ -556,8 +556,8 @@ def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path:
     with pytest.raises(BadInput, match="needs --baseline"):
         gate(subject, wanted, tmp_path / "evidence")
     with pytest.raises(BadInput, match="made with other threat"):
-        gate(subject, policy(0.1, "3/255"), tmp_path / "evidence", baseline=passed / "report.json")
-    other = policy(0.1, attacks={"suite": ["fgsm"], "block": 30, "substitute": 0})
+        gate(subject, policy(0.03, "3/255"), tmp_path / "evidence", baseline=passed / "report.json")
+    other = policy(0.03, attacks={"suite": ["fgsm"], "block": 30, "substitute": 0})
     with pytest.raises(BadInput, match="made with other attacks"):
         gate(subject, other, tmp_path / "evidence", baseline=passed / "report.json")
     with pytest.raises(BadInput, match="not readable as JSON"):
@@ -572,12 +572,12 @@ def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_p
         0.0, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
     )
     report = gate(blind, modest, tmp_path / "modest")
-    assert (report["verdict"], report["reasons"]) == ("inconclusive", ["no_gradients"])
-    assert report["why"] == {"no_gradients": "it lets none through"}
+    assert (report.verdict, report.reasons) == ("inconclusive", ("no_gradients",))
+    assert report.why == {"no_gradients": "it lets none through"}
     assert "no gradients, so that only black-box attacks ran: they can block it, not pass it: it lets none through" in (
         tmp_path / "modest" / "report.md"
     ).read_text(encoding="utf-8")
-    assert [attack["name"] for attack in report["evaluation"]["attacks"]] == ["square-40"]
+    assert [attack.name for attack in report.evaluation.attacks] == ["square-40"]
     hard = policy(
         0.9, "40/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
     )
@@ -588,21 +588,20 @@ def test_transfer_is_recorded_and_named_an_upper_bound(
     subject: Subject, other_run: Path, standard_run: Path, tmp_path: Path
 ) -> None:
     """Per image, what held against images crafted on a surrogate; the judged model itself is none."""
-    carried = policy(0.1, attacks={"suite": ["pgd-3"], "block": 30, "transfer": ["pgd-3"], "substitute": 0})
+    carried = policy(0.03, attacks={"suite": ["pgd-3"], "block": 30, "transfer": ["pgd-3"], "substitute": 0})
     report = gate(subject, carried, tmp_path / "evidence", surrogates={"other": load_run(other_run)})
-    (transfer,) = report["transfer"]
-    assert transfer["attacks"][0]["parameters"] == dict(Attack.parse_transfer("pgd-3").parameters)  # as the sidecar's
-    passes = transfer["attacks"][0]["per_image"]["forward"]
+    (transfer,) = report.transfer
+    assert transfer.attacks[0].parameters == dict(Attack.parse_transfer("pgd-3").parameters)  # as the sidecar's
+    passes = transfer.attacks[0].per_image.forward
     assert sorted(set(passes) - {0}) == [3]  # it looks at the surrogate, 3 times
-    assert passes.count(3) == report["evaluation"]["clean"]["k"]  # with the images that are right
-    assert transfer["about"]["kind"] == "transfer"
-    assert transfer["about"]["surrogate"] == "other"
-    assert len(transfer["per_image"]["robust"]) == report["statistics"]["attacked"]
-    assert transfer["robust"]["k"] >= report["evaluation"]["robust"]["k"]
+    assert passes.count(3) == report.evaluation.clean.k  # with the images that are right
+    assert (transfer.about.kind, transfer.about.surrogate) == ("transfer", "other")
+    assert len(transfer.per_image.robust) == report.statistics.attacked
+    assert transfer.robust.k >= report.evaluation.robust.k
     with pytest.raises(BadInput, match="is the judged model itself"):
-        gate(subject, policy(0.1), tmp_path / "own", surrogates={"own": load_run(standard_run)})
+        gate(subject, policy(0.03), tmp_path / "own", surrogates={"own": load_run(standard_run)})
     for names, why in ((["apgd-ce"], "'apgd-ce' does not transfer"), (["fgsm", "fgsm"], "fgsm, fgsm: name at least")):
-        wrong = policy(0.1, attacks={"suite": ["fgsm"], "transfer": names})
+        wrong = policy(0.03, attacks={"suite": ["fgsm"], "transfer": names})
         with pytest.raises(BadInput, match=why):
             gate(subject, wrong, tmp_path / "own")
     assert not (tmp_path / "own").exists()
@@ -662,27 +661,27 @@ def test_a_class_that_the_cap_never_reaches_is_open(subject: Subject, tmp_path: 
     # The order follows from digests, so that another processor's weights are attacked in another one.
     wanted = next(one for one in several if 3 not in loaded.y_test[drawn_by(subject, loaded, one)[:60]])
     report = gate(subject, wanted, tmp_path / "evidence")
-    assert (report["verdict"], report["reasons"]) == ("inconclusive", ["cap_reached"])
-    seen = {name: report["per_image"]["label"].count(number) for number, name in enumerate("0123456789")}
-    rows = {row["class"]: row for row in report["criteria"] if row["class"] is not None}
+    assert (report.verdict, report.reasons) == ("inconclusive", ("cap_reached",))
+    seen = {name: report.per_image.label.count(number) for number, name in enumerate("0123456789")}
+    rows = {row.class_name: row for row in report.criteria if row.class_name is not None}
     assert list(rows) == list("0123456789")
     unseen = [name for name, count in seen.items() if not count]
     assert unseen
     for name in unseen:
-        assert (rows[name]["outcome"], rows[name]["value"], rows[name]["n"]) == ("open", None, 0)
+        assert (rows[name].outcome, rows[name].value, rows[name].n) == ("open", None, 0)
         assert f"class {name}" in (tmp_path / "evidence" / "report.md").read_text(encoding="utf-8")
-    assert {row["outcome"] for row in rows.values()} <= {"met", "open"}
+    assert {row.outcome for row in rows.values()} <= {"met", "open"}
 
 
 def test_the_cap_is_no_reason_where_there_was_none(subject: Subject, tmp_path: Path) -> None:
     """A missed criterion ends the gate, whatever is open then; and without a cap it is the images that were too few."""
     missed = policy(0.99, "40/255", 0, "class_robust_accuracy >= 0.02 at 95 %")
     report = gate(subject, missed, tmp_path / "missed")
-    assert (report["verdict"], report["reasons"]) == ("failed", [])
-    assert "open" in {row["outcome"] for row in report["criteria"]}
+    assert (report.verdict, report.reasons) == ("failed", ())
+    assert "open" in {row.outcome for row in report.criteria}
     few = data_of(tmp_path / "data.npz", dict.fromkeys(range(10), 2))
     spent = gate(subject, policy(0.6, "1/255", 0, data=few, statistics="fixed"), tmp_path / "spent")
-    assert (spent["verdict"], spent["reasons"]) == ("inconclusive", ["images_spent"])
+    assert (spent.verdict, spent.reasons) == ("inconclusive", ("images_spent",))
     assert "the cap on images" not in (tmp_path / "spent" / "report.md").read_text(encoding="utf-8")
 
 
@@ -690,26 +689,26 @@ def test_the_first_label_that_differs_is_named(subject: Subject, tmp_path: Path)
     """Labels in another order, another number of classes, another size: each in words of its own."""
     swapped = replace(subject, classes=("0", "1", "3", "2", *"456789"))
     with pytest.raises(BadInput, match=r"class 2 is '2', the model's label 2 is '3'; bring the labels into") as caught:
-        gate(swapped, policy(0.1), tmp_path / "evidence", track=unattacked)
+        gate(swapped, policy(0.03), tmp_path / "evidence", track=unattacked)
     assert "(16, 16, 3)" not in str(caught.value)
     with pytest.raises(BadInput, match="has 10 classes, the model 7"):
-        gate(replace(subject, classes=7), policy(0.1), tmp_path / "evidence")
+        gate(replace(subject, classes=7), policy(0.03), tmp_path / "evidence")
     small = replace(subject, contract=replace(subject.contract, width=8))
     with pytest.raises(BadInput, match="images are 16x16x3, the model takes 16x8x3"):
-        gate(small, policy(0.1), tmp_path / "evidence")
+        gate(small, policy(0.03), tmp_path / "evidence")
 
 
 def test_logits_that_are_not_finite_are_named(subject: Subject, tmp_path: Path) -> None:
     """On some images they count as wrong, and block the model; on all of them nothing can be judged."""
     some = replace(subject, decide=lambda x: spoilt(subject.decide(x), x, 0.36), digest="a" * 64)
     report = gate(some, policy(0.02, "1/255", 60, statistics="fixed"), tmp_path / "some")
-    wild = report["evaluation"]["not_finite"]
-    means = load_dataset("digits").x_test[report["per_image"]["index"]].mean(axis=(1, 2, 3)) / 255
+    wild = report.evaluation.not_finite
+    means = load_dataset("digits").x_test[list(report.per_image.index)].mean(axis=(1, 2, 3)) / 255
     assert 0 < wild == (means > 0.36).sum() < 60
-    assert (report["verdict"], report["reasons"]) == ("failed", ["not_finite"])
-    assert report["why"] == {"not_finite": f"for {wild} of 60 images"}
-    assert report["evaluation"]["clean"]["k"] <= 60 - wild
-    assert not {"outputs_differ", "batch_dependent"} & {finding["check"] for finding in report["findings"]}
+    assert (report.verdict, report.reasons) == ("failed", ("not_finite",))
+    assert report.why == {"not_finite": f"for {wild} of 60 images"}
+    assert report.evaluation.clean.k <= 60 - wild
+    assert not {"outputs_differ", "batch_dependent"} & {finding.check for finding in report.findings}
     every = replace(subject, decide=lambda x: spoilt(subject.decide(x), x, -1), digest="b" * 64)
     with pytest.raises(BadInput, match="logits are not finite for 128 of 128 images; look for weights"):
         gate(every, policy(0.02), tmp_path / "every", track=unattacked)
@@ -740,7 +739,7 @@ def test_another_preprocessing_is_told_and_not_blamed_on_the_model(
         rf"as `.*` it is right on \d+ % of 64 images, as declared on \d+ %, so its preprocessing is another; {repair}"
     )
     with pytest.raises(BadInput, match=said):
-        gate(foreign, policy(0.1), tmp_path / "evidence", track=unattacked)
+        gate(foreign, policy(0.03), tmp_path / "evidence", track=unattacked)
 
 
 def test_a_baseline_that_could_lose_nothing_proves_nothing() -> None:
@@ -752,11 +751,11 @@ def test_a_baseline_that_could_lose_nothing_proves_nothing() -> None:
         flags = tuple(number < held for number in range(count))
         pairs = Pairs("1" * 64, "2" * 64, count, tuple(range(count)), flags, flags)
         found = true_report(probes, {"model.onnx": "3" * 64}, policy=policy, pairs=pairs)
-        assert (found["baseline"]["of"], found["baseline"]["held"]) == (count, held)
+        assert (found.baseline.of, found.baseline.held) == (count, held)
         small = held < 20
-        assert (found["criteria"][-1]["outcome"] == "open") == small
-        assert found["reasons"] == (["small_baseline"] if small else [])
-        assert (found["verdict"] == "inconclusive") == small
+        assert (found.criteria[-1].outcome == "open") == small
+        assert found.reasons == (("small_baseline",) if small else ())
+        assert (found.verdict == "inconclusive") == small
 
 
 @pytest.mark.parametrize(("index", "robust"), [([], ""), ([0, 0], "11"), ([0, 450], "11"), ([-1], "1")])
@@ -764,10 +763,10 @@ def test_a_baseline_of_other_images_is_bad_input(
     subject: Subject, passed: Path, tmp_path: Path, index: list[int], robust: str
 ) -> None:
     """None, one twice, or one that the data set has not: it does not follow from its own record."""
-    report = report_of(passed)
+    report = report_of(passed).to_json()
     report["per_image"]["index"], report["evaluation"]["per_image"]["robust"] = index, robust
     (tmp_path / "baseline.json").write_text(json.dumps(report))
-    wanted = policy(0.1, "2/255", 120, "no_regression at 95 %")
+    wanted = policy(0.03, "2/255", 120, "no_regression at 95 %")
     with pytest.raises(BadInput, match=r"--baseline .*follows from its own record"):
         gate(subject, wanted, tmp_path / "evidence", baseline=tmp_path / "baseline.json", track=unattacked)
 
@@ -778,7 +777,7 @@ def test_a_model_of_floats_is_attacked_at_every_radius_that_is_named(subject: Su
     more = ["robust_accuracy(1.9/255) >= 0.05 at 95 %"]
     for judged, radii in ((subject, []), (floats, ["1.9/255"])):
         report = gate(judged, policy(0.05, "1/255", 60, *more), tmp_path / f"{len(radii)}")
-        assert [one["threat"]["label"] for one in report["radii"]] == radii
+        assert [one.threat.label for one in report.radii] == radii
 
 
 PLACES = {
@@ -800,6 +799,6 @@ def test_a_place_that_cannot_be_written_is_found_out_before_the_attacks(
     monkeypatch.chdir(tmp_path / "empty")
     out, code = PLACES[place]
     with pytest.raises(DfmclError, match=f"^{re.escape(out)}: ") as caught:
-        gate(subject, policy(0.1), Path(out), track=unattacked)
+        gate(subject, policy(0.03), Path(out), track=unattacked)
     assert caught.value.exit_code == code
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -16,6 +15,7 @@ import yaml
 
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.formats.registry import FILES
+from dfmcl.gating.signing.evidence import read_report
 from tests.exports import Export
 
 ROOT = Path(__file__).parents[2]
@@ -97,8 +97,7 @@ def test_a_real_gate_passes_and_blocks(candidate: Path, standard_run: Path, tmp_
             "policy.toml",
             *FILES,
         }
-        report = json.loads((tmp_path / "evidence" / "report.json").read_text())
-        assert report["exit_code"] == code
+        assert read_report(tmp_path / "evidence" / "report.json")[0].exit_code == code
         assert f"::{'error' if code else 'notice'} file=gate.toml,line={1 + code}," in made.stdout
     assert (tmp_path / "output").read_text() == "exit-code=0\nexit-code=1\n"
     summary = (tmp_path / "step.md").read_text()
@@ -212,11 +211,11 @@ def test_commands_of_the_page_run(tmp_path: Path) -> None:
             check=False,
         )
         assert made.returncode == expected, f"{line}\n{made.stdout[-2000:]}\n{made.stderr[-2000:]}"
-    report = json.loads((tmp_path / "evidence-plain" / "report.json").read_text())
-    baseline = report["baseline"]
-    assert baseline["report_sha256"] == sha256_of(tmp_path / "evidence" / "report.json")
+    baseline = read_report(tmp_path / "evidence-plain" / "report.json")[0].baseline
+    assert baseline is not None
+    assert baseline.report_sha256 == sha256_of(tmp_path / "evidence" / "report.json")
     # How many images the two gates have in common before the second one ends is a matter of their orders.
-    assert len(baseline["newly_broken"]) == baseline["only_baseline"] <= baseline["held"] <= baseline["images"] <= 450
+    assert len(baseline.newly_broken) == baseline.only_baseline <= baseline.held <= baseline.images <= 450
     assert (tmp_path / "models" / "digits" / "1" / "model.onnx").exists()
 
 

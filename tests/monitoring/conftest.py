@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.report import RunEntry
 from dfmcl.monitoring import crafted
 from dfmcl.monitoring.config import WatchConfig, load_config
 from dfmcl.monitoring.results import Round, round_from_json
@@ -128,15 +129,15 @@ def write_report(
         probes,
         {"model.onnx": "e" * 64},
         policy=policy_of(criteria),
-        run={"checkpoint_sha256": checkpoint_sha256},
+        run=RunEntry(checkpoint_sha256=checkpoint_sha256),
         evaluations=[evaluated(right, flags, eps) for eps, flags in named.items()],
         transfer=transfer,
     )
     if logits is not None:
         probes |= {name: logits(probes["images"]) for name in ("clean_logits", "adversarial_logits")}
     (directory / "probes.npz").write_bytes(as_npz(probes))
-    report["files"] = {"probes.npz": sha256_of(directory / "probes.npz")}
-    (directory / "report.json").write_text(json.dumps(report | changes))
+    report = replace(report, files={"probes.npz": sha256_of(directory / "probes.npz")})
+    (directory / "report.json").write_text(json.dumps(report.to_json() | changes))
     return directory
 
 

@@ -20,6 +20,7 @@ from dfmcl.common.files import sha256_of
 from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import load_policy
 from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.report import RunEntry
 from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.gating.subject import open_subject
 from dfmcl.gating.verdict import EXIT_CODES
@@ -112,11 +113,11 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
         open_subject(str(candidate), run=run), load_policy(policy), out, surrogates={"other": load_run(surrogate)}
     )
     found = read_report(out)
-    assert found.state == report["verdict"] != "passed"  # its weights are random
+    assert found.state == report.verdict != "passed"  # its weights are random
     assert found.checkpoint_sha256 == sha256_of(run / "checkpoint.safetensors")
     assert found.model_sha256 == sha256_of(candidate / "model.onnx")
     assert (found.epsilon, found.robust_threshold, found.clean_threshold) == ("8/255", 0.4, None)
-    assert (found.robust.n, found.robust.k) == (20, report["evaluation"]["robust"]["k"])
+    assert (found.robust.n, found.robust.k) == (20, report.evaluation.robust.k)
     [((digest, attack), share)] = found.transfer.items()
     assert (attack, share.n) == ("mi-fgsm-2", 20)
     assert digest == load_surrogates([surrogate], load_dataset("digits")).sha256
@@ -143,12 +144,12 @@ def test_a_policy_without_a_clean_criterion_has_no_clean_threshold(make_report: 
             {"format": "dfmcl.report/9"},
             "format is 'dfmcl.report/9'; expected 'dfmcl.report/2'; make it again",
         ),
-        "no figures": ({"evaluation": {}}, "not a gate's report (evaluation: format is None; expected"),
+        "no figures": ({"evaluation": {}}, "not a gate's report (lacks 'evaluation.format'); run dfmcl gate again"),
         "time": ({"created": "today"}, "not a gate's report (Invalid isoformat string: 'today'); run dfmcl gate again"),
         "verdict": ({"verdict": "splendid"}, "verdict is 'splendid', and 'passed' follows from its own record"),
         "counts": ({"progress": []}, "progress: entries is 0, and 16 follows from its own record"),
         "no images": ({"per_image": {"index": [], "label": []}}, "what it holds does not fit together"),
-        "radii": ({"radii": [{}]}, "not a gate's report (evaluation: format is None; expected"),
+        "radii": ({"radii": [{}]}, "not a gate's report (lacks 'radii.0.format'); run dfmcl gate again"),
     }.values(),
 )
 def test_malformed_evidence_is_bad_input(make_report: MakeReport, changes: dict[str, object], message: str) -> None:
@@ -243,7 +244,7 @@ def evidence(tmp_path: Path, exported: tuple[Path, Path], key: Path) -> Path:
     folder.mkdir()
     images = load_dataset("digits").x_test[:16]
     write_probes(folder, images, logits_of(exported[1], images))
-    checkpoint = {"checkpoint_sha256": sha256_of(exported[0] / "checkpoint.safetensors")}
+    checkpoint = RunEntry(checkpoint_sha256=sha256_of(exported[0] / "checkpoint.safetensors"))
     return write_evidence(folder, report_on(exported[1], folder, run=checkpoint), key)
 
 

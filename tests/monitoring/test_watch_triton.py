@@ -20,6 +20,7 @@ import torch
 
 from dfmcl.common.errors import Broken
 from dfmcl.common.files import sha256_of
+from dfmcl.gating.signing.report import RunEntry
 from dfmcl.monitoring.crafting import ImagePool, scenes
 from dfmcl.monitoring.evidence import follow
 from dfmcl.monitoring.results import RoundResult
@@ -67,7 +68,7 @@ def repository(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
     probes = {"images": images, "change": np.zeros_like(images), "labels": np.zeros(64, np.int64)}
     probes |= {"clean_logits": logits, "adversarial_logits": logits}
     np.savez(evidence / "probes.npz", **probes)
-    checkpoint = {"checkpoint_sha256": sha256_of(run / "checkpoint.safetensors")}
+    checkpoint = RunEntry(checkpoint_sha256=sha256_of(run / "checkpoint.safetensors"))
     write_report(evidence, report_on(candidate, evidence, run=checkpoint), key)
     promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trusting(key))
     return tmp_path / "models"

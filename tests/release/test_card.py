@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.release.candidate import read_manifest
 from dfmcl.release.card import card, write_card
 from dfmcl.release.verification import verify_release
@@ -37,21 +38,21 @@ def test_metadata_are_the_reports_figures(repository: Path) -> None:
     """A YAML reader finds the model-index with clean and robust accuracy, threat, suite and n."""
     _, metadata, _ = (repository / NAME / "README.md").read_text().split("---\n", 2)
     written = yaml.safe_load(metadata)
-    evaluation = read(repository / NAME / "1" / "report.json")["evaluation"]
+    evaluation = read_report(repository / NAME / "1" / "report.json")[0].evaluation
     (index,) = written["model-index"]
     (result,) = index["results"]
     assert (index["name"], result["dataset"]["type"], written["license"]) == (NAME, "digits", "apache-2.0")
     clean, robust = result["metrics"]
-    assert (clean["value"], robust["value"]) == (evaluation["clean"]["value"], evaluation["robust"]["value"])
+    assert (clean["value"], robust["value"]) == (evaluation.clean.value, evaluation.robust.value)
     assert robust["name"] == "robust accuracy, linf 3/255, worst case of fgsm, pgd-3, n = 100"
 
 
 def test_text_holds_bounds_bytes_training_and_surrogates(repository: Path, standard_run: Path) -> None:
     """Intervals, digest, every training setting and the surrogates stand in the card."""
     text = (repository / NAME / "README.md").read_text()
-    robust = read(repository / NAME / "1" / "report.json")["evaluation"]["robust"]
-    low, high = 100 * robust["lower_95"], 100 * robust["upper_95"]
-    assert f"| robust accuracy, linf 3/255 | {100 * robust['value']:.1f} | {low:.1f} to {high:.1f} |" in text
+    robust = read_report(repository / NAME / "1" / "report.json")[0].evaluation.robust
+    low, high = 100 * robust.lower_95, 100 * robust.upper_95
+    assert f"| robust accuracy, linf 3/255 | {100 * robust.value:.1f} | {low:.1f} to {high:.1f} |" in text
     assert verify_release(repository, NAME).sha256 in text
     settings = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
     config = read(standard_run / "manifest.json")["config"]
@@ -65,16 +66,16 @@ def test_labels_are_no_markup(repository: Path, standard_run: Path) -> None:
     """A class is called what its folder is called."""
     release = verify_release(repository, NAME)
     manifest = replace(read_manifest(release.path), labels=("<b>", "[x](y)", "a\n# b", *"3456789"))
-    text = card(release, manifest, read(release.path / "report.json"), read(standard_run / "manifest.json"), {})
+    report, _ = read_report(release.path / "report.json")
+    text = card(release, manifest, report, read(standard_run / "manifest.json"), {})
     assert r"of these classes: &lt;b>, \[x\](y), a # b, 3, 4" in text
 
 
 def test_a_gate_that_stopped_by_itself_gives_bounds_that_allow_it(repository: Path, standard_run: Path) -> None:
     """Of sequential evidence the card shows the gate's bounds, which are wider than those of a fixed number."""
-    manifest, report = read_manifest(repository / NAME / "1"), read(repository / NAME / "1" / "report.json")
-    report["statistics"]["kind"] = "sequential"
-    (row,) = [row for row in report["criteria"] if row["metric"] == "robust_accuracy"]
-    row["lower"], row["upper"] = 0.0123, 0.9876
+    manifest, report = read_manifest(repository / NAME / "1"), read_report(repository / NAME / "1" / "report.json")[0]
+    rows = [replace(row, lower=0.0123, upper=0.9876) for row in report.criteria if row.metric == "robust_accuracy"]
+    report = replace(report, statistics=replace(report.statistics, kind="sequential"), criteria=tuple(rows))
     training = read(standard_run / "manifest.json")
     text = card(verify_release(repository, NAME), manifest, report, training, {})
     assert "| bounds that hold whenever it stops |" in text
