@@ -28,6 +28,7 @@ DEFAULTS = {
     "linf": ("fgsm", "pgd-20", "margin-pgd-20"),
     "l2": ("cw-l2",),
     "l1": ("apgd-ce",),
+    "patch": ("patch",),
     "spatial": ("grid",),
     "corruption": ("grid",),
 }

@@ -21,6 +21,6 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 
 # They ask for scores or labels only; the number in their name is that of queries.
-WITHOUT_GRADIENTS = ("square", "square-subspace", "rays", "grid")
+WITHOUT_GRADIENTS = ("square", "square-subspace", "rays", "patch-rs", "grid")
 
 FROM = " from "  # between an attack's name and that of the other network on which it was crafted

@@ -18,7 +18,7 @@ class Union(Threat):
     """members: the threats, at least two, each once. title: a spelling that stands for all of them, such as `fog`."""
 
     kind, name, heads = "union", "worst of", ()
-    examples = ("linf:4/255|rotation:30",)
+    examples = ("linf:4/255|patch:5x5|rotation:30",)
     members: tuple[Threat, ...]
     title: str = ""
 
