@@ -35,7 +35,7 @@ help:
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
 	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
-	@echo 'make pictures            the README'"'"'s picture, from docs/pictures/flow.py'
+	@echo 'make pictures            the pictures of README and docs/threats.md, from docs/pictures'
 	@echo 'make setup               only the two environments'
 
 setup: .venv/.installed .venv-triton/.installed
@@ -130,9 +130,10 @@ kubernetes-rules:
 dashboards: .venv/.installed
 	$(BIN)/python deploy/grafana/dashboards.py
 
-# README's picture, in light and in dark.
+# README's picture, in light and in dark, and that of the threats.
 pictures: .venv/.installed
 	$(BIN)/python docs/pictures/flow.py
+	$(BIN)/python docs/pictures/threats.py
 
 # What faces the network (images `serve` and `gateway`) brings along, and what is known against it. The tools live apart.
 .audit/.installed: pyproject.toml
