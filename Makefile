@@ -36,7 +36,7 @@ help:
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
 	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
-	@echo 'make pictures            every picture in docs/pictures, from its script; ONLY="flow report watch" for some'
+	@echo 'make pictures            every picture in docs/pictures, from its script; ONLY="flow threats report watch" for some'
 	@echo 'make report-schema       the JSON schema of a gate'"'"'s report, from its records'
 	@echo 'make setup               only the two environments'
 

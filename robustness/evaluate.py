@@ -29,6 +29,7 @@ from dfmcl.robustness.threats.threat import Threat
 # reordering of weights decides, and takes a quarter longer for it.
 FEW = 16
 
+Logits = NDArray[np.float32]
 Decide = Callable[[Tensor], Tensor]
 """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`: the artefact whose answer counts."""
 
@@ -42,8 +43,8 @@ class Outcome:
 
     evaluation: Evaluation
     adversarial: Bytes
-    clean_logits: np.ndarray[Any, np.dtype[np.float32]]
-    adversarial_logits: np.ndarray[Any, np.dtype[np.float32]]
+    clean_logits: Logits
+    adversarial_logits: Logits
 
     def part(self, rows: NDArray[np.int64]) -> Outcome:
         """Of some of the images."""
@@ -63,6 +64,7 @@ def evaluate(
     grid: bool = False,
     cascade: bool = False,
     after: Outcome | None = None,
+    clean: Logits | None = None,
     seed: int = 0,
     batch_size: int = 128,
     precision: str = "auto",
@@ -80,6 +82,7 @@ def evaluate(
     grid: count only bytes inside the ball.
     cascade: an attack sees only what earlier ones left, which is the worst case at less cost.
     after: in a cascade, what was found in a smaller ball around the same images: what fell there has fallen here.
+    clean: the logits `(N, K)` of the images as they come, where they are known.
     seed: of the attacks' draws, with the attack's name and the number of the batch.
     batch_size: images that are attacked together.
     precision: of the fast copy, `auto`, `float32` or `bfloat16`.
@@ -104,7 +107,7 @@ def evaluate(
     with _frozen(model), _frozen(source):
         bench = _Bench(images, labels, threat, decide, device_of(source), grid, cascade, seed, batch_size, track)
         climbed = None if source is None else _climbed(source, bench.batch(slice(IMAGES))[0], precision)
-        bench.begin(after)
+        bench.begin(after, clean)
         records = tuple(bench.record(attack, climbed) for attack in attacks)
     evaluation = Evaluation(
         threat=threat,
@@ -144,11 +147,10 @@ class _Bench:
     correct: Tensor = field(init=False)
     left: Tensor = field(init=False)
 
-    def begin(self, after: Outcome | None) -> None:
-        """Ask for the clean answers, or take over what was found in a smaller ball."""
+    def begin(self, after: Outcome | None, clean: Logits | None) -> None:
+        """Ask for the clean answers where they are not known, or take over what was found in a smaller ball."""
         if after is None:
-            parts = _batches(self.batch_size, torch.from_numpy(self.images))
-            self.clean_logits = torch.cat([_answer(self.decide, to_float(part).to(self.device)) for part in parts])
+            self.clean_logits = self._answers() if clean is None else torch.from_numpy(clean)
             self.adversarial, self.adversarial_logits = self.images.copy(), self.clean_logits.clone()
         else:
             self.clean_logits = torch.from_numpy(after.clean_logits)
@@ -158,6 +160,10 @@ class _Bench:
         self.left = self.correct.clone()
         if after is not None:
             self.left &= torch.tensor(after.evaluation.robust_images)
+
+    def _answers(self) -> Tensor:
+        parts = _batches(self.batch_size, torch.from_numpy(self.images))
+        return torch.cat([_answer(self.decide, to_float(part).to(self.device)) for part in parts])
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images and labels at `index` as attacks see them."""
@@ -304,6 +310,11 @@ def _decided_as_bytes(decide: Decide, x_adv: Tensor, x: Tensor, y: Tensor, threa
 def _decided(decide: Decide, x_adv: Tensor, y: Tensor, inside: Tensor) -> _Judged:
     logits, inside = _answer(decide, x_adv), inside.cpu()
     return _Judged(x_adv, logits, ~right(logits, y.cpu()) & inside, ~inside)
+
+
+def climbed_once(model: nn.Module, images: Bytes) -> AttackPass:
+    """The fast copy that `evaluate` makes of a model, to be its `source` in several evaluations on these images."""
+    return attack_pass(model, to_float(torch.from_numpy(images[:IMAGES])).to(device_of(model)))
 
 
 def _climbed(source: nn.Module, example: Tensor, precision: str) -> AttackPass:

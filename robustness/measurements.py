@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ import numpy as np
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.data import Dataset
-from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.data import Bytes, Dataset, Labels
+from dfmcl.robustness.evaluate import climbed_once, evaluate
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.records import Evaluation, worst_of
 from dfmcl.robustness.runs import Run
 from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import by_norm
 from dfmcl.robustness.threats.threat import Threat
@@ -28,6 +29,7 @@ DEFAULTS = {
     "linf": ("fgsm", "pgd-20", "margin-pgd-20"),
     "l2": ("cw-l2",),
     "l1": ("apgd-ce",),
+    "patch": ("patch",),
     "spatial": ("grid",),
     "corruption": ("grid",),
 }
@@ -70,21 +72,16 @@ def measure(
     x, y = data.x_test[chosen], data.y_test[chosen]
     on_cpu = next(run.model.parameters()).device.type == "cpu"
     batch_size = CPU_BATCH if on_cpu else max(1, GPU_VALUES // math.prod(run.input_shape))
-    by_part: dict[Threat, Evaluation] = {}
-    for part, suite in _planned(threats, [Attack.parse(name) for name in attacks], run.input_shape).items():
-        outcome = evaluate(
-            run.model, x, y, part, suite, grid=not isinstance(part, Ball), cascade=cascade, seed=seed,
-            batch_size=batch_size, about={"kind": "white-box"}, track=track,
-        )  # fmt: skip
-        by_part[part] = outcome.evaluation
+    plan = _planned(threats, [Attack.parse(name) for name in attacks], run.input_shape)
+    told: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "track": track}
+    by_part = _by_part(run, x, y, plan, cascade=cascade, **told)
     evaluations = [worst_of(threat, [by_part[part] for part in threat.parts]) for threat in threats]
     if surrogate is not None:
         about = {"kind": "transfer", "surrogate_sha256": surrogate.checkpoint_sha256}
         suite = [Attack.parse(name) for name in BLACK_BOX]
         for threat in (threat for threat in threats if isinstance(threat, Linf)):
             outcome = evaluate(
-                run.model, x, y, threat, suite, source=surrogate.model, grid=True, seed=seed, batch_size=batch_size,
-                about=about, track=track,
+                run.model, x, y, threat, suite, source=surrogate.model, grid=True, about=about, **told
             )  # fmt: skip
             evaluations.append(outcome.evaluation)
     return evaluations
@@ -104,6 +101,42 @@ def _planned(
         fitting = [attack for attack in attacks if part.kind in attack.kind.threats]
         plan[part] = fitting or [Attack.parse(name) for name in by_norm(DEFAULTS, part.kind, "default attacks")]
     return plan
+
+
+def _by_part(
+    run: Run, x: Bytes, y: Labels, plan: Mapping[Threat, Sequence[Attack]], **told: Any
+) -> dict[Threat, Evaluation]:
+    """Each part by itself; what the model says of the clean images, and its fast copy, are asked for once."""
+    found: dict[Threat, Evaluation] = {}
+    source, clean = climbed_once(run.model, x), None
+    for part, suite in plan.items():
+        outcome = evaluate(
+            run.model, x, y, part, suite, source=source, clean=clean, grid=not isinstance(part, Ball),
+            about={"kind": "white-box"}, **told,
+        )  # fmt: skip
+        found[part], clean = outcome.evaluation, outcome.clean_logits
+    return found
+
+
+def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """What a table says of an evaluation: titles and figures.
+
+    Of several corruptions each kind's mean accuracy over its severities, and that over all, as benchmarks give it.
+    """
+    kind, threat, records = evaluation.about["kind"], evaluation.threat, evaluation.attacks
+    worst = [(f"worst case, {threat}", str(evaluation.robust))] if len(records) > 1 else []
+    parts = [part for part in threat.parts if isinstance(part, Corruption)]
+    if 1 < len(parts) == len(threat.parts) == len(records):
+        values: dict[str, list[float]] = {}
+        for part, one in zip(parts, records, strict=True):
+            values.setdefault(part.corruption, []).append(one.accuracy.value)
+        each = {f"mean, {name}": float(np.mean(found)) for name, found in values.items()}
+        whole = {f"mean, {threat}": float(np.mean([one.accuracy.value for one in records]))}
+        return [(title, f"{100 * value:.1f} %") for title, value in (each | whole).items()] + worst
+    transfer = "transfer " if kind == "transfer" else ""
+    named = len(threat.parts) == 1
+    each_attack = [(f"{one.name}, {threat}" if named else one.name, str(one.accuracy)) for one in records]
+    return [(f"{transfer}{title}", figure) for title, figure in each_attack] + worst
 
 
 def record(run: Run, data: Dataset, evaluations: Sequence[Evaluation]) -> dict[str, Any]:

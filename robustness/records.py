@@ -210,7 +210,7 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
 def worst_of(threat: Threat, parts: Sequence[Evaluation]) -> Evaluation:
     """Evaluations of one model on the same images under the parts of a union as one: per image the worst of them.
 
-    Each attack is named with its part, `apgd-ce in linf:4/255`. Of one part it is that part's own.
+    Each attack is named with its part, `apgd-ce in Linf 4/255`. Of one part it is that part's own.
     """
     if len(parts) == 1:
         return parts[0]
@@ -219,9 +219,7 @@ def worst_of(threat: Threat, parts: Sequence[Evaluation]) -> Evaluation:
         threat=threat,
         grid=all(part.grid for part in parts),
         attacks=tuple(
-            replace(record, name=f"{record.name} in {part.threat.spelling}")
-            for part in parts
-            for record in part.attacks
+            replace(record, name=f"{record.name} in {part.threat}") for part in parts for record in part.attacks
         ),
         seconds=sum(part.seconds for part in parts),
     )

@@ -16,10 +16,17 @@ from dfmcl.cli.output import say, track
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
     threat: Annotated[
-        list[str] | None, typer.Option(help="8/255 (Linf) or l2:0.5; repeatable. Default: the run's beta.")
+        list[str] | None,
+        typer.Option(
+            help="8/255 (Linf), l2:0.5, l1:12, patch:5x5, patch:2%, rotation:30, shift:10%, rotation:30+shift:10%, "
+            "corruptions, fog, fog@3; A|B for the worst of several; repeatable. Default: the run's beta."
+        ),
     ] = None,
     attack: Annotated[
-        list[str] | None, typer.Option(help="fgsm, pgd-20, pgd-50x5, margin-pgd-20, cw-l2, ...; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="fgsm, pgd-20, pgd-50x5, cw-l2, patch-80x12, grid-100, ...; repeatable; each where it can search."
+        ),
     ] = None,
     suite: Annotated[
         str, typer.Option(help="fast or standard instead of --attack: each attack on what those before it left.")
@@ -36,7 +43,7 @@ def evaluate(
     from dfmcl.common.files import dump_json, only_writer, write_text
     from dfmcl.robustness.attacks.registry import Attack
     from dfmcl.robustness.data import load_dataset
-    from dfmcl.robustness.measurements import FORMAT, measure, record
+    from dfmcl.robustness.measurements import FORMAT, measure, record, rows
     from dfmcl.robustness.runs import load_run, parse_device
     from dfmcl.robustness.threats.registry import parse_threat
 
@@ -62,12 +69,8 @@ def evaluate(
         say(f"  {'clean':34} {evaluations[0].clean}")
         if wild := evaluations[0].not_finite:
             say(f"  logits are not finite for {wild} of {len(evaluations[0].correct)} images, which count as wrong")
-        for evaluation in evaluations:
-            transfer = "transfer " if evaluation.about["kind"] == "transfer" else ""
-            for result in evaluation.attacks:
-                say(f"  {f'{transfer}{result.name}, {evaluation.threat}':34} {result.accuracy}")
-            if len(evaluation.attacks) > 1:
-                say(f"  {f'worst case, {evaluation.threat}':34} {evaluation.robust}")
+        for title, figure in [row for evaluation in evaluations for row in rows(evaluation)]:
+            say(f"  {title:34} {figure}")
         if out is not None:
             write_text(out, dump_json(record(trained, data, evaluations)))
             say(f"record: {out}")

@@ -1,6 +1,6 @@
 """Every picture of docs/pictures, and pictures.json, which says what they show: `make pictures`.
 
-A name (flow, report, watch) makes only that one again. The pages need a Chromium, the watch also Triton and 5 minutes.
+A name (flow, threats, report, watch) makes only that one again. Pages need Chromium; the watch takes Triton and minutes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from docs.pictures import flow, pages
+from docs.pictures import flow, pages, threats
 from tests.gating.browser import BROWSER, MISSING, visit
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 RECORD = HERE / "pictures.json"
 MOST_BYTES = 200_000
 
@@ -40,8 +41,9 @@ PAGES = {
 
 def main(chosen: Sequence[str]) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    for name in chosen or ("flow", *PAGES):
-        for path, shows in drawn() if name == "flow" else shot(name):
+    drawings = {"flow": drawn, "threats": tiled}
+    for name in chosen or (*drawings, *PAGES):
+        for path, shows in drawings[name]() if name in drawings else shot(name):
             record[path.name] = {"shows": shows, "sha256": sha256(path)}
             print(f"{path.name}: {path.stat().st_size:,} bytes")
     RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=2) + "\n", encoding="utf-8")
@@ -50,6 +52,7 @@ def main(chosen: Sequence[str]) -> None:
 def shows() -> dict[str, str]:
     """What each picture should show now, as a digest, by the name of its file."""
     found = {f"flow-{colour}.svg": flow_shows(colour) for colour in flow.COLOURS}
+    found[threats.OUT.name] = threats_show()
     for name, page in PAGES.items():
         found |= dict.fromkeys((f"{name}-light.png", f"{name}-dark.png"), page.shows())
     return found
@@ -57,6 +60,19 @@ def shows() -> dict[str, str]:
 
 def flow_shows(colour: str) -> str:
     return hashlib.sha256(flow.flow(colour).encode()).hexdigest()
+
+
+def threats_show() -> str:
+    """A digest of all code that makes the tiles."""
+    rooms = (ROOT / "robustness" / "threats", ROOT / "robustness" / "corruptions")
+    sources = [Path(threats.__file__), *sorted(path for room in rooms for path in room.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def tiled() -> list[tuple[Path, str]]:
+    """One photograph under each threat: the file, and what it shows."""
+    threats.main()
+    return [(threats.OUT, threats_show())]
 
 
 def drawn() -> list[tuple[Path, str]]:

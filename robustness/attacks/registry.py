@@ -24,6 +24,8 @@ from dfmcl.robustness.attacks.confined import square_subspace, subspace
 from dfmcl.robustness.attacks.cw import cw_l2
 from dfmcl.robustness.attacks.fab import fab_targeted
 from dfmcl.robustness.attacks.grid import grid
+from dfmcl.robustness.attacks.patch import patch
+from dfmcl.robustness.attacks.patch_rs import patch_rs
 from dfmcl.robustness.attacks.rays import rays
 from dfmcl.robustness.attacks.relaxation import constraint_relaxation
 from dfmcl.robustness.attacks.square import square
@@ -34,6 +36,7 @@ from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.patch import Patch
 from dfmcl.robustness.threats.registry import BALLS, FAMILIES
 from dfmcl.robustness.threats.spatial import Spatial
 from dfmcl.robustness.threats.threat import Threat, parse_eps
@@ -201,6 +204,8 @@ ATTACKS: dict[str, Kind] = {
     "subspace": Kind(subspace),
     "square-subspace": blind(square_subspace),
     "rays": blind(rays, scores=False, live=True, threats=(Linf.kind,)),
+    "patch": Kind(patch, threats=(Patch.kind,)),
+    "patch-rs": blind(patch_rs, threats=(Patch.kind,)),
     "grid": blind(grid, threats=(Spatial.kind, Corruption.kind)),
     "di-fgsm": carried(di_fgsm),
     "ti-fgsm": carried(ti_fgsm),
@@ -226,8 +231,8 @@ class Attack:
         """From a name: KIND, KIND-STEPS or KIND-STEPSxRESTARTS, and @STEP_SIZE where the attack has one.
 
         `fgsm`, `pgd-20`, `pgd-50x5`, `apgd-t`, `subspace-10`, `pgd-40@2/255`, `pgd-200x5@eps/4`. For `square-1000`,
-        `square-subspace-1000`, `rays-1000` and `grid-100` the number is that of queries. BadInput where the name or a
-        number makes no sense.
+        `square-subspace-1000`, `rays-1000`, `patch-rs-1000` and `grid-100` the number is that of queries. BadInput
+        where the name or a number makes no sense.
         """
         match = GRAMMAR.fullmatch(text)
         if match is None:

@@ -23,12 +23,12 @@ SUITES: dict[str, tuple[str, ...]] = {
 # By kind of threat, of those that the suites cannot search in.
 BY_KIND: dict[str, tuple[str, ...]] = {
     "l1": ("apgd-ce-50", "apgd-t-25"),
-    "patch": ("patch-50", "patch-rs-500"),
+    "patch": ("patch", "patch-rs-500"),
     "spatial": ("grid",),
     "corruption": ("grid",),
 }
 
 # They ask for scores or labels only; the number in their name is that of queries.
-WITHOUT_GRADIENTS = ("square", "square-subspace", "rays", "grid")
+WITHOUT_GRADIENTS = ("square", "square-subspace", "rays", "patch-rs", "grid")
 
 FROM = " from "  # between an attack's name and that of the other network on which it was crafted

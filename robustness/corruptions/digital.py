@@ -15,7 +15,8 @@ from dfmcl.robustness.corruptions.picture import Picture
 def contrast(x: Picture, draw: np.random.RandomState, share: float) -> Picture:
     """That share of each channel's distance to its mean."""
     mean = x.mean(axis=(0, 1), keepdims=True)
-    return (x - mean) * share + mean
+    flat: Picture = (x - mean) * share + mean
+    return flat
 
 
 def elastic_transform(x: Picture, draw: np.random.RandomState, length: float, smooth: float, affine: float) -> Picture:

@@ -50,10 +50,13 @@ def zoomed(x: Picture, factor: float) -> Picture:
     return found
 
 
-def plasma(height: int, width: int, decay: float, draw: np.random.RandomState) -> NDArray[np.float64]:
-    """Clouds in [0, 1] `(H, W)`: midpoint displacement on a torus, each octave weaker by decay squared."""
+def plasma(shape: tuple[int, ...], decay: float, draw: np.random.RandomState) -> NDArray[np.float64]:
+    """Clouds in [0, 1] `(H, W)` for a picture `(H, W, ...)`: midpoint displacement on a torus.
+
+    Each octave is weaker by decay squared.
+    """
     field, strength = np.zeros((1, 1)), 1.0
-    while len(field) < max(height, width):
+    while len(field) < max(shape[:2]):
         finer = np.zeros((2 * len(field), 2 * len(field)))
         corners = field + np.roll(field, -1, axis=0)
         corners = corners + np.roll(corners, -1, axis=1)
@@ -68,5 +71,5 @@ def plasma(height: int, width: int, decay: float, draw: np.random.RandomState) -
             finer[place] = around / 4 + draw.uniform(-strength, strength, field.shape)
         field, strength = finer, strength / decay**2
     cut = field - field.min()
-    clouds: NDArray[np.float64] = (cut / cut.max())[:height, :width]
+    clouds: NDArray[np.float64] = (cut / cut.max())[: shape[0], : shape[1]]
     return clouds

@@ -31,7 +31,8 @@ def snow(
     flakes = streaked(flakes, radius, sigma, draw.uniform(-135, -45))
     grey = x @ LUMINANCE[:, None] if x.shape[2] == 3 else x
     behind = kept * x + (1 - kept) * np.maximum(x, 1.5 * grey + 0.5)
-    return behind + flakes + flakes[::-1, ::-1]
+    fallen: Picture = behind + flakes + flakes[::-1, ::-1]
+    return fallen
 
 
 def frost(x: Picture, draw: np.random.RandomState, kept: float, ice: float) -> Picture:
@@ -39,21 +40,24 @@ def frost(x: Picture, draw: np.random.RandomState, kept: float, ice: float) -> P
 
     Ridges of three clouds, so figures under `frost` are not to be compared with published ones.
     """
-    ridges = [1 - np.abs(2 * plasma(*x.shape[:2], 1.5, draw) - 1) for _ in range(3)]
+    ridges = [1 - np.abs(2 * plasma(x.shape, 1.5, draw) - 1) for _ in range(3)]
     crystals = np.maximum.reduce(ridges)[..., None] ** 6
     tint = ICE if x.shape[2] == 3 else np.full(x.shape[2], ICE.mean())
-    return kept * x + ice * (0.2 + 0.8 * crystals) * tint
+    frozen: Picture = kept * x + ice * (0.2 + 0.8 * crystals) * tint
+    return frozen
 
 
 def fog(x: Picture, draw: np.random.RandomState, thick: float, decay: float) -> Picture:
     """Clouds over the picture, which keeps its brightest value."""
     most = x.max()
-    clouds = plasma(*x.shape[:2], decay, draw)[..., None]
-    return (x + thick * clouds) * most / (most + thick)
+    clouds = plasma(x.shape, decay, draw)[..., None]
+    foggy: Picture = (x + thick * clouds) * most / (most + thick)
+    return foggy
 
 
 def brightness(x: Picture, draw: np.random.RandomState, more: float) -> Picture:
     """The value of hue, saturation and value raised; the other two stay."""
     value = x.max(axis=2, keepdims=True)
     raised = np.clip(value + more, 0, 1)
-    return np.where(value > 0, x * (raised / np.where(value > 0, value, 1)), raised)
+    bright: Picture = np.where(value > 0, x * (raised / np.where(value > 0, value, 1)), raised)
+    return bright

@@ -12,12 +12,13 @@ from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.l1 import L1
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.threats.patch import Patch
 from dfmcl.robustness.threats.spatial import Spatial
 from dfmcl.robustness.threats.threat import Threat, parse_eps
 from dfmcl.robustness.threats.union import Union
 
 T = TypeVar("T")
-FAMILIES: tuple[type[Threat], ...] = (Linf, L2, L1, Spatial, Corruption)
+FAMILIES: tuple[type[Threat], ...] = (Linf, L2, L1, Patch, Spatial, Corruption)
 THREATS: dict[str, type[Threat]] = {head: family for family in FAMILIES for head in family.heads}
 BALLS: dict[str, type[Ball]] = {head: family for head, family in THREATS.items() if issubclass(family, Ball)}
 HEAD = re.compile(r"[a-z_0-9]+")

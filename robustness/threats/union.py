@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Union(Threat):
     """members: the threats, at least two, each once. title: a spelling that stands for all of them, such as `fog`."""
 
-    kind, name, heads = "union", "worst of", ()
-    examples = ("linf:4/255|rotation:30",)
+    kind, name, heads = "union", "", ()
+    examples = ("linf:4/255|patch:5x5|rotation:30",)
     members: tuple[Threat, ...]
     title: str = ""
 
@@ -42,7 +42,7 @@ class Union(Threat):
 
     @property
     def label(self) -> str:
-        return self.title or ", ".join(map(str, self.members))
+        return self.title or " | ".join(map(str, self.members))
 
     @property
     def parts(self) -> tuple[Threat, ...]:
@@ -72,4 +72,4 @@ class Union(Threat):
         return {**super().to_json(), **named}
 
     def __str__(self) -> str:
-        return self.title or super().__str__()
+        return self.label

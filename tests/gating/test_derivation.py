@@ -358,7 +358,7 @@ def test_a_policy_implies_its_attacks(
 ) -> None:
     """The suite's, without gradients those by queries; then from each other network. None of it where none was."""
     policy = policy_of(attacks={"transfer": ["pgd-3"], "black_box": ["square-9"], **attacks})
-    found = attacks_of(policy, blind=blind, sources=sources_of(policy, kind, surrogates))
+    found = attacks_of(policy, "linf", blind=blind, sources=sources_of(policy, kind, surrogates))
     assert found == [name.replace(":", " from ") for name in names.split()]
 
 

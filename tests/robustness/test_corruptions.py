@@ -106,7 +106,7 @@ def test_every_corruption_is_published_and_takes_what_is_published() -> None:
 
 def test_parts_do_as_they_say() -> None:
     """Plasma fills [0, 1]; a streak keeps the mean and goes one way; contrast and brightness by their formulas."""
-    clouds = plasma(20, 24, 2.0, np.random.RandomState(0))
+    clouds = plasma((20, 24, 3), 2.0, np.random.RandomState(0))
     assert clouds.shape == (20, 24)
     assert clouds.min() >= 0
     assert clouds.max() <= 1

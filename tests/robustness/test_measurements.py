@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import load_dataset
-from dfmcl.robustness.measurements import measure
-from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.measurements import measure, rows
+from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.runs import Run, load_run
 from dfmcl.robustness.threats.registry import parse_threat
 
 
@@ -21,3 +26,44 @@ def test_a_suite_shows_each_attack_what_is_left(standard_run: Path) -> None:
     assert suite.attacks[1].tried == suite.attacks[0].held
     assert suite.robust_images == suite.attacks[1].held
     assert abs(suite.robust.value - apart.robust.value) < 0.05  # other random starts
+
+
+@pytest.fixture(scope="module")
+def run(standard_run: Path) -> Run:
+    return load_run(standard_run)
+
+
+def test_a_union_is_the_worst_of_its_parts(run: Run) -> None:
+    """Image by image; a part that is asked for twice is attacked once, and the record survives JSON."""
+    data, union = load_dataset("digits"), parse_threat("linf:1/255|shift:10%,1x3x3")
+    both, alone = measure(run, data, [union, union.parts[1]], attacks=["fgsm", "grid-4"], images=30)
+    assert [one.name for one in both.attacks] == ["fgsm in Linf 1/255", "grid-4 in shift 10 %, 1x3x3"]
+    assert alone.attacks[0].held == both.attacks[1].held
+    pairs = zip(both.attacks[0].held, both.attacks[1].held, strict=True)
+    assert both.robust_images == tuple(one and other for one, other in pairs)
+    assert both.robust.k < min(record.accuracy.k for record in both.attacks)
+    assert Evaluation.from_json(json.loads(json.dumps(both.to_json()))) == both
+    titles = [title for title, _ in rows(both)]
+    assert titles == [one.name for one in both.attacks] + ["worst case, Linf 1/255 | shift 10 %, 1x3x3"]
+    assert rows(alone) == [("grid-4, shift 10 %, 1x3x3", str(alone.robust))]
+
+
+def test_corruptions_have_a_mean(run: Run) -> None:
+    """As benchmarks give it: over the severities of a kind, and over all."""
+    (found,) = measure(run, load_dataset("digits"), [parse_threat("fog|contrast")], images=10)
+    shares = [record.accuracy.value for record in found.attacks]
+    assert len(shares) == 10
+    assert max(shares) > min(shares)
+    titles, figures = zip(*rows(found), strict=True)
+    assert titles == ("mean, fog", "mean, contrast", "mean, fog | contrast", "worst case, fog | contrast")
+    means = (sum(shares[:5]) / 5, sum(shares[5:]) / 5, sum(shares) / 10)
+    assert figures == (*(f"{100 * mean:.1f} %" for mean in means), str(found.robust))
+
+
+def test_an_attack_that_can_search_nowhere_is_refused(run: Run) -> None:
+    """And so is a threat that has no room in the images; no attack runs before."""
+    data = load_dataset("digits")
+    with pytest.raises(BadInput, match=r"'patch' does not search in Linf 8/255; choose one of fgsm"):
+        measure(run, data, [parse_threat("8/255")], attacks=["patch"])
+    with pytest.raises(BadInput, match="does not fit into images of 16x16"):
+        measure(run, data, [parse_threat("patch:17x17")])

@@ -197,7 +197,7 @@ def test_an_unknown_spelling_is_refused_with_those_that_are_known(text: str) -> 
     with pytest.raises(BadInput, match=r"threat|eps") as caught:
         parse_threat(text)
     assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match=r"unknown; write one such as linf:8/255.*words: linf, l2, l1"):
+    with pytest.raises(BadInput, match=r"unknown; write one such as linf:8/255.*words: linf, l2, l1, patch"):
         parse_threat("l7:3")
 
 

@@ -1,0 +1,111 @@
+"""Criteria about patches, rotations, corruptions, other norms and unions of them: judged image by image, and derived again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.case import suites_of
+from dfmcl.gating.gate import gate
+from dfmcl.gating.policy import Criterion, Policy, load_policy
+from dfmcl.gating.signing.evidence import read_evidence
+from dfmcl.gating.signing.faults import EvidenceError
+from dfmcl.gating.subject import candidate_subject
+from dfmcl.robustness.records import from_bits
+from dfmcl.robustness.threats.registry import FAMILIES
+from tests.exports import Export
+
+IMAGES = 30
+UNION = "linf:1/255|rotation:10,5"
+
+
+def policy(*threats: str, **changes: Any) -> Policy:
+    """Of the test's few images, one look: each threat must leave something, and the last one leaves too little."""
+    criteria = [f"robust_accuracy({threat}) >= 0.02 at 80 %" for threat in threats]
+    return Policy.model_validate(
+        {
+            "criteria": ["robust_accuracy >= 0.02 at 80 %", *criteria],
+            "threat": {"eps": "1/255"},
+            "data": {"name": "digits", "images": IMAGES},
+            "attacks": {"suite": ["fgsm"], "block": 15, "substitute": 0, "patch": ["patch-5x2"], "l1": ["apgd-ce-5"]},
+            "checks": {"images": 32},
+            "statistics": "fixed",
+            **changes,
+        }
+    )
+
+
+def test_a_gate_decides_on_every_threat(standard_run: Path, export_once: Export, tmp_path: Path) -> None:
+    """Each is attacked by its own attacks, members only count, the union is the worst per image, and a report whose
+    flags somebody edits contradicts itself."""
+    subject = candidate_subject(export_once(standard_run, tmp_path / "candidate"), standard_run)
+    wanted = policy("patch:2x2", "fog@1", "l1:1", UNION, "2/255")
+    out = tmp_path / "evidence"
+    report = gate(subject, wanted, out)
+    found = {str(one.threat.parsed): one for one in (report.evaluation, *report.radii)}
+    assert list(found) == ["Linf 1/255", "Linf 2/255", "patch 2x2", "fog@1", "L1 1", "rotation 10,5"]
+    assert [[attack.name for attack in one.attacks] for one in found.values()] == [
+        ["fgsm"], ["fgsm"], ["patch-5x2"], ["grid"], ["apgd-ce-5"], ["grid"],
+    ]  # fmt: skip
+    assert all(one.attacks[0].outside == 0 and one.clean == report.evaluation.clean for one in found.values())
+    held = {name: np.array(from_bits(one.per_image.robust)) for name, one in found.items()}
+    assert not (held["Linf 2/255"] & ~held["Linf 1/255"]).any()
+    both = held["Linf 1/255"] & held["rotation 10,5"]
+    rows = {row.criterion.partition(" >=")[0]: row for row in report.criteria}
+    assert rows[f"robust_accuracy({UNION})"].k == both.sum() < IMAGES
+    for threat, name in (("patch:2x2", "patch 2x2"), ("fog@1", "fog@1"), ("l1:1", "L1 1"), ("2/255", "Linf 2/255")):
+        assert rows[f"robust_accuracy({threat})"].k == held[name].sum()
+    again, _ = read_evidence(out)
+    assert again.to_json() == report.to_json()
+    assert load_policy(out / "policy.toml").digest == wanted.digest
+    page, lines = (out / "report.html").read_text(), (out / "robustness.prom").read_text()
+    assert "patch 2x2" in page
+    assert "patch 2x2" in (out / "report.md").read_text()
+    assert 'norm="patch"' in lines
+    assert 'epsilon="2x2"' in lines
+    text = json.loads((out / "report.json").read_text())
+    rotated = next(one for one in text["radii"] if one["threat"]["label"].startswith("10"))
+    flags = rotated["per_image"]["robust"]
+    rotated["per_image"]["robust"] = rotated["attacks"][0]["per_image"]["held"] = flags.replace("0", "1")
+    (out / "report.json").write_text(json.dumps(text))
+    with pytest.raises(EvidenceError):
+        read_evidence(out)
+
+
+def test_a_policy_takes_every_family_and_names_what_is_unknown() -> None:
+    """By its own examples; other words, radii that make no sense and threats that stand there twice are refused."""
+    for family in FAMILIES:
+        for example in family.examples:
+            assert Criterion.parse(f"robust_accuracy({example}) >= 0.1 at 95 %").eps == example
+            if example not in ("8/255", "linf:8/255"):
+                assert policy(example).threats(grid=True)[1:], example
+    for threat, why in (
+        ("sticker:5x5", "threat 'sticker:5x5' is unknown; write one such as linf:8/255"),
+        ("linf:8", "a radius is above 0"),
+        ("linf:0.5/255", "below one step of uint8 images"),
+        ("patch:0x0", "patch"),
+        ("fog@9", "fog@9"),
+        ("linf:1/255", "stands there twice"),
+        ("rotation:10|rotation:10", "a part comes twice"),
+    ):
+        with pytest.raises(ValueError, match="criteri") as refused:
+            policy(threat)
+        assert why in str(refused.value), (threat, str(refused.value))
+    with pytest.raises(ValueError, match="a drawn part is of one threat"):
+        policy("fog@1", attacks={"suite": "standard", "whole": "drawn"})
+
+
+def test_without_gradients_other_attacks_must_do() -> None:
+    """Patches have a search by answers; in L1 there is none, so such a criterion cannot be judged."""
+    assert [one.name for one in suites_of(policy("patch:2x2", attacks={"suite": "fast"}), blind=True)["patch"]] == [
+        "patch-rs-500"
+    ]
+    with pytest.raises(BadInput, match="gives no gradients, which all of apgd-ce-5 need; leave L1 1 out"):
+        suites_of(policy("l1:1"), blind=True)
+    with pytest.raises(BadInput, match=r"policy attacks\.patch: attack: 'pgd-5' does not search in patch 2x2"):
+        suites_of(policy("patch:2x2", attacks={"suite": "fast", "patch": ["pgd-5"]}), blind=False)

@@ -1,0 +1,173 @@
+"""Patches: exact membership, and attacks beside an exhaustive search, twice the budget and ART's."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dfmcl.common.errors import BadInput
+from dfmcl.robustness.attacks.patch import gains, square
+from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.losses import margin
+from dfmcl.robustness.models import Classifier
+from dfmcl.robustness.runs import load_run
+from dfmcl.robustness.threats.patch import Patch
+
+SIDE = 2
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- the threat ---------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(0, 3), st.integers(0, 4), st.integers(1, 3))
+def test_a_square_is_a_member_and_a_pixel_beyond_is_none(
+    seed: int, side: int, top: int, left: int, channels: int
+) -> None:
+    """All values of a square may change, however much; one value farther away than the side is too much."""
+    images = torch.randint(0, 256, (1, channels, 8, 9), generator=stream(seed)).to(torch.uint8)
+    changed = images.clone()
+    changed[:, :, top : top + side, left : left + side] = 255 - changed[:, :, top : top + side, left : left + side]
+    threat = Patch(side)
+    assert threat.contains_uint8(changed, images).all()
+    assert threat.contains(changed.float() / 255, images.float() / 255).all()
+    if side > 1:
+        assert not Patch(side - 1).contains_uint8(changed, images).any()
+    for row, column in ((top + side, left), (top, left + side), (top + side - 1, left + side)):
+        if row < 8 and column < 9:
+            beyond = changed.clone()
+            beyond[:, -1, row, column] += 1
+            assert not threat.contains_uint8(beyond, images).any()
+
+
+def test_two_corners_of_a_larger_square_are_no_patch() -> None:
+    """It is one square, not as many pixels anywhere."""
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    apart = images.clone()
+    apart[0, 0, 0, 0] = apart[0, 0, 2, 2] = 1
+    assert not Patch(2).contains_uint8(apart, images).any()
+    assert Patch(3).contains_uint8(apart, images).all()
+
+
+def test_a_share_is_rounded_up_to_a_square() -> None:
+    """2 % are 5 x 5 of 32 x 32 and 32 x 32 of 224 x 224, as published; what does not fit is refused."""
+    assert [Patch(share=0.02).pixels((3, side, side)) for side in (32, 224)] == [5, 32]
+    assert Patch(share=0.25).pixels((3, 8, 8)) == 4
+    with pytest.raises(BadInput, match="does not fit"):
+        Patch(9).fits((3, 8, 32))
+    for text in ("patch", "patch:5", "patch:5x6", "patch:0x0", "patch:0%", "patch:100%", "patch:x%", "patch:-1x-1"):
+        with pytest.raises(BadInput, match="patch:5x5"):
+            Patch.parse(text)
+
+
+# --- the attacks --------------------------------------------------------------------------------------------
+
+
+def linear(classes: int, seed: int, shape: tuple[int, int, int] = (1, 6, 6)) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
+    return model.requires_grad_(False)
+
+
+def exhaustive(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The highest margin over all places and all corners of a 2 x 2 patch, `(N,)`."""
+    best = torch.full((len(x),), -torch.inf)
+    for top, left, *values in product(range(5), range(5), *[(0.0, 1.0)] * 4):
+        patched = x.clone()
+        patched[:, 0, top : top + SIDE, left : left + SIDE] = torch.tensor(values).view(SIDE, SIDE)
+        best = torch.maximum(best, margin(model(patched), y))
+    return best
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("count", [0, 1, 24])
+def test_on_a_linear_model_it_is_the_exhaustive_search(classes: int, count: int) -> None:
+    """An image falls exactly where some place and corners break it; a survivor's margin is the highest there is."""
+    model = linear(classes, 1)
+    x = torch.rand(count, 1, 6, 6, generator=stream(2))
+    y = model(x).argmax(dim=1)
+    x_adv = Attack.parse("patch-3x2")(model, x, y, Patch(SIDE), generator=stream())
+    assert Patch(SIDE).contains(x_adv, x).all()
+    best, found = exhaustive(model, x, y) if count else torch.zeros(0), margin(model(x_adv), y)
+    assert torch.equal(found > 0, best > 0)
+    assert torch.allclose(found[best <= 0], best[best <= 0], atol=1e-5)
+    if count == 24:
+        assert 0 < (best > 0).sum() < 24 + (classes == 2)  # of two classes all can be broken
+
+
+def test_random_search_gets_there_by_answers_alone() -> None:
+    """Patch-RS breaks three quarters of what can be broken and nothing else, in as many queries as it says."""
+    model, x = linear(3, 1), torch.rand(24, 1, 6, 6, generator=stream(2))
+    y = model(x).argmax(dim=1)
+    best, trial = exhaustive(model, x, y), Trial(y)
+    asked: list[int] = []
+
+    def counted(points: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        asked.append(len(points))
+        return model(points)  # type: ignore[no-any-return]
+
+    attack, threat = Attack.parse("patch-rs-400"), Patch(SIDE)
+    x_adv = attack(counted, x, y, threat, generator=stream(), trial=trial)
+    held = ~trial.fooled
+    assert threat.contains(x_adv, x).all()
+    assert sum(asked) == int(trial.forward.sum())
+    assert (trial.forward[held] == 400).all()
+    assert trial.backward.sum() == 0
+    found = margin(model(x_adv), y)
+    assert not (trial.fooled & (best <= 0)).any()
+    assert (found[held] <= best[held] + 1e-5).all()
+    assert 24 > (best > 0).sum() * 0.75 <= trial.fooled.sum()
+    assert torch.equal(x_adv, attack(counted, x, y, threat, generator=stream()))
+
+
+def test_gains_are_those_of_each_place() -> None:
+    """By a plain loop over the corners of the square."""
+    gradient, x = (torch.rand(2, 3, 5, 6, generator=stream(seed)) - 0.3 * (1 - seed) for seed in (0, 1))
+    found = gains(gradient, x, 3)
+    assert found.shape == (2, 3, 4)
+    for image, top, left in product(range(2), range(3), range(4)):
+        inside = square(x, torch.full((2,), top * 6 + left), 3)[image]
+        assert inside.sum() == 27
+        corner = torch.where(gradient[image] > 0, 1.0, 0.0)
+        gained = (gradient[image] * (corner - x[image]))[inside].sum()
+        assert found[image, top, left] == pytest.approx(gained.item(), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def standard(standard_run: Path) -> Classifier:
+    return load_run(standard_run).model
+
+
+def test_a_standard_network_holds_nothing_more_under_twice_the_steps(
+    standard: Classifier, hardened: Classifier
+) -> None:
+    """5 x 5 of 16 x 16 pixels break a plain network; twice the steps and restarts break at most one image more.
+
+    On a hardened one a smaller patch breaks some, fewer by answers alone than by gradients.
+    """
+    data = load_dataset("digits")
+
+    def kept(model: Classifier, name: str, side: int) -> tuple[int, int]:
+        images, labels, suite = data.x_test[:24], data.y_test[:24], [Attack.parse(name)]
+        found = evaluate(model, images, labels, Patch(side), suite, grid=True).evaluation
+        assert found.attacks[0].outside == 0
+        return found.clean.k, found.robust.k
+
+    once = kept(standard, "patch", 5)[1]
+    assert once <= 2
+    assert once - kept(standard, "patch-80x12", 5)[1] <= 1
+    clean, white = kept(hardened, "patch-10x2", 3)
+    assert white < kept(hardened, "patch-rs-40", 3)[1] < clean
