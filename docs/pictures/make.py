@@ -1,6 +1,6 @@
 """Every picture of docs/pictures, and pictures.json, which says what they show: `make pictures`.
 
-A name (flow, threats, report, watch) makes only that one again. Pages need Chromium; the watch takes Triton and minutes.
+A name (flow, threats, report, watch) makes only that one again. The pages need Chromium, the watch also Triton.
 """
 
 from __future__ import annotations
