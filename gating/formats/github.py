@@ -26,7 +26,10 @@ def publish(report: Report, policy: Path, environment: Mapping[str, str], say: C
 
 
 def commands(report: Report, policy: Path) -> list[str]:
-    """Workflow commands, at most MOST: errors for what is missed or was raised, warnings for what is open."""
+    """Workflow commands, at most MOST: errors for what is missed or was raised, why nothing will do, what is open."""
+    level = "error" if report.verdict == "failed" else "warning"
+    titled = zip(report.reasons, summary.reasons(report), strict=True)
+    reasons = [_command(level, policy, 1, name.replace("_", " "), sentence) for name, sentence in titled]
     lines = [
         _command("error", policy, _line(policy, row.criterion), f"{row.criterion} is missed", sentence)
         for row, sentence in _judged(report, "missed")
@@ -34,13 +37,11 @@ def commands(report: Report, policy: Path) -> list[str]:
     lines += [
         _command("error", policy, 1, f"{row.check} was raised", f"{row.why}; {row.do}") for row in report.findings
     ]
+    lines = lines[: MOST - len(reasons)] + reasons
     lines += [
         _command("warning", policy, _line(policy, row.criterion), f"{row.criterion} is open", sentence)
         for row, sentence in _judged(report, "open")
     ]
-    level = "error" if report.verdict == "failed" else "warning"
-    titled = zip(report.reasons, summary.reasons(report), strict=True)
-    lines += [_command(level, policy, 1, name.replace("_", " "), sentence) for name, sentence in titled]
     if not lines:
         level = "notice" if report.verdict == "passed" else "warning"
         headline = summary.headline(report)

@@ -139,7 +139,8 @@ def test_markdown_begins_with_the_verdict(verdict: str) -> None:
     top, _, _ = page.partition("<details>")
     assert top.strip() == markdown(report, details=False).strip()
     for row in report.criteria:
-        assert f"| `{row.criterion}` | {100 * (row.value or 0):.1f} % ({row.k}/{row.n})" in top
+        share = "-" if row.value is None else f"{100 * row.value:.1f} %"
+        assert f"| `{row.criterion}` | {share} ({row.k}/{row.n})" in top
     for finding in report.findings:
         assert f"| `{finding.check}` | {as_markdown(finding.why)} | {as_markdown(finding.do)} |" in top
     for title in ("Radii and transfer", "Classes", "Checks", "Provenance"):
