@@ -35,6 +35,7 @@ from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release import layout
+from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.robustness.statistics import Share
 from dfmcl.serving.clients.triton import Client
@@ -264,12 +265,12 @@ def promote() -> None:
 
 def verify(repository: Path, trust: Path) -> Promoted:
     """The one release of a repository, if signature, digests, verdict and card hold; as `dfmcl verify` judges it."""
-    names = layout.model_names(repository)
+    names = layout.model_names(Directory(repository))
     if len(names) != 1:
         raise StageFailed(f"{repository}: holds {len(names)} promoted models, expected one")
     try:
         console.print(f"\n$ dfmcl verify {repository / names[0]} --trust {trust}", style="bold", soft_wrap=True)
-        release = verify_release(repository, names[0], load_trust(trust))
+        release = verify_release(Directory(repository), names[0], load_trust(trust))
     except DfmclError as error:
         raise StageFailed(str(error)) from None
     card = repository / release.model / layout.CARD

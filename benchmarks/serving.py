@@ -36,6 +36,7 @@ from dfmcl.common.files import sha256_of
 from dfmcl.release.candidate import INPUT, OUTPUT
 from dfmcl.release.export import export
 from dfmcl.release.promotion import promote
+from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.provider import CPU
@@ -105,7 +106,7 @@ def candidate(folder: Path, width: int) -> Path:
     np.savez(evidence / "probes.npz", **probes, clean_logits=logits[0], adversarial_logits=logits[0])
     key = make_key(folder / "keys")
     write_report(evidence, report_on(out, evidence), key)
-    promote(out, evidence, folder / "models", name=NAME, trust=trusting(key))
+    promote(out, evidence, Directory(folder / "models"), name=NAME, trust=trusting(key))
     return out / "model.onnx"
 
 

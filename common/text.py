@@ -34,9 +34,16 @@ def is_line(text: str) -> bool:
     return text.splitlines() == [text] and text.encode(errors="ignore").decode() == text
 
 
-def why_not_local(path: str) -> str:
-    """Why a path is none of this machine's, such as s3://bucket/models; empty where it may be one."""
-    found = SCHEME.match(path)
-    if found is None or ("://" not in path and Path(path.partition("/")[0]).exists()):
+def scheme_of(address: str) -> str:
+    """The scheme of an address such as s3://bucket/models; empty where it may be a path of this machine."""
+    found = SCHEME.match(address)
+    if found is None or ("://" not in address and Path(address.partition("/")[0]).exists()):
         return ""
-    return f"{found[1]}: is no folder here, and neither buckets nor URLs can be used; name a path of this machine"
+    return found[1]
+
+
+def why_not_local(path: str) -> str:
+    """Why a path is none of this machine's; empty where it may be one."""
+    if not (scheme := scheme_of(path)):
+        return ""
+    return f"{scheme}: is no folder here, and neither buckets nor URLs can be used; name a path of this machine"

@@ -11,7 +11,9 @@ from typing import Any
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.preprocessing import USUAL, Preprocessing
-from dfmcl.common.reader import MANIFEST_BYTES, parse_object, read_plain
+from dfmcl.common.reader import MANIFEST_BYTES, parse_object
+from dfmcl.release.stores.directory import Directory
+from dfmcl.release.stores.store import Store
 
 FORMAT = "dfmcl.candidate/1"
 MANIFEST = "manifest.json"
@@ -150,15 +152,19 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a candidate, or of a promoted version; BadInput where there is none or it is malformed."""
-    path = directory / MANIFEST
+    """The manifest of a candidate, or of a copy of a version; BadInput where there is none or it is malformed."""
+    return manifest_at(Directory(directory), MANIFEST)
+
+
+def manifest_at(store: Store, name: str) -> Manifest:
+    """The same of a file in a store."""
     try:
-        return Manifest.from_json(parse_object(read_plain(path, MANIFEST_BYTES)))
+        return Manifest.from_json(parse_object(store.read(name, MANIFEST_BYTES)))
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; `dfmcl export` writes candidates") from None
+        raise BadInput(f"{store.where(name)}: no such file; `dfmcl export` writes candidates") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: not a candidate's manifest: {reason}") from None
+        raise BadInput(f"{store.where(name)}: not a candidate's manifest: {reason}") from None
 
 
 def verify_files(directory: Path) -> Manifest:

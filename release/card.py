@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
+from dfmcl.common.reader import RECORD_BYTES, Unfit, parse_object, why_unread
 from dfmcl.common.text import as_markdown
 from dfmcl.gating.signing.evaluation import ShareEntry, SuiteEntry
 from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.report import Report
 from dfmcl.release import layout
-from dfmcl.release.candidate import Manifest, read_manifest
-from dfmcl.release.ledger import replace
+from dfmcl.release.candidate import MANIFEST, Manifest
+from dfmcl.release.stores.directory import Directory
+from dfmcl.release.stores.store import Store
 from dfmcl.release.verification import Promoted, require_repository, verify_release
 from dfmcl.release.writer import only_writer
 
@@ -94,30 +95,30 @@ Trained apart from the model, for the transfer attacks of `dfmcl watch`; in `sur
 """
 
 
-def write_card(run: Path, repository: Path, name: str, evaluation: Path | None = None) -> Path:
-    """Write <repository>/<name>/README.md about the version that is served; returns its path.
+def write_card(run: Path, store: Store, name: str, evaluation: Path | None = None) -> str:
+    """Write <name>/README.md about the version that is served; returns its address.
 
     evaluation: the run's record by `dfmcl evaluate --out`. BadInput (2): another run than the version was exported
     from, or another's record. Refused, NotAttested, BadEvidence: a release that
     does not hold.
     """
-    require_repository(repository)
-    release = verify_release(repository, name)
-    manifest, report = read_manifest(release.path), read_report(release.path / layout.REPORT)[0]
-    training = _read(run / "manifest.json")
-    path = repository / name / layout.CARD
+    require_repository(store)
+    release = verify_release(store, name)
+    where = store.where(release.folder)
+    manifest = layout.manifest_of(store, name, release.version)
+    report, training = read_report(release.path / layout.REPORT)[0], _read(run / "manifest.json")
     try:
         if training["files"]["checkpoint.safetensors"] != manifest.checkpoint_sha256:
-            raise BadInput(f"{run}: {release.path} was exported from another run; name that one")
+            raise BadInput(f"{run}: {where} was exported from another run; name that one")
         measured = _measurements(evaluation, manifest, run) if evaluation else []
-        folders = sorted((repository / name / layout.SURROGATES).glob("*/manifest.json"))
-        surrogates = {folder.parent.name: _read(folder) for folder in folders}
+        surrogates = dict(_surrogates(store, f"{name}/{layout.SURROGATES}"))
         text = card(release, manifest, report, training, surrogates, measured)
     except KeyError as error:
-        raise BadInput(f"{run} or {release.path}: a record lacks {error}; train, gate and promote again") from None
-    with only_writer(repository, settle=False):
-        replace(path, text)
-    return path
+        raise BadInput(f"{run} or {where}: a record lacks {error}; train, gate and promote again") from None
+    path = f"{name}/{layout.CARD}"
+    with only_writer(store, settle=False) as change:
+        change.replace(path, text)
+    return store.where(path)
 
 
 def _measurements(path: Path, manifest: Manifest, run: Path) -> list[SuiteEntry]:
@@ -261,8 +262,19 @@ def _settings(config: Record) -> Iterator[str]:
             yield from (f"{key} = {json.dumps(value)}" for key, value in values.items() if key != "path")
 
 
+def _surrogates(store: Store, folder: str) -> Iterator[tuple[str, Record]]:
+    """The manifests of the runs that were shipped beside a model, by name."""
+    for run in layout.entries(store, folder):
+        if layout.lies_there(store, manifest := f"{folder}/{run.name}/{MANIFEST}"):
+            yield run.name, _read_in(store, manifest)
+
+
 def _read(path: Path) -> dict[str, Any]:
+    return _read_in(Directory(path.parent), path.name)
+
+
+def _read_in(store: Store, name: str) -> dict[str, Any]:
     try:
-        return parse_object(read_plain(path, RECORD_BYTES))
+        return parse_object(store.read(name, RECORD_BYTES))
     except (OSError, Unfit) as error:
-        raise BadInput(f"{path}: not readable: {why_unread(error)}") from None
+        raise BadInput(f"{store.where(name)}: not readable: {why_unread(error)}") from None

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
@@ -21,14 +20,14 @@ from tritonclient.grpc import model_config_pb2
 
 from dfmcl.common.errors import BadInput, Refused
 from dfmcl.common.preprocessing import PARAMETER
-from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
-from dfmcl.release.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest
+from dfmcl.common.reader import TEXT_BYTES, Unfit, why_unread
+from dfmcl.release.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest, manifest_at
+from dfmcl.release.stores.store import Entry, Store
 
 CONFIG = "config.pbtxt"
 GPU_CONFIG = "configs/gpu.pbtxt"
 ALIASES = "aliases.json"
 HISTORY = "history.jsonl"
-STAGING = ".staging-"
 SHADOW = "-shadow"
 REPORT = "report.json"
 PROBES = "probes.npz"
@@ -37,6 +36,8 @@ CARD = "README.md"
 SURROGATES = "surrogates"
 EVIDENCE = frozenset({REPORT, PROBES, ATTESTATION})
 VERSION_FILES = EVIDENCE | {MODEL, LABELS, MANIFEST}
+CONFIGS = (CONFIG, GPU_CONFIG)
+REPLACED = (*CONFIGS, CARD)  # of a model; what else lies there is immutable
 
 MAX_BATCH_SIZE = 64
 PROBE_PRIORITY = 2  # for a Triton whose config has priority levels: there users go first; ours ignores it
@@ -122,7 +123,7 @@ model_warmup {{
 }}"""
 
 
-def parse_config(text: str, where: str | Path) -> Any:
+def parse_config(text: str, where: str) -> Any:
     """A config.pbtxt through Triton's own protobuf, as a ModelConfig; BadInput where Triton could not read it."""
     config = model_config_pb2.ModelConfig()
     try:
@@ -132,92 +133,119 @@ def parse_config(text: str, where: str | Path) -> Any:
     return config
 
 
-def read_config(path: Path) -> Any:
-    """A config.pbtxt of a repository, as a ModelConfig; BadInput where it cannot be read."""
+def config_bytes(store: Store, name: str, config: str = CONFIG) -> bytes:
+    """A model's config as it lies there; BadInput where it cannot be read."""
     try:
-        text = read_plain(path, TEXT_BYTES).decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: not readable (not text); {MEND}") from None
+        return store.read(f"{name}/{config}", TEXT_BYTES)
     except (OSError, Unfit) as error:
-        raise BadInput(f"{path}: not readable ({why_unread(error)}); {MEND}") from None
-    return parse_config(text, path)
+        raise BadInput(f"{store.where(f'{name}/{config}')}: not readable ({why_unread(error)}); {MEND}") from None
 
 
-def served_version(model: Path, config: str = CONFIG) -> int | None:
-    """The one version that a model directory's config.pbtxt serves; None where there is no config."""
-    path = model / config
-    if not _lies_there(path):
+def read_config(store: Store, name: str, config: str = CONFIG) -> Any:
+    """The same as a ModelConfig; BadInput where it is none."""
+    where = store.where(f"{name}/{config}")
+    try:
+        return parse_config(config_bytes(store, name, config).decode("utf-8"), where)
+    except UnicodeDecodeError:
+        raise BadInput(f"{where}: not readable (not text); {MEND}") from None
+
+
+def served_version(store: Store, name: str, config: str = CONFIG) -> int | None:
+    """The one version that a model's config.pbtxt serves; None where there is no config."""
+    if not lies_there(store, f"{name}/{config}"):
         return None
-    versions = read_config(path).version_policy.specific.versions
+    versions = read_config(store, name, config).version_policy.specific.versions
     if len(versions) != 1 or not VERSION.fullmatch(str(versions[0])):
-        raise BadInput(f"{path}: serves versions {list(versions)}, expected exactly one, from 1 on; {MEND}")
+        where = store.where(f"{name}/{config}")
+        raise BadInput(f"{where}: serves versions {list(versions)}, expected exactly one, from 1 on; {MEND}")
     return int(versions[0])
 
 
-def threads_of(model: Path) -> int:
-    """The threads per inference that a model directory's config.pbtxt asks for; 0 where it says nothing of them."""
-    text = read_config(model / CONFIG).parameters["intra_op_thread_count"].string_value
+def threads_of(store: Store, name: str, config: str = CONFIG) -> int:
+    """The threads per inference that a model's config asks for; 0 where it says nothing of them."""
+    text = read_config(store, name, config).parameters["intra_op_thread_count"].string_value
     return int(text) if text.isdecimal() else 0
 
 
-def require_ours(path: Path, manifest: Manifest, name: str, version: int) -> None:
+def require_ours(store: Store, name: str, config: str, manifest: Manifest, version: int) -> None:
     """Refuse a config that is not, letter for letter, what promotion writes for that version.
 
     What else Triton may be told to run, to load or to answer from is too much to list.
     """
-    kind = CONFIG if path.name == CONFIG else GPU_CONFIG
-    threads = read_config(path).parameters["intra_op_thread_count"].string_value
-    expected = configs(manifest, name, version, threads=int(threads) if threads.isdecimal() else 0)[kind]
-    if path.read_text(encoding="utf-8") != expected:
-        raise Refused(f"{path}: is not what promotion writes for version {version}; {MEND}")
+    expected = configs(manifest, name, version, threads=threads_of(store, name, config))[config]
+    if config_bytes(store, name, config).decode("utf-8") != expected:
+        where = store.where(f"{name}/{config}")
+        raise Refused(f"{where}: is not what promotion writes for version {version}; {MEND}")
 
 
-def is_version(path: Path) -> bool:
-    """Whether a path is a version's directory as promotion names them: 4, but not 004, +4 or a link."""
-    return bool(VERSION.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+def is_version(entry: Entry) -> bool:
+    """Whether an entry is a version's folder as promotion names them: 4, but not 004, +4 or a link."""
+    return bool(VERSION.fullmatch(entry.name)) and entry.folder and not entry.link
 
 
-def version_numbers(model: Path) -> list[int]:
-    """The versions on disk, ascending, served or not."""
-    return sorted(int(path.name) for path in model.glob("*") if is_version(path))
+def version_numbers(store: Store, name: str) -> list[int]:
+    """The versions of a model that lie there, ascending, served or not."""
+    return sorted(int(entry.name) for entry in entries(store, name) if is_version(entry))
 
 
-def strangers(model: Path) -> list[Path]:
-    """Paths in a model's directory that promotion did not write.
+def manifest_of(store: Store, name: str, version: int | None) -> Manifest:
+    """The manifest of a version that lies there; BadInput where there is none."""
+    return manifest_at(store, f"{name}/{version}/{MANIFEST}")
+
+
+def strangers(store: Store, name: str) -> list[str]:
+    """Names of what lies in a model's folder and promotion did not write.
 
     A library beside the model would replace the backend itself: docs of triton-inference-server/backend. Triton reads
     neither the card nor the surrogates, as it takes only numbered directories for versions.
     """
-    return sorted(stranger for path in model.iterdir() for stranger in _strangers_at(path))
+    return sorted(found for entry in store.entries(name) for found in _strangers_at(store, name, entry))
 
 
-def _strangers_at(path: Path) -> list[Path]:
-    gpu = Path(GPU_CONFIG)
-    if path.name.startswith(STAGING):  # what a promotion left that died; Triton reads no such name
-        return []
-    if path.name in (CONFIG, CARD):
-        return [] if path.is_file() else [path]
-    if path.name == gpu.parent.name and path.is_dir():
-        return [file for file in path.iterdir() if file.name != gpu.name and not file.name.startswith(STAGING)]
-    if is_version(path):
-        return [file for file in path.iterdir() if file.name not in VERSION_FILES]
-    return [] if path.is_dir() and path.name == SURROGATES else [path]
+def _strangers_at(store: Store, model: str, entry: Entry) -> list[str]:
+    name, (gpu_folder, gpu_file) = f"{model}/{entry.name}", GPU_CONFIG.split("/")
+    if entry.name in (CONFIG, CARD):
+        return [] if entry.file else [name]
+    if is_version(entry) or (entry.name == gpu_folder and entry.folder):
+        known = {gpu_file} if entry.name == gpu_folder else VERSION_FILES
+        return [f"{name}/{file.name}" for file in store.entries(name) if file.name not in known]
+    return [] if entry.folder and entry.name == SURROGATES else [name]
 
 
-def model_names(repository: Path) -> list[str]:
-    """The promoted models: directories with a config.pbtxt, whatever stands in it."""
-    return [name for name in folders(repository) if _lies_there(repository / name / CONFIG)]
+def model_names(store: Store) -> list[str]:
+    """The promoted models: folders with a config.pbtxt, whatever stands in it."""
+    return [name for name in folders(store) if lies_there(store, f"{name}/{CONFIG}")]
 
 
-def folders(repository: Path) -> list[str]:
-    """Directories that may be a model's by their names; none where there is no repository."""
-    return sorted(path.name for path in repository.glob("*") if MODEL_NAME.fullmatch(path.name) and path.is_dir())
+def folders(store: Store) -> list[str]:
+    """Folders that may be a model's by their names; none where there is no repository."""
+    return [entry.name for entry in entries(store) if MODEL_NAME.fullmatch(entry.name) and entry.folder]
 
 
-def _lies_there(path: Path) -> bool:
-    """Whether a file is there, also where its directory may not be entered: what is unreadable is not retired."""
+def entry_at(store: Store, name: str) -> Entry:
+    """What has a name; an entry that is neither file nor folder where nothing has it."""
+    folder, _, last = name.rpartition("/")
+    return next((entry for entry in entries(store, folder) if entry.name == last), Entry(last))
+
+
+def entries(store: Store, folder: str = "") -> list[Entry]:
+    """What lies in a folder; nothing where it is not there, or may not be entered."""
     try:
-        path.lstat()
+        return store.entries(folder)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+
+
+def taken(store: Store, name: str) -> bool:
+    """Whether something has a folder's name, whatever it is."""
+    folder, _, last = name.rpartition("/")
+    return any(entry.name == last for entry in entries(store, folder))
+
+
+def lies_there(store: Store, name: str) -> bool:
+    """Whether a file is there, also where its folder may not be entered: what is unreadable is not retired."""
+    try:
+        store.etag(name)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import count
-from pathlib import Path
 from typing import Literal, get_args
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.reader import RECORD_BYTES, Unfit, parse_object, read_plain, why_unread
+from dfmcl.common.reader import RECORD_BYTES, Unfit, parse_object, why_unread
 from dfmcl.release import layout
+from dfmcl.release.change import Change
+from dfmcl.release.stores.store import Store
 
 Kind = Literal["promoted", "rolled_back", "returned", "retired", "pruned", "failed", "recovered", "repaired"]
 Damage = tuple[int, str]  # a line's number, and why it is no event
@@ -54,33 +54,33 @@ class Event:
     reason: str = ""
 
 
-def aliases(repository: Path) -> dict[str, Aliases]:
+def aliases(store: Store) -> dict[str, Aliases]:
     """The aliases by model, from what is served and the history, as far as it can be read."""
-    history, _ = read_lines(repository)
-    served = _served(repository)
+    history, _ = read_lines(store)
+    served = _served(store)
     return {
         name: Aliases(
-            champion=None if failed(repository, name) == version else version,
-            previous=_previous(repository, name, version, history),
+            champion=None if failed(store, name) == version else version,
+            previous=_previous(store, name, version, history),
             candidate=served.get(f"{name}{layout.SHADOW}"),
         )
         for name, version in served.items()
     }
 
 
-def _served(repository: Path) -> dict[str, int | None]:
+def _served(store: Store) -> dict[str, int | None]:
     """What each model serves; without those whose config cannot be read: `status` tells of them."""
     found: dict[str, int | None] = {}
-    for name in layout.model_names(repository):
+    for name in layout.model_names(store):
         with suppress(BadInput):
-            found[name] = layout.served_version(repository / name)
+            found[name] = layout.served_version(store, name)
     return found
 
 
-def _previous(repository: Path, name: str, champion: int | None, history: list[Event]) -> int | None:
+def _previous(store: Store, name: str, champion: int | None, history: list[Event]) -> int | None:
     """What was served last before the champion, lies there still, and was not returned from."""
     served = served_lately([change for change in history if change.model == name])
-    there = layout.version_numbers(repository / name)
+    there = layout.version_numbers(store, name)
     return next((version for version in served if version != champion and version in there), None)
 
 
@@ -108,14 +108,14 @@ def last_served(changes: list[Event]) -> int | None:
     return next((change.version for change in reversed(changes) if change.event != "pruned"), None)
 
 
-def is_retired(repository: Path, name: str) -> bool:
+def is_retired(store: Store, name: str) -> bool:
     """Whether the last that was written of a model is that it was taken out; BadInput where a line is damaged."""
-    return (last := _last(read_history(repository, name))) is not None and last.event == "retired"
+    return (last := _last(read_history(store, name))) is not None and last.event == "retired"
 
 
-def failed(repository: Path, name: str) -> int | None:
+def failed(store: Store, name: str) -> int | None:
     """The version that a server wrote down as one that it cannot serve, with nothing to return to; else None."""
-    last = _last(events_of(repository, name))
+    last = _last(events_of(store, name))
     return last.version if last is not None and last.event == "failed" else None
 
 
@@ -123,36 +123,36 @@ def _last(changes: list[Event]) -> Event | None:
     return next((change for change in reversed(changes) if change.event != "pruned"), None)
 
 
-def write_aliases(repository: Path) -> None:
+def write_aliases(change: Change) -> None:
     """Replace aliases.json."""
-    if (repository / layout.ALIASES).is_dir():  # nobody reads it, and a file cannot replace it
-        _set_aside(repository / layout.ALIASES)
-    entries = {name: asdict(entry) for name, entry in aliases(repository).items()}
-    replace(repository / layout.ALIASES, json.dumps(entries, indent=2) + "\n")
+    if layout.entry_at(change.store, layout.ALIASES).folder:  # nobody reads it, and a file cannot replace it
+        change.set_aside(layout.ALIASES)
+    entries = {name: asdict(entry) for name, entry in aliases(change.store).items()}
+    change.replace(layout.ALIASES, json.dumps(entries, indent=2) + "\n")
 
 
-def read_history(repository: Path, name: str | None = None) -> list[Event]:
+def read_history(store: Store, name: str | None = None) -> list[Event]:
     """All changes, oldest first, of one model or of all; BadInput where a line is damaged."""
-    events, damaged = read_lines(repository)
+    events, damaged = read_lines(store)
     for number, why in damaged:
-        raise BadInput(f"{repository / layout.HISTORY}: line {number}: {why}; {layout.MEND}")
+        raise BadInput(f"{store.where(layout.HISTORY)}: line {number}: {why}; {layout.MEND}")
     return [event for event in events if name in (None, event.model)]
 
 
-def events_of(repository: Path, name: str) -> list[Event]:
+def events_of(store: Store, name: str) -> list[Event]:
     """The changes of one model that can be read, oldest first."""
-    return [event for event in read_lines(repository)[0] if event.model == name]
+    return [event for event in read_lines(store)[0] if event.model == name]
 
 
-def read_lines(repository: Path) -> tuple[list[Event], list[Damage]]:
+def read_lines(store: Store) -> tuple[list[Event], list[Damage]]:
     """The changes that can be read, oldest first, and what cannot be."""
-    path = repository / layout.HISTORY
     try:
-        lines = read_plain(path, RECORD_BYTES).split(b"\n")
+        lines = store.read(layout.HISTORY, RECORD_BYTES).split(b"\n")
     except FileNotFoundError:
         return [], []
     except (OSError, Unfit) as error:
-        raise BadInput(f"{path}: not readable: {why_unread(error)}; {layout.MEND}") from None
+        where = store.where(layout.HISTORY)
+        raise BadInput(f"{where}: not readable: {why_unread(error)}; {layout.MEND}") from None
     events: list[Event] = []
     damaged: list[Damage] = []
     for number, line in enumerate(lines, 1):
@@ -179,39 +179,34 @@ def _parsed(line: bytes) -> Event:
     return change
 
 
-def salvage(repository: Path) -> str:
+def salvage(change: Change) -> str:
     """Keep what can be read of a damaged history, and the damaged file beside it; says so, or "" for a whole one."""
-    path = repository / layout.HISTORY
     try:
-        events, damaged = read_lines(repository)
+        events, damaged = read_lines(change.store)
         if not damaged:
             return ""
         lost = f"{len(damaged)} of its lines"
     except BadInput:
         events, lost = [], "all of it"
-    aside = _set_aside(path)
-    replace(path, "".join(f"{json.dumps(asdict(event))}\n" for event in events))
-    return f"{path}: {lost} could not be read; {len(events)} changes stay, and the damaged file is {aside.name} now"
+    aside = change.set_aside(layout.HISTORY)
+    _write(change, events)
+    where = change.store.where(layout.HISTORY)
+    return f"{where}: {lost} could not be read; {len(events)} changes stay, and the damaged file is {aside} now"
 
 
-def _set_aside(path: Path) -> Path:
-    """Where what stands at a path lies now: beside it."""
-    aside = next(
-        place for number in count(1) if not (place := path.with_name(f"{path.name}.damaged-{number}")).exists()
-    )
-    return path.rename(aside)
-
-
-def record(repository: Path, events: Iterable[Event]) -> None:
+def record(change: Change, events: Iterable[Event]) -> None:
     """Append to the history, and write the aliases anew."""
-    append(repository, events)
-    write_aliases(repository)
+    append(change, events)
+    write_aliases(change)
 
 
-def append(repository: Path, events: Iterable[Event]) -> None:
+def append(change: Change, events: Iterable[Event]) -> None:
     """Add to the history. The whole file is replaced, so that no line is ever torn."""
-    lines = [json.dumps(asdict(event)) for event in [*read_history(repository), *events]]
-    replace(repository / layout.HISTORY, "".join(f"{line}\n" for line in lines))
+    _write(change, [*read_history(change.store), *events])
+
+
+def _write(change: Change, events: Iterable[Event]) -> None:
+    change.replace(layout.HISTORY, "".join(f"{json.dumps(asdict(line))}\n" for line in events))
 
 
 def event(
@@ -230,52 +225,27 @@ def event(
     )
 
 
-def settle(repository: Path) -> None:
+def settle(change: Change) -> None:
     """Make good what a writer that died after its commit did not get to write."""
-    history = read_history(repository)
-    names = dict.fromkeys([*layout.model_names(repository), *(change.model for change in history)])
-    last = {name: last_served([change for change in history if change.model == name]) for name in names}
-    served = _served(repository)
-    served |= {name: None for name in last if not (repository / name).exists()}
+    store = change.store
+    history = read_history(store)
+    names = dict.fromkeys([*layout.model_names(store), *(line.model for line in history)])
+    last = {name: last_served([line for line in history if line.model == name]) for name in names}
+    served = _served(store)
+    served |= {name: None for name in last if not layout.taken(store, name)}
     last = {name: version for name, version in last.items() if name in served}
     reason = "found when the next change began: something else was written down"
     missing = [
         event(name, "recovered", served[name], last[name], None, reason) for name in last if served[name] != last[name]
     ]
     if missing:
-        record(repository, missing)
+        record(change, missing)
 
 
-def versions_remembered(repository: Path, name: str) -> set[int]:
+def versions_remembered(store: Store, name: str) -> set[int]:
     """Every version number that was ever given: none is given twice, as dashboards and evidence refer to it."""
-    history = read_history(repository, name)
+    history = read_history(store, name)
     return {version for line in history for version in (line.version, line.before) if version is not None}
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all, and make it survive a power cut."""
-    staged = path.with_name(f"{layout.STAGING}{path.name}")
-    write(staged, text)
-    staged.replace(path)
-    sync(path.parent)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file and wait until it is on disk."""
-    with path.open("w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o644)  # Triton may run as another user than the one who promotes
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(directory: Path) -> None:
-    """Make renames in a directory survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _user() -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfmcl.common.errors import BadInput, Refused
@@ -14,6 +13,7 @@ from dfmcl.gating.signing.attestation import Trust, read_attestation
 from dfmcl.gating.signing.evidence import inspect
 from dfmcl.release import layout, ledger, verification
 from dfmcl.release.repair import UNFIT, mendable, models
+from dfmcl.release.stores.store import Store
 
 if TYPE_CHECKING:
     from dfmcl.gating.signing.report import CriterionEntry
@@ -44,32 +44,33 @@ class ModelStatus:
         return asdict(self)
 
 
-def standings(repository: Path, trust: Trust | None = None, now: datetime | None = None) -> list[ModelStatus]:
+def standings(store: Store, trust: Trust | None = None, now: datetime | None = None) -> list[ModelStatus]:
     """Every model of a repository, by name. trust: whose signatures count; None: digests and verdicts only."""
-    verification.require_repository(repository)
-    aliases = ledger.aliases(repository)
-    return [_standing(repository, name, aliases.get(name, ledger.Aliases()), trust, now) for name in models(repository)]
+    verification.require_repository(store)
+    aliases = ledger.aliases(store)
+    return [_standing(store, name, aliases.get(name, ledger.Aliases()), trust, now) for name in models(store)]
 
 
 def _standing(
-    repository: Path, name: str, aliases: ledger.Aliases, trust: Trust | None, now: datetime | None
+    store: Store, name: str, aliases: ledger.Aliases, trust: Trust | None, now: datetime | None
 ) -> ModelStatus:
     criteria: list[str] = []
     sha256, expires, trouble, configured = "", None, "", None
     with suppress(BadInput):  # what is wrong with it is the trouble below
-        configured = layout.served_version(repository / name)
+        configured = layout.served_version(store, name)
     try:
-        if not (repository / name).is_dir():
-            raise Refused(f"{repository / name}: is gone, and nobody retired it; promote a candidate")
-        release = verification.verify_release(repository, name, trust, now)
-        _require_not_given_up(repository, name, release.version)
+        if not layout.entry_at(store, name).folder:
+            raise Refused(f"{store.where(name)}: is gone, and nobody retired it; promote a candidate")
+        release = verification.verify_release(store, name, trust, now)
+        _require_not_given_up(store, name, release.version)
         sha256 = release.sha256
-        criteria = [_criterion(row) for row in inspect(release.path, release.path).criteria]
+        path = release.path
+        criteria = [_criterion(row) for row in inspect(path, path).criteria]
         if trust is not None:
-            expires = read_attestation(release.path, trust).expires.isoformat()
+            expires = read_attestation(path, trust).expires.isoformat()
     except UNFIT as error:
         trouble = str(error)
-        if trouble.endswith(layout.MEND) and not mendable(repository, name, trust, now):
+        if trouble.endswith(layout.MEND) and not mendable(store, name, trust, now):
             trouble = f"{trouble.removesuffix(layout.MEND)}no version there may be served; promote a candidate"
     return ModelStatus(
         name,
@@ -77,17 +78,17 @@ def _standing(
         previous=aliases.previous,
         candidate=aliases.candidate,
         configured=configured,
-        versions=layout.version_numbers(repository / name),
+        versions=layout.version_numbers(store, name),
         sha256=sha256,
         criteria=criteria,
         expires=expires,
         trouble=trouble,
-        doubt=_doubt(repository, name, configured),
+        doubt=_doubt(store, name, configured),
     )
 
 
-def _require_not_given_up(repository: Path, name: str, version: int) -> None:
-    given_up = ledger.given_up(ledger.events_of(repository, name))
+def _require_not_given_up(store: Store, name: str, version: int) -> None:
+    given_up = ledger.given_up(ledger.events_of(store, name))
     if version in given_up:
         raise Refused(
             f"version {version} was given up: {given_up[version]}; promote another,"
@@ -95,9 +96,9 @@ def _require_not_given_up(repository: Path, name: str, version: int) -> None:
         )
 
 
-def _doubt(repository: Path, name: str, configured: int | None) -> str:
+def _doubt(store: Store, name: str, configured: int | None) -> str:
     """Where the history, by which people decide, says otherwise than config.pbtxt, which decides; empty otherwise."""
-    last = ledger.last_served(ledger.events_of(repository, name))
+    last = ledger.last_served(ledger.events_of(store, name))
     if configured is None or last == configured:
         return ""
     told = "nothing is" if last is None else f"version {last} is"

@@ -2,56 +2,76 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from dfmcl.common.errors import BadInput, Refused
-from dfmcl.common.reader import leaves
+from dfmcl.common.errors import BadInput, DfmclError, Refused
 from dfmcl.gating.signing.attestation import Trust, verify
 from dfmcl.gating.signing.evidence import inspect
 from dfmcl.release import layout, ledger
-from dfmcl.release.candidate import MANIFEST, Manifest, read_manifest, verify_files
+from dfmcl.release.candidate import MANIFEST, Manifest, verify_files
+from dfmcl.release.stores.directory import entry_of
+from dfmcl.release.stores.store import Store
 
 
 @dataclass(frozen=True)
 class Promoted:
-    """A version in the repository. path: its directory; sha256: of its model.onnx."""
+    """A version in a repository. sha256: of its model.onnx."""
 
     model: str
     version: int
-    path: Path
+    store: Store
     sha256: str
 
+    @property
+    def folder(self) -> str:
+        """Its name in the store."""
+        return f"{self.model}/{self.version}"
 
-def verify_release(repository: Path, name: str, trust: Trust | None = None, now: datetime | None = None) -> Promoted:
+    @property
+    def path(self) -> Path:
+        """Its folder on this machine."""
+        return self.store.local(self.folder)
+
+
+def verify_release(store: Store, name: str, trust: Trust | None = None, now: datetime | None = None) -> Promoted:
     """What Triton would serve as `name`; Refused, NotAttested or BadEvidence where promotion did not write it.
 
     trust: whose signatures must vouch for it at `now` (default: now). Without it layout, digests and verdict are judged
     as they lie there: that finds what broke or was swapped by mistake, not who wrote the report.
     """
-    model = repository / name
-    if not model.is_dir():
-        raise BadInput(f"{model}: no such model; there are {', '.join(layout.model_names(repository)) or 'none'}")
-    if leaves(model):
-        raise Refused(f"{model}: is a link out of the repository; promotion did not write this")
-    version = layout.served_version(model)
+    where, model = store.where(name), layout.entry_at(store, name)
+    if not model.folder:
+        raise BadInput(f"{where}: no such model; there are {', '.join(layout.model_names(store)) or 'none'}")
+    if model.leaves:
+        raise Refused(f"{where}: is a link out of the repository; promotion did not write this")
+    version = layout.served_version(store, name)
     if version is None:
-        raise Refused(f"{model}: has no {layout.CONFIG}; {layout.MEND}")
-    require_no_strangers(model)
-    for path in [model / layout.CONFIG, *model.glob(layout.GPU_CONFIG)]:
-        # The GPU's may still be an older version's, where a promotion was cut short.
-        number = layout.served_version(model, str(path.relative_to(model)))
-        directory = model / str(number)
-        manifest = verify_version(directory, trust, now)
-        layout.require_ours(path, manifest, name, int(number or 0))
-    return Promoted(name, version, model / str(version), read_manifest(model / str(version)).model_sha256)
+        raise Refused(f"{where}: has no {layout.CONFIG}; {layout.MEND}")
+    require_no_strangers(store, name)
+    whole: dict[int, Manifest] = {}
+    for config in layout.CONFIGS:
+        # The GPU's may be missing, or still be an older version's, where a promotion was cut short.
+        if (number := layout.served_version(store, name, config)) is not None:
+            whole[number] = whole.get(number) or verify_version_of(store, f"{name}/{number}", trust, now)
+            layout.require_ours(store, name, config, whole[number], number)
+    return Promoted(name, version, store, whole[version].model_sha256)
+
+
+def verify_version_of(store: Store, folder: str, trust: Trust | None = None, now: datetime | None = None) -> Manifest:
+    """As `verify_version`, of a folder in a store; messages name it as it is called there, also of a copy."""
+    local = store.local(folder)
+    try:
+        return verify_version(local, trust, now)
+    except DfmclError as error:
+        error.args = (str(error).replace(str(local), store.where(folder)), *error.args[1:])
+        raise
 
 
 def verify_version(directory: Path, trust: Trust | None = None, now: datetime | None = None) -> Manifest:
     """The manifest of a version that is whole and vouched for; as for a release, which has a config besides."""
-    if not layout.is_version(directory):
+    if not layout.is_version(entry_of(directory)):
         raise Refused(f"{directory}: is no version's directory, or is gone; {layout.MEND}")
     if extra := sorted({path.name for path in directory.iterdir()} - layout.VERSION_FILES):
         raise Refused(f"{directory / extra[0]}: promotion did not write this; remove it")
@@ -64,59 +84,62 @@ def verify_version(directory: Path, trust: Trust | None = None, now: datetime | 
     return verify_files(directory)
 
 
-def verify_path(path: Path, trust: Trust, now: datetime | None = None) -> Path:
-    """The version that a path names, verified: a model in a repository, one of its versions, or a copy of one."""
-    path = Path(os.path.normpath(path.absolute()))  # not resolved: a link must not hide where it lies
-    if (path / layout.CONFIG).is_file():
-        return verify_release(path.parent, path.name, trust, now).path
-    if layout.VERSION.fullmatch(path.name) and (path.is_symlink() or (path.parent / layout.CONFIG).exists()):
-        verify_version(path, trust, now)
-    return path
+def verify_at(store: Store, name: str, trust: Trust, now: datetime | None = None) -> str:
+    """The name of a version, verified. name: a model's in a repository, one of its versions', or that of a copy."""
+    if layout.entry_at(store, f"{name}/{layout.CONFIG}").file:
+        return verify_release(store, name, trust, now).folder
+    in_model = layout.entry_at(store, name).link or layout.lies_there(store, layout.CONFIG)
+    if in_model and layout.VERSION.fullmatch(name):
+        verify_version_of(store, name, trust, now)
+    return name
 
 
-def require_no_strangers(model: Path) -> None:
-    if found := layout.strangers(model):
+def require_no_strangers(store: Store, name: str) -> None:
+    if found := layout.strangers(store, name):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise Refused(f"{found[0]}: promotion did not write this{more}; remove it")
+        raise Refused(f"{store.where(found[0])}: promotion did not write this{more}; remove it")
 
 
-def require_repository(repository: Path) -> None:
+def require_repository(store: Store) -> None:
     """BadInput where there is no such directory: a typing error must not look like an empty repository."""
-    if not repository.is_dir():
-        raise BadInput(f"{repository}: no such directory; name a model repository that `dfmcl promote` wrote")
     try:
-        next(repository.iterdir(), None)
+        store.entries()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(
+            f"{store.where()}: no such directory; name a model repository that `dfmcl promote` wrote"
+        ) from None
     except OSError as error:
-        raise BadInput(f"{repository}: cannot be read: {error.strerror or error}") from None
+        raise BadInput(f"{store.where()}: cannot be read: {error.strerror or error}") from None
 
 
-def is_ours(repository: Path, name: str) -> bool:
+def is_ours(store: Store, name: str) -> bool:
     """Whether promotion made a model's directory, whatever has been damaged in it since."""
-    model = repository / name
-    if not model.is_dir() or leaves(model):
+    model = layout.entry_at(store, name)
+    if not model.folder or model.leaves:
         return False
-    if any((model / str(number) / MANIFEST).exists() for number in layout.version_numbers(model)):
+    versions = layout.version_numbers(store, name)
+    if any(layout.lies_there(store, f"{name}/{version}/{MANIFEST}") for version in versions):
         return True
-    return ledger.last_served(ledger.events_of(repository, name)) is not None
+    return ledger.last_served(ledger.events_of(store, name)) is not None
 
 
-def served_or_none(model: Path) -> int | None:
+def served_or_none(store: Store, name: str) -> int | None:
     """The version that a model's config.pbtxt names; None where it names none, for whatever reason."""
     try:
-        return layout.served_version(model)
+        return layout.served_version(store, name)
     except BadInput:
         return None
 
 
-def require_served(repository: Path, name: str) -> int:
-    require_model(repository, name)
-    version = layout.served_version(repository / name)
+def require_served(store: Store, name: str) -> int:
+    require_model(store, name)
+    version = layout.served_version(store, name)
     if version is None:
-        raise BadInput(f"{repository / name}: has no {layout.CONFIG}; {layout.MEND}")
+        raise BadInput(f"{store.where(name)}: has no {layout.CONFIG}; {layout.MEND}")
     return version
 
 
-def require_model(repository: Path, name: str) -> None:
-    if not is_ours(repository, layout.checked_name(name)):
-        known = ", ".join(layout.model_names(repository)) or "none"
-        raise BadInput(f"{repository / name}: is not served; models there: {known}")
+def require_model(store: Store, name: str) -> None:
+    if not is_ours(store, layout.checked_name(name)):
+        known = ", ".join(layout.model_names(store)) or "none"
+        raise BadInput(f"{store.where(name)}: is not served; models there: {known}")

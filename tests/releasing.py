@@ -10,6 +10,7 @@ import pytest
 from dfmcl.common.errors import Broken
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.release import promotion
+from dfmcl.release.stores.directory import Directory
 from dfmcl.serving.triton import environment
 from tests.exports import Export
 from tests.serving.workshop import Served, write_evidence, write_run
@@ -64,7 +65,7 @@ def needs_triton() -> None:
 @pytest.fixture
 def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> Path:
     """A repository with one promoted version."""
-    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust, threads=THREADS)
+    promotion.promote(candidate, evidence, Directory(tmp_path / "models"), name="digits", trust=trust, threads=THREADS)
     return tmp_path / "models"
 
 
@@ -72,7 +73,7 @@ def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) ->
 def served(needs_triton: None, candidate: Path, evidence: Path, trust: Trust) -> Iterator[Served]:
     """One Triton for all tests that only ask it questions."""
     models = candidate.parent / "models"
-    promotion.promote(candidate, evidence, models, name="digits", trust=trust, threads=THREADS)
+    promotion.promote(candidate, evidence, Directory(models), name="digits", trust=trust, threads=THREADS)
     server = Served(models, candidate.parent / "ready.json").start()
     yield server
     assert server.close() == 0

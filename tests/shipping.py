@@ -12,6 +12,7 @@ from dfmcl.gating.subject import open_subject
 from dfmcl.release.card import write_card
 from dfmcl.release.export import export
 from dfmcl.release.promotion import promote
+from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.runs import load_run
 from dfmcl.training.pack import pack
 from tests.signing import VALID_DAYS, known_key, write_trust
@@ -45,7 +46,7 @@ def ship(run: Path, surrogate: Path, policy: Policy = POLICY, *, transfer: bool 
     report = gate(subject, policy, folder / "evidence", surrogates=surrogates, signers=[read_signer(key)])
     assert (report.verdict, report.findings) == ("passed", ())  # artefact_disagrees among the checks
     trust = load_trust(write_trust(key))
-    promote(folder / "candidate", folder / "evidence", repository, name=NAME, trust=trust)
+    promote(folder / "candidate", folder / "evidence", Directory(repository), name=NAME, trust=trust)
     pack(surrogate, repository / NAME / "surrogates" / "other")
-    write_card(run, repository, NAME)
+    write_card(run, Directory(repository), NAME)
     return repository

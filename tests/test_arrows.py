@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"common", "robustness"},
     "gating": {"common", "robustness"},
     "release": {"common", "gating.signing"},
-    "serving": {"common", "release.candidate", "release.layout", "gating.signing"},
+    "serving": {"common", "release.candidate", "release.layout", "release.stores", "gating.signing"},
     "monitoring": {"common", "robustness", "gating.signing", "serving.clients"},
 }
 EXCEPTIONS = {

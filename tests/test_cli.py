@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ import typer
 
 import dfmcl.cli
 import dfmcl.cli.command
+from dfmcl.cli import arguments
 from dfmcl.common.errors import Refused
 from tests.common.pictures import png
 from tests.processes import wait_until
@@ -358,8 +359,14 @@ COMMANDS = {command.name: inspect.unwrap(command.callback) for command in dfmcl.
 
 def path_options() -> list[tuple[str, str]]:
     """Every command with each of its parameters that is a path."""
-    hints = {name: get_type_hints(function) for name, function in COMMANDS.items()}
-    return [(name, key) for name, found in hints.items() for key, hint in found.items() if "Path" in str(hint)]
+    hints = {name: get_type_hints(function, include_extras=True) for name, function in COMMANDS.items()}
+    return [(name, key) for name, found in hints.items() for key, hint in found.items() if is_path(hint)]
+
+
+def is_path(hint: Any) -> bool:
+    """A Path, or the text of one or of an address."""
+    about = getattr(hint, "__metadata__", [None])[0]
+    return "Path" in str(hint) or getattr(about, "parser", None) is arguments.path
 
 
 def call_with(name: str, option: str, value: str) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.signing.trust import load_trust
+from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import verify_release
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.runs import load_run
@@ -30,7 +31,7 @@ def test_there_is_a_model() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_release_holds_and_is_small(name: str) -> None:
     """Signature, verdict, digests and card fit; the ONNX file is under 24 MB, surrogates under 6; no local path."""
-    release = verify_release(REPOSITORY, name, load_trust(TRUST / name / "trust.toml"))
+    release = verify_release(Directory(REPOSITORY), name, load_trust(TRUST / name / "trust.toml"))
     assert release.sha256 in (REPOSITORY / name / "README.md").read_text()
     assert (release.path / "model.onnx").stat().st_size < 24e6
     surrogates = sorted((REPOSITORY / name / "surrogates").iterdir())
@@ -48,7 +49,7 @@ def test_the_sidecar_is_compared_with_what_the_gate_recorded(name: str) -> None:
     assert folders == sorted((REPOSITORY / name / "surrogates").iterdir())
     digest = ensemble_sha256([load_run(folder).origin_sha256 for folder in folders])
     policy = tomllib.loads((TRUST / name / "gate.toml").read_text())
-    report, _ = read_report(verify_release(REPOSITORY, name).path / "report.json")
+    report, _ = read_report(verify_release(Directory(REPOSITORY), name).path / "report.json")
     (recorded,) = (entry for entry in report.transfer if entry.about.surrogate_sha256 == digest)
     assert [attack.name for attack in recorded.attacks] == policy["attacks"]["transfer"]
     assert recorded.images == policy["attacks"]["transfer_images"]
@@ -57,7 +58,7 @@ def test_the_sidecar_is_compared_with_what_the_gate_recorded(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_model_answers_as_the_gate_recorded(name: str) -> None:
     """ONNX Runtime on the release's probes: the recorded labels, and the accuracies of report and card."""
-    folder = verify_release(REPOSITORY, name).path
+    folder = verify_release(Directory(REPOSITORY), name).path
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     probes, report = read_probes(folder / "probes.npz"), read_report(folder / "report.json")[0]
     figures = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -48,8 +49,15 @@ def read_preprocessing(text: str | None) -> Preprocessing:
         raise BadInput(f"--preprocessing {error}") from None
 
 
+def path(typed: str) -> str:
+    """What `store_of` opens, as it was typed: a Path would join the slashes of an address. Else as typer has it."""
+    if Path(typed).exists() and not os.access(typed, os.R_OK):
+        raise typer.BadParameter(f"path {typed!r} is not readable")
+    return typed
+
+
 NAME = Annotated[str, typer.Option(help="The model's name in Triton.")]
-REPOSITORY = Annotated[Path, typer.Option(help="Triton's model repository.")]
+REPOSITORY = Annotated[str, typer.Option(parser=path, metavar="<path>", help="Triton's model repository.")]
 TRUST = Annotated[Path, typer.Option(help="Whose signature counts (TOML).")]
 LIVE = Annotated[str | None, typer.Option(help="HOST:PORT of the gRPC endpoint: wait until it answers as gated.")]
 WAIT = Annotated[float, typer.Option(help="Seconds to wait for that.", min=0.1)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import OUTPUT, PREPROCESSING, read_labels, read_preprocessing
+from dfmcl.cli.arguments import OUTPUT, PREPROCESSING, path, read_labels, read_preprocessing
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track
 
@@ -226,7 +226,10 @@ def sign(
 
 @command
 def verify(
-    path: Annotated[Path, typer.Argument(help="A candidate, or a model in Triton's repository, or a version of one.")],
+    path: Annotated[
+        str,
+        typer.Argument(parser=path, help="A candidate, or a model in Triton's repository, or a version of one."),
+    ],
     trust: Annotated[Path, typer.Option(help="Whose signature counts (TOML).")],
     evidence: Annotated[Path | None, typer.Option(help="A candidate's evidence; a version holds its own.")] = None,
     at: Annotated[
@@ -237,13 +240,18 @@ def verify(
     from dfmcl.gating.signing.attestation import read_attestation
     from dfmcl.gating.signing.attestation import verify as run_verify
     from dfmcl.gating.signing.trust import load_trust
+    from dfmcl.release.stores.registry import local_of, store_at
 
+    store, name = store_at(path)
     trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
     if evidence is None:
-        from dfmcl.release.verification import verify_path
+        from dfmcl.release.verification import verify_at
 
-        path = verify_path(path, trusted, now)
-    report = run_verify(path, evidence or path, trusted, now)
-    signed = read_attestation(evidence or path, trusted)
+        name = verify_at(store, name, trusted, now)
+        path, folder = store.where(name), store.local(name)
+    else:
+        folder = local_of(path)
+    report = run_verify(folder, evidence or folder, trusted, now)
+    signed = read_attestation(evidence or folder, trusted)
     say(f"{path}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
     say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")

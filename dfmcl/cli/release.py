@@ -15,6 +15,7 @@ from dfmcl.cli.arguments import (
     REPOSITORY,
     TRUST,
     WAIT,
+    path,
     read_labels,
     read_preprocessing,
 )
@@ -98,11 +99,14 @@ def promote(
     """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
     from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.promotion import promote as run_promote
+    from dfmcl.release.stores.registry import store_of
 
+    store = store_of(repository)
     promoted = run_promote(
-        candidate, evidence, repository, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
+        candidate, evidence, store, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
     )
-    say(f"{promoted.path}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    where = store.where(promoted.folder)
+    say(f"{where}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
     await_live(promoted, live, wait)
 
 
@@ -119,9 +123,12 @@ def rollback(
     """Serve an earlier version of a model again."""
     from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.promotion import rollback as run_rollback
+    from dfmcl.release.stores.registry import store_of
 
-    promoted = run_rollback(repository, name, trust=load_trust(trust), version=version, reason=reason)
-    say(f"{promoted.path}: {promoted.model} is back at version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    store = store_of(repository)
+    promoted = run_rollback(store, name, trust=load_trust(trust), version=version, reason=reason)
+    where = store.where(promoted.folder)
+    say(f"{where}: {promoted.model} is back at version {promoted.version}, model.onnx {promoted.sha256[:12]}")
     await_live(promoted, live, wait)
 
 
@@ -147,8 +154,10 @@ def status(
 
     from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.status import standings
+    from dfmcl.release.stores.registry import store_of
 
-    found = standings(repository, None if trust is None else load_trust(trust))
+    store = store_of(repository)
+    found = standings(store, None if trust is None else load_trust(trust))
     if as_json:
         say_page(json.dumps([row.to_json() for row in found], indent=2))
     for row in [] if as_json else found:
@@ -162,20 +171,20 @@ def status(
         say(f"  {row.trouble or '; '.join(row.criteria)}{until}")
         if row.doubt:
             say(f"  {row.doubt}")
-    damage = history_damage(repository)
+    damage = history_damage(store)
     if not found:
-        (warn if as_json else say)(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+        (warn if as_json else say)(f"{store.where()}: holds no promoted model; `dfmcl promote` adds one")
     return int(damage or not found or any(row.trouble or row.doubt for row in found))
 
 
-def history_damage(repository: Path) -> bool:
+def history_damage(store: Any) -> bool:
     """Warn of each line of the history that cannot be read; whether there is one."""
     from dfmcl.release.layout import HISTORY, MEND
     from dfmcl.release.ledger import read_lines
 
-    _, damaged = read_lines(repository)
+    _, damaged = read_lines(store)
     for number, why in damaged:
-        warn(f"{repository / HISTORY}: line {number}: {why}; {MEND}")
+        warn(f"{store.where(HISTORY)}: line {number}: {why}; {MEND}")
     return bool(damaged)
 
 
@@ -183,19 +192,22 @@ def history_damage(repository: Path) -> bool:
 def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(help="One model only.")] = None) -> int:
     """Every change of what a repository serves, oldest first: 0, or 1 where there is none or a line is damaged."""
     from dfmcl.release.ledger import read_lines
+    from dfmcl.release.stores.registry import store_of
     from dfmcl.release.verification import require_repository
 
-    require_repository(repository)
-    changes = [change for change in read_lines(repository)[0] if name in (None, change.model)]
+    store = store_of(repository)
+    require_repository(store)
+    changes = [change for change in read_lines(store)[0] if name in (None, change.model)]
     for change in changes:
         served = None if change.event == "failed" else change.version
         version = "nothing" if served is None else f"version {served}"
         before = "" if change.before is None else f", before {change.before}"
         why = f"; {change.reason}" if change.reason else ""
         say(f"{change.time}  {change.model}  {change.event}  {version}{before}, by {change.actor}{why}")
-    damage = history_damage(repository)
+    damage = history_damage(store)
     if not changes:
-        say(f"{repository}: no change{f' of {name}' if name else ''} was ever written down; `dfmcl promote` makes one")
+        which = f" of {name}" if name else ""
+        say(f"{store.where()}: no change{which} was ever written down; `dfmcl promote` makes one")
     return int(damage or not changes)
 
 
@@ -208,12 +220,14 @@ def repair(
     """Serve what verifies, whichever file was damaged, emptied or removed: 0, or 1 where a model stays unserved."""
     from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.repair import repair as run_repair
+    from dfmcl.release.stores.registry import store_of
 
-    found = run_repair(repository, load_trust(trust), name=name)
+    store = store_of(repository)
+    found = run_repair(store, load_trust(trust), name=name)
     for row in found:
         say(f"{row.about}: {row.said}")
     if not found:
-        say(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+        say(f"{store.where()}: holds no promoted model; `dfmcl promote` adds one")
     return int(not found or not all(row.whole for row in found))
 
 
@@ -225,8 +239,9 @@ def prune(
 ) -> None:
     """Remove old versions of a model; their numbers stay taken."""
     from dfmcl.release.promotion import prune as run_prune
+    from dfmcl.release.stores.registry import store_of
 
-    removed = run_prune(repository, name, keep=keep)
+    removed = run_prune(store_of(repository), name, keep=keep)
     say(f"{name}: removed {', '.join(f'version {number}' for number in removed) or 'nothing'}")
 
 
@@ -236,20 +251,22 @@ def retire(
 ) -> None:
     """Take a model out of service, all its versions with it."""
     from dfmcl.release.promotion import retire as run_retire
+    from dfmcl.release.stores.registry import store_of
 
-    run_retire(repository, name, reason=reason)
+    run_retire(store_of(repository), name, reason=reason)
     say(f"{name}: retired")
 
 
 @command
 def parity(
-    version: Annotated[Path, typer.Argument(help="A promoted version, such as models/digits/1.")],
+    version: Annotated[str, typer.Argument(parser=path, help="A promoted version, such as models/digits/1.")],
 ) -> int:
     """Compare every execution provider and precision present with what the gate recorded: 0, or 1 where one differs."""
     from dfmcl.release.parity import compare
+    from dfmcl.release.stores.registry import local_of
 
     equal = True
-    for row in compare(version):
+    for row in compare(local_of(version)):
         equal = equal and row.equal
         found = row.trouble or (
             f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
@@ -262,11 +279,12 @@ def parity(
 @command
 def card(
     run: Annotated[Path, typer.Argument(help="The run that the served version was exported from.")],
-    repository: Annotated[Path, typer.Option(help="Triton's model repository.")],
-    name: Annotated[str, typer.Option(help="The model's name in Triton.")],
+    repository: REPOSITORY,
+    name: NAME,
     evaluation: Annotated[Path | None, typer.Option(help="A record of the run by `dfmcl evaluate --out`.")] = None,
 ) -> None:
     """Write the model card of what is served: README.md, all figures from run and evidence."""
     from dfmcl.release.card import write_card
+    from dfmcl.release.stores.registry import store_of
 
-    say(f"{write_card(run, repository, name, evaluation)}: written")
+    say(f"{write_card(run, store_of(repository), name, evaluation)}: written")

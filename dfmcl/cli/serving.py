@@ -34,15 +34,18 @@ def serve(
 ) -> int:
     """Serve the repository with Triton on 127.0.0.1 until SIGTERM or Ctrl-C, and follow its promotions."""
     from dfmcl.gating.signing.trust import follow_trust
+    from dfmcl.release.stores.registry import store_of
     from dfmcl.serving.triton.docker import docker_command
     from dfmcl.serving.triton.supervisor import serve as run_server
 
+    store = store_of(repository)
     if print_docker:
-        say_page(docker_command(repository, {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}, gpu=gpu))
+        ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        say_page(docker_command(store.local(""), ports, gpu=gpu))
         return 0
     tell = say_json if json_lines else say
     return run_server(
-        repository,
+        store,
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,

@@ -5,64 +5,62 @@ Storage goes away and comes back: a mount that is gone for a second is an empty 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain
+from dfmcl.common.reader import TEXT_BYTES, Unfit
 from dfmcl.release import layout
+from dfmcl.release.stores.store import Etag, Store
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A model as it lies there. version: that its config.pbtxt serves; stats: (inode, time, size) of its files."""
+    """A model as it lies there. version: that its config.pbtxt serves; etags: of its files."""
 
     config: bytes
     version: int
-    stats: tuple[tuple[int, int, int], ...]
+    etags: tuple[Etag, ...]
 
 
 @dataclass(frozen=True)
 class Sight:
-    """marks: of the models that are whole, by name; troubles: what cannot be read and why, by path."""
+    """marks: of the models that are whole; troubles: why another cannot be read, or "", the repository; by name."""
 
     marks: Mapping[str, Mark] = field(default_factory=dict)
-    troubles: Mapping[Path, str] = field(default_factory=dict)
+    troubles: Mapping[str, str] = field(default_factory=dict)
 
 
-def look(repository: Path) -> Sight:
+def look(store: Store) -> Sight:
     """Every model of a repository that can be read as a whole."""
     marks: dict[str, Mark] = {}
-    troubles: dict[Path, str] = {}
+    troubles: dict[str, str] = {}
     try:
-        with os.scandir(repository) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = [entry.name for entry in store.entries() if entry.folder and not entry.name.startswith(".")]
     except OSError as error:
-        return Sight({}, {repository: f"{repository}: cannot be read: {error.strerror}"})
+        return Sight({}, {"": f"{store.where()}: cannot be read: {error.strerror}"})
     for name in names:
         try:
-            mark = _mark(repository / name)
+            mark = _mark(store, name)
         except BadInput as error:
-            troubles[repository / name] = str(error)
+            troubles[name] = str(error)
         except OSError as error:
-            troubles[repository / name] = f"{error.filename}: cannot be read: {error.strerror}"
+            troubles[name] = f"{error.filename}: cannot be read: {error.strerror}"
         else:
             if mark is not None:
                 marks[name] = mark
     return Sight(marks, troubles)
 
 
-def _mark(model: Path) -> Mark | None:
+def _mark(store: Store, name: str) -> Mark | None:
     """None where there is no config, as in what is no model."""
+    path = f"{name}/{layout.CONFIG}"
     try:
-        config = read_plain(model / layout.CONFIG, TEXT_BYTES)
+        config = store.read(path, TEXT_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Unfit as error:
-        raise BadInput(f"{model / layout.CONFIG}: {error}") from None
-    if (version := layout.served_version(model)) is None:
+        raise BadInput(f"{store.where(path)}: {error}") from None
+    if (version := layout.served_version(store, name)) is None:
         return None
-    stats = [(model / str(version) / name).stat() for name in sorted(layout.VERSION_FILES)]
-    return Mark(config, version, tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
+    return Mark(config, version, tuple(store.etag(f"{name}/{version}/{file}") for file in sorted(layout.VERSION_FILES)))

@@ -27,6 +27,8 @@ import numpy.typing as npt
 from dfmcl.common.errors import AnswerError, BadInput, Broken, Crashed, Refused, WrongAnswer
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger, promotion
+from dfmcl.release.stores.directory import STAGING, Directory
+from dfmcl.release.stores.store import Store
 from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import claim_ready, write_ready
@@ -47,7 +49,7 @@ UNTRUSTED = (Refused, NotAttested, BadEvidence, BadInput)
 
 
 def serve(
-    repository: Path,
+    store: Store,
     *,
     http_port: int = 8000,
     grpc_port: int = 8001,
@@ -76,19 +78,19 @@ def serve(
     """
     if ready_file is not None:
         claim_ready(ready_file)
-    sight = look(repository)
-    if repository in sight.troubles:
-        raise BadInput(sight.troubles[repository])
-    names = layout.model_names(repository)
+    sight = look(store)
+    if "" in sight.troubles:
+        raise BadInput(sight.troubles[""])
+    names = layout.model_names(store)
     if not names:
-        raise BadInput(f"{repository}: holds no promoted model; `dfmcl promote` adds one")
+        raise BadInput(f"{store.where()}: holds no promoted model; `dfmcl promote` adds one")
     environment = find_environment(triton_python)
     with ExitStack() as stack:
         private = stack.enter_context(footprint())  # first: what a killed server left may hold the ports
         ports = claim_ports(http=http_port, grpc=grpc_port, metrics=metrics_port)
         stop = stop or stack.enter_context(_stop_on_signals())
         supervisor = _Supervisor(
-            repository,
+            store,
             private,
             environment,
             ask_trust=trust,
@@ -122,7 +124,7 @@ class _Pauses:
 class _Supervisor:
     """What keeps a server going, and what is live on it.
 
-    repository: what promotions change.
+    store: what promotions change.
     private: where nobody else writes: Triton reads what was verified, not what lies in the repository by then.
     environment: Triton's.
     ask_trust: whom the trust file names now; None where nobody is asked.
@@ -131,7 +133,7 @@ class _Supervisor:
 
     def __init__(
         self,
-        repository: Path,
+        store: Store,
         private: Path,
         environment: Environment,
         *,
@@ -143,16 +145,16 @@ class _Supervisor:
         say: Callable[[str], None],
         liveness_seconds: float,
     ) -> None:
-        self._repository, self._private, self._environment = repository, private, environment
+        self._store, self._private, self._environment = store, private, environment
         self._ask_trust, self._fixed, self._ports, self._ready_file = ask_trust, fixed, ports, ready_file
         self._stop, self._say, self._liveness_seconds = stop, say, liveness_seconds
-        self._models = private / "models"  # the repository that Triton reads
+        self._models = Directory(private / "models")  # what Triton reads
         self._trust = ask_trust and ask_trust()
         self._live: dict[str, Promoted] = {}
         self._images: dict[str, npt.NDArray[np.uint8]] = {}  # one of each, to ask whether it lives
         self._seen: dict[str, Mark] = {}  # each model as it was last acted upon
         self._pending: dict[str, tuple[float, str]] = {}  # when to act again, and why it failed
-        self._troubles: dict[Path, str] = {}  # what was said to be unreadable
+        self._troubles: dict[str, str] = {}  # what was said to be unreadable
         self._up_since: float | None = None
         self._was_up = False
 
@@ -176,15 +178,14 @@ class _Supervisor:
                 self._say(f"{error}; starting it again in {pause:.0f} s")
                 self._stop.wait(pause)
 
-    def _adopted(self, name: str, into: Path) -> Promoted:
-        """A private copy, below `into`, of what the repository says of a model; verified there and at its source."""
-        source, target = self._repository / name, into / name
-        version = verify_release(self._repository, name, self._trust).version
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / layout.CONFIG, target / layout.CONFIG)
-        (target / str(version)).mkdir(exist_ok=True)
+    def _adopted(self, name: str, into: Directory) -> Promoted:
+        """A private copy in `into` of what the repository says of a model; verified there and at its source."""
+        release, target = verify_release(self._store, name, self._trust), into.root / name
+        source, copy = release.path, target / str(release.version)
+        copy.mkdir(parents=True, exist_ok=True)
+        (target / layout.CONFIG).write_bytes(layout.config_bytes(self._store, name))
         for file in layout.VERSION_FILES:
-            shutil.copy(source / str(version) / file, target / str(version) / file)
+            shutil.copy(source / file, copy / file)
         return verify_release(into, name, self._trust)
 
     def _first(self, name: str) -> tuple[Promoted, npt.NDArray[np.uint8]]:
@@ -192,12 +193,13 @@ class _Supervisor:
         try:
             release = self._adopted(name, self._models)
         except OSError as error:
-            raise BadInput(f"{error.filename or self._repository / name}: cannot be copied: {error.strerror}") from None
+            where = error.filename or self._store.where(name)
+            raise BadInput(f"{where}: cannot be copied: {error.strerror}") from None
         return release, known_answers(release)[0][:1]
 
     def _serve_once(self, log: Path | None) -> None:
         """One life of a server: until `stop`, or Broken."""
-        with running(self._environment, self._models, self._ports, list(self._live), log, self._fixed) as server:
+        with running(self._environment, self._models.root, self._ports, list(self._live), log, self._fixed) as server:
             deadline = time.monotonic() + STARTUP_SECONDS
             if not all(_comes_up([server], release, self._stop, deadline) for release in self._live.values()):
                 return
@@ -269,7 +271,7 @@ class _Supervisor:
             try:
                 verify_release(self._models, name, trust)
             except UNTRUSTED as error:
-                reason = str(error).replace(str(self._models), str(self._repository))
+                reason = str(error).replace(self._models.where(), self._store.where())
                 self._say(
                     f"no longer trusted: {reason}; version {release.version} goes on: roll {name} back, or retire it"
                 )
@@ -278,7 +280,7 @@ class _Supervisor:
 
     def _follow(self, server: Server) -> None:
         """Bring the server to what the repository says now, where that has changed."""
-        sight = look(self._repository)
+        sight = look(self._store)
         troubles = dict(sight.troubles)
         for name, mark in sight.marks.items():
             again, trouble = self._pending.get(name, (math.inf, ""))
@@ -286,37 +288,35 @@ class _Supervisor:
                 self._pending.pop(name, None)
                 if trouble := self._take_over(server, name, mark):
                     self._pending[name] = time.monotonic() + RETRY_SECONDS, trouble
-                if name in look(self._repository).marks:  # else it went away meanwhile, and is judged when it is back
+                if name in look(self._store).marks:  # else it went away meanwhile, and is judged when it is back
                     self._seen[name] = mark
                 self._renew_ready()
             if trouble:
-                troubles[self._repository / name] = trouble
+                troubles[name] = trouble
         for name in sorted(self._live.keys() - sight.marks.keys()):
             if self._retired(name):
                 self._let_go(server, name)
                 self._renew_ready()
-            elif self._repository not in troubles:
-                where = self._repository / name
-                troubles.setdefault(where, f"{where}: is gone, and the history does not say that it was retired")
+            elif "" not in troubles:
+                where = self._store.where(name)
+                troubles.setdefault(name, f"{where}: is gone, and the history does not say that it was retired")
         self._tell(troubles)
 
-    def _tell(self, troubles: dict[Path, str]) -> None:
+    def _tell(self, troubles: dict[str, str]) -> None:
         """Say what cannot be read, once, and that it can be read again."""
-        if self._repository in troubles:  # of its models nothing is known then
+        if "" in troubles:  # of its models nothing is known then
             troubles = self._troubles | troubles
-        for path, trouble in troubles.items():
-            if trouble != self._troubles.get(path):
-                self._say(
-                    f"{trouble}; {self._goes_on(path.name) if path != self._repository else 'what is live goes on'}"
-                )
-        for path in self._troubles.keys() - troubles.keys():
-            self._say(f"{path}: can be read again")
+        for name, trouble in troubles.items():
+            if trouble != self._troubles.get(name):
+                self._say(f"{trouble}; {self._goes_on(name) if name else 'what is live goes on'}")
+        for name in self._troubles.keys() - troubles.keys():
+            self._say(f"{self._store.where(name)}: can be read again")
         self._troubles = troubles
 
     def _retired(self, name: str) -> bool:
         """Only the history ends a model: absence may be a mount's."""
         try:
-            return ledger.is_retired(self._repository, name)
+            return ledger.is_retired(self._store, name)
         except BadInput:
             return False
 
@@ -330,7 +330,7 @@ class _Supervisor:
         self._live.pop(name, None)
         self._images.pop(name, None)
         self._seen.pop(name, None)
-        shutil.rmtree(self._models / name, ignore_errors=True)
+        shutil.rmtree(self._models.root / name, ignore_errors=True)
         try:
             server.unload(name)
         except AnswerError as error:
@@ -346,7 +346,7 @@ class _Supervisor:
         try:
             with tempfile.TemporaryDirectory(dir=self._private) as folder:
                 try:
-                    release = self._adopted(name, Path(folder))
+                    release = self._adopted(name, Directory(Path(folder)))
                     image = known_answers(release)[0][:1]
                     ports = claim_ports(http=0, grpc=0, metrics=0)
                 except (*UNTRUSTED, Broken) as error:
@@ -360,14 +360,13 @@ class _Supervisor:
 
     def _try(self, server: Server, release: Promoted, image: npt.NDArray[np.uint8], ports: dict[str, int]) -> None:
         """Load a version once it was rehearsed, or give it up."""
-        folder = release.path.parents[1]
         try:
             self._rehearse(release, ports, server)
             self._heed_trust()
-            verify_release(folder, release.model, self._trust)  # a key may have been revoked meanwhile
+            verify_release(release.store, release.model, self._trust)  # a key may have been revoked meanwhile
         except (AnswerError, WrongAnswer, Broken, Refused, NotAttested) as error:
             server.require_running()  # where it died meanwhile, that is not the new version's fault
-            self._give_up(release, str(error).replace(str(folder), str(self._repository)))
+            self._give_up(release, str(error).replace(release.store.where(), self._store.where()))
             return
         if not self._stop.is_set() and not self._overtaken(release):
             self._load(server, release, image)
@@ -375,14 +374,14 @@ class _Supervisor:
     def _not_adopted(self, name: str, mark: Mark, error: Exception) -> str:
         """Turn down what is not trusted here, by any promoter; why it is left as it is, where it cannot be judged, or
         is the live version with files that were changed: there is nothing to return to."""
-        again = look(self._repository).marks.get(name)
+        again = look(self._store).marks.get(name)
         if again is None or again.config != mark.config:
             return ""  # it was changed under our eyes: the next look decides
         live, version = self._live.get(name), mark.version
         if isinstance(error, Refused | NotAttested) and (live is None or live.version != version):
-            self._give_up(Promoted(name, version, self._repository / name / str(version), ""), str(error))
+            self._give_up(Promoted(name, version, self._store, ""), str(error))
             return ""
-        where = getattr(error, "filename", None) or self._repository / name
+        where = getattr(error, "filename", None) or self._store.where(name)
         return f"{where}: {error.strerror}" if isinstance(error, OSError) else str(error)
 
     def _rehearse(self, release: Promoted, ports: dict[str, int], live: Server) -> None:
@@ -404,17 +403,17 @@ class _Supervisor:
 
     def _load(self, server: Server, release: Promoted, image: npt.NDArray[np.uint8]) -> None:
         """Load a version that was rehearsed; where it fails all the same, load the live one again."""
-        model, live = self._models / release.model, self._live.get(release.model)
+        model, live = self._models.root / release.model, self._live.get(release.model)
         config = model / layout.CONFIG
         before = config.read_bytes() if live is not None else None
         model.mkdir(parents=True, exist_ok=True)
-        for old in layout.version_numbers(model):
+        for old in layout.version_numbers(self._models, release.model):
             if live is None or old != live.version:
                 shutil.rmtree(model / str(old))
         shutil.copytree(release.path, model / str(release.version))
-        shutil.copy(release.path.parent / layout.CONFIG, staged := config.with_name(f"{layout.STAGING}{config.name}"))
+        shutil.copy(release.path.parent / layout.CONFIG, staged := config.with_name(f"{STAGING}{config.name}"))
         staged.replace(config)  # whole, because a Triton that is started again reads it
-        release = replace(release, path=model / str(release.version))
+        release = replace(release, store=self._models)
         try:
             server.load(release.model)
             # In a queue behind everybody else: under a flood, patience is not lost at the first deadline.
@@ -433,7 +432,7 @@ class _Supervisor:
 
     def _overtaken(self, release: Promoted) -> bool:
         """Whether the repository says otherwise by now: the next tick decides then. One that is away says nothing."""
-        mark = look(self._repository).marks.get(release.model)
+        mark = look(self._store).marks.get(release.model)
         return mark is not None and mark.version != release.version
 
     def _goes_on(self, name: str) -> str:
@@ -447,16 +446,16 @@ class _Supervisor:
         live = self._live.get(failed.model)
         try:
             if live is None:
-                promotion.note_failure(self._repository, failed, reason)
+                promotion.note_failure(self._store, failed, reason)
             else:
-                promotion.give_back(self._repository, failed.model, live.version, reason, instead_of=failed.version)
+                promotion.give_back(self._store, failed.model, live.version, reason, instead_of=failed.version)
         except (Broken, BadInput) as error:
             self._say(f"{error}: the repository still names version {failed.version}; roll it back")
 
     def _note_success(self, release: Promoted) -> None:
         """A version that could not be served once is served now: the history must not go on saying that it is not."""
         try:
-            promotion.note_success(self._repository, release)
+            promotion.note_success(self._store, release)
         except BadInput:  # the history cannot be read now
             return
         except Broken as error:
@@ -510,22 +509,22 @@ def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) 
 
     Refused where the repository has returned from it meanwhile; Broken at the timeout, with what was missing.
     """
-    repository, deadline = promoted.path.parents[1], time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + timeout_seconds
     while True:
         try:
             require_known_answers(client, promoted)
             return
         except (AnswerError, WrongAnswer, BadInput) as error:
             missing = str(error)
-        if reason := _given_up(repository, promoted):
+        if reason := _given_up(promoted):
             raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")
         if time.monotonic() > deadline:
             raise Broken(f"not live after {timeout_seconds:g} s: {missing}; `dfmcl rollback` returns")
         time.sleep(0.2)  # the server there can only be asked
 
 
-def _given_up(repository: Path, promoted: Promoted) -> str:
+def _given_up(promoted: Promoted) -> str:
     try:
-        return promotion.given_up(repository, promoted)
+        return promotion.given_up(promoted.store, promoted)
     except BadInput:  # half a mount; there is time until the deadline
         return ""

@@ -27,6 +27,7 @@ from dfmcl.gating.verdict import EXIT_CODES
 from dfmcl.monitoring.evidence import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
+from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
@@ -251,7 +252,7 @@ def evidence(tmp_path: Path, exported: tuple[Path, Path], key: Path) -> Path:
 @pytest.fixture
 def models(tmp_path: Path, exported: tuple[Path, Path], evidence: Path, key: Path) -> Path:
     """A model repository with one promoted version."""
-    promotion.promote(exported[1], evidence, tmp_path / "models", name="digits", trust=trusting(key))
+    promotion.promote(exported[1], evidence, Directory(tmp_path / "models"), name="digits", trust=trusting(key))
     return tmp_path / "models"
 
 

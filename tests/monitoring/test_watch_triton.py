@@ -27,6 +27,7 @@ from dfmcl.monitoring.results import RoundResult
 from dfmcl.monitoring.rounds import RoundPlan, run_round
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
+from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.gradients import attack_pass
@@ -70,7 +71,7 @@ def repository(tmp_path: Path, exported: tuple[Path, Path]) -> Path:
     np.savez(evidence / "probes.npz", **probes)
     checkpoint = RunEntry(checkpoint_sha256=sha256_of(run / "checkpoint.safetensors"))
     write_report(evidence, report_on(candidate, evidence, run=checkpoint), key)
-    promotion.promote(candidate, evidence, tmp_path / "models", name="digits", trust=trusting(key))
+    promotion.promote(candidate, evidence, Directory(tmp_path / "models"), name="digits", trust=trusting(key))
     return tmp_path / "models"
 
 

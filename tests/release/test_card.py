@@ -16,6 +16,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.evidence import read_report
 from dfmcl.release.candidate import read_manifest
 from dfmcl.release.card import card, write_card
+from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import verify_release
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.measurements import measure, record
@@ -53,7 +54,7 @@ def test_text_holds_bounds_bytes_training_and_surrogates(repository: Path, stand
     robust = read_report(repository / NAME / "1" / "report.json")[0].evaluation.robust
     low, high = 100 * robust.lower_95, 100 * robust.upper_95
     assert f"| robust accuracy, linf 3/255 | {100 * robust.value:.1f} | {low:.1f} to {high:.1f} |" in text
-    assert verify_release(repository, NAME).sha256 in text
+    assert verify_release(Directory(repository), NAME).sha256 in text
     settings = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
     config = read(standard_run / "manifest.json")["config"]
     del config["data"]["path"]
@@ -64,7 +65,7 @@ def test_text_holds_bounds_bytes_training_and_surrogates(repository: Path, stand
 
 def test_labels_are_no_markup(repository: Path, standard_run: Path) -> None:
     """A class is called what its folder is called."""
-    release = verify_release(repository, NAME)
+    release = verify_release(Directory(repository), NAME)
     manifest = replace(read_manifest(release.path), labels=("<b>", "[x](y)", "a\n# b", *"3456789"))
     report, _ = read_report(release.path / "report.json")
     text = card(release, manifest, report, read(standard_run / "manifest.json"), {})
@@ -77,7 +78,7 @@ def test_a_gate_that_stopped_by_itself_gives_bounds_that_allow_it(repository: Pa
     rows = [replace(row, lower=0.0123, upper=0.9876) for row in report.criteria if row.metric == "robust_accuracy"]
     report = replace(report, statistics=replace(report.statistics, kind="sequential"), criteria=tuple(rows))
     training = read(standard_run / "manifest.json")
-    text = card(verify_release(repository, NAME), manifest, report, training, {})
+    text = card(verify_release(Directory(repository), NAME), manifest, report, training, {})
     assert "| bounds that hold whenever it stops |" in text
     assert "| 1.2 to 98.8 |" in text
 
@@ -93,7 +94,7 @@ def test_what_was_measured_beside_the_gate_stands_in_it(
             surrogate=load_run(other) if other else None,
         )  # fmt: skip
         (tmp_path / f"{run.name}.json").write_text(json.dumps(record(load_run(run), data, evaluations)))
-    text = write_card(standard_run, copy, NAME, tmp_path / f"{standard_run.name}.json").read_text()
+    text = Path(write_card(standard_run, Directory(copy), NAME, tmp_path / f"{standard_run.name}.json")).read_text()
     name = "robust accuracy, linf 3/255, worst case of fgsm, n = 40"
     entry, transfer = read(tmp_path / f"{standard_run.name}.json")["evaluations"]
     (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
@@ -105,12 +106,12 @@ def test_what_was_measured_beside_the_gate_stands_in_it(
     low, high = 100 * entry["robust"]["lower_95"], 100 * entry["robust"]["upper_95"]
     assert f"| fgsm | {100 * entry['robust']['value']:.1f} [{low:.1f}, {high:.1f}] |" in text
     with pytest.raises(BadInput, match="about another run"):
-        write_card(standard_run, copy, NAME, tmp_path / f"{other_run.name}.json")
+        write_card(standard_run, Directory(copy), NAME, tmp_path / f"{other_run.name}.json")
 
 
 def test_card_does_not_keep_the_model_from_being_served(repository: Path) -> None:
     """The release holds with card and surrogates beside it."""
-    assert verify_release(repository, NAME).version == 1
+    assert verify_release(Directory(repository), NAME).version == 1
 
 
 def test_card_of_another_run_is_refused(repository: Path, other_run: Path, tmp_path: Path) -> None:
@@ -118,5 +119,5 @@ def test_card_of_another_run_is_refused(repository: Path, other_run: Path, tmp_p
     copy = shutil.copytree(repository, tmp_path / "models")
     before = (copy / NAME / "README.md").read_text()
     with pytest.raises(BadInput, match="was exported from another run"):
-        write_card(other_run, copy, NAME)
+        write_card(other_run, Directory(copy), NAME)
     assert (copy / NAME / "README.md").read_text() == before

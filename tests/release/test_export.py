@@ -24,6 +24,7 @@ from dfmcl.gating.subject import candidate_subject, open_subject
 from dfmcl.release import export as exporting
 from dfmcl.release import graphs, promotion
 from dfmcl.release.candidate import FILES, Manifest, read_manifest, sha256_of
+from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import to_bytes, to_float
@@ -482,7 +483,7 @@ def test_triton_serves_a_wrapped_file(tmp_path: Path, needs_triton: None, key: P
     labels = tuple(f"class {number}" for number in range(10))
     exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=labels)
     evidence = write_evidence(tmp_path / "evidence", tmp_path / "candidate", key)
-    promotion.promote(tmp_path / "candidate", evidence, tmp_path / "models", name="foreign", trust=trust)
+    promotion.promote(tmp_path / "candidate", evidence, Directory(tmp_path / "models"), name="foreign", trust=trust)
     server = Served(tmp_path / "models", tmp_path / "ready.json").start()
     try:
         x = noise(InputContract(16, 16, 3), 6)

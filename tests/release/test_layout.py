@@ -11,6 +11,7 @@ from dfmcl.common.errors import BadInput, Refused, Rejected
 from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.release.candidate import Manifest, read_manifest
 from dfmcl.release.layout import checked_name, configs, parse_config, require_ours
+from dfmcl.release.stores.directory import Directory
 from dfmcl.serving.clients.triton import Contract
 
 
@@ -70,14 +71,14 @@ def test_config_that_promotion_did_not_write_is_refused(
 ) -> None:
     """A config that was edited to run, to load or to answer otherwise is not served; as it was written it is."""
     manifest = read_manifest(candidate)
-    text, path = configs(manifest, "digits", 1, threads=3)[kind], tmp_path / kind
-    path.parent.mkdir(exist_ok=True)
+    text, path = configs(manifest, "digits", 1, threads=3)[kind], tmp_path / "digits" / kind
+    path.parent.mkdir(parents=True)
     path.write_text(text)
-    require_ours(path, manifest, "digits", 1)
+    require_ours(Directory(tmp_path), "digits", kind, manifest, 1)
     assert old in text
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(Refused, match="is not what promotion writes for version 1"):
-        require_ours(path, manifest, "digits", 1)
+        require_ours(Directory(tmp_path), "digits", kind, manifest, 1)
 
 
 def test_the_config_for_gpus_differs_in_its_instances_only(candidate: Path) -> None:

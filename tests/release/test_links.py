@@ -18,8 +18,9 @@ from dfmcl.release.candidate import read_manifest
 from dfmcl.release.ledger import read_lines
 from dfmcl.release.promotion import promote, prune, rollback
 from dfmcl.release.status import standings
-from dfmcl.release.verification import verify_path, verify_release
-from dfmcl.release.writer import LOCK
+from dfmcl.release.stores.directory import LOCK, Directory
+from dfmcl.release.stores.registry import store_at
+from dfmcl.release.verification import verify_at, verify_release
 from dfmcl.serving.triton.sight import look
 from tests.signing import code_of
 
@@ -32,7 +33,7 @@ def test_a_link_out_of_the_repository_is_believed_by_nobody(
 ) -> None:
     """However well signed its target is: not verified by any path, not promoted over, not listed as verified."""
     named = [repository / "digits", repository / "digits" / "1"]
-    assert [verify_path(path, trust) for path in named] == [repository / "digits" / "1"] * 2
+    assert [verify_at(*store_at(path), trust) for path in named] == ["digits/1", "1"]
     path = repository / where
     target = repository.parent / "elsewhere"
     path.rename(target)
@@ -45,13 +46,13 @@ def test_a_link_out_of_the_repository_is_believed_by_nobody(
         with pytest.raises(BadEvidence, match="is a link that leaves its directory"):
             inspect(path, path)
     with pytest.raises(Refused, match="promotion did not write this"):
-        verify_release(repository, "digits")
-    (row,) = standings(repository, trust)
+        verify_release(Directory(repository), "digits")
+    (row,) = standings(Directory(repository), trust)
     assert (row.champion, bool(row.trouble)) == (None, True)
     for change in (
-        lambda: promote(candidate, evidence, repository, name="digits", trust=trust),
-        lambda: rollback(repository, "digits", trust=trust, version=1),
-        lambda: prune(repository, "digits", keep=1),
+        lambda: promote(candidate, evidence, Directory(repository), name="digits", trust=trust),
+        lambda: rollback(Directory(repository), "digits", trust=trust, version=1),
+        lambda: prune(Directory(repository), "digits", keep=1),
     ):
         with pytest.raises((Refused, BadInput)):
             change()
@@ -88,7 +89,7 @@ def test_no_file_of_a_repository_keeps_anybody_waiting(
     assert code_of("status", "--repository", str(repository), "--trust", str(trust_file)) in (1, 2)
     if name != "history.jsonl":
         assert code_of("verify", str(repository / "digits"), "--trust", str(trust_file)) in (1, 2)
-    look(repository)
+    look(Directory(repository))
     assert time.monotonic() - begun < AT_ONCE
 
 
@@ -98,13 +99,13 @@ def test_a_repository_whose_lock_is_a_pipe_or_a_link_keeps_nobody_waiting(
     """A pipe without a reader is locked like a file; a link is no lock, and what it names is not emptied."""
     as_fifo(repository / LOCK)
     begun = time.monotonic()
-    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
+    assert promote(candidate, evidence, Directory(repository), name="digits", trust=trust).version == 2
     assert time.monotonic() - begun < AT_ONCE
     (repository / LOCK).unlink()
     (repository.parent / "mine").write_text("mine")
     (repository / LOCK).symlink_to(repository.parent / "mine")
     with pytest.raises(Broken, match="nothing was changed"):
-        promote(candidate, evidence, repository, name="digits", trust=trust)
+        promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
     assert (repository.parent / "mine").read_text() == "mine"
 
 
@@ -127,6 +128,6 @@ def test_a_damaged_line_of_the_history_is_a_damaged_line(repository: Path) -> No
     line = path.read_text()
     twice = line.replace("{", '{"version": 9, ', 1)
     path.write_text(line + "[" * 100_000 + "\n" + twice + json.dumps({"model": "x"}) + "\n")
-    events, damaged = read_lines(repository)
+    events, damaged = read_lines(Directory(repository))
     assert len(events) == 1
     assert [number for number, _ in damaged] == [2, 3, 4]

@@ -18,13 +18,15 @@ import pytest
 from dfmcl.common.errors import BadInput, Broken, Refused
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.gating.signing.evidence import ATTESTATION
-from dfmcl.release import writer
 from dfmcl.release.candidate import FILES, read_manifest, sha256_of
 from dfmcl.release.layout import VERSION_FILES, configs, model_names, parse_config
 from dfmcl.release.ledger import Aliases, aliases, is_retired, read_history
 from dfmcl.release.promotion import give_back, note_failure, promote, prune, retire, rollback
 from dfmcl.release.repair import repair
 from dfmcl.release.status import standings
+from dfmcl.release.stores import directory
+from dfmcl.release.stores.directory import Directory
+from dfmcl.release.stores.store import Store
 from dfmcl.release.verification import verify_release
 from tests.serving.workshop import run_python, write_evidence
 from tests.signing import CREATED, make_key, report_on, sign_again, trusting, write_report
@@ -37,10 +39,11 @@ from pathlib import Path
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release.promotion import promote, prune, retire, rollback
 from dfmcl.release.repair import repair
+from dfmcl.release.stores.directory import Directory
 how, code, candidate, evidence, trust = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5]
 trust = load_trust(Path(trust))
 for step, path in enumerate(sys.argv[6:], start=1):
-    repository, left = Path(path), [step if how != "go on" else -1]
+    repository, left = Directory(Path(path)), [step if how != "go on" else -1]
     def stop(event, details):
         writes = event == "open" and isinstance(details[1], str) and details[1][0] in "wx"
         removes = event in ("os.remove", "os.rmdir")  # of a tree: by a descriptor, without its path
@@ -103,13 +106,13 @@ def rewrite_manifest(candidate: Path, **entries: object) -> Path:
 
 def test_first_promotion_writes_version_1(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """The version holds the candidate and its evidence; the config serves it; aliases name it."""
-    promoted = promote(candidate, evidence, tmp_path, name="digits", trust=trust)
+    promoted = promote(candidate, evidence, Directory(tmp_path), name="digits", trust=trust)
     assert (promoted.model, promoted.version, promoted.path) == ("digits", 1, tmp_path / "digits" / "1")
     assert promoted.sha256 == sha256_of(promoted.path / "model.onnx")
     assert {path.name for path in promoted.path.iterdir()} == VERSION_FILES
     aliases = {"champion": 1, "previous": None, "candidate": None}
     assert json.loads((tmp_path / "aliases.json").read_text()) == {"digits": aliases}
-    assert verify_release(tmp_path, "digits") == promoted
+    assert verify_release(Directory(tmp_path), "digits") == promoted
     assert (tmp_path / "digits").stat().st_mode & 0o777 == 0o755
 
 
@@ -118,7 +121,7 @@ def test_second_promotion_writes_version_2_and_keeps_version_1(
 ) -> None:
     """Versions count up, old ones stay as they are, and the alias `previous` is the one served before."""
     before = listing(repository / "digits" / "1")
-    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
+    assert promote(candidate, evidence, Directory(repository), name="digits", trust=trust).version == 2
     assert listing(repository / "digits" / "1") == before
     aliases = {"champion": 2, "previous": 1, "candidate": None}
     assert json.loads((repository / "aliases.json").read_text()) == {"digits": aliases}
@@ -128,10 +131,10 @@ def test_second_promotion_writes_version_2_and_keeps_version_1(
 
 def test_version_number_is_not_used_again(repository: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """A number whose directory was removed stays taken: dashboards and evidence refer to it."""
-    promote(candidate, evidence, repository, name="digits", trust=trust)
-    promote(candidate, evidence, repository, name="other", trust=trust)
+    promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
+    promote(candidate, evidence, Directory(repository), name="other", trust=trust)
     shutil.rmtree(repository / "digits" / "1")
-    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 3
+    assert promote(candidate, evidence, Directory(repository), name="digits", trust=trust).version == 3
 
 
 @pytest.mark.parametrize("verdict", ["failed", "inconclusive", "suspect"])
@@ -141,7 +144,7 @@ def test_verdict_other_than_passed_is_refused(
     """Exit code 1, and no repository appears."""
     evidence = write_evidence(tmp_path / "evidence", candidate, key, verdict)
     with pytest.raises(NotAttested) as caught:
-        promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust)
+        promote(candidate, evidence, Directory(tmp_path / "models"), name="digits", trust=trust)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "models").exists()
 
@@ -152,7 +155,7 @@ def test_evidence_for_other_bytes_is_refused(tmp_path: Path, candidate: Path, ev
     with (other / "model.onnx").open("ab") as file:
         file.write(b"\x1a\x00")
     with pytest.raises(NotAttested):
-        promote(rewrite_manifest(other), evidence, tmp_path / "models", name="digits", trust=trust)
+        promote(rewrite_manifest(other), evidence, Directory(tmp_path / "models"), name="digits", trust=trust)
     assert not (tmp_path / "models").exists()
 
 
@@ -163,7 +166,7 @@ def test_tampered_model_is_refused(tmp_path: Path, candidate: Path, evidence: Pa
         file.seek(1000)
         file.write(b"\xff")
     with pytest.raises(NotAttested, match=r"model\.onnx: is not what the gate judged") as caught:
-        promote(tampered, evidence, tmp_path / "models", name="digits", trust=trust)
+        promote(tampered, evidence, Directory(tmp_path / "models"), name="digits", trust=trust)
     assert caught.value.exit_code == 1
 
 
@@ -172,7 +175,7 @@ def test_extra_file_is_refused(tmp_path: Path, candidate: Path, evidence: Path, 
     extra = shutil.copytree(candidate, tmp_path / "candidate")
     (extra / "libtriton_onnxruntime.so").write_bytes(b"")
     with pytest.raises(NotAttested, match=r"libtriton_onnxruntime\.so: was not judged"):
-        promote(extra, evidence, tmp_path / "models", name="digits", trust=trust)
+        promote(extra, evidence, Directory(tmp_path / "models"), name="digits", trust=trust)
 
 
 def test_nothing_but_a_trusted_signature_opens_the_door(
@@ -190,7 +193,7 @@ def test_nothing_but_a_trusted_signature_opens_the_door(
         (evidence, trust, late),
     ):
         with pytest.raises(NotAttested) as caught:
-            promote(candidate, refused, tmp_path / "models", name="digits", trust=trusted, now=now)
+            promote(candidate, refused, Directory(tmp_path / "models"), name="digits", trust=trusted, now=now)
         assert caught.value.exit_code == 1
     assert not (tmp_path / "models").exists()
 
@@ -203,7 +206,7 @@ def test_evidence_without_probes_is_bad_input_and_changes_nothing(
     incomplete = shutil.copytree(evidence, tmp_path / "evidence")
     (incomplete / "probes.npz").unlink()
     with pytest.raises(BadEvidence, match=r"probes\.npz: No such file"):
-        promote(candidate, incomplete, repository, name="digits", trust=trust)
+        promote(candidate, incomplete, Directory(repository), name="digits", trust=trust)
     assert listing(repository) == before
 
 
@@ -217,8 +220,8 @@ def test_other_interface_under_the_same_name_is_refused(
     rewrite_manifest(renamed, labels=labels)
     evidence = write_evidence(tmp_path / "evidence", renamed, key)
     with pytest.raises(Refused, match="promote it under another name"):
-        promote(renamed, evidence, repository, name="digits", trust=trust)
-    assert promote(renamed, evidence, repository, name="worded_digits", trust=trust).version == 1
+        promote(renamed, evidence, Directory(repository), name="digits", trust=trust)
+    assert promote(renamed, evidence, Directory(repository), name="worded_digits", trust=trust).version == 1
 
 
 def test_repository_that_cannot_be_written_is_broken(
@@ -227,7 +230,7 @@ def test_repository_that_cannot_be_written_is_broken(
     """Exit code 5 and the reason in one line."""
     (tmp_path / "file").write_text("")
     with pytest.raises(Broken, match="nothing was changed") as caught:
-        promote(candidate, evidence, tmp_path / "file" / "models", name="digits", trust=trust)
+        promote(candidate, evidence, Directory(tmp_path / "file" / "models"), name="digits", trust=trust)
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
 
@@ -239,21 +242,21 @@ def test_crash_at_any_point_leaves_the_old_or_the_new_version(
     """Whatever change is the last one, what Triton would serve is whole, and the next promotion cleans up and works."""
     repositories = [tmp_path / str(number) for number in range(30)]
     for repository in repositories[:1] * promoted_before:
-        promote(candidate, evidence, repository, name="digits", trust=trust)
+        promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
     for copy in repositories[1:] * promoted_before:
         shutil.copytree(repositories[0], copy)
     codes = crashed(PROMOTE, candidate, evidence, trust_file, repositories)
     assert set(codes[:15]) == {9}
     assert codes[-1] == 0  # so every change was the last one once
     for repository in repositories:
-        seen = [verify_release(repository, name).version for name in model_names(repository)]
+        seen = [verify_release(Directory(repository), name).version for name in model_names(Directory(repository))]
         assert seen in ([promoted_before] * promoted_before, [promoted_before + 1])
-        promoted = promote(candidate, evidence, repository, name="digits", trust=trust)
+        promoted = promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
         assert promoted.version > max([0, *seen])
-        changes = read_history(repository, "digits")
+        changes = read_history(Directory(repository), "digits")
         assert [change.version for change in changes][-len(seen) - 1 :] == [*seen, promoted.version]
-        assert aliases(repository)["digits"] == Aliases(promoted.version, seen[0] if seen else None, None)
-        assert verify_release(repository, "digits") == promoted
+        assert aliases(Directory(repository))["digits"] == Aliases(promoted.version, seen[0] if seen else None, None)
+        assert verify_release(Directory(repository), "digits") == promoted
         assert not list(repository.rglob(".staging-*"))
 
 
@@ -264,7 +267,7 @@ def test_promotions_at_the_same_time_get_versions_of_their_own(
     paths = [str(path) for path in (candidate, evidence, trust_file, tmp_path / "models")]
     processes = [run_python(BREAKING, "go on", PROMOTE, *paths) for _ in range(3)]
     assert [process.communicate()[0] for process in processes] == ['[1, ""]\n'] * 3
-    assert verify_release(tmp_path / "models", "digits").version == 3
+    assert verify_release(Directory(tmp_path / "models"), "digits").version == 3
 
 
 @pytest.mark.parametrize("place", ["digits", "digits/1"])
@@ -272,7 +275,7 @@ def test_library_in_the_repository_is_refused(repository: Path, place: str) -> N
     """A file that promotion did not write keeps the model from being served."""
     (repository / place / "libtriton_onnxruntime.so").write_bytes(b"")
     with pytest.raises(Refused, match="promotion did not write this"):
-        verify_release(repository, "digits")
+        verify_release(Directory(repository), "digits")
 
 
 def test_changed_model_in_the_repository_is_refused(repository: Path) -> None:
@@ -280,16 +283,16 @@ def test_changed_model_in_the_repository_is_refused(repository: Path) -> None:
     with (repository / "digits" / "1" / "model.onnx").open("ab") as file:
         file.write(b"\x1a\x00")
     with pytest.raises(NotAttested, match=r"model\.onnx: is not what the gate judged"):
-        verify_release(repository, "digits")
+        verify_release(Directory(repository), "digits")
 
 
 def test_a_version_carries_its_own_proof(repository: Path, evidence: Path, trust: Trust, tmp_path: Path) -> None:
     """The attestation lies in the version as it was signed; one who trusts another key does not believe it."""
     version = repository / "digits" / "1"
     assert (version / ATTESTATION).read_bytes() == (evidence / ATTESTATION).read_bytes()
-    assert verify_release(repository, "digits", trust).version == 1
+    assert verify_release(Directory(repository), "digits", trust).version == 1
     with pytest.raises(NotAttested, match="0 trusted keys signed"):
-        verify_release(repository, "digits", trusting(make_key(tmp_path, "another")))
+        verify_release(Directory(repository), "digits", trusting(make_key(tmp_path, "another")))
 
 
 def test_a_swapped_release_is_refused_by_its_signature_only(
@@ -303,9 +306,9 @@ def test_a_swapped_release_is_refused_by_its_signature_only(
     write_report(version, report_on(version, version))
     for path, text in configs(read_manifest(version), "digits", 1).items():
         (repository / "digits" / path).write_text(text)
-    assert verify_release(repository, "digits").version == 1
+    assert verify_release(Directory(repository), "digits").version == 1
     with pytest.raises(NotAttested, match=r"report\.json: is not the report that was signed"):
-        verify_release(repository, "digits", trust)
+        verify_release(Directory(repository), "digits", trust)
 
 
 @pytest.mark.parametrize("name", [ATTESTATION, "probes.npz", "labels.txt"])
@@ -313,7 +316,7 @@ def test_a_version_that_lacks_a_file_is_refused(repository: Path, name: str) -> 
     """Promotion writes all of them, so that a version without one is not its work."""
     (repository / "digits" / "1" / name).unlink()
     with pytest.raises(Refused, match="promotion writes this, and it is missing"):
-        verify_release(repository, "digits")
+        verify_release(Directory(repository), "digits")
 
 
 def test_card_and_surrogates_stay_through_a_promotion(
@@ -324,10 +327,10 @@ def test_card_and_surrogates_stay_through_a_promotion(
     shipped.mkdir(parents=True)
     (shipped / "manifest.json").write_text("{}")
     (repository / "digits" / "README.md").write_text("card")
-    assert verify_release(repository, "digits").version == 1
+    assert verify_release(Directory(repository), "digits").version == 1
     before = listing(repository / "digits")
-    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 2
-    assert verify_release(repository, "digits").version == 2
+    assert promote(candidate, evidence, Directory(repository), name="digits", trust=trust).version == 2
+    assert verify_release(Directory(repository), "digits").version == 2
     after = listing(repository / "digits")
     assert {name for name in before if before[name] != after.get(name)} == {"config.pbtxt", "configs/gpu.pbtxt"}
 
@@ -338,7 +341,7 @@ def test_card_and_surrogates_are_what_they_are_called(repository: Path, name: st
     path = repository / "digits" / name
     path.mkdir() if directory else path.write_bytes(b"")
     with pytest.raises(Refused, match="promotion did not write this"):
-        verify_release(repository, "digits")
+        verify_release(Directory(repository), "digits")
 
 
 CHANGES = {
@@ -348,12 +351,12 @@ CHANGES = {
     "promote": (PROMOTE, {3, 4}),
 }
 # What may come next, whatever was broken off before it.
-FOLLOWING: list[Callable[[Path, Trust], object]] = [
-    lambda repository, trust: prune(repository, "digits", keep=1),
-    lambda repository, trust: rollback(repository, "digits", trust=trust),
-    lambda repository, trust: repair(repository, trust),
-    lambda repository, trust: standings(repository, trust),
-    lambda repository, trust: retire(repository, "digits"),
+FOLLOWING: list[Callable[[Store, Trust], object]] = [
+    lambda store, trust: prune(store, "digits", keep=1),
+    lambda store, trust: rollback(store, "digits", trust=trust),
+    lambda store, trust: repair(store, trust),
+    lambda store, trust: standings(store, trust),
+    lambda store, trust: retire(store, "digits"),
 ]
 
 
@@ -361,7 +364,7 @@ FOLLOWING: list[Callable[[Path, Trust], object]] = [
 def copies(tmp_path: Path, repository: Path, candidate: Path, evidence: Path, trust: Trust) -> list[Path]:
     """Repositories of three versions, one for each step of a change."""
     for _ in range(2):
-        promote(candidate, evidence, repository, name="digits", trust=trust)
+        promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
     return [shutil.copytree(repository, tmp_path / str(number)) for number in range(40)]
 
 
@@ -376,16 +379,16 @@ def test_crash_in_a_change_leaves_the_old_or_the_new_state(
     assert codes[-1] == 0  # so every step was the last one once
     found = set()
     for number, copy in enumerate(copies[: codes.index(0) + 1]):
-        served = [verify_release(copy, name).version for name in model_names(copy)]
+        served = [verify_release(Directory(copy), name).version for name in model_names(Directory(copy))]
         found.add(served[0] if served else None)
-        assert served or is_retired(copy, "digits")  # or a server would keep it for ever
+        assert served or is_retired(Directory(copy), "digits")  # or a server would keep it for ever
         if served:
-            FOLLOWING[number % len(FOLLOWING)](copy, trust)
-        promoted = promote(candidate, evidence, copy, name="digits", trust=trust)
+            FOLLOWING[number % len(FOLLOWING)](Directory(copy), trust)
+        promoted = promote(candidate, evidence, Directory(copy), name="digits", trust=trust)
         assert promoted.version in (4, 5)
-        assert verify_release(copy, "digits") == promoted
+        assert verify_release(Directory(copy), "digits") == promoted
         assert not list(copy.rglob(".staging-*"))
-        (row,) = standings(copy, trust)
+        (row,) = standings(Directory(copy), trust)
         assert (row.trouble, row.doubt) == ("", "")
     assert found == allowed
 
@@ -400,7 +403,7 @@ def test_a_full_disk_in_a_change_is_told_as_it_is(
     told = broken_off("fail", code, candidate, evidence, trust_file, copies)
     assert (told[0][0], told[-1]) == (1, (0, ""))
     for number, (copy, (_, said)) in enumerate(zip(copies[: told.index((0, "")) + 1], told, strict=False)):
-        served = [verify_release(copy, name).version for name in model_names(copy)]
+        served = [verify_release(Directory(copy), name).version for name in model_names(Directory(copy))]
         assert (served[0] if served else None) in allowed
         now = {path: data for path, data in listing(copy).items() if ".staging-" not in path}
         if "nothing was changed" in said:
@@ -410,96 +413,26 @@ def test_a_full_disk_in_a_change_is_told_as_it_is(
             assert "repeat the command" in said
             assert now != before
         if served:
-            FOLLOWING[number % len(FOLLOWING)](copy, trust)
-        promoted = promote(candidate, evidence, copy, name="digits", trust=trust)
-        assert verify_release(copy, "digits") == promoted
-        (row,) = standings(copy, trust)
+            FOLLOWING[number % len(FOLLOWING)](Directory(copy), trust)
+        promoted = promote(candidate, evidence, Directory(copy), name="digits", trust=trust)
+        assert verify_release(Directory(copy), "digits") == promoted
+        (row,) = standings(Directory(copy), trust)
         assert (row.trouble, row.doubt) == ("", "")
-
-
-def test_rollback_serves_what_was_served_before(
-    repository: Path, candidate: Path, evidence: Path, trust: Trust
-) -> None:
-    """With its bytes and threads; doing it twice is where one began, and the history says who and why."""
-    first = verify_release(repository, "digits")
-    promote(candidate, evidence, repository, name="digits", trust=trust, threads=3)
-    assert rollback(repository, "digits", trust=trust, reason="p99 doubled") == first
-    assert verify_release(repository, "digits", trust) == first
-    assert aliases(repository)["digits"] == Aliases(champion=1, previous=2)
-    config = parse_config((repository / "digits" / "config.pbtxt").read_text(), "")
-    assert config.parameters["intra_op_thread_count"].string_value == "3"
-    assert rollback(repository, "digits", trust=trust).version == 2
-    last = read_history(repository)[-2]
-    assert (last.event, last.version, last.before, last.reason) == ("rolled_back", 1, 2, "p99 doubled")
-    assert last.actor
-
-
-def test_rollback_to_where_nothing_is_is_told(repository: Path, trust: Trust) -> None:
-    """There may be no earlier version, or none of that number, or no such model."""
-    with pytest.raises(Refused, match="nothing was served before version 1"):
-        rollback(repository, "digits", trust=trust)
-    with pytest.raises(BadInput, match="has no version 7; on disk are 1"):
-        rollback(repository, "digits", trust=trust, version=7)
-    with pytest.raises(BadInput, match="models there: digits"):
-        rollback(repository, "other", trust=trust)
 
 
 def test_rollback_needs_a_signature_that_holds(
     repository: Path, candidate: Path, evidence: Path, trust: Trust, tmp_path: Path
 ) -> None:
     """An old version is judged as a new one is: it may have expired, or been changed where it lies."""
-    promote(candidate, evidence, repository, name="digits", trust=trust)
+    promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
     late = datetime.fromisoformat(CREATED) + timedelta(days=200 * 365)
     with pytest.raises(NotAttested, match="expired"):
-        rollback(repository, "digits", trust=trust, now=late)
+        rollback(Directory(repository), "digits", trust=trust, now=late)
     with (repository / "digits" / "1" / "model.onnx").open("ab") as file:
         file.write(b"\x1a\x00")
     with pytest.raises(NotAttested):
-        rollback(repository, "digits", trust=trust)
-    assert verify_release(repository, "digits").version == 2
-
-
-def test_what_was_returned_from_is_not_previous(
-    repository: Path, candidate: Path, evidence: Path, trust: Trust
-) -> None:
-    """A rollback must not lead to a version that never worked."""
-    for _ in range(2):
-        promote(candidate, evidence, repository, name="digits", trust=trust)
-    give_back(repository, "digits", 2, "it does not load")
-    assert aliases(repository)["digits"] == Aliases(champion=2, previous=1)
-    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 4
-    assert aliases(repository)["digits"] == Aliases(champion=4, previous=2)
-
-
-def test_prune_keeps_what_serves_and_what_served_last(
-    repository: Path, candidate: Path, evidence: Path, trust: Trust
-) -> None:
-    """However old they are; numbers that are gone stay taken."""
-    for _ in range(4):
-        promote(candidate, evidence, repository, name="digits", trust=trust)
-    rollback(repository, "digits", trust=trust, version=1)
-    assert prune(repository, "digits", keep=2) == [2, 3]
-    assert {path.name for path in (repository / "digits").iterdir() if path.name.isdecimal()} == {"1", "4", "5"}
-    assert prune(repository, "digits", keep=2) == []
-    assert promote(candidate, evidence, repository, name="digits", trust=trust).version == 6
-
-
-def test_a_shadow_stands_beside_the_champion_until_its_bytes_are_served(
-    repository: Path, candidate: Path, evidence: Path, trust: Trust
-) -> None:
-    """Under its own name, with its own versions; a retired name keeps its numbers."""
-    with pytest.raises(BadInput, match="nothing can stand in its shadow"):
-        promote(candidate, evidence, repository, name="other", trust=trust, shadow=True)
-    assert promote(candidate, evidence, repository, name="digits", trust=trust, shadow=True).model == "digits-shadow"
-    assert aliases(repository)["digits"] == Aliases(champion=1, candidate=1)
-    assert verify_release(repository, "digits-shadow", trust).version == 1
-    promote(candidate, evidence, repository, name="digits", trust=trust)
-    assert model_names(repository) == ["digits"]
-    assert aliases(repository) == {"digits": Aliases(champion=2, previous=1)}
-    assert promote(candidate, evidence, repository, name="digits", trust=trust, shadow=True).version == 2
-    retire(repository, "digits-shadow", reason="slower")
-    assert aliases(repository)["digits"].candidate is None
-    assert [change.event for change in read_history(repository, "digits-shadow")] == ["promoted", "retired"] * 2
+        rollback(Directory(repository), "digits", trust=trust)
+    assert verify_release(Directory(repository), "digits").version == 2
 
 
 def test_a_config_for_gpus_that_promotion_did_not_write_is_refused(repository: Path) -> None:
@@ -507,10 +440,10 @@ def test_a_config_for_gpus_that_promotion_did_not_write_is_refused(repository: P
     path = repository / "digits" / "configs" / "gpu.pbtxt"
     path.write_text(path.read_text().replace('backend: "onnxruntime"', 'backend: "python"'))
     with pytest.raises(Refused, match="is not what promotion writes"):
-        verify_release(repository, "digits")
+        verify_release(Directory(repository), "digits")
     (path.parent / "other.pbtxt").write_text("")
     with pytest.raises(Refused):
-        verify_release(repository, "digits")
+        verify_release(Directory(repository), "digits")
 
 
 def test_an_edited_config_is_mended_by_a_rollback_to_its_version(repository: Path, trust: Trust) -> None:
@@ -519,10 +452,10 @@ def test_an_edited_config_is_mended_by_a_rollback_to_its_version(repository: Pat
     text = path.read_text()
     path.write_text(text.replace("enable: false", "enable: true"))
     with pytest.raises(Refused, match="is not what promotion writes for version 1; `dfmcl repair` mends it"):
-        verify_release(repository, "digits")
-    rollback(repository, "digits", trust=trust, version=1)
+        verify_release(Directory(repository), "digits")
+    rollback(Directory(repository), "digits", trust=trust, version=1)
     assert path.read_text() == text
-    assert verify_release(repository, "digits", trust).version == 1
+    assert verify_release(Directory(repository), "digits", trust).version == 1
 
 
 def test_labels_in_another_order_are_refused(tmp_path: Path, candidate: Path, key: Path, trust: Trust) -> None:
@@ -533,18 +466,18 @@ def test_labels_in_another_order_are_refused(tmp_path: Path, candidate: Path, ke
     rewrite_manifest(other)
     evidence = write_evidence(tmp_path / "evidence", other, key)
     with pytest.raises(BadInput, match="names other labels than"):
-        promote(other, evidence, tmp_path / "models", name="digits", trust=trust)
+        promote(other, evidence, Directory(tmp_path / "models"), name="digits", trust=trust)
 
 
 def test_a_damaged_model_does_not_hold_up_the_others(
     repository: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """Its own trouble stands in `status`; others are promoted, and it can be retired."""
-    promote(candidate, evidence, repository, name="other", trust=trust)
+    promote(candidate, evidence, Directory(repository), name="other", trust=trust)
     for damage in (b"\xff", b"name: 1"):
         (repository / "other" / "config.pbtxt").write_bytes(damage)
-        promote(candidate, evidence, repository, name="digits", trust=trust)
-        first, second = standings(repository, trust)
+        promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
+        first, second = standings(Directory(repository), trust)
         assert (first.model, first.trouble) == ("digits", "")
         assert "config.pbtxt" in second.trouble
     shutil.rmtree(repository / "other" / "1")
@@ -554,38 +487,38 @@ def test_status_says_what_is_served_and_for_how_long(
     repository: Path, candidate: Path, evidence: Path, trust: Trust, tmp_path: Path
 ) -> None:
     """Roles, versions, verdict; the expiry only where signatures are judged; trouble where it would not be served."""
-    promote(candidate, evidence, repository, name="digits", trust=trust)
-    (row,) = standings(repository, trust)
+    promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
+    (row,) = standings(Directory(repository), trust)
     assert (row.champion, row.previous, row.versions, row.trouble) == (2, 1, [1, 2], "")
     assert row.expires is not None
     assert row.criteria[0].startswith("robust_accuracy >= 0.45")
-    assert standings(repository)[0].expires is None
-    assert "0 trusted keys" in standings(repository, trusting(make_key(tmp_path, "another")))[0].trouble
+    assert standings(Directory(repository))[0].expires is None
+    assert "0 trusted keys" in standings(Directory(repository), trusting(make_key(tmp_path, "another")))[0].trouble
     with pytest.raises(BadInput, match="no such directory"):
-        standings(tmp_path / "typo")
+        standings(Directory(tmp_path / "typo"))
 
 
 def test_status_never_calls_champion_what_is_not_served(
     repository: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """What `serve` gave up, and what does not verify; a history that says otherwise is told, and can be mended."""
-    promoted = promote(candidate, evidence, repository, name="digits", trust=trust)
-    note_failure(repository, promoted, "no memory")
-    (row,) = standings(repository, trust)
+    promoted = promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
+    note_failure(Directory(repository), promoted, "no memory")
+    (row,) = standings(Directory(repository), trust)
     assert (row.champion, row.configured) == (None, 2)
     assert "version 2 was given up: no memory" in row.trouble
-    rollback(repository, "digits", trust=trust, version=2, reason="more memory")
-    assert standings(repository, trust)[0].champion == 2
+    rollback(Directory(repository), "digits", trust=trust, version=2, reason="more memory")
+    assert standings(Directory(repository), trust)[0].champion == 2
     for path, text in configs(read_manifest(repository / "digits" / "1"), "digits", 1).items():
         (repository / "digits" / path).write_text(text)
-    (row,) = standings(repository, trust)
+    (row,) = standings(Directory(repository), trust)
     assert (row.champion, row.trouble) == (1, "")
     assert row.doubt == "history.jsonl says that version 2 is served; `dfmcl repair` mends it"
-    repair(repository, trust)
-    assert [(change.event, change.version) for change in read_history(repository)][-1] == ("recovered", 1)
-    assert standings(repository, trust)[0].doubt == ""
+    repair(Directory(repository), trust)
+    assert [(change.event, change.version) for change in read_history(Directory(repository))][-1] == ("recovered", 1)
+    assert standings(Directory(repository), trust)[0].doubt == ""
     (repository / "digits" / "1" / "model.onnx").write_bytes(b"")
-    assert standings(repository, trust)[0].champion is None
+    assert standings(Directory(repository), trust)[0].champion is None
 
 
 def test_whatever_the_umask_triton_can_read(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
@@ -593,7 +526,7 @@ def test_whatever_the_umask_triton_can_read(tmp_path: Path, candidate: Path, evi
     before = os.umask(0o077)
     try:
         for _ in range(2):
-            promote(candidate, evidence, tmp_path / "models", name="digits", trust=trust)
+            promote(candidate, evidence, Directory(tmp_path / "models"), name="digits", trust=trust)
     finally:
         os.umask(before)
     for path in (tmp_path / "models" / "digits").rglob("*"):
@@ -604,17 +537,17 @@ def test_a_lock_that_is_held_is_not_waited_for_forever(
     repository: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 5: its holder may hang."""
-    monkeypatch.setattr(writer, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(directory, "LOCK_SECONDS", 0.2)
     with (repository / ".promotion.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(Broken, match="is being changed"):
-            retire(repository, "digits")
+            retire(Directory(repository), "digits")
 
 
 def test_a_lock_file_that_was_removed_lets_no_two_write(repository: Path) -> None:
     """A user tidied up while a second one waited: that one then waits for the holder of the new file."""
     path = repository / ".promotion.lock"
-    waiting = threading.Thread(target=retire, args=(repository, "digits"))
+    waiting = threading.Thread(target=retire, args=(Directory(repository), "digits"))
     with path.open("w") as old:
         fcntl.flock(old, fcntl.LOCK_EX)
         waiting.start()
@@ -642,19 +575,19 @@ def test_a_name_that_ends_as_a_shadow_is_refused(
 ) -> None:
     """It would be taken away when the other model takes its bytes; and a shadow goes with its model."""
     with pytest.raises(BadInput, match="the shadow of another model"):
-        promote(candidate, evidence, repository, name="digits-shadow", trust=trust)
-    promote(candidate, evidence, repository, name="digits", trust=trust, shadow=True)
-    retire(repository, "digits", reason="gone\nfor good")
-    assert model_names(repository) == []
-    assert "gone for good" in {change.reason for change in read_history(repository)}
+        promote(candidate, evidence, Directory(repository), name="digits-shadow", trust=trust)
+    promote(candidate, evidence, Directory(repository), name="digits", trust=trust, shadow=True)
+    retire(Directory(repository), "digits", reason="gone\nfor good")
+    assert model_names(Directory(repository)) == []
+    assert "gone for good" in {change.reason for change in read_history(Directory(repository))}
 
 
 def test_what_was_returned_from_may_serve_later(
     repository: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """A user found out why, and served it: then it is what was before the next."""
-    promote(candidate, evidence, repository, name="digits", trust=trust)
-    give_back(repository, "digits", 1, "no memory")
-    rollback(repository, "digits", trust=trust, version=2)
-    promote(candidate, evidence, repository, name="digits", trust=trust)
-    assert aliases(repository)["digits"] == Aliases(champion=3, previous=2)
+    promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
+    give_back(Directory(repository), "digits", 1, "no memory")
+    rollback(Directory(repository), "digits", trust=trust, version=2)
+    promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
+    assert aliases(Directory(repository))["digits"] == Aliases(champion=3, previous=2)

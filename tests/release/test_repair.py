@@ -19,6 +19,7 @@ from dfmcl.release.ledger import read_history
 from dfmcl.release.promotion import give_back, promote, prune, retire, rollback
 from dfmcl.release.repair import repair
 from dfmcl.release.status import standings
+from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import verify_release
 from dfmcl.serving.clients.triton import Client
 from tests.release.test_promotion import listing
@@ -142,7 +143,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, candidate: Path, evidence: P
     """A repository of two versions, for copies."""
     repository = tmp_path_factory.mktemp("whole") / "models"
     for _ in range(2):
-        promote(candidate, evidence, repository, name="digits", trust=trust)
+        promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
     return repository
 
 
@@ -156,17 +157,17 @@ def test_repair_leads_back_to_service(two: Path, trust: Trust, damage: str) -> N
     """What is served then passes the proof that `serve` asks for, the history agrees, and every command goes on."""
     break_it, version = DAMAGES[damage]
     break_it(two)
-    assert all(row.whole for row in repair(two, trust)), damage
-    assert verify_release(two, "digits", trust).version == version
-    (row,) = standings(two, trust)
+    assert all(row.whole for row in repair(Directory(two), trust)), damage
+    assert verify_release(Directory(two), "digits", trust).version == version
+    (row,) = standings(Directory(two), trust)
     assert (row.champion, row.trouble, row.doubt) == (version, "", "")
-    assert read_history(two, "digits")
+    assert read_history(Directory(two), "digits")
     assert json.loads((two / "aliases.json").read_text())["digits"]["champion"] == version
     assert not [path for path in two.rglob("*") if path.name.startswith(".staging")]
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in (two / "digits" / str(version)).iterdir())
-    said = [each.said for each in repair(two, trust)]
+    said = [each.said for each in repair(Directory(two), trust)]
     assert said == [f"serves version {version}, which is whole"], "twice is once"
-    assert prune(two, "digits", keep=1) in ([], [1], [2])
+    assert prune(Directory(two), "digits", keep=1) in ([], [1], [2])
 
 
 @pytest.mark.parametrize("emptied", [[2], [1, 2]])
@@ -174,10 +175,10 @@ def test_status_advises_what_helps(two: Path, trust: Trust, emptied: list[int]) 
     """`repair` where a version is left that it can serve, else a promotion; and `repair` says the same."""
     for version in emptied:
         empty(two / "digits" / str(version))
-    (row,) = standings(two, trust)
+    (row,) = standings(Directory(two), trust)
     helps = emptied != [1, 2]
     assert row.trouble.endswith("`dfmcl repair` mends it" if helps else "; promote a candidate")
-    assert [each.whole for each in repair(two, trust)] == [helps]
+    assert [each.whole for each in repair(Directory(two), trust)] == [helps]
 
 
 # What only `repair` takes on: who appends to a history that cannot be read would lose it.
@@ -191,9 +192,9 @@ def test_promotion_leads_back_to_service_too(
 ) -> None:
     """The new version serves, under a number that was not given before."""
     DAMAGES[damage][0](two)
-    promoted = promote(candidate, evidence, two, name="digits", trust=trust)
+    promoted = promote(candidate, evidence, Directory(two), name="digits", trust=trust)
     assert promoted.version >= 3
-    assert verify_release(two, "digits", trust) == promoted
+    assert verify_release(Directory(two), "digits", trust) == promoted
 
 
 @pytest.mark.parametrize("damage", sorted(UNREADABLE - {"history.jsonl a directory"}))  # which has no lines
@@ -204,34 +205,41 @@ def test_a_history_that_cannot_be_read_stops_every_change(
     DAMAGES[damage][0](two)
     before = (two / "history.jsonl").read_bytes()
     for change in (
-        lambda: promote(candidate, evidence, two, name="digits", trust=trust),
-        lambda: rollback(two, "digits", trust=trust),
-        lambda: retire(two, "digits"),
-        lambda: prune(two, "digits"),
+        lambda: promote(candidate, evidence, Directory(two), name="digits", trust=trust),
+        lambda: rollback(Directory(two), "digits", trust=trust),
+        lambda: retire(Directory(two), "digits"),
+        lambda: prune(Directory(two), "digits"),
     ):
         with pytest.raises(BadInput, match=r"history\.jsonl: line \d: .*; `dfmcl repair` mends it"):
             change()
     assert (two / "history.jsonl").read_bytes() == before
-    (told, _) = repair(two, trust)
+    (told, _) = repair(Directory(two), trust)
     assert "history.jsonl.damaged-1" in told.said
     assert (two / "history.jsonl.damaged-1").read_bytes() == before
-    assert verify_release(two, "digits", trust).version == 2
+    assert verify_release(Directory(two), "digits", trust).version == 2
 
 
 @pytest.mark.parametrize("damage", [name for name in CONFIG if "gpu" not in name and "cut" not in name])
 def test_a_config_that_cannot_be_read_stops_no_rollback_and_no_retirement(two: Path, trust: Trust, damage: str) -> None:
     """Neither needs to know what is served; to prune one must, and the refusal names the command that helps."""
     DAMAGES[damage][0](two)
-    for change in (lambda: prune(two, "digits", keep=1), lambda: rollback(two, "digits", trust=trust)):
+    for change in (
+        lambda: prune(Directory(two), "digits", keep=1),
+        lambda: rollback(Directory(two), "digits", trust=trust),
+    ):
         with pytest.raises(BadInput, match="`dfmcl repair` mends it"):
             change()
-    assert "`dfmcl repair` mends it" in standings(two, trust)[0].trouble
-    assert rollback(two, "digits", trust=trust, version=1).version == 1
-    assert verify_release(two, "digits", trust).version == 1
+    assert "`dfmcl repair` mends it" in standings(Directory(two), trust)[0].trouble
+    assert rollback(Directory(two), "digits", trust=trust, version=1).version == 1
+    assert verify_release(Directory(two), "digits", trust).version == 1
     DAMAGES[damage][0](two)
-    retire(two, "digits", reason="damaged")
+    retire(Directory(two), "digits", reason="damaged")
     assert not (two / "digits").exists()
-    assert [(row.event, row.version, row.before) for row in read_history(two, "digits")][-1] == ("retired", None, 1)
+    assert [(row.event, row.version, row.before) for row in read_history(Directory(two), "digits")][-1] == (
+        "retired",
+        None,
+        1,
+    )
 
 
 STRANGERS: dict[str, Callable[[Path], object]] = {
@@ -254,34 +262,34 @@ def test_strangers_are_named_and_neither_counted_nor_removed(
     STRANGERS[name](stranger)
     before = listing(two)
     for change in (
-        lambda: promote(candidate, evidence, two, name="digits", trust=trust),
-        lambda: rollback(two, "digits", trust=trust, version=2),
-        lambda: prune(two, "digits", keep=1),
+        lambda: promote(candidate, evidence, Directory(two), name="digits", trust=trust),
+        lambda: rollback(Directory(two), "digits", trust=trust, version=2),
+        lambda: prune(Directory(two), "digits", keep=1),
     ):
         with pytest.raises(Refused, match="promotion did not write this") as caught:
             change()
         assert stranger.name in str(caught.value)
-    assert version_numbers(two / "digits") == [1, 2]
-    (row,) = repair(two, trust)
+    assert version_numbers(Directory(two), "digits") == [1, 2]
+    (row,) = repair(Directory(two), trust)
     assert not row.whole
     assert stranger.name in row.said
     assert listing(two) == before
-    assert stranger.name in standings(two, trust)[0].trouble
+    assert stranger.name in standings(Directory(two), trust)[0].trouble
     stranger.rmdir() if stranger.is_dir() and not stranger.is_symlink() else stranger.unlink()
-    assert [row.said for row in repair(two, trust)] == ["serves version 2, which is whole"]
+    assert [row.said for row in repair(Directory(two), trust)] == ["serves version 2, which is whole"]
 
 
 def test_nothing_is_served_that_does_not_verify(two: Path, trust: Trust, tmp_path: Path) -> None:
     """Where every version is damaged, or signed by another, or expired, `repair` serves none and says of each why."""
     empty(two / "digits" / "config.pbtxt")
     before = listing(two)
-    (row,) = repair(two, trusting(make_key(tmp_path, "another")))
+    (row,) = repair(Directory(two), trusting(make_key(tmp_path, "another")))
     assert (row.whole, row.said.count("0 trusted keys signed")) == (False, 2)
-    (row,) = repair(two, trust, now=datetime.fromisoformat(CREATED) + timedelta(days=200 * 365))
+    (row,) = repair(Directory(two), trust, now=datetime.fromisoformat(CREATED) + timedelta(days=200 * 365))
     assert (row.whole, row.said.count("expired")) == (False, 2)
     garble(two / "digits" / "2" / "model.onnx")
     empty(two / "digits" / "1")
-    (row,) = repair(two, trust)
+    (row,) = repair(Directory(two), trust)
     assert not row.whole
     assert "promote a candidate" in row.said
     assert listing(two)["digits/config.pbtxt"] == before["digits/config.pbtxt"] == b""
@@ -291,14 +299,14 @@ def test_what_was_given_up_is_not_what_repair_falls_back_to(
     two: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """It verifies, and was seen not to work."""
-    promote(candidate, evidence, two, name="digits", trust=trust)
-    give_back(two, "digits", 2, "its warm-up failed")
+    promote(candidate, evidence, Directory(two), name="digits", trust=trust)
+    give_back(Directory(two), "digits", 2, "its warm-up failed")
     for path in ("2/model.onnx", "config.pbtxt"):
         garble(two / "digits" / path)
-    assert repair(two, trust)[0].whole
-    assert verify_release(two, "digits", trust).version == 1
+    assert repair(Directory(two), trust)[0].whole
+    assert verify_release(Directory(two), "digits", trust).version == 1
     garble(two / "digits" / "1" / "model.onnx")
-    assert not repair(two, trust)[0].whole
+    assert not repair(Directory(two), trust)[0].whole
 
 
 def test_another_program_s_model_is_left_alone(two: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
@@ -309,14 +317,14 @@ def test_another_program_s_model_is_left_alone(two: Path, candidate: Path, evide
     (mine / "config.pbtxt").write_text('name: "mine"\nbackend: "tensorrt"\n')
     before = listing(mine)
     for change in (
-        lambda: promote(candidate, evidence, two, name="mine", trust=trust),
-        lambda: retire(two, "mine"),
-        lambda: prune(two, "mine"),
-        lambda: rollback(two, "mine", trust=trust, version=1),
+        lambda: promote(candidate, evidence, Directory(two), name="mine", trust=trust),
+        lambda: retire(Directory(two), "mine"),
+        lambda: prune(Directory(two), "mine"),
+        lambda: rollback(Directory(two), "mine", trust=trust, version=1),
     ):
         with pytest.raises(BadInput, match=r"mine: (promotion did not write this|is not served)"):
             change()
-    told = {row.about: row for row in repair(two, trust)}
+    told = {row.about: row for row in repair(Directory(two), trust)}
     assert told["digits"].whole
     assert "promotion did not write this; move it away" in told["mine"].said
     assert listing(mine) == before
@@ -327,35 +335,35 @@ def test_a_model_whose_directory_is_gone_is_not_forgotten(
 ) -> None:
     """Nobody retired it: `status` says so, `repair` cannot help, and its numbers stay taken."""
     remove(two / "digits")
-    (row,) = standings(two, trust)
+    (row,) = standings(Directory(two), trust)
     assert (row.champion, row.versions) == (None, [])
     assert "nobody retired it; promote a candidate" in row.trouble
-    (found,) = repair(two, trust)
+    (found,) = repair(Directory(two), trust)
     assert not found.whole
-    assert promote(candidate, evidence, two, name="digits", trust=trust).version == 3
+    assert promote(candidate, evidence, Directory(two), name="digits", trust=trust).version == 3
 
 
 def test_what_was_retired_is_not_brought_back(two: Path, tmp_path: Path, trust: Trust) -> None:
     """A backup that a user copies in is served when a person asks for it by its number."""
     backup = shutil.copytree(two / "digits", tmp_path / "backup")
-    retire(two, "digits")
+    retire(Directory(two), "digits")
     shutil.copytree(backup, two / "digits")
     remove(two / "digits" / "config.pbtxt")
-    (row,) = repair(two, trust)
+    (row,) = repair(Directory(two), trust)
     assert (row.whole, "was retired" in row.said) == (False, True)
-    assert rollback(two, "digits", trust=trust, version=2).version == 2
-    assert repair(two, trust)[0].whole
+    assert rollback(Directory(two), "digits", trust=trust, version=2).version == 2
+    assert repair(Directory(two), trust)[0].whole
 
 
 def test_one_model_is_repaired_where_one_is_named(two: Path, candidate: Path, evidence: Path, trust: Trust) -> None:
     """A misspelt name is bad input."""
-    promote(candidate, evidence, two, name="other", trust=trust)
+    promote(candidate, evidence, Directory(two), name="other", trust=trust)
     for name in ("digits", "other"):
         empty(two / name / "config.pbtxt")
-    assert [row.about for row in repair(two, trust, name="other")] == ["other"]
-    assert [bool(row.trouble) for row in standings(two, trust)] == [True, False]
+    assert [row.about for row in repair(Directory(two), trust, name="other")] == ["other"]
+    assert [bool(row.trouble) for row in standings(Directory(two), trust)] == [True, False]
     with pytest.raises(BadInput, match="models there: digits, other"):
-        repair(two, trust, name="digit")
+        repair(Directory(two), trust, name="digit")
 
 
 @pytest.mark.parametrize("damage", ["digits/config.pbtxt emptied", "model.onnx cut"])

@@ -10,17 +10,19 @@ import pytest
 
 from dfmcl.release.ledger import is_retired
 from dfmcl.release.promotion import retire
+from dfmcl.release.stores import directory
+from dfmcl.release.stores.directory import Directory
 from dfmcl.serving.triton import sight
 
 
 def test_a_whole_model_has_a_mark_that_changes_with_it(repository: Path) -> None:
     """With its config, and with each file of its version."""
-    [(name, mark)] = sight.look(repository).marks.items()
+    [(name, mark)] = sight.look(Directory(repository)).marks.items()
     assert (name, mark.version) == ("digits", 1)
-    assert sight.look(repository).marks == {"digits": mark}
+    assert sight.look(Directory(repository)).marks == {"digits": mark}
     report = repository / "digits" / "1" / "report.json"
     report.write_bytes(report.read_bytes() + b" ")
-    assert sight.look(repository).marks["digits"] != mark
+    assert sight.look(Directory(repository)).marks["digits"] != mark
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
@@ -35,24 +37,24 @@ def test_storage_that_fails_is_no_absence(
 
     real = Path.stat
     if where == "the repository":
-        monkeypatch.setattr(sight.os, "scandir", fail)
+        monkeypatch.setattr(Path, "iterdir", fail)
     elif where == "the config":
-        monkeypatch.setattr(sight, "read_plain", fail)
+        monkeypatch.setattr(directory, "read_plain", fail)
     else:
         monkeypatch.setattr(Path, "stat", lambda path, **kw: fail(path) if path.name == "report.json" else real(path))
-    seen = sight.look(repository)
+    seen = sight.look(Directory(repository))
     assert seen.marks == {}
-    [(path, trouble)] = seen.troubles.items()
-    assert path == (repository if where == "the repository" else repository / "digits")
+    [(name, trouble)] = seen.troubles.items()
+    assert name == ("" if where == "the repository" else "digits")
     assert f"cannot be read: {os.strerror(number)}" in trouble
 
 
 def test_only_the_history_says_that_a_model_is_retired(repository: Path) -> None:
     """Its directory may be away for a moment."""
     away = (repository / "digits").rename(repository / ".away")
-    assert sight.look(repository) == sight.Sight()
-    assert not is_retired(repository, "digits")
+    assert sight.look(Directory(repository)) == sight.Sight()
+    assert not is_retired(Directory(repository), "digits")
     away.rename(repository / "digits")
-    retire(repository, "digits")
-    assert sight.look(repository) == sight.Sight()
-    assert is_retired(repository, "digits")
+    retire(Directory(repository), "digits")
+    assert sight.look(Directory(repository)) == sight.Sight()
+    assert is_retired(Directory(repository), "digits")

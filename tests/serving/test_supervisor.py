@@ -25,6 +25,7 @@ from dfmcl.release.candidate import FILES, sha256_of
 from dfmcl.release.ledger import Aliases, aliases, read_history
 from dfmcl.release.promotion import promote, retire, rollback
 from dfmcl.release.status import standings
+from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import Promoted
 from dfmcl.robustness.data import load_dataset
 from dfmcl.serving.clients.triton import Client
@@ -57,7 +58,7 @@ def bring(
 ) -> Callable[..., Promoted]:
     """Promotes "another" candidate, or the "first" one again."""
     pairs = {"first": (candidate, evidence), "another": another}
-    return lambda which="another", name="digits": promote(*pairs[which], repository, name=name, trust=trust)
+    return lambda which="another", name="digits": promote(*pairs[which], Directory(repository), name=name, trust=trust)
 
 
 @pytest.fixture
@@ -163,23 +164,23 @@ def test_no_request_is_lost_through_promotions_and_returns(
     first, second = onnx_logits(candidate / "model.onnx", IMAGES), onnx_logits(another[0] / "model.onnx", IMAGES)
     url, expected = server.ready["grpc"], {"1": first, "2": second, "6": second}
     with Client(url, "digits") as client, Traffic(asking(url), expected) as traffic:
-        wait_until_live(client, promote(*another, repository, name="digits", trust=trust), 60)
+        wait_until_live(client, promote(*another, Directory(repository), name="digits", trust=trust), 60)
         traffic.mark("promoted")
-        wait_until_live(client, rollback(repository, "digits", trust=trust), 60)
+        wait_until_live(client, rollback(Directory(repository), "digits", trust=trust), 60)
         traffic.mark("rolled back")
         for number, (why, change) in enumerate(BROKEN.items(), start=3):
             made = broken(tmp_path / why, candidate, evidence, key, change)
-            failing = promote(made / "candidate", made / "evidence", repository, name="digits", trust=trust)
+            failing = promote(made / "candidate", made / "evidence", Directory(repository), name="digits", trust=trust)
             assert failing.version == number
             with pytest.raises(Refused, match=f"version {number} was given up"):
                 wait_until_live(client, failing, 60)
             traffic.mark(why)
-        wait_until_live(client, promote(*another, repository, name="digits", trust=trust), 60)
+        wait_until_live(client, promote(*another, Directory(repository), name="digits", trust=trust), 60)
         traffic.mark("promoted again")
     assert traffic.failures == [], (traffic.marks, server.said)
     assert traffic.answers.keys() == {"1", "2", "6"}, "what failed answered nobody"
-    assert aliases(repository)["digits"] == Aliases(champion=6, previous=1)
-    returned = [change for change in read_history(repository) if change.event == "returned"]
+    assert aliases(Directory(repository))["digits"] == Aliases(champion=6, previous=1)
+    returned = [change for change in read_history(Directory(repository)) if change.event == "returned"]
     assert [(change.before, change.version) for change in returned] == [(3, 1), (4, 1), (5, 1)]
     assert all(change.reason for change in returned)
     assert json.loads(server.ready_file.read_text())["models"] == {"digits": 6}
@@ -210,7 +211,7 @@ def test_no_request_is_lost_in_a_rollout_between_two_servers(
 
     try:
         with Traffic(make, expected) as traffic:
-            promote(*another, repository, name="digits", trust=trust)
+            promote(*another, Directory(repository), name="digits", trust=trust)
             new = Served(repository, tmp_path / "new.json", fixed=True, grpc_port=port).start()
             wait_until(lambda: traffic.answers["2"] > 10)
             traffic.mark("both answer")
@@ -282,7 +283,9 @@ def test_a_flood_is_no_death(
 ) -> None:  # fmt: skip
     """64 clients with full batches and no deadline: our own questions fail one after another, others' are answered."""
     made = broken(tmp_path / "slow", candidate, evidence, key, changed(slow))
-    promote(made / "candidate", made / "evidence", tmp_path / "models", name="digits", trust=trust, threads=1)
+    promote(
+        made / "candidate", made / "evidence", Directory(tmp_path / "models"), name="digits", trust=trust, threads=1
+    )
     server = Served(tmp_path / "models", tmp_path / "ready.json", liveness_seconds=0.2).start()
     monkeypatch.setattr(triton, "ANSWER_SECONDS", 1.0)
     real, failed = pulse.silence, []
@@ -384,7 +387,7 @@ def test_a_repository_that_is_away_ends_nothing(
                 )
                 assert len(server.said) == len(set(server.said)) <= 4, (why, server.said)
                 traffic.mark(why)
-            wait_until_live(client, promote(*another, repository, name="digits", trust=trust), 60)
+            wait_until_live(client, promote(*another, Directory(repository), name="digits", trust=trust), 60)
         assert traffic.failures == [], (traffic.marks, server.said)
         back = moved(repository)
         os.kill(stub_of(server), signal.SIGKILL)
@@ -392,7 +395,7 @@ def test_a_repository_that_is_away_ends_nothing(
         wait_until(server.ready_file.exists)
         assert client.describe().version == "2"
         back()
-        retire(repository, "digits")
+        retire(Directory(repository), "digits")
         wait_until(lambda: read_ready(server.ready_file)["models"] == {})
         with pytest.raises(DfmclError, match="not served there"):
             client.predict(IMAGES)
@@ -420,18 +423,18 @@ def test_a_revoked_key_lets_nothing_new_in(
         with pytest.raises(Refused, match=r"version 3 was given up: .*0 trusted keys signed"):
             wait_until_live(client, third, 60)
         assert client.describe().version == "2"
-        assert aliases(repository)["digits"] == Aliases(champion=2, previous=1)
-        [returned] = [change for change in read_history(repository) if change.event == "returned"]
+        assert aliases(Directory(repository))["digits"] == Aliases(champion=2, previous=1)
+        [returned] = [change for change in read_history(Directory(repository)) if change.event == "returned"]
         assert (returned.before, returned.version) == (3, 2)
 
         first = bring("first", "other")
         with pytest.raises(Refused, match=r"version 1 was given up: .*0 trusted keys signed"):
             wait_until_live(other, first, 60)
-        assert aliases(repository)["other"].champion is None
-        [_, row] = standings(repository)
+        assert aliases(Directory(repository))["other"].champion is None
+        [_, row] = standings(Directory(repository))
         assert row.trouble.startswith("version 1 was given up: ")
         file.write_text(both)
-        wait_until(lambda: aliases(repository)["other"].champion == 1)
+        wait_until(lambda: aliases(Directory(repository))["other"].champion == 1)
         wait_until_live(other, first, 60)
     assert sum("no longer trusted" in line for line in server.said) == 1
     assert server.close() == 0
@@ -458,7 +461,7 @@ def test_a_crash_of_a_trial_is_not_the_versions_fault(
             yield made
 
     monkeypatch.setattr(supervisor, "running", dying)
-    promoted = promote(*another, repository, name="digits", trust=trust)
+    promoted = promote(*another, Directory(repository), name="digits", trust=trust)
     with Client(server.ready["grpc"], "digits") as client:
         if deaths == 1:
             wait_until_live(client, promoted, 60)
@@ -521,7 +524,7 @@ def test_a_first_version_that_cannot_be_served_is_told_and_kept(
 ) -> None:
     """There is nothing to return to: `promote --live` says why, the files stay, the other model goes on."""
     made = broken(tmp_path / "made", candidate, evidence, key, BROKEN["no ONNX file"])
-    failing = promote(made / "candidate", made / "evidence", repository, name="other", trust=trust)
+    failing = promote(made / "candidate", made / "evidence", Directory(repository), name="other", trust=trust)
     with Client(server.ready["grpc"], "other") as client, pytest.raises(Refused, match="Triton ended with exit code"):
         wait_until_live(client, failing, 60)
     assert failing.path.is_dir()
@@ -533,12 +536,12 @@ def test_shadows_come_and_go(
     server: Served, repository: Path, another: tuple[Path, Path], trust: Trust, candidate: Path
 ) -> None:
     """A candidate is served beside the champion, under its own name, until it takes over or is retired."""
-    shadow = promote(*another, repository, name="digits", trust=trust, shadow=True)
+    shadow = promote(*another, Directory(repository), name="digits", trust=trust, shadow=True)
     with Client(server.ready["grpc"], "digits-shadow") as client:
         wait_until_live(client, shadow, 60)
         answer = client.predict(IMAGES)
         assert np.allclose(answer.logits, onnx_logits(another[0] / "model.onnx", IMAGES), rtol=1e-3, atol=1e-4)
-        retire(repository, "digits-shadow")
+        retire(Directory(repository), "digits-shadow")
         wait_until(lambda: json.loads(server.ready_file.read_text())["models"] == {"digits": 1})
         with pytest.raises(DfmclError, match="not served there"):
             client.predict(IMAGES)
@@ -549,12 +552,12 @@ def test_the_last_of_many_promotions_is_served(
 ) -> None:
     """Changes that come while one is tried are not lost, and none is given up for another's sake."""
     for _ in range(3):
-        promote(*another, repository, name="digits", trust=trust)
-        last = promote(candidate, evidence, repository, name="digits", trust=trust)
+        promote(*another, Directory(repository), name="digits", trust=trust)
+        last = promote(candidate, evidence, Directory(repository), name="digits", trust=trust)
     with Client(server.ready["grpc"], "digits") as client:
         wait_until_live(client, last, 60)
     assert not any("given up" in line for line in server.said)
-    assert {change.event for change in read_history(repository)} == {"promoted"}
+    assert {change.event for change in read_history(Directory(repository))} == {"promoted"}
 
 
 def test_a_fixed_server_takes_nothing_later(
@@ -562,7 +565,7 @@ def test_a_fixed_server_takes_nothing_later(
 ) -> None:
     """Control mode none: a promotion is for the next server."""
     server = Served(repository, tmp_path / "ready.json", fixed=True).start()
-    promoted = promote(*another, repository, name="digits", trust=trust)
+    promoted = promote(*another, Directory(repository), name="digits", trust=trust)
     with Client(server.ready["grpc"], "digits") as client:
         with pytest.raises(Broken, match="not live after 2 s"):
             wait_until_live(client, promoted, 2)

@@ -22,6 +22,7 @@ from dfmcl.common.errors import BadInput, Broken, Refused, Unavailable, WrongAns
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.release.candidate import FILES, sha256_of
 from dfmcl.release.promotion import promote
+from dfmcl.release.stores.directory import Directory
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import read_ready
 from dfmcl.serving.triton import environment, supervisor
@@ -142,7 +143,7 @@ def test_model_that_triton_cannot_load_is_broken(
     manifest = json.loads((garbage / "manifest.json").read_text()) | {"files": files}
     (garbage / "manifest.json").write_text(json.dumps(manifest))
     write_report(evidence, report_on(garbage, evidence), key)
-    promote(garbage, evidence, tmp_path / "models", name="digits", trust=trust)
+    promote(garbage, evidence, Directory(tmp_path / "models"), name="digits", trust=trust)
     with pytest.raises(Broken, match=r"Triton ended with exit code .*digits") as caught:
         Served(tmp_path / "models", tmp_path / "ready.json").start()
     assert "\n" not in str(caught.value)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.attestation import Trust
+from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.serving.ready import read_ready
@@ -105,7 +106,7 @@ class Served:
     def _serve(self) -> None:
         try:
             code = supervisor.serve(
-                self.repository,
+                Directory(self.repository),
                 http_port=0,
                 grpc_port=self.grpc_port,
                 metrics_port=0,

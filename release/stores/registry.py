@@ -1,0 +1,48 @@
+"""The kinds of store by the scheme of their addresses; a member is one file beside this one, and one line here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from dfmcl.common.errors import BadInput
+from dfmcl.common.text import scheme_of
+from dfmcl.release.stores.directory import Directory
+from dfmcl.release.stores.store import Store
+
+STORES: dict[str, Callable[[str], Store]] = {
+    "": lambda address: Directory(Path(address)),
+}
+"""Scheme, such as s3 of s3://bucket/models, to the function that opens an address; "" is a path of this machine."""
+
+
+def store_of(address: str | Path) -> Store:
+    """The store at an address; BadInput where its scheme names no kind that is known."""
+    return _kind(str(address))(str(address))
+
+
+def store_at(address: str | Path) -> tuple[Store, str]:
+    """The store that holds a folder, and the folder's name in it; BadInput as above."""
+    kind = _kind(str(address))
+    if scheme_of(str(address)):
+        parent, _, name = str(address).rstrip("/").rpartition("/")
+        return kind(parent), name
+    path = Path(os.path.normpath(Path(address).absolute()))  # not resolved: a link must not hide where it lies
+    return kind(str(path.parent)), path.name
+
+
+def local_of(address: str) -> Path:
+    """A folder on this machine: the one that a path names, as it names it, or a copy of what lies at an address."""
+    if not scheme_of(address):
+        return Path(address)
+    store, name = store_at(address)
+    return store.local(name)
+
+
+def _kind(address: str) -> Callable[[str], Store]:
+    scheme = scheme_of(address)
+    if scheme not in STORES:
+        known = ", ".join(f"{name}://" if name else "paths of this machine" for name in STORES)
+        raise BadInput(f"{address}: {scheme}: is no folder here, and no store that is known; known are {known}")
+    return STORES[scheme]

@@ -1,0 +1,363 @@
+"""The seam between releases and where they lie: a directory and a bucket do the same, and a bucket's writer may die."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from dfmcl.common.errors import BadInput, Broken, Refused
+from dfmcl.common.reader import Unfit
+from dfmcl.gating.signing.attestation import Trust
+from dfmcl.release.candidate import sha256_of
+from dfmcl.release.layout import VERSION_FILES, model_names, parse_config, served_version, version_numbers
+from dfmcl.release.ledger import Aliases, aliases, is_retired, read_history
+from dfmcl.release.promotion import give_back, promote, prune, retire, rollback, switch
+from dfmcl.release.repair import repair
+from dfmcl.release.status import standings
+from dfmcl.release.stores import directory
+from dfmcl.release.stores.directory import Directory
+from dfmcl.release.stores.registry import STORES, store_of
+from dfmcl.release.stores.store import Changed, Store
+from dfmcl.release.verification import verify_release
+from dfmcl.release.writer import only_writer
+from dfmcl.serving.triton.known_answers import known_answers
+from dfmcl.serving.triton.sight import look
+from tests.release.bucket import LEASE_SECONDS, Bucket, Died, Objects
+from tests.release.test_promotion import CHANGES, FOLLOWING, PROMOTE
+from tests.signing import code_of
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """Each member, empty."""
+    return Directory(tmp_path / "models") if request.param == "directory" else Bucket(Objects())
+
+
+@pytest.fixture
+def promoted(store: Store, candidate: Path, evidence: Path, trust: Trust) -> Store:
+    """Each member, with one promoted version."""
+    promote(candidate, evidence, store, name="digits", trust=trust, threads=1)
+    return store
+
+
+def from_outside(store: Store, name: str, data: bytes) -> None:
+    """Write a file as a program that asks nobody."""
+    if isinstance(store, Bucket):
+        store.objects.held[name] = data
+    else:
+        Path(store.where(name)).write_bytes(data)
+
+
+def add(store: Store, config: bytes, fault: Exception | None = None) -> None:
+    """A folder m with two files, one of them in a folder of its own; or half of it, where there is a fault."""
+    with store.added("m") as folder:
+        (folder / "1").mkdir()
+        (folder / "1" / "model").write_bytes(b"12345")
+        if fault is not None:
+            raise fault
+        (folder / "config").write_bytes(config)
+        assert "m" not in {entry.name for entry in store.entries()}
+
+
+def test_a_folder_is_added_as_a_whole_or_not_at_all(store: Store) -> None:
+    """What was begun and not finished has no name; a name is given once."""
+    with store.writing():
+        with pytest.raises(ZeroDivisionError):
+            add(store, b"one", ZeroDivisionError())
+        assert [entry.name for entry in store.entries() if not entry.name.startswith(".")] == []
+        add(store, b"one")
+        assert [(entry.name, entry.folder, entry.file) for entry in store.entries("m")] == [
+            ("1", True, False),
+            ("config", False, True),
+        ]
+        with pytest.raises(FileExistsError), store.added("m") as folder:
+            (folder / "config").write_bytes(b"two")
+        assert store.read("m/config", 5) == b"one"
+        with store.removed("m/1"):
+            assert [entry.name for entry in store.entries("m")] == ["config"]
+        with store.added("m/1") as folder:
+            (folder / "model").write_bytes(b"again")
+    assert (store.local("m") / "1" / "model").read_bytes() == b"again"
+
+
+def test_a_file_is_replaced_as_it_was_seen_or_not_at_all(store: Store) -> None:
+    """A writer that saw another one changes nothing; one that saw none makes a new one only."""
+    with store.writing():
+        first = store.replace("m/config", b"one", None)
+        assert store.etag("m/config") == first
+        for seen in (None, "another"):
+            with pytest.raises(Changed, match="another writer replaced it"):
+                store.replace("m/config", b"two", seen)
+        assert store.read("m/config", 3) == b"one"
+        second = store.replace("m/config", b"two", first)
+        assert (store.local("m") / "config").read_bytes() == b"two"
+        assert store.replace("m/config", b"three", second) not in (first, second)
+        assert (store.local("m") / "config").read_bytes() == b"three"
+        assert [store.set_aside("m/config")] == ["config.damaged-1"]
+        store.replace("m/config", b"four", None)
+        assert store.set_aside("m/config") == "config.damaged-2"
+    assert [entry.name for entry in store.entries("m")] == ["config.damaged-1", "config.damaged-2"]
+    assert not (store.local("m") / "config").exists()
+
+
+def test_what_is_not_there_is_told_as_files_are(store: Store) -> None:
+    """And a file that is larger than it may be is not read."""
+    with store.writing():
+        store.replace("config", b"one", None)
+    for ask in (
+        lambda: store.read("m", 1),
+        lambda: store.etag("m"),
+        lambda: store.entries("m"),
+        lambda: store.set_aside("m"),
+    ):
+        with pytest.raises(FileNotFoundError):
+            ask()
+    assert not store.local("m").exists()
+    with pytest.raises(Unfit, match="at most 2 are read"):
+        store.read("config", 2)
+
+
+def test_one_writer_at_a_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one is told, and comes in once the first has ended."""
+    monkeypatch.setattr(directory, "LOCK_SECONDS", 0.1)
+    with store.writing(), pytest.raises(Broken, match="is being changed"), store.writing():
+        pass
+    with store.writing():
+        pass
+
+
+def test_first_promotion_writes_version_1_to_each_store(
+    store: Store, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """The version holds the candidate and its evidence; the config serves it; aliases name it; its answers are read."""
+    promoted = promote(candidate, evidence, store, name="digits", trust=trust)
+    assert (promoted.model, promoted.version, promoted.folder) == ("digits", 1, "digits/1")
+    assert promoted.sha256 == sha256_of(promoted.path / "model.onnx")
+    assert {entry.name for entry in store.entries("digits/1")} == VERSION_FILES
+    roles = {"champion": 1, "previous": None, "candidate": None}
+    assert json.loads(store.read("aliases.json", 1000)) == {"digits": roles}
+    assert verify_release(store, "digits", trust) == promoted
+    assert len(known_answers(promoted)[0]) == 64
+    (row,) = standings(store, trust)
+    assert (row.champion, row.previous, row.versions, row.trouble, row.doubt) == (1, None, [1], "", "")
+
+
+def test_rollback_serves_what_was_served_before(promoted: Store, candidate: Path, evidence: Path, trust: Trust) -> None:
+    """With its bytes and threads; doing it twice is where one began, and the history says who and why."""
+    first = verify_release(promoted, "digits")
+    promote(candidate, evidence, promoted, name="digits", trust=trust, threads=3)
+    seen = look(promoted).marks["digits"]
+    assert rollback(promoted, "digits", trust=trust, reason="p99 doubled") == first
+    assert look(promoted).marks["digits"] != seen
+    assert verify_release(promoted, "digits", trust) == first
+    assert aliases(promoted)["digits"] == Aliases(champion=1, previous=2)
+    config = parse_config(promoted.read("digits/config.pbtxt", 10_000).decode(), "")
+    assert config.parameters["intra_op_thread_count"].string_value == "3"
+    assert rollback(promoted, "digits", trust=trust).version == 2
+    last = read_history(promoted)[-2]
+    assert (last.event, last.version, last.before, last.reason) == ("rolled_back", 1, 2, "p99 doubled")
+    assert last.actor
+
+
+def test_rollback_to_where_nothing_is_is_told(promoted: Store, trust: Trust) -> None:
+    """There may be no earlier version, or none of that number, or no such model."""
+    with pytest.raises(Refused, match="nothing was served before version 1"):
+        rollback(promoted, "digits", trust=trust)
+    with pytest.raises(BadInput, match="has no version 7; on disk are 1"):
+        rollback(promoted, "digits", trust=trust, version=7)
+    with pytest.raises(BadInput, match="models there: digits"):
+        rollback(promoted, "other", trust=trust)
+
+
+def test_prune_keeps_what_serves_and_what_served_last(
+    promoted: Store, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """However old they are; numbers that are gone stay taken."""
+    for _ in range(4):
+        promote(candidate, evidence, promoted, name="digits", trust=trust)
+    rollback(promoted, "digits", trust=trust, version=1)
+    assert prune(promoted, "digits", keep=2) == [2, 3]
+    assert {entry.name for entry in promoted.entries("digits") if entry.name.isdecimal()} == {"1", "4", "5"}
+    assert prune(promoted, "digits", keep=2) == []
+    assert promote(candidate, evidence, promoted, name="digits", trust=trust).version == 6
+
+
+def test_a_shadow_stands_beside_the_champion_until_its_bytes_are_served(
+    promoted: Store, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """Under its own name, with its own versions; a retired name keeps its numbers."""
+    with pytest.raises(BadInput, match="nothing can stand in its shadow"):
+        promote(candidate, evidence, promoted, name="other", trust=trust, shadow=True)
+    shadow = promote(candidate, evidence, promoted, name="digits", trust=trust, shadow=True)
+    assert shadow.model == "digits-shadow"
+    assert aliases(promoted)["digits"] == Aliases(champion=1, candidate=1)
+    assert verify_release(promoted, "digits-shadow", trust).version == 1
+    promote(candidate, evidence, promoted, name="digits", trust=trust)
+    assert model_names(promoted) == ["digits"]
+    assert aliases(promoted) == {"digits": Aliases(champion=2, previous=1)}
+    assert promote(candidate, evidence, promoted, name="digits", trust=trust, shadow=True).version == 2
+    retire(promoted, "digits-shadow", reason="slower")
+    assert aliases(promoted)["digits"].candidate is None
+    assert [change.event for change in read_history(promoted, "digits-shadow")] == ["promoted", "retired"] * 2
+
+
+def test_what_was_returned_from_is_not_previous(promoted: Store, candidate: Path, evidence: Path, trust: Trust) -> None:
+    """A rollback must not lead to a version that never worked."""
+    for _ in range(2):
+        promote(candidate, evidence, promoted, name="digits", trust=trust)
+    give_back(promoted, "digits", 2, "it does not load")
+    assert aliases(promoted)["digits"] == Aliases(champion=2, previous=1)
+    assert promote(candidate, evidence, promoted, name="digits", trust=trust).version == 4
+    assert aliases(promoted)["digits"] == Aliases(champion=4, previous=2)
+
+
+def test_a_damaged_history_is_kept_aside_and_a_damaged_config_is_mended(promoted: Store, trust: Trust) -> None:
+    """By `repair`, in each store; and messages name what lies there as it is called there."""
+    from_outside(promoted, "history.jsonl", promoted.read("history.jsonl", 10_000) + b"{{{\n")
+    from_outside(promoted, "digits/config.pbtxt", b"")
+    lost, row = repair(promoted, trust)
+    assert (row.whole, lost.about) == (True, "history.jsonl")
+    assert promoted.read("history.jsonl.damaged-1", 10_000).endswith(b"{{{\n")
+    assert verify_release(promoted, "digits", trust).version == 1
+    from_outside(promoted, "digits/1/model.onnx", b"")
+    (row,) = standings(promoted, trust)
+    assert row.trouble.startswith(f"{promoted.where('digits/1/model.onnx')}: is not what the gate judged")
+    assert row.champion is None
+
+
+def switch_late(store: Store, meanwhile: Callable[[], object]) -> None:
+    """Serve version 1, once something else has happened since that change began."""
+    with only_writer(store) as change:
+        meanwhile()
+        switch(change, "digits", 1, "rolled_back")
+
+
+def test_a_change_replaces_nothing_that_another_writer_wrote_since_it_began(
+    promoted: Store, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """A commit is on the condition that what it changes is as it was: of two, one is told to come again."""
+    promote(candidate, evidence, promoted, name="digits", trust=trust)
+    before = promoted.read("history.jsonl", 10_000)
+    config = promoted.read("digits/config.pbtxt", 10_000).replace(b'string_value: "1"', b'string_value: "12"')
+    with pytest.raises(Broken, match=r"config\.pbtxt: another writer replaced it; before that, digits/configs/gpu"):
+        switch_late(promoted, lambda: from_outside(promoted, "digits/config.pbtxt", config))
+    assert promoted.read("digits/config.pbtxt", 10_000) == config
+    assert (promoted.read("history.jsonl", 10_000), served_version(promoted, "digits")) == (before, 2)
+    assert rollback(promoted, "digits", trust=trust).version == 1
+    assert standings(promoted, trust)[0].doubt == ""
+
+
+@pytest.fixture(scope="module")
+def three(candidate: Path, evidence: Path, trust: Trust) -> dict[str, bytes]:
+    """What a bucket holds after three promotions."""
+    objects = Objects()
+    for _ in range(3):
+        promote(candidate, evidence, Bucket(objects), name="digits", trust=trust)
+    return objects.held
+
+
+def triton_sees(held: dict[str, bytes]) -> int | None:
+    """The version that a Triton would load which reads the bucket itself, and knows nothing of markers.
+
+    Its files are all there; a config for GPUs may still be, or already be, of another version that is as whole.
+    """
+    served = None
+    for config in ("digits/configs/gpu.pbtxt", "digits/config.pbtxt"):
+        if config in held and "digits/config.pbtxt" in held:
+            (served,) = parse_config(held[config].decode(), config).version_policy.specific.versions
+            assert {f"digits/{served}/{file}" for file in VERSION_FILES} <= held.keys()
+    return served
+
+
+@pytest.mark.parametrize("change", ["first", *CHANGES])
+def test_death_at_any_write_to_a_bucket_leaves_the_old_or_the_new_state(
+    three: dict[str, bytes], candidate: Path, evidence: Path, trust: Trust, change: str
+) -> None:
+    """As in a directory, though nothing can be renamed there: no reader ever finds a half, nor does the next writer."""
+    code, allowed = (PROMOTE, {None, 1}) if change == "first" else CHANGES[change]
+    found: list[int | None] = []
+    triton: list[int | None] = []
+    for left in count():
+        objects = Objects({} if change == "first" else dict(three), left)
+        names = {"candidate": candidate, "evidence": evidence, "trust": trust, "repository": Bucket(objects)}
+        ended = False
+        try:
+            exec(code, globals() | names)  # as the process of test_promotion.py does
+            ended = True
+        except Died:
+            pass
+        later = Bucket(Objects(objects.held), now=lambda: 2 * LEASE_SECONDS)
+        served = [verify_release(later, name).version for name in model_names(later)]
+        found.append(served[0] if served else None)
+        triton.append(triton_sees(objects.held))
+        for version in version_numbers(later, "digits"):
+            assert {entry.name for entry in later.entries(f"digits/{version}")} == VERSION_FILES
+        if ended or left % 4 == 1:
+            goes_on(later, objects.held, candidate, evidence, trust, left)
+        if ended:
+            break
+    assert left > 4
+    for seen in (found, triton):
+        assert set(seen) == allowed
+        assert seen == sorted(seen, key=seen.index), "once new, never old again"
+
+
+def goes_on(store: Bucket, held: dict[str, bytes], candidate: Path, evidence: Path, trust: Trust, number: int) -> None:
+    """What comes after a death finds nothing in its way, and leaves nothing of it."""
+    served = served_version(store, "digits") if model_names(store) else None
+    assert served or is_retired(store, "digits") or not read_history(store)
+    if served:
+        FOLLOWING[number % len(FOLLOWING)](store, trust)
+    promoted = promote(candidate, evidence, store, name="digits", trust=trust)
+    assert verify_release(store, "digits", trust) == promoted
+    (row,) = standings(store, trust)
+    assert (row.trouble, row.doubt) == ("", "")
+    assert not [name for name in held if "unfinished" in name or name.endswith(".lock")]
+
+
+def test_a_lease_that_has_not_ended_keeps_others_out(three: dict[str, bytes], trust: Trust) -> None:
+    """Whether its holder died nobody knows before its time has passed; one that lives all the same can do no harm."""
+    objects = Objects(dict(three), left=2)
+    with pytest.raises(Died):
+        rollback(Bucket(objects), "digits", trust=trust)
+    with pytest.raises(Broken, match="memory://bucket: is being changed"):
+        retire(Bucket(Objects(objects.held)), "digits")
+    slow, quick = (Bucket(Objects(objects.held), now=lambda now=now: now) for now in (100.0, 200.0))
+    with pytest.raises(Broken, match="another writer replaced it; nothing was changed"):
+        switch_late(slow, lambda: rollback(quick, "digits", trust=trust, version=2))
+    assert verify_release(quick, "digits", trust).version == 2
+    assert [change.event for change in read_history(quick)].count("rolled_back") == 1
+
+
+def test_another_member_is_one_line_of_the_registry(
+    three: dict[str, bytes], trust_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command then takes its addresses; those of other schemes are refused, with the schemes that are known."""
+    with pytest.raises(BadInput, match="memory: is no folder here, and no store that is known; known are paths"):
+        store_of("memory://bucket")
+    objects = Objects(dict(three))
+    monkeypatch.setitem(STORES, "memory", lambda address: Bucket(objects))
+    with pytest.raises(BadInput, match="known are paths of this machine, memory://"):
+        store_of("s3://bucket/models")
+    where, name, trusted = ["--repository", "memory://bucket"], ["--name", "digits"], ["--trust", str(trust_file)]
+    assert code_of("status", *where, *trusted) == 0
+    assert code_of("rollback", *where, *name, *trusted, "--reason", "slow") == 0
+    assert code_of("verify", "memory://bucket/digits", *trusted) == 0
+    assert code_of("prune", *where, *name, "--keep", "1") == 0
+    assert code_of("history", *where, *name) == 0
+    assert code_of("repair", *where, *trusted) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "champion 3, previous 2; on disk 1, 2, 3",
+        "memory://bucket/digits/2: digits is back at version 2",
+        "memory://bucket/digits/2: passed on",
+        "removed version 1",
+        "serves version 2, which is whole",
+    ):
+        assert line in said
+    assert code_of("retire", *where, *name) == 0
+    assert code_of("status", *where) == 1
