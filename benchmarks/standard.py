@@ -23,7 +23,8 @@ from scipy.stats import hypergeom
 from benchmarks.result import RESULTS, write_result
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.probes import read_probes
-from dfmcl.gating.subject import Subject, open_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.evaluate import evaluate

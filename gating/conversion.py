@@ -49,12 +49,19 @@ class Converted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         images = self.contract.relaxed(x)
-        if self.batch is None:
-            logits: Tensor = self.net(images)
-            return logits.float()
-        short = -len(images) % self.batch
-        filled = torch.cat([images, images[-1:].expand(short, *images.shape[1:])])
-        return torch.cat([self.net(part) for part in filled.split(self.batch)])[: len(x)].float()
+        return in_parts(self.net, images, self.batch or 1, self.batch).float()
+
+
+def in_parts(net: nn.Module, images: Tensor, fewest: int, most: int | None) -> Tensor:
+    """The logits of images `(N, ...)` by a network that takes batches of these sizes only; None: as large as they are.
+
+    The last image stands in for those that the last batch lacks.
+    """
+    parts = images.split(most) if most else (images,)
+    short = max(0, fewest - len(parts[-1]))
+    last = torch.cat([parts[-1], parts[-1][-1:].expand(short, *images.shape[1:])]) if short else parts[-1]
+    answers = [net(part) for part in (*parts[:-1], last)]
+    return (torch.cat(answers) if len(answers) > 1 else answers[0])[: len(images)]
 
 
 def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converted:

@@ -22,6 +22,7 @@ from dfmcl.common.progress import Track, silent
 from dfmcl.gating.block import BlockPlan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
 from dfmcl.gating.formats.registry import FILES, write_formats
+from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import POLICY, Policy
 from dfmcl.gating.record import GateRecord, wild
@@ -282,7 +283,7 @@ def climbed_by(subject: Subject, images: Bytes, ranks: Ranks) -> AttackPass | No
 
 def subject_entry(subject: Subject) -> dict[str, Any]:
     """What was judged, without the paths of this machine."""
-    name = subject.name if subject.kind in ("module", "endpoint") else Path(subject.name).name
+    name = Path(subject.name).name if KINDS[subject.kind].file else subject.name
     return {
         "kind": subject.kind,
         "name": name,

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import LocalPath, Section, read_toml, validated
+from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.threats.radius import Norm
@@ -166,7 +167,7 @@ class Policy(Section):
     """A whole gate policy.
 
     valid_days: how long an attestation of its verdict holds.
-    subjects: the kinds that are judged. Of a module the gate runs the code, which could deceive it.
+    subjects: the kinds that are judged. Of some the gate runs the code, which could deceive it.
     """
 
     criteria: list[str] = Field(min_length=1)
@@ -177,9 +178,7 @@ class Policy(Section):
     data: DataSection
     attacks: AttackSection
     checks: CheckSection = Field(default_factory=CheckSection)
-    subjects: list[Literal["candidate", "onnx", "module", "endpoint"]] = Field(
-        default=["candidate", "onnx", "module", "endpoint"], min_length=1
-    )
+    subjects: list[str] = Field(default=list(KINDS), min_length=1)
 
     @field_validator("criteria")
     @classmethod
@@ -192,6 +191,13 @@ class Policy(Section):
         if not any(Criterion.parse(sentence).robust for sentence in sentences):
             raise ValueError("no criterion is about robust_accuracy; a robustness gate needs one")
         return sentences
+
+    @field_validator("subjects")
+    @classmethod
+    def _are_kinds(cls, names: list[str]) -> list[str]:
+        if strange := [name for name in names if name not in KINDS]:
+            raise ValueError(f"{strange[0]!r} is no kind of model; there are {', '.join(KINDS)}")
+        return names
 
     @model_validator(mode="after")
     def _radii_fit_the_norm(self) -> Self:

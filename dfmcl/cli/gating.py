@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 @command
 def gate(
     subject: Annotated[
-        str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
+        str,
+        typer.Argument(
+            help="A candidate's directory; a file: ONNX, TorchScript, torch.export or weights; module:callable; or"
+            " grpc://HOST:PORT/MODEL."
+        ),
     ],
     policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
     data: Annotated[str | None, typer.Option(help="A folder of classes, an .npz, digits or cifar10.")] = None,
@@ -51,6 +55,9 @@ def gate(
         Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
     ] = None,
     output: OUTPUT = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Of a file of weights: torchvision:NAME, timm:NAME or module:callable.")
+    ] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
@@ -63,7 +70,7 @@ def gate(
     from dfmcl.gating.formats.github import publish
     from dfmcl.gating.formats.markdown import markdown
     from dfmcl.gating.gate import gate as run_gate
-    from dfmcl.gating.subject import open_subject
+    from dfmcl.gating.subjects.registry import open_subject
     from dfmcl.robustness.ranks import Ranks
     from dfmcl.robustness.runs import load_run
 
@@ -76,6 +83,7 @@ def gate(
                 contract=contract,
                 labels=read_labels(labels),
                 output=output,
+                arch=arch,
                 connect=functools.partial(connect, open_clients),
                 budget=queries,
             )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.subject import Subject, module_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.module import module_subject
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.measurements import parse_threat
 from dfmcl.robustness.models import to_bytes

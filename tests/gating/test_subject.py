@@ -23,15 +23,12 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.conversion import NoGradients, differentiable
 from dfmcl.gating.endpoint import Asked, QueriesSpent
 from dfmcl.gating.foreign import state_digest
-from dfmcl.gating.subject import (
-    Subject,
-    candidate_subject,
-    endpoint_subject,
-    module_subject,
-    onnx_subject,
-    open_subject,
-    reopened,
-)
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.gating.subjects.endpoint import endpoint_subject
+from dfmcl.gating.subjects.module import module_subject
+from dfmcl.gating.subjects.onnx_file import onnx_subject, reopened
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.release.export import export
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.gradients import attack_pass

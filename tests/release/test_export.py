@@ -20,7 +20,8 @@ from torch import nn
 
 from dfmcl.common.errors import BadInput, Broken, Refused
 from dfmcl.gating.signing.attestation import Trust
-from dfmcl.gating.subject import candidate_subject, open_subject
+from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.release import export as exporting
 from dfmcl.release import graphs, promotion
 from dfmcl.release.candidate import FILES, Manifest, read_manifest, sha256_of

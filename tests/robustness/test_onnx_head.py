@@ -13,7 +13,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.subject import Subject, candidate_subject, onnx_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.gating.subjects.onnx_file import onnx_subject
 from dfmcl.release.export import wrap
 from dfmcl.robustness.onnx_graph import noise, read_graph
 from tests.gating.test_subject import Tiny, assert_is, assert_same, gradient, graph_of, means, to_onnx
