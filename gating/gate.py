@@ -254,6 +254,7 @@ def background_of(case: Case, found: Findings, ranks: Ranks) -> Background:
         afresh=subject.afresh if ranks.world == 1 else None,
         state=subject.state,
         largest=1 if remote else LARGEST,
+        rounds=bool(subject.twin),
     )
 
 
@@ -291,6 +292,7 @@ def subject_entry(subject: Subject) -> dict[str, Any]:
         "files": dict(subject.files),
         "input": subject.contract.to_json(),
         **({"output": subject.output} if subject.output else {}),
+        **({"gradients": subject.twin} if subject.twin else {}),
     }
 
 

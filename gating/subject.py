@@ -21,14 +21,15 @@ Decide = Callable[[Tensor], Tensor]
 class Subject:
     """A model to judge.
 
-    kind: a name of KINDS. name: as the user named it. digest: SHA-256 of what is judged: the bytes of a file, the
-    state of a module or of weights in their network, the metadata of an endpoint. files: SHA-256 by file name, of a
+    kind: a name of KINDS. name: as the user named it. digest: SHA-256 of what is judged: the bytes of a file, the state
+    of a module or of weights in their network, the metadata of an endpoint. files: SHA-256 by file name, of a
     candidate. classes: K labels, or only K. decide: float images (N, C, H, W) in [0, 1] (on the uint8 grid where the
-    contract is uint8) to logits (N, K) float32 on the CPU: the answer that counts. model: the same, differentiable; None where
-    there is no way to gradients, and `no_gradients` says why. run: what is known of the training: checkpoint_sha256,
-    and data, the digest of the data set that it saw. state: what a module keeps, by place. afresh: the answers to uint8
-    images (n, H, W, C) of what the user named, opened anew: of a module by a new process. output: of a file with
-    several, which is judged.
+    contract is uint8) to logits (N, K) float32 on the CPU: the answer that counts. model: the same, differentiable;
+    None where there is no way to gradients, and `no_gradients` says why. run: what is known of the training:
+    checkpoint_sha256, and data, the digest of the data set that it saw. state: what a module keeps, by place. afresh:
+    the answers to uint8 images (n, H, W, C) of what the user named, opened anew: of a module by a new process. output:
+    of a file with several, which is judged. twin: where the model stands in for a file that rounds, how it was made of
+    it; then the two are near, not equal.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Subject:
     state: Callable[[], Mapping[str, str]] | None = None
     afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
     output: str = ""
+    twin: str = ""
 
 
 def classes_of(labels: tuple[str, ...] | None, logits: int, where: object) -> tuple[str, ...] | int:

@@ -201,9 +201,13 @@ def found_and_dropped(e: Examination) -> Found:
 
 
 def artefact_disagrees(e: Examination) -> Found:
-    """Labels of PGD's images by the model that gives gradients, and by the one whose answers count."""
+    """Labels of PGD's images by the model that gives gradients, and by the one whose answers count.
+
+    Where roundings lie between the two, only labels that the model prefers by more than these may cost.
+    """
     x = torch.from_numpy(e.adversarial).to(e.x.device).permute(0, 3, 1, 2).float() / 255
-    apart = int((e.own_answers(x).argmax(dim=1) != e.adversarial_logits.argmax(dim=1)).sum())
+    own, counted = e.own_answers(x), e.adversarial_logits.argmax(dim=1, keepdim=True)
+    apart = int((own.amax(dim=1) - own.gather(1, counted).squeeze(1) > e.rounding).sum())
     return too_many({"model and artefact": (apart, len(x))}, "give different labels to adversarial images", DISAGREE)
 
 

@@ -128,6 +128,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         "kind of model": candidate["kind"],
         "input": candidate["input"],
         "model": candidate["model_sha256"],
+        **({"gradients from": candidate["gradients"]} if "gradients" in candidate else {}),
         **{f"file {name}": digest for name, digest in candidate["files"].items()},
         **{f"run, {name}": value for name, value in report["run"].items()},
         "policy": report["policy"]["sha256"],

@@ -152,6 +152,8 @@ def reservations(report: Report) -> str:
     """What a pass rests on without a test: the checks that did not run, and code that was trusted."""
     absent = [check["check"] for check in report["checks"] if check["outcome"] == "not_run"]
     said = [f"not run: {', '.join(absent)}"] if absent else []
+    twin = report["candidate"].get("gradients")
+    said += [f"gradients came from {twin}"] if twin else []
     said += ["its code was trusted, which can deceive the gate"] if trusted_code(report) else []
     return "".join(f"; {part}" for part in said)
 

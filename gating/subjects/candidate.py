@@ -36,8 +36,10 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
         raise BadInput(f"{path}: changed while it was read; export the candidate again")
     decide = artefact(graph, provider)
     model: nn.Module | None
+    twin = ""
     if run is None:
-        model, why = gradients_of(lambda: differentiable(graph, decide))
+        converted, why = gradients_of(lambda: differentiable(graph, decide))
+        model, twin = converted, "" if converted is None else converted.twin
         known = {"checkpoint_sha256": named} if named else {}
     else:
         trained = load_run(run)
@@ -66,6 +68,7 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
         run=known,
         no_gradients=why,
         state=dict,
+        twin=twin,
         afresh=partial(reopened, path, str(contract), provider, whole=True),
     )
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from dfmcl.gating.conversion import NoGradients, differentiable
+from dfmcl.gating.conversion import Converted, NoGradients, differentiable
 from dfmcl.gating.subject import Subject, classes_of
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.models import to_float
@@ -52,6 +51,7 @@ def onnx_subject(
         state=dict,  # a file keeps nothing
         afresh=partial(reopened, path, str(graph.contract), provider, output=graph.head.output or None),
         output=graph.head.output,
+        twin=model.twin if model is not None else "",
     )
 
 
@@ -75,7 +75,7 @@ def reopened(
     return found
 
 
-def gradients_of(convert: Callable[[], nn.Module]) -> tuple[nn.Module | None, str]:
+def gradients_of(convert: Callable[[], Converted]) -> tuple[Converted | None, str]:
     try:
         return convert(), ""
     except NoGradients as why:
