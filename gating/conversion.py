@@ -103,7 +103,11 @@ def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converte
 def _whole(graph: Graph) -> str:
     """The operators that compute in whole numbers, as the end of a sentence; nothing where there are none."""
     found = sorted({node.op_type for node in graph.model.graph.node if any(part in node.op_type for part in WHOLE)})
-    return f"; it computes in whole numbers ({', '.join(found)}), which let no gradient pass" if found else ""
+    return (
+        f"; it computes in whole numbers ({', '.join(found)}), which let no gradient pass; quantise it in QDQ format"
+        if found
+        else ""
+    )
 
 
 def folded(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -8,7 +8,7 @@ EXPORT = "export it to ONNX, make it a candidate with `dfmcl export`, and gate a
 
 
 @dataclass(frozen=True)
-class Kind:
+class SubjectKind:
     """One kind.
 
     said: how a message names it.
@@ -27,18 +27,22 @@ class Kind:
 
 FOREIGN = frozenset({"contract", "labels"})
 KINDS = {
-    "candidate": Kind("a candidate's directory", frozenset({"run"}), "Sign the evidence and promote the candidate."),
-    "onnx": Kind(
+    "candidate": SubjectKind(
+        "a candidate's directory", frozenset({"run"}), "Sign the evidence and promote the candidate."
+    ),
+    "onnx": SubjectKind(
         "an ONNX file",
         FOREIGN | {"output"},
         "An ONNX file by itself is not promoted: make it a candidate with `dfmcl export`, and gate and sign that.",
     ),
-    "torchscript": Kind("a TorchScript file", FOREIGN, f"A TorchScript file is not promoted: {EXPORT}"),
+    "torchscript": SubjectKind("a TorchScript file", FOREIGN, f"A TorchScript file is not promoted: {EXPORT}"),
     # torch.export.load falls back to an unrestricted pickle, and lets sympy evaluate the sizes that it reads.
-    "program": Kind("a torch.export file", FOREIGN, f"A torch.export file is not promoted: {EXPORT}", code=True),
-    "weights": Kind("a file of weights", FOREIGN | {"arch"}, f"A file of weights is not promoted: {EXPORT}"),
-    "module": Kind("module:callable", FOREIGN, f"A module in Python is not promoted: {EXPORT}", file=False, code=True),
-    "endpoint": Kind(
+    "program": SubjectKind("a torch.export file", FOREIGN, f"A torch.export file is not promoted: {EXPORT}", code=True),
+    "weights": SubjectKind("a file of weights", FOREIGN | {"arch"}, f"A file of weights is not promoted: {EXPORT}"),
+    "module": SubjectKind(
+        "module:callable", FOREIGN, f"A module in Python is not promoted: {EXPORT}", file=False, code=True
+    ),
+    "endpoint": SubjectKind(
         "grpc://HOST:PORT/MODEL",
         frozenset({"budget"}),
         "An endpoint is not promoted: gate and sign the candidate behind it.",

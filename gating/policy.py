@@ -108,7 +108,11 @@ def checked_radius(text: str, norm: str) -> str:
     if not threat.sensible:
         raise ValueError(RADIUS)
     if threat.on_grid().eps == 0:
-        raise ValueError("the radius is below one step of uint8 images; 1/255 is the smallest")
+        raise ValueError(
+            f"{text} is below one step of an image's bytes. Users' images arrive as bytes, also where the model is sent"
+            " floats that are made of them, so that nobody can send a smaller change: 1/255 is the smallest (of a"
+            " model that is sent 0 to 255, too, as a radius is of pixels from 0 to 1)"
+        )
     return text
 
 

@@ -11,6 +11,7 @@ from dfmcl.robustness.asking import (
 from dfmcl.robustness.attacks.suites import RELAXED
 from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
 from dfmcl.robustness.finding import Found, surplus, too_many
+from dfmcl.robustness.losses import right
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import Flags, lower_bound
 from dfmcl.robustness.traces import STEPS
@@ -222,7 +223,7 @@ def outside_ball(e: Examination) -> Found:
 
 
 def cliff_beyond_ball(e: Examination) -> Found:
-    noisy = ~e.right_under_noise(e.beyond)[e.correct].numpy()
+    noisy = ~right(e.under_noise(e.beyond), e.y.cpu())[e.correct].numpy()
     return surplus(f"random noise of {e.beyond / e.threat.eps:.3g} eps", noisy, f"PGD-{STEPS} at eps", e.pgd)
 
 

@@ -112,7 +112,11 @@ def _quantize(work: _Rewriting, node: onnx.NodeProto) -> None:
     low, high = CODES[zero.dtype]
     code = work.node("Div", [node.input[0], work.constant(scale.reshape(()))])
     code = work.node("Add", [code, work.constant(zero.astype(np.float32).reshape(()))])
-    work.node("Clip", [code, work.constant(np.float32(low)), work.constant(np.float32(high))], node.output[0])
+    work.node(
+        "Clip",
+        [code, work.constant(np.array(low, np.float32)), work.constant(np.array(high, np.float32))],
+        node.output[0],
+    )
 
 
 def _dequantize(work: _Rewriting, node: onnx.NodeProto) -> None:
@@ -132,8 +136,8 @@ def _dequantize(work: _Rewriting, node: onnx.NodeProto) -> None:
 def _dynamic(work: _Rewriting, node: onnx.NodeProto) -> None:
     work.node("Identity", [node.input[0]], node.output[0])
     for name, value in zip(node.output[1:], (1.0, 0.0), strict=True):
-        work.constants[name] = np.float32(value)
-        work.node("Identity", [work.constant(np.float32(value))], name)
+        work.constants[name] = np.array(value, np.float32)
+        work.node("Identity", [work.constant(work.constants[name])], name)
 
 
 def _whole(operator: str, along: int) -> Callable[[_Rewriting, onnx.NodeProto], None]:
@@ -142,7 +146,7 @@ def _whole(operator: str, along: int) -> Callable[[_Rewriting, onnx.NodeProto], 
     def rewrite(work: _Rewriting, node: onnx.NodeProto) -> None:
         weights = work.value(node.input[1], node.op_type)
         zero = work.value(node.input[3], node.op_type) if len(node.input) > 3 and node.input[3] else np.uint8(0)
-        held = work.constant(_unscaled(weights, np.float32(1), np.asarray(zero), along % weights.ndim))
+        held = work.constant(_unscaled(weights, np.array(1, np.float32), np.asarray(zero), along % weights.ndim))
         begin = node.input[0]
         if len(node.input) > 2 and node.input[2]:
             begin = work.node("Sub", [begin, node.input[2]])

@@ -40,3 +40,11 @@ TRUST = Annotated[Path, typer.Option(help="Whose signature counts (TOML).")]
 LIVE = Annotated[str | None, typer.Option(help="HOST:PORT of the gRPC endpoint: wait until it answers as gated.")]
 WAIT = Annotated[float, typer.Option(help="Seconds to wait for that.", min=0.1)]
 OUTPUT = Annotated[str | None, typer.Option(help="An ONNX file's output of scores, where it has several.")]
+SUBJECT = Annotated[
+    str,
+    typer.Argument(
+        help="A candidate's directory; a file: ONNX, TorchScript, torch.export or weights; module:callable; or"
+        " grpc://HOST:PORT/MODEL."
+    ),
+]
+ARCH = Annotated[str | None, typer.Option(help="Of a file of weights: torchvision:NAME, timm:NAME or module:callable.")]

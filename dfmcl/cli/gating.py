@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import OUTPUT, read_labels
+from dfmcl.cli.arguments import ARCH, OUTPUT, SUBJECT, read_labels
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page
 
@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 
 @command
 def gate(
-    subject: Annotated[
-        str,
-        typer.Argument(
-            help="A candidate's directory; a file: ONNX, TorchScript, torch.export or weights; module:callable; or"
-            " grpc://HOST:PORT/MODEL."
-        ),
-    ],
+    subject: SUBJECT,
     policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
     data: Annotated[str | None, typer.Option(help="A folder of classes, an .npz, digits or cifar10.")] = None,
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
@@ -55,9 +49,7 @@ def gate(
         Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
     ] = None,
     output: OUTPUT = None,
-    arch: Annotated[
-        str | None, typer.Option(help="Of a file of weights: torchvision:NAME, timm:NAME or module:callable.")
-    ] = None,
+    arch: ARCH = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""

@@ -23,6 +23,7 @@ from dfmcl.robustness.provider import CPU, Provider
 
 MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 ENDPOINT = re.compile(r"grpc://(?P<url>[^/]+:\d+)/(?P<model>[^/]+)")
+OF_TORCH = (".pt", ".pth", ".pt2", ".ts", ".safetensors")
 PICKLE = b"\x80"  # how one begins; a protobuf never does
 
 OPENED: Mapping[str, Callable[..., Subject]] = {
@@ -90,7 +91,8 @@ def kind_of(text: str) -> str:
 
 
 def file_kind(path: Path) -> str:
-    """onnx for all that is none of the others: its reader says why it is no ONNX either."""
+    """onnx for all that is none of the others: its reader says why it is no ONNX either. BadInput where its suffix says
+    that it should be one of PyTorch's."""
     try:
         if not path.is_file():
             return "onnx"
@@ -102,6 +104,10 @@ def file_kind(path: Path) -> str:
             return "program" if inside & {"archive_format", "serialized_exported_program.json"} else "weights"
         with path.open("rb") as file:
             start = file.read(1)
-        return "weights" if start == PICKLE or is_safetensors(path) else "onnx"
-    except (OSError, zipfile.BadZipFile):
-        return "onnx"
+        if start == PICKLE or is_safetensors(path):
+            return "weights"
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # what zipfile makes of broken archives
+        pass
+    if path.suffix in OF_TORCH:
+        raise BadInput(f"{path}: is neither TorchScript, torch.export's nor weights; it was cut, or is something else")
+    return "onnx"

@@ -42,8 +42,8 @@ def loaded(path: Path) -> torch.jit.ScriptModule:
     with guarded(f"{path}: not readable as TorchScript"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated, which its owner knows
         with zipfile.ZipFile(path) as archive:
-            code = {name: archive.read(name) for name in archive.namelist() if name.endswith(".py")}
-        if found := next((match for text in code.values() if (match := FILES.search(text))), None):
+            code = [archive.read(entry) for entry in archive.infolist() if entry.filename.endswith(".py")]
+        if found := next((match for text in code if (match := FILES.search(text))), None):
             raise BadInput(f"{path}: its code says {found[0].decode()!r}, which can open files; export it without")
         network: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")
     return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from dfmcl.gating.foreign import guarded, imported
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.network import declared, network_subject
 from dfmcl.robustness.models import library_network
-from dfmcl.robustness.onnx_session import first_line
 
 LIBRARIES = ("torchvision", "timm")
 CLASSES = 1000  # of their networks, where nobody says another number
@@ -65,13 +65,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
+            told = re.search(r"GLOBAL (\S+)", str(error))  # of torch's advice the one word that is about the file
             raise BadInput(
-                f"{path}: holds more than weights, which only its author's code could read ({first_line(error)[:80]});"
-                " save these alone: torch.save(model.state_dict(), FILE)"
+                f"{path}: holds more than weights{f' ({told[1]})' if told else ''}, which only code could read; save"
+                " these alone: torch.save(model.state_dict(), FILE)"
             ) from None
     inside = [key for key in INSIDE if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
     found = found[inside[0]] if len(inside) == 1 else found
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    named = isinstance(found, Mapping) and all(isinstance(key, str) for key in found)
+    if not named or not found or not all(isinstance(value, Tensor) for value in found.values()):
         held = ", ".join(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
         raise BadInput(f"{path}: holds no state dict ({held[:80] or 'nothing'}); torch.save(model.state_dict(), FILE)")
     wrapped = all(key.startswith(WRAPPED) for key in found)
