@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 
 Array = NDArray[Any]
 PREFIX = "dfmcl.float."
+OPERATORS = ("QLinear", "QGemm")  # how the names of the QOperator format begin
 DYNAMIC = "DynamicQuantizeLinear"
 # By the type of a zero point: the least and the largest code.
 CODES = {np.dtype(name): (np.iinfo(name).min, np.iinfo(name).max) for name in ("uint8", "int8", "uint16", "int16")}
@@ -58,12 +59,14 @@ def float_twin(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
     """The twin, and in words what was taken out; the model itself and nothing where it does not round so.
 
     NoTwin where an operator's part in it is not known: scales that are computed, a scale for each channel of an
-    activation, codes of other types than CODES.
+    activation, codes of other types than CODES, the QOperator format.
     """
     counts = {kind: sum(node.op_type == kind for node in model.graph.node) for kind in REWRITTEN}
     rounding = counts["QuantizeLinear"] + counts[DYNAMIC]
     if not rounding:
         return model, ""
+    if whole := next((node.op_type for node in model.graph.node if node.op_type.startswith(OPERATORS)), ""):
+        raise NoTwin(f"{whole} rounds inside")
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     work = _Rewriting(twin.graph, constants_of(twin.graph))

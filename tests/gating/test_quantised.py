@@ -145,6 +145,9 @@ def test_a_quantiser_of_another_kind_has_no_twin(changes: dict[str, np.ndarray |
     )
     with pytest.raises(NoTwin, match=message):
         float_twin(model)
+    model.graph.node.append(helper.make_node("QLinearSigmoid", ["q"], ["s"], domain="com.microsoft"))
+    with pytest.raises(NoTwin, match="QLinearSigmoid rounds inside"):
+        float_twin(model)
 
 
 def test_what_depends_on_the_batch_is_not_served(tmp_path: Path) -> None:
