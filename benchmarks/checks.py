@@ -37,7 +37,7 @@ from torch.nn import functional
 from benchmarks.honest import KINDS, learnt, seen_as
 from benchmarks.result import write_result
 from dfmcl.gating.foreign import kept
-from dfmcl.gating.subject import onnx_subject
+from dfmcl.gating.subjects.onnx_file import onnx_subject
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.checks import CHECKS, diagnose

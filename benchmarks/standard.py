@@ -24,7 +24,8 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.gating.signing.report import Report
-from dfmcl.gating.subject import Subject, open_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.evaluate import evaluate

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from benchmarks.attacks import Counted
 from benchmarks.result import write_result
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.subject import candidate_subject
+from dfmcl.gating.subjects.candidate import candidate_subject
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import AUTOATTACK
 from dfmcl.robustness.data import Bytes, Labels

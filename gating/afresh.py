@@ -8,10 +8,13 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 
@@ -26,21 +29,25 @@ module, _, names = sys.argv[1].partition(":")
 made = importlib.import_module(module)
 for name in names.split("."):
     made = getattr(made, name)
-images = torch.from_numpy(numpy.load(io.BytesIO(sys.stdin.buffer.read())))
-network = made().to(images.dtype).eval()
+asked = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=True)
+images, network = asked["images"], made()
+if asked["state"]:
+    network.load_state_dict(asked["state"])
+network = network.to(images.dtype).eval()
 with torch.no_grad():
     logits = torch.cat([network(part.clone()) for part in images.split(7)])
 numpy.save(answers, logits.float().numpy())
 """
 
 
-def asked_afresh(name: str, images: NDArray[Any]) -> NDArray[np.float32]:
+def asked_afresh(name: str, images: NDArray[Any], state: Mapping[str, Tensor] | None = None) -> NDArray[np.float32]:
     """Logits `(n, K)` by the module that `name`, MODULE:CALLABLE, makes in a new process.
 
-    images: floats `(n, C, H, W)` of the dtype that the module takes. BadInput where it gives no logits.
+    images: floats `(n, ...)` of the dtype and the shape that the module takes. state: its weights, where it was made
+    without. BadInput where it gives no logits.
     """
     buffer = io.BytesIO()
-    np.save(buffer, images)
+    torch.save({"images": torch.from_numpy(images), "state": dict(state or {})}, buffer)
     where = f"{name}: asked in a new process"
     try:
         done = subprocess.run(

@@ -98,6 +98,7 @@ class Case:
         suite = [(attack.name, dict(attack.parameters)) for attack in (*self.suite, *self.whole, *others)]
         return {
             "subject": self.subject.digest,
+            "input": f"{self.subject.contract} {self.subject.output}".rstrip(),
             "run": str(self.subject.run.get("checkpoint_sha256", "")),
             "data": self.data.sha256,
             "policy": self.policy.digest,

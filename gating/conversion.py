@@ -3,8 +3,8 @@
 The way there: ONNX Runtime folds constants (float16 weights behind a Cast, weights behind an Identity), the uint8 input
 is widened to floats in [0, 255] so that its gradient is not lost in a cast, and onnx2pytorch builds the module. It
 converts what torch's exporters, old and new, make of torchvision's classifiers, convolutional and transformers, with
-logits within 3e-6. It cannot: int8 graphs, whose QuantizeLinear lets no gradient pass; whole-number arithmetic on
-pixels; operators from outside the standard, such as com.microsoft's.
+logits within 3e-6. Of a quantised file it converts the float twin, which answers nearly alike. It cannot: whole-number
+arithmetic on pixels; operators from outside the standard, such as com.microsoft's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -22,13 +23,15 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import DfmclError, lacks_memory
 from dfmcl.robustness.contract import InputContract
-from dfmcl.robustness.onnx_graph import Graph, apart, freed, noise
+from dfmcl.robustness.onnx_float import NoTwin, float_twin
+from dfmcl.robustness.onnx_graph import Graph, apart, artefact, freed, noise
 from dfmcl.robustness.onnx_session import FATAL, first_line
 from dfmcl.robustness.provider import CPU
 
 # Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a
 # sum may fall on the other side of a rounding, 5e-4. An operator that means something else is off by a tenth.
 TOLERANCE = 1e-3
+ROUNDING = 0.15  # of the largest logit: what eight bits an activation cost
 IMAGES = 8
 # Operators that move pixels and do not change them: behind them an image is still whole numbers from 0 to 255.
 MOVES = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split"})
@@ -43,39 +46,52 @@ class NoGradients(Exception):
 class Converted(nn.Module):
     """Float images `(N, C, H, W)` in [0, 1] to logits `(N, K)`, by an ONNX graph as torch operators."""
 
-    def __init__(self, net: nn.Module, contract: InputContract, batch: int | None) -> None:
+    def __init__(self, net: nn.Module, contract: InputContract, batch: int | None, twin: str = "") -> None:
+        """twin: how it was made of a file that rounds, which it then only resembles."""
         super().__init__()
-        self.net, self.contract, self.batch = net, contract, batch
+        self.net, self.contract, self.batch, self.twin = net, contract, batch, twin
 
     def forward(self, x: Tensor) -> Tensor:
         images = self.contract.relaxed(x)
-        if self.batch is None:
-            logits: Tensor = self.net(images)
-            return logits.float()
-        short = -len(images) % self.batch
-        filled = torch.cat([images, images[-1:].expand(short, *images.shape[1:])])
-        return torch.cat([self.net(part) for part in filled.split(self.batch)])[: len(x)].float()
+        return in_parts(self.net, images, self.batch or 1, self.batch).float()
+
+
+def in_parts(net: nn.Module, images: Tensor, fewest: int, most: int | None) -> Tensor:
+    """The logits of images `(N, ...)` by a network that takes batches of these sizes only; None: as large as they are.
+
+    The last image stands in for those that the last batch lacks.
+    """
+    parts = images.split(most) if most else (images,)
+    short = max(0, fewest - len(parts[-1]))
+    last = torch.cat([parts[-1], parts[-1][-1:].expand(short, *images.shape[1:])]) if short else parts[-1]
+    answers = [net(part) for part in (*parts[:-1], last)]
+    return (torch.cat(answers) if len(answers) > 1 else answers[0])[: len(images)]
 
 
 def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converted:
-    """The graph as a module, for gradients; `decide` gives the answers that it must equal. NoGradients says why not."""
+    """The graph as a module, for gradients; `decide` gives the answers that it must equal, or come near to where the
+    graph rounds. NoGradients says why not."""
     from onnx2pytorch import ConvertModel
 
     warnings.filterwarnings("ignore", "Using a non-tuple sequence", UserWarning)  # onnx2pytorch's Gather, each pass
     free = freed(graph) or graph
     try:
-        model = folded(folded(free.model))  # twice: only after the first does ONNX Runtime cast weights of float16
+        unrounded, twin = float_twin(free.model)
+        model = folded(folded(unrounded))  # twice: only after the first does ONNX Runtime cast weights of float16
         if graph.contract.dtype == "uint8":
             widen_input(model.graph, graph.input.name)
         forget_defaults(model.graph)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of attributes it does not know: whether they matter, the answers tell
             net = ConvertModel(model)
-            converted = Converted(net, graph.contract, free.batch).eval().requires_grad_(False)
-            _prove_equal(converted, decide)
+            converted = Converted(net, graph.contract, free.batch, twin).eval().requires_grad_(False)
+            alike = artefact(replace(free, model=unrounded), quiet=True) if twin else decide
+            _prove_equal(converted, alike)
+            if twin:
+                _prove_near(alike, decide, graph.contract)
     except DfmclError:
         raise
-    except NoGradients as error:
+    except (NoGradients, NoTwin) as error:
         raise NoGradients(f"{error}{_whole(graph)}") from None
     except Exception as error:  # a converter of arbitrary graphs may fail in any way
         if lacks_memory(error):
@@ -87,7 +103,11 @@ def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converte
 def _whole(graph: Graph) -> str:
     """The operators that compute in whole numbers, as the end of a sentence; nothing where there are none."""
     found = sorted({node.op_type for node in graph.model.graph.node if any(part in node.op_type for part in WHOLE)})
-    return f"; it computes in whole numbers ({', '.join(found)}), which let no gradient pass" if found else ""
+    return (
+        f"; it computes in whole numbers ({', '.join(found)}), which let no gradient pass; quantise it in QDQ format"
+        if found
+        else ""
+    )
 
 
 def folded(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -123,6 +143,16 @@ def forget_defaults(graph: onnx.GraphProto) -> None:
             kept = [entry for entry in node.attribute if entry.name != "training_mode" or entry.i]
             node.ClearField("attribute")
             node.attribute.extend(kept)
+
+
+def _prove_near(twin: Callable[[Tensor], Tensor], decide: Callable[[Tensor], Tensor], contract: InputContract) -> None:
+    """That a file's roundings move its answers little, so that its twin's gradients are worth following."""
+    images = noise(contract, IMAGES)
+    if not (difference := apart(decide(images), twin(images))) <= ROUNDING:
+        raise NoGradients(
+            f"its roundings move its logits by {difference:.2g} of the largest, over {ROUNDING:g}, so that gradients"
+            " without them are another model's"
+        )
 
 
 def _prove_equal(converted: Converted, decide: Callable[[Tensor], Tensor]) -> None:

@@ -51,12 +51,12 @@ class Foreign(nn.Module):
 
     def taken(self, x: Tensor) -> Tensor:
         """The images as the module takes them; under a uint8 contract in [0, 1], too."""
-        return self.contract.scale.applied(x).to(self.dtype)
+        return self.contract.arranged(self.contract.scale.applied(x).to(self.dtype))
 
     def answered(self, x: Tensor) -> Tensor:
         """The logits `(N, K)`, checked, with the graph of the module's own operations."""
         copied = self.taken(x).clone(memory_format=torch.contiguous_format)
-        with guarded(f"{self.name}: its module cannot take {shown(copied, ' NCHW')}"):
+        with guarded(f"{self.name}: its module cannot take {shown(copied, f' {self.contract.layout}')}"):
             logits: Any = self.module(copied)
         if not isinstance(logits, Tensor):
             raise BadInput(

@@ -22,6 +22,7 @@ from dfmcl.common.progress import Track, silent
 from dfmcl.gating.block import BlockPlan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare
 from dfmcl.gating.formats.registry import FILES, write_formats
+from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import POLICY, Policy
 from dfmcl.gating.record import GateRecord, wild
@@ -271,6 +272,7 @@ def background_of(case: Case, found: Findings, ranks: Ranks) -> Background:
         afresh=subject.afresh if ranks.world == 1 else None,
         state=subject.state,
         largest=1 if remote else LARGEST,
+        rounds=bool(subject.twin),
     )
 
 
@@ -300,7 +302,7 @@ def climbed_by(subject: Subject, images: Bytes, ranks: Ranks) -> AttackPass | No
 
 def candidate_entry(subject: Subject) -> CandidateEntry:
     """What was judged, without the paths of this machine."""
-    name = subject.name if subject.kind in ("module", "endpoint") else Path(subject.name).name
+    name = Path(subject.name).name if KINDS[subject.kind].file else subject.name
     return CandidateEntry(
         kind=subject.kind,
         name=name,
@@ -308,6 +310,7 @@ def candidate_entry(subject: Subject) -> CandidateEntry:
         files=dict(subject.files),
         input=InputEntry.from_json(subject.contract.to_json()),
         output=subject.output or None,
+        gradients=subject.twin or None,
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, read_toml, validated
+from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import BY_KIND, SUITES
 from dfmcl.robustness.sources import DataSource
@@ -119,7 +120,11 @@ def checked_radius(text: str, norm: str) -> str:
     if not threat.sensible:
         raise ValueError(RADIUS)
     if threat.on_grid().eps == 0:
-        raise ValueError("the radius is below one step of uint8 images; 1/255 is the smallest")
+        raise ValueError(
+            f"{text} is below one step of an image's bytes. Users' images arrive as bytes, also where the model is sent"
+            " floats that are made of them, so that nobody can send a smaller change: 1/255 is the smallest (of a"
+            " model that is sent 0 to 255, too, as a radius is of pixels from 0 to 1)"
+        )
     return text
 
 
@@ -184,7 +189,7 @@ class Policy(Section):
     """A whole gate policy.
 
     valid_days: how long an attestation of its verdict holds.
-    subjects: the kinds that are judged. Of a module the gate runs the code, which could deceive it.
+    subjects: the kinds that are judged. Of some the gate runs the code, which could deceive it.
     """
 
     criteria: list[str] = Field(min_length=1)
@@ -195,9 +200,7 @@ class Policy(Section):
     data: DataSection
     attacks: AttackSection
     checks: CheckSection = Field(default_factory=CheckSection)
-    subjects: list[Literal["candidate", "onnx", "module", "endpoint"]] = Field(
-        default=["candidate", "onnx", "module", "endpoint"], min_length=1
-    )
+    subjects: list[str] = Field(default=list(KINDS), min_length=1)
 
     @field_validator("criteria")
     @classmethod
@@ -210,6 +213,13 @@ class Policy(Section):
         if not any(Criterion.parse(sentence).robust for sentence in sentences):
             raise ValueError("no criterion is about robust_accuracy; a robustness gate needs one")
         return sentences
+
+    @field_validator("subjects")
+    @classmethod
+    def _are_kinds(cls, names: list[str]) -> list[str]:
+        if strange := [name for name in names if name not in KINDS]:
+            raise ValueError(f"{strange[0]!r} is no kind of model; there are {', '.join(KINDS)}")
+        return names
 
     @model_validator(mode="after")
     def _threats_are_known(self) -> Self:

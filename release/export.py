@@ -44,6 +44,7 @@ from dfmcl.robustness.attacks.registry import pgd
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
+from dfmcl.robustness.onnx_float import DYNAMIC, by_batch
 from dfmcl.robustness.onnx_graph import Graph, artefact, count_classes, freed, noise, read_graph
 from dfmcl.robustness.onnx_wire import with_wire_format
 from dfmcl.robustness.provenance import now, versions
@@ -145,12 +146,17 @@ def wrap(
     preprocessing: how pictures become images of its size.
     A file that takes images as they come and gives logits, under our names, is kept byte for byte. BadInput (2): no
     such classifier, or labels that are not as many as the logits. Refused (1): random operators, a batch size that is
-    built in, operators too new or too old to be served.
+    built in, scales that the batch chooses, operators too new or too old to be served.
     """
     graph = read_graph(file, contract, output, len(labels))
     preprocessing.require_side(max(graph.contract.height, graph.contract.width))
     if random := random_operators(graph.model):
         raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
+    if by_batch(graph.model):
+        raise Refused(
+            f"{file}: chooses its scales by the whole batch ({DYNAMIC}), so that an answer depends on the images of"
+            " others in the same request; quantise it statically"
+        )
     if not OLDEST_OPSET <= graph.opset <= OPSET:
         raise Refused(f"{file}: opset {graph.opset} is not served everywhere; export it with opset {OPSET}")
     original = artefact(graph)

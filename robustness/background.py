@@ -22,6 +22,7 @@ class Background:
     afresh: answers to uint8 images in a new process.
     state: what a module keeps, a digest by the place where it lies.
     largest: batch that may be asked.
+    rounds: whether the judged file rounds where the model that gives gradients does not.
     """
 
     training: tuple[Bytes, Labels] | None = None
@@ -30,3 +31,4 @@ class Background:
     afresh: Callable[[Bytes], NDArray[np.float32]] | None = None
     state: Callable[[], Mapping[str, str]] | None = None
     largest: int = 1025
+    rounds: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -13,18 +14,21 @@ from torch import Tensor
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.scale import GREY, ORDERS, PLAIN, WORDS, Scale
 
-LAYOUTS = ("NHWC", "NCHW")
+# The axes of one image in the order in which the model takes them; a flat one is one row of H * W * C numbers.
+LAYOUTS = {"NHWC": "HWC", "NCHW": "CHW", "flat-HWC": "HWC", "flat-CHW": "CHW"}
+FLAT = "flat"  # in words, where images of one channel leave no choice of order
+FOUR = ("NHWC", "NCHW")
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32, "float64": torch.float64, "float16": torch.float16}
 SIZE = re.compile(r"(\d+)x(\d+)x(\d+)")
 FORM = (
     "expected DTYPE LAYOUT HxWxC [SCALE], such as 'uint8 NHWC 32x32x3' or 'float32 NCHW 224x224x3 imagenet'; DTYPE is"
-    f" one of {', '.join(DTYPES)}, SCALE of {WORDS}"
+    f" one of {', '.join(DTYPES)}, LAYOUT of {', '.join(LAYOUTS)}, SCALE of {WORDS}"
 )
 
 
 @dataclass(frozen=True)
 class InputContract:
-    """Images of height x width pixels with `channels`; layout NHWC or NCHW; dtype uint8, or floats on a scale.
+    """Images of height x width pixels with `channels`; a layout of LAYOUTS; dtype uint8, or floats on a scale.
 
     Bytes are bytes: of their scale only the order of the channels may differ from RGB.
     """
@@ -59,10 +63,25 @@ class InputContract:
         return self.height, self.width, self.channels
 
     @property
-    def dims(self) -> tuple[int, int, int]:
+    def dims(self) -> tuple[int, ...]:
         """The shape of one image as the model takes it."""
-        height, width, channels = self.shape
-        return self.shape if self.layout == "NHWC" else (channels, height, width)
+        sides = dict(zip("HWC", self.shape, strict=True))
+        ordered = tuple(sides[axis] for axis in LAYOUTS[self.layout])
+        return (prod(ordered),) if self.flat else ordered
+
+    @property
+    def flat(self) -> bool:
+        """Whether an image is one row of numbers."""
+        return self.layout not in FOUR
+
+    @property
+    def channels_first(self) -> bool:
+        return LAYOUTS[self.layout] == "CHW"
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """`(N, C, H, W)` of any type in the order and the shape that the model takes."""
+        ordered = x if self.channels_first else x.permute(0, 2, 3, 1)
+        return ordered.flatten(1) if self.flat else ordered
 
     @staticmethod
     def parse(text: str, dims: Sequence[int | None] = (), dtype: str = "") -> InputContract:
@@ -73,9 +92,10 @@ class InputContract:
         """
         words = text.split()
         try:
-            said, layout = _one(words, DTYPES) or dtype, _one(words, LAYOUTS) or _layout(dims)
             size = next((found for word in words if (found := SIZE.fullmatch(word))), None)
+            said, layout = _one(words, DTYPES) or dtype, _one(words, (*LAYOUTS, FLAT)) or _layout(dims)
             rest = [word for word in words if word not in (said, layout) and not (size and word == size[0])]
+            layout = _ordered(size) if layout == FLAT else layout
             if not said or not layout:
                 raise BadInput(f"it lacks {'LAYOUT' if said else 'DTYPE'}; {FORM}")
             height, width, channels = _sides(size, dims, layout, f"{said} {layout}")
@@ -108,14 +128,14 @@ class InputContract:
         """Float `(N, C, H, W)` in [0, 1] as the model takes it."""
         scaled = self.scale.applied(x)
         whole = ((scaled * 255).round() if self.dtype == "uint8" else scaled).to(DTYPES[self.dtype])
-        return (whole.permute(0, 2, 3, 1) if self.layout == "NHWC" else whole).contiguous()
+        return self.arranged(whole).contiguous()
 
     def relaxed(self, x: Tensor) -> Tensor:
         """The same for a model whose uint8 input was widened to floats in [0, 255]: nothing is rounded, x has a
         gradient."""
         scaled = self.scale.applied(x)
         scaled = scaled * 255 if self.dtype == "uint8" else scaled.to(DTYPES[self.dtype])
-        return scaled.permute(0, 2, 3, 1) if self.layout == "NHWC" else scaled
+        return self.arranged(scaled)
 
 
 def _one(words: Sequence[str], known: Mapping[str, Any] | Sequence[str]) -> str:
@@ -126,8 +146,23 @@ def _one(words: Sequence[str], known: Mapping[str, Any] | Sequence[str]) -> str:
     return found[0] if found else ""
 
 
+def _ordered(size: re.Match[str] | None) -> str:
+    """`flat` with its order: of one channel both are the same, of several somebody has to say it."""
+    if size is not None and int(size[3]) == 1:
+        return "flat-HWC"
+    raise BadInput(
+        "flat is one row of numbers an image: say the size and in which order they lie, such as 'flat-HWC 32x32x3'"
+        " (all channels of a pixel together) or 'flat-CHW 32x32x3' (all pixels of a channel together)"
+    )
+
+
 def _layout(dims: Sequence[int | None]) -> str:
     """Where a file's channels are, because images have 1 or 3 of them; nothing where that does not tell."""
+    if len(dims) == 2:
+        raise BadInput(
+            f"the model takes {dims[1] or 'a row of'} numbers an image; say how they are made of it, such as 'flat"
+            " 28x28x1' where there is one channel, else 'flat-HWC 32x32x3' or 'flat-CHW 32x32x3'"
+        )
     told = {"NCHW": dims[1], "NHWC": dims[3]} if len(dims) == 4 else {}
     found = [layout for layout, channels in told.items() if channels in (1, 3)]
     return found[0] if len(found) == 1 else ""
@@ -136,7 +171,12 @@ def _layout(dims: Sequence[int | None]) -> str:
 def _sides(size: re.Match[str] | None, dims: Sequence[int | None], layout: str, declared: str) -> tuple[int, int, int]:
     """Height, width and channels, from the text or the file; BadInput where neither gives them, or they differ."""
     sizes: list[int | None] = [int(side) for side in size.groups()] if size else [None] * 3
-    if dims:
+    if dims and layout not in FOUR:
+        if len(dims) != 2:
+            raise BadInput(f"the model takes {len(dims)} dimensions, flat images have 2: (N, .)")
+        if size and dims[1] not in (None, prod(map(int, size.groups()))):
+            raise BadInput(f"the model takes {dims[1]} numbers an image, {size[0]} are {prod(map(int, size.groups()))}")
+    elif dims:
         if len(dims) != 4:
             raise BadInput(f"the model takes {len(dims)} dimensions, images have 4: (N, ., ., .)")
         filed = list(dims[1:]) if layout == "NHWC" else [dims[2], dims[3], dims[1]]

@@ -11,6 +11,7 @@ from dfmcl.robustness.asking import (
 from dfmcl.robustness.attacks.suites import RELAXED
 from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
 from dfmcl.robustness.finding import Found, surplus, too_many
+from dfmcl.robustness.losses import right
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import Flags, lower_bound
 from dfmcl.robustness.traces import STEPS
@@ -201,9 +202,13 @@ def found_and_dropped(e: Examination) -> Found:
 
 
 def artefact_disagrees(e: Examination) -> Found:
-    """Labels of PGD's images by the model that gives gradients, and by the one whose answers count."""
+    """Labels of PGD's images by the model that gives gradients, and by the one whose answers count.
+
+    Where roundings lie between the two, only labels that the model prefers by more than these may cost.
+    """
     x = torch.from_numpy(e.adversarial).to(e.x.device).permute(0, 3, 1, 2).float() / 255
-    apart = int((e.own_answers(x).argmax(dim=1) != e.adversarial_logits.argmax(dim=1)).sum())
+    own, counted = e.own_answers(x), e.adversarial_logits.argmax(dim=1, keepdim=True)
+    apart = int((own.amax(dim=1) - own.gather(1, counted).squeeze(1) > e.rounding).sum())
     return too_many({"model and artefact": (apart, len(x))}, "give different labels to adversarial images", DISAGREE)
 
 
@@ -218,7 +223,7 @@ def outside_ball(e: Examination) -> Found:
 
 
 def cliff_beyond_ball(e: Examination) -> Found:
-    noisy = ~e.right_under_noise(e.beyond)[e.correct].numpy()
+    noisy = ~right(e.under_noise(e.beyond), e.y.cpu())[e.correct].numpy()
     return surplus(f"random noise of {e.beyond / e.threat.eps:.3g} eps", noisy, f"PGD-{STEPS} at eps", e.pgd)
 
 

@@ -156,28 +156,36 @@ class Classifier(nn.Module):
 
 def build_network(spec: ModelSpec) -> nn.Module:
     """The network behind the normalisation, with fresh weights: images `(N, C, H, W)` to logits `(N, K)`."""
-    library, colon, name = spec.arch.partition(":")
     if spec.arch == "resnet18":
         return ResNet18(spec.width, spec.classes, spec.input_shape[2], spec.activation)
+    try:
+        return library_network(spec.arch, spec.classes, spec.input_shape[2])
+    except BadInput as error:
+        raise BadInput(f"model.arch: {error}") from None
+
+
+def library_network(arch: str, classes: int, channels: int) -> nn.Module:
+    """A network of torchvision:NAME or timm:NAME with fresh weights; BadInput where there is none for such images."""
+    library, colon, name = arch.partition(":")
     if library == "torchvision":
         from torchvision import models
 
         if name in models.list_models(module=models):
-            if spec.input_shape[2] != 3:
-                raise BadInput(f"model.arch: {spec.arch} takes 3 channels, the images have {spec.input_shape[2]}")
-            network: nn.Module = models.get_model(name, weights=None, num_classes=spec.classes)
+            if channels != 3:
+                raise BadInput(f"{arch} takes 3 channels, the images have {channels}")
+            network: nn.Module = models.get_model(name, weights=None, num_classes=classes)
             return network
     if library == "timm" and colon:
         try:
             import timm
         except ModuleNotFoundError:
-            raise BadInput(f"model.arch: {spec.arch} needs timm; pip install timm") from None
+            raise BadInput(f"{arch} needs timm; pip install timm") from None
         if timm.is_model(name):
-            made: nn.Module = timm.create_model(name, num_classes=spec.classes, in_chans=spec.input_shape[2])
+            made: nn.Module = timm.create_model(name, num_classes=classes, in_chans=channels)
             return made
     raise BadInput(
-        f"model.arch: {spec.arch!r} is unknown; choose resnet18, torchvision:NAME (torchvision.models.list_models())"
-        " or timm:NAME (timm.list_models())"
+        f"{arch!r} is unknown; choose resnet18, torchvision:NAME (torchvision.models.list_models()) or timm:NAME"
+        " (timm.list_models())"
     )
 
 

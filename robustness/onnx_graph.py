@@ -18,6 +18,7 @@ from torch import Tensor
 from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.reader import Unfit, read_plain, why_unread
 from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.onnx_float import by_batch, constants_of
 from dfmcl.robustness.onnx_head import Head, headed
 from dfmcl.robustness.onnx_session import asked, first_line, observed, opened
 from dfmcl.robustness.provider import CPU, Provider
@@ -42,7 +43,8 @@ class Graph:
 
     model: with all weights inside, also where the file keeps them beside itself, and with logits as its one output.
     digest: SHA-256 of the file, or of the model in whole where its weights lie elsewhere. batch: the only batch size it
-    takes, None where it takes any. head: how the file itself ends; as_it_came: whether it ends as the model does.
+    takes, None where it takes any. head: how the file itself ends; as_it_came: whether it ends as the model does;
+    whole: whether it is asked as it is served.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Graph:
     batch: int | None
     head: Head
     as_it_came: bool
+    whole: bool = False
 
     @property
     def input(self) -> onnx.ValueInfoProto:
@@ -109,7 +112,7 @@ def read_graph(
         ended, head = headed(model, images, path, output=output, classes=classes)
     elif len(model.graph.output) != 1:
         raise BadInput(f"{path}: has {len(model.graph.output)} outputs, a served file has one; export it again")
-    return Graph(path, ended, digest, parsed, batch, head, ended is model)
+    return Graph(path, ended, digest, parsed, batch, head, ended is model, whole)
 
 
 def all_tensors(message: Any) -> Iterator[TensorProto]:
@@ -137,13 +140,16 @@ def count_classes(answer: Callable[[Tensor], Tensor], contract: InputContract, w
 def artefact(graph: Graph, provider: Provider = CPU, *, quiet: bool = False) -> Callable[[Tensor], Tensor]:
     """The file as the decider: float images (N, C, H, W) in [0, 1], sent as it takes them through ONNX Runtime.
 
-    Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size. BadInput where ONNX
-    Runtime cannot load it, or it cannot take these images.
+    Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size, one that chooses its
+    scales by the batch image by image, but as it is served. BadInput where ONNX Runtime cannot load it, or it cannot
+    take these images.
     """
     where, contract = graph.path, graph.contract
     session = opened(graph.model.SerializeToString(), where, contract.dtype, provider, quiet=quiet)
     (entry,) = session.get_inputs()
     size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
+    if size is None and not graph.whole and by_batch(graph.model):
+        size = 1
 
     def run(images: NDArray[Any]) -> NDArray[Any]:
         (logits,) = asked(session, images, where, f"{contract} x {len(images)}")
@@ -172,15 +178,11 @@ def freed(graph: Graph) -> Graph | None:
         return graph
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer} | {
-        node.output[0]: node.attribute[0].t
-        for node in model.graph.node
-        if node.op_type == "Constant" and node.attribute[0].name == "value"
-    }
+    constants = constants_of(model.graph)
     reshapes = [node for node in model.graph.node if node.op_type == "Reshape" and node.input[1] in constants]
     sizes = _sizes(graph, [node.input[0] for node in reshapes if node.input[0] not in constants])
     for number, node in enumerate(reshapes):
-        shape = numpy_helper.to_array(constants[node.input[1]])
+        shape = constants[node.input[1]]
         literal = any(flag.name == "allowzero" and flag.i for flag in node.attribute)  # a 0 then means no pixels
         if len(shape) and shape[0] == graph.batch == sizes.get(node.input[0]) and not (literal and -1 in shape):
             name = f"{node.input[1]}.free{number}"

@@ -48,7 +48,7 @@ def with_wire_format(graph: Graph, classes: int, entry: str, answer: str) -> onn
 
 def conversion(contract: InputContract, held: int) -> list[Step]:
     """What makes bytes (N, H, W, C) the images of a contract; held: the type of the file's input."""
-    scale, first = contract.scale, contract.layout == "NCHW"
+    scale, first = contract.scale, contract.channels_first
     steps: list[Step] = [("Transpose", {"perm": [0, 3, 1, 2]}, None)] if first else []
     if scale.order != "RGB":
         steps.append(("Gather", {"axis": 1 if first else 3}, np.array([2, 1, 0])))
@@ -59,4 +59,5 @@ def conversion(contract: InputContract, held: int) -> list[Step]:
             if values != plain:
                 steps.append((operator, {}, np.array(values, np.float32).reshape((-1, 1, 1) if first else -1)))
         steps += [("Cast", {"to": held}, None)] if held != TensorProto.FLOAT else []
+    steps += [("Reshape", {}, np.array([0, *contract.dims]))] if contract.flat else []  # 0: as many images as come
     return steps or [("Identity", {}, None)]

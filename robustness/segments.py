@@ -25,23 +25,31 @@ def unexplained(
     begin: Tensor,
     end: Tensor,
     y: Tensor,
+    rounding: float = 0.0,
 ) -> Tensor:
     """The share of each change that gradients do not account for: `(N,)`, on the CPU; 0 where nothing changes.
 
     The change is that of the margin to class y from begin to end, images `(N, C, H, W)`, by the answers that count; the
     sum is that of the model's gradients at the middles of equal parts of the way. Their distance is measured in the
     larger of the change and of the way that the margin went up and down by the sum. NaN counts as 1.
+    rounding: of the change, what is none of the gradients' to explain, because the answers are rounded.
     """
-    share = _share(model, decide, begin, end, y, POINTS)
+    share = _share(model, decide, begin, end, y, POINTS, rounding)
     rows = torch.nonzero(share > DOUBT).squeeze(1)
     if len(rows):
         at = rows.to(begin.device)
-        share[rows] = torch.minimum(share[rows], _share(model, decide, begin[at], end[at], y[at], MORE))
+        share[rows] = torch.minimum(share[rows], _share(model, decide, begin[at], end[at], y[at], MORE, rounding))
     return share
 
 
 def _share(
-    model: nn.Module, decide: Callable[[Tensor], Tensor], begin: Tensor, end: Tensor, y: Tensor, points: int
+    model: nn.Module,
+    decide: Callable[[Tensor], Tensor],
+    begin: Tensor,
+    end: Tensor,
+    y: Tensor,
+    points: int,
+    rounding: float,
 ) -> Tensor:
     way = end - begin
     total, walked = (torch.zeros(len(begin), dtype=torch.float64) for _ in range(2))
@@ -53,5 +61,5 @@ def _share(
     with torch.no_grad():
         first, last = (margin(decide(point).float().cpu(), y.cpu()).double() for point in (begin, end))
     change = last - first
-    share = (change - total).abs() / torch.maximum(change.abs(), walked)
+    share = ((change - total).abs() - rounding).clamp_min(0) / torch.maximum(change.abs(), walked)
     return torch.where((change == 0) & (walked == 0), 0.0, share.nan_to_num(nan=1.0, posinf=1.0))

@@ -8,7 +8,7 @@ from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.signing.keys import read_signer
 from dfmcl.gating.signing.trust import load_trust
-from dfmcl.gating.subject import open_subject
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.release.card import write_card
 from dfmcl.release.export import export
 from dfmcl.release.promotion import promote

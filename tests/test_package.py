@@ -53,7 +53,7 @@ def test_a_bare_checkout_has_the_command(checkout: Path) -> None:
 ASK = """
 import sys
 import numpy
-from dfmcl.gating.subject import module_subject
+from dfmcl.gating.subjects.module import module_subject
 
 images = numpy.zeros((2, 4, 4, 3), numpy.uint8)
 for room in sys.argv[1:]:

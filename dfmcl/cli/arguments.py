@@ -65,3 +65,11 @@ PREPROCESSING = Annotated[
     str | None, typer.Option(help="How pictures become its size: 'fit bilinear', 'resize=256 bicubic', 'squash'.")
 ]
 OUTPUT = Annotated[str | None, typer.Option(help="An ONNX file's output of scores, where it has several.")]
+SUBJECT = Annotated[
+    str,
+    typer.Argument(
+        help="A candidate's directory; a file: ONNX, TorchScript, torch.export or weights; module:callable; or"
+        " grpc://HOST:PORT/MODEL."
+    ),
+]
+ARCH = Annotated[str | None, typer.Option(help="Of a file of weights: torchvision:NAME, timm:NAME or module:callable.")]

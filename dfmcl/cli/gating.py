@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import OUTPUT, PREPROCESSING, path, read_labels, read_preprocessing
+from dfmcl.cli.arguments import ARCH, OUTPUT, PREPROCESSING, SUBJECT, path, read_labels, read_preprocessing
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track
 
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 @command
 def gate(
-    subject: Annotated[
-        str, typer.Argument(help="A candidate's directory, an .onnx file, module:callable, or grpc://HOST:PORT/MODEL.")
-    ],
+    subject: SUBJECT,
     policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
     data: Annotated[
         str | None, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")
@@ -54,6 +52,7 @@ def gate(
         Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
     ] = None,
     output: OUTPUT = None,
+    arch: ARCH = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
@@ -66,7 +65,7 @@ def gate(
     from dfmcl.gating.formats.github import publish
     from dfmcl.gating.formats.markdown import markdown
     from dfmcl.gating.gate import gate as run_gate
-    from dfmcl.gating.subject import open_subject
+    from dfmcl.gating.subjects.registry import open_subject
     from dfmcl.robustness.ranks import Ranks
     from dfmcl.robustness.runs import load_run
 
@@ -79,6 +78,7 @@ def gate(
                 contract=contract,
                 labels=read_labels(labels),
                 output=output,
+                arch=arch,
                 connect=functools.partial(connect, open_clients),
                 budget=queries,
             )
@@ -157,7 +157,7 @@ def init(
     require_free(out, ci, Shown(subject, "", output, labels))
 
     from dfmcl.gating.case import prepare
-    from dfmcl.gating.subject import open_subject
+    from dfmcl.gating.subjects.registry import open_subject
 
     judged = open_subject(subject, contract=contract, labels=read_labels(labels), output=output)
     if judged.kind not in ("onnx", "module"):

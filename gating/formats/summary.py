@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.signing.evaluation import EvaluationEntry
 from dfmcl.gating.signing.report import CheckEntry, CriterionEntry, Report
 from dfmcl.robustness.folder import described
@@ -25,14 +26,6 @@ HEADLINES = {
     "failed": "BLOCKED: the model misses a criterion",
     "suspect": "SUSPECT: the evidence cannot be believed",
     "inconclusive": "INCONCLUSIVE: the images seen do not decide",
-}
-
-PROMOTE = {
-    "candidate": "Sign the evidence and promote the candidate.",
-    "onnx": "An ONNX file by itself is not promoted: make it a candidate with `dfmcl export`, and gate and sign that.",
-    "module": "A module in Python is not promoted: export it to ONNX, make it a candidate with `dfmcl export`, and gate"
-    " and sign that.",
-    "endpoint": "An endpoint is not promoted: gate and sign the candidate behind it.",
 }
 
 KEEP = "Keep the released model."
@@ -156,19 +149,21 @@ def reservations(report: Report) -> str:
     """What a pass rests on without a test: the checks that did not run, and code that was trusted."""
     absent = [check.check for check in report.checks if check.outcome == "not_run"]
     said = [f"not run: {', '.join(absent)}"] if absent else []
-    said += ["its code was trusted, because a module can deceive the gate"] if trusted_code(report) else []
+    twin = report.candidate.gradients
+    said += [f"gradients came from {twin}"] if twin else []
+    said += ["its code was trusted, which can deceive the gate"] if trusted_code(report) else []
     return "".join(f"; {part}" for part in said)
 
 
 def trusted_code(report: Report) -> bool:
     """Whether a user's code gave the answers."""
-    return report.candidate.kind == "module"
+    return KINDS[report.candidate.kind].code
 
 
 def advice(report: Report) -> str:
     """What to do now, by what was found and by what was judged."""
     if report.verdict == "passed":
-        return PROMOTE[report.candidate.kind]
+        return KINDS[report.candidate.kind].promote
     if report.verdict == "suspect":
         return SUSPECT
     if report.verdict == "inconclusive":

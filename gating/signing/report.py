@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainSerializer
 
 from dfmcl.common.entry import Amount, Bits, Count, Digest, Entry, Maybe, Number, Ratio, Whole, one_of, text, told
+from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.order import Draw
 from dfmcl.gating.policy import METRICS, NO_REGRESSION, Policy, digest_of
 from dfmcl.gating.signing.evaluation import SuiteEntry, TransferEntry
@@ -165,7 +166,7 @@ class InputEntry(Entry):
     """
 
     dtype: Annotated[str, one_of("uint8", "float32", "float64", "float16")]
-    layout: Annotated[str, one_of("NHWC", "NCHW")]
+    layout: Annotated[str, one_of("NHWC", "NCHW", "flat-HWC", "flat-CHW")]
     shape: tuple[Count, Count, Count]
     range: Maybe[tuple[Number, ...]] = None
     mean: Maybe[tuple[Number, ...]] = None
@@ -175,14 +176,15 @@ class InputEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateEntry(Entry):
-    """What was judged. output: which one, of an ONNX file with several."""
+    """What was judged. output: which one, of an ONNX file with several. gradients: their origin, of a file that rounds."""
 
-    kind: Annotated[str, one_of("candidate", "onnx", "module", "endpoint")]
+    kind: Annotated[str, one_of(*KINDS)]
     name: str
     model_sha256: Digest
     files: Mapping[str, Digest]
     input: InputEntry
     output: Maybe[str] = None
+    gradients: Maybe[str] = None
 
 
 @dataclass(frozen=True, kw_only=True)

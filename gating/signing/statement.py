@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dfmcl.gating.signing.evaluation import EvaluationEntry
     from dfmcl.gating.signing.report import Report
 
+from dfmcl.gating.kinds import KINDS
+
 STATEMENT = "https://in-toto.io/Statement/v1"
 TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 ROBUSTNESS = "https://dfmcl.dev/attestation/robustness/v1"
@@ -37,7 +39,7 @@ def statements(report: Report, report_sha256: str, expires: str) -> tuple[dict[s
 def subjects(report: Report) -> dict[str, str]:
     """SHA-256 by name of what was judged: the files of a candidate, or the one thing that is no candidate."""
     candidate = report.candidate
-    name = candidate.name if candidate.kind != "onnx" else PurePath(candidate.name).name
+    name = PurePath(candidate.name).name if KINDS[candidate.kind].file else candidate.name
     return dict(candidate.files) or {name: candidate.model_sha256}
 
 

@@ -26,7 +26,8 @@ from dfmcl.gating.case import prepare
 from dfmcl.gating.gate import TRAINING, gate
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.signing.evidence import read_evidence
-from dfmcl.gating.subject import candidate_subject, onnx_subject
+from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.gating.subjects.onnx_file import onnx_subject
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.folder import read_image

@@ -17,7 +17,9 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.formats.summary import headline
 from dfmcl.gating.gate import TRAINING, gate, training_of
 from dfmcl.gating.policy import Policy
-from dfmcl.gating.subject import Subject, module_subject, onnx_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.module import module_subject
+from dfmcl.gating.subjects.onnx_file import onnx_subject
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.runs import load_run
 from tests.networks import Networks

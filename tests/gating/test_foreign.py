@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.subject import Subject, module_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.module import module_subject
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import to_bytes
 from dfmcl.robustness.onnx_graph import noise
@@ -279,7 +280,7 @@ def test_a_default_type_of_the_modules_is_not_ours(write: Write) -> None:
     assert attacked(subject, 20)[1] == 20
 
 
-def test_a_module_is_asked_in_channels_first(write: Write) -> None:
-    """Another layout would be ignored, and is refused instead."""
-    with pytest.raises(BadInput, match="is asked in NCHW; declare it so"):
+def test_a_module_is_asked_in_the_layout_that_is_declared(write: Write) -> None:
+    """One that convolves cannot take its channels last, and says in which layout it was asked."""
+    with pytest.raises(BadInput, match=r"its module cannot take float32 NHWC \(2, 8, 8, 3\)"):
         write("make = Net", "float32 NHWC 8x8x3")

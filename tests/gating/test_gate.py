@@ -39,7 +39,8 @@ from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.keys import keygen, read_signer
 from dfmcl.gating.signing.probes import as_npz, read_probes
 from dfmcl.gating.signing.report import Report
-from dfmcl.gating.subject import Subject, candidate_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.candidate import candidate_subject
 from dfmcl.release.export import export
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import SUITES

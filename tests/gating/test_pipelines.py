@@ -147,7 +147,7 @@ def test_inputs_reach_the_gate_as_they_are(pipeline: Pipeline) -> None:
     assert [found[at + 1] for at, word in enumerate(found) if word == "--surrogate"] == ["a", "b"]
 
 
-SINGLE = ("run", "baseline", "input", "labels", "output", "queries")
+SINGLE = ("run", "baseline", "input", "labels", "output", "arch", "queries")
 
 
 def test_the_key_is_a_file_of_its_own_that_goes(tmp_path: Path) -> None:

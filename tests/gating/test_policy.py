@@ -35,7 +35,7 @@ MISTAKES = {
     "no criterion": (GOOD.replace('"robust_accuracy >= 0.25 at 95 %"', ""), r"criteria: "),
     "unknown key": (GOOD + "\nimages = 3\n[x]", r"unknown key"),
     "radius in 255ths": (GOOD.replace("8/255", "8"), r"threat\.eps: .*8/255, not 8"),
-    "radius below a byte": (GOOD.replace("8/255", "0.9/255"), r"threat\.eps: .*1/255 is the smallest"),
+    "radius below a byte": (GOOD.replace("8/255", "0.9/255"), r"threat\.eps: .*arrive as bytes.*1/255 is the smallest"),
     "radius that is not a number": (GOOD.replace("8/255", "nan"), r"threat\.eps: .*is no radius"),
     "no radius": (GOOD.replace('eps = "8/255"', ""), r"threat\.eps: Field required"),
     "unknown data": (GOOD.replace("digits", "mnist"), r"data\.name"),

@@ -23,15 +23,12 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.conversion import NoGradients, differentiable
 from dfmcl.gating.endpoint import Asked, QueriesSpent
 from dfmcl.gating.foreign import state_digest
-from dfmcl.gating.subject import (
-    Subject,
-    candidate_subject,
-    endpoint_subject,
-    module_subject,
-    onnx_subject,
-    open_subject,
-    reopened,
-)
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.gating.subjects.endpoint import endpoint_subject
+from dfmcl.gating.subjects.module import module_subject
+from dfmcl.gating.subjects.onnx_file import onnx_subject, reopened
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.release.export import export
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.gradients import attack_pass
@@ -79,7 +76,10 @@ class Wired(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = images if self.through is None else images.to(self.through)
-        x = x.permute(0, 3, 1, 2) if self.contract.layout == "NHWC" else x
+        height, width, channels = self.contract.shape
+        first = self.contract.channels_first
+        x = x.reshape(-1, *((channels, height, width) if first else self.contract.shape)) if self.contract.flat else x
+        x = x if first else x.permute(0, 3, 1, 2)
         logits: Tensor = self.net(x.to(torch.float32) / 255 if self.contract.dtype == "uint8" else x)
         return logits
 
@@ -351,12 +351,12 @@ def means(entry: str, name: str = "y") -> list[onnx.NodeProto]:
 
 
 AXES = np.array([2, 3])
-QUANTIZED = graph_of(
+COARSE = graph_of(  # two levels between black and white
     helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
     helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["r"]),
     *means("r"),
     axes=AXES,
-    scale=np.array(1 / 7, np.float32),
+    scale=np.array(0.9, np.float32),
     zero=np.array(0, np.uint8),
 )
 WRAPS = graph_of(  # 200 + 100 is 44 in bytes, and 300 in floats
@@ -379,11 +379,11 @@ UNKNOWN.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 @pytest.mark.parametrize(
     ("model", "contract", "reason"),
     [
-        (QUANTIZED, "float32 NCHW", "no gradient reaches the image"),
+        (COARSE, "float32 NCHW", "its roundings move its logits by .* so that gradients without them are another"),
         (WRAPS, "uint8 NCHW", r"its logits differ by .* of the largest"),
         (UNKNOWN, "float32 NCHW", "onnx2pytorch cannot convert it"),
     ],
-    ids=["quantized", "wraps", "unknown"],
+    ids=["coarse", "wraps", "unknown"],
 )
 def test_file_that_cannot_be_differentiated_is_a_black_box(
     tmp_path: Path, model: onnx.ModelProto, contract: str, reason: str
@@ -752,7 +752,7 @@ def test_text_names_the_kind(tmp_path: Path, made: str, shipped: Shipped) -> Non
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("nothing/here", {}, "names no model; expected a candidate's directory, an ONNX file"),
+        ("nothing/here", {}, "names no model; expected one of: a candidate's directory, an ONNX file, a TorchScript"),
         ("{candidate}", {"contract": "uint8 NHWC"}, "is of kind candidate, which takes no contract; leave it out"),
         ("a:b", {"contract": "uint8 NHWC 2x2x3", "run": Path("x")}, "is of kind module, which takes no run"),
         ("a:b", {}, "what images does it take"),

@@ -15,7 +15,7 @@ from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import Criterion, Policy, load_policy
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.faults import EvidenceError
-from dfmcl.gating.subject import candidate_subject
+from dfmcl.gating.subjects.candidate import candidate_subject
 from dfmcl.robustness.records import from_bits
 from dfmcl.robustness.threats.registry import FAMILIES
 from tests.exports import Export

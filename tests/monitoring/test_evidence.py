@@ -22,7 +22,7 @@ from dfmcl.gating.policy import load_policy
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.signing.report import RunEntry
 from dfmcl.gating.signing.trust import follow_trust
-from dfmcl.gating.subject import open_subject
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.gating.verdict import EXIT_CODES
 from dfmcl.monitoring.evidence import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates

@@ -20,7 +20,8 @@ from torch import nn
 
 from dfmcl.common.errors import BadInput, Broken, Refused
 from dfmcl.gating.signing.attestation import Trust
-from dfmcl.gating.subject import candidate_subject, open_subject
+from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.release import export as exporting
 from dfmcl.release import graphs, promotion
 from dfmcl.release.candidate import FILES, Manifest, read_manifest, sha256_of
@@ -332,6 +333,7 @@ LETTERS = ("a", "b", "c", "d", "e")
     [
         *("uint8 NHWC 12x10x3", "uint8 NCHW 9x9x1", "float32 NCHW 10x14x4", "float32 NHWC 8x8x3", "half"),
         *("float32 NCHW 8x8x3 imagenet", "float32 NHWC 8x8x3 caffe", "uint8 NHWC 8x8x3 BGR"),
+        *("float32 flat-CHW 8x8x3 caffe", "uint8 flat-HWC 8x8x3"),
     ],
 )
 def test_wrapped_file_takes_images_as_they_come(tmp_path: Path, text: str, dynamo: bool) -> None:
@@ -342,7 +344,8 @@ def test_wrapped_file_takes_images_as_they_come(tmp_path: Path, text: str, dynam
     if text == "half":
         wired, example = wired.half(), example.half()
     path = to_onnx(tmp_path / "foreign.onnx", wired, example, dynamo=dynamo)
-    given = " ".join(filter(None, (contract.dtype, contract.layout, str(contract.scale))))
+    size = "x".join(map(str, contract.shape)) if contract.flat else ""  # a file of rows does not say it
+    given = " ".join(filter(None, (contract.dtype, contract.layout, size, str(contract.scale))))
     manifest = exporting.wrap(path, tmp_path / "candidate", contract=given, labels=LETTERS)
     read = read_manifest(tmp_path / "candidate")
     assert manifest == read.to_json()

@@ -26,8 +26,9 @@ from dfmcl.robustness.data import Bytes, Dataset, load_dataset
 from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.evaluate import Outcome, evaluate
 from dfmcl.robustness.finding import CLEARLY, LEVEL, Found, surplus, too_many
-from dfmcl.robustness.memorisation import copies, lightly, repeated
-from dfmcl.robustness.models import Classifier, exactly, frozen, to_float
+from dfmcl.robustness.losses import right
+from dfmcl.robustness.memorisation import copies, lightly, only_exact_images, repeated
+from dfmcl.robustness.models import Classifier, exactly, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
@@ -421,3 +422,30 @@ def test_chance_raises_a_count_at_its_level(n: int, ways: int) -> None:
     others = {str(number): (0, n) for number in range(ways - 1)}
     first = next((k for k in range(n + 1) if too_many({"a": (k, n), **others}, "", 0.05).outcome == "raised"), n + 1)
     assert ways * binom.sf(first - 1, n, 0.05) <= LEVEL
+
+
+def test_labels_that_hang_by_a_thread_are_no_memory(fragile: Classifier, robust: Classifier, digits: Dataset) -> None:
+    """Own answers as labels, half of them where the answer changes between two images: noise breaks many, and says
+    nothing. A table of the same images, which breaks as many, is still found out."""
+    x = to_float(torch.from_numpy(digits.x_test[:N]))
+    decide = exactly(fragile)
+    begin, end = x.clone(), x.flip(0)
+    begin, end = (side[decide(x).argmax(1) != decide(x.flip(0)).argmax(1)] for side in (begin, end))
+    first = decide(begin).argmax(1)
+    for _ in range(7):  # down to less than a grey level
+        middle = (begin + end) / 2
+        same = (decide(middle).argmax(1) == first).view(-1, 1, 1, 1)
+        begin, end = torch.where(same, middle, begin), torch.where(same, end, middle)
+    images = to_bytes(torch.cat([begin, x])).numpy()
+    labels = decide(to_float(torch.from_numpy(images))).argmax(1).numpy()
+
+    def found(model: nn.Module) -> Found:
+        with frozen(model), torch.no_grad():
+            return only_exact_images(Examination(model, exactly(model), images, labels, THREAT, grid=True, seed=0))
+
+    lost = Examination(fragile, decide, images, labels, THREAT, grid=True, seed=0)
+    noisy = right(lost.under_noise(1 / 255), lost.y)
+    assert int((~noisy).sum()) > 0.1 * len(labels)
+    assert found(fragile).outcome == "clear", found(fragile).why
+    memory = sprung("memory", fragile, images, labels, robust)
+    assert found(memory).outcome == "raised", found(memory).why

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.contract import DTYPES, InputContract
+from dfmcl.robustness.contract import DTYPES, LAYOUTS, InputContract
 from dfmcl.robustness.scale import PLAIN, PRESETS, Scale
 
 # Presets, by hand: what each makes of one pixel's bytes R, G, B.
@@ -28,7 +28,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("words", EXPECTED)
 def test_words_say_which_numbers_the_network_is_sent(words: str, layout: str) -> None:
     """Of one pixel of three colours, in floats; `relaxed`, which attacks climb through, is the same with a gradient."""
@@ -38,7 +38,8 @@ def test_words_say_which_numbers_the_network_is_sent(words: str, layout: str) ->
     x = pixel.expand(2, 3, 1, 2).clone().requires_grad_()
     sent = contract.wire(x.detach()).numpy()
     assert sent.shape == (2, *contract.dims)
-    colours = sent if layout == "NHWC" else sent.transpose(0, 2, 3, 1)
+    first = sent.reshape(2, 3, 1, 2).transpose(0, 2, 3, 1)
+    colours = first if contract.channels_first else sent.reshape(2, 1, 2, 3)
     np.testing.assert_allclose(colours[1, 0, 1], EXPECTED[words], rtol=1e-5, atol=1e-5)
     climbed = contract.relaxed(x)
     np.testing.assert_array_equal(climbed.detach().numpy(), sent)
@@ -80,9 +81,30 @@ def test_a_file_says_what_the_words_leave_out() -> None:
     assert str(parse("caffe", (1, 32, 48, 3), "float32")) == "float32 NHWC 32x48x3 caffe"
     assert str(parse("28x28x1 grey", (None, 1, None, None), "float32")) == "float32 NCHW 28x28x1"
     assert str(parse("uint8 NHWC 4x4x3 0..255 BGR")) == "uint8 NHWC 4x4x3 BGR"
+    assert str(parse("flat 28x28x1", (None, 784), "float32")) == "float32 flat-HWC 28x28x1"
+    assert parse("flat-CHW 4x5x3 imagenet", (None, None), "float32").dims == (60,)
     for dims in ((None, 3, 3, 3), (None, None, None, None), ()):
         with pytest.raises(BadInput, match="expected DTYPE LAYOUT HxWxC"):
             parse("", dims, "float32")
+
+
+@pytest.mark.parametrize(
+    ("words", "dims", "message"),
+    [
+        ("", (None, 784), "the model takes 784 numbers an image; say how they are made of it"),
+        ("flat 28x28x1", (None, 768), "the model takes 768 numbers an image, 28x28x1 are 784"),
+        ("flat 16x16x3", (None, 768), "say the size and in which order they lie, such as 'flat-HWC 32x32x3'"),
+        ("flat", (None, 784), "say the size and in which order"),
+        ("flat-HWC", (None, 784), "the size is open; add it, such as 'float32 flat-HWC 32x32x3'"),
+        ("flat-HWC 4x4x3", (None, 3, 4, 4), "the model takes 4 dimensions, flat images have 2"),
+        ("NCHW 4x4x3", (None, 48), "the model takes 2 dimensions, images have 4"),
+        ("flat-HWC flat-CHW 4x4x3", (None, 48), "exclude each other"),
+    ],
+)
+def test_rows_of_numbers_need_their_order(words: str, dims: tuple[int | None, ...], message: str) -> None:
+    """A file of rows says nothing of height, width and colours, and none is guessed."""
+    with pytest.raises(BadInput, match=message):
+        InputContract.parse(words, dims, "float32")
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.subject import Subject, candidate_subject, onnx_subject
+from dfmcl.gating.subject import Subject
+from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.gating.subjects.onnx_file import onnx_subject
 from dfmcl.release.export import wrap
 from dfmcl.robustness.onnx_graph import noise, read_graph
 from tests.gating.test_subject import Tiny, assert_is, assert_same, gradient, graph_of, means, to_onnx
@@ -238,3 +240,96 @@ def test_a_candidate_is_judged_as_it_is_served(tmp_path: Path) -> None:
     assert manifest["origin"]["sha256"] == read_graph(path).digest  # type: ignore[index]  # JSON of our own
     served = read_graph(path, whole=True)
     assert (served.head.squash, served.model.graph.node[-1].op_type) == ("", "Softmax")
+
+
+def test_a_perceptron_as_skl2onnx_writes_it(tmp_path: Path) -> None:
+    """Rows of numbers in; the label and a map of probabilities out: judged by the logits, climbed in pixels, served."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    held = [(f"{name}{layer}", value) for layer in (0, 2) for name, value in net[layer].named_parameters()]
+    nodes = [
+        helper.make_node("Cast", ["X"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("Gemm", ["x", "weight0", "bias0"], ["h"], transB=1),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "weight2", "bias2"], ["z"], transB=1),
+        helper.make_node("Softmax", ["z"], ["p"], axis=1),
+        helper.make_node("ArgMax", ["p"], ["label"], axis=1, keepdims=0),
+        helper.make_node("ZipMap", ["p"], ["maps"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2]),
+    ]
+    maps = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(1, []))
+    )
+    graph = helper.make_graph(
+        nodes,
+        "sklearn",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, ["n", 48])],
+        [helper.make_tensor_value_info("label", TensorProto.INT64, ["n"]), helper.make_value_info("maps", maps)],
+        [numpy_helper.from_array(value.detach().numpy(), name) for name, value in held],
+    )
+    versions = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 1)]
+    path, words = tmp_path / "model.onnx", "flat-HWC 4x4x3 imagenet"
+    onnx.save(helper.make_model(graph, opset_imports=versions, ir_version=8), path)
+    subject = onnx_subject(path, words)
+
+    def expected(images: Tensor) -> Tensor:
+        logits: Tensor = net(subject.contract.scale.applied(images).permute(0, 2, 3, 1).flatten(1))
+        return logits
+
+    x = noise(subject.contract, 4, seed=1)
+    assert (subject.output, subject.classes) == ("p", 3)
+    assert_same(subject.decide(x), expected(x).detach())
+    assert subject.model is not None, subject.no_gradients
+    assert_same(gradient(subject.model, x), gradient(expected, x), 1e-4)
+    wrap(path, tmp_path / "candidate", contract=words, labels=tuple("abc"))
+    assert_same(candidate_subject(tmp_path / "candidate").decide(x), expected(x).detach())
+
+
+def test_a_classifier_of_sklearn_by_skl2onnx(tmp_path: Path) -> None:
+    """The real converter, with its maps and without."""
+    skl2onnx = pytest.importorskip("skl2onnx", reason="skl2onnx is not installed: pip install skl2onnx")
+    from skl2onnx.common.data_types import FloatTensorType
+    from sklearn.neural_network import MLPClassifier
+
+    rows, labels = np.random.default_rng(0).random((60, 48), np.float32), np.arange(60) % 3
+    model = MLPClassifier((8,), max_iter=20).fit(rows, labels)
+    for maps in (True, False):
+        made = skl2onnx.convert_sklearn(
+            model, initial_types=[("X", FloatTensorType([None, 48]))], options={"zipmap": maps}
+        )
+        (tmp_path / f"{maps}.onnx").write_bytes(made.SerializeToString())
+        subject = onnx_subject(tmp_path / f"{maps}.onnx", "flat-HWC 4x4x3")
+        x = torch.from_numpy(rows).reshape(-1, 4, 4, 3).permute(0, 3, 1, 2)
+        assert_same(subject.decide(x).softmax(1), torch.from_numpy(model.predict_proba(rows)).float(), 1e-4)
+        assert subject.model is not None, subject.no_gradients
+
+
+@pytest.mark.parametrize("opset", range(9, 24))
+def test_every_opset_is_read(tmp_path: Path, opset: int) -> None:
+    """A convolutional classifier in the words of each: logits behind its softmax, with their gradients."""
+    torch.manual_seed(0)
+    conv, last = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+    held = {"k": conv.weight, "b": conv.bias, "w": last.weight, "c": last.bias}
+    norm = {"s": torch.rand(4) + 0.5, "o": torch.rand(4), "m": torch.rand(4), "v": torch.rand(4) + 0.5}
+    nodes = [
+        helper.make_node("Conv", ["x", "k", "b"], ["f"]),
+        helper.make_node("BatchNormalization", ["f", "s", "o", "m", "v"], ["n"]),
+        helper.make_node("Relu", ["n"], ["r"]),
+        helper.make_node("GlobalAveragePool", ["r"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["h"], axis=1),
+        helper.make_node("Gemm", ["h", "w", "c"], ["z"], transB=1),
+        helper.make_node("Softmax", ["z"], ["y"], axis=1),
+    ]
+    model = graph_of(*nodes, **{name: value.detach().numpy() for name, value in {**held, **norm}.items()})
+    model.opset_import[0].version = opset
+    onnx.save(model, tmp_path / "model.onnx")
+    subject = onnx_subject(tmp_path / "model.onnx")
+
+    def expected(x: Tensor) -> Tensor:
+        f = nn.functional.batch_norm(conv(x), norm["m"], norm["v"], norm["s"], norm["o"])
+        logits: Tensor = last(f.relu().mean((2, 3)))
+        return logits
+
+    x = noise(subject.contract, 3, seed=1)
+    assert_same(subject.decide(x), expected(x).detach())
+    assert subject.model is not None, subject.no_gradients
+    assert_same(gradient(subject.model, x), gradient(expected, x), 1e-4)
