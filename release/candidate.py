@@ -91,7 +91,7 @@ class Manifest:
             "files": dict(self.files),
             "labels": list(self.labels),
             "input": {"name": INPUT, "dtype": "uint8", "layout": "NHWC", "shape": list(self.input_shape)},
-            "preprocessing": str(self.preprocessing),
+            **({} if self.preprocessing == USUAL else {"preprocessing": str(self.preprocessing)}),
             "output": {"name": OUTPUT, "dtype": "float32", "classes": len(self.labels)},
             **source,
             "parity": asdict(self.parity),

@@ -176,7 +176,7 @@ class InputEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateEntry(Entry):
-    """What was judged. output: which one, of an ONNX file with several. gradients: their origin, of a file that rounds."""
+    """What was judged. output: of an ONNX file with several; gradients: their origin, of one that rounds."""
 
     kind: Annotated[str, one_of(*KINDS)]
     name: str
