@@ -163,7 +163,7 @@ class Evaluation:
                 about=dict(value["about"]),
                 not_finite=value.get("not_finite", 0),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"evaluation: malformed record: {error!r}") from None
 
 

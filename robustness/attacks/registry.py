@@ -294,7 +294,8 @@ class Attack:
         """BadInput where it cannot search in the threat."""
         if threat.kind not in self.kind.threats:
             able = [name for name, kind in ATTACKS.items() if threat.kind in kind.threats]
-            raise BadInput(f"attack: {self.name!r} does not search in {threat}; choose one of {', '.join(able)}")
+            advice = f"choose one of {', '.join(able)}" if able else "attack its parts one by one"
+            raise BadInput(f"attack: {self.name!r} does not search in {threat}; {advice}")
 
     def __call__(
         self,

@@ -55,7 +55,7 @@ class L1(Ball):
         delta = (x_adv - x).double().flatten(1)
         size, room = delta.abs(), ((delta > 0).double() - x.double().flatten(1)).abs()
         shrink = _shrinkage(size, room, self.eps)
-        kept = (size - shrink[:, None]).clamp_min(0).minimum(room) * delta.sign()
+        kept = (size - shrink[:, None]).clamp_min(0) * delta.sign()
         return (x + kept.to(x.dtype).view_as(x)).clamp(0, 1)
 
     def on_grid(self) -> L1:

@@ -133,6 +133,18 @@ def test_random_search_gets_there_by_answers_alone() -> None:
     assert torch.equal(x_adv, attack(counted, x, y, threat, generator=stream()))
 
 
+def test_random_search_finds_the_place() -> None:
+    """Where only one corner of the image counts, hardly a search begins there, and nearly all end there."""
+    model, x = linear(2, 1, (1, 12, 12)), torch.full((12, 1, 12, 12), 0.5)
+    weight = torch.zeros(2, 1, 12, 12)
+    weight[1, :, 10:, 10:] = 1
+    model[1].weight.copy_(weight.flatten(1))  # type: ignore[index, union-attr, operator]
+    model[1].bias.copy_(torch.tensor([2.5, 0.0]))  # type: ignore[index, union-attr, operator]
+    y = torch.zeros(12, dtype=torch.long)
+    x_adv = Attack.parse("patch-rs-600")(model, x, y, Patch(SIDE), generator=stream())
+    assert (model(x_adv).argmax(dim=1) == 1).sum() >= 9
+
+
 def test_gains_are_those_of_each_place() -> None:
     """By a plain loop over the corners of the square."""
     gradient, x = (torch.rand(2, 3, 5, 6, generator=stream(seed)) - 0.3 * (1 - seed) for seed in (0, 1))

@@ -206,6 +206,8 @@ def test_an_attack_goes_only_where_it_can_search() -> None:
     x = torch.zeros(1, 3, 6, 6)
     with pytest.raises(BadInput, match=r"'pgd-5' does not search in rotation 30; choose one of grid"):
         Attack.parse("pgd-5")(lambda x: x, x, torch.zeros(1).long(), parse_threat("rotation:30"), generator=None)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="one by one"):
+        Attack.parse("grid").check(parse_threat("fog"))
     with pytest.raises(BadInput, match="no ball"):
         parse_ball("rotation:30")
 
