@@ -43,6 +43,7 @@ from dfmcl.robustness.gradients import AttackPass, attack_pass
 from dfmcl.robustness.images import Pictures
 from dfmcl.robustness.memorisation import copies, repeated
 from dfmcl.robustness.models import to_float
+from dfmcl.robustness.portions import answered
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import Evaluation, joined
@@ -244,7 +245,7 @@ def background_of(case: Case, found: Findings, ranks: Ranks) -> Background:
     attacked = main.adversarial_logits[:few][np.array(clean[:few])]
     if not main.evaluation.grid and len(attacked):  # those are of points in floats, which nobody kept: asked as bytes
         again = to_float(torch.from_numpy(asked[-len(attacked) :]))
-        attacked = torch.cat([subject.decide(part) for part in again.split(few)]).numpy()
+        attacked = answered(subject.decide, again).numpy()
     logits = np.concatenate([main.clean_logits[:few], attacked])
     return Background(
         training=None if remote or not len(data.x_train) else training_of(data),

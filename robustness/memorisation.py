@@ -10,7 +10,6 @@ from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.finding import LEVEL, Found, too_many
 from dfmcl.robustness.losses import right
-from dfmcl.robustness.models import to_float
 from dfmcl.robustness.statistics import lower_bound, upper_bound
 
 FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
@@ -58,14 +57,16 @@ def only_exact_images(e: Examination) -> Found:
 
 def only_these_images(e: Examination) -> Found:
     """Images of the training part, and these images shifted and dimmed: light changes that keep the class."""
+    answers = [{way: e.answers(x) for way, x in lightly(part).items()} for part in e.batches(e.x)]
     moved = {
-        way: (int((e.correct & ~right(e.answers(x), e.y.cpu())).sum()), e.right) for way, x in lightly(e.x).items()
+        way: (int((e.correct & ~right(torch.cat([part[way] for part in answers]), e.y.cpu())).sum()), e.right)
+        for way in answers[0]
     }
     found = too_many(moved, "breaks images that are right", MOVED)
     if found.outcome == "raised" or e.background.training is None:
         return found
     images, labels = e.background.training
-    known = right(e.answers(to_float(torch.from_numpy(images)).to(e.x.device)), torch.from_numpy(labels))
+    known = right(torch.cat([e.answers(part) for part in e.floats(images)]), torch.from_numpy(labels))
     sure = 1 - LEVEL / 2
     there, here = upper_bound(int(known.sum()), len(known), sure), lower_bound(e.right, len(e.y), sure)
     gap = e.right / len(e.y) - float(known.float().mean())
