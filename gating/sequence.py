@@ -19,6 +19,7 @@ from dfmcl.gating.block import Block, BlockPlan, attack_block
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.resumption import State
+from dfmcl.gating.signing.probes import kept
 from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.drawn import Fates
@@ -74,7 +75,10 @@ class Work:
 def run(
     work: Work, found: Sequence[Claim], order: NDArray[np.int64], policy: Policy, watch: Callable[[Progress], None]
 ) -> tuple[list[Standing], list[Block]]:
-    """Attack block after block until the claims are decided: standings, and the blocks that count."""
+    """Attack block after block until the claims are decided: standings, and the blocks that count.
+
+    These hold the adversarial pixels of the first images only, as the probes do.
+    """
     labels = work.data.y_test
     among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
     standings = [Standing.begin(claim, among) for claim in found]
@@ -84,7 +88,7 @@ def run(
     watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
     for arrived in work.rounds(order, "block", policy.attacks.block):
         for block in arrived:
-            size = len(block.outcomes[0].adversarial)
+            size = block.images
             index = order[seen : seen + size]
             standings = [
                 standing.after(
@@ -98,7 +102,7 @@ def run(
                 )
                 for standing in standings
             ]
-            blocks.append(block)
+            blocks.append(block.shown(max(0, kept(len(order), work.data.input_shape) - seen)))
             seen += size
             judgements = tuple(standing_judgement(standing, policy) for standing in standings)
             if settled(judgements, policy):

@@ -14,9 +14,12 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
+from dfmcl.robustness.images import held_at_once
+from dfmcl.robustness.portions import ATTACKED, portion
 from dfmcl.robustness.provenance import now, provenance
-from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.records import Evaluation, joined
 from dfmcl.robustness.runs import Run
+from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import by_norm, threat_of
 from dfmcl.robustness.threats.threat import RADIUS, Threat
@@ -24,7 +27,7 @@ from dfmcl.robustness.threats.threat import RADIUS, Threat
 FORMAT = "dfmcl.evaluations/1"
 WHITE_BOX = {"linf": ("fgsm", "pgd-20", "margin-pgd-20"), "l2": ("cw-l2",)}
 BLACK_BOX = ("mi-fgsm-10",)
-CPU_BATCH = 128
+CPU_BATCH = 128  # images that are attacked together, fewer where they are large
 GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a ResNet-18 takes a few GB for them
 
 
@@ -53,7 +56,8 @@ def measure(
 
     attacks: names for all threats (default: WHITE_BOX by norm). cascade: each only on what those before it left, which
     is the same worst case at less cost. surrogate: adds, per Linf threat, one evaluation of images crafted on it.
-    images: how many test images, drawn by seed (0: all). White-box evaluations come first.
+    images: how many test images, drawn by seed (0: all); of a folder only these are decoded, part by part.
+    White-box evaluations come first.
     """
     if data.input_shape != run.input_shape or len(data.classes) != len(run.classes):
         raise BadInput(f"{run.path}: takes images {run.input_shape}, data {data.name} has {data.input_shape}")
@@ -64,26 +68,30 @@ def measure(
     if surrogate is not None and not any(isinstance(threat, Linf) for threat in threats):
         raise BadInput("--surrogate: transfer is measured in Linf; add a --threat such as 8/255")
     chosen = np.random.default_rng(seed).permutation(len(data.x_test))[: images or None]
-    x, y = data.x_test[chosen], data.y_test[chosen]
+    parts = held_at_once(data.x_test, chosen)
     on_cpu = next(run.model.parameters()).device.type == "cpu"
-    batch_size = CPU_BATCH if on_cpu else max(1, GPU_VALUES // math.prod(run.input_shape))
+    values = math.prod(run.input_shape)
+    batch_size = min(CPU_BATCH, portion(values, ATTACKED)) if on_cpu else portion(values, GPU_VALUES)
+
+    def measured(threat: Threat, names: Sequence[str], about: dict[str, str], **how: Any) -> Evaluation:
+        suite, found = [Attack.parse(name) for name in names], []
+        for number, part in enumerate(parts):
+            own = derived_seed(seed, "part", number) if number else seed
+            outcome = evaluate(
+                run.model, data.x_test[part], data.y_test[part], threat, suite, seed=own, batch_size=batch_size,
+                about=about, track=track, **how,
+            )  # fmt: skip
+            found.append(outcome.evaluation)
+        return joined(found)
+
     evaluations = []
     for threat in threats:
-        suite = [Attack.parse(name) for name in attacks or by_norm(WHITE_BOX, threat.norm, "white box")]
-        outcome = evaluate(
-            run.model, x, y, threat, suite, cascade=cascade, seed=seed, batch_size=batch_size,
-            about={"kind": "white-box"}, track=track,
-        )  # fmt: skip
-        evaluations.append(outcome.evaluation)
+        names = attacks or by_norm(WHITE_BOX, threat.norm, "white box")
+        evaluations.append(measured(threat, names, {"kind": "white-box"}, cascade=cascade))
     if surrogate is not None:
         about = {"kind": "transfer", "surrogate_sha256": surrogate.checkpoint_sha256}
-        suite = [Attack.parse(name) for name in BLACK_BOX]
         for threat in (threat for threat in threats if isinstance(threat, Linf)):
-            outcome = evaluate(
-                run.model, x, y, threat, suite, source=surrogate.model, grid=True, seed=seed, batch_size=batch_size,
-                about=about, track=track,
-            )  # fmt: skip
-            evaluations.append(outcome.evaluation)
+            evaluations.append(measured(threat, BLACK_BOX, about, source=surrogate.model, grid=True))
     return evaluations
 
 

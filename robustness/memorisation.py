@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.finding import LEVEL, Found, too_many
+from dfmcl.robustness.images import Images, held_at_once
 from dfmcl.robustness.losses import right
 from dfmcl.robustness.statistics import lower_bound, upper_bound
 
@@ -96,10 +101,15 @@ def _bytes(x: Tensor) -> Tensor:
 
 def repeated(images: Bytes, training: Bytes) -> int:
     """How many of the images `(n, H, W, C)` are among the training images, byte for byte."""
-    known = {image.tobytes() for image in training}
-    return sum(image.tobytes() in known for image in images)
+    known = {_digest(image) for image in training}
+    return sum(_digest(image) in known for image in images)
 
 
-def copies(images: Bytes) -> int:
-    """How many of the images `(n, H, W, C)` repeat one before them, byte for byte; they count twice."""
-    return len(images) - len({image.tobytes() for image in images})
+def copies(images: Images, index: NDArray[np.int64]) -> int:
+    """How many of the images at `index` repeat one before them, byte for byte; they count twice."""
+    parts = held_at_once(images, index)
+    return len(index) - len({_digest(image) for part in parts for image in images[part]})
+
+
+def _digest(image: Bytes) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()

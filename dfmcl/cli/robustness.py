@@ -35,7 +35,7 @@ def evaluate(
     from dfmcl.common.errors import BadInput
     from dfmcl.common.files import dump_json, only_writer, write_text
     from dfmcl.robustness.attacks.registry import Attack
-    from dfmcl.robustness.data import load_dataset
+    from dfmcl.robustness.data import open_dataset
     from dfmcl.robustness.measurements import FORMAT, measure, parse_threat, record
     from dfmcl.robustness.runs import load_run, parse_device
 
@@ -48,7 +48,7 @@ def evaluate(
         source = load_run(surrogate, where) if surrogate else None
         threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
         entry = trained.data
-        data = load_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
+        data = open_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track)
         if data.remark:
             say(data.remark)
         evaluations = measure(
