@@ -91,7 +91,7 @@ class Block:
 
     def shown(self, images: int) -> Block:
         """The same with adversarial pixels of the first images only."""
-        return Block(tuple(replace(one, adversarial=one.adversarial[:images]) for one in self.outcomes))
+        return Block(tuple(replace(one, adversarial=one.adversarial[:images].copy()) for one in self.outcomes))
 
     @staticmethod
     def from_bytes(data: bytes) -> Block:

@@ -53,21 +53,25 @@ class Work:
     ranks: Ranks
     track: Track
 
-    def rounds(self, order: NDArray[np.int64], purpose: str, size: int) -> Iterator[list[Block]]:
-        """Blocks of `size` images of the order, as many at a time as there are processes; each block is saved."""
+    def rounds(self, order: NDArray[np.int64], purpose: str, size: int, shown: int = 0) -> Iterator[list[Block]]:
+        """Blocks of `size` images of the order, as many at a time as there are processes; each block is saved.
+
+        shown: of how many of all these images the adversarial pixels are kept.
+        """
         parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
         for begin in range(0, len(parts), self.ranks.world):
             mine = begin + self.ranks.rank
-            block = self._block(parts[mine], purpose, mine) if mine < len(parts) else None
+            pixels = max(0, shown - mine * size)
+            block = self._block(parts[mine], purpose, mine, pixels) if mine < len(parts) else None
             yield [found for found in self.ranks.gather(block) if found is not None]
 
-    def _block(self, index: NDArray[np.int64], purpose: str, number: int) -> Block:
+    def _block(self, index: NDArray[np.int64], purpose: str, number: int, shown: int) -> Block:
         done = self.state.load(purpose, number)
         if done is not None:
             return Block.from_bytes(done)
         plan = BlockPlan(**{**vars(self.plan), "purpose": purpose})
         images, labels = self.data.x_test[index], self.data.y_test[index]
-        block = attack_block(plan, images, labels, number, self.track, drawn=self.drawn[index])
+        block = attack_block(plan, images, labels, number, self.track, drawn=self.drawn[index]).shown(shown)
         self.state.save(purpose, number, block.to_bytes())
         return block
 
@@ -86,7 +90,7 @@ def run(
     blocks: list[Block] = []
     seen, begun = 0, time.perf_counter()
     watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
-    for arrived in work.rounds(order, "block", policy.attacks.block):
+    for arrived in work.rounds(order, "block", policy.attacks.block, kept(len(order), work.data.input_shape)):
         for block in arrived:
             size = block.images
             index = order[seen : seen + size]
@@ -102,7 +106,7 @@ def run(
                 )
                 for standing in standings
             ]
-            blocks.append(block.shown(max(0, kept(len(order), work.data.input_shape) - seen)))
+            blocks.append(block)
             seen += size
             judgements = tuple(standing_judgement(standing, policy) for standing in standings)
             if settled(judgements, policy):

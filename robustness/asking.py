@@ -7,6 +7,7 @@ the other, so that any difference beyond rounding makes the evidence one about a
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,13 +38,16 @@ def batch_dependent(e: Examination) -> Found:
     change = {"in reverse order": _change(backwards.flip(0), e.logits)}
     alone = torch.cat([e.answers(e.x[i : i + 1]) for i in range(min(LONE, len(e.x)))])
     change["alone"] = _change(alone, e.logits[:LONE])
+    largest = 1
     for size in BATCHES:
         if size * e.x[0].numel() <= VALUES and size <= e.background.largest:
             copies = e.x[torch.arange(size, device=e.x.device) % len(e.x)]
             together = e.answers_together(copies)[: len(e.x)]
             change[f"in a batch of {size}"] = _change(together, e.logits[: len(together)])
+            largest = size
     worst = max(change, key=lambda way: change[way])
-    return _changed(e, change[worst], f"{worst}, the model gives the same image logits that differ by")
+    found = _changed(e, change[worst], f"{worst}, the model gives the same image logits that differ by")
+    return replace(found, figures={**found.figures, "largest_batch": largest})
 
 
 def grad_mode_matters(e: Examination) -> Found:

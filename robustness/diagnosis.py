@@ -163,8 +163,10 @@ class Examination:
             _, gradient, _ = losses.value_and_gradient(self.itself, point, losses.cross_entropy, (label,), True)
             _, along, _ = losses.value_and_gradient(self.itself, point, losses.margin, (label,), True)
             with torch.no_grad():
-                ends = [(point + step * along.sign(), point - step * along.sign()) for step in HALF_STEPS]
-                margins = [[losses.margin(self.itself(end), label).double() for end in pair] for pair in ends]
+                margins = [
+                    [losses.margin(self.itself(point + way * along.sign()), label).double() for way in (step, -step)]
+                    for step in HALF_STEPS
+                ]
             steepness = along.flatten(1).abs().sum(dim=1).double()
             rates = torch.stack([(one - two) / (2 * s) for s, (one, two) in zip(HALF_STEPS, margins, strict=True)], 1)
             found.append((gradient.flatten(1).abs().sum(dim=1).double(), steepness, rates))

@@ -18,9 +18,9 @@ from dfmcl.common.errors import lacks_memory
 # hands it out anew: EfficientNet-Lite0 at 224 pixels keeps 50 MB an image; 4 at once take 70 ms each, 32 take 120 ms.
 BUDGET = 2**27
 SHARE = 4  # of a GPU's memory a quarter
-# Values in images that are only asked about at once: 341 of 32 pixels, 6 of 224. EfficientNet-Lite0 answers 6 at once
-# in 6.5 ms each, and 64 in 10 ms, which take 0.8 GB more.
-ASKED = 2**20
+# Values in images that are only asked about at once: 170 of 32 pixels, 3 of 224. EfficientNet-Lite0 answers 2 to 4 at
+# once in 5.5 ms each, and 64 in 10 ms, which take 0.8 GB more.
+ASKED = 2**19
 ATTACKED = 2**21  # in images that are attacked together: 13 of 224 pixels; an attack holds ten copies of them
 
 Work = Callable[[slice], tuple[Tensor, ...]]
