@@ -71,7 +71,7 @@ class Recipe:
         """Logits (N, K) of the surrogates for images (N, C, H, W) in [0, 1], both on the CPU; computed on `device`."""
         example = to_float(torch.from_numpy(self.pool.images[:8])).to(device)
         fast = attack_pass(self.surrogates.model.to(device), example)
-        return lambda x: fast(x.to(device)).to(x.device)
+        return fast if torch.device(device).type == "cpu" else lambda x: fast(x.to(device)).to(x.device)
 
     def to_json(self) -> dict[str, Any]:
         """What must be the same for files to be of use; the attacks stand beside it."""

@@ -30,7 +30,6 @@ from dfmcl.robustness.traces import STEPS, Rescaled, Slopes, Traced, of_another_
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
 FEW_STEPS = 5
 # What is left after PGD is attacked by queries: by scores, by labels only, so that no score can mislead, in subspaces.
-QUERIED = 16  # images at a time
 QUERYING = {"square": 200, "rays": 120, "square-subspace": 120}
 SEGMENTS = 24  # images from which segments lead; a third of them that show something are sure
 GROUP = 5  # of them at a time: two groups of which none shows anything are enough
@@ -184,15 +183,11 @@ class Examination:
         for number, group in enumerate(chosen.split(GROUP)):
             y = self.y[group]
             ways = self._ways(group, generator(self.seed, "checks", "segments", number, device=self.x.device))
-            yield {
-                way: torch.cat(
-                    [
-                        unexplained(self.itself, self._decide, *part, enough=enough)
-                        for part in zip(*map(self.batches, (begin, end, y)), strict=True)
-                    ]
-                )
-                for way, (begin, end) in ways.items()
-            }
+            # All ways in one row, as a pass takes about as long for a few segments as for a full batch.
+            begin, end = (torch.cat(side) for side in zip(*ways.values(), strict=True))
+            parts = zip(*map(self.batches, (begin, end, y.repeat(len(ways)))), strict=True)
+            shares = torch.cat([unexplained(self.itself, self._decide, *part, enough=enough) for part in parts])
+            yield dict(zip(ways, shares.split(len(group)), strict=True))
 
     def _ways(self, chosen: Tensor, stream: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
         """Both ends of the segments from images `chosen` `(n,)`, on the uint8 grid."""
@@ -280,11 +275,11 @@ class Examination:
         """The black-box attacks that can search in this ball."""
         return tuple(name for name in QUERYING if self.threat.norm in ATTACKS[name].norms)
 
-    def queried(self, name: str) -> Iterator[Flags]:
-        """Which of the images that PGD left a few black-box queries break, batch by batch."""
+    def queried(self, name: str, first: int) -> Iterator[Flags]:
+        """Which of the images that PGD left a few queries break: of the `first` ones, then of more at once."""
         left = np.flatnonzero(self.correct.numpy())[~self.pgd]
-        for number, begin in enumerate(range(0, len(left), QUERIED)):
-            part = left[begin : begin + QUERIED]
+        ends = range(first, len(left), max(first, self._batch_size))
+        for number, part in enumerate(np.split(left, [*ends])):
             outcome = evaluate(
                 None,
                 self._images[part],
@@ -294,6 +289,7 @@ class Examination:
                 decide=lambda x: self._decide(x.to(self.x.device)),
                 grid=self.grid,
                 seed=derived_seed(self.seed, "checks", "queries", number),
+                batch_size=self._batch_size,
                 track=self._track,
             )
             yield ~np.array(outcome.evaluation.robust_images)
@@ -311,12 +307,7 @@ class Examination:
         return self._attack(traced, self.threat, f"{STEPS} steps")
 
     def _fell(
-        self,
-        function: Callable[..., Tensor],
-        threat: Threat,
-        name: str,
-        which: Flags,
-        source: nn.Module | None = None,
+        self, function: Callable[..., Tensor], threat: Threat, name: str, which: Flags, source: nn.Module | None = None
     ) -> Flags:
         found = np.zeros(self.right, bool)
         if which.any():

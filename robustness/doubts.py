@@ -13,7 +13,7 @@ from dfmcl.robustness.asking import (
 )
 from dfmcl.robustness.attacks.suites import RELAXED
 from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
-from dfmcl.robustness.finding import Found, hopeless, surplus, too_many
+from dfmcl.robustness.finding import Found, first_look, hopeless, surplus, too_many
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import Flags, lower_bound
 from dfmcl.robustness.traces import STEPS
@@ -250,7 +250,9 @@ def _only_pgd(attack: Callable[[Flags], Flags], e: Examination) -> int:
 def _queried(name: str, e: Examination) -> tuple[int, int]:
     """Of how many images that PGD left (second) a few black-box queries broke how many (first)."""
     k, n, left = 0, 0, int((~e.pgd).sum())
-    for fell in e.queried(name):
+    if not left:
+        return 0, 0
+    for fell in e.queried(name, first_look(left, TOLERATED, len(e.querying))):
         k, n = k + int(fell.sum()), n + len(fell)
         if hopeless(k, n, left, TOLERATED, len(e.querying)):
             break

@@ -89,3 +89,8 @@ def hopeless(k: int, n: int, of: int, tolerated: float, ways: int) -> bool:
     """
     enough = next((k for k in range(1, of + 1) if bdtrc(k - 1, of, tolerated) <= LEVEL / ways), of)
     return bool(bdtr(k, n, enough / of) < MISSED)
+
+
+def first_look(of: int, tolerated: float, ways: int) -> int:
+    """After how many images, of all `of`, a count of none is hopeless; all, where it never is."""
+    return next((n for n in range(1, of) if hopeless(0, n, of, tolerated, ways)), of)

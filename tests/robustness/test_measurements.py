@@ -49,7 +49,7 @@ def test_of_a_folder_only_the_images_that_are_asked_for_are_read(standard_run: P
         images=20,
     )
     assert (found.correct, found.attacks[0].held) == (whole.correct, whole.attacks[0].held)
-    with pytest.raises(BadInput, match="no image"):
+    with pytest.raises(BadInput, match="is no readable"):
         measure(run, opened, [threat], attacks=["fgsm"])
 
 
