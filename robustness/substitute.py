@@ -21,7 +21,7 @@ from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import mi_fgsm
 from dfmcl.robustness.images import Images
 from dfmcl.robustness.models import ResNet18, frozen, to_float
-from dfmcl.robustness.portions import ASKED, answered, portion
+from dfmcl.robustness.portions import ATTACKED, answered, portion
 from dfmcl.robustness.seeds import derived_seed, generator
 from dfmcl.robustness.threats.threat import Threat
 
@@ -98,7 +98,7 @@ def learnt(
     count = min(len(images), max(1, answers // PARTS))
     chosen = torch.randperm(len(images), generator=generator(seed, "substitute", "images"))[:count].numpy()
     # As bytes, and what was asked in the substitute's own size: whole and in floats they would take gigabytes.
-    together = min(BATCH, portion(math.prod(images.shape[1:]), ASKED))
+    together = min(BATCH, portion(math.prod(images.shape[1:]), ATTACKED))
     parts = [part.to(device) for part in torch.from_numpy(images[chosen]).split(together)]
     asked = [_Asked.of(decide, to_float(part)) for part in parts]
     truth = [one.labels for one in asked]
