@@ -82,6 +82,15 @@ class Block:
         np.savez_compressed(buffer, evaluations=np.frombuffer(evaluations.encode(), np.uint8), **arrays)
         return buffer.getvalue()
 
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.outcomes[0].evaluation.correct)
+
+    def shown(self, images: int) -> Block:
+        """The same with adversarial pixels of the first images only."""
+        return Block(tuple(replace(one, adversarial=one.adversarial[:images].copy()) for one in self.outcomes))
+
     @staticmethod
     def from_bytes(data: bytes) -> Block:
         """The inverse of `to_bytes`."""
@@ -199,7 +208,7 @@ def _over(column: tuple[T, ...], rows: NDArray[np.int64], values: tuple[T, ...])
 
 
 def joined_outcomes(blocks: Sequence[Block]) -> tuple[Outcome, ...]:
-    """All blocks as one, an outcome for each threat."""
+    """All blocks as one, an outcome for each threat; adversarial pixels as far as they were kept."""
     return tuple(
         Outcome(joined([outcome.evaluation for outcome in column]), *(_stacked(column, name) for name in ARRAYS))
         for column in zip(*(block.outcomes for block in blocks), strict=True)

@@ -22,15 +22,18 @@ from dfmcl.gating.subject import Subject
 from dfmcl.gating.verdict import Claim, claims
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.transfer import ensemble_sha256
-from dfmcl.robustness.conventions import BATCH, Mismatch, mismatch
 from dfmcl.robustness.conventions import IMAGES as FIRST
+from dfmcl.robustness.conventions import Mismatch, mismatch
 from dfmcl.robustness.data import Bytes, Dataset, Labels, labelled_as, open_dataset
 from dfmcl.robustness.models import device_of, to_float
+from dfmcl.robustness.portions import answered
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
 from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
+
+FEW = 16  # images that are asked about first: one of them that is answered in numbers is enough
 
 
 @dataclass(frozen=True)
@@ -256,11 +259,12 @@ def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
     """
     if subject.kind == "endpoint":
         return
-    x = to_float(torch.from_numpy(images))
-    if not any(subject.decide(part).isfinite().all(dim=1).any() for part in x.split(BATCH)):
+    parts = torch.from_numpy(images).split(FEW)
+    if not any(answered(subject.decide, to_float(part)).isfinite().all(dim=1).any() for part in parts):
+        count = len(images)
         raise BadInput(
-            f"{subject.name}: logits are not finite for {len(x)} of {len(x)} images; look for weights that are not, for"
-            " a division by zero or an overflow in it"
+            f"{subject.name}: logits are not finite for {count} of {count} images; look for weights that are not, for a"
+            " division by zero or an overflow in it"
         )
     # In floats the artefact itself can be asked; a uint8 one by what stands in for it, where there is anything.
     stands_in = subject.contract.dtype == "uint8" and subject.model is not None

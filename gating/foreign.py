@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfmcl.common.errors import BadInput, DfmclError
+from dfmcl.common.errors import BadInput, DfmclError, lacks_memory
 from dfmcl.robustness.contract import DTYPES, InputContract
 from dfmcl.robustness.onnx_graph import noise
 from dfmcl.robustness.onnx_session import first_line
@@ -102,8 +102,8 @@ def guarded(said: str) -> Iterator[None]:
     except (KeyboardInterrupt, DfmclError):
         raise
     except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in SIGNALLED:
-            raise
+        if (isinstance(error, SystemExit) and error.code in SIGNALLED) or lacks_memory(error):
+            raise  # of the machine: fewer images at once may do
         raise BadInput(f"{said}: {type(error).__name__}: {first_line(error)}") from None
     finally:
         torch.set_default_dtype(torch.float32)  # ours are float32, whatever it has set

@@ -31,7 +31,7 @@ from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
 from dfmcl.gating.signing.attestation import sign
 from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
-from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.probes import as_npz, kept
 from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.sources import sources_of, transferred
@@ -45,6 +45,7 @@ from dfmcl.robustness.gradients import AttackPass, attack_pass
 from dfmcl.robustness.images import Pictures
 from dfmcl.robustness.memorisation import copies, repeated
 from dfmcl.robustness.models import to_float
+from dfmcl.robustness.portions import answered
 from dfmcl.robustness.provenance import hardware, now, revision, versions
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import Evaluation, joined
@@ -99,7 +100,8 @@ def gate(
 class Findings:
     """What attacks found.
 
-    index: of the images attacked, in the order; images, labels: these.
+    index: of the images attacked, in the order; labels: theirs.
+    images: the first of them, whose pixels are kept.
     sources: other networks that were attacked.
     outcomes: one for each threat of the policy; main: the one at its own radius.
     pairs: beside the baseline, where there is one.
@@ -115,13 +117,14 @@ class Findings:
 
     @cached_property
     def probes(self) -> dict[str, NDArray[Any]]:
-        """Images `(N, H, W, C)` uint8, what the attacks added, labels `(N,)`, and the logits `(N, K)` that decided.
+        """Labels `(N,)`, the logits `(N, K)` that decided, of the first images the pixels `(P, H, W, C)` uint8, and
+        what the attacks added to them.
 
         The adversarial images are `images + change` in uint8, so modulo 256.
         """
         return {
             "images": self.images,
-            "change": self.main.adversarial - self.images,
+            "change": self.main.adversarial[: len(self.images)] - self.images,
             "labels": self.labels,
             "clean_logits": self.main.clean_logits,
             "adversarial_logits": self.main.adversarial_logits,
@@ -149,13 +152,14 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     work = Work(plan, data, case.drawn, state, ranks, track)
     standings, blocks = run(work, case.claims, case.order[: case.cap], policy, watch)
     outcomes = joined_outcomes(blocks)
-    index = case.order[: len(outcomes[0].adversarial)]
+    index = case.order[: sum(block.images for block in blocks)]
     pairs = None
     if case.earlier is not None:
         missed = any(standing_judgement(standing, policy).outcome == "missed" for standing in standings)
         pairs = compared(work, case.earlier, index, outcomes, policy, skip=missed)
     main = outcomes[policy.place(case.grid)]
-    return Findings(index, *case.test(index), sources, outcomes, main, pairs)
+    images = data.x_test[index[: kept(len(index), data.input_shape)]]
+    return Findings(index, images, data.y_test[index], sources, outcomes, main, pairs)
 
 
 def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> GateRecord:
@@ -193,7 +197,7 @@ def checked(
             **case.data.describe(),
             "part": "test",
             "in_training": in_training(case.data, found.index),
-            "copies": copies(found.images),
+            "copies": copies(case.data.x_test, found.index),
         },
     }
     return checks.diagnose(
@@ -257,13 +261,13 @@ def background_of(case: Case, found: Findings, ranks: Ranks) -> Background:
     """Whom else the checks may ask."""
     subject, data, main = case.subject, case.data, found.main
     remote = subject.kind == "endpoint"
-    few = RECALLED // 2
+    few = min(RECALLED // 2, len(found.images))
     clean = main.evaluation.correct  # an image that is wrong already was not attacked: asked once
     asked = np.concatenate([found.images[:few], main.adversarial[:few][np.array(clean[:few])]])
     attacked = main.adversarial_logits[:few][np.array(clean[:few])]
     if not main.evaluation.grid and len(attacked):  # those are of points in floats, which nobody kept: asked as bytes
         again = to_float(torch.from_numpy(asked[-len(attacked) :]))
-        attacked = torch.cat([subject.decide(part) for part in again.split(few)]).numpy()
+        attacked = answered(subject.decide, again).numpy()
     logits = np.concatenate([main.clean_logits[:few], attacked])
     return Background(
         training=None if remote or not len(data.x_train) else training_of(data),

@@ -19,6 +19,7 @@ from dfmcl.gating.block import Block, BlockPlan, attack_block
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.resumption import State
+from dfmcl.gating.signing.probes import kept
 from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.drawn import Fates
@@ -52,21 +53,25 @@ class Work:
     ranks: Ranks
     track: Track
 
-    def rounds(self, order: NDArray[np.int64], purpose: str, size: int) -> Iterator[list[Block]]:
-        """Blocks of `size` images of the order, as many at a time as there are processes; each block is saved."""
+    def rounds(self, order: NDArray[np.int64], purpose: str, size: int, shown: int = 0) -> Iterator[list[Block]]:
+        """Blocks of `size` images of the order, as many at a time as there are processes; each block is saved.
+
+        shown: of how many of all these images the adversarial pixels are kept.
+        """
         parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
         for begin in range(0, len(parts), self.ranks.world):
             mine = begin + self.ranks.rank
-            block = self._block(parts[mine], purpose, mine) if mine < len(parts) else None
+            pixels = max(0, shown - mine * size)
+            block = self._block(parts[mine], purpose, mine, pixels) if mine < len(parts) else None
             yield [found for found in self.ranks.gather(block) if found is not None]
 
-    def _block(self, index: NDArray[np.int64], purpose: str, number: int) -> Block:
+    def _block(self, index: NDArray[np.int64], purpose: str, number: int, shown: int) -> Block:
         done = self.state.load(purpose, number)
         if done is not None:
             return Block.from_bytes(done)
         plan = BlockPlan(**{**vars(self.plan), "purpose": purpose})
         images, labels = self.data.x_test[index], self.data.y_test[index]
-        block = attack_block(plan, images, labels, number, self.track, drawn=self.drawn[index])
+        block = attack_block(plan, images, labels, number, self.track, drawn=self.drawn[index]).shown(shown)
         self.state.save(purpose, number, block.to_bytes())
         return block
 
@@ -74,7 +79,10 @@ class Work:
 def run(
     work: Work, found: Sequence[Claim], order: NDArray[np.int64], policy: Policy, watch: Callable[[Progress], None]
 ) -> tuple[list[Standing], list[Block]]:
-    """Attack block after block until the claims are decided: standings, and the blocks that count."""
+    """Attack block after block until the claims are decided: standings, and the blocks that count.
+
+    These hold the adversarial pixels of the first images only, as the probes do.
+    """
     labels = work.data.y_test
     among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
     standings = [Standing.begin(claim, among) for claim in found]
@@ -82,9 +90,9 @@ def run(
     blocks: list[Block] = []
     seen, begun = 0, time.perf_counter()
     watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
-    for arrived in work.rounds(order, "block", policy.attacks.block):
+    for arrived in work.rounds(order, "block", policy.attacks.block, kept(len(order), work.data.input_shape)):
         for block in arrived:
-            size = len(block.outcomes[0].adversarial)
+            size = block.images
             index = order[seen : seen + size]
             standings = [
                 standing.after(

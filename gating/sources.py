@@ -12,8 +12,10 @@ from dfmcl.gating.case import Case
 from dfmcl.gating.resumption import State
 from dfmcl.robustness.attacks.transfer import ensemble, ensemble_sha256
 from dfmcl.robustness.evaluate import evaluate
+from dfmcl.robustness.images import held_at_once
 from dfmcl.robustness.ranks import Ranks
-from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.records import Evaluation, joined
+from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.substitute import Learnt, learnt
 
 SUBSTITUTE = "substitute"
@@ -63,17 +65,21 @@ def transferred(case: Case, index: NDArray[np.int64], track: Track) -> list[Eval
     found = []
     for group in [*groups, *([dict(case.surrogates)] if len(groups) > 1 else [])]:
         digest = ensemble_sha256([surrogate.origin_sha256 for surrogate in group.values()])
-        outcome = evaluate(
-            case.subject.model,
-            *case.test(index),
-            case.policy.parsed_threat,
-            case.carried,
-            decide=case.subject.decide,
-            source=ensemble([surrogate.model for surrogate in group.values()]),
-            grid=case.grid,
-            seed=case.seed,
-            about={"kind": "transfer", "surrogate": "+".join(group), "surrogate_sha256": digest},
-            track=track,
-        )
-        found.append(outcome.evaluation)
+        source = ensemble([surrogate.model for surrogate in group.values()])
+        parts = [
+            evaluate(
+                case.subject.model,
+                *case.test(part),
+                case.policy.parsed_threat,
+                case.carried,
+                decide=case.subject.decide,
+                source=source,
+                grid=case.grid,
+                seed=derived_seed(case.seed, "part", number) if number else case.seed,
+                about={"kind": "transfer", "surrogate": "+".join(group), "surrogate_sha256": digest},
+                track=track,
+            ).evaluation
+            for number, part in enumerate(held_at_once(case.data.x_test, index))
+        ]
+        found.append(joined(parts))
     return found

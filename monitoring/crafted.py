@@ -27,7 +27,7 @@ from dfmcl.monitoring.crafting import ImagePool, draw
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
 from dfmcl.robustness.attacks.registry import Attack, Model
-from dfmcl.robustness.data import Bytes, load_dataset
+from dfmcl.robustness.data import Bytes, open_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.threats.ball import Ball
@@ -56,9 +56,9 @@ class Recipe:
     @staticmethod
     def of(config: WatchConfig, track: Track = silent) -> Recipe:
         """A watch's; BadInput for data or surrogates that cannot be used."""
-        dataset = load_dataset(*config.data.named, track, config.data.preprocessing)
+        dataset = open_dataset(*config.data.named, track, preprocessing=config.data.preprocessing)
         return Recipe(
-            pool=ImagePool(np.asarray(dataset.x_test), dataset.y_test, len(dataset.classes)),
+            pool=ImagePool(dataset.x_test, dataset.y_test, len(dataset.classes)),
             labels=tuple(map(str, dataset.classes)),
             surrogates=load_surrogates(config.surrogates.runs, dataset),
             threat=config.threat.threat,
@@ -71,7 +71,7 @@ class Recipe:
         """Logits (N, K) of the surrogates for images (N, C, H, W) in [0, 1], both on the CPU; computed on `device`."""
         example = to_float(torch.from_numpy(self.pool.images[:8])).to(device)
         fast = attack_pass(self.surrogates.model.to(device), example)
-        return lambda x: fast(x.to(device)).to(x.device)
+        return fast if torch.device(device).type == "cpu" else lambda x: fast(x.to(device)).to(x.device)
 
     def to_json(self) -> dict[str, Any]:
         """What must be the same for files to be of use; the attacks stand beside it."""
@@ -86,7 +86,6 @@ class Recipe:
 def craft_pool(recipe: Recipe, out: Path, *, device: torch.device | str = "cpu", track: Track = silent) -> None:
     """Write `out`: for each attack the bytes (M, H, W, C), in the ball and in the pool's order; and a manifest."""
     source, pool = recipe.source(device), recipe.pool
-    scene = Scene(pool.images, pool.labels, recipe.threat, recipe.seed, ROUND, {})
     begins = range(0, len(pool.images), BATCH)
     with whole_directory(out, names={MANIFEST, *_files_in(out)}) as staged:
         entries: dict[str, Any] = {}
@@ -95,9 +94,9 @@ def craft_pool(recipe: Recipe, out: Path, *, device: torch.device | str = "cpu",
             try:
                 with path.open("xb") as file:
                     for begin in track(begins, f"craft: {attack.name}", len(begins)):
-                        chosen = np.zeros(len(pool.images), bool)
-                        chosen[begin : begin + BATCH] = True
-                        file.write(craft(source, scene.only(chosen), attack, part=begin).tobytes())
+                        rows = slice(begin, begin + BATCH)
+                        scene = Scene(pool.images[rows], pool.labels[rows], recipe.threat, recipe.seed, ROUND, {})
+                        file.write(craft(source, scene, attack, part=begin).tobytes())
             except OSError as error:
                 raise unwritable(out, error) from None
             entries[attack.name] = {"parameters": dict(attack.parameters), "file": path.name, "sha256": sha256_of(path)}

@@ -6,6 +6,7 @@ An image that comes again needs no second crafting as long as the pool's adversa
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, Labels
+from dfmcl.robustness.images import Images, Pictures
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.threats.ball import Ball
 
@@ -34,18 +36,24 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class ImagePool:
-    """Labelled images that the model was not trained on. images: uint8 (M, H, W, C); labels: (M,) of `classes`."""
+    """Labelled images that the model was not trained on. images: uint8 (M, H, W, C); labels: (M,) of `classes`.
 
-    images: Bytes
+    Those of a folder are decoded when a round asks for them.
+    """
+
+    images: Images
     labels: Labels
     classes: int
 
     @property
     def digest(self) -> str:
-        """Of all images and labels: what figures are about."""
+        """Of all images and labels: what figures are about. Of a folder, of its files, and how they are read."""
         digest = hashlib.sha256(str((self.images.shape, self.classes)).encode())
-        for array in (self.images, self.labels):
-            digest.update(np.ascontiguousarray(array).data)
+        if isinstance(self.images, Pictures):
+            digest.update("\n".join((self.images.mode, *self.images.digests)).encode())
+        else:
+            digest.update(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
     def scene(self, threat: Ball, seed: int, number: int, count: int) -> Scene:
@@ -115,9 +123,9 @@ def scenes(
 ) -> Iterator[Scene]:
     """Scenes of rounds `first`, `first` + 1, ... with adversarial images by attack, crafted when they are asked for."""
     source = pace.before(source) if pace else source
-    remembers = pool.images.nbytes * len(attacks) <= REMEMBERED_BYTES
+    remembers = math.prod(pool.images.shape) * len(attacks) <= REMEMBERED_BYTES
     known = {attack.name: np.zeros(len(pool.images), bool) for attack in attacks}
-    crafted = {attack.name: np.zeros_like(pool.images) for attack in attacks} if remembers else {}
+    crafted = {attack.name: np.zeros(pool.images.shape, np.uint8) for attack in attacks} if remembers else {}
     number = first
     while True:
         scene, chosen = pool.scene(threat, seed, number, count), draw(len(pool.images), count, seed, number)

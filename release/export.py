@@ -42,7 +42,7 @@ from dfmcl.release.candidate import (
 from dfmcl.release.graphs import random_operators, require_no_paths, store_as_float16, strip
 from dfmcl.robustness.attacks.registry import pgd
 from dfmcl.robustness.contract import InputContract
-from dfmcl.robustness.data import load_dataset
+from dfmcl.robustness.data import open_dataset
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
 from dfmcl.robustness.onnx_float import DYNAMIC, by_batch
 from dfmcl.robustness.onnx_graph import Graph, artefact, count_classes, freed, noise, read_graph
@@ -276,9 +276,8 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
     the tolerance, Refused where rounding changes labels, BadInput where the data do not fit the model.
     """
     data = run.data
-    dataset = load_dataset(
-        data["name"], data.get("path", ""), data.get("image_size", 0), track, data.get("preprocessing", "")
-    )
+    fitted = data.get("preprocessing", "")
+    dataset = open_dataset(data["name"], data.get("path", ""), data.get("image_size", 0), track, preprocessing=fitted)
     if dataset.remark:
         log(dataset.remark)
     if dataset.input_shape != run.input_shape:

@@ -105,7 +105,6 @@ def diagnose(
     transfer: Sequence[Evaluation] = (),
     about: Mapping[str, Any] | None = None,
     background: Background | None = None,
-    batch_size: int = 64,
     track: Track = silent,
 ) -> list[Result]:
     """Run every check on the first 128 of uint8 images `(n, H, W, C)`, and on the record of all of them.
@@ -131,7 +130,6 @@ def diagnose(
         transfer=transfer,
         about=about,
         background=background,
-        batch_size=batch_size,
     )
     with frozen(model) if model is not None else nullcontext():
         return [_result(check, examination) for check in track(CHECKS.values(), "checks", len(CHECKS))]

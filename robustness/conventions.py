@@ -20,6 +20,7 @@ from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.losses import right
 from dfmcl.robustness.models import to_float
+from dfmcl.robustness.portions import answered
 from dfmcl.robustness.scale import PLAIN, PRESETS, Scale
 from dfmcl.robustness.statistics import Flags, PairedCounts
 
@@ -28,8 +29,8 @@ Answer = Callable[[Tensor], Tensor]
 Apply = Callable[[Tensor], Tensor]
 
 IMAGES = 128  # one half chooses the convention, the other half judges it
+FEW = 16  # of them at a time
 FINAL = 3  # conventions that a quarter of the images leaves in the choice
-BATCH = 16
 RIGHT = 0.75  # of the images: a model that is right on so many is not asked further
 LEVEL = 1e-4  # of the exact test that the model is no more often right under the convention than without it
 # Of the odds of being right: 25 honest networks after one to eight epochs gained at most 1.7 on the images that judge,
@@ -120,14 +121,15 @@ def mismatch(
     tried: dict[Convention, Apply] = {}
     for one in conventions(images[:IMAGES]):
         sent = partial(_through, one, declared.scale)
-        if one != declared.scale and not (bytes_only and not _in_bytes(sent(x))):
+        if one != declared.scale and not (bytes_only and not all(_in_bytes(sent(part)) for part in x.split(FEW))):
             tried[one] = sent
     if not tried:
         return None
     half = len(y) // 2
     final = dict(islice(_best(answer, tried, x[: half // 2], y[: half // 2]).items(), FINAL))
     chosen = next(iter(_best(answer, final, x[:half], y[:half])))
-    before, after, labelled = as_is[half:], _right(answer, tried[chosen](x[half:]), y[half:]), y[half:].numpy()
+    before, after = as_is[half:], _right(answer, x[half:], y[half:], tried[chosen])
+    labelled = y[half:].numpy()
     n, now, then = len(labelled), int(before.sum()), int(after.sum())
     sure = PairedCounts.of(after, before).p_more_lost <= LEVEL
     gained = _odds(then, n) >= GAIN * _odds(now, n)
@@ -153,13 +155,11 @@ def _odds(k: int, n: int) -> float:
 
 def _best(answer: Answer, tried: Mapping[Convention, Apply], x: Tensor, y: Tensor) -> dict[Convention, Apply]:
     """The conventions, the one with the most images right first; of those that fit equally well one to be declared."""
-    counted = {one: int(_right(answer, sent(x), y).sum()) for one, sent in tried.items()} if len(y) else {}
+    counted = {one: int(_right(answer, x, y, sent).sum()) for one, sent in tried.items()} if len(y) else {}
     ahead = {one: AHEAD if isinstance(one, Standardised) else 0 for one in tried}
     return {one: tried[one] for one in sorted(tried, key=lambda one: ahead[one] - counted.get(one, 0))}
 
 
-def _right(answer: Answer, x: Tensor, y: Tensor) -> Flags:
-    with torch.no_grad():
-        logits = torch.cat([answer(part).detach().float().cpu() for part in x.split(BATCH)])
-    flags: NDArray[np.bool_] = right(logits, y).numpy()
+def _right(answer: Answer, x: Tensor, y: Tensor, sent: Apply = lambda x: x) -> Flags:
+    flags: NDArray[np.bool_] = right(answered(lambda part: answer(sent(part)), x), y).numpy()
     return flags

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfmcl.common.progress import Track, silent
@@ -16,10 +17,11 @@ from dfmcl.robustness.attacks.registry import ATTACKS, Attack, climb, fgsm
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Decide, Outcome, evaluate
-from dfmcl.robustness.gradients import AttackPass, attack_pass
+from dfmcl.robustness.gradients import AttackPass, as_it_is, attack_pass
 from dfmcl.robustness.models import device_of, frozen, to_float
+from dfmcl.robustness.portions import ATTACKED, answered, portion
 from dfmcl.robustness.records import Evaluation
-from dfmcl.robustness.seeds import generator
+from dfmcl.robustness.seeds import derived_seed, generator
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.statistics import Flags
 from dfmcl.robustness.threats.ball import Ball
@@ -30,7 +32,9 @@ FEW_STEPS = 5
 # What is left after PGD is attacked by queries: by scores, by labels only, so that no score can mislead, in subspaces.
 QUERYING = {"square": 200, "rays": 120, "square-subspace": 120}
 SEGMENTS = 24  # images from which segments lead; a third of them that show something are sure
+GROUP = 5  # of them at a time: two groups of which none shows anything are enough
 FURTHER = 4  # in eps: as far as what fools another network may have to go until the judged one has to answer for it
+PROVEN = ("memory_format", "precision", "folded", "portions")  # of a fast copy
 LONE = 8  # images that are also asked one by one
 REPEATS = 4  # of the same question
 # Between the two points of a finite difference lies half a grey level, far above float32's rounding of logits, or an
@@ -41,6 +45,7 @@ HALF_STEPS = (0.25 / 255, 0.25 / 8 / 255)
 # activation, on digits: 0.02 of it in a hardened network, 0.13 in a plain one, on the image where it is most.
 ROUNDING = 0.2
 BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
+BATCH = 64  # images that are attacked together, fewer where they are large
 
 
 class Examination:
@@ -64,17 +69,17 @@ class Examination:
         transfer: Sequence[Evaluation] = (),
         about: Mapping[str, Any] | None = None,
         background: Background | None = None,
-        batch_size: int = 64,
         track: Track = silent,
     ) -> None:
         self.model, self.threat, self.grid, self.seed = model, threat.on_grid() if grid else threat, grid, seed
         self.evaluation, self.transfer, self.about = evaluation, transfer, about or {}
         self.background = background or Background()
-        self._decide, self._batch_size, self._track = decide, batch_size, track
+        self._decide, self._track = decide, track
         self._images, self._labels = images[:IMAGES], labels[:IMAGES]
         device = device_of(model)
         self.x = to_float(torch.from_numpy(self._images)).to(device)
         self.y = torch.from_numpy(self._labels).to(device)
+        self._batch_size = min(BATCH, portion(self.x[0].numel(), ATTACKED))
 
     @cached_property
     def logits(self) -> Tensor:
@@ -106,13 +111,25 @@ class Examination:
         return ROUNDING * float(margins.abs().median())
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images in batches as they are asked."""
+        """Images in batches as the model that gives gradients is asked."""
+        return tuple(x.split(min(self._batch_size, self.itself.portions.most)))
+
+    def batches(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images `(N, C, H, W)` as they are attacked together."""
         return tuple(x.split(self._batch_size))
 
-    def answers(self, x: Tensor, size: int = 0) -> Tensor:
-        """Logits `(N, K)` of the one whose answers count, batch by batch, or in batches of another size."""
+    def floats(self, images: Bytes) -> Iterator[Tensor]:
+        """uint8 images `(N, H, W, C)` as floats, batch by batch."""
+        return (to_float(part).to(self.x.device) for part in torch.from_numpy(images).split(self._batch_size))
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Logits `(N, K)` of the one whose answers count."""
+        return torch.cat([answered(self._decide, part) for part in self.batches(x)])
+
+    def answers_together(self, x: Tensor) -> Tensor:
+        """The same in one batch."""
         with torch.no_grad():
-            return torch.cat([self._decide(part).detach().float().cpu() for part in x.split(size or self._batch_size)])
+            return self._decide(x).detach().float().cpu()
 
     def own_answers(self, x: Tensor) -> Tensor:
         """The same of the model that gives gradients."""
@@ -124,9 +141,12 @@ class Examination:
         """The answers to all images after noise on the ball's surface, Linf or L2 of length eps: logits `(n, K)`."""
         threat = self.threat.sized(eps)
         stream = generator(self.seed, "checks", "noise", eps_key(eps), device=self.x.device)
-        noise = torch.randn(self.x.shape, generator=stream, device=self.x.device)
-        point = threat.project(self.x + eps * threat.steepest(noise), self.x)
-        return self.answers(threat.to_uint8(point, self.x).float() / 255 if self.grid else point)
+        found = []
+        for x in self.batches(self.x):
+            noise = torch.randn(x.shape, generator=stream, device=x.device)
+            moved = threat.project(x + eps * threat.steepest(noise), x)
+            found.append(self.answers(threat.to_uint8(moved, x).float() / 255 if self.grid else moved))
+        return torch.cat(found)
 
     @property
     def beyond(self) -> float:
@@ -139,55 +159,67 @@ class Examination:
         return self.threat.sized(self.threat.diameter(self.x[0].numel()))
 
     @cached_property
-    def slopes(self) -> Slopes:
+    def itself(self) -> AttackPass:
+        """The model, asked in portions."""
         assert self.model is not None, "a check that needs a model does not run without one"
+        return as_it_is(self.model, self.x)
+
+    @cached_property
+    def slopes(self) -> Slopes:
         x, y = self.x[self.correct.to(self.x.device)], self.y[self.correct.to(self.y.device)]
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for number, (part, label) in enumerate(zip(x.split(self._batch_size), y.split(self._batch_size), strict=True)):
+        for number, (part, label) in enumerate(zip(self.batches(x), self.batches(y), strict=True)):
             point = self.threat.start(part, generator(self.seed, "checks", "slopes", number, device=part.device))
-            _, gradient, _ = losses.value_and_gradient(self.model, point, losses.cross_entropy, (label,), True)
-            _, along, _ = losses.value_and_gradient(self.model, point, losses.margin, (label,), True)
+            _, gradient, _ = losses.value_and_gradient(self.itself, point, losses.cross_entropy, (label,), True)
+            _, along, _ = losses.value_and_gradient(self.itself, point, losses.margin, (label,), True)
             with torch.no_grad():
-                ends = [(point + step * along.sign(), point - step * along.sign()) for step in HALF_STEPS]
-                margins = [[losses.margin(self.model(end), label).double() for end in pair] for pair in ends]
+                margins = [
+                    [losses.margin(self.itself(point + way * along.sign()), label).double() for way in (step, -step)]
+                    for step in HALF_STEPS
+                ]
             steepness = along.flatten(1).abs().sum(dim=1).double()
             rates = torch.stack([(one - two) / (2 * s) for s, (one, two) in zip(HALF_STEPS, margins, strict=True)], 1)
             found.append((gradient.flatten(1).abs().sum(dim=1).double(), steepness, rates))
         return Slopes(*(torch.cat(column).cpu() for column in zip(*found, strict=True)))
 
-    @cached_property
-    def unexplained(self) -> dict[str, Tensor]:
-        """By where it leads, how much of the change along a segment gradients leave unexplained: of the first images
-        that are right `(min(M, SEGMENTS),)` each."""
-        assert self.model is not None, "a check that needs a model does not run without one"
-        chosen = torch.nonzero(self.correct).squeeze(1)[:SEGMENTS].to(self.x.device)
-        y, ways = self.y[chosen], self._ways(chosen)
-        # All ways in one row, as a pass takes about as long for a few segments as for a full batch.
-        begin, end = (torch.cat(side) for side in zip(*ways.values(), strict=True))
-        parts = zip(*(whole.split(self._batch_size) for whole in (begin, end, y.repeat(len(ways)))), strict=True)
-        model, decide, rounding = self.model, self._decide, self.rounding
-        shares = torch.cat([unexplained(model, decide, one, two, label, rounding) for one, two, label in parts])
-        return dict(zip(ways, shares.split(len(chosen)), strict=True))
+    @property
+    def segments(self) -> int:
+        """Images from which segments lead: of those that are right the first ones."""
+        return min(self.right, SEGMENTS)
 
-    def _ways(self, chosen: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def unexplained(self, enough: float) -> Iterator[dict[str, Tensor]]:
+        """Group by group of the `segments` images, by where it leads, how much of the change along a segment gradients
+        leave unexplained: `(GROUP,)` each. Of one at most `enough` it is not found out how little it is."""
+        chosen = torch.nonzero(self.correct).squeeze(1)[: self.segments].to(self.x.device)
+        for number, group in enumerate(chosen.split(GROUP)):
+            y = self.y[group]
+            ways = self._ways(group, generator(self.seed, "checks", "segments", number, device=self.x.device))
+            # All ways in one row, as a pass takes about as long for a few segments as for a full batch.
+            begin, end = (torch.cat(side) for side in zip(*ways.values(), strict=True))
+            parts = zip(*map(self.batches, (begin, end, y.repeat(len(ways)))), strict=True)
+            near = {"rounding": self.rounding, "enough": enough}
+            shares = torch.cat([unexplained(self.itself, self._decide, *part, **near) for part in parts])
+            yield dict(zip(ways, shares.split(len(group)), strict=True))
+
+    def _ways(self, chosen: Tensor, stream: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:
         """Both ends of the segments from images `chosen` `(n,)`, on the uint8 grid."""
         x, y = self.x[chosen], self.y[chosen]
-        stream = generator(self.seed, "checks", "segments", device=x.device)
-        attacked = to_float(torch.from_numpy(self.adversarial).to(x.device))[chosen]
+        attacked = to_float(torch.from_numpy(self.adversarial[chosen.cpu().numpy()]).to(x.device))
         grey = torch.randn((len(x), 1, *x.shape[2:]), generator=stream, device=x.device).expand_as(x)
         noise = torch.randn(x.shape, generator=stream, device=x.device)
-        other = self.x[of_another_class(self.y, chosen)]
+        elsewhere = self.x[of_another_class(self.y, chosen)]
         ends = {
             "to noise": (x, self._moved(x, noise)),
             "to noise alike in all channels": (x, self._moved(x, grey)),
             "to attacked images": (x, attacked),
-            "to other images": (x, other),
+            "to other images": (x, elsewhere),
         }
         for name, network in self.background.others.items():
             with frozen(network):
+                other = as_it_is(network, x)
                 for times in (1, FURTHER):
                     threat = self.threat.sized(times * self.threat.eps)
-                    found = climb(network, x, y, threat, generator=stream, steps=FEW_STEPS, keep="last")
+                    found = climb(other, x, y, threat, generator=stream, steps=FEW_STEPS, keep="last")
                     ends[f"to images that fool {name}" + (f" at {times} eps" if times > 1 else "")] = (
                         x,
                         on_grid(found, x, threat),
@@ -198,19 +230,18 @@ class Examination:
         threat = self.threat
         return on_grid(threat.project(x + threat.eps * threat.steepest(direction), x), x, threat)
 
-    @cached_property
-    def fgsm(self) -> Flags:
-        """Which of the images that are right one step breaks."""
-        return self._fell(fgsm, self.threat, "one step")
+    def fgsm(self, which: Flags) -> Flags:
+        """Which of some images that are right `(M,)` one step breaks; False of others, as in all that follow."""
+        return self._fell(fgsm, self.threat, "one step", which)
 
-    @cached_property
-    def few_steps(self) -> Flags:
-        return self._fell(partial(climb, steps=FEW_STEPS), self.threat, f"{FEW_STEPS} steps")
+    def few_steps(self, which: Flags) -> Flags:
+        return self._fell(partial(climb, steps=FEW_STEPS), self.threat, f"{FEW_STEPS} steps", which)
 
     @cached_property
     def pgd(self) -> Flags:
-        """PGD on the cross-entropy, as all that follow; random start."""
-        return self._fell_at(self._pgd)
+        """PGD on the cross-entropy, as all others; random start. Of all images that are right."""
+        held: Flags = np.array(self._pgd.evaluation.robust_images)[self.correct.numpy()]
+        return ~held
 
     @property
     def adversarial(self) -> Bytes:
@@ -220,7 +251,7 @@ class Examination:
     @cached_property
     def adversarial_logits(self) -> Tensor:
         """What the one whose answers count says of them, `(n, K)`."""
-        return self.answers(to_float(torch.from_numpy(self.adversarial)).to(self.x.device))
+        return torch.cat([self.answers(part) for part in self.floats(self.adversarial)])
 
     @cached_property
     def trace(self) -> Tensor:
@@ -234,45 +265,46 @@ class Examination:
             found[:, torch.tensor(record.tried)] = torch.cat(self._traces, dim=1)
         return found[:, self.correct]
 
-    @cached_property
-    def wider(self) -> Flags:
+    def wider(self, which: Flags) -> Flags:
         """PGD at twice the eps."""
-        return self._fell(partial(climb, steps=STEPS), self.threat.sized(2 * self.threat.eps), "twice the eps")
+        return self._fell(partial(climb, steps=STEPS), self.threat.sized(2 * self.threat.eps), "twice the eps", which)
 
     @cached_property
     def unlimited(self) -> Flags:
-        """PGD in the whole box, from the image itself: a random start would be another image already."""
-        return self._fell(partial(climb, steps=STEPS, random_start=False), self.everything, "unlimited")
+        """PGD in the whole box, from the image itself: a random start would be another image already. Of all."""
+        everyone = np.ones(self.right, bool)
+        return self._fell(partial(climb, steps=STEPS, random_start=False), self.everything, "unlimited", everyone)
 
-    def rescaled(self, factor: float) -> Flags:
+    def rescaled(self, factor: float, which: Flags) -> Flags:
         """PGD on the cross-entropy of logits times `factor`."""
-        assert self.model is not None, "a check that needs a model does not run without one"
-        return self._fell(
-            partial(climb, steps=STEPS), self.threat, f"logits x {factor:g}", source=Rescaled(self.model, factor)
-        )
+        source = Rescaled(self._climbed.network, factor)
+        # A factor moves no gradient's direction: what was proven of the copy holds.
+        climbed = AttackPass(source, *(getattr(self._climbed, name) for name in PROVEN))
+        return self._fell(partial(climb, steps=STEPS), self.threat, f"logits x {factor:g}", which, source=climbed)
 
-    @cached_property
-    def queried(self) -> dict[str, tuple[int, int]]:
-        """By attack: of how many images that PGD left (second) a few black-box queries broke how many (first)."""
-        return {name: self._queried(name) for name in QUERYING if self.threat.norm in ATTACKS[name].threats}
+    @property
+    def querying(self) -> tuple[str, ...]:
+        """The black-box attacks that can search in this ball."""
+        return tuple(name for name in QUERYING if self.threat.norm in ATTACKS[name].threats)
 
-    def _queried(self, name: str) -> tuple[int, int]:
+    def queried(self, name: str, first: int) -> Iterator[Flags]:
+        """Which of the images that PGD left a few queries break: of the `first` ones, then of more at once."""
         left = np.flatnonzero(self.correct.numpy())[~self.pgd]
-        if not len(left):
-            return 0, 0
-        outcome = evaluate(
-            None,
-            self._images[left],
-            self._labels[left],
-            self.threat,
-            [Attack(f"check: {name}", ATTACKS[name].function, {"queries": QUERYING[name]})],
-            decide=lambda x: self._decide(x.to(self.x.device)),
-            grid=self.grid,
-            seed=self.seed,
-            batch_size=self._batch_size,
-            track=self._track,
-        )
-        return len(left) - outcome.evaluation.robust.k, len(left)
+        ends = range(first, len(left), max(first, self._batch_size))
+        for number, part in enumerate(np.split(left, [*ends])):
+            outcome = evaluate(
+                None,
+                self._images[part],
+                self._labels[part],
+                self.threat,
+                [Attack(f"check: {name}", ATTACKS[name].function, {"queries": QUERYING[name]})],
+                decide=lambda x: self._decide(x.to(self.x.device)),
+                grid=self.grid,
+                seed=derived_seed(self.seed, "checks", "queries", number),
+                batch_size=self._batch_size,
+                track=self._track,
+            )
+            yield ~np.array(outcome.evaluation.robust_images)
 
     @cached_property
     def _pgd(self) -> Outcome:
@@ -286,12 +318,14 @@ class Examination:
 
         return self._attack(traced, self.threat, f"{STEPS} steps")
 
-    def _fell(self, function: Callable[..., Tensor], threat: Ball, name: str, source: nn.Module | None = None) -> Flags:
-        return self._fell_at(self._attack(function, threat, name, source))
-
-    def _fell_at(self, outcome: Outcome) -> Flags:
-        held: Flags = np.array(outcome.evaluation.robust_images)[self.correct.numpy()]
-        return ~held
+    def _fell(
+        self, function: Callable[..., Tensor], threat: Ball, name: str, which: Flags, source: nn.Module | None = None
+    ) -> Flags:
+        found = np.zeros(self.right, bool)
+        if which.any():
+            chosen = np.flatnonzero(self.correct.numpy())[which]
+            found[which] = ~np.array(self._attack(function, threat, name, chosen, source).evaluation.robust_images)
+        return found
 
     @cached_property
     def _climbed(self) -> AttackPass:
@@ -300,12 +334,17 @@ class Examination:
         return attack_pass(self.model, self.x)
 
     def _attack(
-        self, function: Callable[..., Tensor], threat: Ball, name: str, source: nn.Module | None = None
+        self,
+        function: Callable[..., Tensor],
+        threat: Ball,
+        name: str,
+        chosen: NDArray[np.int64] | slice = slice(None),
+        source: nn.Module | None = None,
     ) -> Outcome:
         return evaluate(
             self.model,
-            self._images,
-            self._labels,
+            self._images[chosen],
+            self._labels[chosen],
             threat,
             [Attack(f"check: {name}", function)],
             decide=self._decide,

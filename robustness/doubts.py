@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -10,7 +13,7 @@ from dfmcl.robustness.asking import (
 )
 from dfmcl.robustness.attacks.suites import RELAXED
 from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
-from dfmcl.robustness.finding import Found, surplus, too_many
+from dfmcl.robustness.finding import Found, first_look, hopeless, surplus, too_many
 from dfmcl.robustness.losses import right
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import Flags, lower_bound
@@ -98,20 +101,27 @@ def gradients_mislead(e: Examination) -> Found:
 
 def unaccounted(e: Examination) -> Found:
     """Along segments to noise, to attacked images, to other images, and to points that fool other networks."""
-    ways = {way: (int((share > UNEXPLAINED).sum()), len(share)) for way, share in e.unexplained.items()}
+    ways: dict[str, tuple[int, int]] = {}
+    for shares in e.unexplained(UNEXPLAINED):
+        for way, share in shares.items():
+            k, n = ways.get(way, (0, 0))
+            ways[way] = k + int((share > UNEXPLAINED).sum()), n + len(share)
+        if all(hopeless(k, n, e.segments, UNACCOUNTED, len(ways)) for k, n in ways.values()):
+            break
     return too_many(ways, f"gradients leave more than {UNEXPLAINED:g} of the change unexplained", UNACCOUNTED)
 
 
 def fgsm_beats_pgd(e: Examination) -> Found:
-    return surplus("FGSM", e.fgsm, f"PGD-{STEPS}", e.pgd)
+    return _beats_pgd("FGSM", e.fgsm, e)
 
 
 def weaker_with_steps(e: Examination) -> Found:
-    return surplus(f"PGD-{FEW_STEPS}", e.few_steps, f"PGD-{STEPS}", e.pgd)
+    return _beats_pgd(f"PGD-{FEW_STEPS}", e.few_steps, e)
 
 
 def weaker_with_eps(e: Examination) -> Found:
-    return surplus(f"eps {e.threat.label}", e.pgd, "twice that", e.wider)
+    missed = int((e.pgd & ~e.wider(e.pgd)).sum())
+    return surplus(f"eps {e.threat.label}", "twice that", missed, lambda: int(e.wider(~e.pgd).sum()), e.right)
 
 
 def unlimited_fails(e: Examination) -> Found:
@@ -129,11 +139,14 @@ def scale_hides(e: Examination) -> Found:
     """
     found = []
     for factor in (0.1, 10.0):
-        way, fell = f"PGD-{STEPS} on logits x {factor:g}", e.rescaled(factor)
-        more = surplus(way, fell, "the same on the logits", e.pgd, shares=2)
+        way, rescaled = f"PGD-{STEPS} on logits x {factor:g}", partial(e.rescaled, factor)
+        fell = rescaled(~e.pgd)
+        more = surplus(
+            way, "the same on the logits", int(fell.sum()), partial(_only_pgd, rescaled, e), e.right, shares=2
+        )
         if more.outcome == "raised" and e.evaluation is not None and _has_strong(e.evaluation):
             left = _left_by(e.evaluation, e)
-            missed = int((fell & ~e.pgd & left).sum())
+            missed = int((fell & left).sum())
             hidden = too_many(
                 {f"{way} alone": (missed, int(left.sum()))}, "breaks images that the suite left", TOLERATED
             )
@@ -161,8 +174,8 @@ def loss_still_rising(e: Examination) -> Found:
 
 def black_box_stronger(e: Examination) -> Found:
     """Square on what PGD left; Square in the suite and attacks from other models on what the suite's white box left."""
-    queried = e.queried if e.model is not None else {}
-    ways = {f"{QUERYING[name]} queries of {name} (PGD-{STEPS})": counts for name, counts in queried.items()}
+    querying = e.querying if e.model is not None else ()
+    ways = {f"{QUERYING[name]} queries of {name} (PGD-{STEPS})": _queried(name, e) for name in querying}
     ways |= _black_box_in(e.evaluation) if e.evaluation is not None else {}
     ways |= {
         f"transfer from {other.about.get('surrogate', 'another model')} (the suite)": _flipped_by_transfer(
@@ -206,10 +219,10 @@ def artefact_disagrees(e: Examination) -> Found:
 
     Where roundings lie between the two, only labels that the model prefers by more than these may cost.
     """
-    x = torch.from_numpy(e.adversarial).to(e.x.device).permute(0, 3, 1, 2).float() / 255
-    own, counted = e.own_answers(x), e.adversarial_logits.argmax(dim=1, keepdim=True)
+    own = torch.cat([e.own_answers(part) for part in e.floats(e.adversarial)])
+    counted = e.adversarial_logits.argmax(dim=1, keepdim=True)
     apart = int((own.amax(dim=1) - own.gather(1, counted).squeeze(1) > e.rounding).sum())
-    return too_many({"model and artefact": (apart, len(x))}, "give different labels to adversarial images", DISAGREE)
+    return too_many({"model and artefact": (apart, len(own))}, "give different labels to adversarial images", DISAGREE)
 
 
 def outside_ball(e: Examination) -> Found:
@@ -224,7 +237,31 @@ def outside_ball(e: Examination) -> Found:
 
 def cliff_beyond_ball(e: Examination) -> Found:
     noisy = ~right(e.under_noise(e.beyond), e.y.cpu())[e.correct].numpy()
-    return surplus(f"random noise of {e.beyond / e.threat.eps:.3g} eps", noisy, f"PGD-{STEPS} at eps", e.pgd)
+    alone = int((noisy & ~e.pgd).sum())
+    way = f"random noise of {e.beyond / e.threat.eps:.3g} eps"
+    return surplus(way, f"PGD-{STEPS} at eps", alone, lambda: int((e.pgd & ~noisy).sum()), e.right)
+
+
+def _beats_pgd(name: str, attack: Callable[[Flags], Flags], e: Examination) -> Found:
+    """An attack beside PGD: first on the images that PGD left, as what it breaks of them is all that can raise."""
+    return surplus(name, f"PGD-{STEPS}", int(attack(~e.pgd).sum()), partial(_only_pgd, attack, e), e.right)
+
+
+def _only_pgd(attack: Callable[[Flags], Flags], e: Examination) -> int:
+    """How many of the images that PGD broke another attack leaves."""
+    return int((e.pgd & ~attack(e.pgd)).sum())
+
+
+def _queried(name: str, e: Examination) -> tuple[int, int]:
+    """Of how many images that PGD left (second) a few black-box queries broke how many (first)."""
+    k, n, left = 0, 0, int((~e.pgd).sum())
+    if not left:
+        return 0, 0
+    for fell in e.queried(name, first_look(left, TOLERATED, len(e.querying))):
+        k, n = k + int(fell.sum()), n + len(fell)
+        if hopeless(k, n, left, TOLERATED, len(e.querying)):
+            break
+    return k, n
 
 
 def _black_box_in(evaluation: Evaluation) -> dict[str, tuple[int, int]]:

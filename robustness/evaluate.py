@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.gradients import IMAGES, AttackPass, attack_pass
 from dfmcl.robustness.losses import right
 from dfmcl.robustness.models import device_of, exactly, frozen, to_bytes, to_float
+from dfmcl.robustness.portions import answered
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.threats.threat import Threat
@@ -180,7 +182,7 @@ class _Bench:
             stream = generator(self.seed, attack.name, number, device=self.device)
             kept = _Kept(self.decide, x, y, self.threat, self.grid)
             trial = Trial(y, None if climbed is None else kept.confirm)  # a query decides itself
-            shown: Decide = self.decide
+            shown: Decide = partial(_answer, self.decide)
             if climbed is not None:
                 shown = climbed.exact if attack.kind.float32 else climbed
             kept.conclude(attack(shown, x, y, self.threat, generator=stream, trial=trial))
@@ -326,9 +328,7 @@ def _frozen(model: nn.Module | None) -> AbstractContextManager[Any]:
 
 
 def _answer(decide: Decide, x: Tensor) -> Tensor:
-    x = x.contiguous() if len(x) < FEW else x
-    with torch.no_grad():
-        return decide(x).detach().float().cpu()
+    return answered(lambda part: decide(part.contiguous() if len(part) < FEW else part), x)
 
 
 def _batches(size: int, tensor: Tensor) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.robustness.losses import margin, value_and_gradient
 from dfmcl.robustness.models import frozen
+from dfmcl.robustness.portions import Portions
 
 PRECISIONS = ("auto", "bfloat16", "float32")
 IMAGES = 4  # enough for a proof: what was folded wrongly, or has no precision, is wrong on each
@@ -30,6 +31,7 @@ class AttackPass(nn.Module):
     """Float images `(N, C, H, W)` in [0, 1] to float32 logits `(N, K)`, with the weights of the time it was made.
 
     precision: of convolutions and products, the last layer apart. folded: batch norms that went into convolutions.
+    portions: in which it is asked, which all copies of a network share.
     It decides nothing: an image has fallen where the frame says so, in float32 on the artefact.
     """
 
@@ -39,10 +41,12 @@ class AttackPass(nn.Module):
         memory_format: torch.memory_format,
         precision: str,
         folded: int,
+        portions: Portions,
         exact: AttackPass | None = None,
     ) -> None:
         super().__init__()
         self.network, self.memory_format, self.precision, self.folded = network, memory_format, precision, folded
+        self.portions = portions
         self._exact = (exact,)  # in a tuple: a module of its own would be frozen, moved and counted twice
 
     @property
@@ -52,6 +56,12 @@ class AttackPass(nn.Module):
         return self._exact[0] or self
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # the graph of the images whose gradient is wanted: whoever wants it takes portions
+            return self._passed(x)
+        (logits,) = self.portions.joined(lambda rows: (self._passed(x[rows]),), len(x))
+        return logits
+
+    def _passed(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=self.memory_format)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             logits: Tensor = self.network(x)
@@ -70,16 +80,21 @@ def attack_pass(model: nn.Module, example: Tensor, *, precision: str = "auto") -
         raise BadInput(f"precision: {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}")
     example = example[:IMAGES]
     with frozen(model), _full_float32():
-        itself = AttackPass(model, torch.contiguous_format, "float32", 0)
+        itself = as_it_is(model, example)
         truth = _Answers.of(itself, example)
         y = truth.logits.argmax(dim=1)
         formats, folds = (torch.channels_last, torch.contiguous_format), (True, False)
-        copies = (partial(_copied, model, example, *which) for which in product(formats, folds))
+        copies = (partial(_copied, itself, example, *which) for which in product(formats, folds))
         chosen = _first(copies, lambda made: truth.equal(_Answers.of(made, example, y))) or itself
         if chosen is not itself and (precision == "bfloat16" or (precision == "auto" and has_bfloat16(example.device))):
             halves = [partial(_in_bfloat16, chosen, example)]
             chosen = _first(halves, lambda made: truth.alike(_Answers.of(made, example, y))) or chosen
     return chosen
+
+
+def as_it_is(model: nn.Module, example: Tensor) -> AttackPass:
+    """The model itself, asked in portions. example: as for `attack_pass`."""
+    return AttackPass(model, torch.contiguous_format, "float32", 0, Portions.of(model, example))
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -104,10 +119,11 @@ class _Answers:
     def of(model: AttackPass, example: Tensor, y: Tensor | None = None) -> _Answers:
         """y: the classes `(N,)`; default: the model's own."""
 
-        def loss(logits: Tensor) -> Tensor:
-            return margin(logits, logits.argmax(dim=1) if y is None else y)
+        def own(logits: Tensor) -> Tensor:
+            return margin(logits, logits.argmax(dim=1))
 
-        _, gradient, logits = value_and_gradient(model, example, loss, (), True)
+        loss, labels = (own, ()) if y is None else (margin, (y,))
+        _, gradient, logits = value_and_gradient(model, example, loss, labels, True)
         return _Answers(logits, gradient.flatten(1).double())
 
     def equal(self, other: _Answers) -> bool:
@@ -139,13 +155,13 @@ def _first(made: Iterable[Callable[[], AttackPass]], accepts: Callable[[AttackPa
     return None
 
 
-def _copied(model: nn.Module, example: Tensor, memory_format: torch.memory_format, fold: bool) -> AttackPass:
-    network = copy.deepcopy(model).to(memory_format=memory_format)
+def _copied(itself: AttackPass, example: Tensor, memory_format: torch.memory_format, fold: bool) -> AttackPass:
+    network = copy.deepcopy(itself.network).to(memory_format=memory_format)
     pairs = _pairs(network, example) if fold else []
     for conv, norm in pairs:
         _replace(network, conv, fuse_conv_bn_eval(conv, norm).to(memory_format=memory_format))
         _replace(network, norm, nn.Identity())
-    return AttackPass(network, memory_format, "float32", len(pairs))
+    return AttackPass(network, memory_format, "float32", len(pairs), itself.portions)
 
 
 def _pairs(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -181,7 +197,7 @@ def _in_bfloat16(made: AttackPass, example: Tensor) -> AttackPass:
             module.to(torch.bfloat16)
     if linear:
         _replace(network, linear[-1], _Float32.of(linear[-1]))
-    return AttackPass(network, made.memory_format, "bfloat16", made.folded, exact=made)
+    return AttackPass(network, made.memory_format, "bfloat16", made.folded, made.portions, exact=made)
 
 
 class _Float32(nn.Linear):

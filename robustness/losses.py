@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.portions import portions_of
 
 TINY = 1e-12  # keeps a ratio finite where all logits are equal
 
@@ -37,13 +38,21 @@ def value_and_gradient(
     labels: tuple[Tensor, ...],
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss(logits at x, *labels) per image `(N,)`, its gradient in x (zeros where none was asked for), the logits."""
-    with torch.set_grad_enabled(with_gradient):
-        point = x.detach().requires_grad_(with_gradient)
-        logits = model(point)
-        value = loss(logits, *labels)
-        gradient = torch.autograd.grad(value.sum(), point)[0] if with_gradient else torch.zeros_like(point)
-    return value.detach(), gradient, logits.detach()
+    """loss(logits at x, *labels) per image `(N,)`, its gradient in x (zeros where none was asked for), the logits.
+
+    labels: of the images, `(N,)` each. In the model's portions, so that memory does not grow with the batch.
+    """
+
+    def part(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.set_grad_enabled(with_gradient):
+            point = x[rows].detach().requires_grad_(with_gradient)
+            logits = model(point)
+            value = loss(logits, *(label[rows] for label in labels))
+            gradient = torch.autograd.grad(value.sum(), point)[0] if with_gradient else torch.zeros_like(point)
+        return value.detach(), gradient, logits.detach()
+
+    value, gradient, logits = portions_of(model, len(x)).joined(part, len(x))
+    return value, gradient, logits
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

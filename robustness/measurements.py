@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
@@ -14,9 +15,12 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Dataset, Labels
 from dfmcl.robustness.evaluate import climbed_once, evaluate
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
+from dfmcl.robustness.images import held_at_once
+from dfmcl.robustness.portions import ATTACKED, portion
 from dfmcl.robustness.provenance import now, provenance
-from dfmcl.robustness.records import Evaluation, worst_of
+from dfmcl.robustness.records import Evaluation, joined, worst_of
 from dfmcl.robustness.runs import Run
+from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.linf import Linf
@@ -34,7 +38,7 @@ DEFAULTS = {
     "corruption": ("grid",),
 }
 BLACK_BOX = ("mi-fgsm-10",)
-CPU_BATCH = 128
+CPU_BATCH = 128  # images that are attacked together, fewer where they are large
 GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a ResNet-18 takes a few GB for them
 
 
@@ -58,7 +62,8 @@ def measure(
     attacks: names, each used for the threats it can search in; a threat that has none gets DEFAULTS by its kind.
     cascade: each only on what those before it left, which is the same worst case at less cost.
     surrogate: adds, per Linf threat, one evaluation of images crafted on it.
-    images: how many test images, drawn by seed (0: all). White-box evaluations come first.
+    images: how many test images, drawn by seed (0: all); of a folder only these are decoded, some at a time.
+    White-box evaluations come first.
     """
     if data.input_shape != run.input_shape or len(data.classes) != len(run.classes):
         raise BadInput(f"{run.path}: takes images {run.input_shape}, data {data.name} has {data.input_shape}")
@@ -69,21 +74,29 @@ def measure(
     if surrogate is not None and not any(isinstance(threat, Linf) for threat in threats):
         raise BadInput("--surrogate: transfer is measured in Linf; add a --threat such as 8/255")
     chosen = np.random.default_rng(seed).permutation(len(data.x_test))[: images or None]
-    x, y = data.x_test[chosen], data.y_test[chosen]
+    parts = held_at_once(data.x_test, chosen)
     on_cpu = next(run.model.parameters()).device.type == "cpu"
-    batch_size = CPU_BATCH if on_cpu else max(1, GPU_VALUES // math.prod(run.input_shape))
+    values = math.prod(run.input_shape)
+    batch_size = min(CPU_BATCH, portion(values, ATTACKED)) if on_cpu else portion(values, GPU_VALUES)
     plan = _planned(threats, [Attack.parse(name) for name in attacks], run.input_shape)
-    told: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "track": track}
-    by_part = _by_part(run, x, y, plan, cascade=cascade, **told)
+
+    def measured(suites: Mapping[Threat, Sequence[Attack]], **how: Any) -> dict[Threat, Evaluation]:
+        found = [
+            _by_threat(
+                run, data.x_test[rows], data.y_test[rows], suites, batch_size=batch_size, track=track,
+                seed=derived_seed(seed, "part", number) if number else seed, **how,
+            )
+            for number, rows in enumerate(parts)
+        ]  # fmt: skip
+        return {threat: joined([some[threat] for some in found]) for threat in suites}
+
+    by_part = measured(plan, about={"kind": "white-box"}, cascade=cascade)
     evaluations = [worst_of(threat, [by_part[part] for part in threat.parts]) for threat in threats]
     if surrogate is not None:
         about = {"kind": "transfer", "surrogate_sha256": surrogate.checkpoint_sha256}
-        suite = [Attack.parse(name) for name in BLACK_BOX]
         for threat in (threat for threat in threats if isinstance(threat, Linf)):
-            outcome = evaluate(
-                run.model, x, y, threat, suite, source=surrogate.model, grid=True, about=about, **told
-            )  # fmt: skip
-            evaluations.append(outcome.evaluation)
+            suites: dict[Threat, list[Attack]] = {threat: [Attack.parse(name) for name in BLACK_BOX]}
+            evaluations.append(measured(suites, about=about, source=surrogate.model, grid=True)[threat])
     return evaluations
 
 
@@ -103,18 +116,26 @@ def _planned(
     return plan
 
 
-def _by_part(
-    run: Run, x: Bytes, y: Labels, plan: Mapping[Threat, Sequence[Attack]], **told: Any
+def _by_threat(
+    run: Run,
+    x: Bytes,
+    y: Labels,
+    suites: Mapping[Threat, Sequence[Attack]],
+    *,
+    source: nn.Module | None = None,
+    grid: bool = False,
+    **told: Any,
 ) -> dict[Threat, Evaluation]:
-    """Each part by itself; what the model says of the clean images, and its fast copy, are asked for once."""
+    """Each threat by itself; the answers to the clean images, and the fast copy of the source, are asked for once.
+
+    grid: whether balls, too, are measured as bytes.
+    """
     found: dict[Threat, Evaluation] = {}
-    source, clean = climbed_once(run.model, x), None
-    for part, suite in plan.items():
-        outcome = evaluate(
-            run.model, x, y, part, suite, source=source, clean=clean, grid=not isinstance(part, Ball),
-            about={"kind": "white-box"}, **told,
-        )  # fmt: skip
-        found[part], clean = outcome.evaluation, outcome.clean_logits
+    climbed, clean = climbed_once(source or run.model, x), None
+    for threat, suite in suites.items():
+        own = grid or not isinstance(threat, Ball)
+        outcome = evaluate(run.model, x, y, threat, suite, source=climbed, clean=clean, grid=own, **told)
+        found[threat], clean = outcome.evaluation, outcome.clean_logits
     return found
 
 

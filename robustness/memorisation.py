@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.finding import LEVEL, Found, too_many
+from dfmcl.robustness.images import Images, held_at_once
 from dfmcl.robustness.losses import margin, right
-from dfmcl.robustness.models import to_float
 from dfmcl.robustness.statistics import lower_bound, upper_bound
 
 FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
@@ -79,14 +83,16 @@ def by_a_thread(clean: Tensor, noisy: Tensor, correct: Tensor, lost: Tensor) -> 
 
 def only_these_images(e: Examination) -> Found:
     """Images of the training part, and these images shifted and dimmed: light changes that keep the class."""
+    answers = [{way: e.answers(x) for way, x in lightly(part).items()} for part in e.batches(e.x)]
     moved = {
-        way: (int((e.correct & ~right(e.answers(x), e.y.cpu())).sum()), e.right) for way, x in lightly(e.x).items()
+        way: (int((e.correct & ~right(torch.cat([part[way] for part in answers]), e.y.cpu())).sum()), e.right)
+        for way in answers[0]
     }
     found = too_many(moved, "breaks images that are right", MOVED)
     if found.outcome == "raised" or e.background.training is None:
         return found
     images, labels = e.background.training
-    known = right(e.answers(to_float(torch.from_numpy(images)).to(e.x.device)), torch.from_numpy(labels))
+    known = right(torch.cat([e.answers(part) for part in e.floats(images)]), torch.from_numpy(labels))
     sure = 1 - LEVEL / 2
     there, here = upper_bound(int(known.sum()), len(known), sure), lower_bound(e.right, len(e.y), sure)
     gap = e.right / len(e.y) - float(known.float().mean())
@@ -116,10 +122,15 @@ def _bytes(x: Tensor) -> Tensor:
 
 def repeated(images: Bytes, training: Bytes) -> int:
     """How many of the images `(n, H, W, C)` are among the training images, byte for byte."""
-    known = {image.tobytes() for image in training}
-    return sum(image.tobytes() in known for image in images)
+    known = {_digest(image) for image in training}
+    return sum(_digest(image) in known for image in images)
 
 
-def copies(images: Bytes) -> int:
-    """How many of the images `(n, H, W, C)` repeat one before them, byte for byte; they count twice."""
-    return len(images) - len({image.tobytes() for image in images})
+def copies(images: Images, index: NDArray[np.int64]) -> int:
+    """How many of the images at `index` repeat one before them, byte for byte; they count twice."""
+    parts = held_at_once(images, index)
+    return len(index) - len({_digest(image) for part in parts for image in images[part]})
+
+
+def _digest(image: Bytes) -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dfmcl.robustness.losses import margin, value_and_gradient
+from dfmcl.robustness.portions import answered
 
 POINTS = 16  # of the sum along a segment, at first
-MORE = 64  # where that leaves more than DOUBT: ReLUs change sides on a long way, and the sum gets better
-DOUBT = 0.1
+MORE = 64  # where that leaves too much: ReLUs change sides on a long way, and the sum gets better
 
 
 def unexplained(
@@ -25,6 +25,8 @@ def unexplained(
     begin: Tensor,
     end: Tensor,
     y: Tensor,
+    *,
+    enough: float,
     rounding: float = 0.0,
 ) -> Tensor:
     """The share of each change that gradients do not account for: `(N,)`, on the CPU; 0 where nothing changes.
@@ -32,10 +34,11 @@ def unexplained(
     The change is that of the margin to class y from begin to end, images `(N, C, H, W)`, by the answers that count; the
     sum is that of the model's gradients at the middles of equal parts of the way. Their distance is measured in the
     larger of the change and of the way that the margin went up and down by the sum. NaN counts as 1.
-    rounding: of the change, what is none of the gradients' to explain, because the answers are rounded.
+    enough: a share that is not looked at more closely.
+    rounding: the part of a change that rounded answers make, which gradients need not explain.
     """
     share = _share(model, decide, begin, end, y, POINTS, rounding)
-    rows = torch.nonzero(share > DOUBT).squeeze(1)
+    rows = torch.nonzero(share > enough).squeeze(1)
     if len(rows):
         at = rows.to(begin.device)
         share[rows] = torch.minimum(share[rows], _share(model, decide, begin[at], end[at], y[at], MORE, rounding))
@@ -58,8 +61,7 @@ def _share(
         step = (gradient * way).flatten(1).sum(dim=1).double().cpu() / points
         total += step
         walked += step.abs()
-    with torch.no_grad():
-        first, last = (margin(decide(point).float().cpu(), y.cpu()).double() for point in (begin, end))
+    first, last = (margin(answered(decide, point), y.cpu()).double() for point in (begin, end))
     change = last - first
     share = ((change - total).abs() - rounding).clamp_min(0) / torch.maximum(change.abs(), walked)
     return torch.where((change == 0) & (walked == 0), 0.0, share.nan_to_num(nan=1.0, posinf=1.0))

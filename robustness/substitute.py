@@ -8,6 +8,7 @@ learnt them has gradients that lead there. It is asked about training images, ab
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import mi_fgsm
 from dfmcl.robustness.images import Images
 from dfmcl.robustness.models import ResNet18, frozen, to_float
+from dfmcl.robustness.portions import ATTACKED, answered, portion
 from dfmcl.robustness.seeds import derived_seed, generator
 from dfmcl.robustness.threats.ball import Ball
 
@@ -96,7 +98,8 @@ def learnt(
     count = min(len(images), max(1, answers // PARTS))
     chosen = torch.randperm(len(images), generator=generator(seed, "substitute", "images"))[:count].numpy()
     # As bytes, and what was asked in the substitute's own size: whole and in floats they would take gigabytes.
-    parts = [part.to(device) for part in torch.from_numpy(images[chosen]).split(BATCH)]
+    together = min(BATCH, portion(math.prod(images.shape[1:]), ATTACKED))
+    parts = [part.to(device) for part in torch.from_numpy(images[chosen]).split(together)]
     asked = [_Asked.of(decide, to_float(part)) for part in parts]
     truth = [one.labels for one in asked]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -127,8 +130,7 @@ class _Asked:
 
     @staticmethod
     def of(decide: Callable[[Tensor], Tensor], x: Tensor) -> _Asked:
-        with torch.no_grad():
-            logits = decide(x)
+        logits = answered(decide, x)
         return _Asked(_seen(x), logits.argmax(dim=1).to(x.device), logits.shape[1])
 
     @staticmethod

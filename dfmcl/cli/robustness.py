@@ -42,7 +42,7 @@ def evaluate(
     from dfmcl.common.errors import BadInput
     from dfmcl.common.files import dump_json, only_writer, write_text
     from dfmcl.robustness.attacks.registry import Attack
-    from dfmcl.robustness.data import load_dataset
+    from dfmcl.robustness.data import open_dataset
     from dfmcl.robustness.measurements import FORMAT, measure, record, rows
     from dfmcl.robustness.runs import load_run, parse_device
     from dfmcl.robustness.threats.registry import parse_threat
@@ -56,9 +56,8 @@ def evaluate(
         source = load_run(surrogate, where) if surrogate else None
         threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
         entry = trained.data
-        data = load_dataset(
-            entry["name"], data_path or entry["path"], entry["image_size"], track, entry.get("preprocessing", "")
-        )
+        told = entry.get("preprocessing", "")
+        data = open_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track, preprocessing=told)
         if data.remark:
             say(data.remark)
         evaluations = measure(

@@ -45,8 +45,10 @@ class Gallery:
 
 def gallery(probes: Probes, index: Sequence[int], classes: Sequence[str]) -> Gallery:
     """The first SHOWN images in the order attacked that were right and are no longer."""
-    before, after = (probes[f"{name}_logits"].argmax(axis=1) for name in ("clean", "adversarial"))
-    chosen = np.flatnonzero((before == probes["labels"]) & (after != probes["labels"]))[:SHOWN]
+    seen = len(probes["images"])  # whose pixels are there
+    before, after = (probes[f"{name}_logits"][:seen].argmax(axis=1) for name in ("clean", "adversarial"))
+    labels = probes["labels"][:seen]
+    chosen = np.flatnonzero((before == labels) & (after != labels))[:SHOWN]
     adversarial = probes["images"][chosen] + probes["change"][chosen]
     change = adversarial.astype(np.int16) - probes["images"][chosen]
     largest = int(np.abs(change).max(initial=0))

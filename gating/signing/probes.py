@@ -1,6 +1,8 @@
 """probes.npz: the images that a gate attacked, what the attacks made of them, and the logits that decided.
 
-It keeps `change`, what was added, in place of the adversarial images, which hardly compress.
+It keeps `change`, what was added, in place of the adversarial images, which hardly compress; and pixels only of the
+first images of the order, as many as PIXELS has room for. Those of the others are the data set's, and what the attacks
+made of them a gate finds again; labels and logits, from which the verdict follows, are there for all.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import lzma
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,13 @@ DAMAGED = (
 )  # fmt: skip
 ANSWERS = ("labels", "clean_logits", "adversarial_logits")
 MEMBERS = ("images", "change", *ANSWERS)
-MOST_BYTES = 2**32  # unpacked: 14,000 images of 224 x 224 as they were and what was added to them
+MOST_BYTES = 2**32  # unpacked
+PIXELS = 2**25  # bytes of images that are kept: 222 of 224 x 224, 10,922 of CIFAR-10
+
+
+def kept(images: int, shape: Sequence[int]) -> int:
+    """Of how many of so many images `(H, W, C)` the pixels are kept: at least of one."""
+    return min(images, max(1, PIXELS // math.prod(shape)))
 
 
 def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
@@ -43,17 +51,18 @@ def as_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def read_probes(path: Path) -> dict[str, NDArray[Any]]:
-    """The images that a gate attacked, and `adversarial`, what the attacks made of them; BadEvidence for no such file.
+    """The images that a gate attacked and whose pixels it kept, and `adversarial`, what the attacks made of them.
 
-    images, change, adversarial: uint8 `(N, H, W, C)`; labels: `(N,)`; clean_logits, adversarial_logits: float32
-    `(N, K)`.
+    BadEvidence for no such file. images, change, adversarial: uint8 `(P, H, W, C)`; labels: `(P,)`; clean_logits,
+    adversarial_logits: float32 `(P, K)`.
     """
     found = _arrays(path, MEMBERS, None)
-    return {**found, "adversarial": found["images"] + found["change"]}  # modulo 256
+    part = {name: array[: len(found["images"])] for name, array in found.items()}
+    return {**part, "adversarial": part["images"] + part["change"]}  # modulo 256
 
 
 def read_answers(path: Path, shape: tuple[int, int, int, int, int]) -> dict[str, NDArray[Any]]:
-    """Labels and logits only, which takes milliseconds; BadEvidence also where the archive is of another shape.
+    """Labels and logits of all images, which takes milliseconds; BadEvidence also for an archive of another shape.
 
     shape: images, height, width, channels and classes of the report that the probes belong to.
     """
@@ -105,6 +114,9 @@ def _fit(
     (images, bytes_), (change, same), (labels, integer) = shapes["images"], shapes["change"], shapes["labels"]
     (clean, one), (adversarial, other) = shapes["clean_logits"], shapes["adversarial_logits"]
     typed = (bytes_ == same == np.uint8) and integer.kind in "iuf" and one.kind == other.kind == "f"
-    if not typed or len(images) != 4 or images != change or labels != images[:1] or clean != adversarial:
+    if not typed or len(images) != 4 or len(labels) != 1 or images != change or clean != adversarial:
         return False
-    return len(clean) == 2 and clean[0] == images[0] and expected in (None, (*images, clean[1]))
+    whole = (*labels, *images[1:], *clean[1:])
+    return (
+        len(clean) == 2 and clean[:1] == labels and images[0] == kept(*labels, images[1:]) and expected in (None, whole)
+    )

@@ -103,15 +103,15 @@ def _climb(model: Model, chart: Chart, begin: Tensor, steps: int, kept: _Best) -
     for step in range(steps + 1):
         if not len(rows):
             break
-        points: list[Tensor] = []
-
-        def shown(coordinates: Tensor, chart: Chart = chart, points: list[Tensor] = points) -> Tensor:
-            points.append(chart.images(coordinates))
-            return model(points[0])
-
-        value, gradient, logits = value_and_gradient(shown, free, margin, (kept.y[rows],), step < steps)
-        stay = kept.look(rows, points[0].detach(), value, logits, gradient=step < steps)
-        rows, chart, free = rows[stay], chart.of(stay), free[stay]
+        with torch.set_grad_enabled(step < steps):
+            free = free.detach().requires_grad_(step < steps)
+            points = chart.images(free)
+        value, gradient, logits = value_and_gradient(model, points, margin, (kept.y[rows],), step < steps)
+        stay = kept.look(rows, points.detach(), value, logits, gradient=step < steps)
+        if step == steps:
+            break
+        (gradient,) = torch.autograd.grad(points, free, gradient)  # from images to coordinates
+        rows, chart, free = rows[stay], chart.of(stay), free.detach()[stay]
         free = chart.project(free + length * chart.steepest(gradient[stay]))
 
 

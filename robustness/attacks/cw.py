@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dfmcl.robustness.attacks.trial import Trial
-from dfmcl.robustness.losses import margin
+from dfmcl.robustness.losses import margin, value_and_gradient
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 
@@ -45,7 +45,7 @@ def cw_l2(
         found = torch.zeros_like(y, dtype=torch.bool)
         for step in range(steps + 1):
             x_adv = (torch.tanh(w) + 1) / 2
-            logits = model(x_adv)
+            _, uphill, logits = value_and_gradient(model, x_adv, _reluctance, (y, c), step < steps)
             with torch.no_grad():
                 length = L2.lengths(x_adv - x)
                 fooled = logits.argmax(dim=1) != y
@@ -54,14 +54,17 @@ def cw_l2(
                 found |= fooled
                 asked = fooled & (length <= threat.eps) & ~trial.fooled
             trial.spend(everyone[~asked], forward=1, backward=int(step < steps))
-            trial.look(everyone[asked], x_adv.detach()[asked], logits.detach()[asked], gradient=step < steps)
+            trial.look(everyone[asked], x_adv.detach()[asked], logits[asked], gradient=step < steps)
             if step == steps:
                 break
-            squared = (x_adv - x).square().flatten(1).sum(dim=1)
-            objective = squared + c * (-margin(logits, y)).clamp_min(0)
-            (w.grad,) = torch.autograd.grad(objective.sum(), w)
+            (w.grad,) = torch.autograd.grad(x_adv, w, 2 * (x_adv.detach() - x) + uphill)
             optimizer.step()
         high = torch.where(found, torch.minimum(high, c), high)
         low = torch.where(found, low, torch.maximum(low, c))
         c = torch.where(high.isinf(), low * 10, (low + high) / 2)
     return nearest
+
+
+def _reluctance(logits: Tensor, y: Tensor, c: Tensor) -> Tensor:
+    """c times how far an image is from being misclassified, `(N,)`."""
+    return c * (-margin(logits, y)).clamp_min(0)

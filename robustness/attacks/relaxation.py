@@ -63,7 +63,7 @@ class _Search:
     """An attack on N images, with its finds so far.
 
     best: the points `(N, C, H, W)` to be returned; highest: their margins `(N,)`, inf where one fools the model.
-    unit: of each image's logits `(N,)`, from the first that were seen; empty before.
+    unit: of each image's logits `(N,)`, from the first that were seen; NaN before.
     """
 
     model: Model
@@ -79,7 +79,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.best = self.x.clone()
         self.highest = self.x.new_full((len(self.x),), -torch.inf)
-        self.unit = self.x.new_zeros(0)
+        self.unit = self.x.new_full((len(self.x),), torch.nan)
 
     @property
     def left(self) -> Tensor:
@@ -109,9 +109,9 @@ class _Search:
 
     def surprise(self, logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """The cross-entropy of logits in their units: neither saturated nor flat, on whatever scale the model is."""
-        if len(self.unit) < len(self.x):
-            spread = logits.detach().amax(dim=1) - logits.detach().mean(dim=1)
-            self.unit = (spread / UNIT).clamp_min(losses.TINY)
+        spread = logits.detach().amax(dim=1) - logits.detach().mean(dim=1)
+        known = self.unit[rows]
+        self.unit[rows] = torch.where(known.isnan(), (spread / UNIT).clamp_min(losses.TINY), known)
         return losses.cross_entropy(logits / self.unit[rows, None], y)
 
     def towards(self, rows: Tensor, target: Tensor, length: int) -> Tensor:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -34,10 +35,11 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.resumption import SEAL_BYTES
 from dfmcl.gating.sequence import Progress
+from dfmcl.gating.signing import probes as probing
 from dfmcl.gating.signing.attestation import BadEvidence
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.keys import keygen, read_signer
-from dfmcl.gating.signing.probes import as_npz, read_probes
+from dfmcl.gating.signing.probes import as_npz, read_answers, read_probes
 from dfmcl.gating.signing.report import Report
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.candidate import candidate_subject
@@ -46,7 +48,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.models import exactly
+from dfmcl.robustness.models import exactly, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import lower_bound, upper_bound
@@ -509,8 +511,12 @@ def test_radii_and_classes_are_claims_of_their_own(subject: Subject, tmp_path: P
     assert "missed" in {row.outcome for row in rows}
 
 
-def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path) -> None:
-    """Fixed statistics look once, at exactly the images that the policy names, by exact bounds."""
+def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed statistics look once, at exactly the images that the policy names, by exact bounds.
+
+    Of large images the evidence keeps the pixels of the first ones; the verdict follows without them.
+    """
+    monkeypatch.setattr(probing, "PIXELS", 40 * 16 * 16 * 3)
     shown: list[Progress] = []
     report = gate(subject, policy(0.03, images=90, statistics="fixed"), tmp_path / "evidence", watch=shown.append)
     assert {progress.expected for progress in shown} == {90}
@@ -518,6 +524,27 @@ def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path) -> 
     assert report.statistics.attacked == row.n == 90
     assert row.lower == lower_bound(row.k, 90, 0.95)
     assert row.upper == upper_bound(row.k, 90, 0.975)
+    assert report_of(tmp_path / "evidence").verdict == report.verdict
+    path = tmp_path / "evidence" / "probes.npz"
+    assert len(read_answers(path, (90, 16, 16, 3, 10))["adversarial_logits"]) == 90
+    found, first = read_probes(path), load_dataset("digits").x_test[list(report.per_image.index[:40])]
+    np.testing.assert_array_equal(found["images"], first)
+    assert {len(array) for array in found.values()} == {40}
+    for images, logits in (("images", "clean_logits"), ("adversarial", "adversarial_logits")):
+        again = subject.decide(to_float(torch.from_numpy(found[images]))).numpy()
+        assert np.allclose(again, found[logits], atol=1e-4)
+
+
+def test_pixels_cannot_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many images of a size those of so many are kept, neither fewer nor more; at least one image's."""
+    assert [probing.kept(1000, shape) for shape in ((32, 32, 3), (224, 224, 3), (4096, 4096, 3))] == [1000, 222, 1]
+    monkeypatch.setattr(probing, "PIXELS", 3 * 12)
+    answers = {"labels": np.zeros(5), **dict.fromkeys(("clean_logits", "adversarial_logits"), np.zeros((5, 3), "f4"))}
+    for count in range(6):
+        pixels = np.zeros((count, 2, 2, 3), np.uint8)
+        (tmp_path / "probes.npz").write_bytes(as_npz({"images": pixels, "change": pixels, **answers}))
+        with nullcontext() if count == 3 else pytest.raises(BadEvidence, match="does not fit together"):
+            assert len(read_probes(tmp_path / "probes.npz")["labels"]) == 3
 
 
 def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def the_suites_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def what_never_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, surrogates and their fast pass are prepared once for all sidecars of this process."""
-    monkeypatch.setattr(crafted, "load_dataset", _loaded)
+    monkeypatch.setattr(crafted, "open_dataset", _loaded)
     monkeypatch.setattr(crafted, "load_surrogates", lambda runs, dataset: _stand_ins(tuple(runs)))
     monkeypatch.setattr(crafted, "attack_pass", lambda model, images: _fast(model))
 

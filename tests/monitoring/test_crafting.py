@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
@@ -22,6 +24,7 @@ from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.data import open_dataset
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from tests.monitoring.conftest import wait_for
@@ -292,6 +295,26 @@ def test_a_pool_is_known_by_its_bytes() -> None:
     ]
     assert one.digest == many().digest
     assert len({one.digest, *(other.digest for other in others)}) == 4
+
+
+def test_a_folder_is_a_pool_that_is_read_round_by_round(tmp_path: Path) -> None:
+    """Scenes are those of the same images in an array; another file is another pool, and is read by nobody else."""
+    for number in range(20):
+        place = tmp_path / ("cat", "dog")[number // 10]
+        place.mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 20 + number, np.uint8)).save(place / f"{number:02}.png")
+    opened = open_dataset("folder", str(tmp_path), 8)
+    folder = ImagePool(opened.x_test, opened.y_test, 2)
+    array, digest = ImagePool(np.asarray(opened.x_test), opened.y_test, 2), folder.digest
+    for one, other in itertools.islice(zip(made(images=folder), made(images=array), strict=True), 3):
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.adversarial["fgsm"], other.adversarial["fgsm"])
+    unasked = next(row for row in range(20) if row not in draw(20, 8, 0, 1))
+    place = tmp_path / ("cat", "dog")[unasked // 10] / f"{unasked:02}.png"
+    place.write_bytes(b"no image")
+    again = ImagePool(open_dataset("folder", str(tmp_path), 8).x_test, opened.y_test, 2)
+    assert again.digest != digest
+    np.testing.assert_array_equal(next(made(images=again)).images, next(made(images=array)).images)
 
 
 def test_a_round_that_asks_for_more_than_there_is_is_bad_input() -> None:

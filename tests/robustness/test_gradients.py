@@ -330,7 +330,7 @@ def test_bfloat16_claims_nothing(hardened: Classifier, digits: tuple[Tensor, Ten
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * -1
 
-    wrong = Wrong(made.network, made.memory_format, made.precision, made.folded)
+    wrong = Wrong(made.network, made.memory_format, made.precision, made.folded, made.portions)
     threat, suite = threat_of("linf", "1/255"), [Attack.parse("pgd-2")]
     outcome = evaluate(hardened, to_bytes(x).numpy(), y.numpy(), threat, suite, source=wrong, batch_size=200)
     with torch.no_grad():
