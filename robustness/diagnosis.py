@@ -197,8 +197,8 @@ class Examination:
             # All ways in one row, as a pass takes about as long for a few segments as for a full batch.
             begin, end = (torch.cat(side) for side in zip(*ways.values(), strict=True))
             parts = zip(*map(self.batches, (begin, end, y.repeat(len(ways)))), strict=True)
-            near = {"rounding": self.rounding, "enough": enough}
-            shares = torch.cat([unexplained(self.itself, self._decide, *part, **near) for part in parts])
+            account = partial(unexplained, enough=enough, rounding=self.rounding)
+            shares = torch.cat([account(self.itself, self._decide, *part) for part in parts])
             yield dict(zip(ways, shares.split(len(group)), strict=True))
 
     def _ways(self, chosen: Tensor, stream: torch.Generator) -> dict[str, tuple[Tensor, Tensor]]:

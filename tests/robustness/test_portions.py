@@ -16,7 +16,8 @@ from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.gradients import as_it_is
 from dfmcl.robustness.models import to_bytes
 from dfmcl.robustness.portions import Portions, answered, even, kept_bytes, portion
-from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.registry import parse_threat
 
 
 @given(st.integers(0, 2**33), st.integers(0, 2**36))
@@ -100,6 +101,9 @@ class Pointwise(nn.Module):
         return torch.stack(rows, dim=1)
 
 
+SMALL = {"linf": "8/255", "patch": "patch:3x3", "spatial": "shift:20%"}
+
+
 def test_an_attack_finds_the_same_in_portions_of_any_size() -> None:
     """Every attack, on images in portions of 3 and all at once: the same images, bit for bit, at the same cost."""
     model = Pointwise()
@@ -109,13 +113,13 @@ def test_an_attack_finds_the_same_in_portions_of_any_size() -> None:
         attack = Attack(
             f"{name}-8" if kind.gradients else name, kind.function, {} if kind.gradients else {"queries": 30}
         )
+        threat = parse_threat(next(SMALL[one] for one in kind.threats if one in SMALL))
         found = []
         for most in (3, 100):
             climbed = as_it_is(model, x)
             climbed.portions.most = most
-            outcome = evaluate(
-                model, images, y, threat_of("linf", "8/255"), [attack], source=climbed if kind.gradients else None
-            )
+            source, bytes_only = climbed if kind.gradients else None, not isinstance(threat, Ball)
+            outcome = evaluate(model, images, y, threat, [attack], source=source, grid=bytes_only)
             (record,) = outcome.evaluation.attacks
             found.append((outcome.adversarial.tobytes(), record.held, record.forward, record.backward))
         assert found[0] == found[1], name
@@ -155,7 +159,7 @@ from dfmcl.robustness.checks import CHECKS
 from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import exactly, to_float
-from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.registry import parse_threat
 
 class Wide(nn.Module):
     def __init__(self):
@@ -170,7 +174,7 @@ class Wide(nn.Module):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-model, threat = Wide().eval().requires_grad_(False), threat_of("linf", "4/255")
+model, threat = Wide().eval().requires_grad_(False), parse_threat("4/255")
 plan = BlockPlan(None, exactly(model), (threat,), (Attack.parse("pgd-1"),), True, 0)
 peaks = []
 for count in (8, 64):
