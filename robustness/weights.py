@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.reader import opened, why_unread
+from dfmcl.robustness.onnx_session import first_line
 
 Weights = Mapping[str, Tensor]
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "model_ema", "ema")  # where training scripts put them
@@ -21,32 +23,41 @@ PREFIXES = ("", "module.", "model.", "net.", "backbone.", "_orig_mod.")  # that 
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a `.safetensors` file, or from one that `torch.save` wrote. BadInput for anything else.
+    """The tensors of a file by name: safetensors, or a state dict that `torch.save` wrote, out of what training scripts
+    put around it. Known by its content, whatever its suffix. BadInput for anything else.
 
     Nothing in the file is run: a pickle that holds more than tensors and plain values is refused.
     """
     try:
         with opened(path, named=True) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's about old pickles: what cannot be read is told below
-            if path.suffix == ".safetensors":
+            if is_safetensors(path):
                 found: dict[str, Tensor] = load_safetensors(file.read())
                 return found
             held: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise BadInput(f"{path}: not readable as safetensors: {error}") from None
+    except pickle.UnpicklingError as error:
+        told = re.search(r"GLOBAL (\S+)", str(error))  # of torch's advice the one word that is about the file
+        held_there = f"holds more than weights{f' ({told[1]})' if told else ''}, which only code could read"
+        raise BadInput(f"{path}: {held_there}; save these alone: torch.save(model.state_dict(), FILE)") from None
     except Exception as error:  # torch.load raises whatever its unpickler meets
         if lacks_memory(error):
             raise
-        said = why_unread(error) if isinstance(error, OSError | ValueError) else _told(error)
+        said = why_unread(error) if isinstance(error, OSError | ValueError) else first_line(error)
         raise BadInput(f"{path}: not readable as weights: {said}") from None
-    for name in CONTAINERS:
-        if isinstance(held, dict) and isinstance(held.get(name), dict):
-            held = held[name]
-            break
-    tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)} if _named(held) else {}
-    if not tensors:
-        raise BadInput(f"{path}: holds no tensors by name; save model.state_dict()")
-    return tensors
+    inside = [name for name in CONTAINERS if isinstance(held, Mapping) and isinstance(held.get(name), Mapping)]
+    held = held[inside[0]] if inside else held
+    named = isinstance(held, Mapping) and all(isinstance(name, str) for name in held)
+    if not named or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        there = ", ".join(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
+        raise BadInput(f"{path}: holds no state dict ({there[:80] or 'nothing'}); torch.save(model.state_dict(), FILE)")
+    return dict(held)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one: the length of a header in JSON, and its brace."""
+    with opened(path, named=True) as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def fitted(weights: Weights, network: nn.Module, source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -56,7 +67,7 @@ def fitted(weights: Weights, network: nn.Module, source: str) -> tuple[dict[str,
     Of the prefixes that wrappers add, the one is taken off that lets most names fit. BadInput names what does not fit.
     """
     wanted = network.state_dict()
-    named = max((_without(weights, prefix) for prefix in PREFIXES), key=lambda found: len(found.keys() & wanted.keys()))
+    named = unwrapped(weights, wanted.keys())
     counters = {name for name, value in wanted.items() if not value.is_floating_point()}
     missing = [name for name in wanted if name not in named and name not in counters]
     if missing:
@@ -77,17 +88,7 @@ def fitted(weights: Weights, network: nn.Module, source: str) -> tuple[dict[str,
     return {**wanted, **{name: named[name] for name in wanted if name in named and name not in head}}, head
 
 
-def _without(weights: Weights, prefix: str) -> dict[str, Tensor]:
+def unwrapped(weights: Weights, wanted: Set[str]) -> dict[str, Tensor]:
+    """The weights without the prefix of a wrapper: the one whose removal lets most names fit those that are wanted."""
+    prefix = max(PREFIXES, key=lambda one: len({one + name for name in wanted} & weights.keys()))
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
-def _named(held: Any) -> bool:
-    return isinstance(held, Mapping)
-
-
-def _told(error: Exception) -> str:
-    """torch's own advice is to trust the file, which is not ours to give."""
-    line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    if "weights_only" in str(error) or "Unsupported" in str(error):
-        return "it holds more than tensors, which could run code; save model.state_dict(), or a .safetensors file"
-    return line or type(error).__name__

@@ -18,8 +18,9 @@ from dfmcl.gating.subjects.module import module_subject
 from dfmcl.gating.subjects.onnx_file import onnx_subject
 from dfmcl.gating.subjects.program import program_subject
 from dfmcl.gating.subjects.torchscript import torchscript_subject
-from dfmcl.gating.subjects.weights import is_safetensors, weights_subject
+from dfmcl.gating.subjects.weights import weights_subject
 from dfmcl.robustness.provider import CPU, Provider
+from dfmcl.robustness.weights import is_safetensors
 
 MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 ENDPOINT = re.compile(r"grpc://(?P<url>[^/]+:\d+)/(?P<model>[^/]+)")

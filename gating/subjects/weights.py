@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
@@ -18,11 +14,10 @@ from dfmcl.gating.foreign import guarded, imported
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.network import declared, network_subject
 from dfmcl.robustness.models import library_network
+from dfmcl.robustness.weights import read_weights, unwrapped
 
 LIBRARIES = ("torchvision", "timm")
 CLASSES = 1000  # of their networks, where nobody says another number
-INSIDE = ("state_dict", "model_state_dict", "model", "net")  # where checkpoints keep the state beside other things
-WRAPPED = "module."  # before every key, by DataParallel
 State = Mapping[str, Tensor]
 
 
@@ -41,8 +36,10 @@ def weights_subject(
     taken, state = declared(contract, path), read_weights(path)
     library, name = arch.partition(":")[0], f"{path} as {arch}"
     if library not in LIBRARIES:
+        network = imported(arch)
+        state = unwrapped(state, network.state_dict().keys())
         afresh = partial(asked_afresh, arch, state=dict(state))
-        network = filled(imported(arch), state, path, arch)
+        network = filled(network, state, path, arch)
         return network_subject(network, taken, labels, kind="module", name=f"{arch} with {path.name}", afresh=afresh)
     made = partial(in_library, path, arch, taken.channels, None if labels is None else len(labels))
     again = partial(refilled, path, made)
@@ -54,42 +51,10 @@ def refilled(path: Path, made: Callable[[State], nn.Module]) -> nn.Module:
     return made(read_weights(path))
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, out of what checkpoints put around them; BadInput where it holds anything else."""
-    with guarded(f"{path}: not readable as weights"):
-        if is_safetensors(path):
-            from safetensors.torch import load_file
-
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
-        try:
-            found: Any = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            told = re.search(r"GLOBAL (\S+)", str(error))  # of torch's advice the one word that is about the file
-            raise BadInput(
-                f"{path}: holds more than weights{f' ({told[1]})' if told else ''}, which only code could read; save"
-                " these alone: torch.save(model.state_dict(), FILE)"
-            ) from None
-    inside = [key for key in INSIDE if isinstance(found, Mapping) and isinstance(found.get(key), Mapping)]
-    found = found[inside[0]] if len(inside) == 1 else found
-    named = isinstance(found, Mapping) and all(isinstance(key, str) for key in found)
-    if not named or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        held = ", ".join(map(str, found)) if isinstance(found, Mapping) else type(found).__name__
-        raise BadInput(f"{path}: holds no state dict ({held[:80] or 'nothing'}); torch.save(model.state_dict(), FILE)")
-    wrapped = all(key.startswith(WRAPPED) for key in found)
-    return {key.removeprefix(WRAPPED) if wrapped else key: value for key, value in found.items()}
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as one: the length of a header in JSON, and its brace."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
-
-
 def in_library(path: Path, arch: str, channels: int, labels: int | None, state: State) -> nn.Module:
     """The library's network with these weights and as many classes as they have; labels: as many as there should be."""
     network = library_network(arch, labels or CLASSES, channels)
+    state = unwrapped(state, network.state_dict().keys())
     counts = {
         (held.shape[0], state[name].shape[0])
         for name, held in network.state_dict().items()
@@ -105,6 +70,7 @@ def in_library(path: Path, arch: str, channels: int, labels: int | None, state: 
 def filled(network: nn.Module, state: State, path: Path, arch: str) -> nn.Module:
     """The network with these weights; BadInput that names the first key of each kind that does not fit."""
     held = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    state = unwrapped(state, held.keys())
     missing = [name for name in held if name not in state and not name.endswith("num_batches_tracked")]
     strange = [name for name in state if name not in held]
     other = [name for name in held if name in state and held[name].shape != state[name].shape]

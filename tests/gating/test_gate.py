@@ -411,7 +411,7 @@ def test_a_drawn_part_of_nothing_is_refused(changes: dict[str, Any], message: st
     standard = {"attacks": {"suite": "standard", "whole": "drawn"}}
     with pytest.raises(ValueError, match="compares image by image"):
         policy(0.1, "4/255", 90, "no_regression at 95 %", **standard)
-    with pytest.raises(ValueError, match="of one radius"):
+    with pytest.raises(ValueError, match="of one threat"):
         policy(0.1, "4/255", 90, "robust_accuracy(2/255) >= 0.1 at 95 %", **standard)
     assert policy(0.1, "4/255", 90, **standard).attacks.chance == 0.2
 
@@ -609,7 +609,7 @@ def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_p
     hard = policy(
         0.9, "40/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
     )
-    assert gate(blind, hard, tmp_path / "hard")["verdict"] == "failed"
+    assert gate(blind, hard, tmp_path / "hard").verdict == "failed"
 
 
 def test_transfer_is_recorded_and_named_an_upper_bound(

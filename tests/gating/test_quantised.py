@@ -175,8 +175,8 @@ def test_an_honest_quantised_file_passes(networks: Networks, digits: np.ndarray,
     source = to_onnx(tmp_path / "model.onnx", load_run(networks("hardened")).model, torch.zeros(2, 3, 16, 16))
     subject = onnx_subject(static(source, digits))
     report = gate(subject, policy(0.02, "8/255"), tmp_path / "evidence")
-    assert report["verdict"] == "passed", report["findings"]
-    assert report["candidate"]["gradients"] == subject.twin
+    assert report.verdict == "passed", report.findings
+    assert report.candidate.gradients == subject.twin
     assert f"gradients came from {subject.twin}" in headline(report)
 
 
