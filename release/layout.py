@@ -22,7 +22,7 @@ from dfmcl.common.errors import BadInput, Refused
 from dfmcl.common.preprocessing import PARAMETER
 from dfmcl.common.reader import TEXT_BYTES, Unfit, why_unread
 from dfmcl.release.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest, manifest_at
-from dfmcl.release.stores.store import Entry, Store
+from dfmcl.release.stores.store import Item, Store
 
 CONFIG = "config.pbtxt"
 GPU_CONFIG = "configs/gpu.pbtxt"
@@ -178,7 +178,7 @@ def require_ours(store: Store, name: str, config: str, manifest: Manifest, versi
         raise Refused(f"{where}: is not what promotion writes for version {version}; {MEND}")
 
 
-def is_version(entry: Entry) -> bool:
+def is_version(entry: Item) -> bool:
     """Whether an entry is a version's folder as promotion names them: 4, but not 004, +4 or a link."""
     return bool(VERSION.fullmatch(entry.name)) and entry.folder and not entry.link
 
@@ -202,7 +202,7 @@ def strangers(store: Store, name: str) -> list[str]:
     return sorted(found for entry in store.entries(name) for found in _strangers_at(store, name, entry))
 
 
-def _strangers_at(store: Store, model: str, entry: Entry) -> list[str]:
+def _strangers_at(store: Store, model: str, entry: Item) -> list[str]:
     name, (gpu_folder, gpu_file) = f"{model}/{entry.name}", GPU_CONFIG.split("/")
     if entry.name in (CONFIG, CARD):
         return [] if entry.file else [name]
@@ -222,13 +222,13 @@ def folders(store: Store) -> list[str]:
     return [entry.name for entry in entries(store) if MODEL_NAME.fullmatch(entry.name) and entry.folder]
 
 
-def entry_at(store: Store, name: str) -> Entry:
+def entry_at(store: Store, name: str) -> Item:
     """What has a name; an entry that is neither file nor folder where nothing has it."""
     folder, _, last = name.rpartition("/")
-    return next((entry for entry in entries(store, folder) if entry.name == last), Entry(last))
+    return next((entry for entry in entries(store, folder) if entry.name == last), Item(last))
 
 
-def entries(store: Store, folder: str = "") -> list[Entry]:
+def entries(store: Store, folder: str = "") -> list[Item]:
     """What lies in a folder; nothing where it is not there, or may not be entered."""
     try:
         return store.entries(folder)

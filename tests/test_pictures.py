@@ -36,13 +36,14 @@ def test_a_picture_of_something_else_is_found() -> None:
 
 def test_the_record_is_of_these_files() -> None:
     """What lies there is what `make pictures` wrote, and it wrote everything that lies there."""
-    files = {path.name: make.sha256(path) for path in make.HERE.iterdir() if path.suffix in (".png", ".svg")}
+    files = {path.name: make.sha256(path) for path in make.HERE.iterdir() if path.suffix in (".png", ".svg", ".jpg")}
     assert files == {name: entry["sha256"] for name, entry in RECORD.items()}, "run `make pictures`"
 
 
 def test_pictures_are_small_and_shown() -> None:
     """A reader on a telephone waits for none; each is on a page, in light and in dark."""
-    written = README + (make.HERE.parent / "sre.md").read_text(encoding="utf-8")
+    pages_of = (make.HERE.parent / name for name in ("sre.md", "threats.md"))
+    written = README + "".join(page.read_text(encoding="utf-8") for page in pages_of)
     for name in RECORD:
         assert (make.HERE / name).stat().st_size <= make.MOST_BYTES
         assert f"pictures/{name}" in written

@@ -17,7 +17,7 @@ from typing import IO
 
 from dfmcl.common.errors import Broken
 from dfmcl.common.reader import leaves, read_plain
-from dfmcl.release.stores.store import Changed, Entry, Etag
+from dfmcl.release.stores.store import Changed, Etag, Item
 
 STAGING = ".staging-"
 LOCK = ".promotion.lock"
@@ -35,7 +35,7 @@ class Directory:
     def where(self, name: str = "") -> str:
         return str(self.root / name)
 
-    def entries(self, folder: str = "") -> list[Entry]:
+    def entries(self, folder: str = "") -> list[Item]:
         found = [entry_of(path) for path in (self.root / folder).iterdir() if not path.name.startswith(STAGING)]
         return sorted(found, key=lambda entry: entry.name)
 
@@ -118,10 +118,10 @@ class Directory:
             return None
 
 
-def entry_of(path: Path) -> Entry:
+def entry_of(path: Path) -> Item:
     """What a path is; an entry that is neither file nor folder where nothing is there."""
     link = path.is_symlink()
-    return Entry(path.name, path.is_dir(), path.is_file(), link, link and leaves(path))
+    return Item(path.name, path.is_dir(), path.is_file(), link, link and leaves(path))
 
 
 def _let_all_read(directory: Path) -> None:

@@ -24,7 +24,7 @@ class Store(Protocol):
     def where(self, name: str = "") -> str:
         """The address of a file or folder, as messages have it."""
 
-    def entries(self, folder: str = "") -> list[Entry]:
+    def entries(self, folder: str = "") -> list[Item]:
         """What lies in a folder, by name."""
 
     def read(self, name: str, most: int) -> bytes:
@@ -72,7 +72,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class Item:
     """What lies in a folder. folder, file: what it is, or a link leads to; leaves: whether a link leads elsewhere."""
 
     name: str

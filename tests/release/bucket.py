@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dfmcl.common.errors import Broken
 from dfmcl.common.reader import Unfit
-from dfmcl.release.stores.store import Changed, Entry, Etag
+from dfmcl.release.stores.store import Changed, Etag, Item
 
 UNFINISHED = ".unfinished-"
 LOCK = ".writer.lock"
@@ -81,13 +81,13 @@ class Bucket:
     def where(self, name: str = "") -> str:
         return f"memory://bucket/{name}".rstrip("/")
 
-    def entries(self, folder: str = "") -> list[Entry]:
+    def entries(self, folder: str = "") -> list[Item]:
         prefix = f"{folder}/" if folder else ""
         rests = [name.removeprefix(prefix).partition("/") for name in self._visible(prefix)]
         if folder and not rests:
             raise self._absent(folder)
         kinds = {head: bool(slash) for head, slash, _ in rests}
-        return [Entry(head, folder=inner, file=not inner) for head, inner in sorted(kinds.items())]
+        return [Item(head, folder=inner, file=not inner) for head, inner in sorted(kinds.items())]
 
     def read(self, name: str, most: int) -> bytes:
         data = self._get(name)[1]

@@ -515,7 +515,10 @@ def test_command_wraps_a_file(tmp_path: Path) -> None:
     for call, message in (
         (command, "--input 'float32 NCHW' --labels FILE"),
         ([*command, *meant, "--weights", "float16"], "an ONNX file keeps its weights as they are"),
-        ([*command[:4], str(tmp_path), *command[5:], *meant], "is no ONNX file; a run knows its --input, --labels and"),
+        (
+            [*command[:4], str(tmp_path), *command[5:], *meant],
+            "is no ONNX file; a run knows --input, --labels, --output and --preprocessing",
+        ),
     ):
         refused = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
