@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks.endurance import MODEL, REPOSITORY, ROOT, served
 from dfmcl.gating.formats.html import html
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.gating.signing.probes import read_probes
 from dfmcl.monitoring import sidecar
 from dfmcl.monitoring.config import WatchConfig, load_config
@@ -59,7 +60,7 @@ port = 0
 
 def report(folder: Path) -> str:
     """The page that `dfmcl gate` wrote about the shipped model, as it is written now; folder: not needed."""
-    return html(json.loads((RELEASE / "report.json").read_text(encoding="utf-8")), read_probes(RELEASE / "probes.npz"))
+    return html(read_report(RELEASE / "report.json")[0], read_probes(RELEASE / "probes.npz"))
 
 
 def report_shows() -> str:
