@@ -196,11 +196,12 @@ class RunEntry(Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class DataEntry(Entry):
-    """skipped: files that were not read, by the reason."""
+    """preprocessing: how files became images. skipped: files that were not read, by the reason."""
 
     name: str
     path: Maybe[str] = None
     image_size: Maybe[Count] = None
+    preprocessing: Maybe[str] = None
     sha256: Digest
     skipped: Maybe[Mapping[str, Count]] = None
     part: str

@@ -87,7 +87,7 @@ def test_a_policy_takes_every_family_and_names_what_is_unknown() -> None:
     for threat, why in (
         ("sticker:5x5", "threat 'sticker:5x5' is unknown; write one such as linf:8/255"),
         ("linf:8", "a radius is above 0"),
-        ("linf:0.5/255", "below one step of uint8 images"),
+        ("linf:0.5/255", "0.5/255 is below"),
         ("patch:0x0", "patch"),
         ("fog@9", "fog@9"),
         ("linf:1/255", "stands there twice"),

@@ -57,7 +57,7 @@ def what_never_changes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @cache
-def _loaded(*arguments: Any) -> Dataset:
+def _loaded(*arguments: Any, **_how: Any) -> Dataset:
     return load_dataset(*arguments[:3])
 
 
