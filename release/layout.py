@@ -19,7 +19,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from dfmcl.common.errors import BadInput, Refused
-from dfmcl.common.preprocessing import PARAMETER
+from dfmcl.common.preprocessing import PARAMETER, USUAL
 from dfmcl.common.reader import TEXT_BYTES, Unfit, why_unread
 from dfmcl.release.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest, manifest_at
 from dfmcl.release.stores.store import Item, Store
@@ -106,13 +106,18 @@ version_policy {{ specific {{ versions: [ {version} ] }} }}
 dynamic_batching {{ }}
 parameters {{ key: "intra_op_thread_count" value {{ string_value: "{threads}" }} }}
 parameters {{ key: "inter_op_thread_count" value {{ string_value: "1" }} }}
-# How the gateway brings a picture to this size: as the images were that the model was judged on.
-parameters {{ key: "{PARAMETER}" value {{ string_value: "{manifest.preprocessing}" }} }}
-# Probes must reach the model, not a cache of its answers.
+{_preprocessing(manifest)}# Probes must reach the model, not a cache of its answers.
 response_cache {{ enable: false }}
 {warmup}
 metric_tags {{ key: "sha" value: "{manifest.model_sha256[:12]}" }}
 """
+
+
+def _preprocessing(manifest: Manifest) -> str:
+    """How the gateway brings a picture to this size, where it is not as usual."""
+    if manifest.preprocessing == USUAL:
+        return ""
+    return f'parameters {{ key: "{PARAMETER}" value {{ string_value: "{manifest.preprocessing}" }} }}\n'
 
 
 def _warmup(batch_size: int, dims: str) -> str:

@@ -1,4 +1,7 @@
-"""The work behind the checks: a few attacks and passes on a few images, each done once, and only if a check asks."""
+"""The work behind the checks: a few attacks and passes on a few images, each done once, and only if a check asks.
+
+Long, because it is one class, whose parts share what was found.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.reader import opened, why_unread
-from dfmcl.robustness.onnx_session import first_line
 
 Weights = Mapping[str, Tensor]
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "model_ema", "ema")  # where training scripts put them
@@ -42,7 +41,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch.load raises whatever its unpickler meets
         if lacks_memory(error):
             raise
-        said = why_unread(error) if isinstance(error, OSError | ValueError) else first_line(error)
+        said = (
+            why_unread(error)
+            if isinstance(error, OSError | ValueError)
+            else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        )
         raise BadInput(f"{path}: not readable as weights: {said}") from None
     inside = [name for name in CONTAINERS if isinstance(held, Mapping) and isinstance(held.get(name), Mapping)]
     held = held[inside[0]] if inside else held

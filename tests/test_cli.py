@@ -129,7 +129,7 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
                 out,
             ],
             2,
-            "names no model; expected a candidate",
+            "names no model; expected one of: a candidate",
         ),
         "nothing to promote": (
             ["promote", f"{tmp_path}/no", "--evidence", f"{tmp_path}/no", "--repository", out, "--name", "m", *TRUST],

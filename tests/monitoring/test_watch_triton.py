@@ -44,7 +44,8 @@ Make = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
 SERVE = (
     "import sys; from pathlib import Path; from dfmcl.serving.triton.supervisor import serve;"
-    "serve(Path(sys.argv[1]), http_port=0, grpc_port=int(sys.argv[2]), metrics_port=0, ready_file=Path(sys.argv[3]),"
+    "from dfmcl.release.stores.directory import Directory; ports = dict(http_port=0, metrics_port=0);"
+    "serve(Directory(Path(sys.argv[1])), **ports, grpc_port=int(sys.argv[2]), ready_file=Path(sys.argv[3]),"
     "restarts=0, liveness_seconds=600)"
 )
 

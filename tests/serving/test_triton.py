@@ -85,14 +85,14 @@ def test_port_in_use_is_broken(repository: Path, needs_triton: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(Broken, match=f"--grpc-port {port}: cannot listen") as caught:
-            supervisor.serve(repository, http_port=0, grpc_port=port, metrics_port=0)
+            supervisor.serve(Directory(repository), http_port=0, grpc_port=port, metrics_port=0)
     assert caught.value.exit_code == 5
 
 
 def test_missing_environment_is_broken(repository: Path, tmp_path: Path) -> None:
     """The message says how to get one."""
     with pytest.raises(Broken, match=r"make quickstart.*DFMCL_TRITON_PYTHON") as caught:
-        supervisor.serve(repository, triton_python=tmp_path / "python", **ANYWHERE)
+        supervisor.serve(Directory(repository), triton_python=tmp_path / "python", **ANYWHERE)
     assert caught.value.exit_code == 5
 
 
@@ -100,7 +100,7 @@ def test_environment_without_triton_is_broken(repository: Path, monkeypatch: pyt
     """The project's own interpreter is not Triton's."""
     monkeypatch.setenv("DFMCL_TRITON_PYTHON", sys.executable)
     with pytest.raises(Broken, match="not a Triton environment"):
-        supervisor.serve(repository, **ANYWHERE)
+        supervisor.serve(Directory(repository), **ANYWHERE)
 
 
 def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None, tmp_path: Path) -> None:
@@ -122,14 +122,14 @@ def test_numpy_2_is_refused_by_the_backend(repository: Path, needs_triton: None,
 def test_empty_repository_is_bad_input(tmp_path: Path) -> None:
     """There is nothing to serve, and the message says how to change that."""
     with pytest.raises(BadInput, match="dfmcl promote"):
-        supervisor.serve(tmp_path, **ANYWHERE)
+        supervisor.serve(Directory(tmp_path), **ANYWHERE)
 
 
 def test_repository_with_a_stranger_is_refused(repository: Path) -> None:
     """A library that would replace the backend keeps the server from starting."""
     (repository / "digits" / "libtriton_onnxruntime.so").write_bytes(b"")
     with pytest.raises(Refused, match="promotion did not write this"):
-        supervisor.serve(repository, **ANYWHERE)
+        supervisor.serve(Directory(repository), **ANYWHERE)
 
 
 def test_model_that_triton_cannot_load_is_broken(
@@ -187,9 +187,10 @@ def test_killed_server_is_noticed(repository: Path, tmp_path: Path, needs_triton
 SERVE = """
 import sys
 from pathlib import Path
+from dfmcl.release.stores.directory import Directory
 from dfmcl.serving.triton.supervisor import serve
 ports = {"http_port": 0, "grpc_port": int(sys.argv[4]), "metrics_port": 0}
-sys.exit(serve(Path(sys.argv[1]), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
+sys.exit(serve(Directory(Path(sys.argv[1])), **ports, ready_file=Path(sys.argv[2]), log=Path(sys.argv[3])))
 """
 
 
@@ -277,4 +278,4 @@ def test_stop_before_ready_is_no_error(repository: Path, needs_triton: None) -> 
     """A server that is stopped while it starts ends quietly."""
     stop = threading.Event()
     stop.set()
-    assert supervisor.serve(repository, **ANYWHERE, stop=stop) == 0
+    assert supervisor.serve(Directory(repository), **ANYWHERE, stop=stop) == 0
