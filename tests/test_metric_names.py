@@ -21,7 +21,7 @@ READERS = [
         path
         for folder in FOLDERS
         for path in sorted((ROOT / folder).rglob("*.*"))
-        if path.suffix not in (".png", ".svg")
+        if path.suffix not in (".png", ".svg", ".jpg")
     ),
 ]
 
