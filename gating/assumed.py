@@ -58,7 +58,7 @@ class Assumed:
         return Assumed(data, eps, criterion, preprocessing)
 
     def policy(self, contract: InputContract, checked: int | None = CHECKED) -> Policy:
-        """The policy for a model that takes such images; what it does not say are the defaults.
+        """The policy for a model that takes such images; every other key has its default.
 
         checked: images that checks look at; None: the default.
         """

@@ -59,7 +59,7 @@ class Converted(nn.Module):
 def in_parts(net: nn.Module, images: Tensor, fewest: int, most: int | None) -> Tensor:
     """The logits of images `(N, ...)` by a network that takes batches of these sizes only; None: as large as they are.
 
-    The last image stands in for those that the last batch lacks.
+    The last image stands in for the images that the last batch lacks.
     """
     parts = images.split(most) if most else (images,)
     short = max(0, fewest - len(parts[-1]))

@@ -136,7 +136,7 @@ def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
 def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags, whole: int) -> Fates:
     """What images, with their labels and draws `(N,)`, say about a claim: of its own class, or of all.
 
-    found: an outcome for each threat of the claim, of which the worst counts image by image.
+    found: an outcome for each threat of the claim; the worst counts, image by image.
     whole: how many of the attacks, the last ones, only the drawn images met.
     """
     records = [outcome.evaluation for outcome in found]

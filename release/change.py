@@ -1,4 +1,4 @@
-"""One change of a store, under way: what it found there, and what it has done."""
+"""One change of a store, under way: the files as it found them, and its writes so far."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ FEW_STEPS = 5
 # What is left after PGD is attacked by queries: by scores, by labels only, so that no score can mislead, in subspaces.
 QUERYING = {"square": 200, "rays": 120, "square-subspace": 120}
 SEGMENTS = 24  # images from which segments lead; a third of them that show something are sure
-GROUP = 5  # of them at a time: two groups of which none shows anything are enough
+GROUP = 5  # of them at a time: two groups that show nothing are enough
 FURTHER = 4  # in eps: as far as what fools another network may have to go until the judged one has to answer for it
 PROVEN = ("memory_format", "precision", "folded", "portions")  # of a fast copy
 LONE = 8  # images that are also asked one by one
@@ -187,7 +187,7 @@ class Examination:
 
     @property
     def segments(self) -> int:
-        """Images from which segments lead: of those that are right the first ones."""
+        """How many images segments lead from: the first ones that are right."""
         return min(self.right, SEGMENTS)
 
     def unexplained(self, enough: float) -> Iterator[dict[str, Tensor]]:

@@ -243,7 +243,7 @@ def cliff_beyond_ball(e: Examination) -> Found:
 
 
 def _beats_pgd(name: str, attack: Callable[[Flags], Flags], e: Examination) -> Found:
-    """An attack beside PGD: first on the images that PGD left, as what it breaks of them is all that can raise."""
+    """An attack beside PGD: first on the images that PGD left, because only what falls there can raise the check."""
     return surplus(name, f"PGD-{STEPS}", int(attack(~e.pgd).sum()), partial(_only_pgd, attack, e), e.right)
 
 

@@ -17,7 +17,7 @@ LEVEL = 1 / 2400  # of one check: all of them together raise one by chance in at
 CLEARLY = 0.05  # of the images that are right: a surplus below that does not carry a verdict, even where it is sure
 # The cross-entropy at ten times the logits is nearly the margin, which breaks up to 4 points more of an honest model.
 CLEARLY_BY_SCALE = 0.10
-MISSED = 0.05  # chance that a look in between ends a count of which half would have been significant: costs below 0.03
+MISSED = 0.05  # chance that a look ends a count that would have been significant in half of the cases: costs below 0.03
 
 
 @dataclass(frozen=True)

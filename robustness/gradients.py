@@ -56,7 +56,7 @@ class AttackPass(nn.Module):
         return self._exact[0] or self
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # the graph of the images whose gradient is wanted: whoever wants it takes portions
+        if torch.is_grad_enabled():  # the graph of the images whose gradient is wanted: the caller takes portions
             return self._passed(x)
         (logits,) = self.portions.joined(lambda rows: (self._passed(x[rows]),), len(x))
         return logits

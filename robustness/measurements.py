@@ -57,7 +57,7 @@ def measure(
     """Evaluate a run on test images: every attack on every image it gets right.
 
     Balls are measured in float as the literature does, other threats as bytes. A union is the worst case over its
-    parts, each of which is attacked by itself, once.
+    parts; each is attacked by itself, once.
 
     attacks: names, each used for the threats it can search in; a threat that has none gets DEFAULTS by its kind.
     cascade: each only on what those before it left, which is the same worst case at less cost.

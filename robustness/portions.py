@@ -50,7 +50,7 @@ class Portions:
         return Portions(portion(kept_bytes(network, few) // max(1, len(few)), budget_on(example.device)))
 
     def joined(self, work: Work, count: int) -> tuple[Tensor, ...]:
-        """The work on `count` rows, in portions; what it raises, but where memory runs out and a portion can shrink."""
+        """The work on `count` rows, in portions; its errors pass, unless memory ran out and a portion can shrink."""
         done: list[tuple[Tensor, ...]] = []
         begin = 0
         while begin < count or not done:

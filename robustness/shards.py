@@ -113,6 +113,6 @@ def _keyed(shard: Path, skipped: Counter[str]) -> Iterator[tuple[str, Member | N
     except BadInput:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{shard}: not readable as .tar: {why_unread(error)}") from None  # type: ignore[arg-type]
+        raise BadInput(f"{shard}: not readable as .tar: {error}") from None
     for key in dict.fromkeys((*images, *labels)):
         yield key, images.get(key), labels.get(key)

@@ -92,6 +92,6 @@ def fitted(weights: Weights, network: nn.Module, source: str) -> tuple[dict[str,
 
 
 def unwrapped(weights: Weights, wanted: Set[str]) -> dict[str, Tensor]:
-    """The weights without the prefix of a wrapper: the one whose removal lets most names fit those that are wanted."""
+    """The weights without a wrapper's prefix: the prefix whose removal lets most names fit the wanted ones."""
     prefix = max(PREFIXES, key=lambda one: len({one + name for name in wanted} & weights.keys()))
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def perturbed_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that are perturbed: of those that move, the ones of two dimensions or more, as the authors do."""
+    """The weights that are perturbed: tensors of two dimensions or more, as the authors do; no frozen one."""
     return [parameter for parameter in model.parameters() if parameter.dim() > 1 and parameter.requires_grad]
 
 

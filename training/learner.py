@@ -110,7 +110,7 @@ class Learner:
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """Gradients of step t's objective, in `.grad`; returns its value.
 
-        A batch in parts sees what it would see whole: each part is what one of so many processes would see of it.
+        A batch in parts meets the same numbers as whole: a part is the share of one of so many processes.
         """
         chosen = self.config.optimization
         parts = chosen.accumulate

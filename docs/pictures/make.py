@@ -70,7 +70,7 @@ def threats_show() -> str:
 
 
 def tiled() -> list[tuple[Path, str]]:
-    """One photograph under each threat: the file, and what it shows."""
+    """One photograph under each threat: the file, and the digest of its tiles."""
     threats.main()
     return [(threats.OUT, threats_show())]
 

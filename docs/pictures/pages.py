@@ -112,7 +112,7 @@ def watch_shows() -> str:
 
 
 def words(program: str) -> str:
-    """Every constant of a Python program that is no docstring: what it writes, not how it is explained."""
+    """Every constant of a Python program that is no docstring: the words it writes, not their explanation."""
     found = [
         repr(child.value)
         for node in ast.walk(ast.parse(program))

@@ -47,7 +47,7 @@ def network_subject(
     opened: makes it anew, where no code of others is needed for that.
     afresh: else, a new process's answers to images as the module takes them.
     digest: where it is not that of the module's state.
-    state: what it keeps, where that is not what Python sees.
+    state: the values that it keeps, where they are not in the state that Python shows.
     """
     foreign = Foreign(network, contract, name)
     decide = deciding(foreign)

@@ -1,4 +1,4 @@
-"""A `torch.export` program as a subject: a graph of torch's operators, of which a loader of torch's may run code."""
+"""A `torch.export` program as a subject: a graph of torch's operators. torch's loader may run code of the file."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def open_subject(
 
 
 def kind_of(text: str) -> str:
-    """The name of its kind: of a file by what it holds, whatever its suffix; BadInput where it names nothing."""
+    """The name of its kind: of a file by its content, whatever its suffix; BadInput where it names nothing."""
     path = Path(text)
     if ENDPOINT.fullmatch(text):
         return "endpoint"

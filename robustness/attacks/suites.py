@@ -20,7 +20,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "standard": (*AUTOATTACK, SUBSPACE),
 }
 
-# By kind of threat, of those that the suites cannot search in.
+# By kind of threat, where the suites cannot search.
 BY_KIND: dict[str, tuple[str, ...]] = {
     "l1": ("apgd-ce-50", "apgd-t-25"),
     "patch": ("patch", "patch-rs-500"),

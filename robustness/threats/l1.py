@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class L1(Ball):
     kind, name, heads, examples = "l1", "L1", ("l1",), ("l1:12",)
     most = math.inf
-    slack = 1e-3  # a sum over 150,000 values, most of which did not move
+    slack = 1e-3  # a sum over 150,000 values; most did not move
     level = 1 / 255
 
     @property

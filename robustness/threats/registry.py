@@ -39,7 +39,7 @@ def threat_of(norm: str, eps: str | float) -> Ball:
 def parse_threat(text: str) -> Threat:
     """The threat that a spelling such as `linf:8/255`, `8/255` (Linf), `patch:5x5` or `fog@3|rotation:30` names.
 
-    `|` joins threats to their union. BadInput for a spelling that is unknown, with those that are known.
+    `|` joins threats to their union. BadInput for an unknown spelling, with the known ones.
     """
     return Union.of([_parse_one(part.strip()) for part in text.split("|")])
 

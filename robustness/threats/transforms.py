@@ -1,4 +1,4 @@
-"""Finitely many transforms, of which the attacker picks one: trying all is exact, and a member can be replayed."""
+"""Finitely many transforms; the attacker picks one: trying all is exact, and a member can be replayed."""
 
 from __future__ import annotations
 

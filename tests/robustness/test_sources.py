@@ -66,7 +66,7 @@ def test_a_list_without_parts_is_test_images(tree: Path) -> None:
     (tree / "few.csv").write_text("label,note,path\n" + rows)
     found = open_dataset("csv", str(tree / "few.csv"), SIDE)
     assert (len(found.x_train), found.y_test.tolist()) == (0, [2, 2, 1, 1, 0, 0])
-    assert found.x_test.part.paths == tuple(map(str, paths))  # type: ignore[attr-defined]
+    assert found.x_test.part.paths == tuple(map(str, paths))  # type: ignore[attr-defined]  # of Pictures
 
 
 @pytest.mark.parametrize(
