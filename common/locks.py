@@ -77,8 +77,8 @@ def _opened(lock: Path, place: Path) -> int:
             lock.parent.mkdir(parents=True, exist_ok=True)
             return os.open(lock, OPEN, 0o666)
         except OSError as error:
-            if tries_left and isinstance(error, FileNotFoundError):
-                continue  # its last holder removed the directory in between; in /proc nothing can be made at all
+            if tries_left and isinstance(error, FileNotFoundError | FileExistsError):
+                continue  # its last holder removed the directory meanwhile: mkdir says either; /proc always the first
             raise unwritable(place, error) from None
     raise AssertionError("the last try returns or raises")
 

@@ -50,6 +50,32 @@ def test_only_one_is_ever_inside(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) in ([], [tmp_path / "place"])  # empty, where one came while another made it
 
 
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_directory_that_goes_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    """Another process makes it first, and removes it before we look: mkdir says that it is there, or that it is not."""
+    made, seen = Path.mkdir, []
+
+    def raced(path: Path, *words: object, **named: object) -> None:
+        seen.append(path)
+        if len(seen) == 1:
+            raise error(0, "raced", str(path))
+        made(path, *words, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", raced)
+    with held(tmp_path / "place" / "lock", tmp_path / "run"):
+        assert (tmp_path / "place" / "lock").exists()
+    assert len(seen) > 1
+
+
+def test_a_file_where_the_directory_should_be_is_bad_input(tmp_path: Path) -> None:
+    """It does not go away, however often it is tried."""
+    (tmp_path / "place").write_text("mine")
+    with pytest.raises(BadInput, match="run: cannot be written"), held(tmp_path / "place" / "lock", tmp_path / "run"):
+        pass
+
+
 def test_it_is_named_and_not_taken_twice(tmp_path: Path) -> None:
     """Also within one process; afterwards it is free."""
     lock, run = tmp_path / "lock", tmp_path / "run"
