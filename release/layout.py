@@ -13,11 +13,13 @@
 from __future__ import annotations
 
 import re
+from math import prod
 from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from dfmcl.common.batch import most_served
 from dfmcl.common.errors import BadInput, Refused
 from dfmcl.common.preprocessing import PARAMETER, USUAL
 from dfmcl.common.reader import TEXT_BYTES, Unfit, why_unread
@@ -39,7 +41,6 @@ VERSION_FILES = EVIDENCE | {MODEL, LABELS, MANIFEST}
 CONFIGS = (CONFIG, GPU_CONFIG)
 REPLACED = (*CONFIGS, CARD)  # of a model; what else lies there is immutable
 
-MAX_BATCH_SIZE = 64
 PROBE_PRIORITY = 2  # for a Triton whose config has priority levels: there users go first; ours ignores it
 
 # A letter first: what starts with a dot or a dash is a hidden file or a flag to other programs.
@@ -87,14 +88,14 @@ optimization { execution_accelerators { gpu_execution_accelerator : [
 
 def _config(manifest: Manifest, name: str, version: int, threads: int, instances: str) -> str:
     """The same text for NVIDIA's image and for the pip runtime."""
-    dims = ", ".join(str(size) for size in manifest.input_shape)
-    warmup = "\n".join(_warmup(size, dims) for size in (1, MAX_BATCH_SIZE))
+    dims, most = ", ".join(str(size) for size in manifest.input_shape), most_served(prod(manifest.input_shape))
+    warmup = "\n".join(_warmup(size, dims) for size in sorted({1, most}))
     return f"""\
 # Written by promotion; do not edit: the next promotion replaces it.
 name: "{checked_name(name)}"
 backend: "onnxruntime"
 default_model_filename: "{MODEL}"
-max_batch_size: {MAX_BATCH_SIZE}
+max_batch_size: {most}
 input [ {{ name: "{INPUT}" data_type: TYPE_UINT8 format: FORMAT_NHWC dims: [ {dims} ] }} ]
 output [
   {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ {len(manifest.labels)} ] label_filename: "{version}/{LABELS}" }}

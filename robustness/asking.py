@@ -12,15 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dfmcl.common.batch import most_asked, most_served
 from dfmcl.robustness.diagnosis import LONE, REPEATS, Examination
 from dfmcl.robustness.finding import Found
 from dfmcl.robustness.models import frozen
 
 SPREAD = 1e-3  # of the logits' deviation: sums in another order cost 1e-6 of it, noise that misleads an attack 1e-2
-# Images in a batch: around each size at which a server, a cache or a script cuts, as far as VALUES fit.
+# Images in a batch: around each size at which a server, a cache or a script cuts, as far as the largest one goes.
 BATCHES = (*range(2, 9), 16, 32, 33, 64, 65, 128, 129, 256, 257, 513, 1025)
-# In a batch: 1025 images of 26 pixels, 13 of 224: EfficientNet-Lite0 takes 8 MB for each, so that 129 would take 1 GB.
-VALUES = 2**21
 
 
 def outputs_differ(e: Examination) -> Found:
@@ -38,16 +37,15 @@ def batch_dependent(e: Examination) -> Found:
     change = {"in reverse order": _change(backwards.flip(0), e.logits)}
     alone = torch.cat([e.answers(e.x[i : i + 1]) for i in range(min(LONE, len(e.x)))])
     change["alone"] = _change(alone, e.logits[:LONE])
-    largest = 1
-    for size in BATCHES:
-        if size * e.x[0].numel() <= VALUES and size <= e.background.largest:
-            copies = e.x[torch.arange(size, device=e.x.device) % len(e.x)]
-            together = e.answers_together(copies)[: len(e.x)]
-            change[f"in a batch of {size}"] = _change(together, e.logits[: len(together)])
-            largest = size
+    image = e.x[0].numel()
+    sizes = {size for size in {*BATCHES, most_served(image)} if size <= min(most_asked(image), e.background.largest)}
+    for size in sorted(sizes):
+        copies = e.x[torch.arange(size, device=e.x.device) % len(e.x)]
+        together = e.answers_together(copies)[: len(e.x)]
+        change[f"in a batch of {size}"] = _change(together, e.logits[: len(together)])
     worst = max(change, key=lambda way: change[way])
     found = _changed(e, change[worst], f"{worst}, the model gives the same image logits that differ by")
-    return replace(found, figures={**found.figures, "largest_batch": largest})
+    return replace(found, figures={**found.figures, "largest_batch": max(sizes, default=1)})
 
 
 def grad_mode_matters(e: Examination) -> Found:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dfmcl.common.batch import most_asked
 from dfmcl.common.errors import BadInput, Refused, Rejected
 from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.release.candidate import Manifest, read_manifest
@@ -79,6 +80,15 @@ def test_config_that_promotion_did_not_write_is_refused(
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(Refused, match="is not what promotion writes for version 1"):
         require_ours(Directory(tmp_path), "digits", kind, manifest, 1)
+
+
+@pytest.mark.parametrize(("side", "most"), [(16, 64), (32, 64), (224, 13), (2000, 1)])
+def test_no_batch_is_served_that_the_checks_do_not_ask(candidate: Path, side: int, most: int) -> None:
+    """A model that answers otherwise in company must have been seen in it; large images cost memory."""
+    manifest = replace(read_manifest(candidate), input_shape=(side, side, 3))
+    config = parse_config(configs(manifest, "digits", 7)["config.pbtxt"], "config.pbtxt")
+    assert config.max_batch_size == most <= most_asked(side * side * 3)
+    assert {warmup.batch_size for warmup in config.model_warmup} == {1, most}
 
 
 def test_the_config_for_gpus_differs_in_its_instances_only(candidate: Path) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 from torch import nn
 
+from dfmcl.common.batch import most_asked, most_served
 from dfmcl.gating.foreign import kept
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.suites import SUITES
@@ -178,6 +179,24 @@ def test_no_number_is_no_randomness(fragile: Classifier, digits: Dataset) -> Non
             assert CHECKS["batch_dependent"].run(e).outcome == "clear"
             assert CHECKS["probabilities"].run(e).outcome == "clear"
             assert not e.correct[~e.logits.isfinite().all(dim=1)].any()
+
+
+@pytest.mark.parametrize("side", [32, 224])
+def test_every_batch_that_is_served_was_asked(side: int) -> None:
+    """Large images are asked and served in small batches: the largest is both, and one that is answered otherwise is
+    noticed."""
+    images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
+    labels, most, seen = np.arange(3), most_served(side * side * 3), set()
+
+    def crowded(x: torch.Tensor) -> torch.Tensor:
+        seen.add(len(x))
+        logits = x.flatten(1)[:, :3]
+        return -logits if len(x) == most else logits
+
+    e = Examination(None, crowded, images, labels, Linf(8 / 255), grid=True, seed=0)
+    found = CHECKS["batch_dependent"].run(e)
+    assert (found.outcome, most in seen) == ("raised", True)
+    assert most <= float(found.figures["largest_batch"]) <= most_asked(side * side * 3)
 
 
 def test_a_result_is_a_row_of_the_report() -> None:
