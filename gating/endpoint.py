@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dfmcl.common.errors import DfmclError
+from dfmcl.gating.verdict import EXIT_CODES
 from dfmcl.robustness.contract import InputContract
 
 Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -37,7 +38,7 @@ Connect = Callable[[str, str], tuple[Described, Predict]]
 class QueriesSpent(DfmclError):
     """The next question would exceed the budget of queries; nothing of it was asked."""
 
-    exit_code = 3
+    exit_code = EXIT_CODES["inconclusive"]
 
 
 class Asked:

@@ -11,7 +11,7 @@ import torch
 from dfmcl.robustness.asking import (
     largest,
 )
-from dfmcl.robustness.attacks.suites import RELAXED
+from dfmcl.robustness.attacks.suites import RELAXED, WITHOUT_GRADIENTS
 from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
 from dfmcl.robustness.finding import Found, first_look, hopeless, surplus, too_many
 from dfmcl.robustness.losses import right
@@ -41,7 +41,7 @@ ROUNDED = 0.05  # of the images may be lost at the border where floats become by
 DISAGREE = 0.01  # one rounding can tip a label at the border; a wrong export disagrees on far more
 
 # They do without the model's gradients, or keep to where the data lie.
-OTHERWISE = ("square", "rays", "subspace")
+OTHERWISE = (*WITHOUT_GRADIENTS, "subspace")
 # It breaks what a score-based search breaks, and more, at every scale of the logits; PGD alone need not.
 STRONG = ("apgd-t", RELAXED)
 BALL_FREE = ("cw-l2",)  # it looks for the nearest adversarial image, wherever that lies

@@ -12,6 +12,7 @@ from torch import nn
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import Attack
+from dfmcl.robustness.attacks.suites import DEFAULTS
 from dfmcl.robustness.data import Bytes, Dataset, Labels
 from dfmcl.robustness.evaluate import climbed_once, evaluate
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
@@ -28,15 +29,6 @@ from dfmcl.robustness.threats.registry import by_norm
 from dfmcl.robustness.threats.threat import Threat
 
 FORMAT = "dfmcl.evaluations/1"
-# By kind of threat, where the user names no attack.
-DEFAULTS = {
-    "linf": ("fgsm", "pgd-20", "margin-pgd-20"),
-    "l2": ("cw-l2",),
-    "l1": ("apgd-ce",),
-    "patch": ("patch",),
-    "spatial": ("grid",),
-    "corruption": ("grid",),
-}
 BLACK_BOX = ("mi-fgsm-10",)
 CPU_BATCH = 128  # images that are attacked together, fewer where they are large
 GPU_VALUES = 2**22  # in a batch: 1,365 images of CIFAR-10, 27 of ImageNet; a ResNet-18 takes a few GB for them

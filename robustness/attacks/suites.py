@@ -20,10 +20,20 @@ SUITES: dict[str, tuple[str, ...]] = {
     "standard": (*AUTOATTACK, SUBSPACE),
 }
 
-# By kind of threat, where the suites cannot search.
+# Of the gate, by kind of threat, where the suites cannot search.
 BY_KIND: dict[str, tuple[str, ...]] = {
     "l1": ("apgd-ce-50", "apgd-t-25"),
     "patch": ("patch", "patch-rs-500"),
+    "spatial": ("grid",),
+    "corruption": ("grid",),
+}
+
+# Of a measurement, by kind of threat, where the user names no attack.
+DEFAULTS: dict[str, tuple[str, ...]] = {
+    "linf": ("fgsm", "pgd-20", "margin-pgd-20"),
+    "l2": ("cw-l2",),
+    "l1": ("apgd-ce",),
+    "patch": ("patch",),
     "spatial": ("grid",),
     "corruption": ("grid",),
 }

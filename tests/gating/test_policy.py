@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.policy import Criterion, load_policy
+from dfmcl.gating.policy import AttackSection, Criterion, load_policy
+from dfmcl.robustness.attacks.suites import BY_KIND
 
 GOOD = """
 criteria = ["robust_accuracy >= 0.25 at 95 %"]
@@ -122,3 +123,10 @@ def test_radii_come_in_ascending_order_and_once(tmp_path: Path) -> None:
     assert [threat.label for threat in policy.threats(grid=True)] == ["2/255", "8/255", "12/255"]
     assert [threat.label for threat in policy.threats(grid=False)] == ["2/255", "8/255", "8.4/255", "12/255"]
     assert policy.threat_of(policy.parsed_criteria[0]).label == "12/255"
+
+
+def test_each_kind_of_threat_has_its_attacks_in_a_policy() -> None:
+    """A kind that no suite searches in has a field of its name, so that a policy can name other attacks."""
+    section = AttackSection(suite="fast")
+    assert {kind: section.by_kind(kind) for kind in BY_KIND} == {kind: list(BY_KIND[kind]) for kind in BY_KIND}
+    assert section.by_kind("linf") is None

@@ -17,8 +17,7 @@ from dfmcl.robustness.attacks.fab import SPEEDS
 from dfmcl.robustness.attacks.registry import ATTACKS, Attack
 from dfmcl.robustness.attacks.square import SEARCHES
 from dfmcl.robustness.attacks.subspaces import CHARTS
-from dfmcl.robustness.attacks.suites import SUITES
-from dfmcl.robustness.measurements import DEFAULTS
+from dfmcl.robustness.attacks.suites import BY_KIND, DEFAULTS, SUITES
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l1 import L1
 from dfmcl.robustness.threats.l2 import L2
@@ -168,10 +167,11 @@ def test_a_spelling_is_read_again(text: str) -> None:
 
 
 def test_every_family_can_be_attacked_and_is_known_by_its_words() -> None:
-    """A word belongs to one family; each kind has attacks by default, which search in it."""
+    """A word belongs to one family; each kind has attacks by default, and others in a gate, which search in it."""
     assert sorted(THREATS) == sorted(head for family in FAMILIES for head in family.heads)
     assert DEFAULTS.keys() == {family.kind for family in FAMILIES}
-    for kind, names in DEFAULTS.items():
+    assert BY_KIND.keys() == DEFAULTS.keys() - set(SUITED)
+    for kind, names in [*DEFAULTS.items(), *BY_KIND.items()]:
         assert names
         assert all(kind in Attack.parse(name).kind.threats for name in names)
     assert all(set(kind.threats) <= DEFAULTS.keys() for kind in ATTACKS.values())
