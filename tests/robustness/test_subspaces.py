@@ -240,12 +240,16 @@ def plain(networks: Networks) -> Classifier:
 
 @pytest.fixture(scope="module")
 def data(plain: Classifier, hardened: Classifier) -> Dataset:
-    """Digits that both networks get right."""
+    """Digits that both networks get right, and the hardened one against an ordinary attack too."""
     digits = load_dataset("digits")
     x, y = to_float(torch.from_numpy(digits.x_test)), torch.from_numpy(digits.y_test)
     with torch.no_grad():
         right = ((plain(x).argmax(dim=1) == y) & (hardened(x).argmax(dim=1) == y)).numpy()
-    return replace(digits, x_test=digits.x_test[right][:FEW], y_test=digits.y_test[right][:FEW])
+    x_test, y_test = digits.x_test[right], digits.y_test[right]
+    attack = [Attack.parse("apgd-ce-10")]
+    held = np.array(evaluate(hardened, x_test, y_test, THREAT, attack, grid=True).evaluation.robust_images)
+    assert held.sum() >= FEW
+    return replace(digits, x_test=x_test[held][:FEW], y_test=y_test[held][:FEW])
 
 
 def of_digits() -> dict[str, Any]:
