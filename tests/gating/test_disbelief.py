@@ -167,7 +167,7 @@ def test_what_another_network_breaks_counts(
     (row,) = report.criteria
     own, other = report.evaluation.attacks
     assert (own.name, other.name) == ("apgd-ce-10", "mi-fgsm-10 from twin")
-    assert other.flipped > own.flipped
+    assert other.flipped > own.accuracy.k / 2, "of what its own gradients left"
     assert row.k == other.accuracy.k == report.evaluation.robust.k < own.accuracy.k
     assert report.verdict == "failed"
 

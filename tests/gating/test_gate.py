@@ -210,7 +210,7 @@ def test_an_l2_gate_blocks_what_falls_in_float(subject: Subject, standard_run: P
     """Going to bytes does not undo an L2 attack: what breaks the plain model in float breaks it as bytes."""
     wanted = policy(0.5, images=40, statistics="fixed").model_dump()
     wanted["threat"] = {"norm": "l2", "eps": "2.0"}
-    for suite in (["cw-l2"], ["margin-pgd-20"]):
+    for suite in (["cw-l2-20"], ["margin-pgd-20"]):
         wanted["attacks"] = {"suite": suite, "substitute": 0}
         report = gate(subject, Policy.model_validate(wanted), tmp_path / "evidence")
         trained, data = load_run(standard_run), load_dataset("digits")
