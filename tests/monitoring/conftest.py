@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
-from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,27 +14,20 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from prometheus_client.parser import text_string_to_metric_families as parse
 from safetensors.torch import save_file
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from dfmcl.common.files import sha256_of
-from dfmcl.gating.signing.probes import as_npz
-from dfmcl.gating.signing.report import RunEntry
 from dfmcl.monitoring import crafted
 from dfmcl.monitoring.config import WatchConfig, load_config
-from dfmcl.monitoring.results import Round, round_from_json
-from dfmcl.monitoring.sidecar import watch
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import Classifier, ModelSpec, to_float
-from dfmcl.robustness.records import Evaluation
 from tests.exports import Export
-from tests.signing import evaluated, policy_of, true_report
-
-SHAPE, CLASSES = (16, 16, 3), 10
-FULL = "inference request exceeds maximum queue size"  # what Triton says
+from tests.monitoring.clocks import wait_for
+from tests.monitoring.passed import CLASSES, SHAPE, oracle, write_report
+from tests.monitoring.watching import Watching
 
 
 @pytest.fixture(autouse=True)
@@ -89,66 +78,6 @@ def write_run(directory: Path, seed: int, width: int = 4, classes: int = CLASSES
     return directory
 
 
-GATED = (
-    "robust_accuracy >= 0.45 at 95 %",
-    "robust_accuracy(38/255) >= 0.40 at 95 %",
-    "robust_accuracy(8/255) >= 0.80 at 95 %",
-    "clean_accuracy >= 0.9 at 95 %",
-)
-
-
-def answered(logits: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
-    """Probes as the gate leaves them, of 100 digits: 97 right as they came, 55 as the attacks left them."""
-    data = load_dataset("digits")
-    images, labels, change = data.x_test[:100], data.y_test[:100].copy(), np.zeros((100, *SHAPE), np.uint8)
-    fell = np.flatnonzero(labels != 0)[:42]
-    change[fell, 0, 0] = 1
-    labels[[number for number in range(100) if number not in fell][:3]] += 1
-    labels %= CLASSES
-    arrays = {"images": images, "change": change, "labels": labels}
-    return arrays | {"clean_logits": logits(images), "adversarial_logits": logits(images + change)}
-
-
-def write_report(
-    directory: Path,
-    checkpoint_sha256: str = "0" * 64,
-    *,
-    logits: Callable[[np.ndarray], np.ndarray] | None = None,
-    criteria: Sequence[str] = GATED,
-    transfer: Sequence[Evaluation] = (),
-    **changes: object,
-) -> Path:
-    """A whole evidence directory of a gate that passed. logits: those it recorded; changes: of top-level entries."""
-    directory.mkdir(parents=True, exist_ok=True)
-    probes = answered(oracle)
-    right, held = (probes[name].argmax(axis=1) == probes["labels"] for name in ("clean_logits", "adversarial_logits"))
-    small = np.arange(100) % 97 >= 5
-    threats = {"8/255": held | small, "38/255": held}
-    named = {eps: flags for eps, flags in threats.items() if eps == "38/255" or any(eps in text for text in criteria)}
-    report = true_report(
-        probes,
-        {"model.onnx": "e" * 64},
-        policy=policy_of(criteria),
-        run=RunEntry(checkpoint_sha256=checkpoint_sha256),
-        evaluations=[evaluated(right, flags, eps) for eps, flags in named.items()],
-        transfer=transfer,
-    )
-    if logits is not None:
-        probes |= {name: logits(probes["images"]) for name in ("clean_logits", "adversarial_logits")}
-    (directory / "probes.npz").write_bytes(as_npz(probes))
-    report = replace(report, files={"probes.npz": sha256_of(directory / "probes.npz")})
-    (directory / "report.json").write_text(json.dumps(report.to_json() | changes))
-    return directory
-
-
-def write_probes(directory: Path, images: np.ndarray, logits: np.ndarray) -> Path:
-    """Recorded images and answers, the adversarial ones being the clean ones."""
-    arrays = {"images": images, "change": np.zeros_like(images), "labels": np.zeros(len(images), np.int64)}
-    arrays |= {"clean_logits": logits, "adversarial_logits": logits}
-    np.savez(directory / "probes.npz", **arrays)
-    return directory
-
-
 Answerer = Callable[[np.ndarray], np.ndarray]
 
 
@@ -196,25 +125,6 @@ class Endpoint(service_pb2_grpc.GRPCInferenceServiceServicer):
         response.outputs.add(name="logits", datatype="FP32", shape=logits.shape)
         response.raw_output_contents.append(logits.astype(np.float32).tobytes())
         return response
-
-
-def oracle(images: np.ndarray) -> np.ndarray:
-    """The right digit for every test image, by looking it up; class 0 for images that were changed."""
-    logits = np.zeros((len(images), CLASSES), np.float32)
-    known = _known()
-    for row, image in enumerate(images):
-        logits[row, known.get(image.tobytes(), 0)] = 1
-    return logits
-
-
-def _known() -> dict[bytes, int]:
-    if not _KNOWN:
-        data = load_dataset("digits")
-        _KNOWN.update({image.tobytes(): int(y) for image, y in zip(data.x_test, data.y_test, strict=True)})
-    return _KNOWN
-
-
-_KNOWN: dict[bytes, int] = {}
 
 
 @pytest.fixture(scope="session")
@@ -305,65 +215,6 @@ def _toml(value: Any) -> str:
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
-def series(text: str) -> dict[str, float]:
-    """Samples of an exposition by name and what tells them apart: reason, attack, state, action or way."""
-    found = {}
-    for family in parse(text):
-        for sample in family.samples:
-            kinds = (sample.labels.get(name, "") for name in ("via", "reason", "attack", "state", "action", "outcome"))
-            found[" ".join([sample.name, *filter(None, kinds)])] = sample.value
-    return found
-
-
-@dataclass
-class Watching:
-    """A sidecar in a thread, as the command line would run it."""
-
-    config: WatchConfig
-    clock: Any = time
-    stop: threading.Event = field(default_factory=threading.Event)
-    lines: list[str] = field(default_factory=list)
-    outcome: list[object] = field(default_factory=list)
-
-    def start(self) -> Watching:
-        """Returns when the HTTP server is there."""
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-        wait_for(lambda: bool(self.lines or self.outcome))
-        self.url = self.lines[0].rpartition(" ")[2].removesuffix("/metrics")
-        return self
-
-    def get(self, path: str, accept: str = "text/plain") -> tuple[str, str]:
-        """Body and content type of a page."""
-        request = urllib.request.Request(self.url + path, headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return response.read().decode(), response.headers["Content-Type"]
-
-    def metric(self, name: str) -> float:
-        """A sample's value, such as `target_up triton`."""
-        return self.metrics()[f"robustness_{name}"]
-
-    def metrics(self) -> dict[str, float]:
-        """All samples."""
-        return series(self.get("/metrics")[0])
-
-    def rounds(self) -> list[Round]:
-        """What /rounds.json says."""
-        return [round_from_json(entry) for entry in json.loads(self.get("/rounds.json")[0])]
-
-    def close(self) -> object:
-        """What `watch` returned."""
-        self.stop.set()
-        self.thread.join(30)
-        return self.outcome[0] if self.outcome else "still running"
-
-    def _run(self) -> None:
-        try:
-            self.outcome.append(watch(self.config, stop=self.stop, log=self.lines.append, clock=self.clock))
-        except Exception as error:  # noqa: BLE001 - handed to the test's own thread
-            self.outcome.append(error)
-
-
 @pytest.fixture
 def start_watch() -> Iterator[Callable[..., Watching]]:
     """`start_watch(config, clock=time)` starts sidecars and ends them with the test."""
@@ -376,34 +227,3 @@ def start_watch() -> Iterator[Callable[..., Watching]]:
     yield start
     for watching in running:
         watching.close()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait until a condition holds, or fail."""
-    pause = threading.Event()
-    for _ in range(int(seconds / 0.02)):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError(f"did not come true within {seconds:g} s")
-
-
-class Still:
-    """A clock that stands where it is put. time: unix seconds; monotonic: since it was made."""
-
-    def __init__(self, now: float = 0.0) -> None:
-        self.now = now
-
-    def time(self) -> float:
-        return 1000.0 + self.now
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Ticking(Still):
-    """A clock that counts a second a look."""
-
-    def monotonic(self) -> float:
-        self.now += 1.0
-        return self.now

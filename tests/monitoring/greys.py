@@ -18,7 +18,7 @@ from dfmcl.monitoring.rounds import RoundPlan, run_round
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.serving.clients.triton import Answer
-from tests.monitoring.conftest import Ticking
+from tests.monitoring.clocks import Ticking
 
 GREYS = np.array([10, 100, 110, 120, 135, 145, 155, 250], np.uint8)
 LABELS = np.array([0, 0, 0, 0, 1, 1, 1, 0], np.int64)  # the last one is wrong: bright is class 1

@@ -27,7 +27,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import open_dataset
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
-from tests.monitoring.conftest import wait_for
+from tests.monitoring.clocks import wait_for
 from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
 
 FGSM = Attack.parse_transfer("fgsm")

@@ -11,7 +11,7 @@ from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, DfmclEr
 from dfmcl.monitoring.endpoint import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Asker, Latencies, Paused
 from dfmcl.monitoring.results import REASONS
 from dfmcl.serving.clients.triton import Answer
-from tests.monitoring.conftest import Still
+from tests.monitoring.clocks import Still
 from tests.monitoring.greys import failed, manners, one_round, plan, served
 
 IMAGES = np.zeros((10, 4, 4, 3), np.uint8)

@@ -33,7 +33,7 @@ from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import Share
 from dfmcl.robustness.threats.registry import threat_of
-from tests.monitoring.conftest import GATED, write_probes
+from tests.monitoring.passed import GATED, write_probes
 from tests.signing import evaluated, make_key, policy_of, report_on, trusting, write_trust
 from tests.signing import write_report as write_evidence
 

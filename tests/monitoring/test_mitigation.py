@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dfmcl.monitoring.mitigation import Mitigation, command, webhook
-from tests.monitoring.conftest import wait_for
+from tests.monitoring.clocks import wait_for
 
 NONE: frozenset[str] = frozenset()
 

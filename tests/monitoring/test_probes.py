@@ -17,7 +17,7 @@ from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.serving.clients.triton import Answer
 from tests.linear import Linear
 from tests.linear import images as near_grey
-from tests.monitoring.conftest import Still
+from tests.monitoring.clocks import Still
 from tests.monitoring.greys import BALL, GREYS, LABELS, brightness, manners, pool
 
 RIGHT = np.flatnonzero(GREYS != 250)

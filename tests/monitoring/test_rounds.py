@@ -16,7 +16,7 @@ from dfmcl.monitoring.probes import query_attack
 from dfmcl.monitoring.results import GATEWAY, AttackResult, RoundResult
 from dfmcl.monitoring.rounds import EXAMPLES, run_query_round
 from dfmcl.serving.clients.triton import Answer
-from tests.monitoring.conftest import Still, Ticking
+from tests.monitoring.clocks import Still, Ticking
 from tests.monitoring.greys import (
     BALL,
     EPS,

@@ -29,9 +29,12 @@ from dfmcl.monitoring.crafting import Pace
 from dfmcl.monitoring.preparation import prepare
 from dfmcl.monitoring.results import RoundFailure, RoundResult, RoundSkipped, round_from_json
 from dfmcl.monitoring.sidecar import Sidecar, watch
-from tests.monitoring.conftest import FULL, Still, series, write_report
+from tests.monitoring.clocks import Still
+from tests.monitoring.passed import write_report
+from tests.monitoring.watching import series
 
 Make = Callable[..., Any]
+FULL = "inference request exceeds maximum queue size"  # what Triton says
 BUSY = (grpc.StatusCode.UNAVAILABLE, FULL)
 LONGER = "that took longer than probe.interval_seconds; raise it, or ask for less"
 COST = 1 + 8 + 8 * 3  # of a round: version, replay, eight images clean and under two attacks

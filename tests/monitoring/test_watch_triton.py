@@ -34,7 +34,7 @@ from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
 from dfmcl.serving.clients.triton import Answer, Client
 from dfmcl.serving.triton import environment
-from tests.monitoring.conftest import Still
+from tests.monitoring.clocks import Still
 from tests.monitoring.greys import manners
 from tests.serving.traffic import Traffic
 from tests.serving.workshop import private_of, processes_of
