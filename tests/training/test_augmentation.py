@@ -108,7 +108,7 @@ def outcomes(policy: Policy) -> dict[tuple[int, ...], float]:
     """Probability of every sequence of operations (len(NAMES) where a step does not happen), by enumeration."""
     total: Counter[tuple[int, ...]] = Counter()
     for steps in policy:
-        branches = {(): 1 / len(policy)}
+        branches: dict[tuple[int, ...], float] = {(): 1 / len(policy)}
         for step in steps:
             branches = {
                 (*done, index): p * share

@@ -26,6 +26,7 @@ from dfmcl.training.limits import Limits
 from dfmcl.training.measurement import SHUFFLE_SEED
 from dfmcl.training.plan import WORST, load_campaign, runs
 from dfmcl.training.run_record import read_record
+from tests.present import present
 from tests.processes import wait_until
 from tests.training.workshop import THREAT, TINY, StopAfter, quiet
 
@@ -114,12 +115,11 @@ def test_worst_case_and_cascade(uncut: Path) -> None:
     """The worst case is the conjunction of all attacks; in a cascade nothing that fell stands up again."""
     record = read_record(uncut / "records" / "standard_beta8_seed0.json")
     names = ("fgsm", "pgd-2", "pgd-2 (step eps/4)", "mi-fgsm-2", "square-4")
-    columns = [record.flags(name, THREAT) for name in names]
-    assert all(column is not None for column in columns)
+    columns = [present(record.flags(name, THREAT)) for name in names]
     assert (np.all(columns, axis=0) == record.flags(WORST, THREAT)).all()
     assert (columns[1] <= columns[0]).all()
     assert (columns[2] <= columns[1]).all()
-    assert (record.flags(WORST, THREAT, black_box=True) == (columns[3] & columns[4])).all()
+    assert (present(record.flags(WORST, THREAT, black_box=True)) == (columns[3] & columns[4])).all()
     sizes = [dict(attack.parameters).get("step_size") for attack in record.evaluations[1].attacks]
     assert sizes == [None, None, pytest.approx(8 / 255 / 4)]
 

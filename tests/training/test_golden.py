@@ -15,6 +15,7 @@ from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.seeds import generator
 from dfmcl.training.augmentation import augment
 from dfmcl.training.train import build
+from tests.present import present
 from tests.training.workshop import PLAIN, batch, learner
 
 # In float64 no sign of a gradient hangs on rounding: the order of sums, and with it the processor, changes nothing.
@@ -46,7 +47,7 @@ def test_golden_losses_of_the_plain_loop(digits: Dataset) -> None:
             model.eval()
             x_adv = x_adv.detach().requires_grad_(True)
             functional.cross_entropy(model(x_adv), y, reduction="sum").backward()
-            moved = x_adv + 2.5 * 8 / 255 / 2 * x_adv.grad.sign()
+            moved = x_adv + 2.5 * 8 / 255 / 2 * present(x_adv.grad).sign()
             x_adv = torch.min(torch.max(moved, x - 8 / 255), x + 8 / 255).clamp(0, 1)
         model.train()
         optimizer.zero_grad()
@@ -118,7 +119,8 @@ def test_golden_losses_with_every_ingredient(digits: Dataset, name: str) -> None
     second = copy.deepcopy(first)
     for ours, theirs in zip(first.modules(), second.modules(), strict=True):
         if isinstance(ours, nn.Conv2d | nn.Linear):
-            theirs.weight, theirs.bias = ours.weight, ours.bias  # shared; only batch norms are the view's own
+            for key, weight in ours.named_parameters():
+                setattr(theirs, key, weight)  # shared; only batch norms are the view's own
     parameters = list({id(p): p for net in (first, second) for p in net.parameters()}.values())
     optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True)
     for step in range(1, 4):
@@ -134,7 +136,8 @@ def test_golden_losses_with_every_ingredient(digits: Dataset, name: str) -> None
         with torch.no_grad():
             for weight, other in zip(first.parameters(), worst.parameters(), strict=True):
                 if weight.dim() > 1:
-                    weight.add_(other.grad * 0.05 * weight.norm() / other.grad.norm())
+                    gradient = present(other.grad)
+                    weight.add_(gradient * 0.05 * weight.norm() / gradient.norm())
         (one, clean), (two, clean_view) = (
             objective(name, net, x, x_adv, y) for net, x, x_adv in zip((first, second), views, attacked, strict=True)
         )
@@ -162,6 +165,7 @@ def test_bfloat16_gradients_reach_every_weight(digits: Dataset, masks: bool) -> 
         gradients.append({name: p.grad for name, p in one.model.named_parameters()})
     for name, exact in gradients[0].items():
         rough = gradients[1][name]
+        assert exact is not None, name
         assert rough is not None, name
         assert functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.5, (
             name

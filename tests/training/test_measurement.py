@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfmcl.training.measurement import Partial, exactly
+from dfmcl.robustness.models import exactly
+from dfmcl.training.measurement import Partial
 
 
 def test_deciding_puts_tf32_back() -> None:
     """The setting is off while the network decides, and as it was afterwards."""
     seen = []
 
-    def model(x: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.backends.cudnn.allow_tf32)
-        return x
+    class Network(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return x
 
     before = torch.backends.cudnn.allow_tf32
-    exactly(model)(torch.zeros(1))
+    exactly(Network())(torch.zeros(1))
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 == before
 

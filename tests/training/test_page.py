@@ -22,8 +22,8 @@ TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 def test_commands_of_the_page_run(tmp_path: Path) -> None:
     """Every command in a `sh` block, in order; exit code 0 unless the comment says otherwise; runs load afterwards."""
     digits = load_dataset("digits")
-    arrays = {"x_train": digits.x_train, "y_train": digits.y_train, "x_test": digits.x_test, "y_test": digits.y_test}
-    np.savez(tmp_path / "mine.npz", **arrays)
+    names = ("x_train", "y_train", "x_test", "y_test")
+    np.savez(tmp_path / "mine.npz", **{name: getattr(digits, name) for name in names})
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     text = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)).replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line]

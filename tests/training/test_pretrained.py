@@ -221,7 +221,9 @@ def test_a_batch_in_parts_is_the_batch(digits: Dataset, objective: str) -> None:
 def test_presets_of_fine_tuning_train(tmp_path: Path, name: str) -> None:
     """Two steps from weights of other classes, on a stand-in of the right shape."""
     rng = np.random.default_rng(0)
-    arrays = {f"x_{part}": rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for part, n in (("train", 60), ("test", 10))}
+    arrays: dict[str, Any] = {
+        f"x_{part}": rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for part, n in (("train", 60), ("test", 10))
+    }
     np.savez(tmp_path / "data.npz", **arrays, y_train=np.arange(60) % 10, y_test=np.arange(10))
     options = ["data.name=npz", f"data.path={tmp_path / 'data.npz'}", "data.heldout_images=20", "data.train_images=32"]
     options += ["optimization.batch_size=16", "optimization.epochs=1", "heldout.images=4", "heldout.attack_steps=1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import signal
@@ -69,9 +70,9 @@ def test_a_run_on_a_folder_says_what_it_did_not_read(tmp_path: Path, capfd: pyte
     remark = f"{tmp_path / 'images'}: skipped 2 files: 1 .heic, 1 hidden (supported: "
     assert log[0].startswith(remark)
     assert manifest["data"]["skipped"] == {".heic": 1, "hidden": 1}
-    dfmcl.cli.robustness.evaluate.__wrapped__(tmp_path / "run", attack=["fgsm"], images=8)
+    inspect.unwrap(dfmcl.cli.robustness.evaluate)(tmp_path / "run", attack=["fgsm"], images=8)
     assert capfd.readouterr().out.startswith(remark)
-    dfmcl.cli.release.export.__wrapped__(tmp_path / "run", tmp_path / "candidate")
+    inspect.unwrap(dfmcl.cli.release.export)(tmp_path / "run", tmp_path / "candidate")
     assert capfd.readouterr().out.startswith(remark)
 
 
@@ -198,7 +199,7 @@ def test_weights_that_are_not_finite_are_no_result(tmp_path: Path, monkeypatch: 
     def diverging(self: Learner, step: int) -> None:
         apply(self, step)
         if step == self.total_steps:
-            self.model.net.fc.weight.data[0, 0] = torch.inf
+            self.model.get_parameter("net.fc.weight").data[0, 0] = torch.inf
 
     monkeypatch.setattr(Learner, "apply", diverging)
     with pytest.raises(Broken, match=r"net.fc.weight is not finite after the last step; lower optimization\.lr"):
@@ -291,7 +292,7 @@ def test_an_existing_directory_is_not_overwritten(uncut: Path) -> None:
 def test_signal_saves_first(tmp_path: Path, number: signal.Signals) -> None:
     """A real process that gets a signal ends with 130, one line, and a state that resumes."""
     out = tmp_path / "run"
-    command = [Path(sys.executable).with_name("dfmcl"), "train", "quickstart", "--out", str(out)]
+    command = [str(Path(sys.executable).with_name("dfmcl")), "train", "quickstart", "--out", str(out)]
     process = subprocess.Popen(
         [*command, "--set", "model.width=4", "--set", "data.train_images=180", "--set", "optimization.epochs=2000"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -314,7 +315,8 @@ def test_a_second_signal_ends_at_once_and_says_what_is_saved(tmp_path: Path, pre
     # One step an epoch: the state is there after the first step, and a signal meets the second one near its beginning.
     slow += ["model.width=16", "curriculum.steps=250", "heldout.images=2", "curriculum.schedule=constant"]
     slow += ["data.train_images=60"]
-    command = [Path(sys.executable).with_name("dfmcl"), "train", "quickstart", "--out", str(out), "--max-minutes", "9"]
+    program = str(Path(sys.executable).with_name("dfmcl"))
+    command = [program, "train", "quickstart", "--out", str(out), "--max-minutes", "9"]
     process = subprocess.Popen(
         [*command, *(word for change in slow for word in ("--set", change))],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -430,7 +432,7 @@ def test_presets_train(tmp_path: Path, name: str) -> None:
 def test_cifar_presets_train_on_stand_in_data(tmp_path: Path, name: str) -> None:
     """The CIFAR-10 presets take two steps on an .npz of the right shape, narrowed to be quick."""
     rng = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, Any] = {
         "x_train": rng.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8), "y_train": np.arange(60) % 10,
         "x_test": rng.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8), "y_test": np.arange(10),
     }  # fmt: skip
