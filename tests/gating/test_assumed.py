@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from dfmcl.cli import app
+from dfmcl.cli.command import app
 from dfmcl.common.errors import BadInput
 from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import silent
@@ -83,7 +83,7 @@ def test_one_line_leads_to_a_verdict(
     assert InputContract.from_json(report.candidate.input.to_json()) == InputContract.parse(words[1])
 
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
 @given(TEXTS.filter(lambda text: not why_not_local(text)), st.integers(0, 9), st.lists(st.just("pgd-5"), max_size=2))

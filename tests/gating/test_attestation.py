@@ -19,6 +19,7 @@ from typing import Any
 import jsonschema
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -118,7 +119,9 @@ def enveloped(statement: Any, *keys: Path, kind: str = PAYLOAD_TYPE) -> dict[str
     payload = json.dumps(statement).encode()
     signatures = []
     for path in keys:
-        signature = load_pem_private_key(path.read_bytes(), None).sign(pae(kind, payload))
+        private = load_pem_private_key(path.read_bytes(), None)
+        assert isinstance(private, Ed25519PrivateKey)
+        signature = private.sign(pae(kind, payload))
         keyid = read_public(path.with_suffix(".pub")).keyid
         signatures.append({"keyid": keyid, "sig": base64.b64encode(signature).decode()})
     return {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": signatures}
@@ -144,6 +147,7 @@ def test_signed_evidence_for_these_bytes_is_believed(pair: tuple[Path, Path], ke
 def test_envelopes_are_dsse_and_statements_in_toto(pair: tuple[Path, Path], key: Path) -> None:
     """Signatures hold by cryptography alone over DSSE's encoding; in-toto's own bindings take the statements."""
     public = load_pem_public_key(key.with_suffix(".pub").read_bytes())
+    assert isinstance(public, Ed25519PublicKey)
     for envelope in lines(pair[1]):
         assert envelope["payloadType"] == "application/vnd.in-toto+json"
         (signature,) = envelope["signatures"]
@@ -645,7 +649,7 @@ def test_a_trust_file_is_read_where_it_lies(tmp_path: Path, key: Path, second: P
         read_public(tmp_path / f"{n}.pub").keyid for n in ("release", "second")
     }
     assert (trust.threshold, trust.max_age) == (2, timedelta(days=30))
-    assert trust.policies == {load_policy(policy).digest, "b" * 64}
+    assert trust.policies == frozenset({load_policy(policy).digest, "b" * 64})
     (tmp_path / "trust.toml").write_text('keys = ["release.pub"]')
     trust = load_trust(tmp_path / "trust.toml")
     assert (trust.threshold, trust.max_age, trust.policies) == (1, None, None)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from dfmcl.cli import app
+from dfmcl.cli.command import app
 from dfmcl.gating.assumed import Assumed
 from dfmcl.gating.beginning import PIPELINES
 from dfmcl.gating.policy import load_policy
@@ -53,7 +53,7 @@ def test_what_is_written_is_what_the_commands_read(place: Path, service: str, fi
     assert policy.digest == Assumed.of("own.npz", "4/255", "0.3").policy(contract, checked=None).digest
     assert policy.checks.images == 128
     keygen(place / "release")
-    assert load_trust(place / "trust.toml").policies == {policy.digest}
+    assert load_trust(place / "trust.toml").policies == frozenset({policy.digest})
     assert (place / "labels.txt").read_text() == "a\nb\nc\nd\ne\n"
     pipeline: Any = yaml.safe_load((place / file).read_text())
     if service == "github":

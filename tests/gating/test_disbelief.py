@@ -84,7 +84,7 @@ def written(networks: Networks, digits: Dataset, tmp_path_factory: pytest.TempPa
 
     @cache
     def exported(trap: str) -> Subject:
-        network = sprung(trap, plain, digits.x_test, digits.y_test, robust) if trap else plain
+        network = sprung(trap, plain, np.asarray(digits.x_test), digits.y_test, robust) if trap else plain
         path = folder / f"{trap.replace(' ', '-') or 'plain'}.onnx"
         torch.onnx.export(
             network, (example,), path, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,

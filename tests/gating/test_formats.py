@@ -16,6 +16,7 @@ from typing import Any
 import jsonschema
 import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
+from junitparser.junitparser import Result
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from dfmcl.common.text import as_markdown
@@ -96,7 +97,8 @@ def test_junit_says_the_verdict_in_its_words(verdict: str) -> None:
     report = VERDICTS[verdict]
     criteria, checks, *reasons = JUnitXml.fromstring(junit(report).encode())
     assert tuple(case.name for suite in reasons for case in suite) == report.reasons
-    kinds = {"met": [], "missed": [Failure], "open": [Skipped], "clear": [], "raised": [Error], "not_run": [Skipped]}
+    kinds: dict[str, list[type[Result]]] = {"met": [], "missed": [Failure], "open": [Skipped]}
+    kinds |= {"clear": [], "raised": [Error], "not_run": [Skipped]}
     judged = [(row.criterion, row.outcome) for row in report.criteria]
     looked = [(row.check, row.outcome) for row in report.checks]
     for suite, rows in ((criteria, judged), (checks, looked)):
@@ -235,7 +237,7 @@ def test_the_real_report_of_a_thousand_classes_fits_everywhere(tmp_path: Path) -
     write_formats(report, probes(sample()), tmp_path)
     assert len((tmp_path / "report.md").read_text()) < COMMENT
     assert sum(len(suite) for suite in JUnitXml.fromfile(str(tmp_path / "junit.xml"))) == 1003 + len(report.checks)
-    step, said = tmp_path / "summary.md", []
+    step, said = tmp_path / "summary.md", list[str]()
     environment = {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(step)}
     publish(report, tmp_path / "gate.toml", environment, said.append)
     assert step.stat().st_size < 1 << 20

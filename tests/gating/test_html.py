@@ -22,6 +22,7 @@ from dfmcl.gating.formats.summary import Probes, class_rows, confusion
 from dfmcl.gating.signing.report import Report
 from tests.gating.browser import BROWSER, MISSING, visit
 from tests.gating.sample import CLASSES, edited, probes, sample
+from tests.present import present
 
 browsing = pytest.mark.skipif(BROWSER is None, reason=MISSING)
 RAISED = ("fgsm_beats_pgd",)
@@ -119,7 +120,7 @@ def test_the_page_has_all_its_parts() -> None:
         assert name in text
     assert "transfer from surrogate-pgd" in text
     assert "upper bound of robust accuracy" in text
-    assert str(sample().baseline.newly_broken[0]) in text.partition("Newly broken:")[2]
+    assert str(present(sample().baseline).newly_broken[0]) in text.partition("Newly broken:")[2]
     for figure in (report.statistics.order_sha256, report.code.revision, "a CPU", "2.8.0", "2 min 31 s"):
         assert figure in text
     drawn = {step.criterion for step in report.progress}
@@ -273,7 +274,7 @@ def test_the_page_fits_its_screen(tmp_path: Path, width: int) -> None:
     picture = tmp_path / "shot.png"
     visit(frame, tmp_path / "profile", size=(max(width, 500), 900), screenshot=picture)
     shot = np.asarray(Image.open(picture).convert("RGB"))[:, :width].astype(int)
-    red = (abs(shot - [0xC0, 0x2B, 0x2B]) < 12).all(axis=2)
+    red = (abs(shot - np.array([0xC0, 0x2B, 0x2B])) < 12).all(axis=2)
     assert red[:40].sum() > width  # the header's stripe
     assert red.sum() > 2 * width  # and the word itself
     page = np.array([0xF6, 0xF7, 0xF9])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def weights(path: Path, state: object) -> Path:
 
 
 @pytest.fixture
-def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / f"{NETWORK}.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     yield f"{NETWORK}:make"
@@ -97,7 +98,7 @@ class Counts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.calls = small(), torch.jit.Attribute(0, int)
+        self.net, self.calls = small(), 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -129,7 +130,7 @@ def test_a_script_that_counts_or_writes_is_found_out(tmp_path: Path, monkeypatch
     [(2, {"free": True}), (3, {}), (4, {"free": True, "min": 3, "max": 5})],
     ids=["any batch", "batches of 3", "batches of 3 to 5"],
 )
-def test_a_program_is_its_network_in_batches_of_any_size(tmp_path: Path, images: int, options: dict) -> None:
+def test_a_program_is_its_network_in_batches_of_any_size(tmp_path: Path, images: int, options: dict[str, Any]) -> None:
     """Filled up or cut where it was exported for some sizes only."""
     path = program(tmp_path / "model.pt2", small(), images, **options)
     subject = open_subject(str(path), contract=INPUT)

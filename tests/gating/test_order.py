@@ -23,6 +23,7 @@ from dfmcl.gating.signing.evidence import ATTESTATION, candidate_files
 from dfmcl.gating.signing.keys import read_signer
 from dfmcl.gating.signing.trust import load_trust
 from tests.exports import Export
+from tests.present import present
 from tests.serving.workshop import write_run
 from tests.signing import make_key, policy_of, report_on, trusting, write_report, write_trust
 
@@ -69,7 +70,7 @@ class Elsewhere:
         with NamedTemporaryFile() as text:
             text.write(payload)
             text.flush()
-            command = ["openssl", "pkeyutl", "-sign", "-rawin", "-inkey", self.path, "-in", text.name]
+            command = ["openssl", "pkeyutl", "-sign", "-rawin", "-inkey", str(self.path), "-in", text.name]
             made = subprocess.run(command, capture_output=True, check=True)
         return Signature(self.public_key.keyid, made.stdout.hex())
 
@@ -153,7 +154,8 @@ def test_evidence_whose_order_a_trusted_key_drew_is_believed(candidate: Path, tm
     path = write_trust(key)
     assert [verify(candidate, one, load_trust(path)).verdict for one in (drawn, plain)] == ["passed", "passed"]
     path.write_text(f"{path.read_text()}drawn = true\n")
-    assert verify(candidate, drawn, load_trust(path)).statistics.draw.keyid == read_signer(key).public_key.keyid
+    found = present(verify(candidate, drawn, load_trust(path)).statistics.draw)
+    assert found.keyid == read_signer(key).public_key.keyid
     with pytest.raises(NotAttested, match=r"report\.json: the order follows from digests alone; gate with --key"):
         verify(candidate, plain, load_trust(path))
     sign_evidence(drawn, [read_signer(other)])  # a second signer, who did not draw

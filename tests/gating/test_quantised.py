@@ -37,7 +37,7 @@ from tests.networks import Networks
 LABELS = tuple("abcde")
 
 
-class Calibration(CalibrationDataReader):  # type: ignore[misc]  # of a library without types
+class Calibration(CalibrationDataReader):
     def __init__(self, images: np.ndarray) -> None:
         self.parts: Iterator[np.ndarray] = iter(np.array_split(images, 4))
 
@@ -135,7 +135,7 @@ def test_a_twin_saturates_where_the_code_ends() -> None:
 )
 def test_a_quantiser_of_another_kind_has_no_twin(changes: dict[str, np.ndarray | None], message: str) -> None:
     """What cannot be rewritten is not guessed."""
-    held = {"scale": np.array(1 / 255, np.float32), "zero": np.array(0, np.uint8), **changes}
+    held: dict[str, Any] = {"scale": np.array(1 / 255, np.float32), "zero": np.array(0, np.uint8), **changes}
     model = graph_of(
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], axis=1),
         helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["r"], axis=1),

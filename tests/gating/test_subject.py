@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,6 +37,7 @@ from dfmcl.robustness.models import frozen
 from dfmcl.robustness.onnx_graph import noise, read_graph
 from dfmcl.robustness.provider import CPU, Provider
 from dfmcl.robustness.runs import load_run
+from tests.present import present
 from tests.serving.workshop import write_run
 
 SAME = 1e-4  # of the largest value: float32 sums in another order, measured at 1e-6
@@ -55,8 +57,8 @@ class Tiny(nn.Module):
             nn.SiLU(),
             nn.AdaptiveAvgPool2d(1),
         )
-        self.body[1].running_mean.uniform_(-0.2, 0.2)
-        self.body[1].running_var.uniform_(0.5, 2)
+        self.get_buffer("body.1.running_mean").uniform_(-0.2, 0.2)
+        self.get_buffer("body.1.running_var").uniform_(0.5, 2)
         self.head = nn.Linear(8, classes)
         nn.init.normal_(self.head.weight)
         self.eval()
@@ -100,7 +102,7 @@ def to_onnx(
             torch.onnx.export(net, (example,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
         else:
             axes = {"entry": {0: "n"}, "scores": {0: "n"}} if free else None
-            names = {"input_names": ["entry"], "output_names": ["scores"]}
+            names: dict[str, Any] = {"input_names": ["entry"], "output_names": ["scores"]}
             torch.onnx.export(net, (example,), path, dynamo=False, dynamic_axes=axes, **names)
     return path
 
@@ -176,7 +178,8 @@ def test_the_provider_that_was_handed_in_computes(tmp_path: Path) -> None:
     for other in (Provider(name) for name in {"AzureExecutionProvider"} & set(ort.get_available_providers())):
         assert other.session(path).get_providers()[0] == other.name
         found, expected = (
-            open_subject(str(path), contract=str(contract), provider=one).afresh(images) for one in (other, CPU)
+            present(open_subject(str(path), contract=str(contract), provider=one).afresh)(images)
+            for one in (other, CPU)
         )
         assert np.array_equal(found, expected)  # it leaves every standard operator to the CPU
     for use in (
@@ -646,7 +649,7 @@ def test_module_digest_is_of_weights_and_classes(made: str) -> None:
     assert module_subject(f"{made}:other", "float32 NCHW 2x2x3").digest != first
     layer = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     strided = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    strided[0].weight = nn.Parameter(layer[0].weight.detach().t().contiguous().t())
+    strided[0].weight = nn.Parameter(layer.get_parameter("0.weight").detach().t().contiguous().t())
     strided[0].bias = layer[0].bias
     assert state_digest(strided) == state_digest(layer)
     assert state_digest(nn.Sequential(layer[0], nn.SiLU())) != state_digest(layer)
@@ -761,7 +764,9 @@ def test_text_names_the_kind(tmp_path: Path, made: str, shipped: Shipped) -> Non
         ("grpc://host:1/m", {"labels": ("a",), "budget": 1}, "is of kind endpoint, which takes no labels"),
     ],
 )
-def test_options_of_another_kind_are_refused(shipped: Shipped, text: str, options: dict, message: str) -> None:
+def test_options_of_another_kind_are_refused(
+    shipped: Shipped, text: str, options: dict[str, Any], message: str
+) -> None:
     """What a kind cannot use is not silently ignored, and what it needs is asked for."""
     with pytest.raises(BadInput, match=message):
         open_subject(text.format(candidate=shipped.plain), **options)

@@ -11,6 +11,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import Criterion
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, claims, decide, one_look
 from dfmcl.robustness.drawn import Fates
+from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.statistics import lower_bound, upper_bound
 
 CLASSES = ("cat", "dog", "ship")
@@ -23,7 +24,7 @@ def robust(threshold: float, confidence: float = 0.95) -> Criterion:
     return Criterion("robust_accuracy", threshold, confidence)
 
 
-def flags(k: int, n: int) -> np.ndarray:  # type: ignore[type-arg]
+def flags(k: int, n: int) -> np.ndarray:
     return np.arange(n) < k
 
 
@@ -68,6 +69,8 @@ def test_ten_claims_fail_a_good_model_no_more_often_than_one() -> None:
 def test_to_pass_no_correction_is_needed_to_fail_one_is() -> None:
     """Of ten claims each lower bound keeps its confidence, as all must be met; each upper one gives a tenth."""
     standing = Standing.begin(Claim(robust(0.5, 0.9), 100), 10)
+    assert isinstance(standing.lower, ConfidenceSequence)
+    assert isinstance(standing.upper, ConfidenceSequence)
     assert (standing.lower.confidence, standing.upper.confidence) == pytest.approx((0.9, 0.99))
 
 
@@ -126,7 +129,7 @@ def test_a_class_without_images_is_bad_input(metric: str) -> None:
 
 def test_precedence() -> None:
     """Failed before suspect before inconclusive before passed, and the exit codes are the documented ones."""
-    finding = [{"check": "x", "why": "y", "do": "z"}]
+    finding = ["x"]
     assert decide(["met", "missed", "open"], finding, ["no_gradients"]) == "failed"
     assert decide(["met", "open"], finding) == "suspect"
     assert decide(["met", "open"], []) == "inconclusive"
