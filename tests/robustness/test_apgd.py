@@ -17,7 +17,7 @@ from dfmcl.robustness.attacks.registry import Attack, climb
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.threats.registry import THREATS, threat_of
+from dfmcl.robustness.threats.registry import BALLS, threat_of
 
 SHAPE = (3, 6, 6)
 
@@ -117,8 +117,8 @@ def test_a_peak_inside_the_ball_is_found(norm: str) -> None:
 
     found = apgd(hill, x, y, threat, generator=stream())
     fixed = climb(hill, x, y, threat, generator=stream(), steps=100, step_size=2 * threat.eps)
-    assert THREATS[norm].lengths(found - peak).item() < 0.02 * threat.eps
-    assert THREATS[norm].lengths(fixed - peak).item() > 0.2 * threat.eps
+    assert BALLS[norm].lengths(found - peak).item() < 0.02 * threat.eps
+    assert BALLS[norm].lengths(fixed - peak).item() > 0.2 * threat.eps
 
 
 def test_steps_are_those_of_the_paper() -> None:

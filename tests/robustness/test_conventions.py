@@ -147,7 +147,7 @@ def noisy(trained: nn.Module, spread: float) -> Answer:
 
 def test_honest_models_are_left_alone(trained: nn.Module) -> None:
     """Good, weak, untrained, constant or random: none is said to be behind another convention."""
-    honest = [lambda x: trained(IMAGENET.applied(x)), Constant(), *(linear(seed) for seed in range(8))]
+    honest: list[Answer] = [lambda x: trained(IMAGENET.applied(x)), Constant(), *(linear(seed) for seed in range(8))]
     honest += [noisy(trained, spread) for spread in (0.5, 1, 2, 4)]
     for answer in honest:
         for seed in (1, 2):
@@ -172,10 +172,11 @@ def test_few_images_decide_nothing(trained: nn.Module, count: int) -> None:
 def test_a_trained_run_behind_its_own_normalisation(standard_run: Path, other_run: Path) -> None:
     """The digits' networks are honest with their first layer, and behind a convention without it."""
     data, contract = load_dataset("digits"), InputContract.parse("float32 NCHW 16x16x3")
+    x_test = np.asarray(data.x_test)
     for run in (standard_run, other_run):
         network = load_run(run).model.eval()
-        assert mismatch(network, data.x_test, data.y_test, contract, device=CPU, bytes_only=False) is None
-        found = mismatch(network.net, data.x_test, data.y_test, contract, device=CPU, bytes_only=False)
+        assert mismatch(network, x_test, data.y_test, contract, device=CPU, bytes_only=False) is None
+        found = mismatch(network.net, x_test, data.y_test, contract, device=CPU, bytes_only=False)
         assert found is not None
         assert found.images == IMAGES // 2
         assert "BGR" not in found.words  # grey images have no order

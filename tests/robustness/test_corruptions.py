@@ -6,6 +6,7 @@ import inspect
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_the_same_bytes_of_the_same_shape(corruption: str, side: int) -> None:
     for picture in (image,) if side > LARGE else (image, image[:, :, :1], image[: side - 5]):
         once = fresh(picture, corruption, 3)
         assert np.array_equal(once, fresh(picture, corruption, 3))
-        assert (once.dtype, once.shape) == (np.uint8, picture.shape)
+        assert (once.dtype, once.shape) == (np.dtype(np.uint8), picture.shape)
         assert not np.array_equal(once, picture)
 
 
@@ -182,7 +183,7 @@ def test_all_are_seventy_five() -> None:
 
 
 if __name__ == "__main__":
-    golden = {
+    golden: dict[str, Any] = {
         f"{name} {what}": part
         for name in CORRUPTIONS
         for what, part in zip(("small", "large"), golden_parts(name), strict=True)

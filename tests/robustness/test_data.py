@@ -127,8 +127,10 @@ def test_the_same_data_in_other_words(tmp_path: Path, spelling: str) -> None:
     """(N, 1) labels, any integers, any order of bytes: read as (N,) int64 and uint8 (N, H, W, C)."""
     np.savez(tmp_path / "data.npz", **SPELLINGS[spelling])
     data = load_dataset("npz", str(tmp_path / "data.npz"))
-    assert (data.classes, data.y_train.dtype, data.y_train.tolist()) == (tuple("0123"), np.int64, [0, 1, 2, 3] * 2)
+    assert (data.classes, data.y_train.tolist()) == (tuple("0123"), [0, 1, 2, 3] * 2)
+    assert data.y_train.dtype == np.int64
     assert np.array_equal(data.x_train, GOOD["x_train"])
+    assert isinstance(data.x_train, np.ndarray)
     assert data.x_train.flags.c_contiguous
 
 
@@ -250,7 +252,7 @@ def test_a_folder_is_read_in_the_order_of_torchvision(tree: Path) -> None:
     data, oracle = load_dataset("folder", str(tree), 16), ImageFolder(str(tree / "train"))
     assert data.classes == tuple(oracle.classes)
     assert data.y_train.tolist() == oracle.targets
-    assert [tuple(image[0, 0]) for image in data.x_train] == [image.getpixel((0, 0)) for image, _ in oracle]
+    assert [tuple(image[0, 0]) for image in np.asarray(data.x_train)] == [image.getpixel((0, 0)) for image, _ in oracle]
 
 
 def test_what_is_skipped_is_counted(tree: Path) -> None:
@@ -424,7 +426,10 @@ def test_a_folder_that_is_opened_is_not_read(tmp_path: Path) -> None:
 
 def test_an_archive_of_test_images_alone_is_a_data_set(tmp_path: Path) -> None:
     """Nobody who gates needs training images; half of them is a mistake all the same."""
-    held = {"x_test": np.arange(3 * 16 * 16 * 3, dtype=np.uint8).reshape(3, 16, 16, 3), "y_test": np.array([0, 1, 1])}
+    held: dict[str, Any] = {
+        "x_test": np.arange(3 * 16 * 16 * 3, dtype=np.uint8).reshape(3, 16, 16, 3),
+        "y_test": np.array([0, 1, 1]),
+    }
     np.savez(tmp_path / "a.npz", **held)
     data = load_dataset("npz", str(tmp_path / "a.npz"))
     assert (data.classes, len(data.x_train), data.input_shape, data.remark) == (("0", "1"), 0, (16, 16, 3), "")

@@ -15,7 +15,7 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.seeds import generator
-from dfmcl.robustness.threats.registry import THREATS, threat_of
+from dfmcl.robustness.threats.registry import BALLS, threat_of
 
 SIZE = 5
 
@@ -59,6 +59,8 @@ def test_the_step_onto_a_plane_is_the_shortest(seed: int, norm: str) -> None:
 class Halfspaces(torch.nn.Module):
     """Three classes by two linear scores: the least perturbation is known in closed form."""
 
+    w: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("w", torch.tensor([[1.0, -2.0, 0.5, 1.0], [0.2, 0.1, -1.0, 0.4]]))
@@ -79,7 +81,7 @@ def test_it_finds_the_least_perturbation_of_a_linear_model(norm: str) -> None:
     wide = threat_of(norm, least * 1.01)
     found = fab_targeted(model, x, y, wide, generator=generator(0), steps=40, trial=trial)
     assert trial.unconfirmed.all()
-    assert least * 0.999 <= float(THREATS[norm].lengths(found - x)) <= least * 1.01
+    assert least * 0.999 <= float(BALLS[norm].lengths(found - x)) <= least * 1.01
     narrow = fab_targeted(model, x, y, threat_of(norm, least * 0.98), generator=generator(0), steps=40)
     assert model(narrow).argmax(dim=1).item() == 0, "nothing is adversarial so near"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ def raised(run: Path, digits: Dataset, other: nn.Module) -> dict[str, str]:
     evaluation = evaluate(model, images, labels, threat, suite, grid=True, cascade=True).evaluation
     about = {
         "run": {"data": digits.sha256},
-        "data": {"sha256": digits.sha256, "part": "test", "in_training": repeated(images, digits.x_train)},
+        "data": {"sha256": digits.sha256, "part": "test", "in_training": repeated(images, np.asarray(digits.x_train))},
     }
     decide = exactly(model)
     background = Background(

@@ -12,6 +12,7 @@ from PIL import Image
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness import images
 from dfmcl.robustness.data import load_dataset, open_dataset
+from dfmcl.robustness.images import Pictures
 from dfmcl.robustness.measurements import measure, rows
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import Run, load_run
@@ -82,6 +83,7 @@ def test_of_a_folder_only_the_images_that_are_asked_for_are_read(standard_run: P
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{number}.png").write_bytes(b"no image")
     opened = open_dataset("folder", str(tmp_path), 16)
+    assert isinstance(opened.x_test, Pictures)
     for row in kept:
         Image.fromarray(digits.x_test[row]).save(opened.x_test.part.paths[row])
     (found,) = measure(run, open_dataset("folder", str(tmp_path), 16), [threat], attacks=["fgsm"], images=20)

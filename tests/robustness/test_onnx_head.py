@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -287,14 +288,14 @@ def test_a_perceptron_as_skl2onnx_writes_it(tmp_path: Path) -> None:
 def test_a_classifier_of_sklearn_by_skl2onnx(tmp_path: Path) -> None:
     """The real converter, with its maps and without."""
     skl2onnx = pytest.importorskip("skl2onnx", reason="skl2onnx is not installed: pip install skl2onnx")
-    from skl2onnx.common.data_types import FloatTensorType
     from sklearn.neural_network import MLPClassifier
 
+    types = pytest.importorskip("skl2onnx.common.data_types")
     rows, labels = np.random.default_rng(0).random((60, 48), np.float32), np.arange(60) % 3
     model = MLPClassifier((8,), max_iter=20).fit(rows, labels)
     for maps in (True, False):
         made = skl2onnx.convert_sklearn(
-            model, initial_types=[("X", FloatTensorType([None, 48]))], options={"zipmap": maps}
+            model, initial_types=[("X", types.FloatTensorType([None, 48]))], options={"zipmap": maps}
         )
         (tmp_path / f"{maps}.onnx").write_bytes(made.SerializeToString())
         subject = onnx_subject(tmp_path / f"{maps}.onnx", "flat-HWC 4x4x3")
@@ -308,7 +309,7 @@ def test_every_opset_is_read(tmp_path: Path, opset: int) -> None:
     """A convolutional classifier in the words of each: logits behind its softmax, with their gradients."""
     torch.manual_seed(0)
     conv, last = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
-    held = {"k": conv.weight, "b": conv.bias, "w": last.weight, "c": last.bias}
+    held: dict[str, Any] = {"k": conv.weight, "b": conv.bias, "w": last.weight, "c": last.bias}
     norm = {"s": torch.rand(4) + 0.5, "o": torch.rand(4), "m": torch.rand(4), "v": torch.rand(4) + 0.5}
     nodes = [
         helper.make_node("Conv", ["x", "k", "b"], ["f"]),

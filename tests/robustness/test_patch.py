@@ -117,7 +117,7 @@ def test_random_search_gets_there_by_answers_alone() -> None:
     def counted(points: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
         asked.append(len(points))
-        return model(points)  # type: ignore[no-any-return]  # a Sequential gives Any
+        return model(points)
 
     attack, threat = Attack.parse("patch-rs-400"), Patch(SIDE)
     x_adv = attack(counted, x, y, threat, generator=stream(), trial=trial)
@@ -138,8 +138,8 @@ def test_random_search_finds_the_place() -> None:
     model, x = linear(2, 1, (1, 12, 12)), torch.full((12, 1, 12, 12), 0.5)
     weight = torch.zeros(2, 1, 12, 12)
     weight[1, :, 10:, 10:] = 1
-    model[1].weight.copy_(weight.flatten(1))  # type: ignore[index, union-attr, operator]  # a Sequential of ours
-    model[1].bias.copy_(torch.tensor([2.5, 0.0]))  # type: ignore[index, union-attr, operator]  # a Sequential of ours
+    model[1].weight.copy_(weight.flatten(1))  # type: ignore[index]  # a Sequential of ours
+    model[1].bias.copy_(torch.tensor([2.5, 0.0]))  # type: ignore[index]  # a Sequential of ours
     y = torch.zeros(12, dtype=torch.long)
     x_adv = Attack.parse("patch-rs-600")(model, x, y, Patch(SIDE), generator=stream())
     assert (model(x_adv).argmax(dim=1) == 1).sum() >= 9

@@ -14,7 +14,7 @@ from dfmcl.robustness.attacks.relaxation import constraint_relaxation
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.threats.registry import THREATS, threat_of
+from dfmcl.robustness.threats.registry import BALLS, threat_of
 from tests.linear import Linear, images
 
 SHAPE = (3, 6, 6)
@@ -77,7 +77,7 @@ def test_the_way_leads_outside_and_nothing_there_counts(norm: str) -> None:
     def wall(points: Tensor) -> Tensor:
         """The margin rises with the way from the image, and changes its sign at the border of the ball."""
         origin = x[(points[:, None] - x).flatten(2).norm(dim=2).argmin(dim=1)]
-        way = THREATS[norm].lengths(points - origin) / threat.eps
+        way = BALLS[norm].lengths(points - origin) / threat.eps
         seen.append(way.detach())
         return torch.stack([torch.full_like(way, 1.001), way, way - 1], dim=1)
 
@@ -86,7 +86,7 @@ def test_the_way_leads_outside_and_nothing_there_counts(norm: str) -> None:
     assert torch.cat(seen).max() > 1.2
     assert not trial.fooled.any()
     assert threat.contains(x_adv, x).all()
-    assert (THREATS[norm].lengths(x_adv - x) > 0.99 * threat.eps).all()
+    assert (BALLS[norm].lengths(x_adv - x) > 0.99 * threat.eps).all()
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])

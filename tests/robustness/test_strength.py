@@ -59,7 +59,7 @@ def attack(kind: str, **parameters: int) -> Attack:
 
 def of_torchattacks(kind: str, **told: Any) -> Peer:
     def made(model: Classifier, norm: str, eps: float, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-        return getattr(torchattacks, kind)(model, norm=NORMS[norm], eps=eps, seed=seed, **told)  # type: ignore[no-any-return]
+        return getattr(torchattacks, kind)(model, norm=NORMS[norm], eps=eps, seed=seed, **told)
 
     return made
 
@@ -138,7 +138,7 @@ class Border:
         flags = np.zeros(len(self.y), dtype=np.bool_)
         for rows, radius in self.groups:
             if len(rows):
-                flags[rows] = attack(self.x[rows], self.y[rows], threat_of(self.norm, reach * radius))  # type: ignore[arg-type]
+                flags[rows] = attack(self.x[rows], self.y[rows], threat_of(self.norm, reach * radius))
         return flags
 
     @property
@@ -184,7 +184,7 @@ def border(hardened: Classifier) -> Callable[[str], Border]:
         radii = RADII[norm]
         least, left = np.full(len(y), radii[-1]), np.arange(len(y))
         for radius in radii[:-1]:
-            held = ours(hardened, Attack.parse("pgd-5"), x[left], y[left], threat_of(norm, radius))  # type: ignore[arg-type]
+            held = ours(hardened, Attack.parse("pgd-5"), x[left], y[left], threat_of(norm, radius))
             least[left[~held]], left = radius, left[held]
         rungs = [(np.flatnonzero(least == radius), radius) for radius in radii]
         # Half a rung lower lies the middle of where these images fall.

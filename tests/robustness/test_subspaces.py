@@ -262,7 +262,7 @@ def test_a_switch_is_met_as_users_meet_it(plain: Classifier, hardened: Classifie
     """Ordinary attacks see the hardened face and leave most; the last attack of `fast` breaks most of those."""
     model = Switch(plain, hardened, of_digits()[name]).eval()
     suite = [Attack.parse(attack) for attack in ("apgd-ce-10", "apgd-t-2", SUITES["fast"][-1])]
-    found = evaluate(model, data.x_test, data.y_test, THREAT, suite, grid=True, cascade=True).evaluation
+    found = evaluate(model, np.asarray(data.x_test), data.y_test, THREAT, suite, grid=True, cascade=True).evaluation
     assert found.clean.value == 1
     left, after = (sum(record.held) for record in found.attacks[1:])
     assert left > FEW / 2, "the switch hides nothing"
@@ -271,7 +271,7 @@ def test_a_switch_is_met_as_users_meet_it(plain: Classifier, hardened: Classifie
 
 def test_a_switch_on_few_values_is_met(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
     """Images of 17 values, as scanned: perturbations that stay among them break the plain face."""
-    few = ((data.x_test.astype(np.float64) / 255 * 16).round() / 16 * 255).round().astype(np.uint8)
+    few = ((np.asarray(data.x_test, np.float64) / 255 * 16).round() / 16 * 255).round().astype(np.uint8)
     known = torch.from_numpy(np.unique(few)).float() / 255
 
     def leaves(x: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def test_scores_alone_meet_a_switch(plain: Classifier, hardened: Classifier, dat
 def test_an_honest_network_loses_nothing_more(hardened: Classifier, data: Dataset) -> None:
     """What ordinary attacks left of a hardened network holds in subspaces, too."""
     suite = [Attack.parse(attack) for attack in ("apgd-ce-20", "apgd-t-3", SUITES["fast"][-1])]
-    found = evaluate(hardened, data.x_test, data.y_test, THREAT, suite, grid=True, cascade=True).evaluation
+    found = evaluate(hardened, np.asarray(data.x_test), data.y_test, THREAT, suite, grid=True, cascade=True).evaluation
     left, after = (sum(record.held) for record in found.attacks[1:])
     assert left > FEW / 3
     assert left - after <= 2

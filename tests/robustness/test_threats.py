@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -140,7 +141,12 @@ def test_impossible_threat_is_refused(norm: str, eps: float) -> None:
 
 def test_a_norm_that_a_table_lacks_is_an_error() -> None:
     """Nothing is taken for another norm's: a table knows the norms that its attack says it can search in."""
-    tables = {"square": SEARCHES, "fab-t": SPEEDS, "subspace": CHARTS, "square-subspace": PROPOSALS}
+    tables: dict[str, Mapping[str, object]] = {
+        "square": SEARCHES,
+        "fab-t": SPEEDS,
+        "subspace": CHARTS,
+        "square-subspace": PROPOSALS,
+    }
     for name, table in tables.items():
         assert table.keys() == set(ATTACKS[name].threats)
         with pytest.raises(BadInput, match=r"this attack: norm is 'l7'; choose one of linf, l2"):
@@ -153,7 +159,7 @@ def test_policies_name_the_norms_that_all_suites_can_search_in() -> None:
     assert set(SUITED) == {norm for norm in BALLS if all(norm in kind.threats for kind in kinds)}
 
 
-EXAMPLES = [example for family in (*FAMILIES, Union) for example in family.examples]
+EXAMPLES = [*(example for family in FAMILIES for example in family.examples), *Union.examples]
 
 
 @pytest.mark.parametrize("text", EXAMPLES)

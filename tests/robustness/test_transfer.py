@@ -22,7 +22,7 @@ from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.statistics import PairedCounts
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.threats.registry import THREATS, threat_of
+from dfmcl.robustness.threats.registry import BALLS, threat_of
 from tests.linear import Linear, images
 from tests.networks import Networks
 from tests.robustness.test_apgd import SHAPE, greys, network, stream
@@ -105,7 +105,8 @@ def test_smoothing_is_the_mean_over_moved_images() -> None:
     point = torch.zeros(1, 1, 17, 17)
     point[0, 0, 8, 8] = 1
     kernel = blurred(point)[0, 0]
-    moved = sum(kernel[8 + i, 8 + j] * w.roll((i, j), (2, 3)) for i in range(-2, 3) for j in range(-2, 3))
+    reach = [(i, j) for i in range(-2, 3) for j in range(-2, 3)]
+    moved = torch.stack([kernel[8 + i, 8 + j] * w.roll((i, j), (2, 3)) for i, j in reach]).sum(dim=0)
     inner = (slice(None), slice(None), slice(3, -3), slice(3, -3))
     assert torch.allclose(gradient[inner], moved[inner], atol=1e-5)
 
@@ -130,7 +131,7 @@ def test_tuning_adds_what_the_neighbours_of_the_last_point_differed_by(norm: str
     around = shown[2:]
     assert torch.equal(first, x.square())
     assert len(around) == SAMPLES
-    far = torch.stack([THREATS[norm].lengths(point - x) for point in around])
+    far = torch.stack([BALLS[norm].lengths(point - x) for point in around])
     assert (far <= WITHIN * 0.1 + 1e-5).all()
     assert far.max() > 0.1
     difference = torch.stack([point.square() for point in around]).mean(dim=0) - x.square()
