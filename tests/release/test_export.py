@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,6 +31,7 @@ from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import to_bytes, to_float
 from dfmcl.robustness.onnx_graph import noise
+from dfmcl.robustness.onnx_wire import with_wire_format
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.serving.clients.triton import Client
 from dfmcl.training.pack import pack
@@ -77,7 +79,7 @@ def test_exported_bytes_tell_nothing_of_this_machine(candidate: Path, run_direct
     raw = exporting.to_onnx(run.model, run.input_shape)
     assert str(ROOT).encode() in raw.SerializeToString()  # else this test proves nothing
     with pytest.raises(Broken, match="still names"):
-        exporting.require_no_paths(raw)
+        graphs.require_no_paths(raw)
     data = (candidate / "model.onnx").read_bytes()
     for trace in (str(ROOT), str(Path.home()), "site-packages", "stack_trace", ".py"):
         assert trace.encode() not in data
@@ -97,12 +99,12 @@ def test_random_operators_are_found_wherever_they_hide(node: onnx.NodeProto) -> 
     function = model_with()
     function.functions.append(helper.make_function("own", "F", [], ["y"], [node], [helper.make_opsetid("", 20)]))
     for model in (model_with(node), model_with(nested), function):
-        assert exporting.random_operators(model) == [node.op_type]
+        assert graphs.random_operators(model) == [node.op_type]
 
 
 def test_dropout_of_an_inference_graph_is_not_random() -> None:
     """Without a training mode Dropout does nothing."""
-    assert exporting.random_operators(model_with(helper.make_node("Dropout", ["x", "ratio"], ["y"]))) == []
+    assert graphs.random_operators(model_with(helper.make_node("Dropout", ["x", "ratio"], ["y"]))) == []
 
 
 def test_a_run_without_numbers_is_refused(tmp_path: Path, run_directory: Path) -> None:
@@ -275,10 +277,9 @@ def test_float16_that_is_not_the_rounded_checkpoint_is_not_written(
     tmp_path: Path, run_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One stored weight off by a hundredth is over the tolerance, although the labels stay."""
-    store = exporting.store_as_float16
 
     def spoil(model: onnx.ModelProto) -> None:
-        store(model)
+        graphs.store_as_float16(model)
         weight = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("fc.weight.float16"))
         values = numpy_helper.to_array(weight).copy()
         values[0, 0] += np.float16(0.01)
@@ -388,7 +389,7 @@ def test_wrapped_manifest_names_the_original_and_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"weights": "float32"}, {"run": {"checkpoint_sha256": "0"}}, {"origin": {}}])
-def test_manifest_of_two_origins_is_malformed(tmp_path: Path, change: dict) -> None:
+def test_manifest_of_two_origins_is_malformed(tmp_path: Path, change: dict[str, Any]) -> None:
     """A candidate comes from a run or from a file, and says how that one keeps its weights."""
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
     manifest = exporting.wrap(path, tmp_path / "candidate", contract="float32 NCHW", labels=LETTERS)
@@ -401,6 +402,7 @@ def test_file_in_our_own_wire_format_is_kept_byte_for_byte(tmp_path: Path, candi
     labels = read_manifest(candidate).labels
     manifest = exporting.wrap(candidate / "model.onnx", tmp_path / "same", contract="uint8 NHWC", labels=labels)
     assert manifest["files"] == json.loads((candidate / "manifest.json").read_text())["files"]
+    assert isinstance(manifest["origin"], dict)
     assert manifest["origin"]["sha256"] == sha256_of(candidate / "model.onnx")
 
 
@@ -463,10 +465,9 @@ def test_file_that_cannot_be_served_is_refused(
 def test_wrapper_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Channels first where the file takes them last is noticed by its answers: exit code 5."""
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(8), torch.zeros(2, 8, 8, 8))
-    wire = exporting.with_wire_format
 
-    def transposed(*arguments: object) -> onnx.ModelProto:
-        model = wire(*arguments)
+    def transposed(*arguments: Any) -> onnx.ModelProto:
+        model = with_wire_format(*arguments)
         next(node for node in model.graph.node if node.op_type == "Transpose").attribute[0].ints[:] = [0, 1, 2, 3]
         return model
 

@@ -344,7 +344,7 @@ def test_card_and_surrogates_are_what_they_are_called(repository: Path, name: st
         verify_release(Directory(repository), "digits")
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[str, set[int | None]]] = {
     "rollback": ("rollback(repository, 'digits', trust=trust)", {3, 2}),
     "prune": ("prune(repository, 'digits', keep=1)", {3}),
     "retire": ("retire(repository, 'digits')", {3, None}),

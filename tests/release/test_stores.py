@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -224,9 +225,9 @@ def test_a_damaged_history_is_kept_aside_and_a_damaged_config_is_mended(promoted
     assert promoted.read("history.jsonl.damaged-1", 10_000).endswith(b"{{{\n")
     assert verify_release(promoted, "digits", trust).version == 1
     from_outside(promoted, "digits/1/model.onnx", b"")
-    (row,) = standings(promoted, trust)
-    assert row.trouble.startswith(f"{promoted.where('digits/1/model.onnx')}: is not what the gate judged")
-    assert row.champion is None
+    (standing,) = standings(promoted, trust)
+    assert standing.trouble.startswith(f"{promoted.where('digits/1/model.onnx')}: is not what the gate judged")
+    assert standing.champion is None
 
 
 def switch_late(store: Store, meanwhile: Callable[[], object]) -> None:
@@ -326,7 +327,7 @@ def test_a_lease_that_has_not_ended_keeps_others_out(three: dict[str, bytes], tr
         rollback(Bucket(objects), "digits", trust=trust)
     with pytest.raises(Broken, match="memory://bucket: is being changed"):
         retire(Bucket(Objects(objects.held)), "digits")
-    slow, quick = (Bucket(Objects(objects.held), now=lambda now=now: now) for now in (100.0, 200.0))
+    slow, quick = (Bucket(Objects(objects.held), now=partial(float, now)) for now in (100.0, 200.0))
     with pytest.raises(Broken, match="another writer replaced it; nothing was changed"):
         switch_late(slow, lambda: rollback(quick, "digits", trust=trust, version=2))
     assert verify_release(quick, "digits", trust).version == 2
