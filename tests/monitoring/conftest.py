@@ -100,7 +100,7 @@ class Endpoint(service_pb2_grpc.GRPCInferenceServiceServicer):
     def close(self) -> None:
         self._server.stop(0).wait()
 
-    def ModelConfig(self, request, context):
+    def ModelConfig(self, request: Any, context: Any) -> Any:
         response = service_pb2.ModelConfigResponse()
         response.config.max_batch_size = 64
         response.config.dynamic_batching.priority_levels = self.levels
@@ -108,7 +108,7 @@ class Endpoint(service_pb2_grpc.GRPCInferenceServiceServicer):
         response.config.output.add(name="logits", dims=[CLASSES])
         return response
 
-    def ModelInfer(self, request, context):
+    def ModelInfer(self, request: Any, context: Any) -> Any:
         self.requests += 1
         if self.refusal:
             context.abort(*self.refusal)

@@ -42,10 +42,16 @@ def pool(greys: np.ndarray = GREYS, labels: np.ndarray = LABELS) -> ImagePool:
     return ImagePool(np.broadcast_to(greys[:, None, None, None], (len(greys), 4, 4, 3)).copy(), labels, 2)
 
 
+def pictures(greys: np.ndarray = GREYS) -> np.ndarray:
+    """The images of such a pool."""
+    return np.asarray(pool(greys, np.zeros(len(greys), np.int64)).images)
+
+
 def plan(attacks: tuple[str, ...] = ("fgsm",), **changes: Any) -> RoundPlan:
     """Rounds of eight images, without replay."""
     named = tuple(Attack.parse_transfer(name) for name in attacks)
-    return RoundPlan(**{"model": "bright", "classes": 2, "threat": BALL, "attacks": named, "images": 8} | changes)
+    usual: dict[str, Any] = {"model": "bright", "classes": 2, "threat": BALL, "attacks": named, "images": 8}
+    return RoundPlan(**usual | changes)
 
 
 def crafted(settings: RoundPlan, number: int = 1, images: ImagePool | None = None, seed: int = 0) -> Scene:
@@ -56,7 +62,8 @@ def crafted(settings: RoundPlan, number: int = 1, images: ImagePool | None = Non
 
 def manners(**changes: Any) -> Manners:
     """Asks without rest."""
-    return Manners(**{"wait": lambda seconds: None, "paused": lambda: False, "latencies": Latencies(1e9)} | changes)
+    usual: dict[str, Any] = {"wait": lambda seconds: None, "paused": lambda: False, "latencies": Latencies(1e9)}
+    return Manners(**usual | changes)
 
 
 def one_round(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,8 @@ def write_report(
 
 def write_probes(directory: Path, images: np.ndarray, logits: np.ndarray) -> Path:
     """Recorded images and answers, the adversarial ones being the clean ones."""
-    arrays = {"images": images, "change": np.zeros_like(images), "labels": np.zeros(len(images), np.int64)}
+    same = np.zeros_like(images)
+    arrays: dict[str, Any] = {"images": images, "change": same, "labels": np.zeros(len(images), np.int64)}
     arrays |= {"clean_logits": logits, "adversarial_logits": logits}
     np.savez(directory / "probes.npz", **arrays)
     return directory
@@ -89,7 +91,7 @@ def oracle(images: np.ndarray) -> np.ndarray:
 def _known() -> dict[bytes, int]:
     if not _KNOWN:
         data = load_dataset("digits")
-        _KNOWN.update({image.tobytes(): int(y) for image, y in zip(data.x_test, data.y_test, strict=True)})
+        _KNOWN.update({image.tobytes(): int(y) for image, y in zip(np.asarray(data.x_test), data.y_test, strict=True)})
     return _KNOWN
 
 

@@ -46,7 +46,7 @@ def test_files_hold_what_rounds_ask_about(recipe: Recipe, tmp_path: Path) -> Non
     whole = {name: made.take(np.arange(FEW)) for name, made in crafted.items()}
     assert set(whole) == {"mi-fgsm-2", "pgd-2"}
     for images in whole.values():
-        assert (images.dtype, images.shape) == (np.uint8, recipe.pool.images.shape)
+        assert (images.dtype, images.shape) == (np.dtype(np.uint8), recipe.pool.images.shape)
         assert bool(recipe.threat.contains_uint8(tensor(images), tensor(recipe.pool.images)).all())
         assert (images != recipe.pool.images).any(axis=(1, 2, 3)).mean() > 0.9
     assert not np.array_equal(whole["mi-fgsm-2"], whole["pgd-2"])
@@ -177,7 +177,7 @@ def test_a_full_disk_is_said(recipe: Recipe, tmp_path: Path, monkeypatch: pytest
         pytest.skip("no /dev/full here")
     opened = Path.open
 
-    def full(path: Path, *how: str) -> Any:
+    def full(path: Path, *how: Any) -> Any:
         return opened(Path("/dev/full"), "wb") if path.suffix == ".bytes" else opened(path, *how)
 
     monkeypatch.setattr(Path, "open", full)

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
@@ -28,7 +29,7 @@ from dfmcl.robustness.data import open_dataset
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from tests.monitoring.clocks import wait_for
-from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pool
+from tests.monitoring.greys import BALL, EPS, LABELS, brightness, pictures, pool
 
 FGSM = Attack.parse_transfer("fgsm")
 
@@ -133,7 +134,7 @@ def test_an_attacks_randomness_belongs_to_the_round() -> None:
     def rugged(x: torch.Tensor) -> torch.Tensor:
         return brightness(torch.sin(60 * x))
 
-    images = pool().images
+    images = pictures()
     every = [Scene(images, LABELS, BALL, 0, number, {}) for number in (1, 1, 2)]
     first, again, other = (craft(rugged, scene, Attack.parse_transfer("pgd-3")) for scene in every)
     assert np.array_equal(first, again)
@@ -153,10 +154,10 @@ def test_crafting_in_chunks_reaches_every_image(monkeypatch: pytest.MonkeyPatch)
 def test_an_attack_that_leaves_the_ball_gains_nothing() -> None:
     """Images that an attack leaves outside the L2 ball are sent as they were."""
 
-    def rogue(model, x, y, threat, *, generator, trial=None):
+    def rogue(model: Any, x: Tensor, y: Tensor, threat: Any, *, generator: Any, trial: Any = None) -> Tensor:
         return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 0, 1 - x, (x + 0.01).clamp(0, 1))
 
-    images = pool().images
+    images = pictures()
     changed = craft(brightness, Scene(images, LABELS, L2(0.5), 0, 1, {}), Attack("rogue", rogue))
     assert np.array_equal(changed[0], images[0])
     assert (changed[1:] != images[1:]).any(axis=(1, 2, 3)).all()
@@ -289,7 +290,7 @@ def test_a_pool_is_known_by_its_bytes() -> None:
     """Other images, labels or classes are another pool."""
     one = many()
     others = [
-        ImagePool(one.images + 1, one.labels, 2),
+        ImagePool(np.asarray(one.images) + 1, one.labels, 2),
         ImagePool(one.images, one.labels + 1, 2),
         ImagePool(one.images, one.labels, 3),
     ]

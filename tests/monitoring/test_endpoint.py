@@ -47,7 +47,7 @@ def test_requests_are_small_and_counted() -> None:
 @pytest.mark.parametrize("duty", [1.0, 0.5, 0.1])
 def test_requests_are_under_way_for_the_share_that_is_allowed(duty: float) -> None:
     """After each answer it rests so long that asking takes `duty` of the time; before the first it does not."""
-    clock, rests = Still(), []
+    clock, rests = Still(), list[float]()
     taken = [0.2, 0.4, 0.1]
     endpoint = Asker(2, clock, manners(wait=rests.append, duty=duty))
     endpoint.through(Slow(clock, iter(taken)))(IMAGES)

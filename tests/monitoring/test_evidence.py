@@ -172,7 +172,7 @@ def test_missing_evidence_is_bad_input(tmp_path: Path) -> None:
 def test_recorded_answers_are_adversarial_ones_first(tmp_path: Path) -> None:
     """They lie at the border, where a difference shows; then the clean ones."""
     images, logits = np.arange(12, dtype=np.uint8).reshape(2, 2, 1, 3), np.array([[1, 2], [3, 4]], np.float32)
-    arrays = {"images": images, "change": np.full_like(images, 250), "labels": np.zeros(2)}
+    arrays: dict[str, Any] = {"images": images, "change": np.full_like(images, 250), "labels": np.zeros(2)}
     arrays |= {"clean_logits": logits, "adversarial_logits": logits + 9}
     np.savez(tmp_path / "probes.npz", **arrays)
     found = read_replay(tmp_path / "probes.npz")
@@ -416,7 +416,7 @@ def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away:
 
 def test_a_revoked_key_is_not_trusted_any_more(models: Path, key: Path, tmp_path: Path) -> None:
     """The trust file is read again; while it cannot be read, what it said last holds."""
-    trust, said = write_trust(key), []
+    trust, said = write_trust(key), list[str]()
     find = follow(models, "digits", follow_trust(trust, said.append))
     found = find("1")
     assert found.verified

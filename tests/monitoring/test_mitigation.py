@@ -136,7 +136,12 @@ def test_what_fails_is_counted_and_said(hook: Hook) -> None:
 def test_rounds_do_not_wait_for_it() -> None:
     """An action that hangs holds up nobody."""
     release, begun = threading.Event(), threading.Event()
-    mitigation = Mitigation({"webhook": lambda text: (begun.set(), release.wait(30))}, lambda line: None)
+
+    def hang(text: str) -> None:
+        begun.set()
+        release.wait(30)
+
+    mitigation = Mitigation({"webhook": hang}, lambda line: None)
     mitigation.consider("digits", "1", frozenset({"clean"}))
     assert begun.wait(30)
     assert mitigation.counts == {}

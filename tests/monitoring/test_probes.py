@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.endpoint import Asker
@@ -18,7 +22,7 @@ from dfmcl.serving.clients.triton import Answer
 from tests.linear import Linear
 from tests.linear import images as near_grey
 from tests.monitoring.clocks import Still
-from tests.monitoring.greys import BALL, GREYS, LABELS, brightness, manners, pool
+from tests.monitoring.greys import BALL, GREYS, LABELS, brightness, manners, pictures, pool
 
 RIGHT = np.flatnonzero(GREYS != 250)
 
@@ -26,7 +30,7 @@ RIGHT = np.flatnonzero(GREYS != 250)
 class Asked:
     """An endpoint that remembers the bytes it was asked about."""
 
-    def __init__(self, model=brightness) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor] = brightness) -> None:
         self.model, self.images = model, list[np.ndarray]()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -90,7 +94,7 @@ def test_what_lies_outside_the_ball_does_not_count() -> None:
 def test_an_attack_that_claims_what_does_not_hold_gains_nothing() -> None:
     """A point that leaves the L2 ball when it becomes bytes is asked about and not counted."""
 
-    def rogue(model, x, y, threat, *, generator, trial, queries=1):
+    def rogue(model: Any, x: Tensor, y: Tensor, threat: Any, *, generator: Any, trial: Any, queries: int = 1) -> Tensor:
         points = 1 - x
         trial.look(torch.arange(len(x)), points, model(points), gradient=False)
         return points
@@ -149,11 +153,12 @@ def test_a_search_goes_through_the_frame() -> None:
 def test_clean_and_transfer_ask_once() -> None:
     """The images as they are, and as they were crafted before."""
     asked = Asked()
-    subject = Scene(pool().images, LABELS, BALL, 0, 1, {"fgsm": 255 - pool().images})
+    images = pictures()
+    subject = Scene(images, LABELS, BALL, 0, 1, {"fgsm": 255 - images})
     clean = PROBES["clean"](subject, NO_ATTACK, asked)
     transfer = PROBES["transfer"](subject, Attack.parse_transfer("fgsm"), asked)
     assert [len(images) for images in asked.images] == [8, 8]
-    assert np.array_equal(asked.images[1], 255 - pool().images)
+    assert np.array_equal(asked.images[1], 255 - images)
     assert (clean.answers != transfer.answers).all()
     assert (clean.queries, transfer.queries) == (8, 8)
 

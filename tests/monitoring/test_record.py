@@ -37,7 +37,8 @@ def numbers(path: Path) -> list[int]:
 
 def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     """Each kind of round, in order, by another process too; the directory is made."""
-    path, written = tmp_path / "deep" / "rounds.jsonl", [MEASURED, FAILED, SKIPPED]
+    path = tmp_path / "deep" / "rounds.jsonl"
+    written: list[Round] = [MEASURED, FAILED, SKIPPED]
     first = record(path)
     for outcome in written:
         first.append(outcome)

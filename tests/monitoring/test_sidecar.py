@@ -32,6 +32,7 @@ from dfmcl.monitoring.sidecar import Sidecar, watch
 from tests.monitoring.clocks import Still
 from tests.monitoring.passed import write_report
 from tests.monitoring.watching import series
+from tests.present import present
 
 Make = Callable[..., Any]
 FULL = "inference request exceeds maximum queue size"  # what Triton says
@@ -248,7 +249,7 @@ def test_a_full_queue_is_left_alone(endpoint: Any, write_config: Make) -> None:
     """One round is left out after the first refusal, three after the second; one answer ends it."""
     endpoint.refusal = BUSY
     _, lines = some_rounds(write_config(endpoint.port), 7)
-    assert [re.search(r"\((\w+)\)", line)[1] for line in lines[1:]] == [
+    assert [present(re.search(r"\((\w+)\)", line))[1] for line in lines[1:]] == [
         *("queue_full", "backpressure", "queue_full"),
         *("backpressure", "backpressure", "backpressure", "queue_full"),
     ]
@@ -500,7 +501,7 @@ def test_a_clock_that_falls_back_spoils_nothing(
     assert found["robustness_probe_round_duration_seconds_sum triton"] > 0
     assert all(0 <= query.seconds < 60 for one in rounds for query in one.queries)
     assert [one.started for one in rounds] == sorted((one.started for one in rounds), reverse=True)
-    assert [outcome.number for _, outcome in idle(config)._record.rounds()] == list(
+    assert [outcome.number for _, outcome in present(idle(config)._record).rounds()] == list(
         range(1, len(Path(config.record.path).read_text().splitlines()) + 1)
     )
 
@@ -630,6 +631,7 @@ def test_a_restart_goes_on_where_the_record_ends(endpoint: Any, write_config: Ma
     assert totals.samples == 20
     expected = Bounds(sidecar.journal.limit)
     for one in rounds:
+        assert isinstance(one, RoundResult)
         expected = expected.after(one.worst_case.k, 4, one.started)
     found = totals.bounds["worst_case"]
     for part in ("limit", "rounds", "start", "lower", "upper", "stretch_upper"):

@@ -91,6 +91,7 @@ def test_a_surrogate_for_other_classes_is_refused(make_run: MakeRun, digits: Dat
 
 def test_a_surrogate_for_other_images_is_refused(make_run: MakeRun, digits: Dataset) -> None:
     """A surrogate must take the data set's images."""
-    small = Dataset("npz", *[np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64)] * 2, digits.classes)
+    image, label = np.zeros((1, 8, 8, 3), np.uint8), np.zeros(1, np.int64)
+    small = Dataset("npz", image, label, image, label, digits.classes)
     with pytest.raises(BadInput, match=r"takes \(16, 16, 3\) and knows 10 classes; data npz has \(8, 8, 3\)"):
         load_surrogates([make_run(1)], small)

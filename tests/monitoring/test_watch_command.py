@@ -27,7 +27,7 @@ def command(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[byte
 
     def start() -> tuple[subprocess.Popen[bytes], Path]:
         log = tmp_path / f"watch{len(running)}.log"
-        program = [Path(sys.executable).with_name("dfmcl"), "watch", "--config", tmp_path / "watch.toml"]
+        program = [str(Path(sys.executable).with_name("dfmcl")), "watch", "--config", str(tmp_path / "watch.toml")]
         with log.open("w") as said:
             running.append(subprocess.Popen(program, cwd=ROOT, stdout=said, stderr=said))
         return running[-1], log

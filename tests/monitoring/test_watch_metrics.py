@@ -6,12 +6,14 @@ import math
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -44,6 +46,7 @@ from dfmcl.robustness.statistics import Share
 
 ATTACKS = ("mi-fgsm-10", "pgd-10")
 SEARCH = "square-100"
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]  # by name and labels
 OURS = "a" * 64
 LIMIT = limit(43_200, 10)
 ATTESTED = Attested(
@@ -132,7 +135,7 @@ def snapshot(seen: Journal, **changes: Any) -> Snapshot:
     return Snapshot(**{"journal": seen, **fields, **changes})
 
 
-def samples(seen: Journal, identity: Identity = IDENTITY, **changes: Any) -> dict[tuple[str, frozenset], float]:
+def samples(seen: Journal, identity: Identity = IDENTITY, **changes: Any) -> Samples:
     """Every sample that Prometheus would read, by name and labels; both formats say the same."""
     registry = CollectorRegistry()
     registry.register(RoundsCollector(identity, lambda: snapshot(seen, **changes)))
@@ -141,8 +144,8 @@ def samples(seen: Journal, identity: Identity = IDENTITY, **changes: Any) -> dic
     return plain
 
 
-def _flat(families) -> dict[tuple[str, frozenset], float]:
-    found: dict[tuple[str, frozenset], float] = {}
+def _flat(families: Iterable[Metric]) -> Samples:
+    found: Samples = {}
     for family in families:
         for sample in family.samples:
             key = (sample.name, frozenset(sample.labels.items()))
@@ -327,7 +330,7 @@ def test_a_search_that_was_not_lately_has_no_ratio() -> None:
 def test_a_round_without_figures_changes_none(outcome: Round) -> None:
     """Counts and ratios stay those of the rounds that were measured; only the sidecar's own metrics move."""
 
-    def figures(seen: Journal) -> dict[tuple[str, frozenset], float]:
+    def figures(seen: Journal) -> Samples:
         own = ("robustness_probe_", "robustness_target_up")
         return {key: number for key, number in samples(seen).items() if not key[0].startswith(own)}
 

@@ -202,7 +202,7 @@ def test_a_sidecar_that_is_killed_costs_users_nothing(
 
         return ask
 
-    command = [Path(sys.executable).with_name("dfmcl"), "watch", "--config", tmp_path / "watch.toml"]
+    command = [str(Path(sys.executable).with_name("dfmcl")), "watch", "--config", str(tmp_path / "watch.toml")]
     log = tmp_path / "watch.log"
     with log.open("w") as said, Traffic(make, expected) as traffic:
         watching = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
