@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,12 +53,12 @@ def door(served: Served) -> Iterator[Door]:
         yield door
 
 
-def tensor(data: object, shape: list[int], **changes: object) -> bytes:
+def tensor(data: object, shape: Sequence[object], **changes: object) -> bytes:
     entry = {"name": "images", "shape": shape, "datatype": "UINT8", "data": data}
     return json.dumps({"inputs": [entry | changes]}).encode()
 
 
-def assert_answers(found: dict, image: np.ndarray, candidate: Path) -> None:
+def assert_answers(found: dict[str, Any], image: np.ndarray, candidate: Path) -> None:
     """An answer says about one image what ONNX Runtime computes of the same pixels."""
     logits = onnx_logits(candidate / "model.onnx", image[None])
     shares = softmax(logits)[0]
@@ -252,7 +252,9 @@ MANY = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
 def test_a_large_tensor_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, nested: bool, indent: int | None) -> None:
     """However it is written, and wherever its data stand: json.loads, which lets nobody else run, gets a bit a time."""
     sizes, loads = list[int](), json.loads
-    monkeypatch.setattr(images.json, "loads", lambda text: (sizes.append(len(text)), loads(text))[1])
+    monkeypatch.setattr(
+        "dfmcl.serving.gateway.images.json.loads", lambda text: (sizes.append(len(text)), loads(text))[1]
+    )
     entry = {"data": MANY.tolist() if nested else MANY.ravel().tolist(), "shape": MANY.shape, "parameters": {"x": [1]}}
     for about in (entry, dict(reversed(entry.items()))):
         body = json.dumps({"inputs": [about | {"name": "images", "datatype": "UINT8"}]}, indent=indent).encode()
@@ -274,7 +276,7 @@ def test_one_wrong_number_spoils_a_large_tensor(wrong: str, place: int) -> None:
 
 def test_a_large_body_of_something_else_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A megabyte of objects would hold up everybody for as long as many answers take."""
-    monkeypatch.setattr(images.json, "loads", lambda text: pytest.fail("read"))
+    monkeypatch.setattr("dfmcl.serving.gateway.images.json.loads", lambda text: pytest.fail("read"))
     for body in (b'{"inputs": [' + b"{}," * 300_000 + b"{}]}", tensor([{}] * 300_000, SHAPE), b"[" * 1_000_000):
         with pytest.raises(Problem, match="expected"):
             images.tensor(body, CONTRACT)
@@ -720,7 +722,7 @@ def test_canary_gives_way_and_deadlines_are_passed_on(served: Served) -> None:
             assert sent.parameters["priority"].uint64_param == (2 if key == CANARY else 0)
 
 
-def message(stream: bytes) -> bytes:
+def message(stream: bytes | bytearray) -> bytes:
     """The first gRPC message in an HTTP/2 stream, which comes in DATA frames (type 0) after a prefix of 5 bytes."""
     data, at = b"", 0
     while at < len(stream):

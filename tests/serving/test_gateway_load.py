@@ -65,7 +65,7 @@ class Gateway:
     def ready(self) -> bool:
         """What /readyz says."""
         try:
-            return urllib.request.urlopen(f"{self.admin}/readyz", timeout=10).status == 200  # type: ignore[no-any-return]
+            return urllib.request.urlopen(f"{self.admin}/readyz", timeout=10).status == 200
         except urllib.error.HTTPError:
             return False
 
@@ -129,7 +129,7 @@ def test_shopper_beside_a_hog_waits_twice_as_long_at_most(gateway: Gateway) -> N
     """60 connections with batches of 64, within their limit: the 99th percentile of single images of another key."""
     hog = Crowd(gateway.door.address, HOG, 60, 64, SHAPE)
     shop(gateway.door, 20)
-    ratios = []
+    ratios: list[float] = []
     while len(ratios) < ROUNDS and min(ratios, default=9.0) > 2:
         before = shop(gateway.door, 50)
         with hog.asking():
@@ -150,7 +150,7 @@ def test_goodput_under_ten_times_the_load(gateway: Gateway) -> None:
     """Ten times as many clients as fill Triton, who ask again at once when they are refused: four fifths of what it
     can do are answered in time, nobody is told 5xx but 503, and the gateway is ready all the time."""
     few, many = (Crowd(gateway.door.address, HOG, clients, 8, SHAPE, 5000, 0.1) for clients in (4, 40))
-    shares = []
+    shares: list[float] = []
     with watched(gateway) as ready:
         while len(shares) < ROUNDS and max(shares, default=0.0) < 0.8:
             with few.asking() as alone:

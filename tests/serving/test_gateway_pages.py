@@ -198,7 +198,7 @@ def test_gateway_keeps_to_its_own_document(door: Door, tmp_path: Path) -> None:
     # Both headers: either opens, so that a wrong one beside the other is no fault, as schemathesis takes it for.
     keys = ("--header", f"X-API-Key: {KEY}", "--header", f"Authorization: Bearer {KEY}")
     command = [
-        *(Path(sys.executable).with_name("st"), "--config-file", "st.toml", "run", f"{door.url}/openapi.json"),
+        *(str(Path(sys.executable).with_name("st")), "--config-file", "st.toml", "run", f"{door.url}/openapi.json"),
         *(*keys, "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing"),
         *("--max-examples", "30", "--seed", "0", "--generation-database", "none", "--no-color"),
     ]

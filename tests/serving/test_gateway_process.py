@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -105,7 +106,7 @@ def test_a_killed_gateway_is_not_taken_for_a_living_one(served: Served, tmp_path
     """A living one's ready file is not taken from it (2); a dead one's is not believed, and goes first."""
     config = written(tmp_path / "gateway.toml", served.ready["grpc"])
     with running(config, tmp_path) as (process, ready):
-        command = [COMMAND, "gateway", "--config", str(config), "--ready-file", str(ready)]
+        command = [str(COMMAND), "gateway", "--config", str(config), "--ready-file", str(ready)]
         second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
         assert (second.returncode, second.stdout) == (2, "")
         assert f"is that of a running server (process {process.pid})" in second.stderr
@@ -310,6 +311,6 @@ def test_triton_over_mutual_tls(
             assert door.classify(PNG, key=KEY).status == 200
         for less in ({}, tls):
             with opened(settings([url], triton=less), ready=False) as door:
-                wait_until(lambda door=door: door.lines("endpoint"), seconds=10)
+                wait_until(partial(door.lines, "endpoint"), seconds=10)
                 assert not door.lines("endpoint")[0]["up"]
                 assert door.get("/readyz").status == 503

@@ -165,7 +165,7 @@ def test_what_is_asked_in_bytes_is_answered_in_bytes(count: int, classes: int, b
         values = np.frombuffer(data[head:], "<f4") if binary else np.array(found["data"], np.float32)
         np.testing.assert_array_equal(values.reshape(count, 10), logits)
         return
-    texts, rest = [], data[head:]
+    texts, rest = list[str](), data[head:]
     while binary and rest:
         size = int.from_bytes(rest[:4], "little")
         texts, rest = [*texts, rest[4 : 4 + size].decode()], rest[4 + size :]

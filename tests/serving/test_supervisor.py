@@ -32,9 +32,10 @@ from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import read_ready
 from dfmcl.serving.triton import process as triton
 from dfmcl.serving.triton import pulse, supervisor
-from dfmcl.serving.triton.process import Server, claim_ports
+from dfmcl.serving.triton.process import Server, claim_ports, running
 from dfmcl.serving.triton.supervisor import wait_until_live
 from tests.exports import Export
+from tests.present import present
 from tests.processes import wait_until
 from tests.serving.doors import PRIVILEGED, Door, settings
 from tests.serving.traffic import Ask, Traffic
@@ -396,7 +397,7 @@ def test_a_repository_that_is_away_ends_nothing(
         assert client.describe().version == "2"
         back()
         retire(Directory(repository), "digits")
-        wait_until(lambda: read_ready(server.ready_file)["models"] == {})
+        wait_until(lambda: present(read_ready(server.ready_file))["models"] == {})
         with pytest.raises(DfmclError, match="not served there"):
             client.predict(IMAGES)
 
@@ -406,7 +407,8 @@ def test_a_revoked_key_lets_nothing_new_in(
 ) -> None:
     """A running server heeds the trust file: what is live goes on and it is said, what comes is turned down, with the
     reason for the user who promoted it, and the repository goes back. A file that cannot be read revokes nothing."""
-    file, said = write_trust(make_key(tmp_path / "keys", "ours")), []
+    said: list[str] = []
+    file = write_trust(make_key(tmp_path / "keys", "ours"))
     ours = file.read_text()
     shutil.copy(key.with_suffix(".pub"), file.with_name("theirs.pub"))
     both = 'keys = ["ours.pub", "theirs.pub"]\n'
@@ -450,11 +452,11 @@ def test_a_crash_of_a_trial_is_not_the_versions_fault(
     deaths: int,
 ) -> None:
     """Triton's python backend aborts now and then: a version is given up only where it happens twice."""
-    start, died = supervisor.running, []
+    died: list[int] = []
 
     @contextmanager
     def dying(*arguments: Any) -> Iterator[Server]:
-        with start(*arguments) as made:
+        with running(*arguments) as made:
             if len(died) < deaths:
                 died.append(made.process.pid)
                 os.kill(made.process.pid, signal.SIGABRT)

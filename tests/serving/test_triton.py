@@ -14,6 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from tests.processes import wait_until
 from tests.serving.workshop import Served, command_of, private_of, processes_of, run_python, write_evidence
 from tests.signing import report_on, write_report
 
-ANYWHERE = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+ANYWHERE: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
 
 def post(url: str, body: object) -> int:

@@ -45,12 +45,13 @@ def main() -> None:
     for name, binary in (("classes", True), ("classes in JSON", False)):
         rows = asked(images, classes=3, binary=binary).as_numpy("logits")
         found[name] = [[text if isinstance(text, str) else text.decode() for text in row] for row in rows]
-    for name, batch, options in (
+    wrong: tuple[tuple[str, Any, dict[str, Any]], ...] = (
         ("another size", images[:, :8], {}),
         ("another type", images.astype(np.float32), {"datatype": "FP32"}),
         ("too many", np.repeat(images[:1], 65, axis=0), {}),
         ("another version", images, {"model_version": "99"}),
-    ):
+    )
+    for name, batch, options in wrong:
         try:
             asked(batch, **options)
             found[name] = None

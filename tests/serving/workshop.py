@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -84,8 +85,8 @@ class Served:
     restarts: int = 0
     said: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
-    ready: dict = field(default_factory=dict)
-    outcome: list = field(default_factory=list)
+    ready: dict[str, Any] = field(default_factory=dict)
+    outcome: list[Any] = field(default_factory=list)
 
     def start(self) -> Served:
         """Serve in a thread; returns when the ready file is there and its own, raises what `serve` raised."""
@@ -104,6 +105,7 @@ class Served:
         return private_of(self.ready["grpc"])
 
     def _serve(self) -> None:
+        trust = self.trust
         try:
             code = supervisor.serve(
                 Directory(self.repository),
@@ -115,7 +117,7 @@ class Served:
                 log=self.ready_file.with_name("triton.log"),
                 say=self.said.append,
                 fixed=self.fixed,
-                trust=(lambda: self.trust) if isinstance(self.trust, Trust) else self.trust,
+                trust=(lambda: trust) if isinstance(trust, Trust) else trust,
                 restarts=self.restarts,
                 liveness_seconds=self.liveness_seconds,
             )
