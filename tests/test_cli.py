@@ -26,6 +26,7 @@ import dfmcl.cli.command
 from dfmcl.cli import arguments
 from dfmcl.common.errors import Refused
 from tests.common.pictures import png
+from tests.present import present
 from tests.processes import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -354,7 +355,10 @@ def test_a_place_that_cannot_be_written_is_bad_input(tmp_path: Path, standard_ru
     assert shutil.which("dfmcl", path=COMMAND.parent)
 
 
-COMMANDS = {command.name: inspect.unwrap(command.callback) for command in dfmcl.cli.command.app.registered_commands}
+COMMANDS = {
+    present(command.name): inspect.unwrap(present(command.callback))
+    for command in dfmcl.cli.command.app.registered_commands
+}
 
 
 def path_options() -> list[tuple[str, str]]:

@@ -248,8 +248,8 @@ def test_the_cause_is_told_and_not_what_follows(alertmanager: str) -> None:
     other = alert("RobustnessIntegrityMismatch", "b", version="1"), alert("RobustnessLost", "b", version="2")
     assert set(states(alertmanager, *other).values()) == {"active"}
     down = alert("RobustnessTargetDown", "c"), alert("RobustnessProbeStale", "c", via="triton")
-    down = *down, alert("RobustnessDegraded", "c", version="1"), alert("RobustnessGateExpiresSoon", "c", version="1")
-    assert states(alertmanager, *down) == {
+    more = *down, alert("RobustnessDegraded", "c", version="1"), alert("RobustnessGateExpiresSoon", "c", version="1")
+    assert states(alertmanager, *more) == {
         "RobustnessTargetDown": "active",
         "RobustnessProbeStale": "suppressed",
         "RobustnessDegraded": "suppressed",

@@ -70,7 +70,7 @@ def test_clean_environment_gives_a_working_command(wheel: Path, tmp_path: Path) 
         "craft --config x.toml": "monitor",
     }
     for call, extra in calls.items():
-        command = [binaries / "dfmcl", *call.split()]
+        command = [str(binaries / "dfmcl"), *call.split()]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert result.returncode == 2, (call, result.stderr)
         assert f"pip install 'dfmcl[{extra}]'" in result.stderr, call
@@ -115,7 +115,7 @@ def test_serving_needs_its_extra_alone(wheel: Path, index: None, tmp_path: Path)
     """The image's `serve` target, in effect: the shipped model is verified, anything else is not, without torch."""
     binaries = installed(wheel, "serve", tmp_path / "env")
     model, trust = ROOT / "model_repository" / "resnet18-cifar10", ROOT / "deploy" / "resnet18-cifar10"
-    command = [binaries / "dfmcl", "verify", model, "--trust", trust / "trust.toml"]
+    command: list[str | Path] = [binaries / "dfmcl", "verify", model, "--trust", trust / "trust.toml"]
     made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     command[2] = model / "surrogates"
@@ -129,6 +129,6 @@ def test_the_gateway_needs_its_extra_alone(wheel: Path, index: None, tmp_path: P
     binaries = installed(wheel, "gateway", tmp_path / "env")
     config = ROOT / "deploy" / "resnet18-cifar10" / "gateway.toml"
     code = f"import dfmcl.serving.gateway.service, dfmcl.serving.gateway.config as c; c.load_config({str(config)!r})"
-    for command in ([binaries / "python", "-c", code], [binaries / "dfmcl", "apikey", "someone"]):
-        made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    for name, *words in (("python", "-c", code), ("dfmcl", "apikey", "someone")):
+        made = subprocess.run([binaries / name, *words], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_shipped_model_is_verified_served_and_attacked(repository: Path, tmp_pat
     ids=["model", "probes", "report", "card", "surrogates", "nothing"],
 )
 def test_a_release_that_does_not_hold_ends_with_1(
-    repository: Path, tmp_path: Path, spoil: object, reason: str, monkeypatch: pytest.MonkeyPatch
+    repository: Path, tmp_path: Path, spoil: Callable[[Path], object], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verify stops the line before anything is served."""
     copy = shutil.copytree(repository, tmp_path / "models")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def shell(tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
     """Train, evaluate, export, gate, promote, serve and watch, line by line, then the request from Python."""
     server: subprocess.Popen[bytes] | None = None
-    options = {"cwd": tmp_path, "env": shell, "capture_output": True, "text": True, "check": False}
+    options: dict[str, Any] = {"cwd": tmp_path, "env": shell, "capture_output": True, "text": True, "check": False}
     try:
         for line in block("sh").replace("\\\n", " ").splitlines():
             if line.startswith("dfmcl serve"):

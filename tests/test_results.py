@@ -22,6 +22,7 @@ from dfmcl.robustness.threats.registry import threat_of
 from dfmcl.training.plan import load_campaign, runs
 from dfmcl.training.run_record import read_record
 from dfmcl.training.table import table
+from tests.present import present
 
 ROOT = Path(__file__).parents[1]
 MODEL = "resnet18-cifar10"
@@ -74,7 +75,9 @@ def test_figures_of_the_shipped_model_are_the_reports() -> None:
     """The gate's cascade, attack by attack, and its bounds."""
     text = " ".join(page("results/shipped-model").split())
     report = shipped_report()
-    bounds = {row.metric: f"{100 * row.lower:.1f} to {100 * row.upper:.1f}" for row in report.criteria}
+    bounds = {
+        row.metric: f"{100 * present(row.lower):.1f} to {100 * present(row.upper):.1f}" for row in report.criteria
+    }
     evaluation = report.evaluation
     measured = [evaluation.clean, *(attack.accuracy for attack in evaluation.attacks)]
     shares = [100 * share.value for share in measured]
@@ -82,7 +85,7 @@ def test_figures_of_the_shipped_model_are_the_reports() -> None:
     assert f"| APGD-CE | {shares[1]:.1f} | |" in text
     assert f"| and APGD-T | {shares[2]:.1f} | {bounds['robust_accuracy']} |" in text
     assert f"Of the {evaluation.images:,} images" in text
-    wanted = {row.metric: f"{100 * row.threshold:.0f} %" for row in report.criteria}
+    wanted = {row.metric: f"{100 * present(row.threshold):.0f} %" for row in report.criteria}
     assert f"({wanted['robust_accuracy']} right at 8/255, {wanted['clean_accuracy']} clean)" in text
 
 
