@@ -70,19 +70,22 @@ def main() -> None:
         graph = read_graph(plain, CONTRACT, whole=True)
         network = differentiable(graph, artefact(graph))
         rows: list[dict[str, Any]] = []
-        first: Flags | None = None
+        first: tuple[Flags, Flags] | None = None
         for decider in (one for one in ASKED if one.provider in available()):
             file = whole if decider.precision == WHOLE else plain
-            row, held = asked(decider, file, network, probes, arguments)
-            first = held if first is None else first
-            rows.append({**row, **beside(first, held)})
+            row, held, both = asked(decider, file, network, probes, arguments)
+            first = (held, both) if first is None else first
+            anew = PairedCounts.of(first[1], both)
+            again = {"attacked_lost": anew.only_first, "attacked_won": anew.only_second}
+            rows.append({**row, **beside(first[0], held), **again})
             print(rows[-1])
     note = (
         "clean: % right; replayed: % right on the image and on what the gate's attacks on the CPU in fp32 made of it,"
         " with exact bounds, an upper bound for every other row; attacked: % of the first images that also hold under"
         f" {arguments.attack} made anew, decided by the row; agree: % of equal labels on adversarial images; apart:"
         " largest difference of logits from those that the gate recorded, of the largest; lost, won: images beside the"
-        " first row; difference: points, with paired bounds, and p of equal shares (McNemar)"
+        " first row; difference: points, with paired bounds, and p of equal shares (McNemar); attacked_lost, attacked_won:"
+        " images beside the first row's that were attacked anew"
     )
     conditions = {
         "n": f"{arguments.images} images of the gate's, {arguments.attacked} of them attacked anew",
@@ -96,8 +99,11 @@ def main() -> None:
 
 def asked(
     decider: Decider, file: Path, network: Converted, probes: dict[str, Any], arguments: argparse.Namespace
-) -> tuple[dict[str, Any], Flags]:
-    """One row, and which images `(N,)` hold under the gate's own adversarial images. network: gives gradients."""
+) -> tuple[dict[str, Any], Flags, Flags]:
+    """One row; which images hold under the gate's own adversarial ones, and which of the first under both attacks.
+
+    network: gives gradients.
+    """
     provider = Provider.of(decider, torch.get_num_threads())
     graph = read_graph(file, CONTRACT, whole=True)
     decide = artefact(graph, provider)
@@ -136,7 +142,7 @@ def asked(
         "agree": 100 * float((found["adversarial"].argmax(1) == recorded["adversarial"].argmax(1)).mean()),
         "apart": apart,
     }
-    return row, held
+    return row, held, both
 
 
 def beside(first: Flags, held: Flags) -> dict[str, Any]:
