@@ -84,8 +84,8 @@ def main() -> None:
         " with exact bounds, an upper bound for every other row; attacked: % of the first images that also hold under"
         f" {arguments.attack} made anew, decided by the row; agree: % of equal labels on adversarial images; apart:"
         " largest difference of logits from those that the gate recorded, of the largest; lost, won: images beside the"
-        " first row; difference: points, with paired bounds, and p of equal shares (McNemar); attacked_lost, attacked_won:"
-        " images beside the first row's that were attacked anew"
+        " first row; difference: points, with paired bounds, and p of equal shares (McNemar); attacked_lost,"
+        " attacked_won: images beside the first row's that were attacked anew"
     )
     conditions = {
         "n": f"{arguments.images} images of the gate's, {arguments.attacked} of them attacked anew",

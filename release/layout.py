@@ -88,11 +88,12 @@ def decider_at(store: Store, folder: str) -> Decider:
     try:
         told = parse_object(store.read(name, RECORD_BYTES)).get("decided")
         found = DEFAULT if told is None else Decider(told["provider"], told["precision"], told["tf32"])
+        trouble = found.trouble or ("" if isinstance(found.tf32, bool) else "tf32")
     except (OSError, Unfit) as error:
         raise BadInput(f"{store.where(name)}: not readable ({why_unread(error)}); {MEND}") from None
     except (KeyError, TypeError):
-        found = Decider("")
-    if found.trouble:
+        trouble = "decided"
+    if trouble:
         raise BadInput(f"{store.where(name)}: decided names no provider that there is; {MEND}")
     return found
 

@@ -104,11 +104,9 @@ def ways(decider: Decider) -> list[tuple[Provider, str, ort.GraphOptimizationLev
 
 def spoken(decider: Decider) -> str:
     """The precision as rows name it."""
-    return (
-        "TF32"
-        if decider.tf32
-        else {FULL: "float32", "fp16": "float16", "bf16": "bfloat16"}.get(decider.precision, WHOLE)
-    )
+    if decider.tf32 and decider.precision == FULL:
+        return "TF32"
+    return {FULL: "float32", "fp16": "float16", "bf16": "bfloat16"}.get(decider.precision, decider.precision)
 
 
 def _answers(

@@ -31,12 +31,12 @@ settings.load_profile("patient")
 LONG = (
     "test_supervisor.py", "test_gate.py", "test_pipelines.py", "test_two_at_once.py", "test_readme.py",
     "test_strength.py", "test_train.py", "test_alarms.py", "test_disbelief.py", "test_deploy_watching.py",
-    "test_campaign.py", "test_checks.py", "test_gateway_load.py",
+    "test_campaign.py", "test_checks.py", "test_gateway_load.py", "test_openvino.py",
 )  # fmt: skip
 # More than four seconds each, for their servers, trainings and whole commands; `--quick` leaves them out, and LONG.
 SLOW = (
     "test_attacks.py", "test_attestation.py", "test_bounds.py", "test_candidate.py", "test_card.py",
-    "test_cli.py", "test_crafted.py", "test_deploy_commands.py", "test_deploy_kubernetes.py", "test_detection.py",
+    "test_cli.py", "test_crafted.py", "test_decide.py", "test_deploy_commands.py", "test_deploy_kubernetes.py", "test_detection.py",
     "test_distribution.py", "test_export.py", "test_fab.py", "test_formats.py", "test_gateway.py",
     "test_gateway_client.py", "test_gateway_endpoints.py", "test_gateway_pages.py", "test_gateway_process.py",
     "test_gateway_renewal.py", "test_gradients.py", "test_honest.py", "test_html.py", "test_learner.py",

@@ -135,6 +135,7 @@ def test_what_decided_is_what_serves(candidate: Path, decider: Decider) -> None:
         ('{"decided": 3}', "decided names no provider"),
         ('{"decided": {"provider": "openvino", "precision": "fp16", "tf32": false}}', "decided names no provider"),
         ('{"decided": {"provider": [], "precision": "fp32", "tf32": false}}', "decided names no provider"),
+        ('{"decided": {"provider": "cuda", "precision": "fp32", "tf32": "0"}}', "decided names no provider"),
     ],
 )
 def test_a_report_that_names_nobody_is_bad_input(tmp_path: Path, report: str, said: str) -> None:
