@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test coverage test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
-	bench-checks bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
+	setup-openvino bench-providers bench-checks bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
 	dashboards pictures report-schema sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
@@ -33,12 +33,14 @@ help:
 	@echo 'make bench-alarms        a drill: from weaker bytes to a page and back; writes alarms.json, .md'
 	@echo 'make bench-watch         what the sidecar costs users; writes watch.json, watch_crafted.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
+	@echo 'make bench-providers     the shipped model as other providers and precisions serve it; DATA=cifar10.npz; writes providers.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
 	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
 	@echo 'make pictures            every picture in docs/pictures, from its script; ONLY="flow threats report watch" for some'
 	@echo 'make report-schema       the JSON schema of a gate'"'"'s report, from its records'
 	@echo 'make setup               only the two environments'
+	@echo 'make setup-openvino      and one with OpenVINO as a second execution provider, 260 MB beside them'
 
 setup: .venv/.installed .venv-triton/.installed
 
@@ -55,12 +57,27 @@ setup: .venv/.installed .venv-triton/.installed
 	.venv-triton/bin/pip install --requirement serving/triton/requirements.txt
 	@touch $@
 
+# The packages of the other two, behind another package of the module onnxruntime: .venv-openvino to gate with,
+# .venv-openvino/triton to serve with. In seconds, as only that package is installed.
+setup-openvino: .venv-openvino/.installed
+
+.venv-openvino/.installed: .venv/.installed .venv-triton/.installed
+	$(BIN)/python -m venv --without-pip .venv-openvino
+	$(BIN)/python -m venv --without-pip .venv-openvino/triton
+	$(BIN)/pip --python .venv-openvino/bin/python install --no-deps 'onnxruntime-openvino==1.24.1'
+	@packages() { "$$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		behind="import site; site.addsitedir('%s')\n"; \
+		printf "$$behind" "$$(packages $(CURDIR)/.venv)" > "$$(packages .venv-openvino)/behind.pth"; \
+		{ echo "$$(packages $(CURDIR)/.venv-openvino)"; printf "$$behind" "$$(packages $(CURDIR)/.venv-triton)"; } \
+			> "$$(packages .venv-openvino/triton)/behind.pth"
+	@touch $@
+
 quickstart: setup
 	@$(BIN)/python quickstart.py $(if $(MODEL),--model $(MODEL)) $(if $(EXIT),--exit)
 
 # Three: while one waits for a server or a clock, the two cores have work. A file's tests stay in one process, for its
 # fixtures, and files come in the order of tests/conftest.py.
-test: setup
+test: setup setup-openvino
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
 
 # Lines that run in the tests' own processes; what commands and servers run that tests start is not counted.
@@ -122,6 +139,9 @@ bench-evidence: .venv/.installed
 bench-drawn: .venv/.installed
 	$(BIN)/python -m benchmarks.drawn
 
+bench-providers: .venv-openvino/.installed
+	.venv-openvino/bin/python -m benchmarks.providers --data $(or $(DATA),cifar10.npz)
+
 bench-checks: .venv/.installed
 	$(BIN)/python -m benchmarks.checks
 
@@ -165,4 +185,4 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-triton .audit .quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-triton .venv-openvino .audit .quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

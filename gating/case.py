@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline
+from dfmcl.gating.decide import require_decider
 from dfmcl.gating.order import Draw, Matter, drawn_of, order_of
 from dfmcl.gating.policy import NO_REGRESSION, Policy
 from dfmcl.gating.signing.signer import Signer
@@ -102,6 +103,7 @@ class Case:
         return {
             "subject": self.subject.digest,
             "input": f"{self.subject.contract} {self.subject.output}".rstrip(),
+            "provider": str(self.subject.provider or ""),
             "run": str(self.subject.run.get("checkpoint_sha256", "")),
             "data": self.data.sha256,
             "policy": self.policy.digest,
@@ -127,6 +129,7 @@ def prepare(
     baseline: report.json of an earlier model. signers: the first draws the order.
     """
     require_kind(subject, policy)
+    require_decider(subject, policy.decide)
     suite, whole, no_gradients = suite_of(subject, policy)
     suites = suites_of(policy, no_gradients is not None)
     carried = carried_of(subject, policy, surrogates)

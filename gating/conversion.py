@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from dfmcl.common.errors import DfmclError, lacks_memory
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.onnx_float import NoTwin, float_twin
-from dfmcl.robustness.onnx_graph import Graph, apart, artefact, freed, noise
+from dfmcl.robustness.onnx_graph import WHOLE_NUMBERS, Graph, apart, artefact, freed, noise
 from dfmcl.robustness.onnx_session import FATAL, first_line
-from dfmcl.robustness.provider import CPU
+from dfmcl.robustness.provider import CPU, Provider
 
 # Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a
 # sum may fall on the other side of a rounding, 5e-4. An operator that means something else is off by a tenth.
@@ -35,7 +35,6 @@ ROUNDING = 0.15  # of the largest logit: what eight bits an activation cost
 IMAGES = 8
 # Operators that move pixels and do not change them: behind them an image is still whole numbers from 0 to 255.
 MOVES = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Split"})
-WHOLE = ("Quantize", "QLinear", "Integer")  # in the names of operators that compute in whole numbers
 INTEGERS = frozenset({TensorProto.UINT8, TensorProto.INT8, TensorProto.INT16, TensorProto.INT32, TensorProto.INT64})
 
 
@@ -68,15 +67,16 @@ def in_parts(net: nn.Module, images: Tensor, fewest: int, most: int | None) -> T
     return (torch.cat(answers) if len(answers) > 1 else answers[0])[: len(images)]
 
 
-def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converted:
+def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor], provider: Provider = CPU) -> Converted:
     """The graph as a module, for gradients; `decide` gives the answers that it must equal, or come near to where the
-    graph rounds. NoGradients says why not."""
+    graph, or the provider that decides, rounds. NoGradients says why not."""
     from onnx2pytorch import ConvertModel
 
     warnings.filterwarnings("ignore", "Using a non-tuple sequence", UserWarning)  # onnx2pytorch's Gather, each pass
     free = freed(graph) or graph
     try:
-        unrounded, twin = float_twin(free.model)
+        unrounded, made = float_twin(free.model)
+        twin = "; ".join(filter(None, (made, provider.rounds)))
         model = folded(folded(unrounded))  # twice: only after the first does ONNX Runtime cast weights of float16
         if graph.contract.dtype == "uint8":
             widen_input(model.graph, graph.input.name)
@@ -102,7 +102,9 @@ def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor]) -> Converte
 
 def _whole(graph: Graph) -> str:
     """The operators that compute in whole numbers, as the end of a sentence; nothing where there are none."""
-    found = sorted({node.op_type for node in graph.model.graph.node if any(part in node.op_type for part in WHOLE)})
+    found = sorted(
+        {node.op_type for node in graph.model.graph.node if any(part in node.op_type for part in WHOLE_NUMBERS)}
+    )
     return (
         f"; it computes in whole numbers ({', '.join(found)}), which let no gradient pass; quantise it in QDQ format"
         if found

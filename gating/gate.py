@@ -32,10 +32,18 @@ from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgem
 from dfmcl.gating.signing.attestation import sign
 from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
 from dfmcl.gating.signing.probes import as_npz, kept
-from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
+from dfmcl.gating.signing.report import (
+    CandidateEntry,
+    CheckEntry,
+    CodeEntry,
+    DataEntry,
+    InputEntry,
+    Report,
+    RunEntry,
+)
 from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.sources import sources_of, transferred
-from dfmcl.gating.subject import Subject
+from dfmcl.gating.subject import Subject, decided_by
 from dfmcl.robustness import checks
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Dataset, Labels
@@ -238,6 +246,7 @@ def write(
         report = build_report(
             record,
             candidate=candidate_entry(subject),
+            decided=decided_by(subject.provider),
             run=RunEntry(checkpoint_sha256=subject.run.get("checkpoint_sha256")),
             data=data_entry(data),
             files={PROBES: sha256_of(staged / PROBES)},

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, read_toml, validated
+from dfmcl.gating.decide import DecideSection
 from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import BY_KIND, SUITES
@@ -200,6 +201,7 @@ class Policy(Section):
     data: DataSection
     attacks: AttackSection
     checks: CheckSection = Field(default_factory=CheckSection)
+    decide: DecideSection = Field(default_factory=DecideSection)
     subjects: list[str] = Field(default=list(KINDS), min_length=1)
 
     @field_validator("criteria")
@@ -288,8 +290,11 @@ class Policy(Section):
         return digest_of(self.as_written())
 
     def as_written(self) -> dict[str, Any]:
-        """The policy as its report and its digest have it: every default written out."""
-        return self.model_dump()
+        """The policy as its report and its digest have it: every default written out.
+
+        But for [decide], so that a policy that says nothing of it keeps the digest that trust files know.
+        """
+        return self.model_dump(exclude={"decide"} if self.decide == DecideSection() else None)
 
     def to_toml(self) -> str:
         """The policy as a file, every default written out; what reads it has the same digest."""

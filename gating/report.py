@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dfmcl.gating.derivation import derived
 from dfmcl.gating.record import GateRecord
 from dfmcl.gating.signing.evidence import REPORT, REPORT_FORMAT
-from dfmcl.gating.signing.report import CandidateEntry, CodeEntry, DataEntry, Report, RunEntry
+from dfmcl.gating.signing.report import CandidateEntry, CodeEntry, DataEntry, DecidedEntry, Report, RunEntry
 
 __all__ = ["REPORT", "build_report"]
 
@@ -25,6 +25,7 @@ def build_report(
     processes: int,
     seconds: float,
     created: str,
+    decided: DecidedEntry | None = None,
 ) -> Report:
     """report.json: what follows from the record, the verdict in it, and what the record is about.
 
@@ -33,6 +34,7 @@ def build_report(
     files: SHA-256 of the other evidence, by name.
     code, versions, hardware: where the gate ran, in how many processes and seconds.
     created: UTC, ISO 8601.
+    decided: by which execution provider, where by one.
     """
     return Report(
         **vars(derived(record)),
@@ -41,6 +43,7 @@ def build_report(
         checks=tuple(record.checks),
         files=files,
         candidate=candidate,
+        decided=decided,
         run=run,
         data=data,
         code=code,

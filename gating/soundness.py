@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.providers import Decider
 from dfmcl.gating.derivation import derived
 from dfmcl.gating.record import GateRecord, Probes, count_of, recorded
 from dfmcl.gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
@@ -90,6 +91,8 @@ def _require_subject(report: Report, record: GateRecord, path: Path) -> None:
     _require(path, "candidate.kind: judged by the policy", kind in record.policy.subjects, True)
     _require(path, "candidate.kind: of files", kind == "candidate", bool(files))
     _require(path, "candidate.model_sha256", record.model_sha256, files.get("model.onnx", record.model_sha256))
+    decided = Decider() if report.decided is None else report.decided.decider
+    _require(path, "decided", str(decided), str(record.policy.decide.decider))
     if datetime.fromisoformat(report.created).tzinfo is None:
         raise ValueError("created names no time zone")
     _require(path, "data.part", report.data.part, "test")

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.preprocessing import Preprocessing
+from dfmcl.gating.signing.report import DecidedEntry
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.provider import Provider, library_version, runtime_version
 
 Decide = Callable[[Tensor], Tensor]
 
@@ -30,7 +32,8 @@ class Subject:
     checkpoint_sha256, and data, the digest of the data set that it saw. state: what a module keeps, by place. afresh:
     the answers to uint8 images (n, H, W, C) of what the user named, opened anew: of a module by a new process. output:
     of a file with several, which is judged. twin: where the model stands in for a file that rounds, how it was made of
-    it; then the two are near, not equal. preprocessing: how a candidate's pictures become its images.
+    it; then the two are near, not equal. preprocessing: how a candidate's pictures become its images. provider: what
+    computes a file; None of what ONNX Runtime does not compute.
     """
 
     kind: str
@@ -48,6 +51,7 @@ class Subject:
     output: str = ""
     twin: str = ""
     preprocessing: Preprocessing | None = None
+    provider: Provider | None = None
 
 
 def classes_of(labels: tuple[str, ...] | None, logits: int, where: object) -> tuple[str, ...] | int:
@@ -57,3 +61,17 @@ def classes_of(labels: tuple[str, ...] | None, logits: int, where: object) -> tu
     if len(labels) != logits:
         raise BadInput(f"{where}: answers with {logits} logits, there are {len(labels)} labels; one belongs to each")
     return labels
+
+
+def decided_by(provider: Provider | None) -> DecidedEntry | None:
+    """The provider that decided, and its versions here; None where ONNX Runtime was not asked."""
+    if provider is None or provider.decider is None:
+        return None
+    decider = provider.decider
+    return DecidedEntry(
+        provider=decider.provider,
+        precision=decider.precision,
+        tf32=decider.tf32,
+        runtime=runtime_version(),
+        library=library_version(decider) or None,
+    )

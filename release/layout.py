@@ -1,7 +1,7 @@
 """The model repository that Triton reads: names, layout, and the config.pbtxt of a promoted model.
 
-<repository>/<model>/config.pbtxt                      which version is served, and how: on CPUs
-<repository>/<model>/configs/gpu.pbtxt                 the same on a GPU, for --model-config-name=gpu
+<repository>/<model>/config.pbtxt                      which version is served, and how: by the provider that decided
+<repository>/<model>/configs/gpu.pbtxt                 what --model-config-name=gpu asks for
 <repository>/<model>/<N>/{model.onnx, labels.txt, manifest.json}                       immutable, as are
 <repository>/<model>/<N>/{report.json, probes.npz, attestation.intoto.jsonl}           what vouches for them
 <repository>/<model>/README.md                         model card, where `dfmcl card` wrote one
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from math import prod
 from typing import Any
@@ -22,7 +23,8 @@ from tritonclient.grpc import model_config_pb2
 from dfmcl.common.batch import most_served
 from dfmcl.common.errors import BadInput, Refused
 from dfmcl.common.preprocessing import PARAMETER, USUAL
-from dfmcl.common.reader import TEXT_BYTES, Unfit, why_unread
+from dfmcl.common.providers import FULL, TF32_VARIABLE, WHOLE, Decider
+from dfmcl.common.reader import RECORD_BYTES, TEXT_BYTES, Unfit, parse_object, why_unread
 from dfmcl.release.candidate import INPUT, LABELS, MANIFEST, MODEL, OUTPUT, Manifest, manifest_at
 from dfmcl.release.stores.store import Item, Store
 
@@ -41,6 +43,9 @@ VERSION_FILES = EVIDENCE | {MODEL, LABELS, MANIFEST}
 CONFIGS = (CONFIG, GPU_CONFIG)
 REPLACED = (*CONFIGS, CARD)  # of a model; what else lies there is immutable
 
+DEFAULT = Decider()
+PROVIDERS = "execution_providers"  # of our backend, in a config's parameters: [[name, options], ...] as JSON
+
 PROBE_PRIORITY = 2  # for a Triton whose config has priority levels: there users go first; ours ignores it
 
 # A letter first: what starts with a dot or a dash is a hidden file or a flag to other programs.
@@ -57,16 +62,78 @@ def checked_name(name: str) -> str:
     return name
 
 
-def configs(manifest: Manifest, name: str, version: int, *, threads: int = 0) -> dict[str, str]:
+def configs(
+    manifest: Manifest, name: str, version: int, *, threads: int = 0, decider: Decider = DEFAULT
+) -> dict[str, str]:
     """The files, by path in the model's directory, that serve exactly `version`; config.pbtxt, the commit, comes last.
 
     threads: ONNX Runtime's threads per inference on a CPU; 0: one a core, its own choice, which sees no container's CPU
     limit: name the limit there.
+    decider: by whom the version was judged. What another than the CPU judged is served by that one alone.
     """
-    return {
-        GPU_CONFIG: _config(manifest, name, version, 0, GPU),
-        CONFIG: _config(manifest, name, version, threads, CPU),
-    }
+    if decider.provider == DEFAULT.provider:
+        return {
+            GPU_CONFIG: _config(manifest, name, version, 0, GPU),
+            CONFIG: _config(manifest, name, version, threads, CPU),
+        }
+    text = _config(manifest, name, version, threads, instances(decider, threads))
+    return {GPU_CONFIG: text, CONFIG: text}
+
+
+def decider_at(store: Store, folder: str) -> Decider:
+    """By whom the version in a folder was judged, as its report says; the CPU, where it says nothing.
+
+    BadInput where it cannot be read.
+    """
+    name = f"{folder}/{REPORT}"
+    try:
+        told = parse_object(store.read(name, RECORD_BYTES)).get("decided")
+        found = DEFAULT if told is None else Decider(told["provider"], told["precision"], told["tf32"])
+        trouble = found.trouble or ("" if isinstance(found.tf32, bool) else "tf32")
+    except (OSError, Unfit) as error:
+        raise BadInput(f"{store.where(name)}: not readable ({why_unread(error)}); {MEND}") from None
+    except (KeyError, TypeError):
+        trouble = "decided"
+    if trouble:
+        raise BadInput(f"{store.where(name)}: decided names no provider that there is; {MEND}")
+    return found
+
+
+def instances(decider: Decider, threads: int) -> str:
+    """How a version is served by the provider that judged it.
+
+    The accelerator is for NVIDIA's backend, the parameter is for ours. OpenVINO's accelerator has no precision there:
+    a name that it does not know stops it, because float32 in place of bfloat16 was not judged.
+    """
+    told = json.dumps(json.dumps(decider.asked(threads)))
+    if decider.kind.gpu:
+        tf32 = f'parameters {{ key: "use_tf32" value: "{int(decider.tf32)}" }}'
+        cuda = f'  {{ name: "cuda" {tf32} }}'
+        rows = [cuda] if decider.provider == "cuda" else [_tensorrt(decider), cuda]
+        group, where = "instance_group [ { count: 2 kind: KIND_GPU } ]", "gpu_execution_accelerator"
+    else:
+        known = decider.precision in (FULL, WHOLE)
+        rows = [f'  {{ name: "{decider.provider if known else f"{decider.provider}-{decider.precision}"}" }}']
+        group, where = "instance_group [ { count: 1 kind: KIND_CPU } ]", "cpu_execution_accelerator"
+    accelerators = ",\n".join(rows)
+    return f"""\
+# Judged by {decider}: nothing else may serve it.
+{group}
+optimization {{ execution_accelerators {{ {where} : [
+{accelerators}
+] }} }}
+parameters {{ key: "{PROVIDERS}" value {{ string_value: {told} }} }}"""
+
+
+def _tensorrt(decider: Decider) -> str:
+    off = "" if decider.tf32 else f"  # it rounds to TF32 unless Triton runs with {TF32_VARIABLE}=0\n"
+    return f"""\
+{off}  {{
+    name: "tensorrt"
+    parameters {{ key: "precision_mode" value: "{decider.precision.upper()}" }}
+    parameters {{ key: "trt_engine_cache_enable" value: "1" }}
+    parameters {{ key: "trt_engine_cache_path" value: "/cache" }}
+  }}"""
 
 
 # The count is always written: without it the python backend starts two instances on a CPU.
@@ -178,7 +245,8 @@ def require_ours(store: Store, name: str, config: str, manifest: Manifest, versi
 
     What else Triton may be told to run, to load or to answer from is too much to list.
     """
-    expected = configs(manifest, name, version, threads=threads_of(store, name, config))[config]
+    decider = decider_at(store, f"{name}/{version}")
+    expected = configs(manifest, name, version, threads=threads_of(store, name, config), decider=decider)[config]
     if config_bytes(store, name, config).decode("utf-8") != expected:
         where = store.where(f"{name}/{config}")
         raise Refused(f"{where}: is not what promotion writes for version {version}; {MEND}")

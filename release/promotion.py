@@ -14,6 +14,7 @@ from dfmcl.gating.signing.attestation import Trust, verify
 from dfmcl.release import layout, ledger
 from dfmcl.release.candidate import FILES, MANIFEST, Manifest, verify_files
 from dfmcl.release.change import Change
+from dfmcl.release.stores.directory import Directory
 from dfmcl.release.stores.store import Store
 from dfmcl.release.verification import (
     Promoted,
@@ -202,7 +203,8 @@ def _commit(
         return switch(change, name, version, "promoted", threads=threads)
     with change.added(name, f"{name} version {version} is served") as staged:
         stage(staged / str(version))
-        for path, text in layout.configs(manifest, name, version, threads=threads).items():
+        decider = layout.decider_at(Directory(staged), str(version))
+        for path, text in layout.configs(manifest, name, version, threads=threads, decider=decider).items():
             (staged / path).parent.mkdir(exist_ok=True)
             (staged / path).write_text(text, encoding="utf-8")
     ledger.record(change, [ledger.event(name, "promoted", version, None, manifest.model_sha256)])
@@ -222,7 +224,8 @@ def switch(
     manifest = layout.manifest_of(store, name, version)
     served = _served_until_now(store, name)
     threads = _threads(store, name) if threads is None else threads
-    for path, text in layout.configs(manifest, name, version, threads=threads).items():
+    decider = layout.decider_at(store, f"{name}/{version}")
+    for path, text in layout.configs(manifest, name, version, threads=threads, decider=decider).items():
         change.replace(f"{name}/{path}", text, f"{name}/{path} names version {version}")  # the last is the commit
     ledger.record(change, [ledger.event(name, kind, version, served, manifest.model_sha256, reason)])
     return Promoted(name, version, store, manifest.model_sha256)

@@ -36,7 +36,9 @@ def let_gpu_follow(change: Change, name: str) -> None:
     """Where a writer died between the two configs, the one that is the commit decides."""
     store = change.store
     version = layout.served_version(store, name)
-    text = layout.configs(layout.manifest_of(store, name, version), name, int(version or 0))[layout.GPU_CONFIG]
+    manifest, decider = layout.manifest_of(store, name, version), layout.decider_at(store, f"{name}/{version}")
+    threads = 0 if decider == layout.DEFAULT else layout.threads_of(store, name)
+    text = layout.configs(manifest, name, int(version or 0), threads=threads, decider=decider)[layout.GPU_CONFIG]
     try:
         whole = layout.config_bytes(store, name, layout.GPU_CONFIG) == text.encode()
     except BadInput:

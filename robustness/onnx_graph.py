@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
 from dfmcl.common.errors import BadInput, lacks_memory
+from dfmcl.common.providers import FULL, WHOLE, Decider
 from dfmcl.common.reader import Unfit, read_plain, why_unread
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.onnx_float import by_batch, constants_of
@@ -23,6 +25,7 @@ from dfmcl.robustness.onnx_head import Head, headed
 from dfmcl.robustness.onnx_session import asked, first_line, observed, opened
 from dfmcl.robustness.provider import CPU, Provider
 
+WHOLE_NUMBERS = ("Quantize", "QLinear", "Integer")  # in the names of operators that compute in whole numbers
 FREE = "batch"  # the name of a dimension of any size
 DOMAINS = ("", "ai.onnx")  # two names of the standard operators
 # What the types of images are called in a contract.
@@ -141,11 +144,14 @@ def artefact(graph: Graph, provider: Provider = CPU, *, quiet: bool = False) -> 
     """The file as the decider: float images (N, C, H, W) in [0, 1], sent as it takes them through ONNX Runtime.
 
     Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size, one that chooses its
-    scales by the batch image by image, but as it is served. BadInput where ONNX Runtime cannot load it, or it cannot
-    take these images.
+    scales by the batch image by image, but as it is served. BadInput where ONNX Runtime cannot load it, it cannot take
+    these images, or the provider computes it otherwise than it is called.
     """
     where, contract = graph.path, graph.contract
-    session = opened(graph.model.SerializeToString(), where, contract.dtype, provider, quiet=quiet)
+    example = contract.wire(noise(contract, graph.batch or 2)).numpy()
+    model = graph.model.SerializeToString()
+    session = opened(model, where, contract.dtype, provider, example=example, quiet=quiet)
+    require_precision(graph, provider, session, example)
     (entry,) = session.get_inputs()
     size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
     if size is None and not graph.whole and by_batch(graph.model):
@@ -166,6 +172,35 @@ def artefact(graph: Graph, provider: Provider = CPU, *, quiet: bool = False) -> 
         return torch.from_numpy(logits.astype(np.float32) if np.issubdtype(logits.dtype, np.floating) else logits)
 
     return decide
+
+
+def require_precision(graph: Graph, provider: Provider, session: ort.InferenceSession, example: NDArray[Any]) -> None:
+    """BadInput where the precision that a policy names is not the one in which the file is computed.
+
+    Whole numbers are in the file or nowhere. A provider without units for fewer bits computes in float32 and says
+    nothing, so its answers to `example` must differ from those in float32.
+    """
+    decider = provider.decider
+    if decider is None or decider == CPU.decider:
+        return
+    rounded = any(any(part in node.op_type for part in WHOLE_NUMBERS) for node in graph.model.graph.node)
+    if decider.precision == WHOLE and not rounded:
+        raise BadInput(
+            f"{graph.path}: decide.precision is {WHOLE}, and the file is not quantised; bring one that is, in QDQ"
+        )
+    if rounded and decider.precision != WHOLE:
+        raise BadInput(f"{graph.path}: is quantised, and decide.precision is {decider.precision}; say {WHOLE}")
+    if not decider.rounds:
+        return
+    full = Provider.of(Decider(decider.provider))
+    model = graph.model.SerializeToString()
+    plain = opened(model, graph.path, graph.contract.dtype, full, example=example, quiet=True)
+    one, other = (asked(each, example, graph.path, "noise")[0] for each in (session, plain))
+    if np.array_equal(one, other):
+        raise BadInput(
+            f"{graph.path}: decide.precision is {decider.precision}, and {decider.provider} computes in {FULL}: this"
+            " processor has no units for fewer bits"
+        )
 
 
 def freed(graph: Graph) -> Graph | None:

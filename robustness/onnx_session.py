@@ -20,16 +20,27 @@ WIDE = ("float64", "float16")  # it lacks operators for these types
 
 
 def opened(
-    model: bytes, where: object, dtype: str, provider: Provider = CPU, *, quiet: bool = False
+    model: bytes,
+    where: object,
+    dtype: str,
+    provider: Provider = CPU,
+    *,
+    example: NDArray[Any] | None = None,
+    quiet: bool = False,
 ) -> ort.InferenceSession:
-    """A session of a model; BadInput where ONNX Runtime cannot load it. dtype: of its images, for the advice."""
+    """A session of a model; BadInput where ONNX Runtime cannot load it.
+
+    where: for the message; dtype: of its images, for the advice.
+    provider: what must compute it; example: images on which that is seen.
+    quiet: whether what ONNX Runtime says is an answer here, not news.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = FATAL if quiet else 3
     try:
-        return provider.session(model, options)
+        return provider.session(model, options, example)
     except BadInput:
         raise
     except Exception as error:  # onnxruntime raises its own unrelated classes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,8 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if (loaded := sys.modules.get("onnxruntime")) is not None:  # which other packages bring too, such as -openvino
+        found["onnxruntime"] = str(loaded.__version__)
     return found
 
 

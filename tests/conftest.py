@@ -31,7 +31,7 @@ settings.load_profile("patient")
 LONG = (
     "test_supervisor.py", "test_gate.py", "test_pipelines.py", "test_two_at_once.py", "test_readme.py",
     "test_strength.py", "test_train.py", "test_alarms.py", "test_disbelief.py", "test_deploy_watching.py",
-    "test_campaign.py", "test_checks.py", "test_gateway_load.py",
+    "test_campaign.py", "test_checks.py", "test_gateway_load.py", "test_openvino.py",
 )  # fmt: skip
 # More than four seconds each, for their servers, trainings and whole commands; `--quick` leaves them out, and LONG.
 SLOW = (
@@ -44,6 +44,7 @@ SLOW = (
     "test_promotion.py", "test_quickstart_shipped.py", "test_repair.py", "test_rollout_slices.py", "test_sidecar.py",
     "test_sidecar_gateway.py", "test_standard.py", "test_subject.py", "test_subspaces.py", "test_transfer.py",
     "test_triton.py", "test_watch_command.py", "test_watch_metrics.py", "test_evidence.py", "test_watch_triton.py",
+    "test_decide.py",
 )  # fmt: skip
 
 

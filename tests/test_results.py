@@ -184,6 +184,20 @@ def recorded(name: str) -> list[dict[str, Any]]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
 
 
+def test_who_decides_stands_on_the_page_of_the_shipped_model() -> None:
+    """A row for each provider and precision, as bench-providers left it."""
+    text, rows = page("results/shipped-model"), recorded("providers")
+    assert [(row["provider"], row["precision"]) for row in rows] == [
+        ("cpu", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"), ("cpu", "int8"), ("openvino", "int8")
+    ]  # fmt: skip
+    for row in rows:
+        held = f"{row['replayed']:.1f} [{row['lower']:.1f}, {row['upper']:.1f}]"
+        moved = f"{row['difference']:+.1f} [{row['difference_lower']:+.1f}, {row['difference_upper']:+.1f}]"
+        anew = f"{row['attacked']:.1f} ({row['attacked_lost']} lost, {row['attacked_won']} won)"
+        cells = [row["provider"], row["precision"], f"{row['clean']:.1f}", held, moved, f"{row['agree']:.1f}", anew]
+        assert f"| {' | '.join(cells)} |" in text
+
+
 def test_the_sidecars_delays_stand_on_its_page() -> None:
     """A row for each number of images a round and at the gate, as bench-paging left it."""
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.policy import Policy
     from dfmcl.robustness.contract import InputContract
+    from dfmcl.robustness.provider import Provider
 
 
 @command
@@ -81,6 +82,7 @@ def gate(
                 arch=arch,
                 connect=functools.partial(connect, open_clients),
                 budget=queries,
+                provider=provider_of(rules),
             )
             report = run_gate(
                 judged,
@@ -117,6 +119,18 @@ def rules_of(
     if given := [name for name, value in asked.items() if value is not None]:
         raise BadInput(f"--policy {policy} says data, eps and threshold; leave {', '.join(given)} out, or --policy")
     return load_policy(policy)
+
+
+def provider_of(rules: Policy | Assumed) -> Provider:
+    """The execution provider that decides; the CPU's, where no policy names one."""
+    import torch
+
+    from dfmcl.common.providers import Decider
+    from dfmcl.gating.policy import Policy
+    from dfmcl.robustness.provider import CPU, Provider
+
+    decider = rules.decide.decider if isinstance(rules, Policy) else Decider()
+    return CPU if decider == CPU.decider else Provider.of(decider, torch.get_num_threads())
 
 
 def settled(rules: Policy | Assumed, contract: InputContract, out: Path, tell: Callable[[str], None]) -> Policy:

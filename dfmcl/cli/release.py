@@ -261,19 +261,23 @@ def retire(
 def parity(
     version: Annotated[str, typer.Argument(parser=path, help="A promoted version, such as models/digits/1.")],
 ) -> int:
-    """Compare every execution provider and precision present with what the gate recorded: 0, or 1 where one differs."""
-    from dfmcl.release.parity import compare
+    """Compare every execution provider and precision present with what the gate recorded: 0, or 1 where one differs.
+
+    Of a version that another provider than the CPU decided only that one counts: nothing else serves it.
+    """
+    from dfmcl.release.parity import compare, counted
     from dfmcl.release.stores.registry import local_of
 
-    equal = True
+    rows = []
     for row in compare(local_of(version)):
-        equal = equal and row.equal
+        rows.append(row)
         found = row.trouble or (
             f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
             f" {100 * row.adversarial_agreement:.1f} % of adversarial images, {100 * row.held:.1f} % of those right"
         )
-        say(f"{'equal' if row.equal else 'DIFFERS'}  {row.provider}, {row.setting}: {found}")
-    return int(not equal)
+        named = f"{row.provider}, {row.setting}{' (decided)' if row.judged else ''}"
+        say(f"{'equal' if row.equal else 'DIFFERS'}  {named}: {found}")
+    return int(not all(row.equal for row in counted(rows)))
 
 
 @command

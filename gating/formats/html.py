@@ -129,6 +129,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         "kind of model": candidate.kind,
         "input": candidate.input.to_json(),
         "model": candidate.model_sha256,
+        **({"decided by": str(report.decided)} if report.decided else {}),
         **({"gradients from": candidate.gradients} if candidate.gradients else {}),
         **{f"file {name}": digest for name, digest in candidate.files.items()},
         **{f"run, {name}": value for name, value in report.run.to_json().items()},

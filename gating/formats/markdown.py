@@ -153,6 +153,7 @@ def _checks(report: Report) -> Iterator[str]:
 def _provenance(report: Report) -> Iterator[str]:
     facts = {
         "model": report.candidate.model_sha256,
+        **({"decided by": str(report.decided)} if report.decided else {}),
         "policy": report.policy.sha256,
         "data": report.data.sha256,
         "order of the images": summary.order(report),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from securesystemslib.dsse import Envelope
 
 from dfmcl.common.files import write_text
+from dfmcl.common.providers import Decider
 from dfmcl.gating.signing.envelopes import (
     PAYLOAD_TYPE,
     Statement,
@@ -55,6 +56,7 @@ from dfmcl.gating.signing.statement import (
 if TYPE_CHECKING:
     from dfmcl.gating.signing.report import Report
 
+DEFAULT = Decider().provider  # of statements from before they named it
 CLOCK_SKEW = timedelta(minutes=10)  # between the machine of the gate and this one
 
 __all__ = ["BadEvidence", "NotAttested"]
@@ -67,6 +69,7 @@ class Trust:
     policies: digests of the policies that may let a model pass; None: any. max_age: since the gate ran; None: any.
     data: digests of the data sets that may be judged on, as a policy names a place and not its content; None: any.
     drawn: whether one of the keys must have drawn the order of the images.
+    providers: execution providers that may decide; None: any.
     """
 
     keys: tuple[PublicKey, ...]
@@ -75,6 +78,7 @@ class Trust:
     max_age: timedelta | None = None
     data: frozenset[str] | None = None
     drawn: bool = False
+    providers: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,9 @@ def _require_current(attestation: Attestation, trust: Trust, now: datetime, path
         raise refusal("policy", f"{path}: policy {policy[:12]}... is none that the trust file allows")
     if trust.data is not None and data not in trust.data:
         raise refusal("data", f"{path}: was judged on data {data[:12]}..., which the trust file does not list")
+    provider = robust.get("decided", {"provider": DEFAULT})["provider"]
+    if trust.providers is not None and provider not in trust.providers:
+        raise refusal("provider", f"{path}: {str(provider)[:80]!r} decided, which the trust file does not list")
     created, expires = attestation.created, attestation.expires
     if created > now + CLOCK_SKEW:
         raise refusal("early", f"{path}: was made on {created:%Y-%m-%d %H:%M}, in the future")

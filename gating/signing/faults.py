@@ -64,6 +64,7 @@ FAULTS: dict[str, Fault] = {
     "verdict": Fault(NotAttested, "the verdict is not `passed`", "only what passed is promoted"),
     "policy": Fault(NotAttested, "the trust file does not list the policy", "gate by one that it lists"),
     "data": Fault(NotAttested, "the trust file does not list the data", "gate on data that it lists"),
+    "provider": Fault(NotAttested, "the trust file does not list the provider", "gate with [decide] as it lists"),
     "order": Fault(NotAttested, "no trusted key drew the order of the images", "gate with --key, and trust that key"),
     "early": Fault(NotAttested, "made in the future", "check the clocks"),
     "expired": Fault(NotAttested, "the attestation has expired", AGAIN),

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, PlainSerializer
+from pydantic import Field, PlainSerializer, Strict
 
 from dfmcl.common.entry import Amount, Bits, Count, Digest, Entry, Maybe, Number, Ratio, Whole, one_of, text, told
+from dfmcl.common.providers import PRECISIONS, PROVIDERS, Decider
 from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.order import Draw
 from dfmcl.gating.policy import METRICS, NO_REGRESSION, Policy, digest_of
@@ -188,6 +189,24 @@ class CandidateEntry(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecidedEntry(Entry):
+    """Who decided: an execution provider. runtime: the package of ONNX Runtime; library: the provider's own version."""
+
+    provider: Annotated[str, one_of(*PROVIDERS)]
+    precision: Annotated[str, one_of(*PRECISIONS)]
+    tf32: Annotated[bool, Strict()]
+    runtime: str
+    library: Maybe[str] = None
+
+    @property
+    def decider(self) -> Decider:
+        return Decider(self.provider, self.precision, self.tf32)
+
+    def __str__(self) -> str:
+        return f"{self.decider} ({self.runtime}{f', {self.library}' if self.library else ''})"
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunEntry(Entry):
     """The run that it was exported from."""
 
@@ -242,6 +261,7 @@ class Report(Conclusions):
 
     Every list of per-image values has the order of per_image. reasons: why no evidence of this kind will do to pass;
     why: what is known of each. transfer: upper bounds of robust accuracy. files: of the evidence beside the report.
+    decided: by whom, where ONNX Runtime did; absent where torch or a server did, or an earlier gate, on the CPU.
     """
 
     format: Annotated[str, told(const=REPORT_FORMAT)]
@@ -249,6 +269,7 @@ class Report(Conclusions):
     checks: tuple[CheckEntry, ...]
     files: Annotated[Mapping[str, Digest], Field(json_schema_extra={"required": ["probes.npz"]})]
     candidate: CandidateEntry
+    decided: Maybe[DecidedEntry] = None
     run: RunEntry
     data: DataEntry
     code: CodeEntry

@@ -22,7 +22,10 @@ TEST_RESULT = "https://in-toto.io/attestation/test-result/v0.1"
 ROBUSTNESS = "https://dfmcl.dev/attestation/robustness/v1"
 
 VALID_DAYS = 90  # of an attestation, where the policy does not say
-COPIED = ("verdict", "reasons", "statistics", "criteria", "created", "run", "code", "versions", "hardware", "processes")
+COPIED = (
+    "verdict", "reasons", "statistics", "criteria", "created", "decided", "run", "code", "versions", "hardware",
+    "processes",
+)  # fmt: skip
 MEASURED = ("threat", "grid", "seed", "images", "clean", "robust")
 ABOUT_ATTACK = ("name", "parameters", "accuracy", "tried", "flipped", "outside")
 

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.providers import PROVIDERS
 from dfmcl.common.toml import Section, read_toml, validated
 from dfmcl.gating.policy import load_policy
 from dfmcl.gating.signing.attestation import Trust
@@ -22,7 +23,8 @@ class TrustFile(Section):
 
     policies: files or SHA-256 digests of those that may let a model pass; without it any may. data: SHA-256 of the data
     sets that may be judged on, as reports give it; without it any may. drawn: whether one of the keys must have drawn
-    the order of the images, so that an author cannot try files until an order flatters one.
+    the order of the images, so that an author cannot try files until an order flatters one. providers: execution
+    providers that may decide; without it any may.
     """
 
     threshold: int = Field(1, ge=1)
@@ -30,6 +32,7 @@ class TrustFile(Section):
     policies: list[str] | None = Field(None, min_length=1)
     max_age_days: int | None = Field(None, ge=1)
     drawn: bool = False
+    providers: list[Annotated[str, Field(pattern=f"^({'|'.join(PROVIDERS)})$")]] | None = Field(None, min_length=1)
     data: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] | None = Field(None, min_length=1)
 
 
@@ -45,6 +48,7 @@ def load_trust(path: Path) -> Trust:
         policies=None if parsed.policies is None else frozenset(_digest(path, name) for name in parsed.policies),
         data=None if parsed.data is None else frozenset(parsed.data),
         drawn=parsed.drawn,
+        providers=None if parsed.providers is None else frozenset(parsed.providers),
         max_age=None if parsed.max_age_days is None else timedelta(days=parsed.max_age_days),
     )
 

@@ -39,7 +39,7 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
     model: nn.Module | None
     twin = ""
     if run is None:
-        converted, why = gradients_of(lambda: differentiable(graph, decide))
+        converted, why = gradients_of(lambda: differentiable(graph, decide, provider))
         model, twin = converted, "" if converted is None else converted.twin
         known = {"checkpoint_sha256": named} if named else {}
     else:
@@ -54,7 +54,7 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
             raise BadInput(
                 f"{candidate}: its manifest contradicts {run} on input or labels; export the candidate again"
             )
-        model, why = trained.model, ""
+        model, why, twin = trained.model, "", provider.rounds
         _require_same_network(candidate, run, decide, model, contract)
         known = {"checkpoint_sha256": trained.checkpoint_sha256, "data": trained.data.get("sha256")}
     return Subject(
@@ -72,6 +72,7 @@ def candidate_subject(candidate: Path, run: Path | None = None, provider: Provid
         twin=twin,
         afresh=partial(reopened, path, str(contract), provider, whole=True),
         preprocessing=Preprocessing.parse(str(manifest.get("preprocessing", ""))),
+        provider=provider,
     )
 
 

@@ -37,7 +37,7 @@ def onnx_subject(
     graph = read_graph(path, contract or "", output, len(labels) if labels else None)
     decide = artefact(graph, provider)
     classes = count_classes(decide, graph.contract, path)
-    model, why = gradients_of(lambda: differentiable(graph, decide))
+    model, why = gradients_of(lambda: differentiable(graph, decide, provider))
     return Subject(
         kind="onnx",
         name=str(path),
@@ -52,6 +52,7 @@ def onnx_subject(
         afresh=partial(reopened, path, str(graph.contract), provider, output=graph.head.output or None),
         output=graph.head.output,
         twin=model.twin if model is not None else "",
+        provider=provider,
     )
 
 

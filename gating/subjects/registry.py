@@ -27,6 +27,7 @@ ENDPOINT = re.compile(r"grpc://(?P<url>[^/]+:\d+)/(?P<model>[^/]+)")
 OF_TORCH = (".pt", ".pth", ".pt2", ".ts", ".safetensors")
 PICKLE = b"\x80"  # how one begins; a protobuf never does
 
+COMPUTED = ("candidate", "onnx")  # by ONNX Runtime
 OPENED: Mapping[str, Callable[..., Subject]] = {
     "candidate": candidate_subject,
     "onnx": onnx_subject,
@@ -65,6 +66,11 @@ def open_subject(
     }  # fmt: skip
     if strange := sorted(key for key in options if options[key] is not None and key not in KINDS[kind].takes):
         raise BadInput(f"{text}: is of kind {kind}, which takes no {' or '.join(strange)}; leave it out")
+    if kind not in COMPUTED and provider != CPU:
+        raise BadInput(
+            f"{text}: is of kind {kind}, which {provider} does not compute; export it to ONNX, as [decide] is for"
+            f" {' and '.join(COMPUTED)}, or leave [decide] out"
+        )
     known = {key: options[key] for key in KINDS[kind].takes}
     if kind == "endpoint":
         if connect is None or budget is None:
@@ -73,7 +79,7 @@ def open_subject(
         assert place is not None
         described, predict = connect(place["url"], place["model"])
         return endpoint_subject(described, predict, name=text, budget=budget)
-    provided = {"provider": provider} if kind in ("candidate", "onnx") else {}
+    provided = {"provider": provider} if kind in COMPUTED else {}
     return OPENED[kind](Path(text) if KINDS[kind].file else text, **known, **provided)
 
 

@@ -28,18 +28,25 @@ INSTALL = (
 QUESTION = """
 import json, sys, sysconfig
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+versions = {name: version(name) for name in ("nvidia-pytriton", "numpy")}
+import onnxruntime
 print(json.dumps({
     "python": "%d.%d" % sys.version_info[:2],
-    "site_packages": sysconfig.get_path("purelib"),
+    "site_packages": str(Path(find_spec("pytriton").origin).parents[1]),
     "library": sysconfig.get_config_var("LIBDIR"),
-    "versions": {name: version(name) for name in ("nvidia-pytriton", "numpy", "onnxruntime")},
+    "versions": versions,
 }))
 """
 
 
 @dataclass(frozen=True)
 class Environment:
-    """An interpreter with nvidia-pytriton. python_version: such as 3.11; library: where its libpython lies."""
+    """An interpreter with nvidia-pytriton and one of ONNX Runtime's packages.
+
+    python_version: such as 3.11; site_packages: where nvidia-pytriton lies; library: where its libpython lies.
+    """
 
     python: Path
     python_version: str

@@ -211,6 +211,7 @@ PRODUCED: dict[str, list[tuple[Callable[[Path], object], tuple[str, ...]]]] = {
     "verdict": [(failed, JUDGES)],
     "policy": [(lambda home: trust(home, f'policies = ["{"b" * 64}"]'), JUDGES)],
     "data": [(lambda home: trust(home, f'data = ["{"e" * 64}"]'), JUDGES)],
+    "provider": [(lambda home: trust(home, 'providers = ["cuda", "openvino"]'), JUDGES)],
     "order": [
         (lambda home: trust(home, "drawn = true"), JUDGES),
         (claimed, ("sign", *JUDGES)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from dfmcl.common.batch import most_asked
 from dfmcl.common.errors import BadInput, Refused, Rejected
 from dfmcl.common.preprocessing import Preprocessing
+from dfmcl.common.providers import PROVIDERS, Decider, deciders
 from dfmcl.release.candidate import Manifest, read_manifest
-from dfmcl.release.layout import checked_name, configs, parse_config, require_ours
+from dfmcl.release.layout import checked_name, configs, decider_at, parse_config, require_ours
 from dfmcl.release.stores.directory import Directory
 from dfmcl.serving.clients.triton import Contract
 
@@ -75,6 +77,8 @@ def test_config_that_promotion_did_not_write_is_refused(
     text, path = configs(manifest, "digits", 1, threads=3)[kind], tmp_path / "digits" / kind
     path.parent.mkdir(parents=True)
     path.write_text(text)
+    (tmp_path / "digits" / "1").mkdir()
+    (tmp_path / "digits" / "1" / "report.json").write_text("{}")
     require_ours(Directory(tmp_path), "digits", kind, manifest, 1)
     assert old in text
     path.write_text(text.replace(old, new, 1))
@@ -104,3 +108,48 @@ def test_the_config_for_gpus_differs_in_its_instances_only(candidate: Path) -> N
         config.ClearField("instance_group")
         config.ClearField("optimization")
     assert cpu == gpu
+
+
+@pytest.mark.parametrize("decider", [one for name in PROVIDERS for one in deciders(name)], ids=str)
+def test_what_decided_is_what_serves(candidate: Path, decider: Decider) -> None:
+    """NVIDIA's backend by its accelerator, ours by the very options that the gate asked with; both configs the same."""
+    texts = configs(read_manifest(candidate), "digits", 7, threads=3, decider=decider)
+    if decider.provider == "cpu":
+        assert texts == configs(read_manifest(candidate), "digits", 7, threads=3)
+        return
+    assert texts["config.pbtxt"] == texts["configs/gpu.pbtxt"]
+    config = parse_config(texts["config.pbtxt"], "config.pbtxt")
+    asked = json.loads(config.parameters["execution_providers"].string_value)
+    assert [tuple(one) for one in asked] == decider.asked(3)
+    found = config.optimization.execution_accelerators
+    group = config.instance_group[0]
+    if decider.kind.gpu:
+        assert group.kind == group.KIND_GPU
+        assert found.gpu_execution_accelerator[-1].parameters["use_tf32"] == str(int(decider.tf32))
+        names = [one.name for one in found.gpu_execution_accelerator]
+        assert names == (["cuda"] if decider.provider == "cuda" else ["tensorrt", "cuda"])
+        if decider.provider == "tensorrt":
+            assert found.gpu_execution_accelerator[0].parameters["precision_mode"] == decider.precision.upper()
+        return
+    assert group.kind == group.KIND_CPU
+    # Of OpenVINO, NVIDIA's backend knows no precision: it must not find an accelerator that it would run in float32.
+    [accelerator] = found.cpu_execution_accelerator
+    assert accelerator.name == ("openvino-bf16" if decider.precision == "bf16" else "openvino")
+    assert '"f32"' in str(asked) or decider.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        ("{", "not readable"),
+        ('{"decided": 3}', "decided names no provider"),
+        ('{"decided": {"provider": "openvino", "precision": "fp16", "tf32": false}}', "decided names no provider"),
+        ('{"decided": {"provider": [], "precision": "fp32", "tf32": false}}', "decided names no provider"),
+        ('{"decided": {"provider": "cuda", "precision": "fp32", "tf32": "0"}}', "decided names no provider"),
+    ],
+)
+def test_a_report_that_names_nobody_is_bad_input(tmp_path: Path, report: str, said: str) -> None:
+    """Whoever wrote it: nothing is served by a guess."""
+    (tmp_path / "report.json").write_text(report)
+    with pytest.raises(BadInput, match=said):
+        decider_at(Directory(tmp_path.parent), tmp_path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnxruntime as ort
 import pytest
 
 from dfmcl.common.errors import BadInput
-from dfmcl.release.parity import ELSEWHERE, compare
+from dfmcl.release.parity import ELSEWHERE, compare, counted
 
 
 def test_each_way_of_computing_is_compared(repository: Path) -> None:
@@ -55,8 +56,26 @@ def test_a_provider_that_cannot_run_is_no_agreement(repository: Path, monkeypatc
     if "CUDAExecutionProvider" in ort.get_available_providers() and ort.get_device() == "GPU":
         pytest.skip("has a GPU")
     rows = list(compare(repository / "digits" / "1"))
-    assert len(rows) == 2
+    assert [(row.provider, row.setting) for row in rows] == [
+        ("CPUExecutionProvider", "float32"), ("CUDAExecutionProvider", "float32"), ("CUDAExecutionProvider", "TF32")
+    ]  # fmt: skip
     assert all(row.trouble and not row.equal for row in rows)
+
+
+def test_the_one_that_decided_comes_first_and_counts(repository: Path) -> None:
+    """Also where it is not here; of a version of the CPU all ways count, as its configs name more than one."""
+    version = repository / "digits" / "1"
+    rows = list(compare(version))
+    assert [row.judged for row in rows] == [True] + [False] * (len(rows) - 1)
+    assert counted(rows) == rows
+    report = json.loads((version / "report.json").read_text())
+    decided = {"provider": "tensorrt", "precision": "fp16", "tf32": True}
+    (version / "report.json").write_text(json.dumps({**report, "decided": decided}))
+    first, *others = rows = list(compare(version))
+    assert (first.provider, first.setting, first.judged) == ("TensorrtExecutionProvider", "float16", True)
+    assert "fell back to another provider" in first.trouble
+    assert counted(rows) == [first]
+    assert any(row.equal for row in others)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2000])])

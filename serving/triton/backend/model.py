@@ -7,6 +7,7 @@ wins, so one config.pbtxt serves both. Only what `release/layout.py` writes into
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
+
+CPU = "CPUExecutionProvider"
 
 
 class TritonPythonModel:
@@ -28,8 +31,12 @@ class TritonPythonModel:
         options.intra_op_num_threads = integer(parameters, "intra_op_thread_count")
         options.inter_op_num_threads = integer(parameters, "inter_op_thread_count")
         path = Path(args["model_repository"], args["model_version"], config["default_model_filename"])
-        # Nothing of dfmcl is installed here, and the pip runtime has no other provider.
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # Nothing of dfmcl is installed here: the config says which provider the gate judged, and with which options.
+        asked = json.loads(parameters.get("execution_providers", {}).get("string_value", "null")) or [[CPU, {}]]
+        if args.get("model_instance_kind") == "GPU":
+            asked = [[name, told | {"device_id": args["model_instance_device_id"]}] for name, told in asked]
+        self.session = ort.InferenceSession(str(path), options, providers=[(name, told) for name, told in asked])
+        require_provider(asked[0][0], self.session.get_providers())
         self.input: str = config["input"][0]["name"]
         self.output: str = config["output"][0]["name"]
 
@@ -48,6 +55,15 @@ class TritonPythonModel:
 def integer(parameters: dict[str, Any], key: str) -> int:
     """A config parameter as a number; 0, ONNX Runtime's own choice, where it is not set."""
     return int(parameters.get(key, {}).get("string_value", "0"))
+
+
+def require_provider(provider: str, found: Sequence[str]) -> None:
+    """Raise where ONNX Runtime fell back to another provider than the one that was judged, which it does silently."""
+    if found[0] != provider:
+        raise pb_utils.TritonModelException(
+            f"{provider} was judged, and ONNX Runtime {ort.__version__} in {sys.prefix} fell back to {found[0]};"
+            " DFMCL_TRITON_PYTHON names an interpreter that has it"
+        )
 
 
 def require_faithful_tensors() -> None:
