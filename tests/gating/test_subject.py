@@ -37,7 +37,6 @@ from dfmcl.robustness.models import frozen
 from dfmcl.robustness.onnx_graph import noise, read_graph
 from dfmcl.robustness.provider import Provider
 from dfmcl.robustness.runs import load_run
-from tests.present import present
 from tests.serving.workshop import write_run
 
 SAME = 1e-4  # of the largest value: float32 sums in another order, measured at 1e-6
