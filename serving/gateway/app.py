@@ -38,6 +38,7 @@ from dfmcl.serving.detection.detector import Worker
 from dfmcl.serving.gateway import images, pages, v2
 from dfmcl.serving.gateway.admission import Admission, Place
 from dfmcl.serving.gateway.api_keys import ANYONE, PREFIX, Caller
+from dfmcl.serving.gateway.claims import Record, reader
 from dfmcl.serving.gateway.config import GatewayConfig
 from dfmcl.serving.gateway.endpoints import Reply
 from dfmcl.serving.gateway.exchange import (
@@ -56,7 +57,7 @@ from dfmcl.serving.gateway.openapi import describe
 from dfmcl.serving.gateway.pool import Pool
 from dfmcl.serving.gateway.problems import RETRY_SECONDS, Problem
 
-CLASSIFY = "/v1/classify"
+CLASSIFY, ABOUT = "/v1/classify", "/v1/model"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds; logged only where they fail
 SECRET = re.compile(rf"{PREFIX}[^/]+")  # an API key that a client has put into a path
 PATH_CHARACTERS = 128  # of a stranger's path that go into the log
@@ -86,10 +87,12 @@ class Gateway:
         description = describe(config, metadata.version("dfmcl"))
         self._openapi, self._docs = json.dumps(description).encode(), pages.docs(description)
         self._index = pages.index(config.triton.model, needs_key=not config.open)
+        self._record = Record(reader(config.release.repository, config.triton.model, config.release.trust))
         health: Routes = {"/healthz": ("GET", self._healthz), "/readyz": ("GET", self._readyz)}
         figures: Routes = {"/metrics": ("GET", self._metrics)}
         public: Routes = {
             CLASSIFY: ("POST", self._classify),
+            ABOUT: ("GET", self._about),
             **self._v2,
             **health,
             **({} if config.listen.admin else figures),
@@ -168,7 +171,7 @@ class Gateway:
                 response = json_response(told, problem.status, headers)
                 await response(scope, receive, answer)
         finally:
-            self._record(exchange)
+            self._keep(exchange)
             if self.detection and exchange.caller and exchange.asked is not None:
                 self.detection.offer(exchange.caller, exchange.asked)
 
@@ -179,7 +182,7 @@ class Gateway:
             headers.append((b"connection", b"close"))
         return headers
 
-    def _record(self, exchange: Exchange) -> None:
+    def _keep(self, exchange: Exchange) -> None:
         now, caller = time.monotonic(), exchange.caller
         if exchange.path == CLASSIFY or exchange.inference:
             self.metrics.ended(
@@ -411,6 +414,25 @@ class Gateway:
     def _require_version(self, request: Request, served: str) -> None:
         if request.path_params.get("version", served) != served:
             raise Problem("not_found", f"version {served} is served; leave the version out, or name it")
+
+    async def _about(self, request: Request) -> Response:
+        """The model that answers now, and what the gate recorded about it."""
+        caller, served = self._keyring.caller(request.headers), self._pool.served
+        contract, limits = self._pool.contract, self._config.limits
+        height, width, channels = contract.input_shape
+        claims = await self._record.of(served.version)
+        return json_response(
+            {
+                "model": served.model,
+                "version": served.version,
+                "ready": self.ready,
+                "labels": list(served.labels),
+                "image": {"height": height, "width": width, "channels": channels},
+                "limits": {"images": contract.max_batch_size, "bytes": limits.body_bytes, "pixels": limits.pixels},
+                "logits": caller.logits,
+                "gate": claims.to_json(),
+            }
+        )
 
     async def _healthz(self, request: Request) -> Response:
         return json_response({"status": "alive"})

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.text import scheme_of
 from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml
 from dfmcl.release.layout import MODEL_NAME
 from dfmcl.serving.detection.fingerprints import DETECTORS, DetectorName
@@ -98,6 +99,20 @@ class LimitsSection(Section):
         return self
 
 
+class ReleaseRecord(Section):
+    """Where the gate's record of the served version is, for the page and /v1/model: the repository that promotion
+    writes. With trust, a trust file, a key of it must have signed; else the signature is called unchecked."""
+
+    repository: str = ""
+    trust: LocalPath = ""
+
+    @model_validator(mode="after")
+    def _trust_is_of_something(self) -> ReleaseRecord:
+        if self.trust and not self.repository:
+            raise ValueError("trust needs repository")
+        return self
+
+
 class Answers(Section):
     """How much an answer tells: so many classes, best first, with so many decimals of their probability."""
 
@@ -175,6 +190,7 @@ class GatewayConfig(Section):
     triton: Tritons
     limits: LimitsSection = LimitsSection()
     answers: Answers = Answers()
+    release: ReleaseRecord = ReleaseRecord()
     detection: Detection = Detection()
     keys: list[Key] = Field(default=[])
 
@@ -222,8 +238,13 @@ def load_config(path: Path | str) -> GatewayConfig:
         update={
             "listen": anchored(config.listen, path.parent, "tls_certificate", "tls_key", "tls_client_ca"),
             "triton": anchored(config.triton, path.parent, "tls_ca", "tls_certificate", "tls_key"),
+            "release": anchored(config.release, path.parent, *_local(config.release)),
         }
     )
+
+
+def _local(release: ReleaseRecord) -> tuple[str, ...]:
+    return ("trust",) if scheme_of(release.repository) else ("repository", "trust")
 
 
 def _first_complaint(error: ValidationError) -> str:

@@ -26,6 +26,7 @@ def describe(config: GatewayConfig, version: str) -> dict[str, Any]:
     """The document. version: of this program."""
     key: list[dict[str, list[str]]] = [] if config.open else [{"bearer": []}, {"header": []}]
     paths: dict[str, Any] = {"/v1/classify": {"post": {**_classify(config), "security": key}}}
+    paths["/v1/model"] = {"get": {**_about(), "security": key}}
     for path, summary in SUMMARIES.items():
         if path == "/metrics" and config.listen.admin:  # it is not here
             continue
@@ -108,6 +109,21 @@ def _classify(config: GatewayConfig) -> dict[str, Any]:
     }
 
 
+def _about() -> dict[str, Any]:
+    return {
+        "summary": "What the model is that answers now, and what the gate recorded about it.",
+        "operationId": "model",
+        "responses": {
+            "200": {
+                "description": "Its classes, the image it takes, and the gate's verdict, as it is recorded.",
+                "headers": HEADERS,
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/About"}}},
+            },
+            **_problems({"unauthorized", "unavailable"}),
+        },
+    }
+
+
 HEADERS: dict[str, Any] = {"X-Request-Id": {"schema": {"type": "string"}, "required": True}}
 RETRY_AFTER = {
     "description": "Whole seconds after which there is room again: until the images sent are paid for (429), or until"
@@ -177,6 +193,7 @@ def _schemas(config: GatewayConfig) -> dict[str, Any]:
         "Classification": _closed(prediction | about, optional={"logits"}),
         "Batch": _closed({"predictions": predictions} | about),
         "Problem": _closed({"error": _closed(problem)}),
+        "About": _about_schema(),
         "Tensor": {
             "type": "object",
             "required": ["inputs"],
@@ -184,6 +201,36 @@ def _schemas(config: GatewayConfig) -> dict[str, Any]:
             "properties": {"inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _input()}},
         },
     }
+
+
+def _about_schema() -> dict[str, Any]:
+    text, count = {"type": "string"}, {"type": "integer", "minimum": 0}
+    ratio = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+    share = {**_closed({"value": ratio, "images": count, "lower": ratio, "upper": ratio}), "type": ["object", "null"]}
+    gate = {
+        "verdict": {**text, "description": "The gate's; or that it is not recorded, or not believed."},
+        "signature": {"type": "string", "enum": ["verified", "not checked"]},
+        "meaning": {**text, "description": "Of the robust accuracy, in one sentence."},
+        "threat": text,
+        "data": text,
+        "attacks": {"type": "array", "items": text},
+        "clean": share,
+        "robust": share,
+        "until": {**text, "description": "The day on which the signature expires."},
+        "why": text,
+    }
+    return _closed(
+        {
+            "model": text,
+            "version": text,
+            "ready": {"type": "boolean"},
+            "labels": {"type": "array", "items": text},
+            "image": _closed(dict.fromkeys(("height", "width", "channels"), count)),
+            "limits": _closed(dict.fromkeys(("images", "bytes", "pixels"), count)),
+            "logits": {"type": "boolean", "description": "Whether this key may see them."},
+            "gate": _closed(gate),
+        }
+    )
 
 
 def _input() -> dict[str, Any]:

@@ -32,9 +32,9 @@ class Page:
 
 
 def index(model: str, *, needs_key: bool) -> Page:
-    """A page to drop an image on."""
-    text = INDEX.read_text(encoding="utf-8").replace("MODEL", escape(model))
-    return _sealed(text.replace("NEEDS_KEY", "" if needs_key else "hidden"))
+    """A page to drop images on: what the model is, and what it says about them."""
+    values = {"{{model}}": escape(model), "{{keyless}}": "" if needs_key else "hidden", "{{root}}": ""}
+    return _sealed(re.sub(r"\{\{\w+\}\}", lambda found: values[found[0]], INDEX.read_text(encoding="utf-8")))
 
 
 def docs(description: dict[str, Any]) -> Page:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dfmcl.common.errors import AnswerError, Unavailable
-from dfmcl.serving.clients.triton import Contract
+from dfmcl.serving.clients.triton import Contract, Served
 from dfmcl.serving.gateway.endpoints import ELSEWHERE, FIRST_PAUSE_SECONDS, Endpoint, Reply, Security, takes
 
 
@@ -64,12 +64,17 @@ class Pool:
         raise Unavailable("no endpoint has answered yet", "unavailable")
 
     @property
-    def version(self) -> str:
-        """Of the model that is served now; Unavailable as `contract`."""
+    def served(self) -> Served:
+        """The model that is served now; Unavailable as `contract`."""
         for endpoint in sorted(self.endpoints, key=lambda endpoint: not endpoint.up):
             if endpoint.served is not None:
-                return endpoint.served.version
+                return endpoint.served
         raise Unavailable("no endpoint has answered yet", "unavailable")
+
+    @property
+    def version(self) -> str:
+        """Of that model."""
+        return self.served.version
 
     @property
     def computed(self) -> int:
