@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from dfmcl.gating.signing.evidence import read_report
@@ -244,6 +245,47 @@ def test_docs_say_what_the_document_says(door: Door) -> None:
             assert f"{method.upper()} {path}" in page
             assert all(parameter["name"] in page for parameter in operation.get("parameters", []))
             assert all(f"<td>{status}<td>" in page for status in operation["responses"])
+
+
+@needs_browser
+def test_docs_can_be_tried_and_copied_from(door: Door, chromium: Browser, tmp_path: Path) -> None:
+    """Two images by the form of /v1/classify, an answer in place; the words for curl are this gateway's, and work."""
+    chromium.open(f"{door.url}/docs")
+    chromium.value(f"document.getElementById('key').value = {json.dumps(KEY)}")
+    chromium.choose("#classify .files", *written(tmp_path, one=PNG, two=encoded(DATA.x_test[1])))
+    chromium.value("document.querySelector('#classify .try').click()")
+    assert chromium.wait("document.querySelector('#classify .said.good')?.innerText").startswith("200 in ")
+    shown = json.loads(text(chromium, "#classify .result"))
+    assert [row["label"] for row in shown["predictions"]] == [
+        door.classify(encoded(DATA.x_test[number])).json["label"] for number in range(2)
+    ]
+    chromium.value("document.querySelector('#model .try').click()")
+    assert '"signature": "verified"' in chromium.wait("document.querySelector('#model .result').innerText")
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(PNG)
+    command = text(chromium, "#classify .curl")
+    environment = os.environ | {"DFMCL_API_KEY": KEY}
+    asked = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert len(json.loads(asked.stdout)["predictions"]) == 2
+    chromium.look(390, 900)
+    assert chromium.value("document.documentElement.scrollWidth") <= 390
+
+
+def test_examples_keep_to_their_schemas(door: Door) -> None:
+    """Each example of the document is what its own schema allows, so nobody copies a mistake."""
+    document = door.get("/openapi.json").json
+    found = 0
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for content in (content for body in bodies for content in body.get("content", {}).values()):
+                schema = {**content["schema"], "components": document["components"]}
+                for example in content.get("examples", {}).values():
+                    jsonschema.validate(example["value"], schema)
+                    found += 1
+    assert found > 20
 
 
 # Not positive_data_acceptance: a schema cannot say which bytes are an image.
