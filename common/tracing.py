@@ -121,14 +121,16 @@ class Tracing:
         finally:
             span.end()
 
-    def past(self, name: str, begun: float, seconds: float, failed: str = "", **attributes: Value | None) -> None:
-        """A span of something that is over. begun: unix seconds; failed: why, "" where it did not."""
+    def past(
+        self, name: str, begun: float, seconds: float, about: Mapping[str, Value | None], *, failed: str = ""
+    ) -> None:
+        """A span of something that is over. begun: unix seconds; about: attributes; failed: why, "" where it is not."""
         from opentelemetry.context import Context
 
         start = int(begun * 1e9)
         span = self._tracer.start_span(name, Context(), start_time=start)
         told = Told(span, Context(), {}, "")
-        told.note(**attributes)
+        told.note(**about)
         if failed:
             told.fail(failed)
         span.end(start + int(seconds * 1e9))

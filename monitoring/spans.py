@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dfmcl.common.tracing import Tracing, tracing
-from dfmcl.monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
+from dfmcl.common.tracing import Tracing, Value, tracing
+from dfmcl.monitoring.results import Round, RoundFailure, RoundResult
 
 
 @contextmanager
@@ -23,25 +23,20 @@ def round_spans() -> Iterator[Callable[[Round | None], None]]:
 
 
 def _span(traces: Tracing, outcome: Round) -> None:
-    about = {"dfmcl__round": outcome.number, "dfmcl__via": outcome.via, "dfmcl__model": outcome.model}
+    about: dict[str, Value | None] = {
+        "dfmcl__round": outcome.number,
+        "dfmcl__via": outcome.via,
+        "dfmcl__model": outcome.model,
+    }
+    seconds, failed = 0.0, ""
     if isinstance(outcome, RoundResult):
-        traces.past(
-            "watch.round",
-            outcome.started,
-            outcome.seconds,
-            dfmcl__outcome="measured",
-            dfmcl__version=outcome.version,
-            dfmcl__images=len(outcome.correct),
-            dfmcl__clean_accuracy=outcome.clean.value,
-            dfmcl__worst_case_accuracy=outcome.worst_case.value,
-            **about,
-        )
+        seconds = outcome.seconds
+        about |= {"dfmcl__outcome": "measured", "dfmcl__version": outcome.version}
+        about |= {"dfmcl__images": len(outcome.correct), "dfmcl__clean_accuracy": outcome.clean.value}
+        about |= {"dfmcl__worst_case_accuracy": outcome.worst_case.value}
     elif isinstance(outcome, RoundFailure):
-        traces.past(
-            "watch.round", outcome.started, outcome.seconds, outcome.reason, dfmcl__outcome="failed",
-            dfmcl__reason=outcome.reason, **about,
-        )  # fmt: skip
-    elif isinstance(outcome, RoundSkipped):
-        traces.past(
-            "watch.round", outcome.started, 0.0, dfmcl__outcome="skipped", dfmcl__reason=outcome.reason, **about
-        )
+        seconds, failed = outcome.seconds, outcome.reason
+        about |= {"dfmcl__outcome": "failed", "dfmcl__reason": outcome.reason}
+    else:
+        about |= {"dfmcl__outcome": "skipped", "dfmcl__reason": outcome.reason}
+    traces.past("watch.round", outcome.started, seconds, about, failed=failed)

@@ -52,7 +52,7 @@ def audit(store: Store, name: str, trust: Trust, run: Path | None = None) -> str
     release = verify_release(store, name, trust)
     signers = read_attestation(release.path, trust).signers
     folder = f"{release.folder}/"
-    documents = {
+    documents: dict[str, Any] = {
         REPORT: _read(release.path / REPORT),
         MANIFEST: _read(release.path / MANIFEST),
         ATTESTATION: _statements(release.path / ATTESTATION, signers),

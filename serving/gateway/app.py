@@ -88,9 +88,7 @@ class Gateway:
             self.detection = Worker(config.detection, salt, found, log)
         self._config, self._pool, self._decoders, self._log, self._traces = config, pool, decoders, log, traces
         self._keyring, self._admission = config.keyring(), Admission(config.limits.concurrency, lambda: pool.computed)
-        description = describe(config, metadata.version("dfmcl"))
-        self._openapi = json.dumps(description).encode()
-        self._index, self._docs = self._pages(config)
+        self._describe_itself()
         self._record = Record(reader(config.release.repository, config.triton.model, config.release.trust))
         health: Routes = {"/healthz": ("GET", self._healthz), "/readyz": ("GET", self._readyz)}
         figures: Routes = {"/metrics": ("GET", self._metrics)}
@@ -106,12 +104,13 @@ class Gateway:
         }
         self._router, self._admin_router = router_of(public), router_of(health | figures)
 
-    def _pages(self, config: GatewayConfig) -> tuple[pages.Page, pages.Page]:
-        root, needs_key = self._config.listen.root_path, not config.open
-        description = describe(config, metadata.version("dfmcl"))
-        return pages.index(config.triton.model, needs_key=needs_key, root=root), pages.docs(
-            description, needs_key=needs_key, root=root
-        )
+    def _describe_itself(self) -> None:
+        """Make the document and the pages, which say whether a key is needed."""
+        config, description = self._config, describe(self._config, metadata.version("dfmcl"))
+        self._openapi = json.dumps(description).encode()
+        needs_key, root = not config.open, config.listen.root_path
+        self._index = pages.index(config.triton.model, needs_key=needs_key, root=root)
+        self._docs = pages.docs(description, needs_key=needs_key, root=root)
 
     @property
     def ready(self) -> bool:
@@ -142,7 +141,7 @@ class Gateway:
         self._config = before.model_copy(update=now)
         if differs:
             self._keyring = config.keyring(before, self._keyring)
-            self._index, self._docs = self._pages(config)
+            self._describe_itself()
         others = [name for name in GatewayConfig.model_fields if getattr(config, name) != getattr(self._config, name)]
         if others:
             keys = "keys were renewed" if differs else "keys are the same"
@@ -380,6 +379,7 @@ class Gateway:
         """The images of a list; one that the model cannot see has its problem, and stops no other."""
         exchange.sent, found, problems = len(files), [], list[Problem | None]()
         for file in files:
+            await asyncio.sleep(0)  # others have their turn between two images
             try:
                 if file.data is None:
                     raise Problem("bad_image", "image: is no base64")

@@ -118,8 +118,8 @@ class Endpoint:
             if told is None or self._traces is None:
                 logits, version = await self._slice(part, deadline, canary, asked)
                 return logits
-            about = {"dfmcl__images": len(part), "server__address": self.url, "dfmcl__model": self._model}
-            with self._traces.span("triton.infer", "client", told.context, **about) as own:
+            with self._traces.span("triton.infer", "client", told.context, server__address=self.url) as own:
+                own.note(dfmcl__images=len(part), dfmcl__model=self._model)
                 logits, version = await self._slice(part, deadline, canary, asked, own.headers)
                 own.note(dfmcl__version=version)
             return logits

@@ -73,9 +73,9 @@ def _classify(config: GatewayConfig) -> dict[str, Any]:
     return {
         "summary": "Classify an image, or several of them.",
         "operationId": "classify",
-        "description": f"An image has up to {limits.pixels} pixels, a body up to {limits.body_bytes} bytes. An image is"
-        " turned as its EXIF says, and its alpha lies on white. More than 8 bits a channel and several frames are"
-        " refused, and so is another size than the model takes; with resize=true it is brought to that size as the"
+        "description": f"An image has up to {limits.pixels:,} pixels, a body up to {limits.body_bytes:,} bytes. An"
+        " image is turned as its EXIF says, and its alpha lies on white. More than 8 bits a channel and several frames"
+        " are refused, and so is another size than the model takes; with resize=true it is brought to that size as the"
         " images were that the model was judged on. Several images come as fields of a form or as base64 in JSON:"
         " they are answered in their order, each by a prediction or its own error, and each costs an image of the key.",
         "parameters": [

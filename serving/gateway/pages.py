@@ -71,7 +71,8 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         for parameter in operation.get("parameters", [])
     )
     asked = operation.get("requestBody", {}).get("content", {})
-    bodies = "".join(f"<tr><td><code>{escape(kind)}</code>" for kind in asked)
+    kinds = ", ".join(f"<code>{escape(kind)}</code>" for kind in asked)
+    bodies = f"<tr><td>{kinds}" if kinds else ""
     responses = "".join(
         f"<tr><td>{status}<td>{escape(response['description'])}" for status, response in operation["responses"].items()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from dfmcl.monitoring.journal import Journal
 from dfmcl.monitoring.page import _ago, render
 from dfmcl.monitoring.results import GATEWAY, Example, Round
 from dfmcl.robustness.statistics import Share
+from docs.pictures import make, screens
 from tests.deploying import ROOT
 from tests.devtools import Browser, browser
 from tests.gating.browser import BROWSER, MISSING, Visit, visit
@@ -261,6 +263,18 @@ def test_labels_touch_on_no_screen(chromium: Browser, tmp_path: Path, thresholds
         heights = chromium.value("[...document.querySelectorAll('time')].map(time => time.getClientRects().length)")
         assert set(heights) == {1}
         assert len(heights) > 6
+
+
+@needs_browser
+def test_page_is_built_as_its_pictures(chromium: Browser, tmp_path: Path) -> None:
+    """Well, and without its Triton: the same elements are seen as in docs/pictures, whatever they say."""
+    pictured = json.loads(make.STRUCTURE.read_text(encoding="utf-8"))
+    well = (result(1), replace(result(2), examples=(picture("pgd-10", 2),)))
+    for name, outcomes in (("watch-phone", well), ("watch-failure", (*well, failure(3, "unavailable")))):
+        (tmp_path / "page.html").write_text(page(journal(*outcomes)), encoding="utf-8")
+        chromium.open((tmp_path / "page.html").as_uri())
+        assert screens.outline(chromium) == pictured[name]
+    assert pictured["watch-phone"] != pictured["watch-failure"]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 from dfmcl.gating.signing.evidence import read_report
 from dfmcl.robustness.data import load_dataset
 from dfmcl.serving.gateway.claims import reader
+from docs.pictures import make, screens
 from tests.devtools import Browser, browser
 from tests.gating.browser import BROWSER, MISSING
 from tests.serving.doors import KEY, Door, encoded, opened, settings
@@ -245,6 +246,33 @@ def test_docs_say_what_the_document_says(door: Door) -> None:
             assert f"{method.upper()} {path}" in page
             assert all(parameter["name"] in page for parameter in operation.get("parameters", []))
             assert all(f"<td>{status}<td>" in page for status in operation["responses"])
+
+
+@needs_browser
+def test_pages_are_built_as_their_pictures(served: Served, trust_file: Path, chromium: Browser, tmp_path: Path) -> None:
+    """In each state of docs/pictures the same elements are seen as there, whatever they say; a lost one is noticed."""
+    pictured = json.loads(make.STRUCTURE.read_text(encoding="utf-8"))
+    files = written(tmp_path, **{f"digit{number}": encoded(DATA.x_test[number]) for number in range(3)})
+    release = {"repository": str(served.repository), "trust": str(trust_file)}
+    with opened(settings([served.ready["grpc"]], open=True, keys=[], release=release)) as door:
+        chromium.open(f"{door.url}/")
+        chromium.wait("!document.querySelector('#version').hidden")
+        screens.asked(chromium, files)
+        for view, width in (("light", 1000), ("phone", 390)):
+            chromium.look(width, 1240)
+            assert screens.outline(chromium) == pictured[f"gateway-{view}"]
+        chromium.value("document.querySelector('article progress').remove()")
+        assert screens.outline(chromium) == pictured["gateway-light"]
+        chromium.value("document.querySelectorAll('article progress').forEach((bar) => bar.remove())")
+        assert screens.outline(chromium) != pictured["gateway-light"]
+        chromium.open(f"{door.url}/docs")
+        screens.tried(chromium, files[:2], "good")
+        assert screens.outline(chromium) == pictured["docs-light"]
+    with opened(settings(["127.0.0.1:1"], open=True, keys=[]), ready=False) as door:
+        chromium.open(f"{door.url}/")
+        chromium.wait("!!document.querySelector('#ready.bad')")
+        screens.asked(chromium, files[:1])
+        assert screens.outline(chromium) == pictured["gateway-failure"]
 
 
 @needs_browser
