@@ -157,10 +157,12 @@ class MitigationSection(Section):
 
 
 class ListenSection(Section):
-    """Where /metrics is; port 0 means any free one."""
+    """Where /metrics is; port 0 means any free one. runbooks: URL of the folder where docs/runbooks is published, as in
+    the rules' runbook_url; the page links there, and without it only names the runbook."""
 
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(9464, ge=0, le=65535)
+    runbooks: Url = ""
 
 
 class WatchConfig(Section):

@@ -171,6 +171,7 @@ def identity_of(config: WatchConfig, work: Preparation) -> Identity:
         interval_seconds=intervals,
         labels=work.recipe.labels,
         gated=work.find is not evidence.nothing,
+        runbooks=config.listen.runbooks,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -40,6 +41,7 @@ from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, Round
 from dfmcl.monitoring.rounds import RoundPlan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
 from dfmcl.monitoring.snapshot import Snapshot
+from dfmcl.monitoring.spans import round_spans
 from dfmcl.serving.clients.triton import Client
 
 HEALTHY_INTERVALS = 3
@@ -102,11 +104,12 @@ def _watch(
         log(work.recipe.remark)
     sidecar = Sidecar(config, work, clock, stop, log, rounds)
     http = served(sidecar.application(), config.listen.host, config.listen.port) if rounds is None else nullcontext("")
-    with http as url, sidecar.crafter:
+    with round_spans() as span, http as url, sidecar.crafter:
         every = f"every {config.probe.interval_seconds:g} s; metrics at {url}/metrics"
         log(f"watching {sidecar.target} {every if url else f'{rounds} times, no HTTP'}")
         measured = True
         for outcome in sidecar.run():
+            span(outcome)
             measured = measured and isinstance(outcome, RoundResult)
         sidecar.finish()
     return 0 if measured or rounds is None else 5
@@ -206,6 +209,7 @@ class Sidecar:
         registry = CollectorRegistry()
         registry.register(RoundsCollector(self._identity, self.snapshot))
         ProcessCollector(registry=registry)
+        shown = functools.partial(page.render, self.target, self._identity)
         well, ill = ("200 OK", "healthy\n"), ("503 Service Unavailable", "no round has begun for too long\n")
 
         def health() -> tuple[str, str, str]:
@@ -215,7 +219,7 @@ class Sidecar:
         return application(
             registry,
             {
-                "/": lambda: ("200 OK", "text/html", page.render(self.target, self._identity, self.snapshot())),
+                "/": lambda: ("200 OK", "text/html", shown(self.snapshot(), now=self._clock.time())),
                 "/rounds.json": lambda: ("200 OK", "application/json", self._rounds_json()),
                 "/-/healthy": health,
             },

@@ -28,7 +28,7 @@ class Identity:
     """What does not change while a watch runs. version, revision: of this program; epsilon such as `8/255`.
 
     interval_seconds: planned between rounds, by path; labels: names of the classes, by index;
-    gated: whether it was told where the gate's evidence is.
+    gated: whether it was told where the gate's evidence is; runbooks: URL of the folder of docs/runbooks, "" for none.
     """
 
     version: str
@@ -41,6 +41,7 @@ class Identity:
     interval_seconds: Mapping[str, float]
     labels: tuple[str, ...] = ()
     gated: bool = True
+    runbooks: str = ""
 
 
 @dataclass(frozen=True)

@@ -97,14 +97,18 @@ def promote(
     wait: WAIT = 120,
 ) -> None:
     """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
+    from dfmcl.common.tracing import operation
     from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.promotion import promote as run_promote
     from dfmcl.release.stores.registry import store_of
 
     store = store_of(repository)
-    promoted = run_promote(
-        candidate, evidence, store, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
-    )
+    with operation("dfmcl-promote", "promote", dfmcl__model=name) as told:
+        promoted = run_promote(
+            candidate, evidence, store, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
+        )
+        if told is not None:
+            told.note(dfmcl__version=promoted.version, dfmcl__sha256=promoted.sha256)
     where = store.where(promoted.folder)
     say(f"{where}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
     await_live(promoted, live, wait)
@@ -121,12 +125,16 @@ def rollback(
     wait: WAIT = 120,
 ) -> None:
     """Serve an earlier version of a model again."""
+    from dfmcl.common.tracing import operation
     from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.promotion import rollback as run_rollback
     from dfmcl.release.stores.registry import store_of
 
     store = store_of(repository)
-    promoted = run_rollback(store, name, trust=load_trust(trust), version=version, reason=reason)
+    with operation("dfmcl-promote", "rollback", dfmcl__model=name) as told:
+        promoted = run_rollback(store, name, trust=load_trust(trust), version=version, reason=reason)
+        if told is not None:
+            told.note(dfmcl__version=promoted.version, dfmcl__sha256=promoted.sha256)
     where = store.where(promoted.folder)
     say(f"{where}: {promoted.model} is back at version {promoted.version}, model.onnx {promoted.sha256[:12]}")
     await_live(promoted, live, wait)
@@ -282,13 +290,32 @@ def parity(
 
 @command
 def card(
-    run: Annotated[Path, typer.Argument(help="The run that the served version was exported from.")],
     repository: REPOSITORY,
     name: NAME,
+    run: Annotated[
+        Path | None, typer.Argument(help="The run that the served version was exported from; with --audit optional.")
+    ] = None,
     evaluation: Annotated[Path | None, typer.Option(help="A record of the run by `dfmcl evaluate --out`.")] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Print in its place the records for an audit (EU AI Act, ISO/IEC 42001).")
+    ] = False,
+    trust: Annotated[Path | None, typer.Option(help="With --audit: whose signature counts (TOML).")] = None,
 ) -> None:
     """Write the model card of what is served: README.md, all figures from run and evidence."""
-    from dfmcl.release.card import write_card
+    from dfmcl.common.errors import BadInput
     from dfmcl.release.stores.registry import store_of
 
-    say(f"{write_card(run, store_of(repository), name, evaluation)}: written")
+    store = store_of(repository)
+    if audit:
+        from dfmcl.gating.signing.trust import load_trust
+        from dfmcl.release.audit import audit as written
+
+        if trust is None or evaluation is not None:
+            raise BadInput("--audit: needs --trust, as a record that nobody signed is none, and takes no --evaluation")
+        say_page(written(store, name, load_trust(trust), run))
+        return
+    if run is None or trust is not None:
+        raise BadInput("card: needs the run that the version was exported from, and takes --trust with --audit only")
+    from dfmcl.release.card import write_card
+
+    say(f"{write_card(run, store, name, evaluation)}: written")

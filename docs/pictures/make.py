@@ -1,6 +1,7 @@
 """Every picture of docs/pictures, and pictures.json, which says what they show: `make pictures`.
 
-A name (flow, threats, report, watch) makes only that one again. The pages need Chromium, the watch also Triton.
+A name (flow, threats, report, watch, gateway) makes only that one again. Pages need Chromium, watch and gateway Triton
+too. What a page looks like besides its words is written to structure.json, which tests compare with pages of now.
 """
 
 from __future__ import annotations
@@ -9,39 +10,42 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from docs.pictures import flow, pages, threats
+from docs.pictures import flow, pages, screens, threats
 from tests.gating.browser import BROWSER, MISSING, visit
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-RECORD = HERE / "pictures.json"
+RECORD, STRUCTURE = HERE / "pictures.json", HERE / "structure.json"
 MOST_BYTES = 200_000
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page to be shown. written: makes it, in an empty folder; shows: its digest; size: width, height in pixels."""
+    """A page to be shown. written: makes it, in an empty folder; shows: its digest; size: width, height in pixels.
 
-    written: Callable[[Path], str]
+    The page is what is called `well` of what is written; others are shown besides.
+    """
+
+    written: Callable[[Path], dict[str, str]]
     shows: Callable[[], str]
     size: tuple[int, int]
 
 
 PAGES = {
     "report": Page(pages.report, pages.report_shows, (1000, 660)),
-    "watch": Page(pages.watch, pages.watch_shows, (1000, 1140)),
+    "watch": Page(pages.watch, pages.watch_shows, (1000, 1240)),
 }
 
 
 def main(chosen: Sequence[str]) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    drawings = {"flow": drawn, "threats": tiled}
+    drawings = {"flow": drawn, "threats": tiled, "gateway": photographed}
     for name in chosen or (*drawings, *PAGES):
         for path, shows in drawings[name]() if name in drawings else shot(name):
             record[path.name] = {"shows": shows, "sha256": sha256(path)}
@@ -55,7 +59,11 @@ def shows() -> dict[str, str]:
     found[threats.OUT.name] = threats_show()
     for name, page in PAGES.items():
         found |= dict.fromkeys((f"{name}-light.png", f"{name}-dark.png"), page.shows())
-    return found
+    found |= dict.fromkeys(("watch-phone.png", "watch-failure.png"), PAGES["watch"].shows())
+    states = ("light", "dark", "phone", "failure")
+    return found | dict.fromkeys(
+        (f"{page}-{state}.png" for page in ("gateway", "docs") for state in states), screens.gateway_shows()
+    )
 
 
 def flow_shows(colour: str) -> str:
@@ -83,6 +91,27 @@ def drawn() -> list[tuple[Path, str]]:
     return [(path, flow_shows(colour)) for colour, path in files.items()]
 
 
+def photographed() -> list[tuple[Path, str]]:
+    """The gateway's pages in each state: files, and what they show."""
+    if BROWSER is None:
+        raise SystemExit(MISSING)
+    with tempfile.TemporaryDirectory() as scratch:
+        return _kept(screens.gateway(Path(scratch)), screens.gateway_shows())
+
+
+def _kept(seen: Iterable[tuple[str, bytes, list[str]]], shows: str) -> list[tuple[Path, str]]:
+    """Pictures written, and their outlines with the others."""
+    outlines = json.loads(STRUCTURE.read_text(encoding="utf-8")) if STRUCTURE.exists() else {}
+    made = []
+    for name, png, outline in seen:
+        path = HERE / f"{name}.png"
+        path.write_bytes(png)
+        outlines[name] = outline
+        made.append((path, shows))
+    STRUCTURE.write_text(json.dumps(dict(sorted(outlines.items())), indent=1) + "\n", encoding="utf-8")
+    return made
+
+
 def shot(name: str) -> list[tuple[Path, str]]:
     """The upper part of a page, in light and in dark: files, and what they show."""
     if BROWSER is None:
@@ -91,7 +120,8 @@ def shot(name: str) -> list[tuple[Path, str]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "files").mkdir()
-        (folder / "page.html").write_text(page.written(folder / "files"), encoding="utf-8")
+        written = page.written(folder / "files")
+        (folder / "page.html").write_text(written["well"], encoding="utf-8")
         for colour in ("light", "dark"):
             raw, path = folder / f"{colour}.png", HERE / f"{name}-{colour}.png"
             visit(folder / "page.html", folder / "profile", size=page.size, screenshot=raw, dark=colour == "dark")
@@ -99,7 +129,7 @@ def shot(name: str) -> list[tuple[Path, str]]:
                 flat = picture.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
                 flat.save(path, optimize=True)  # 256 colours, rare ones among them: a third of the bytes
             made.append((path, page.shows()))
-    return made
+    return made + (_kept(screens.watch(written), page.shows()) if "failure" in written else [])
 
 
 def sha256(path: Path) -> str:

@@ -12,8 +12,9 @@ import queue
 import re
 import threading
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,50 +59,64 @@ port = 0
 """
 
 
-def report(folder: Path) -> str:
+def report(folder: Path) -> dict[str, str]:
     """The page that `dfmcl gate` wrote about the shipped model, as it is written now; folder: not needed."""
-    return html(read_report(RELEASE / "report.json")[0], read_probes(RELEASE / "probes.npz"))
+    return {"well": html(read_report(RELEASE / "report.json")[0], read_probes(RELEASE / "probes.npz"))}
 
 
 def report_shows() -> str:
     """Of the page without its images, which an encoder may write otherwise, and of these as they are published."""
-    words = re.sub(r"data:image/png;base64,[\w+/=]+", "", report(Path()))
+    words = re.sub(r"data:image/png;base64,[\w+/=]+", "", report(Path())["well"])
     return _digest(words.encode(), (RELEASE / "probes.npz").read_bytes())
 
 
-def watch(folder: Path) -> str:
-    """The sidecar's page after ROUNDS rounds, the shipped model behind a real Triton; folder: empty, for its files."""
+def watch(folder: Path) -> dict[str, str]:
+    """The sidecar's page after ROUNDS rounds, the shipped model behind a real Triton: `well`; and `failure`, once that
+    Triton is gone. folder: empty, for its files."""
     probes = read_probes(RELEASE / "probes.npz")
     images, labels = probes["images"][:POOL], probes["labels"][:POOL]
     classes = (RELEASE / "labels.txt").read_text(encoding="utf-8").splitlines()
     np.savez(folder / "pool.npz", x_train=images[:1], y_train=labels[:1], x_test=images, y_test=labels, classes=classes)
-    with served(folder) as grpc:
+    with ExitStack() as triton:
+        grpc = triton.enter_context(served(folder))
         runs, trust = json.dumps([str(path) for path in SURROGATES]), ROOT / "deploy" / MODEL / "trust.toml"
         told = WATCH.format(grpc=grpc, model=MODEL, runs=runs, repository=REPOSITORY, trust=trust)
         (folder / "watch.toml").write_text(told, encoding="utf-8")
-        return _watched(load_config(folder / "watch.toml"))
+        return _watched(load_config(folder / "watch.toml"), triton)
 
 
-def _watched(config: WatchConfig) -> str:
-    """The page of a watch in this process, which has no users to give way to as `dfmcl watch` would."""
+def _watched(config: WatchConfig, triton: ExitStack) -> dict[str, str]:
+    """The pages of a watch in this process, which has no users to give way to as `dfmcl watch` would."""
     stop, said = threading.Event(), queue.SimpleQueue[str]()
     with ThreadPoolExecutor(1) as pool:
         ended = pool.submit(sidecar.watch, config, stop=stop, log=said.put)
         try:
-            url, measured = "", 0
-            while measured < ROUNDS and not ended.done():
-                with suppress(queue.Empty):
-                    line = said.get(timeout=1)
-                    print(line, flush=True)
-                    measured += " images, clean " in line
-                    url = line.partition("metrics at ")[2].removesuffix("metrics") or url
-            if ended.done():
-                raise SystemExit(f"the watch ended after {measured} rounds: {ended.exception()}")
-            with urllib.request.urlopen(url, timeout=60) as answer:
-                return str(answer.read().decode())
+            lines = _lines(said, ended)
+            url = next(found for line in lines if (found := line.partition("metrics at ")[2].removesuffix("metrics")))
+            for _ in range(ROUNDS):
+                next(line for line in lines if " images, clean " in line)
+            well = _read(url)
+            triton.close()
+            next(line for line in lines if ": failed (unavailable)" in line)
+            return {"well": well, "failure": _read(url)}
         finally:
             stop.set()
             ended.result()
+
+
+def _lines(said: queue.SimpleQueue[str], ended: Future[int]) -> Iterator[str]:
+    """What a watch says, for as long as it runs."""
+    while not ended.done():
+        with suppress(queue.Empty):
+            line = said.get(timeout=1)
+            print(line, flush=True)
+            yield line
+    raise SystemExit(f"the watch ended: {ended.exception()}")
+
+
+def _read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return str(answer.read().decode())
 
 
 def watch_shows() -> str:

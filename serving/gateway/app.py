@@ -33,16 +33,19 @@ from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.tracing import Told, Tracing
 from dfmcl.serving.clients.triton import Contract
 from dfmcl.serving.detection.detector import Worker
 from dfmcl.serving.gateway import images, pages, v2
 from dfmcl.serving.gateway.admission import Admission, Place
 from dfmcl.serving.gateway.api_keys import ANYONE, PREFIX, Caller
+from dfmcl.serving.gateway.claims import Record, reader
 from dfmcl.serving.gateway.config import GatewayConfig
 from dfmcl.serving.gateway.endpoints import Reply
 from dfmcl.serving.gateway.exchange import (
     Exchange,
     Routes,
+    Sent,
     Wish,
     json_response,
     page_response,
@@ -56,7 +59,7 @@ from dfmcl.serving.gateway.openapi import describe
 from dfmcl.serving.gateway.pool import Pool
 from dfmcl.serving.gateway.problems import RETRY_SECONDS, Problem
 
-CLASSIFY = "/v1/classify"
+CLASSIFY, ABOUT = "/v1/classify", "/v1/model"
 QUIET = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds; logged only where they fail
 SECRET = re.compile(rf"{PREFIX}[^/]+")  # an API key that a client has put into a path
 PATH_CHARACTERS = 128  # of a stranger's path that go into the log
@@ -73,7 +76,9 @@ T = TypeVar("T")
 class Gateway:
     """The ASGI application."""
 
-    def __init__(self, config: GatewayConfig, pool: Pool, decoders: Executor, log: Log = say) -> None:
+    def __init__(
+        self, config: GatewayConfig, pool: Pool, decoders: Executor, log: Log = say, traces: Tracing | None = None
+    ) -> None:
         """decoders: the threads that work on large bodies; so few at a time, and with so much memory."""
         self.stopping = False
         self.metrics = Metrics(metadata.version("dfmcl"), pool, lambda: self.ready)
@@ -81,15 +86,15 @@ class Gateway:
         if config.detection.enabled:
             salt, found = secrets.token_bytes(32), DetectionMetrics(self.metrics.registry)
             self.detection = Worker(config.detection, salt, found, log)
-        self._config, self._pool, self._decoders, self._log = config, pool, decoders, log
+        self._config, self._pool, self._decoders, self._log, self._traces = config, pool, decoders, log, traces
         self._keyring, self._admission = config.keyring(), Admission(config.limits.concurrency, lambda: pool.computed)
-        description = describe(config, metadata.version("dfmcl"))
-        self._openapi, self._docs = json.dumps(description).encode(), pages.docs(description)
-        self._index = pages.index(config.triton.model, needs_key=not config.open)
+        self._describe_itself()
+        self._record = Record(reader(config.release.repository, config.triton.model, config.release.trust))
         health: Routes = {"/healthz": ("GET", self._healthz), "/readyz": ("GET", self._readyz)}
         figures: Routes = {"/metrics": ("GET", self._metrics)}
         public: Routes = {
             CLASSIFY: ("POST", self._classify),
+            ABOUT: ("GET", self._about),
             **self._v2,
             **health,
             **({} if config.listen.admin else figures),
@@ -99,13 +104,28 @@ class Gateway:
         }
         self._router, self._admin_router = router_of(public), router_of(health | figures)
 
+    def _describe_itself(self) -> None:
+        """Make the document and the pages, which say whether a key is needed."""
+        config, description = self._config, describe(self._config, metadata.version("dfmcl"))
+        self._openapi = json.dumps(description).encode()
+        needs_key, root = not config.open, config.listen.root_path
+        self._index = pages.index(config.triton.model, needs_key=needs_key, root=root)
+        self._docs = pages.docs(description, needs_key=needs_key, root=root)
+
     @property
     def ready(self) -> bool:
         """Whether requests should be sent here."""
         return self._pool.ready and not self.stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._exchange(self._router, scope, receive, send)
+        if self._traces is None or scope["path"] in QUIET:
+            await self._exchange(self._router, scope, receive, send)
+            return
+        parent = self._traces.extracted(Headers(scope=scope))
+        with self._traces.span(scope["method"], "server", parent, http__request__method=scope["method"]) as told:
+            scope["told"] = told
+            await self._exchange(self._router, scope, receive, send)
+            _conclude(told, scope["exchange"])
 
     async def administration(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application of the admin address."""
@@ -121,7 +141,7 @@ class Gateway:
         self._config = before.model_copy(update=now)
         if differs:
             self._keyring = config.keyring(before, self._keyring)
-            self._index = pages.index(config.triton.model, needs_key=not config.open)
+            self._describe_itself()
         others = [name for name in GatewayConfig.model_fields if getattr(config, name) != getattr(self._config, name)]
         if others:
             keys = "keys were renewed" if differs else "keys are the same"
@@ -144,6 +164,7 @@ class Gateway:
             scope["path"],
             client[0] if client else None,
             time.monotonic(),
+            told=scope.get("told"),
         )
 
         async def answer(message: Message) -> None:
@@ -168,7 +189,7 @@ class Gateway:
                 response = json_response(told, problem.status, headers)
                 await response(scope, receive, answer)
         finally:
-            self._record(exchange)
+            self._keep(exchange)
             if self.detection and exchange.caller and exchange.asked is not None:
                 self.detection.offer(exchange.caller, exchange.asked)
 
@@ -179,7 +200,7 @@ class Gateway:
             headers.append((b"connection", b"close"))
         return headers
 
-    def _record(self, exchange: Exchange) -> None:
+    def _keep(self, exchange: Exchange) -> None:
         now, caller = time.monotonic(), exchange.caller
         if exchange.path == CLASSIFY or exchange.inference:
             self.metrics.ended(
@@ -188,6 +209,7 @@ class Gateway:
                 now - (exchange.heard or exchange.begun),
                 images=exchange.images,
                 canary=caller is not None and caller.canary,
+                trace=exchange.told.trace if exchange.told else "",
             )
         elif exchange.path in QUIET and exchange.status < 400:
             return
@@ -215,11 +237,11 @@ class Gateway:
         self._log(entry | ({"detail": exchange.detail} if exchange.detail else {}))
 
     async def _classify(self, request: Request) -> Response:
-        async def decoded(body: bytes, wish: Wish) -> tuple[npt.NDArray[np.uint8], bool]:
+        async def decoded(body: bytes, wish: Wish) -> tuple[npt.NDArray[np.uint8], Sent]:
             return await self._decoded(request, body, self._pool.contract, wish)
 
-        reply, single, wish = await self._asked(request, decoded)
-        return json_response(self._answer(reply, wish, request.scope["exchange"].id, single=single))
+        reply, sent, wish = await self._asked(request, decoded)
+        return json_response(self._answer(reply, wish, request.scope["exchange"].id, sent))
 
     async def _infer(self, request: Request) -> Response:
         """The same in KServe's protocol, which answers with logits."""
@@ -260,9 +282,11 @@ class Gateway:
                     async with asyncio.timeout(wish.seconds):
                         batch, more = await decoded(body, wish)
                         exchange.images = len(batch)
+                        exchange.sent = max(exchange.sent, exchange.images)
                         self._admission.arrived(place, exchange.images)
+                        deadline = exchange.heard + wish.seconds
                         reply = await self._pool.infer(
-                            batch, deadline=exchange.heard + wish.seconds, flow=place.flow, canary=caller.canary
+                            batch, deadline=deadline, flow=place.flow, canary=caller.canary, told=exchange.told
                         )
                 except TimeoutError:
                     why = "no answer before the deadline; X-Request-Timeout-Ms asks for more"
@@ -271,7 +295,7 @@ class Gateway:
             exchange.asked = batch
             return reply, more, wish
         finally:
-            caller.correct(max(1, exchange.images) - promised)
+            caller.correct(max(1, exchange.sent) - promised)
 
     def _promised(self, request: Request) -> int:
         """How many images a request will hold, by its headers: a file holds one, a tensor as many as fit."""
@@ -333,20 +357,53 @@ class Gateway:
 
     async def _decoded(
         self, request: Request, body: bytes, contract: Contract, wish: Wish
-    ) -> tuple[npt.NDArray[np.uint8], bool]:
-        """The body as uint8 (N, H, W, C), and whether it is one image, rather than a tensor."""
+    ) -> tuple[npt.NDArray[np.uint8], Sent]:
+        """The body as uint8 (N, H, W, C), and how it came."""
         kind, spot = images.media_type(request.headers.get("content-type", "")), len(body) <= SPOT_BYTES
+        most = contract.max_batch_size
         if kind == images.TENSOR:
-            return await self._worked(spot, images.tensor, body, contract), False
+            if not images.is_list(body):
+                return await self._worked(spot, images.tensor, body, contract), Sent()
+            files = await self._worked(spot, images.listed_files, body, most)
+            return await self._each(request.scope["exchange"], files, contract, wish)
         if kind == images.FORM:
-            body, kind = await self._worked(spot, images.form_field, body, request.headers["content-type"])
+            files = await self._worked(spot, images.form_files, body, request.headers["content-type"], most)
+            if len(files) > 1:
+                return await self._each(request.scope["exchange"], files, contract, wish)
+            body, kind = files[0].data or b"", files[0].kind
+        return await self._image(body, kind, contract, wish), Sent(single=True)
+
+    async def _each(
+        self, exchange: Exchange, files: list[images.File], contract: Contract, wish: Wish
+    ) -> tuple[npt.NDArray[np.uint8], Sent]:
+        """The images of a list; one that the model cannot see has its problem, and stops no other."""
+        exchange.sent, found, problems = len(files), [], list[Problem | None]()
+        for file in files:
+            await asyncio.sleep(0)  # others have their turn between two images
+            try:
+                if file.data is None:
+                    raise Problem("bad_image", "image: is no base64")
+                found.append(await self._image(file.data, file.kind, contract, wish))
+                problems.append(None)
+            except Problem as problem:
+                if problem.status >= 500:  # ours, and no fault of the image
+                    raise
+                self.metrics.unseen(problem.reason)
+                problems.append(problem)
+        batch = np.concatenate(found) if found else np.empty((0, *contract.input_shape), np.uint8)
+        return batch, Sent(problems=tuple(problems))
+
+    async def _image(self, data: bytes, kind: str, contract: Contract, wish: Wish) -> npt.NDArray[np.uint8]:
+        """An image file as (1, H, W, C). kind: its content type."""
         if kind not in images.FORMATS and kind not in images.UNTOLD:
             raise Problem("unsupported_type", f"Content-Type: expected none, or one of {', '.join(images.TYPES)}")
-        image = await self._worked(spot, images.open_image, body, kind, self._config.limits.pixels)
+        spot = len(data) <= SPOT_BYTES
+        image = await self._worked(spot, images.open_image, data, kind, self._config.limits.pixels)
         if not wish.resize:
             images.require_size(image, contract)
         spot = spot and image.width * image.height <= SPOT_PIXELS
-        return await self._worked(spot, images.pixels, image, contract, resize=wish.resize), True
+        pixels: npt.NDArray[np.uint8] = await self._worked(spot, images.pixels, image, contract, resize=wish.resize)
+        return pixels
 
     async def _worked(self, spot: bool, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The result of some work on a stranger's bytes: done on the spot, or by one of a few threads."""
@@ -355,14 +412,19 @@ class Gateway:
         call = functools.partial(work, *arguments, **options)
         return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
 
-    def _answer(self, reply: Reply, wish: Wish, request_id: str, *, single: bool) -> dict[str, Any]:
+    def _answer(self, reply: Reply, wish: Wish, request_id: str, sent: Sent) -> dict[str, Any]:
         about = {"model": self._config.triton.model, "version": reply.version, "request_id": request_id}
         shares = softmax(reply.logits)
         predictions = [
             self._prediction(row, share, reply.labels, logits=wish.logits)
             for row, share in zip(reply.logits, shares, strict=True)
         ]
-        return {**predictions[0], **about} if single else {"predictions": predictions, **about}
+        if sent.single:
+            return {**predictions[0], **about}
+        if sent.problems:
+            seen = iter(predictions)
+            predictions = [next(seen) if problem is None else problem.of_image() for problem in sent.problems]
+        return {"predictions": predictions, **about}
 
     def _prediction(
         self, row: npt.NDArray[np.float32], share: npt.NDArray[np.float64], labels: tuple[str, ...], *, logits: bool
@@ -412,6 +474,25 @@ class Gateway:
         if request.path_params.get("version", served) != served:
             raise Problem("not_found", f"version {served} is served; leave the version out, or name it")
 
+    async def _about(self, request: Request) -> Response:
+        """The model that answers now, and what the gate recorded about it."""
+        caller, served = self._keyring.caller(request.headers), self._pool.served
+        contract, limits = self._pool.contract, self._config.limits
+        height, width, channels = contract.input_shape
+        claims = await self._record.of(served.version)
+        return json_response(
+            {
+                "model": served.model,
+                "version": served.version,
+                "ready": self.ready,
+                "labels": list(served.labels),
+                "image": {"height": height, "width": width, "channels": channels},
+                "limits": {"images": contract.max_batch_size, "bytes": limits.body_bytes, "pixels": limits.pixels},
+                "logits": caller.logits,
+                "gate": claims.to_json(),
+            }
+        )
+
     async def _healthz(self, request: Request) -> Response:
         return json_response({"status": "alive"})
 
@@ -424,6 +505,9 @@ class Gateway:
     async def _metrics(self, request: Request) -> Response:
         if not (self._config.listen.public_metrics or self._config.listen.admin):
             self._keyring.caller(request.headers)
+        if self._traces is not None:  # exemplars are OpenMetrics, which only who asks for it can read
+            written, kind = self.metrics.exposition_for(request.headers.get("accept", ""))
+            return Response(written, headers={"content-type": kind})
         return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _describe(self, request: Request) -> Response:
@@ -434,3 +518,20 @@ class Gateway:
 
     async def _show_index(self, request: Request) -> Response:
         return page_response(self._index)
+
+
+def _conclude(told: Told, exchange: Exchange) -> None:
+    """What a request's span says of it: what its line in the log says, and no more."""
+    place = "/v2/models/{model}/infer" if exchange.v2 else exchange.path or ""
+    if exchange.inference:
+        told.span.update_name(f"{exchange.method} {place}")
+    told.note(
+        http__response__status_code=exchange.status,
+        dfmcl__request_id=exchange.id,
+        dfmcl__images=exchange.images,
+        dfmcl__version=exchange.version,
+        dfmcl__reason=exchange.reason,
+        dfmcl__key=exchange.caller.name if exchange.caller else None,
+    )
+    if exchange.status >= 500:
+        told.fail(exchange.reason or "")

@@ -5,6 +5,7 @@ Relative paths are relative to the file they stand in.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.text import scheme_of
 from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml
 from dfmcl.release.layout import MODEL_NAME
 from dfmcl.serving.detection.fingerprints import DETECTORS, DetectorName
@@ -26,6 +28,20 @@ def _is_address(address: str) -> str:
     return address
 
 
+def _is_network(text: str) -> str:
+    ipaddress.ip_network(text)  # ValueError says what is wrong
+    return text
+
+
+def _is_origin(text: str) -> str:
+    parts = urlsplit(text)
+    if text != "*" and (parts.scheme not in ("http", "https") or f"{parts.scheme}://{parts.netloc}" != text):
+        raise ValueError("write an origin such as https://shop.example, without a path, or *")
+    return text
+
+
+Network = Annotated[str, AfterValidator(_is_network)]
+Origin = Annotated[str, AfterValidator(_is_origin)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 Horizon = Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False)]
 Pause = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
@@ -34,7 +50,10 @@ Pause = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 class ListenSection(Section):
     """Where the gateway is. With tls_certificate and tls_key (PEM files) it speaks HTTPS, and with tls_client_ca it
     asks clients for a certificate too. admin is a second address, for probes and Prometheus, which strangers cannot
-    fill: /healthz, /readyz and, then only there, /metrics, over plain HTTP and without keys. After SIGTERM it says at
+    fill: /healthz, /readyz and, then only there, /metrics, over plain HTTP and without keys. root_path is the path that
+    a reverse proxy has before all of ours; it may take it off or leave it on. A client's address is its connection's;
+    of one from `proxies` (addresses, or networks such as 10.0.0.0/8) the last in X-Forwarded-For that is none of them.
+    After SIGTERM it says at
     /readyz that it is going, answers for notice_seconds more, until load balancers have seen that, and then finishes
     what it has begun within drain_seconds."""
 
@@ -44,6 +63,8 @@ class ListenSection(Section):
     tls_key: LocalPath = ""
     tls_client_ca: LocalPath = ""
     admin: Annotated[str, AfterValidator(_is_address)] = ""  # host:port; port 0 means any free one
+    root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$")
+    proxies: Annotated[list[Network], EachOnce] = Field(default=[])
     public_metrics: bool = True  # else /metrics asks for an API key too; without `admin`
     notice_seconds: Pause = 5.0
     drain_seconds: Pause = 20.0
@@ -95,6 +116,28 @@ class LimitsSection(Section):
     def _default_is_allowed(self) -> LimitsSection:
         if self.timeout_ms > self.max_timeout_ms:
             raise ValueError(f"timeout_ms is {self.timeout_ms}, above max_timeout_ms {self.max_timeout_ms}")
+        return self
+
+
+class CrossOrigin(Section):
+    """Pages of which other origins may ask this gateway from a browser (CORS): none, unless they are named; "*" is all
+    of them. Keys go in headers, never in cookies."""
+
+    origins: Annotated[list[Origin], EachOnce] = Field(default=[])
+    max_age_seconds: int = Field(600, ge=0, le=86_400)  # for which a browser remembers that it may
+
+
+class ReleaseRecord(Section):
+    """Where the gate's record of the served version is, for the page and /v1/model: the repository that promotion
+    writes. With trust, a trust file, a key of it must have signed; else the signature is called unchecked."""
+
+    repository: str = ""
+    trust: LocalPath = ""
+
+    @model_validator(mode="after")
+    def _trust_is_of_something(self) -> ReleaseRecord:
+        if self.trust and not self.repository:
+            raise ValueError("trust needs repository")
         return self
 
 
@@ -175,6 +218,8 @@ class GatewayConfig(Section):
     triton: Tritons
     limits: LimitsSection = LimitsSection()
     answers: Answers = Answers()
+    release: ReleaseRecord = ReleaseRecord()
+    cors: CrossOrigin = CrossOrigin()
     detection: Detection = Detection()
     keys: list[Key] = Field(default=[])
 
@@ -222,8 +267,13 @@ def load_config(path: Path | str) -> GatewayConfig:
         update={
             "listen": anchored(config.listen, path.parent, "tls_certificate", "tls_key", "tls_client_ca"),
             "triton": anchored(config.triton, path.parent, "tls_ca", "tls_certificate", "tls_key"),
+            "release": anchored(config.release, path.parent, *_local(config.release)),
         }
     )
+
+
+def _local(release: ReleaseRecord) -> tuple[str, ...]:
+    return ("trust",) if scheme_of(release.repository) else ("repository", "trust")
 
 
 def _first_complaint(error: ValidationError) -> str:

@@ -10,7 +10,7 @@ import ipaddress
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import tritonclient.grpc.aio as triton
 from tritonclient.utils import InferenceServerException
 
 from dfmcl.common.errors import AnswerError, DeadlineExceeded, Rejected
+from dfmcl.common.tracing import Told, Tracing
 from dfmcl.serving.clients.triton import CHANNEL_OPTIONS, Contract, Served, answer_error
 from dfmcl.serving.gateway.turns import Turns
 
@@ -65,8 +66,8 @@ class Security:
 class Endpoint:
     """One Triton. up: whether it answers; served, contract: of its model, once it has answered."""
 
-    def __init__(self, url: str, model: str, security: Security | None) -> None:
-        self.url, self.up = url, False
+    def __init__(self, url: str, model: str, security: Security | None, traces: Tracing | None = None) -> None:
+        self.url, self.up, self._traces = url, False, traces
         self.served: Served | None = None
         self.contract: Contract | None = None
         self.doubtful = asyncio.Event()  # set where a request found it gone: look at it now
@@ -77,17 +78,24 @@ class Endpoint:
         self._triton = _connection(url, security)
 
     async def infer(
-        self, images: npt.NDArray[np.uint8], *, seconds: float, flow: str = "", canary: bool = False
+        self,
+        images: npt.NDArray[np.uint8],
+        *,
+        seconds: float,
+        flow: str = "",
+        canary: bool = False,
+        told: Told | None = None,
     ) -> Reply:
         """The reply to images (N, H, W, C), N at most the model's max_batch_size, within so many seconds.
 
-        All of it comes from one version. flow: whose they are; turns are fair between flows.
+        All of it comes from one version. flow: whose they are; turns are fair between flows. told: the span of the
+        request, of which those of its slices are parts.
         """
         deadline = time.monotonic() + seconds
         if self.contract is None:
             await self._describe(seconds)
         for _ in range(OTHER_VERSION):
-            logits, version = await self._whole(images, deadline, flow, canary)
+            logits, version = await self._whole(images, deadline, flow, canary, told)
             if version is not None:
                 break
         else:
@@ -99,14 +107,21 @@ class Endpoint:
         return Reply(logits, self._labels.get(version, self.served.labels), version, self.url)
 
     async def _whole(
-        self, images: npt.NDArray[np.uint8], deadline: float, flow: str, canary: bool
+        self, images: npt.NDArray[np.uint8], deadline: float, flow: str, canary: bool, told: Told | None
     ) -> tuple[npt.NDArray[np.float32], str | None]:
         """Logits of all images, slice by slice, and the version that computed them; None where there were several."""
         version: str | None = None
 
         async def ask(begin: int, end: int) -> npt.NDArray[np.float32]:
             nonlocal version
-            logits, version = await self._slice(images[begin:end], deadline, canary, version or "")
+            part, asked = images[begin:end], version or ""
+            if told is None or self._traces is None:
+                logits, version = await self._slice(part, deadline, canary, asked)
+                return logits
+            with self._traces.span("triton.infer", "client", told.context, server__address=self.url) as own:
+                own.note(dfmcl__images=len(part), dfmcl__model=self._model)
+                logits, version = await self._slice(part, deadline, canary, asked, own.headers)
+                own.note(dfmcl__version=version)
             return logits
 
         weight = CANARY_WEIGHT if canary else 1.0
@@ -119,9 +134,17 @@ class Endpoint:
         return np.concatenate(parts), version
 
     async def _slice(
-        self, images: npt.NDArray[np.uint8], deadline: float, canary: bool, version: str
+        self,
+        images: npt.NDArray[np.uint8],
+        deadline: float,
+        canary: bool,
+        version: str,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[npt.NDArray[np.float32], str]:
-        """Logits of so many images as go at a time, and the version that computed them; version: "" for any."""
+        """Logits of so many images as go at a time, and the version that computed them; version: "" for any.
+
+        headers: the trace context.
+        """
         assert self.contract is not None
         contract, question = self.contract, self.contract.question(images)
         for last in (*[False] * (SAME_VERSION - 1 if version else 0), True):
@@ -131,6 +154,7 @@ class Endpoint:
                     seconds=deadline - time.monotonic(),
                     priority=CANARY_PRIORITY if canary else 0,
                     version=version,
+                    headers=headers,
                 )
                 break
             except AnswerError as error:
@@ -218,7 +242,15 @@ class Endpoint:
         self.up, self._last_answer = True, time.monotonic()
         return self.contract, self.served
 
-    async def _ask(self, question: dict[str, Any], *, seconds: float, priority: int = 0, version: str = "") -> Any:
+    async def _ask(
+        self,
+        question: dict[str, Any],
+        *,
+        seconds: float,
+        priority: int = 0,
+        version: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
         where = f"model {self._model!r} at {self.url}"
         return await _answered(
             lambda left: self._triton.infer(
@@ -228,6 +260,7 @@ class Endpoint:
                 priority=priority,
                 timeout=int(left * 1e6),  # in the queue, so that nobody computes for a client that left
                 client_timeout=left,
+                headers=headers,
             ),
             where,
             seconds,

@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route, Router
 
 from dfmcl.common.errors import AnswerError
+from dfmcl.common.tracing import Told
 from dfmcl.serving.gateway import pages
 from dfmcl.serving.gateway.api_keys import Caller
 from dfmcl.serving.gateway.problems import RETRY_SECONDS, Problem
@@ -52,11 +53,13 @@ class Exchange:
     reason: str | None = None
     detail: str = ""
     bytes: int = 0
-    images: int = 0
+    images: int = 0  # that the model sees
+    sent: int = 0  # with those that it cannot see; all are charged for
     version: str | None = None
     endpoint: str | None = None
     asked: npt.NDArray[np.uint8] | None = None  # what was answered, as the model saw it
     inference: bool = False  # whether it asks the model
+    told: Told | None = None  # its span, where it is traced
 
     @property
     def v2(self) -> bool:
@@ -71,6 +74,14 @@ class Wish:
     resize: bool
     logits: bool
     seconds: float
+
+
+@dataclass(frozen=True)
+class Sent:
+    """How images came. single: one, as such; problems: of a list, by position, None where there is none."""
+
+    single: bool = False
+    problems: tuple[Problem | None, ...] = ()
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

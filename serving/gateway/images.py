@@ -1,4 +1,4 @@
-"""What a client sends, as the uint8 batch that the model takes: an image file, a form with one, or a JSON tensor.
+"""What a client sends, as the uint8 batch that the model takes: image files, alone or together, or a JSON tensor.
 
 The bytes come from strangers: sizes are checked before anything of that size is made, and whatever a decoder trips
 over is the sender's problem, told with a reason.
@@ -6,6 +6,7 @@ over is the sender's problem, told with a reason.
 
 from __future__ import annotations
 
+import binascii
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,14 +36,24 @@ UNTOLD = ("", "application/octet-stream", "image/*", "application/x-www-form-url
 FORM, TENSOR = "multipart/form-data", "application/json"
 TYPES = (*FORMATS, *filter(None, UNTOLD), FORM, TENSOR)  # all that a request may say; it may say nothing too
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
-PARTS = 16  # of a form; one is the image
+PARTS = 16  # of a form, besides its images
 DATA = re.compile(rb'"data"\s*:\s*\[')
 NUMBERS = b"0123456789,[] \t\r\n"  # all that a list of whole numbers from 0 on may hold, nested or not
 # json.loads lets no other thread run until it returns, which for 64 small images is as long as an answer takes. So JSON
 # is read in pieces of so many bytes, in less than half a millisecond each; there may be so many without the numbers.
 PIECE, REST = 16_384, 65_536
 
+LIST, TAIL = re.compile(rb'\s*\{\s*"images"\s*:\s*\['), re.compile(rb"\]\s*\}\s*\Z")
+
 Batch = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class File:
+    """An image file of a request. data: None where it is none; kind: its content type, "" where nothing is said."""
+
+    data: bytes | None
+    kind: str
 
 
 def open_image(data: bytes, kind: str, max_pixels: int) -> Image.Image:
@@ -116,9 +128,9 @@ def require_tensor(entry: dict[str, Any], contract: Contract) -> tuple[int, ...]
     return tuple(shape)
 
 
-def form_field(body: bytes, content_type: str) -> tuple[bytes, str]:
-    """The field `image` of a multipart form: its bytes and its own content type. Problem: bad_request."""
-    form = _Form()
+def form_files(body: bytes, content_type: str, most: int) -> list[File]:
+    """The fields `image` of a multipart form, in their order. most: images. Problem: bad_request, too_large."""
+    form = _Form(PARTS + most)
     try:
         boundary = parse_options_header(content_type)[1][b"boundary"]
         parser = MultipartParser(boundary, form.callbacks)
@@ -129,9 +141,50 @@ def form_field(body: bytes, content_type: str) -> tuple[bytes, str]:
     if not form.ended:
         raise Problem("bad_request", "form: is cut off")
     found = [part for part in form.parts if part.name == FIELD.encode()]
-    if len(found) != 1:
-        raise Problem("bad_request", f"form: needs one field {FIELD!r}, has {len(found)}")
-    return bytes(found[0].data), media_type(found[0].headers.get(b"content-type", b"").decode("latin-1"))
+    if not found:
+        raise Problem("bad_request", f"form: needs a field {FIELD!r}, has none")
+    _require_few(len(found), most)
+    return [
+        File(bytes(part.data), media_type(part.headers.get(b"content-type", b"").decode("latin-1"))) for part in found
+    ]
+
+
+def is_list(body: bytes) -> bool:
+    """Whether a JSON body is {"images": ["BASE64", ...]}, and no tensor."""
+    return LIST.match(body) is not None
+
+
+def listed_files(body: bytes, most: int) -> list[File]:
+    """The files of such a body, in their order; data is None of an entry that is no base64.
+
+    Taken apart without a JSON parser, which would build whatever a stranger nests. most: images. Problem: bad_request,
+    too_large.
+    """
+    head, tail = LIST.match(body), TAIL.search(body, max(0, len(body) - REST))
+    if head is None or tail is None or tail.start() < head.end():
+        raise _no_list()
+    inner = body[head.end() : tail.start()]
+    _require_few(inner.count(b",") + 1, most)
+    entries = [entry.strip(b" \t\r\n") for entry in inner.split(b",")]
+    if not all(len(entry) > 2 and entry[:1] == entry[-1:] == b'"' for entry in entries):
+        raise _no_list()
+    return [File(_unpacked(entry[1:-1]), "") for entry in entries]
+
+
+def _unpacked(text: bytes) -> bytes | None:
+    try:
+        return binascii.a2b_base64(text.replace(b"\\/", b"/"), strict_mode=True)
+    except binascii.Error:
+        return None
+
+
+def _no_list() -> Problem:
+    return Problem("bad_request", 'body: expected {"images": ["BASE64", ...]}, each without data:...;base64, before it')
+
+
+def _require_few(images: int, most: int) -> None:
+    if images > most:
+        raise Problem("too_large", f"holds {images} images, may hold up to {most}")
 
 
 def media_type(content_type: str) -> str:
@@ -227,8 +280,9 @@ class _Part:
 class _Form:
     """The parts of a form, in memory; the body's limit is theirs."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.parts: list[_Part] = []
+        self.most = most
         self.ended = False
         self._field, self._value = bytearray(), bytearray()
         self.callbacks: Any = {
@@ -241,8 +295,8 @@ class _Form:
         }
 
     def _begin(self) -> None:
-        if len(self.parts) == PARTS:
-            raise Problem("bad_request", f"form: has more than {PARTS} fields")
+        if len(self.parts) == self.most:
+            raise Problem("bad_request", f"form: has more than {self.most} fields")
         self.parts.append(_Part())
 
     def _end(self) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from dfmcl.serving.detection.fingerprints import DETECTORS
 from dfmcl.serving.gateway.pool import Pool
-from dfmcl.serving.gateway.problems import STATUSES
+from dfmcl.serving.gateway.problems import OF_IMAGES, STATUSES
 
 OUTCOMES = ("ok", "refused", "failed")  # 2xx; 4xx, the asker's; 5xx, ours
 # From a small image on an idle machine (about 3 ms) to the longest deadline that the configuration may allow.
@@ -37,6 +38,9 @@ class Metrics:
         self._images = Counter(
             "gateway_images_total", "Images classified, the canary's left out.", registry=self.registry
         )
+        self._unseen = _counter(
+            self.registry, "gateway_images_refused_total", "Images of a list without an answer", "reason"
+        )
         self._canary = _counter(
             self.registry, "gateway_canary_requests_total", "The canary's classifications", "outcome"
         )
@@ -46,6 +50,8 @@ class Metrics:
         for outcome in OUTCOMES:  # a series that appears with its first error has no rate before the second
             self._seconds.labels(outcome)
             self._canary.labels(outcome)
+        for reason in OF_IMAGES:
+            self._unseen.labels(reason)
         for reason in STATUSES:
             self._errors.labels(reason)
             self._canary_errors.labels(reason)
@@ -54,16 +60,22 @@ class Metrics:
         self.registry.register(_PoolCollector(pool, ready))
         ProcessCollector(registry=self.registry)
 
-    def ended(self, status: int, reason: str | None, seconds: float, *, images: int, canary: bool) -> None:
-        """Count a classification. reason: None where there was an answer."""
+    def ended(
+        self, status: int, reason: str | None, seconds: float, *, images: int, canary: bool, trace: str = ""
+    ) -> None:
+        """Count a classification. reason: None where there was an answer; trace: its id, "" where it has none."""
         outcome = "ok" if status < 400 else "refused" if status < 500 else "failed"
         if canary:
             self._canary.labels(outcome).inc()
         else:
-            self._seconds.labels(outcome).observe(seconds)
+            self._seconds.labels(outcome).observe(seconds, {"trace_id": trace} if trace else None)
             self._images.inc(images)
         if reason is not None:
             (self._canary_errors if canary else self._errors).labels(reason).inc()
+
+    def unseen(self, reason: str) -> None:
+        """Count an image of a list that the model could not be shown, one of OF_IMAGES."""
+        self._unseen.labels(reason).inc()
 
     def refused(self, reason: str) -> None:
         """Count a request that was no classification, or a connection that was closed before there was one."""
@@ -72,6 +84,11 @@ class Metrics:
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def exposition_for(self, accept: str) -> tuple[bytes, str]:
+        """The same in the format that a scraper asks for by its Accept, and its content type."""
+        encoder, kind = choose_encoder(accept)
+        return encoder(self.registry), kind
 
 
 PROBES = ("benign", "attack")

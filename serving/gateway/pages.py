@@ -6,21 +6,17 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-INDEX = Path(__file__).with_name("index.html")
-STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
-h2 { margin-top: 2.5rem; font-size: 1.1rem; }
-code, pre { font: 0.9em ui-monospace, monospace; }
-pre { padding: 0.8rem; overflow: auto; background: color-mix(in srgb, currentColor 7%, transparent); }
-table { border-collapse: collapse; }
-td, th { padding: 0.2rem 1rem 0.2rem 0; text-align: left; vertical-align: top; }
-"""
+INDEX, DOCS = (Path(__file__).with_name(name) for name in ("index.html", "docs.html"))
+# Of an operation, for curl; the page puts its own address in the place of $URL.
+CURL = {
+    "/v1/classify": "curl -F image=@a.jpg -F image=@b.png{key} '$URL/v1/classify?resize=true'",
+}
 
 
 @dataclass(frozen=True)
@@ -31,30 +27,42 @@ class Page:
     policy: str
 
 
-def index(model: str, *, needs_key: bool) -> Page:
-    """A page to drop an image on."""
-    text = INDEX.read_text(encoding="utf-8").replace("MODEL", escape(model))
-    return _sealed(text.replace("NEEDS_KEY", "" if needs_key else "hidden"))
+def index(model: str, *, needs_key: bool, root: str = "") -> Page:
+    """A page to drop images on: what the model is, and what it says about them. root: path before all others."""
+    return _filled(INDEX, root, needs_key=needs_key, model=escape(model))
 
 
-def docs(description: dict[str, Any]) -> Page:
-    """An OpenAPI document, to read."""
-    operations = "".join(
-        _operation(method.upper(), path, operation)
+def docs(description: dict[str, Any], *, needs_key: bool, root: str = "") -> Page:
+    """An OpenAPI document, to read, to try and to copy from."""
+    found = [
+        (method.upper(), path, operation)
         for path, methods in description["paths"].items()
         for method, operation in methods.items()
-    )
+    ]
     schemas = "".join(
-        f"<h2 id='{escape(name)}'>{escape(name)}</h2><pre>{escape(json.dumps(schema, indent=2))}</pre>"
+        f"<details id='{escape(name)}'><summary><code>{escape(name)}</code></summary>{_json(schema)}</details>"
         for name, schema in description["components"]["schemas"].items()
     )
-    title = escape(description["info"]["title"])
-    return _sealed(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,">'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style><h1>{title}</h1>'
-        f"<p>{escape(description['info']['description'])} The same for programs: "
-        f'<a href="/openapi.json">/openapi.json</a>.</p>{operations}<h1>Schemas</h1>{schemas}</html>\n'
+    return _filled(
+        DOCS,
+        root,
+        needs_key=needs_key,
+        title=escape(description["info"]["title"]),
+        about=escape(description["info"]["description"]),
+        nav="".join(
+            f"<li><a href='#{operation['operationId']}'><code>{method} {escape(path)}</code></a>"
+            for method, path, operation in found
+        ),
+        operations="".join(_operation(*one) for one in found),
+        schemas=schemas,
     )
+
+
+def _filled(template: Path, root: str, *, needs_key: bool, **values: str) -> Page:
+    """A template with its values, which are HTML already."""
+    known = {**values, "keyless": "" if needs_key else "hidden", "root": root}
+    text = template.read_text(encoding="utf-8")
+    return _sealed(re.sub(r"\{\{(\w+)\}\}", lambda found: known[found[1]], text))
 
 
 def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
@@ -62,17 +70,42 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         f"<tr><td><code>{escape(parameter['name'])}</code><td>{parameter['in']}<td>{escape(parameter['description'])}"
         for parameter in operation.get("parameters", [])
     )
-    bodies = "".join(
-        f"<tr><td><code>{escape(kind)}</code>" for kind in operation.get("requestBody", {}).get("content", {})
-    )
+    asked = operation.get("requestBody", {}).get("content", {})
+    kinds = ", ".join(f"<code>{escape(kind)}</code>" for kind in asked)
+    bodies = f"<tr><td>{kinds}" if kinds else ""
     responses = "".join(
         f"<tr><td>{status}<td>{escape(response['description'])}" for status, response in operation["responses"].items()
     )
+    answers = [content for response in operation["responses"].values() for content in response["content"].values()]
+    key = ' -H "X-API-Key: $DFMCL_API_KEY"' if operation.get("security") else ""
+    curl = CURL.get(path, f"curl{{key}} '$URL{path}'").format(key=key)
+    chosen = (
+        "<input class='files' type='file' multiple aria-label='images'> "
+        "<label><input class='resize' type='checkbox' checked> resize</label> "
+    )
     return (
+        f"<section id='{operation['operationId']}' data-method='{method}' data-path='{escape(path)}'>"
         f"<h2><code>{method} {escape(path)}</code></h2><p>{escape(operation['summary'])} "
         f"{escape(operation.get('description', ''))}</p>{_table('Parameters', rows)}{_table('Bodies', bodies)}"
-        f"{_table('Responses', responses)}"
+        f"{_table('Responses', responses)}{_examples('Request', asked.values())}{_examples('Response', answers)}"
+        f"<pre class='curl'>{escape(curl)}</pre>"
+        f"<p><button type='button' class='copy'>Copy</button> {chosen if method == 'POST' else ''}"
+        "<button type='button' class='try'>Try</button> <span class='said soft' role='status'></span></p>"
+        "<pre class='result' hidden></pre></section>"
     )
+
+
+def _examples(title: str, contents: Iterable[dict[str, Any]]) -> str:
+    found = {name: example for content in contents for name, example in content.get("examples", {}).items()}
+    return "".join(
+        f"<details class='example'><summary>{title}: {escape(example['summary'])}</summary>{_json(example['value'])}"
+        "</details>"
+        for example in found.values()
+    )
+
+
+def _json(value: Any) -> str:
+    return f"<pre>{escape(json.dumps(value, indent=2))}</pre>"
 
 
 def _table(title: str, rows: str) -> str:

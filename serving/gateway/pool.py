@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dfmcl.common.errors import AnswerError, Unavailable
-from dfmcl.serving.clients.triton import Contract
+from dfmcl.common.tracing import Told, Tracing
+from dfmcl.serving.clients.triton import Contract, Served
 from dfmcl.serving.gateway.endpoints import ELSEWHERE, FIRST_PAUSE_SECONDS, Endpoint, Reply, Security, takes
 
 
@@ -28,9 +29,10 @@ class Pool:
         security: Security | None = None,
         check_seconds: float = 5.0,
         log: Callable[[dict[str, Any]], None] = lambda entry: None,
+        traces: Tracing | None = None,
     ) -> None:
         """log: told of endpoints that come and go."""
-        self.endpoints = tuple(Endpoint(url, model, security) for url in urls)
+        self.endpoints = tuple(Endpoint(url, model, security, traces) for url in urls)
         self.resent = 0  # requests that were sent to a second endpoint
         self._check_seconds, self._log, self._turn = check_seconds, log, 0
         self._tending: list[asyncio.Task[None]] = []
@@ -64,12 +66,17 @@ class Pool:
         raise Unavailable("no endpoint has answered yet", "unavailable")
 
     @property
-    def version(self) -> str:
-        """Of the model that is served now; Unavailable as `contract`."""
+    def served(self) -> Served:
+        """The model that is served now; Unavailable as `contract`."""
         for endpoint in sorted(self.endpoints, key=lambda endpoint: not endpoint.up):
             if endpoint.served is not None:
-                return endpoint.served.version
+                return endpoint.served
         raise Unavailable("no endpoint has answered yet", "unavailable")
+
+    @property
+    def version(self) -> str:
+        """Of that model."""
+        return self.served.version
 
     @property
     def computed(self) -> int:
@@ -82,17 +89,27 @@ class Pool:
         return sum(endpoint.turns.waiting for endpoint in self.endpoints)
 
     async def infer(
-        self, images: npt.NDArray[np.uint8], *, deadline: float, flow: str = "", canary: bool = False
+        self,
+        images: npt.NDArray[np.uint8],
+        *,
+        deadline: float,
+        flow: str = "",
+        canary: bool = False,
+        told: Told | None = None,
     ) -> Reply:
         """The reply to images (N, H, W, C) before `deadline`, of time.monotonic(); an AnswerError otherwise.
 
         A request that its endpoint did not take is sent once more: to another one, or, where there is no other, to the
-        same name, which may stand for several servers.
+        same name, which may stand for several servers. Of no images, the reply of the version that is served.
         """
+        if not len(images):
+            served = self.served
+            return Reply(np.empty((0, served.classes), np.float32), served.labels, served.version, "")
         order = self._order(images.shape[1:])
         for endpoint, last in ((order[0], False), (order[1 % len(order)], True)):
             try:
-                return await endpoint.infer(images, seconds=deadline - time.monotonic(), flow=flow, canary=canary)
+                left = deadline - time.monotonic()
+                return await endpoint.infer(images, seconds=left, flow=flow, canary=canary, told=told)
             except AnswerError as error:
                 if error.reason not in ("queue_full", "timeout"):
                     endpoint.doubt()

@@ -24,6 +24,7 @@ STATUSES = {
     "unavailable": 503,
     "deadline": 504,
 }
+OF_IMAGES = ("bad_image", "too_large", "unsupported_type", "wrong_input")  # what one of a list may say by itself
 RETRY_SECONDS = 1  # asked of clients where it is unknown when there will be room again
 
 # What the client's errors mean to someone outside. Their messages name endpoints, so they go to the log only.
@@ -59,6 +60,10 @@ class Problem(Exception):
     def to_json(self, request_id: str | None) -> dict[str, dict[str, str | None]]:
         """The body of the response. request_id: None where there was no request."""
         return {"error": {"reason": self.reason, "message": str(self), "request_id": request_id}}
+
+    def of_image(self) -> dict[str, dict[str, str]]:
+        """Of one image of a list, in place of its prediction."""
+        return {"error": {"reason": self.reason, "message": str(self)}}
 
     def to_v2(self) -> dict[str, str]:
         """The same in KServe's protocol."""

@@ -9,14 +9,16 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dfmcl.common.errors import BadInput, Broken
+from dfmcl.common.tracing import Tracing, tracing
 from dfmcl.serving.gateway.app import Gateway, Log
 from dfmcl.serving.gateway.config import GatewayConfig, Tritons, load_config
+from dfmcl.serving.gateway.doorstep import doorstep
 from dfmcl.serving.gateway.endpoints import Security
 from dfmcl.serving.gateway.exchange import say
 from dfmcl.serving.gateway.listener import ADMIN_CONNECTIONS, Listener, affordable, bind, tls_context, url_of
@@ -57,7 +59,8 @@ def serve(
             host, _, admin_port = listen.admin.rpartition(":")
             admin = stack.enter_context(bind(host.strip("[]"), int(admin_port), "listen.admin"))
         decoders = stack.enter_context(ThreadPoolExecutor(config.limits.decoders, "decoder"))
-        asyncio.run(_Service(config, source, public, admin, tls, decoders, stop, ready_file, log).run())
+        traces = stack.enter_context(closing(found)) if (found := tracing("dfmcl-gateway")) else None
+        asyncio.run(_Service(config, source, public, admin, tls, decoders, stop, ready_file, log, traces).run())
     return 0
 
 
@@ -74,6 +77,7 @@ class _Service:
     stop: threading.Event
     ready_file: Path | None
     log: Log
+    traces: Tracing | None
 
     async def run(self) -> None:
         """Until `stop`."""
@@ -84,9 +88,10 @@ class _Service:
             security=_security(triton),
             check_seconds=triton.check_seconds,
             log=self.log,
+            traces=self.traces,
         )
         async with pool, AsyncExitStack() as stack:
-            gateway = Gateway(self.config, pool, self.decoders, self.log)
+            gateway = Gateway(self.config, pool, self.decoders, self.log, self.traces)
             stack.enter_context(gateway.detection or nullcontext())
             if self.admin is not None:
                 await stack.enter_async_context(_listening(self._admin_listener(gateway), self.admin))
@@ -118,7 +123,7 @@ class _Service:
         if most < limits.connections:
             self.log({"event": "connections", "most": most, "why": "no more open files are allowed (ulimit -n)"})
         return Listener(
-            gateway,
+            doorstep(self.config, gateway),
             patience=limits.read_seconds,
             most=most,
             drain=self.config.listen.drain_seconds,

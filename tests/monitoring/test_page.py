@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dfmcl.monitoring import page as rendered
 from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal
-from dfmcl.monitoring.page import render
+from dfmcl.monitoring.page import _ago, render
 from dfmcl.monitoring.results import GATEWAY, Example, Round
+from dfmcl.robustness.statistics import Share
+from docs.pictures import make, screens
+from tests.deploying import ROOT
+from tests.devtools import Browser, browser
 from tests.gating.browser import BROWSER, MISSING, Visit, visit
 from tests.monitoring.test_watch_metrics import (
     IDENTITY,
@@ -29,11 +38,13 @@ from tests.monitoring.test_watch_metrics import (
 
 HOSTILE = '"><script>document.title="owned"</script><img src=http://evil.test/x onerror=alert(1)>'
 LABELS = ("zero", "one", "two", HOSTILE)
+NOW = 10_000.0
+RUNBOOKS = ROOT / "docs" / "runbooks"
 needs_browser = pytest.mark.skipif(BROWSER is None, reason=MISSING)
 
 
 def page(seen: Journal, target: str = "digits at 127.0.0.1:8001", **changes: Any) -> str:
-    return render(target, replace(IDENTITY, labels=LABELS), snapshot(seen, **changes))
+    return render(target, replace(IDENTITY, labels=LABELS), snapshot(seen, **changes), now=NOW)
 
 
 def verdict(text: str) -> str:
@@ -82,7 +93,7 @@ def test_the_first_sentence_is_the_answer(outcomes: list[Round], changes: dict[s
 def test_figures_stand_beside_the_gates() -> None:
     """Live, proven and gated, each where it belongs; what the gate did not record is called so."""
     text = page(journal(result(), search()))
-    rows = [re.sub(r"<t[rd]>", "|", row) for row in re.findall(r"<tr><td>.*?</tr>", text)]
+    rows = [re.sub(r"</?time[^>]*>", "", re.sub(r"<t[rd]>", "|", row)) for row in re.findall(r"<tr><td>.*?</tr>", text)]
     assert any(
         row.startswith(
             "||clean|75.0 %|0.0 % to 100.0 %|1, 1970-01-01 00:16:40|below 100.0 %|97.0 % [91.5, 99.4], asked for 90.0 %"
@@ -113,17 +124,53 @@ def test_the_curve_stays_in_its_frame() -> None:
             assert 0 <= y <= 260
 
 
-@pytest.mark.parametrize(("threshold", "first"), [(0.54, "the gate, with the weights"), (0.56, "the policy")])
-def test_words_at_close_lines_do_not_meet(threshold: float, first: str) -> None:
-    """The higher line has its words above, the lower one below, whichever is which."""
+@given(st.floats(0, 1), st.floats(0, 1))
+def test_words_at_lines_do_not_meet(threshold: float, gated: float) -> None:
+    """Wherever the two lines are, their words are a line of letters apart, and neither leaves the frame."""
     assert RELEASES["1"].attested is not None
-    attested = replace(RELEASES["1"].attested, robust_threshold=threshold)
+    attested = replace(RELEASES["1"].attested, robust_threshold=threshold, robust=Share(round(1000 * gated), 1000))
     text = page(journal(result(1), result(2)), releases={"1": replace(RELEASES["1"], attested=attested)})
-    found = re.findall(r'y2="(\S+)"/><text x="\S+" y="(\S+)" dy="(\S+)" text-anchor="end">(.*?)</text>', text)
-    (high, above, none, words), (low, below, down, _) = found
-    assert words.startswith(first)
-    assert float(above) < float(high) < float(low) < float(below)
-    assert (none, down) == ("0", "0.9em")
+    first, second = (float(y) for y in re.findall(r'<text x="706" y="([\d.]+)" text-anchor="end">(?:the)', text))
+    assert second - first >= 25.9  # rounded to a tenth
+    assert 26 <= first < second <= 230 - 4
+
+
+def test_ages_say_how_old_the_figures_are() -> None:
+    """Of the page, of the newest figures by each path, and of each round; what is of now is not of the future."""
+    text = re.sub(r"<[^>]*>", "", page(journal(search(9), result(5), result(9))))
+    assert "As of 1970-01-01 02:46:40 UTC; renews itself every 15 s." in text
+    assert (
+        "Last measured by gRPC 1970-01-01 02:30:03 (16 min ago), by gateway 1970-01-01 02:30:40 (16 min ago)." in text
+    )
+    assert "1970-01-01 01:23:20 83 min ago" in text
+    ages = {0.4: "just now", -5: "just now", 12: "12 s ago", 119: "119 s ago", 120: "2 min ago", 7200: "2 h ago"}
+    assert {seconds: _ago(seconds) for seconds in ages} == ages
+    assert _ago(400_000) == "4 d ago"
+
+
+def test_bad_news_names_its_runbook() -> None:
+    """A file of docs/runbooks, or where it is published; good news none."""
+    lost = {"losses": {"1": frozenset({"clean"})}}
+    assert "docs/runbooks/RobustnessLost.md" in page(journal(result()), **lost)
+    published = replace(IDENTITY, runbooks='https://w.test/a"b/')
+    link = render("m", published, snapshot(journal(result()), **lost), now=NOW)
+    assert 'href="https://w.test/a&quot;b/RobustnessLost"' in link
+    assert "What to do" not in page(journal(result()))
+    named = set(re.findall(r'"((?:Robustness)[A-Za-z]+)"', Path(rendered.__file__).read_text(encoding="utf-8")))
+    assert len(named) == 5
+    assert {name for name in named if not (RUNBOOKS / f"{name}.md").is_file()} == set()
+
+
+def test_a_service_that_is_well_again_is_called_so() -> None:
+    """Since when, and after which failure; not while it is down, and not for ever."""
+    healed = page(journal(result(1), failure(2, "unavailable"), result(3), result(4)))
+    said = re.sub(r"<[^>]*>", "", healed)
+    assert "Well again by gRPC since 1970-01-01 00:50:00 (116 min ago): measured 2 times after the last round" in said
+    assert "1970-01-01 00:33:20" in said
+    assert "No answer in the last round" not in said
+    assert "Well again" not in page(journal(result(1), failure(2, "unavailable")))
+    assert "Well again" not in page(journal(result(1), failure(2, "bad_output"), result(3)))
+    assert "Well again" not in page(journal(failure(1, "unavailable"), *(result(number) for number in range(2, 30))))
 
 
 def test_one_point_is_no_curve() -> None:
@@ -185,6 +232,55 @@ def test_everything_is_shown(visited: Visit) -> None:
         "failed",
         "skipped",
     }
+
+
+TOUCHING = """
+(() => {
+  const boxes = [...document.querySelectorAll("svg text")].map((text) => text.getBoundingClientRect());
+  const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => meet(a, b))).length;
+})()
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("thresholds", [(0.54, 0.55), (0.01, 0.02), (0.99, 1.0), (0.0, 1.0)])
+def test_labels_touch_on_no_screen(chromium: Browser, tmp_path: Path, thresholds: tuple[float, float]) -> None:
+    """Narrow or wide, words of the curve stand apart, dates are on one line, and the page is as wide as the screen."""
+    assert RELEASES["1"].attested is not None
+    low, high = thresholds
+    attested = replace(RELEASES["1"].attested, robust_threshold=low, robust=Share(round(100 * high), 100))
+    text = page(
+        journal(result(1), failure(2, "unavailable"), search(1), result(3)),
+        releases={"1": replace(RELEASES["1"], attested=attested)},
+    )
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    chromium.open((tmp_path / "page.html").as_uri())
+    for width in (360, 390, 800, 1600):
+        chromium.look(width, 900)
+        assert chromium.value(TOUCHING) == 0
+        assert chromium.value("document.documentElement.scrollWidth") <= width
+        heights = chromium.value("[...document.querySelectorAll('time')].map(time => time.getClientRects().length)")
+        assert set(heights) == {1}
+        assert len(heights) > 6
+
+
+@needs_browser
+def test_page_is_built_as_its_pictures(chromium: Browser, tmp_path: Path) -> None:
+    """Well, and without its Triton: the same elements are seen as in docs/pictures, whatever they say."""
+    pictured = json.loads(make.STRUCTURE.read_text(encoding="utf-8"))
+    well = (result(1), replace(result(2), examples=(picture("pgd-10", 2),)))
+    for name, outcomes in (("watch-phone", well), ("watch-failure", (*well, failure(3, "unavailable")))):
+        (tmp_path / "page.html").write_text(page(journal(*outcomes)), encoding="utf-8")
+        chromium.open((tmp_path / "page.html").as_uri())
+        assert screens.outline(chromium) == pictured[name]
+    assert pictured["watch-phone"] != pictured["watch-failure"]
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("chromium")) as chromium:
+        yield chromium
 
 
 @needs_browser

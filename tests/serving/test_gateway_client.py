@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dfmcl.common.errors import AnswerError, BadInput
-from dfmcl.serving.clients import gateway as gateway_client
+from dfmcl.serving.clients import connection
 from dfmcl.serving.clients.gateway import GatewayClient
 
 IMAGES = np.zeros((2, 4, 4, 3), np.uint8)
@@ -122,7 +122,7 @@ def test_an_answer_that_drips_is_late(door: Callable[..., str]) -> None:
 
 def test_an_answer_without_end_is_cut(door: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody fills our memory."""
-    monkeypatch.setattr(gateway_client, "ANSWER", 1000)
+    monkeypatch.setattr(connection, "ANSWER", 1000)
     with pytest.raises(AnswerError, match="longer than 1000 bytes"):
         asked(door((200, b" " * 5000)))
 

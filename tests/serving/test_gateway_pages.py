@@ -4,148 +4,226 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import jsonschema
 import pytest
 
+from dfmcl.gating.signing.evidence import read_report
 from dfmcl.robustness.data import load_dataset
-from tests.gating.browser import BROWSER, MISSING, OPTIONS, OWN
+from dfmcl.serving.gateway.claims import reader
+from docs.pictures import make, screens
+from tests.devtools import Browser, browser
+from tests.gating.browser import BROWSER, MISSING
 from tests.serving.doors import KEY, Door, encoded, opened, settings
 from tests.serving.workshop import Served
 
-IMAGE = load_dataset("digits").x_test[0]
+DATA = load_dataset("digits")
+IMAGE = DATA.x_test[0]
 PNG = encoded(IMAGE)
 
 
 @pytest.fixture(scope="module")
-def door(served: Served) -> Iterator[Door]:
+def door(served: Served, trust_file: Path) -> Iterator[Door]:
     """One gateway for all of them."""
-    with opened(settings([served.ready["grpc"]], limits={"body_bytes": 20_000})) as door:
+    release = {"repository": str(served.repository), "trust": str(trust_file)}
+    with opened(settings([served.ready["grpc"]], limits={"body_bytes": 20_000}, release=release)) as door:
         yield door
 
 
-class Browser:
-    """A headless Chromium that is spoken to over a pipe (DevTools protocol)."""
-
-    def __init__(self, commands: int, events: int) -> None:
-        self._commands, self._events = os.fdopen(commands, "wb", 0), os.fdopen(events, "rb")
-        self._number, self._session = 0, None
-        self.seen: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Log", "Runtime", "DOM"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of a command; events that come before it are kept in `seen`."""
-        self._number += 1
-        command = {"id": self._number, "method": method, "params": parameters}
-        command |= {"sessionId": self._session} if self._session else {}
-        self._commands.write(json.dumps(command).encode() + b"\0")
-        while True:
-            message = self._read()
-            if message.get("id") == self._number:
-                assert "error" not in message, message
-                return dict(message["result"])
-            self.seen.append(message)
-
-    def value(self, expression: str) -> Any:
-        """What a piece of JavaScript is."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def wait(self, expression: str, seconds: float = 15) -> Any:
-        """What a piece of JavaScript is once it is true."""
-        deadline = time.monotonic() + seconds
-        while not (value := self.value(expression)):
-            assert time.monotonic() < deadline, expression
-            time.sleep(0.05)  # the browser can only be asked
-        return value
-
-    def open(self, url: str) -> None:
-        """Go to a page, and wait until it is there."""
-        self.call("Page.navigate", url=url)
-        self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
-
-    def choose(self, selector: str, file: Path) -> None:
-        """A file for an <input type=file>, as a user would pick it."""
-        root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", files=[str(file)], nodeId=node)
-
-    @property
-    def requested(self) -> set[str]:
-        """URLs that pages asked for."""
-        sent = [event for event in self.seen if event.get("method") == "Network.requestWillBeSent"]
-        return {url for event in sent if not OWN.search(url := event["params"]["request"]["url"])}
-
-    @property
-    def complaints(self) -> list[str]:
-        """Warnings and errors that Chromium logged, such as what the page's policy kept from happening."""
-        entries = [event["params"]["entry"] for event in self.seen if event.get("method") == "Log.entryAdded"]
-        thrown = [str(event["params"]) for event in self.seen if event.get("method") == "Runtime.exceptionThrown"]
-        return thrown + [entry["text"] for entry in entries if entry["level"] in ("warning", "error")]
-
-    def _read(self) -> dict[str, Any]:
-        data = bytearray()
-        while (byte := self._events.read(1)) != b"\0":
-            assert byte, "Chromium has ended"
-            data += byte
-        return dict(json.loads(data))
+needs_browser = pytest.mark.skipif(BROWSER is None, reason=MISSING)
 
 
-@contextmanager
-def browser(scratch: Path) -> Iterator[Browser]:
-    """Chromium reads commands from its descriptor 3 and writes events to 4."""
-    assert BROWSER is not None
-    (commands_out, commands_in), (events_out, events_in) = os.pipe(), os.pipe()
-    options = " ".join([*OPTIONS, f"--user-data-dir={scratch}", "--remote-debugging-pipe", "about:blank"])
-    process = subprocess.Popen(
-        ["bash", "-c", f"exec {BROWSER} {options} 3<&{commands_out} 4>&{events_in}"],
-        pass_fds=(commands_out, events_in),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(commands_out)
-    os.close(events_in)
-    try:
-        yield Browser(commands_in, events_out)
-    finally:
-        process.kill()
-        process.wait()
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("chromium")) as chromium:
+        yield chromium
 
 
-@pytest.mark.skipif(BROWSER is None, reason=MISSING)
-def test_page_classifies_what_is_dropped_on_it(door: Door, tmp_path: Path) -> None:
-    """In a real browser: without a key it says what is missing, with one it shows the label; nobody else is asked."""
-    picture = tmp_path / "digit.png"
-    picture.write_bytes(PNG)
-    expected = door.classify(PNG).json
-    with browser(tmp_path / "chromium") as chromium:
+def text(chromium: Browser, selector: str) -> str:
+    """What a reader sees in an element."""
+    return str(chromium.value(f"document.querySelector({json.dumps(selector)}).innerText"))
+
+
+def answered(chromium: Browser, images: int) -> list[str]:
+    """The cards of so many images, once none is asked about any more."""
+    done = f"document.querySelectorAll('article').length === {images}"
+    chromium.wait(f"{done} && !document.querySelector('#answers').innerText.includes('asking')")
+    return list(chromium.value("[...document.querySelectorAll('article')].map(card => card.innerText)"))
+
+
+def written(folder: Path, **files: bytes) -> list[Path]:
+    """Files for a user to choose."""
+    paths = [folder / f"{name}.png" for name in files]
+    for path, data in zip(paths, files.values(), strict=True):
+        path.write_bytes(data)
+    return paths
+
+
+@needs_browser
+def test_page_classifies_what_is_dropped_on_it(door: Door, chromium: Browser, tmp_path: Path) -> None:
+    """Without a key it says what is missing, with one it shows label and shares; nobody else is asked, nothing kept."""
+    expected, (picture,) = door.classify(PNG).json, written(tmp_path, digit=PNG)
+    chromium.open(f"{door.url}/")
+    assert chromium.wait("document.querySelector('#ready').innerText") == "ready"
+    assert "With an API key" in chromium.wait("document.querySelector('#meaning').innerText")
+    chromium.choose("#file", picture)
+    assert "Type an API key above" in answered(chromium, 1)[0]
+    type_key(chromium)
+    chromium.choose("#file", picture)
+    (card,) = answered(chromium, 1)
+    assert "Type an API key" not in card
+    best = expected["top"][0]
+    assert best["label"] in text(chromium, "article h3")
+    rows = chromium.value("[...document.querySelectorAll('article tr')].map(row => row.innerText)")
+    assert [row.split("\t")[0] for row in rows] == [entry["label"] for entry in expected["top"]]
+    assert f"{100 * best['probability']:.1f} %" in rows[0]
+    assert chromium.value("document.querySelector('article img').naturalWidth") == 16
+    assert chromium.value("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    assert {url.removeprefix(door.url) for url in chromium.requested if not url.startswith(("blob:", "data:"))} == {
+        *("/", "/readyz", "/v1/model", "/v1/classify?resize=true"),
+    }
+    # The 401 above is logged as an error, as it should be; nothing else is.
+    assert [said for said in chromium.complaints if "401" not in said] == []
+
+
+def type_key(chromium: Browser) -> None:
+    chromium.value(f"(at('key').value = {json.dumps(KEY)}, at('key').dispatchEvent(new Event('change')))")
+    chromium.wait("!document.querySelector('#version').hidden")
+
+
+@needs_browser
+def test_page_says_what_the_model_is(door: Door, chromium: Browser) -> None:
+    """Verdict, figures and what they mean, as the release's own report has them, and which version answers."""
+    report, _ = read_report(Path(door.config.release.repository) / "digits" / "1" / "report.json")
+    robust = report.evaluation.robust
+    chromium.open(f"{door.url}/")
+    type_key(chromium)
+    assert text(chromium, "#version") == "version 1"
+    assert text(chromium, "#meaning").startswith(f"{robust.k} of {robust.n} test images of digits were recognised")
+    facts = text(chromium, "#facts")
+    assert "passed, signature verified, holds until" in facts
+    assert f"{100 * robust.value:.1f} % of {robust.n} images" in facts
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9" in facts
+
+
+@needs_browser
+def test_several_images_stand_in_their_order_each_with_its_own_fate(
+    door: Door, chromium: Browser, tmp_path: Path
+) -> None:
+    """Five at once; one that is no image has a sentence, and the others their answers. New ones replace all of them."""
+    images = {f"digit{number}": encoded(DATA.x_test[number]) for number in range(4)}
+    chromium.open(f"{door.url}/")
+    type_key(chromium)
+    chromium.choose("#file", *written(tmp_path, **images, broken=b"no image"))
+    cards = answered(chromium, 5)
+    for card, (name, image) in zip(cards, images.items(), strict=False):
+        assert f"{name}.png" in card
+        assert door.classify(image).json["label"] in card
+    assert "no image that can be read" in cards[4]
+    assert "no picture" in cards[4]
+    chromium.choose("#file", tmp_path / "broken.png")
+    assert len(answered(chromium, 1)) == 1
+    assert chromium.value("document.querySelectorAll('#answers table, #answers img').length") == 0
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("shares", "said", "sure"),
+    [
+        ([0.29, 0.27, 0.1], "unsure between bird and cat", False),
+        ([0.3, 0.2, 0.16], "unsure between bird, cat and deer", False),
+        ([0.2, 0.19, 0.18, 0.17], "unsure: no class stands out", False),
+        ([0.45, 0.2, 0.2], "unsure: perhaps bird", False),
+        ([0.6, 0.31], "unsure between bird and cat", False),
+        ([0.6, 0.29], "bird", True),
+        ([1.0], "bird", True),
+    ],
+)
+def test_a_near_miss_is_not_bold(door: Door, chromium: Browser, shares: list[float], said: str, sure: bool) -> None:
+    """The best class alone is named where it has more than half of all, and no other has half of its share."""
+    if chromium.value("location.href") != f"{door.url}/":
         chromium.open(f"{door.url}/")
-        chromium.choose("#file", picture)
-        assert "API key" in chromium.wait("document.getElementById('error').textContent")
-        chromium.value(f"document.getElementById('key').value = {json.dumps(KEY)}")
-        chromium.choose("#file", picture)
-        assert chromium.wait("document.getElementById('label').textContent") == expected["label"]
-        rows = chromium.value("[...document.querySelectorAll('#top tr')].map(row => row.innerText)")
-        assert [row.split("\t")[0] for row in rows] == [entry["label"] for entry in expected["top"]]
-        assert f"{100 * expected['top'][0]['probability']:.1f} %" in rows[0]
-        assert chromium.value("document.querySelector('#drop img').naturalWidth") == 16
-        assert chromium.value("document.getElementById('error').textContent") == ""
-        chromium.open(f"{door.url}/docs")
-        assert "POST /v1/classify" in chromium.value("document.body.innerText")
-        asked = {url for url in chromium.requested if not url.startswith(("blob:", "data:"))}
-        assert asked == {f"{door.url}/", f"{door.url}/v1/classify?resize=true", f"{door.url}/docs"}
-        # The 401 above is logged as an error, as it should be; nothing else is.
-        assert [text for text in chromium.complaints if "401" not in text] == []
+    labels = ("bird", "cat", "deer", "dog")
+    top = [{"label": label, "probability": share} for label, share in zip(labels, shares, strict=False)]
+    assert chromium.value(f"headline({json.dumps(top)})") == [said, sure]
+
+
+@needs_browser
+def test_page_fits_a_phone_and_the_dark(door: Door, chromium: Browser, tmp_path: Path) -> None:
+    """At 390 pixels nothing is wider than the screen; who prefers dark pages gets light words on dark."""
+    chromium.open(f"{door.url}/")
+    type_key(chromium)
+    chromium.choose("#file", *written(tmp_path, digit=PNG))
+    answered(chromium, 1)
+    for width in (390, 1000):
+        chromium.look(width, 900)
+        assert chromium.value("document.documentElement.scrollWidth") <= width
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = chromium.value(paper)
+    chromium.look(1000, 900, dark=True)
+    assert (light, chromium.value(paper)) == ("rgb(255, 255, 255)", "rgb(21, 24, 28)")
+
+
+@needs_browser
+def test_its_example_works(door: Door, chromium: Browser, tmp_path: Path) -> None:
+    """What stands there for curl, as it stands there, with a picture and a key, gets an answer."""
+    chromium.open(f"{door.url}/")
+    command = text(chromium, "#curl")
+    assert door.url in command
+    (tmp_path / "picture.jpg").write_bytes(encoded(IMAGE, "JPEG"))
+    asked = subprocess.run(
+        ["bash", "-c", command],
+        cwd=tmp_path, env=os.environ | {"DFMCL_API_KEY": KEY}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert json.loads(asked.stdout)["model"] == "digits"
+
+
+@needs_browser
+def test_a_gateway_without_its_triton_says_so(chromium: Browser) -> None:
+    """Not ready, and in words."""
+    with opened(settings(["127.0.0.1:1"]), ready=False) as door:
+        chromium.open(f"{door.url}/")
+        assert chromium.wait("document.querySelector('#ready.bad')?.innerText") == "not ready"
+        assert "No server answers at the moment" in text(chromium, "#meaning")
+
+
+@pytest.mark.parametrize(
+    ("repository", "trusted", "verdict"),
+    [
+        ("own", True, "passed"),
+        ("own", False, "passed"),
+        ("changed", True, "not believed"),
+        ("none", True, "not recorded"),
+    ],
+)
+def test_claims_are_the_records(
+    served: Served, trust_file: Path, tmp_path: Path, repository: str, trusted: bool, verdict: str
+) -> None:
+    """Passed only where the record says so; a report that was changed is not believed where a key must have signed."""
+    where = tmp_path / "models"
+    if repository != "none":
+        shutil.copytree(served.repository, where)
+    if repository == "changed":
+        report = where / "digits" / "1" / "report.json"
+        report.write_text(report.read_text().replace('"digits"', '"others"'))
+    found = reader(str(where), "digits", str(trust_file) if trusted else "")("1")
+    assert found.verdict == verdict
+    assert found.signature == ("verified" if trusted and verdict == "passed" else "not checked")
+    assert bool(found.robust) == bool(found.meaning) == (verdict == "passed")
+    assert str(tmp_path) not in json.dumps(found.to_json())
+
+
+def test_model_needs_the_key_that_its_images_need(door: Door) -> None:
+    """As v2's metadata: who may not ask it is not told what it is."""
+    assert door.get("/v1/model").reason == "unauthorized"
+    answer = door.get("/v1/model", **{"X-API-Key": KEY})
+    assert answer.json["limits"] == {"images": 64, "bytes": 20_000, "pixels": 16_000_000}
+    assert answer.json["gate"]["signature"] == "verified"
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
@@ -168,6 +246,74 @@ def test_docs_say_what_the_document_says(door: Door) -> None:
             assert f"{method.upper()} {path}" in page
             assert all(parameter["name"] in page for parameter in operation.get("parameters", []))
             assert all(f"<td>{status}<td>" in page for status in operation["responses"])
+
+
+@needs_browser
+def test_pages_are_built_as_their_pictures(served: Served, trust_file: Path, chromium: Browser, tmp_path: Path) -> None:
+    """In each state of docs/pictures the same elements are seen as there, whatever they say; a lost one is noticed."""
+    pictured = json.loads(make.STRUCTURE.read_text(encoding="utf-8"))
+    files = written(tmp_path, **{f"digit{number}": encoded(DATA.x_test[number]) for number in range(3)})
+    release = {"repository": str(served.repository), "trust": str(trust_file)}
+    with opened(settings([served.ready["grpc"]], open=True, keys=[], release=release)) as door:
+        chromium.open(f"{door.url}/")
+        chromium.wait("!document.querySelector('#version').hidden")
+        screens.asked(chromium, files)
+        for view, width in (("light", 1000), ("phone", 390)):
+            chromium.look(width, 1240)
+            assert screens.outline(chromium) == pictured[f"gateway-{view}"]
+        chromium.value("document.querySelector('article progress').remove()")
+        assert screens.outline(chromium) == pictured["gateway-light"]
+        chromium.value("document.querySelectorAll('article progress').forEach((bar) => bar.remove())")
+        assert screens.outline(chromium) != pictured["gateway-light"]
+        chromium.open(f"{door.url}/docs")
+        screens.tried(chromium, files[:2], "good")
+        assert screens.outline(chromium) == pictured["docs-light"]
+    with opened(settings(["127.0.0.1:1"], open=True, keys=[]), ready=False) as door:
+        chromium.open(f"{door.url}/")
+        chromium.wait("!!document.querySelector('#ready.bad')")
+        screens.asked(chromium, files[:1])
+        assert screens.outline(chromium) == pictured["gateway-failure"]
+
+
+@needs_browser
+def test_docs_can_be_tried_and_copied_from(door: Door, chromium: Browser, tmp_path: Path) -> None:
+    """Two images by the form of /v1/classify, an answer in place; the words for curl are this gateway's, and work."""
+    chromium.open(f"{door.url}/docs")
+    chromium.value(f"document.getElementById('key').value = {json.dumps(KEY)}")
+    chromium.choose("#classify .files", *written(tmp_path, one=PNG, two=encoded(DATA.x_test[1])))
+    chromium.value("document.querySelector('#classify .try').click()")
+    assert chromium.wait("document.querySelector('#classify .said.good')?.innerText").startswith("200 in ")
+    shown = json.loads(text(chromium, "#classify .result"))
+    assert [row["label"] for row in shown["predictions"]] == [
+        door.classify(encoded(DATA.x_test[number])).json["label"] for number in range(2)
+    ]
+    chromium.value("document.querySelector('#model .try').click()")
+    assert '"signature": "verified"' in chromium.wait("document.querySelector('#model .result').innerText")
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(PNG)
+    command = text(chromium, "#classify .curl")
+    environment = os.environ | {"DFMCL_API_KEY": KEY}
+    asked = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert len(json.loads(asked.stdout)["predictions"]) == 2
+    chromium.look(390, 900)
+    assert chromium.value("document.documentElement.scrollWidth") <= 390
+
+
+def test_examples_keep_to_their_schemas(door: Door) -> None:
+    """Each example of the document is what its own schema allows, so nobody copies a mistake."""
+    document = door.get("/openapi.json").json
+    found = 0
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for content in (content for body in bodies for content in body.get("content", {}).values()):
+                schema = {**content["schema"], "components": document["components"]}
+                for example in content.get("examples", {}).values():
+                    jsonschema.validate(example["value"], schema)
+                    found += 1
+    assert found > 20
 
 
 # Not positive_data_acceptance: a schema cannot say which bytes are an image.

@@ -233,7 +233,7 @@ def test_shipped_configuration_writes_out_the_defaults() -> None:
     shown = {(section, key) for section, part in table.items() if isinstance(part, dict) for key in part}
     known = {
         (name, key)
-        for name in ("listen", "triton", "limits", "answers", "detection")
+        for name in ("listen", "triton", "limits", "release", "cors", "answers", "detection")
         for key in GatewayConfig.model_fields[name].annotation.model_fields  # type: ignore[union-attr]
     }
     assert shown == known
