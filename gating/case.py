@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline
+from dfmcl.gating.criterion import NO_REGRESSION
 from dfmcl.gating.order import Draw, Matter, drawn_of, order_of
-from dfmcl.gating.policy import NO_REGRESSION, Policy
+from dfmcl.gating.policy import Policy
 from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.verdict import Claim, claims

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dfmcl.gating.criterion import Criterion
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import Criterion
 from dfmcl.gating.record import GateRecord
 from dfmcl.gating.signing.evaluation import SuiteEntry, TransferEntry
 from dfmcl.gating.signing.report import (
@@ -27,7 +27,7 @@ from dfmcl.gating.signing.report import (
     StatisticsEntry,
     WholeSuite,
 )
-from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, decide, one_look
+from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Seen, Standing, decide, one_look
 from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.statistics import Flags
 
@@ -38,7 +38,7 @@ class ClaimCourse:
 
     claim: Claim
     own: Flags
-    seen: Fates
+    seen: Seen
     standing: Standing | None
 
     @staticmethod
@@ -113,12 +113,12 @@ def whole_suite(record: GateRecord) -> WholeSuite | None:
 
 
 def progress(record: GateRecord, courses: Sequence[ClaimCourse], among: int) -> list[BoundsEntry]:
-    """The bounds after each block, of the claims that are not about one class."""
+    """The bounds after each block, of the claims that are not about one class or one kind of corruption."""
     return [
         BoundsEntry(images=end, criterion=number, lower=lower, upper=upper)
         for end in record.ends
         for number, course in enumerate(courses)
-        if not course.claim.criterion.by_class
+        if not course.claim.criterion.several
         for lower, upper in [course.bounds(end, among)]
     ]
 
@@ -168,6 +168,8 @@ def criterion_row(judgement: Judgement) -> CriterionEntry:
         metric=criterion.metric,
         eps=criterion.eps or None,
         class_name=judgement.claim.class_name,
+        corruption=judgement.claim.kind or None,
+        answers=judgement.claim.answers if judgement.claim.corruptions else None,
         threshold=criterion.threshold,
         confidence=criterion.confidence,
         outcome=judgement.outcome,

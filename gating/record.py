@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.gating.criterion import NO_REGRESSION, Criterion
 from dfmcl.gating.order import Draw, Matter, drawn_of, hex_of, order_of
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy
+from dfmcl.gating.policy import Policy
 from dfmcl.gating.signing.report import CheckEntry, Report
-from dfmcl.gating.verdict import Claim, claims_about
-from dfmcl.robustness.drawn import Fates
+from dfmcl.gating.verdict import Claim, Seen, claims_about
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
 
@@ -105,18 +105,22 @@ class GateRecord:
         """How many claims share the chance of failing a good model."""
         return len(self.claims) + len(self.regressions)
 
-    def seen(self, claim: Claim) -> Fates:
-        """Of all images: right as they came, or in the worst case over all attacks of the claim's threats."""
-        if not claim.criterion.robust:
-            return Fates.of(np.array(self.main.correct, bool))
-        places = self.policy.places(self.policy.threat_of(claim.criterion), self.grid)
-        return Fates.worst([self.evaluations[place] for place in places], self.drawn, self.whole)
+    def seen(self, claim: Claim) -> Seen:
+        """What all images say about the claim."""
+        places = places_of(claim, self.policy, self.grid)
+        return claim.seen([self.evaluations[place] for place in places], self.drawn, self.whole)
 
     @property
     def ends(self) -> list[int]:
         """How many images were attacked after each block."""
         size, count = self.policy.attacks.block, len(self.labels)
         return [*range(size, count, size), count]
+
+
+def places_of(claim: Claim, policy: Policy, grid: bool) -> tuple[int, ...]:
+    """Which of the policy's threats a claim is about."""
+    parts = claim.corruptions or policy.threat_of(claim.criterion).parts
+    return tuple(place for part in parts for place in policy.places(part, grid))
 
 
 def recorded(report: Report, probes: Probes | None = None) -> GateRecord:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline, compare
 from dfmcl.gating.block import Block, BlockPlan, attack_block
+from dfmcl.gating.criterion import NO_REGRESSION
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import NO_REGRESSION, Policy
+from dfmcl.gating.policy import Policy
+from dfmcl.gating.record import places_of
 from dfmcl.gating.resumption import State
 from dfmcl.gating.signing.probes import kept
-from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
+from dfmcl.gating.verdict import Claim, Judgement, Seen, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
-from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.statistics import Flags
@@ -86,7 +87,7 @@ def run(
     labels = work.data.y_test
     among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
     standings = [Standing.begin(claim, among) for claim in found]
-    places = {claim.criterion: policy.places(policy.threat_of(claim.criterion), work.plan.grid) for claim in found}
+    places = {claim: places_of(claim, policy, work.plan.grid) for claim in found}
     blocks: list[Block] = []
     seen, begun = 0, time.perf_counter()
     watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
@@ -98,7 +99,7 @@ def run(
                 standing.after(
                     seen_of(
                         standing.claim,
-                        [block.outcomes[place] for place in places[standing.claim.criterion]],
+                        [block.outcomes[place] for place in places[standing.claim]],
                         labels[index],
                         work.drawn[index],
                         len(work.plan.whole),
@@ -133,14 +134,13 @@ def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
     return one_look(standing.claim, standing.seen, standing.among)
 
 
-def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags, whole: int) -> Fates:
+def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags, whole: int) -> Seen:
     """What images, with their labels and draws `(N,)`, say about a claim: of its own class, or of all.
 
-    found: an outcome for each threat of the claim; the worst counts, image by image.
+    found: an outcome for each threat of the claim.
     whole: how many of the attacks, the last ones, only the drawn images met.
     """
-    records = [outcome.evaluation for outcome in found]
-    seen = Fates.worst(records, drawn, whole) if claim.criterion.robust else Fates.of(np.array(records[0].correct))
+    seen = claim.seen([outcome.evaluation for outcome in found], drawn, whole)
     return seen if claim.class_index is None else seen[labels == claim.class_index]
 
 
@@ -156,7 +156,7 @@ def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:
             threshold = min(max(judgement.criterion.threshold, 1e-3), 1 - 1e-3)
             divergence = share * np.log(share / threshold) + (1 - share) * np.log((1 - share) / (1 - threshold))
             own = 1.33 * np.log(1 / (1 - judgement.criterion.confidence)) / max(divergence, 1e-6)
-            needed = max(needed, own * seen / judgement.share.n)
+            needed = max(needed, own * seen * judgement.claim.answers / judgement.share.n)
     return int(min(max(needed, seen), most))
 
 

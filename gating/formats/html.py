@@ -20,6 +20,7 @@ from dfmcl.gating.formats.summary import Probes
 from dfmcl.gating.policy import threat_in
 from dfmcl.gating.signing.evaluation import SuiteEntry
 from dfmcl.gating.signing.report import BaselineEntry, CriterionEntry, Report
+from dfmcl.robustness.corruptions.severities import LEVELS
 from dfmcl.robustness.threats.ball import Ball
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
@@ -65,6 +66,10 @@ def html(report: Report, probes: Probes) -> str:
         over_eps=over_eps(report),
         over_images=over_images(report),
         attacks=summary.attack_rows(report.evaluation),
+        counted=summary.counted,
+        corruptions=summary.corruption_rows(report),
+        levels=LEVELS,
+        others=summary.others(report),
         classes=summary.class_rows(report),
         names=classes,
         confusion=confused(classes, summary.confusion(len(classes), probes)),

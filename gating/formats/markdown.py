@@ -10,6 +10,7 @@ from dfmcl.common.text import as_markdown, printable
 from dfmcl.gating.formats import summary
 from dfmcl.gating.formats.summary import percent
 from dfmcl.gating.signing.report import BaselineEntry, Report
+from dfmcl.robustness.corruptions.severities import LEVELS
 
 # A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and the poster adds some.
 # Bytes here; a character takes one or more.
@@ -52,7 +53,7 @@ def _top(report: Report) -> Iterator[str]:
         (
             (
                 _code(row.criterion),
-                f"{percent(row.value)} ({row.k}/{row.n})",
+                f"{percent(row.value)} ({row.k}/{row.n}{'' if row.answers is None else ' answers'})",
                 f"{percent(row.lower)} to {percent(row.upper)}",
                 row.outcome,
             )
@@ -94,6 +95,8 @@ def baseline(record: BaselineEntry) -> str:
 
 def _sections(report: Report) -> Iterator[tuple[str, list[str]]]:
     yield "Radii and transfer", list(_radii(report))
+    if rows := summary.corruption_rows(report):
+        yield "Corruptions", list(_corruptions(rows))
     yield "Classes", list(_classes(report))
     yield "Checks", list(_checks(report))
     yield "Provenance", list(_provenance(report))
@@ -101,7 +104,7 @@ def _sections(report: Report) -> Iterator[tuple[str, list[str]]]:
 
 def _radii(report: Report) -> Iterator[str]:
     main = report.evaluation
-    rows = [("clean", main.clean), *((summary.threat(one), one.robust) for one in (main, *report.radii))]
+    rows = [("clean", main.clean), *((summary.threat(one), one.robust) for one in (main, *summary.others(report)))]
     rows += [
         (f"{summary.threat(one)}, transfer from {_code(one.about.surrogate)} (upper bound)", one.robust)
         for one in report.transfer
@@ -118,6 +121,14 @@ def _radii(report: Report) -> Iterator[str]:
             for name, share in rows
         ),
         "threats",
+    )
+
+
+def _corruptions(rows: Sequence[summary.CorruptionRow]) -> Iterator[str]:
+    yield from _table(
+        ("corruption", *(f"severity {level}" for level in LEVELS), "mean"),
+        ((row.kind, *map(percent, row.shares), percent(row.mean)) for row in rows),
+        "corruptions",
     )
 
 

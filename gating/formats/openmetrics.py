@@ -135,6 +135,9 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
     if report.transfer:
         transfer = [({**_ball(model, one), "surrogate": one.about.surrogate}, one.robust) for one in report.transfer]
         yield from _shares(shared.GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
+    kinds = [({**model, "corruption": row.kind}, row.mean) for row in summary.corruption_rows(report)]
+    named = "Accuracy under a kind of corruption, mean over the severities that the policy names, 0 to 1."
+    yield _gauge("robustness_gate_corruption_accuracy_ratio", named, kinds)
     overall = [row for row in report.criteria if row.class_name is None]
     main = _ball(model, report.evaluation)
     robust = [

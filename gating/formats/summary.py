@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.gating.criterion import CORRUPTION
 from dfmcl.gating.kinds import KINDS
-from dfmcl.gating.signing.evaluation import EvaluationEntry
+from dfmcl.gating.signing.evaluation import EvaluationEntry, ShareEntry, SuiteEntry
 from dfmcl.gating.signing.report import CheckEntry, CriterionEntry, Report
+from dfmcl.robustness.corruptions.severities import LEVELS
 from dfmcl.robustness.folder import described
 from dfmcl.robustness.statistics import Share
+from dfmcl.robustness.threats.corruption import Corruption
 
 Probes = Mapping[str, NDArray[Any]]
 """Arrays of probes.npz, in the order attacked: images, change, labels, clean_logits, adversarial_logits.
@@ -32,6 +35,7 @@ KEEP = "Keep the released model."
 REPAIR = "Repair its numbers: look for weights that are not finite, for a division by zero or an overflow in it."
 HARDEN = "Harden this one (longer training, stronger attacks in it)"
 TRAIN = "Train this one to be right more often without any attack"
+AUGMENT = "Train this one on noisy, blurred and otherwise spoiled images, too"
 COMPARE = "Train this one until it holds what the baseline holds"
 PROMISE = "or change what is promised; the same images under the same policy will not pass it."
 SUSPECT = "Do not promote. Do what each raised check says, then run the gate again."
@@ -73,6 +77,15 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
+class CorruptionRow:
+    """One kind of corruption: the share still right at each of the severities LEVELS, None where it was not asked."""
+
+    kind: str
+    shares: tuple[float | None, ...]
+    mean: float
+
+
+@dataclass(frozen=True)
 class AttackRow:
     """One attack of the suite, in the order in which they ran. left: images still right after it, of all."""
 
@@ -109,6 +122,11 @@ def order(report: Report) -> str:
 def threat(evaluation: EvaluationEntry[Any]) -> str:
     """`Linf 8/255 as uint8`."""
     return f"{evaluation.threat.parsed} as {evaluation.grid}"
+
+
+def others(report: Report) -> list[SuiteEntry]:
+    """Evaluations at other threats than the policy's own that are no corruptions: those are a table of their own."""
+    return [one for one in report.radii if not isinstance(one.threat.parsed, Corruption)]
 
 
 def claim(report: Report) -> str:
@@ -172,6 +190,7 @@ def advice(report: Report) -> str:
     missed = {row.metric for row in report.criteria if row.outcome == "missed"}
     ways = [HARDEN] if any("robust" in metric for metric in missed) else []
     ways += [TRAIN] if any("clean" in metric for metric in missed) else []
+    ways += [AUGMENT] if CORRUPTION in missed else []
     ways += [COMPARE] if "no_regression" in missed else []
     repair = [REPAIR] if "not_finite" in report.reasons else []
     return " ".join([KEEP, *repair, *([f"{'. '.join(ways)} {PROMISE}"] if ways else [])])
@@ -194,26 +213,33 @@ def decided(report: Report) -> list[str]:
 
 
 def _by_criterion(rows: Sequence[CriterionEntry], outcome: str) -> list[str]:
-    sentences = [judged(row) for row in rows if row.class_name is None]
-    by_class: dict[str, list[CriterionEntry]] = {}
+    sentences = [judged(row) for row in rows if row.class_name is None and row.corruption is None]
+    several: dict[tuple[str, str], list[CriterionEntry]] = {}
     for row in rows:
         if row.class_name is not None:
-            by_class.setdefault(row.criterion.removesuffix(f", class {row.class_name}"), []).append(row)
-    for criterion, same in by_class.items():
+            several.setdefault((row.criterion.removesuffix(f", class {row.class_name}"), "classes"), []).append(row)
+        elif row.corruption is not None:
+            several.setdefault((row.criterion.removesuffix(f", {row.corruption}"), "corruptions"), []).append(row)
+    for (criterion, kind), same in several.items():
         if len(same) == 1:
             sentences.append(judged(same[0]))
         else:
-            named = listed([shortened(row.class_name) for row in same], 5)
-            sentences.append(f"{criterion}: {outcome} for {len(same)} classes, {named}")
+            named = listed([shortened(row.class_name or row.corruption) for row in same], 5)
+            sentences.append(f"{criterion}: {outcome} for {len(same)} {kind}, {named}")
     return sentences
 
 
 def judged(row: CriterionEntry) -> str:
     """A criterion with its counts, bounds and outcome in one sentence."""
-    after = row.n if row.decided_after is None else row.decided_after
+    after = row.n // (row.answers or 1) if row.decided_after is None else row.decided_after
     bounds = "" if row.lower is None else f", bounds {percent(row.lower)} and {percent(row.upper)}"
     said = f"{shortened(row.criterion, 200)}: {row.outcome}"
-    return f"{said} after {after:,} images; {row.k:,} of {row.n:,}{bounds}"
+    return f"{said} after {after:,} images; {counted(row)}{bounds}"
+
+
+def counted(row: CriterionEntry) -> str:
+    """`45 of 96`, or `3,400 of 7,200 answers`."""
+    return f"{row.k:,} of {row.n:,}{'' if row.answers is None else ' answers'}"
 
 
 def attack_rows(evaluation: EvaluationEntry[Any]) -> list[AttackRow]:
@@ -231,6 +257,22 @@ def attack_rows(evaluation: EvaluationEntry[Any]) -> list[AttackRow]:
         )
         for attack in evaluation.attacks
     ]
+
+
+def corruption_rows(report: Report) -> list[CorruptionRow]:
+    """The kinds of corruption that were asked about, in their order, with their mean accuracies."""
+    found: dict[str, dict[int, ShareEntry]] = {}
+    for one in report.radii:
+        if isinstance(threat := one.threat.parsed, Corruption):
+            found.setdefault(threat.corruption, {})[threat.severity] = one.robust
+    return [
+        CorruptionRow(kind, tuple(shares[level].value if level in shares else None for level in LEVELS), _mean(shares))
+        for kind, shares in found.items()
+    ]
+
+
+def _mean(shares: Mapping[int, ShareEntry]) -> float:
+    return float(np.mean([share.value for share in shares.values()]))
 
 
 def class_rows(report: Report) -> list[ClassRow]:

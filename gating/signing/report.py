@@ -13,9 +13,10 @@ from typing import Annotated, Any
 from pydantic import Field, PlainSerializer
 
 from dfmcl.common.entry import Amount, Bits, Count, Digest, Entry, Maybe, Number, Ratio, Whole, one_of, text, told
+from dfmcl.gating.criterion import METRICS, NO_REGRESSION
 from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.order import Draw
-from dfmcl.gating.policy import METRICS, NO_REGRESSION, Policy, digest_of
+from dfmcl.gating.policy import Policy, digest_of
 from dfmcl.gating.signing.evaluation import SuiteEntry, TransferEntry
 from dfmcl.gating.signing.evidence import REPORT_FORMAT
 from dfmcl.gating.verdict import EXIT_CODES
@@ -55,7 +56,8 @@ class StatisticsEntry(Entry):
 class CriterionEntry(Entry):
     """A criterion, or a criterion for one class. eps: null for the policy's own radius, or none.
 
-    decided_after: how many of the claim's own images.
+    decided_after: how many of the claim's own images. corruption: the kind that it is about. answers: how many of each
+    image, where k and n are of answers and not of images.
     """
 
     criterion: str
@@ -71,6 +73,8 @@ class CriterionEntry(Entry):
     value: Ratio | None
     lower: Ratio | None
     upper: Ratio | None
+    corruption: Maybe[str] = None
+    answers: Maybe[Count] = None
 
 
 @dataclass(frozen=True, kw_only=True)

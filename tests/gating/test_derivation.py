@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dfmcl.common.files import sha256_of
+from dfmcl.gating.criterion import Criterion
 from dfmcl.gating.derivation import derived
 from dfmcl.gating.order import Matter, order_of
 from dfmcl.gating.pairs import Pairs
@@ -27,12 +28,15 @@ from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.signing.report import Report, RunEntry
 from dfmcl.gating.soundness import require_derived
+from dfmcl.gating.verdict import Standing, claims_about, one_look
 from dfmcl.robustness import checks
-from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.means import Answers, MeanSequence
+from dfmcl.robustness.records import Evaluation, from_bits
 from tests.exports import Export
 from tests.serving.workshop import write_run
 from tests.signing import (
     code_of,
+    corrupted,
     evaluated,
     make_key,
     policy_of,
@@ -50,6 +54,8 @@ CRITERIA = (
     "clean_accuracy >= 0.5 at 95 %",
     "class_clean_accuracy >= 0.05 at 95 %",
     "no_regression at 95 %",
+    "corruption_accuracy(fog@1|fog@2|snow@1) >= 0.5 at 95 %",
+    "corruption_accuracy(each of fog@1|fog@2|snow@1) >= 0.3 at 95 %",
 )
 BLOCK, POPULATION = 8, 100
 # Measured, or about another file: nothing in the report says what they should be.
@@ -91,10 +97,18 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> Report:
         classes=manifest["labels"],
         population=POPULATION,
         class_images=[POPULATION // 10] * 10,
-        evaluations=[evaluated(right, right, "8/255"), evaluated(right, held)],
+        evaluations=[evaluated(right, right, "8/255"), evaluated(right, held), *under_corruptions(count)],
         transfer=[evaluated(right, right, "38/255", about)],
         pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before),
     )
+
+
+def under_corruptions(count: int) -> list[Evaluation]:
+    """All images hold in light fog, 4 of 5 in a denser one, and of these 3 of 4 in snow."""
+    right, place = np.ones(count, bool), np.arange(count)
+    fog, snow = place % 5 != 1, (place % 5 != 1) & (place % 4 != 1)
+    kinds = {"fog@1": right, "fog@2": fog, "snow@1": snow}
+    return [corrupted(right, held, spelling) for spelling, held in kinds.items()]
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +226,13 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
         r["criteria"][0].update(criterion="robust_accuracy >= 0.01 at 50 %", threshold=0.01, confidence=0.5),
     ),
     "a bound": lambda r: r["criteria"][0].update(lower=0.9),
+    "a mean": lambda r: r["criteria"][-4].update(k=r["criteria"][-4]["k"] + 1),
+    "a kind of corruption": lambda r: r["criteria"][-2].update(lower=0.6, value=0.7),
+    "a kind less": lambda r: r["criteria"].pop(-2),
+    "a corruption that spoiled nothing": lambda r: r["radii"][-1]["per_image"].update(
+        robust=r["radii"][-1]["per_image"]["correct"]
+    ),
+    "a corruption less": lambda r: r["radii"].pop(-1),
     "a count": lambda r: r["evaluation"]["robust"].update(k=48),
     "the order": lambda r: r["per_image"]["index"].reverse(),
     "the exit code": lambda r: r.update(exit_code=3),
@@ -284,6 +305,33 @@ def test_probes_that_say_otherwise_are_refused(place: Path) -> None:
         write_report(evidence, replace(report, files={"probes.npz": sha256_of(evidence / "probes.npz")}))
         with pytest.raises(NotAttested, match=rf"probes\.npz: {key}"):
             read_evidence(evidence)
+
+
+def test_a_mean_is_that_of_the_answers(home: Path) -> None:
+    """Counted by hand from the record: all answers, then those about each kind; no kind is judged by another's."""
+    report, _ = read_report(home / "evidence" / "report.json")
+    held = np.array([from_bits(one.per_image.robust) for one in report.radii[-3:]])
+    _, n = held.shape
+    mean, fog, snow, _ = report.criteria[-4:]
+    assert [(row.corruption, row.answers) for row in (mean, fog, snow)] == [(None, 3), ("fog", 2), ("snow", 1)]
+    for row, rows in ((mean, held), (fog, held[:2]), (snow, held[2:])):
+        assert (row.k, row.n) == (rows.sum(), rows.size)
+        one, other = (MeanSequence.begin(POPULATION, len(rows), level) for level in (0.95, 1 - 0.05 / 17))
+        seen = Answers(rows.sum(axis=0), len(rows))
+        assert row.lower == one.after(seen).lower[-1] / (POPULATION * len(rows))
+        assert row.upper == other.after(seen).upper[-1] / (POPULATION * len(rows))
+        assert row.outcome == "met"
+        assert row.decided_after is not None
+        assert row.decided_after <= n
+    assert fog.criterion == "corruption_accuracy(each of fog@1|fog@2|snow@1) >= 0.3 at 95 %, fog"
+
+
+def test_a_kind_without_images_is_open() -> None:
+    """Nothing was asked: no threshold is reached, not even that of nothing, by either kind of statistics."""
+    criterion = Criterion.parse("corruption_accuracy(each of fog|snow) >= 0 at 95 %")
+    for claim in claims_about([criterion], ["a"], None, 9):
+        assert Standing.begin(claim, 2).judgement.outcome == "open"
+        assert one_look(claim, Answers.none(5), 2).outcome == "open"
 
 
 def test_the_same_last_digits_are_not_asked_for(home: Path) -> None:
