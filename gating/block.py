@@ -87,9 +87,10 @@ class Block:
         """How many there are."""
         return len(self.outcomes[0].evaluation.correct)
 
-    def shown(self, images: int) -> Block:
-        """The same with adversarial pixels of the first images only."""
-        return Block(tuple(replace(one, adversarial=one.adversarial[:images].copy()) for one in self.outcomes))
+    def shown(self, images: Sequence[int]) -> Block:
+        """The same with adversarial pixels of the first images only, of so many by the threat."""
+        pairs = zip(self.outcomes, images, strict=True)
+        return Block(tuple(replace(one, adversarial=one.adversarial[:count].copy()) for one, count in pairs))
 
     @staticmethod
     def from_bytes(data: bytes) -> Block:

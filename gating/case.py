@@ -137,7 +137,8 @@ def prepare(
         data = labelled_as(data, subject.classes)
     require_fit(subject, data, policy)
     criteria = policy.parsed_criteria
-    earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test)) if baseline else None
+    grid = subject.contract.dtype == "uint8"
+    earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test), grid) if baseline else None
     if earlier is None and any(criterion.metric == NO_REGRESSION for criterion in criteria):
         raise BadInput(f"criterion {NO_REGRESSION}: needs --baseline, the report.json of the model to compare with")
     shares = [one for one in criteria if one.metric != NO_REGRESSION]

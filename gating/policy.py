@@ -251,6 +251,22 @@ class Policy(Section):
         known = [_met(one, grid) for one in self.threats(grid)]
         return tuple(known.index(_met(part, grid)) for part in threat.parts)
 
+    def names_of(self, criterion: Criterion, grid: bool) -> list[str]:
+        """Names of the parts of a criterion's threat, such as `patch 5x5`; "" for the policy's own."""
+        threats, own = self.threats(grid), self.place(grid)
+        places = self.places(self.threat_of(criterion), grid)
+        return ["" if place == own else str(_met(threats[place], grid)) for place in places]
+
+    def regressed(self, grid: bool) -> list[str]:
+        """Names of the threats, other than its own, in which its criteria forbid a regression."""
+        criteria = [one for one in self.parsed_criteria if one.metric == NO_REGRESSION]
+        return [name for name in dict.fromkeys(name for one in criteria for name in self.names_of(one, grid)) if name]
+
+    @property
+    def spoiled(self) -> list[str]:
+        """Names of the corruptions that its criteria are means of."""
+        return list(dict.fromkeys(str(one) for criterion in self.parsed_criteria for one in criterion.corruptions))
+
     def place(self, grid: bool) -> int:
         """Which of `threats(grid)` is the policy's own."""
         return self.places(self.parsed_threat, grid)[0]

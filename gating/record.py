@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from dfmcl.gating.verdict import Claim, Seen, claims_about
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
 
+T = TypeVar("T")
 Probes = Mapping[str, NDArray[Any]]
 MOST_IMAGES = 10**7  # of a data set; drawing the order of more would take the reader's memory
 
@@ -121,6 +122,11 @@ def places_of(claim: Claim, policy: Policy, grid: bool) -> tuple[int, ...]:
     """Which of the policy's threats a claim is about."""
     parts = claim.corruptions or policy.threat_of(claim.criterion).parts
     return tuple(place for part in parts for place in policy.places(part, grid))
+
+
+def other_than(place: int, found: Sequence[T]) -> list[T]:
+    """All but the one at the policy's own threat, in the order in which a report has them as `radii`."""
+    return [one for number, one in enumerate(found) if number != place]
 
 
 def recorded(report: Report, probes: Probes | None = None) -> GateRecord:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dfmcl.gating.criterion import CORRUPTION
 from dfmcl.gating.kinds import KINDS
-from dfmcl.gating.signing.evaluation import EvaluationEntry, ShareEntry, SuiteEntry
-from dfmcl.gating.signing.report import CheckEntry, CriterionEntry, Report
-from dfmcl.robustness.corruptions.severities import LEVELS
+from dfmcl.gating.policy import threat_in
+from dfmcl.gating.signing.evaluation import EvaluationEntry, SuiteEntry
+from dfmcl.gating.signing.report import BaselineEntry, CheckEntry, CriterionEntry, Report
 from dfmcl.robustness.folder import described
 from dfmcl.robustness.statistics import Share
 from dfmcl.robustness.threats.corruption import Corruption
@@ -77,15 +77,6 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class CorruptionRow:
-    """One kind of corruption: the share still right at each of the severities LEVELS, None where it was not asked."""
-
-    kind: str
-    shares: tuple[float | None, ...]
-    mean: float
-
-
-@dataclass(frozen=True)
 class AttackRow:
     """One attack of the suite, in the order in which they ran. left: images still right after it, of all."""
 
@@ -127,6 +118,14 @@ def threat(evaluation: EvaluationEntry[Any]) -> str:
 def others(report: Report) -> list[SuiteEntry]:
     """Evaluations at other threats than the policy's own that are no corruptions: those are a table of their own."""
     return [one for one in report.radii if not isinstance(one.threat.parsed, Corruption)]
+
+
+def unions(report: Report) -> list[tuple[str, Share]]:
+    """The worst case over several threats, where a criterion names one: its spelling, and the share that holds."""
+    rows = {row.eps: Share(row.k, row.n) for row in report.criteria if row.metric == "robust_accuracy" and row.n}
+    norm = report.evaluation.threat.parsed.kind
+    named = [(threat_in(eps, norm), share) for eps, share in rows.items() if eps]
+    return [(str(threat), share) for threat, share in named if len(threat.parts) > 1]
 
 
 def claim(report: Report) -> str:
@@ -242,6 +241,18 @@ def counted(row: CriterionEntry) -> str:
     return f"{row.k:,} of {row.n:,}{'' if row.answers is None else ' answers'}"
 
 
+def compared(record: BaselineEntry) -> list[str]:
+    """What a baseline says of further threats, a sentence each, and of corruptions."""
+    said = [
+        f"In {one.threat} {one.only_baseline} held only there, {one.only_candidate} hold only now (p = {one.p:.3g})."
+        for one in record.regressions or ()
+    ]
+    if record.errors is not None:
+        ratio = "not defined, as the baseline makes no error somewhere" if record.mce is None else percent(record.mce)
+        said.append(f"Mean corruption error relative to the baseline (mCE): {ratio}.")
+    return said
+
+
 def attack_rows(evaluation: EvaluationEntry[Any]) -> list[AttackRow]:
     """The attacks as they thinned out what held."""
     return [
@@ -257,22 +268,6 @@ def attack_rows(evaluation: EvaluationEntry[Any]) -> list[AttackRow]:
         )
         for attack in evaluation.attacks
     ]
-
-
-def corruption_rows(report: Report) -> list[CorruptionRow]:
-    """The kinds of corruption that were asked about, in their order, with their mean accuracies."""
-    found: dict[str, dict[int, ShareEntry]] = {}
-    for one in report.radii:
-        if isinstance(threat := one.threat.parsed, Corruption):
-            found.setdefault(threat.corruption, {})[threat.severity] = one.robust
-    return [
-        CorruptionRow(kind, tuple(shares[level].value if level in shares else None for level in LEVELS), _mean(shares))
-        for kind, shares in found.items()
-    ]
-
-
-def _mean(shares: Mapping[int, ShareEntry]) -> float:
-    return float(np.mean([share.value for share in shares.values()]))
 
 
 def class_rows(report: Report) -> list[ClassRow]:

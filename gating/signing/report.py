@@ -126,10 +126,41 @@ class PairFlags(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherFlags(Entry):
+    """The same images in another threat than the policy's own."""
+
+    threat: str
+    before: Bits
+    after: Bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionEntry(Entry):
+    """What a `no_regression` about another threat was decided by; its figures are those of BaselineEntry."""
+
+    threat: str
+    held: Count
+    only_baseline: Count
+    only_candidate: Count
+    p: Ratio
+    newly_broken: tuple[Count, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorEntry(Entry):
+    """Shares of wrong answers under a kind of corruption, of the baseline model and of this one."""
+
+    corruption: str
+    before: Ratio
+    after: Ratio
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaselineEntry(Entry):
     """Two models on the same images. of: images of the baseline; fewer are compared where the model failed before.
 
-    held: of the images compared, by the baseline model. p: exact, one-sided.
+    held: of the images compared, by the baseline model. p: exact, one-sided. others: in the further threats that
+    criteria compare. errors: by the kind of corruption; mce: the mean of after / before, absent where one is 0.
     """
 
     report_sha256: Digest
@@ -142,6 +173,10 @@ class BaselineEntry(Entry):
     p: Ratio
     newly_broken: tuple[Count, ...]
     per_image: PairFlags
+    others: Maybe[tuple[OtherFlags, ...]] = None
+    regressions: Maybe[tuple[RegressionEntry, ...]] = None
+    errors: Maybe[tuple[ErrorEntry, ...]] = None
+    mce: Maybe[Amount] = None
 
 
 class PolicyEntry(Policy):

@@ -32,6 +32,7 @@ from dfmcl.gating.verdict import Standing, claims_about, one_look
 from dfmcl.robustness import checks
 from dfmcl.robustness.means import Answers, MeanSequence
 from dfmcl.robustness.records import Evaluation, from_bits
+from dfmcl.robustness.threats.registry import parse_threat
 from tests.exports import Export
 from tests.serving.workshop import write_run
 from tests.signing import (
@@ -54,6 +55,7 @@ CRITERIA = (
     "clean_accuracy >= 0.5 at 95 %",
     "class_clean_accuracy >= 0.05 at 95 %",
     "no_regression at 95 %",
+    "no_regression(linf:38/255|fog@2) at 95 %",
     "corruption_accuracy(fog@1|fog@2|snow@1) >= 0.5 at 95 %",
     "corruption_accuracy(each of fog@1|fog@2|snow@1) >= 0.3 at 95 %",
 )
@@ -99,7 +101,7 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> Report:
         class_images=[POPULATION // 10] * 10,
         evaluations=[evaluated(right, right, "8/255"), evaluated(right, held), *under_corruptions(count)],
         transfer=[evaluated(right, right, "38/255", about)],
-        pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before),
+        pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before, in_others(count)),
     )
 
 
@@ -109,6 +111,13 @@ def under_corruptions(count: int) -> list[Evaluation]:
     fog, snow = place % 5 != 1, (place % 5 != 1) & (place % 4 != 1)
     kinds = {"fog@1": right, "fog@2": fog, "snow@1": snow}
     return [corrupted(right, held, spelling) for spelling, held in kinds.items()]
+
+
+def in_others(count: int) -> dict[str, tuple[tuple[bool, ...], tuple[bool, ...]]]:
+    """Both models under each corruption: the baseline fell in light fog three times, and held as often as this one."""
+    held = {str(one.threat): one.robust_images for one in under_corruptions(count)}
+    light = tuple(place > 2 for place in range(count))
+    return {name: (light if name == "fog@1" else held[name], held[name]) for name in ("fog@2", "fog@1", "snow@1")}
 
 
 @pytest.fixture(scope="module")
@@ -226,13 +235,19 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
         r["criteria"][0].update(criterion="robust_accuracy >= 0.01 at 50 %", threshold=0.01, confidence=0.5),
     ),
     "a bound": lambda r: r["criteria"][0].update(lower=0.9),
-    "a mean": lambda r: r["criteria"][-4].update(k=r["criteria"][-4]["k"] + 1),
-    "a kind of corruption": lambda r: r["criteria"][-2].update(lower=0.6, value=0.7),
-    "a kind less": lambda r: r["criteria"].pop(-2),
+    "a mean": lambda r: r["criteria"][-5].update(k=r["criteria"][-5]["k"] + 1),
+    "a kind of corruption": lambda r: r["criteria"][-3].update(lower=0.6, value=0.7),
+    "a kind less": lambda r: r["criteria"].pop(-3),
     "a corruption that spoiled nothing": lambda r: r["radii"][-1]["per_image"].update(
         robust=r["radii"][-1]["per_image"]["correct"]
     ),
     "a corruption less": lambda r: r["radii"].pop(-1),
+    "a corruption that the baseline did not meet": lambda r: r["baseline"]["others"].pop(-1),
+    "errors of the baseline": lambda r: r["baseline"]["errors"][0].update(before=0.5),
+    "a relative error": lambda r: r["baseline"].update(mce=0.5),
+    "a regression in fog": lambda r: r["baseline"]["others"][0].update(
+        after=r["baseline"]["others"][0]["before"].replace("0", "1")
+    ),
     "a count": lambda r: r["evaluation"]["robust"].update(k=48),
     "the order": lambda r: r["per_image"]["index"].reverse(),
     "the exit code": lambda r: r.update(exit_code=3),
@@ -312,11 +327,11 @@ def test_a_mean_is_that_of_the_answers(home: Path) -> None:
     report, _ = read_report(home / "evidence" / "report.json")
     held = np.array([from_bits(one.per_image.robust) for one in report.radii[-3:]])
     _, n = held.shape
-    mean, fog, snow, _ = report.criteria[-4:]
+    mean, fog, snow, _, _ = report.criteria[-5:]
     assert [(row.corruption, row.answers) for row in (mean, fog, snow)] == [(None, 3), ("fog", 2), ("snow", 1)]
     for row, rows in ((mean, held), (fog, held[:2]), (snow, held[2:])):
         assert (row.k, row.n) == (rows.sum(), rows.size)
-        one, other = (MeanSequence.begin(POPULATION, len(rows), level) for level in (0.95, 1 - 0.05 / 17))
+        one, other = (MeanSequence.begin(POPULATION, len(rows), level) for level in (0.95, 1 - 0.05 / 18))
         seen = Answers(rows.sum(axis=0), len(rows))
         assert row.lower == one.after(seen).lower[-1] / (POPULATION * len(rows))
         assert row.upper == other.after(seen).upper[-1] / (POPULATION * len(rows))
@@ -324,6 +339,46 @@ def test_a_mean_is_that_of_the_answers(home: Path) -> None:
         assert row.decided_after is not None
         assert row.decided_after <= n
     assert fog.criterion == "corruption_accuracy(each of fog@1|fog@2|snow@1) >= 0.3 at 95 %, fog"
+
+
+def test_a_regression_in_another_threat_is_of_that_threat(home: Path) -> None:
+    """The worst of ball and fog on both sides, counted by hand; the errors under corruptions are those of the flags."""
+    report, _ = read_report(home / "evidence" / "report.json")
+    own = np.array(from_bits(report.evaluation.per_image.robust))
+    light, fog, snow = (np.array(from_bits(one.per_image.robust)) for one in report.radii[-3:])
+    row, baseline = report.criteria[-1], report.baseline
+    assert baseline is not None
+    assert row.criterion == "no_regression(linf:38/255|fog@2) at 95 %"
+    assert (row.outcome, row.k, row.n, row.eps) == ("met", len(own), len(own), "linf:38/255|fog@2")
+    assert baseline.regressions is not None
+    (found,) = baseline.regressions
+    assert (found.held, found.only_baseline, found.only_candidate) == ((own & fog).sum(), 0, 0)
+    assert baseline.errors is not None
+    kinds = {one.corruption: (one.before, one.after) for one in baseline.errors}
+    before = (3 + (~fog).sum()) / (2 * len(fog))
+    assert kinds["fog"] == pytest.approx((before, ((~light).sum() + (~fog).sum()) / (2 * len(fog))))
+    assert kinds["snow"] == pytest.approx(((~snow).mean(), (~snow).mean()))
+    assert baseline.mce == pytest.approx((kinds["fog"][1] / kinds["fog"][0] + 1) / 2)
+
+
+@pytest.mark.parametrize(("before", "after", "outcome"), [(40, 0, "missed"), (3, 3, "open"), (40, 40, "met")])
+def test_a_threat_that_newly_breaks_images_is_missed_by_name(before: int, after: int, outcome: str) -> None:
+    """The policy's own ball lost nothing: the criterion about patches is missed where all images newly fall to one, and
+    open where the baseline held three."""
+    policy = policy_of(["robust_accuracy >= 0.1 at 95 %", "no_regression at 95 %", "no_regression(patch:2x2) at 95 %"])
+    probes, right, place = probes_of((16, 16, 3), 10), np.ones(40, bool), np.arange(40)
+    held = probes["adversarial_logits"].argmax(axis=1) == probes["labels"]
+    found = corrupted(right, place < after, "fog@1")
+    attacks = tuple(replace(found.attacks[0], name=name) for name in ("patch", "patch-rs-500"))
+    found = replace(found, threat=parse_threat("patch:2x2"), attacks=attacks)
+    own, patched = tuple(held.tolist()), tuple((place < before).tolist())
+    index = order_of(Matter("3" * 64, "d" * 64, policy.digest, 40)).tolist()
+    pairs = Pairs("1" * 64, "2" * 64, 40, tuple(index), own, own, {"patch 2x2": (patched, found.robust_images)})
+    evaluations = [evaluated(right, held), found]
+    report = true_report(probes, {"model.onnx": "3" * 64}, policy=policy, evaluations=evaluations, pairs=pairs)
+    require_derived(report, Path("report.json"), probes)
+    assert [row.outcome for row in report.criteria] == ["met", "met", outcome]
+    assert report.why == ({"small_baseline": "3 of 40 in patch:2x2"} if outcome == "open" else {})
 
 
 def test_a_kind_without_images_is_open() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.case import suites_of
@@ -17,7 +18,9 @@ from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.faults import EvidenceError
+from dfmcl.gating.signing.probes import further, read_probes
 from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.robustness.models import to_float
 from dfmcl.robustness.records import from_bits
 from dfmcl.robustness.threats.registry import FAMILIES
 from tests.exports import Export
@@ -63,13 +66,22 @@ def test_a_gate_decides_on_every_threat(standard_run: Path, export_once: Export,
     assert rows[f"robust_accuracy({UNION})"].k == both.sum() < IMAGES
     for threat, name in (("patch:2x2", "patch 2x2"), ("fog@1", "fog@1"), ("l1:1", "L1 1"), ("2/255", "Linf 2/255")):
         assert rows[f"robust_accuracy({threat})"].k == held[name].sum()
+    kept = further(read_probes(out / "probes.npz"))
+    assert [(len(images), len(logits)) for images, logits in kept] == [(IMAGES, IMAGES)] * 6
+    labels = np.array(report.per_image.label)
+    for one, (_, logits) in zip(report.radii, kept, strict=True):
+        assert (logits.argmax(axis=1) == labels).tolist() == list(from_bits(one.per_image.robust)), one.threat
+    answers = subject.decide(to_float(torch.from_numpy(kept[1][0])))
+    assert np.allclose(answers.numpy(), kept[1][1], atol=1e-4)
     mean = rows[SPOILED.partition(" >=")[0]]
     assert (mean.k, mean.n) == (held["fog@1"].sum() + held["contrast@5"].sum(), 2 * IMAGES)
     again, _ = read_evidence(out)
     assert again.to_json() == report.to_json()
     assert load_policy(out / "policy.toml").digest == wanted.digest
     page, lines = (out / "report.html").read_text(), (out / "robustness.prom").read_text()
-    assert "patch 2x2" in page
+    assert "<h3>patch 2x2</h3>" in page
+    assert "<h3>corruptions</h3>" in page
+    assert "the worst of them for each image" in page
     assert "<h2>Corruptions</h2>" in page
     assert 'robustness_gate_corruption_accuracy_ratio{corruption="contrast"' in lines
     assert "patch 2x2" in (out / "report.md").read_text()
