@@ -18,6 +18,7 @@ from dfmcl.gating.signing.report import CheckEntry, Report
 from dfmcl.gating.verdict import Claim, Seen, claims_about
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
+from dfmcl.robustness.threats.union import Union
 
 T = TypeVar("T")
 Probes = Mapping[str, NDArray[Any]]
@@ -120,8 +121,8 @@ class GateRecord:
 
 def places_of(claim: Claim, policy: Policy, grid: bool) -> tuple[int, ...]:
     """Which of the policy's threats a claim is about."""
-    parts = claim.corruptions or policy.threat_of(claim.criterion).parts
-    return tuple(place for part in parts for place in policy.places(part, grid))
+    threat = Union.of(claim.corruptions) if claim.corruptions else policy.threat_of(claim.criterion)
+    return policy.places(threat, grid)
 
 
 def other_than(place: int, found: Sequence[T]) -> list[T]:

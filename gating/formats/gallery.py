@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,9 @@ from dfmcl.gating.signing.report import Report
 from dfmcl.robustness.threats.corruption import Corruption
 
 Pixels = NDArray[np.uint8]
-SHOWN, BESIDE = 12, 4
-# A page with 36 pictures, and 12 for each further threat, stays below 4 MB; larger ones are reduced for display.
+SHOWN, BESIDE, SPOILED = 12, 6, 15
+# A page with 36 pictures stays below 2 MB, one with three further threats and corruptions below 8; larger ones are
+# reduced for display.
 LARGEST = 128
 
 
@@ -56,26 +58,31 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Flipped:
-    """What an attack made of the first images `(Q, H, W, C)`, and the answers `(Q,)` to it."""
+    """What an attack made of the first images `(Q, H, W, C)`, and the answers `(Q,)` to it. kind: of corruption."""
 
     threat: str
+    kind: str
     adversarial: Pixels
     answers: NDArray[np.int64]
 
 
 def galleries(probes: Probes, report: Report) -> list[Gallery]:
-    """The first images in the order attacked that were right and are no longer: SHOWN in the policy's own threat, and
-    BESIDE in each further one; all corruptions are one. Other radii of the same ball look alike and are left out."""
+    """The first images in the order attacked that were right and are no longer: SHOWN in the policy's own threat,
+    BESIDE in each further one, and SPOILED by corruptions, which are one. Other radii of the same ball look alike and
+    are left out."""
     own = report.evaluation.threat.parsed
     adversarial = probes["images"] + probes["change"]
-    main = Flipped(str(own), adversarial, probes["adversarial_logits"][: len(adversarial)].argmax(axis=1))
+    main = Flipped(str(own), "", adversarial, probes["adversarial_logits"][: len(adversarial)].argmax(axis=1))
     groups: dict[str, list[Flipped]] = {}
     for one, (changed, logits) in zip(report.radii, further(probes), strict=False):
         threat = one.threat.parsed
         if threat.kind != own.kind:
-            title = "corruptions" if isinstance(threat, Corruption) else str(threat)
-            groups.setdefault(title, []).append(Flipped(str(threat), changed, logits.argmax(axis=1)))
-    found = [_gallery(probes, report, title, flipped, BESIDE) for title, flipped in groups.items()]
+            kind = threat.corruption if isinstance(threat, Corruption) else ""
+            flipped = Flipped(str(threat), kind, changed, logits.argmax(axis=1))
+            groups.setdefault("corruptions" if kind else str(threat), []).append(flipped)
+    found = [
+        _gallery(probes, report, title, same, SPOILED if same[0].kind else BESIDE) for title, same in groups.items()
+    ]
     return [_gallery(probes, report, main.threat, [main], SHOWN), *(one for one in found if one.exhibits)]
 
 
@@ -83,10 +90,15 @@ def _gallery(probes: Probes, report: Report, title: str, flipped: Sequence[Flipp
     index, classes = report.per_image.index, report.data.classes
     clean = probes["clean_logits"].argmax(axis=1)
     right = clean == probes["labels"]
-    # The first of each threat, then the second of each: no kind fills the wall.
+    # The first of each kind, then the second of each: no kind fills the wall.
     rows = [np.flatnonzero(right[: len(one.answers)] & (one.answers != clean[: len(one.answers)])) for one in flipped]
     turns = sorted((turn, place, int(row)) for place, mine in enumerate(rows) for turn, row in enumerate(mine))
-    chosen = [(flipped[place], row) for _, place, row in turns[:most]]
+    shown = Counter[str]()
+    ranked = []
+    for number, (_, place, row) in enumerate(turns):
+        ranked.append((shown[flipped[place].kind], number, place, row))
+        shown[flipped[place].kind] += 1
+    chosen = [(flipped[place], row) for _, _, place, row in sorted(ranked)[:most]]
     changes = [one.adversarial[row].astype(np.int16) - probes["images"][row] for one, row in chosen]
     largest = max((int(np.abs(change).max(initial=0)) for change in changes), default=0)
     factor = max(1, 127 // max(largest, 1))

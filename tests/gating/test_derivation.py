@@ -55,9 +55,9 @@ CRITERIA = (
     "clean_accuracy >= 0.5 at 95 %",
     "class_clean_accuracy >= 0.05 at 95 %",
     "no_regression at 95 %",
-    "no_regression(linf:38/255|fog@2) at 95 %",
     "corruption_accuracy(fog@1|fog@2|snow@1) >= 0.5 at 95 %",
     "corruption_accuracy(each of fog@1|fog@2|snow@1) >= 0.3 at 95 %",
+    "no_regression(linf:38/255|fog@2) at 95 %",
 )
 BLOCK, POPULATION = 8, 100
 # Measured, or about another file: nothing in the report says what they should be.
@@ -404,11 +404,11 @@ def test_an_image_that_fell_in_a_smaller_ball_fell_in_a_larger_one(place: Path) 
     path = place / "evidence" / "report.json"
     report, _ = read_report(path)
     record = recorded(report)
-    small, main = record.evaluations
+    small, main, *others = record.evaluations
     (attack,) = small.attacks[:1]
     held = tuple(flag and place != 1 for place, flag in enumerate(attack.held))
     fallen = [replace(one, held=held, tried=held if number else one.tried) for number, one in enumerate(small.attacks)]
-    again = derived(replace(record, evaluations=(replace(small, attacks=tuple(fallen)), main)))
+    again = derived(replace(record, evaluations=(replace(small, attacks=tuple(fallen)), main, *others)))
     assert again.verdict == "passed"
     with pytest.raises(NotAttested, match=r"fgsm: images tried"):
         require_derived(replace(report, **vars(again)), path)
