@@ -15,7 +15,8 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.result import write_result
-from dfmcl.gating.policy import DRAWN, Criterion
+from dfmcl.gating.criterion import Criterion
+from dfmcl.gating.policy import DRAWN
 from dfmcl.gating.verdict import Claim, Standing
 from dfmcl.robustness.drawn import Fates
 

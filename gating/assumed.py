@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from dfmcl.common.errors import BadInput
 from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.common.text import why_not_local
-from dfmcl.gating.policy import Criterion, Policy, checked_radius
+from dfmcl.gating.criterion import Criterion
+from dfmcl.gating.policy import Policy, checked_radius
 from dfmcl.robustness.sources import BUILT_IN, Kind
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ criteria = [
     {criterion},
     # "clean_accuracy >= 0.9 at 95 %", # right without an attack
     # "class_robust_accuracy >= 0.1 at 95 %", # each class by itself
+    # "corruption_accuracy >= 0.6 at 95 %", # mean over fifteen kinds of noise, blur, weather ... at five severities
     # "no_regression at 95 %", # against the report.json that --baseline names
 ]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Labels
-from dfmcl.robustness.evaluate import Outcome, evaluate
+from dfmcl.robustness.evaluate import Logits, Outcome, evaluate
 from dfmcl.robustness.gradients import AttackPass
 from dfmcl.robustness.records import AttackRecord, Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
@@ -87,9 +87,10 @@ class Block:
         """How many there are."""
         return len(self.outcomes[0].evaluation.correct)
 
-    def shown(self, images: int) -> Block:
-        """The same with adversarial pixels of the first images only."""
-        return Block(tuple(replace(one, adversarial=one.adversarial[:images].copy()) for one in self.outcomes))
+    def shown(self, images: Sequence[int]) -> Block:
+        """The same with adversarial pixels of the first images only, of so many by the threat."""
+        pairs = zip(self.outcomes, images, strict=True)
+        return Block(tuple(replace(one, adversarial=one.adversarial[:count].copy()) for one, count in pairs))
 
     @staticmethod
     def from_bytes(data: bytes) -> Block:
@@ -114,7 +115,8 @@ def attack_block(
     inner: Threat | None = None
     for threat in plan.threats:
         after = outcomes[-1] if isinstance(threat, Ball) and inner is not None and inner.kind == threat.kind else None
-        found = _attacked(plan, images, labels, number, threat, after, None, track)
+        clean = outcomes[0].clean_logits if outcomes else None  # asked for once, however many threats there are
+        found = _attacked(plan, images, labels, number, threat, after, None, track, clean)
         for source in plan.sources:
             if all(threat.kind in attack.kind.threats for attack in source.attacks):
                 found = _beside(found, _attacked(plan, images, labels, number, threat, found, source, track))
@@ -139,6 +141,7 @@ def _attacked(
     after: Outcome | None,
     source: Source | None,
     track: Track,
+    clean: Logits | None = None,
 ) -> Outcome:
     """By the plan's own attacks, or by attacks crafted on a source, on the images left before."""
     own = plan.suites.get(threat.kind, plan.attacks)
@@ -154,6 +157,7 @@ def _attacked(
         grid=plan.grid or not isinstance(threat, Ball),  # other threats are of bytes
         cascade=True,
         after=after,
+        clean=clean,
         seed=derived_seed(plan.seed, plan.purpose, number),
         batch_size=len(images),
         about=plan.about,

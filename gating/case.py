@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline
+from dfmcl.gating.criterion import NO_REGRESSION
 from dfmcl.gating.decide import require_decider
 from dfmcl.gating.order import Draw, Matter, drawn_of, order_of
-from dfmcl.gating.policy import NO_REGRESSION, Policy
+from dfmcl.gating.policy import Policy
 from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.verdict import Claim, claims
@@ -139,7 +140,8 @@ def prepare(
         data = labelled_as(data, subject.classes)
     require_fit(subject, data, policy)
     criteria = policy.parsed_criteria
-    earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test)) if baseline else None
+    grid = subject.contract.dtype == "uint8"
+    earlier = Baseline.read(baseline, policy, data.sha256, len(data.x_test), grid) if baseline else None
     if earlier is None and any(criterion.metric == NO_REGRESSION for criterion in criteria):
         raise BadInput(f"criterion {NO_REGRESSION}: needs --baseline, the report.json of the model to compare with")
     shares = [one for one in criteria if one.metric != NO_REGRESSION]

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dfmcl.gating.criterion import Criterion
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import Criterion
-from dfmcl.gating.record import GateRecord
+from dfmcl.gating.policy import Policy
+from dfmcl.gating.record import GateRecord, other_than
 from dfmcl.gating.signing.evaluation import SuiteEntry, TransferEntry
 from dfmcl.gating.signing.report import (
+    BaselineEntry,
     BoundsEntry,
     Conclusions,
     CriterionEntry,
+    ErrorEntry,
     FindingEntry,
     ImagesEntry,
     PolicyEntry,
+    RegressionEntry,
     StatisticsEntry,
     WholeSuite,
 )
-from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, decide, one_look
+from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Seen, Standing, decide, one_look
 from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.statistics import Flags
 
@@ -38,7 +42,7 @@ class ClaimCourse:
 
     claim: Claim
     own: Flags
-    seen: Fates
+    seen: Seen
     standing: Standing | None
 
     @staticmethod
@@ -69,13 +73,13 @@ def derived(record: GateRecord) -> Conclusions:
     courses = [ClaimCourse.of(claim, record) for claim in record.claims]
     judgements = [course.judgement(among) for course in courses]
     rows = [criterion_row(judgement) for judgement in judgements]
-    if record.pairs is not None:
-        rows += [regression_row(criterion, record.pairs, among) for criterion in record.regressions]
-    why = reasons(record, judgements, rows[len(judgements) :])
+    regressions = compared(record)
+    rows += [regression_row(criterion, pairs, among) for criterion, pairs in regressions.items()]
+    why = reasons(record, judgements, list(zip(regressions.values(), rows[len(judgements) :], strict=True)))
     raised = [check for check in record.checks if check.outcome == "raised"]
     verdict = decide([row.outcome for row in rows], [check.check for check in raised], list(why))
     order, main = record.order, SuiteEntry.from_json(record.main.to_json())
-    others = [one for number, one in enumerate(record.evaluations) if number != record.place]
+    others = other_than(record.place, record.evaluations)
     return Conclusions(
         verdict=verdict,
         exit_code=EXIT_CODES[verdict],
@@ -99,7 +103,45 @@ def derived(record: GateRecord) -> Conclusions:
         radii=tuple(SuiteEntry.from_json(one.to_json()) for one in others),
         transfer=tuple(TransferEntry.from_json(one.to_json()) for one in record.transfer),
         per_image=ImagesEntry(index=tuple(order[: len(record.labels)].tolist()), label=tuple(record.labels.tolist())),
-        baseline=None if record.pairs is None else record.pairs.entry,
+        baseline=None if record.pairs is None else baseline_entry(record.pairs, record.policy, regressions),
+    )
+
+
+def compared(record: GateRecord) -> dict[Criterion, Pairs]:
+    """The criteria that forbid a regression, with both models in the threat of each; none without a baseline."""
+    if record.pairs is None:
+        return {}
+    return {
+        criterion: record.pairs.within(record.policy.names_of(criterion, record.grid))
+        for criterion in record.regressions
+    }
+
+
+def baseline_entry(pairs: Pairs, policy: Policy, regressions: Mapping[Criterion, Pairs]) -> BaselineEntry:
+    """The comparison, with what is decided in other threats, and the errors under corruptions that both models met."""
+    rows = tuple(
+        RegressionEntry(
+            threat=str(policy.threat_of(criterion)),
+            held=one.held,
+            only_baseline=one.counts.only_first,
+            only_candidate=one.counts.only_second,
+            p=one.p,
+            newly_broken=one.newly_broken,
+        )
+        for criterion, one in regressions.items()
+        if criterion.eps
+    )
+    kinds: dict[str, list[str]] = {}
+    for name in policy.spoiled:
+        if pairs.images and name in pairs.others:
+            kinds.setdefault(name.partition("@")[0], []).append(name)
+    shares = {kind: pairs.errors(names) for kind, names in kinds.items()}
+    known = bool(shares) and all(before for before, _ in shares.values())
+    return replace(
+        pairs.entry,
+        regressions=rows or None,
+        errors=tuple(ErrorEntry(corruption=kind, before=one, after=two) for kind, (one, two) in shares.items()) or None,
+        mce=float(np.mean([after / before for before, after in shares.values()])) if known else None,
     )
 
 
@@ -113,12 +155,12 @@ def whole_suite(record: GateRecord) -> WholeSuite | None:
 
 
 def progress(record: GateRecord, courses: Sequence[ClaimCourse], among: int) -> list[BoundsEntry]:
-    """The bounds after each block, of the claims that are not about one class."""
+    """The bounds after each block, of the claims that are not about one class or one kind of corruption."""
     return [
         BoundsEntry(images=end, criterion=number, lower=lower, upper=upper)
         for end in record.ends
         for number, course in enumerate(courses)
-        if not course.claim.criterion.by_class
+        if not course.claim.criterion.several
         for lower, upper in [course.bounds(end, among)]
     ]
 
@@ -141,7 +183,7 @@ def _decided_at(course: ClaimCourse, judgement: Judgement) -> float:
 
 
 def reasons(
-    record: GateRecord, judgements: Sequence[Judgement], regressions: Sequence[CriterionEntry]
+    record: GateRecord, judgements: Sequence[Judgement], regressions: Sequence[tuple[Pairs, CriterionEntry]]
 ) -> dict[str, str]:
     """Why no evidence of this kind will do to pass, each with what is known of it ("": nothing more)."""
     why = {} if record.no_gradients is None else {"no_gradients": record.no_gradients}
@@ -154,9 +196,13 @@ def reasons(
         why["not_finite"] = f"for {clean} of {count} images"
     elif record.not_finite:
         why["not_finite"] = f"for {record.not_finite} of {count} images as attacks left them"
-    pairs = record.pairs
-    if pairs is not None and pairs.images == pairs.of and any(row.outcome == "open" for row in regressions):
-        why["small_baseline"] = f"{pairs.held} of {pairs.of}"
+    small = [
+        f"{pairs.held} of {pairs.of}{f' in {row.eps}' if row.eps else ''}"
+        for pairs, row in regressions
+        if row.outcome == "open" and pairs.images == pairs.of
+    ]
+    if small:
+        why["small_baseline"] = ", ".join(small)
     return why
 
 
@@ -168,6 +214,8 @@ def criterion_row(judgement: Judgement) -> CriterionEntry:
         metric=criterion.metric,
         eps=criterion.eps or None,
         class_name=judgement.claim.class_name,
+        corruption=judgement.claim.kind or None,
+        answers=judgement.claim.answers if judgement.claim.corruptions else None,
         threshold=criterion.threshold,
         confidence=criterion.confidence,
         outcome=judgement.outcome,
@@ -193,7 +241,7 @@ def regression_row(criterion: Criterion, pairs: Pairs, among: int) -> CriterionE
     return CriterionEntry(
         criterion=str(criterion),
         metric=criterion.metric,
-        eps=None,
+        eps=criterion.eps or None,
         class_name=None,
         threshold=None,
         confidence=criterion.confidence,

@@ -25,22 +25,14 @@ from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import POLICY, Policy
-from dfmcl.gating.record import GateRecord, wild
+from dfmcl.gating.record import GateRecord, other_than, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
 from dfmcl.gating.signing.attestation import sign
 from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
-from dfmcl.gating.signing.probes import as_npz, kept
-from dfmcl.gating.signing.report import (
-    CandidateEntry,
-    CheckEntry,
-    CodeEntry,
-    DataEntry,
-    InputEntry,
-    Report,
-    RunEntry,
-)
+from dfmcl.gating.signing.probes import as_npz, kept, kept_in
+from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.sources import sources_of, transferred
 from dfmcl.gating.subject import Subject, decided_by
@@ -111,7 +103,7 @@ class Findings:
     index: of the images attacked, in the order; labels: theirs.
     images: the first of them, whose pixels are kept.
     sources: other networks that were attacked.
-    outcomes: one for each threat of the policy; main: the one at its own radius.
+    outcomes: one for each threat of the policy; main: the one at its own radius; others: the rest of them.
     pairs: beside the baseline, where there is one.
     """
 
@@ -121,6 +113,7 @@ class Findings:
     sources: tuple[Source, ...]
     outcomes: tuple[Outcome, ...]
     main: Outcome
+    others: tuple[Outcome, ...]
     pairs: Pairs | None
 
     @cached_property
@@ -128,14 +121,21 @@ class Findings:
         """Labels `(N,)`, the logits `(N, K)` that decided, of the first images the pixels `(P, H, W, C)` uint8, and
         what the attacks added to them.
 
-        The adversarial images are `images + change` in uint8, so modulo 256.
+        The adversarial images are `images + change` in uint8, so modulo 256. The same of the other threats, numbered,
+        of as many of these images as were kept.
         """
+        counts = kept_in(len(self.images), self.images.shape[1:], [one.evaluation.threat.kind for one in self.others])
+        further = {}
+        for number, (count, one) in enumerate(zip(counts, self.others, strict=True), start=1):
+            further[f"change{number}"] = one.adversarial[:count] - self.images[:count]
+            further[f"adversarial_logits{number}"] = one.adversarial_logits[:count]
         return {
             "images": self.images,
             "change": self.main.adversarial[: len(self.images)] - self.images,
             "labels": self.labels,
             "clean_logits": self.main.clean_logits,
             "adversarial_logits": self.main.adversarial_logits,
+            **further,
         }
 
 
@@ -165,9 +165,10 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     if case.earlier is not None:
         missed = any(standing_judgement(standing, policy).outcome == "missed" for standing in standings)
         pairs = compared(work, case.earlier, index, outcomes, policy, skip=missed)
-    main = outcomes[policy.place(case.grid)]
+    place = policy.place(case.grid)
+    main, others = outcomes[place], tuple(other_than(place, outcomes))
     images = data.x_test[index[: kept(len(index), data.input_shape)]]
-    return Findings(index, images, data.y_test[index], sources, outcomes, main, pairs)
+    return Findings(index, images, data.y_test[index], sources, outcomes, main, others, pairs)
 
 
 def examined(case: Case, found: Findings, ranks: Ranks, track: Track) -> GateRecord:

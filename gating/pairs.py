@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from dfmcl.gating.signing.report import BaselineEntry, PairFlags
+from dfmcl.gating.signing.report import BaselineEntry, OtherFlags, PairFlags
 from dfmcl.robustness.records import bits, from_bits
 from dfmcl.robustness.statistics import PairedCounts
 
@@ -18,6 +19,7 @@ class Pairs:
 
     index: positions in the data set; before, after: whether baseline and candidate held each.
     of: how many images the baseline has; fewer are compared where the candidate failed before.
+    others: the same, before and after, in other threats than the policy's own, by their names such as `patch 5x5`.
     """
 
     report_sha256: str
@@ -26,6 +28,18 @@ class Pairs:
     index: tuple[int, ...]
     before: tuple[bool, ...]
     after: tuple[bool, ...]
+    others: Mapping[str, tuple[tuple[bool, ...], tuple[bool, ...]]] = field(default_factory=dict)
+
+    def within(self, names: Sequence[str]) -> Pairs:
+        """The same images in the worst case over threats of these names; "" is the policy's own."""
+        columns = [self.others[name] if name else (self.before, self.after) for name in names]
+        before, after = (tuple(map(all, zip(*flags, strict=True))) for flags in zip(*columns, strict=True))
+        return replace(self, before=before, after=after, others={})
+
+    def errors(self, names: Sequence[str]) -> tuple[float, float]:
+        """The baseline's and the candidate's share of wrong answers, over all images and threats of these names."""
+        before, after = (np.array([self.others[name][side] for name in names], bool) for side in (0, 1))
+        return float(1 - before.mean()), float(1 - after.mean())
 
     @property
     def images(self) -> int:
@@ -67,6 +81,11 @@ class Pairs:
             p=self.p,
             newly_broken=self.newly_broken,
             per_image=PairFlags(index=self.index, before=bits(self.before), after=bits(self.after)),
+            others=tuple(
+                OtherFlags(threat=name, before=bits(before), after=bits(after))
+                for name, (before, after) in self.others.items()
+            )
+            or None,
         )
 
     @staticmethod
@@ -74,4 +93,5 @@ class Pairs:
         """What the figures of an entry follow from."""
         each = entry.per_image
         before, after = from_bits(each.before), from_bits(each.after)
-        return Pairs(entry.report_sha256, entry.model_sha256, entry.of, each.index, before, after)
+        others = {one.threat: (from_bits(one.before), from_bits(one.after)) for one in entry.others or ()}
+        return Pairs(entry.report_sha256, entry.model_sha256, entry.of, each.index, before, after, others)

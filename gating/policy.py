@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,80 +13,19 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, read_toml, validated
+from dfmcl.gating.criterion import CORRUPTION, NO_REGRESSION, Criterion
 from dfmcl.gating.decide import DecideSection
 from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.signing.statement import VALID_DAYS
 from dfmcl.robustness.attacks.suites import BY_KIND, SUITES
 from dfmcl.robustness.sources import DataSource
 from dfmcl.robustness.threats.ball import RADIUS, Ball
+from dfmcl.robustness.threats.corruption import ALL
 from dfmcl.robustness.threats.radius import Norm
 from dfmcl.robustness.threats.registry import parse_threat, threat_of
 from dfmcl.robustness.threats.threat import Threat
 
-METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy")
-NO_REGRESSION = "no_regression"
 DRAWN = 0.2  # of the images: of 1,000 where none is lost, the bound gives way by 2 points
-_CONFIDENCE = r"at\s+(?P<confidence>[\d.]+)\s*%"
-_SHARE = re.compile(
-    rf"(?P<metric>{'|'.join(METRICS)})(?:\((?P<eps>[^)]+)\))?\s*>=\s*(?P<threshold>\d*\.?\d+)\s*(?P<percent>%?)\s+{_CONFIDENCE}"
-)
-_REGRESSION = re.compile(rf"(?P<metric>{NO_REGRESSION})\s+{_CONFIDENCE}")
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """`metric >= threshold`, to be shown at `confidence`; both are shares in [0, 1].
-
-    eps: the radius of a robust accuracy, where it is not the policy's own (""). `class_` metrics must hold for each
-    class by itself. `no_regression` has no threshold: no more images may be newly broken, in comparison with a
-    baseline on the same images, than chance explains.
-    """
-
-    metric: str
-    threshold: float
-    confidence: float
-    eps: str = ""
-
-    @staticmethod
-    def parse(text: str) -> Criterion:
-        """From a sentence: `robust_accuracy >= 0.45 at 95 %`, `robust_accuracy(2/255) >= 60 % at 99 %`, ...
-
-        `clean_accuracy`, `class_robust_accuracy` and `class_clean_accuracy` likewise; `no_regression at 95 %`.
-        """
-        match = _SHARE.fullmatch(text.strip()) or _REGRESSION.fullmatch(text.strip())
-        if match is None:
-            raise BadInput(
-                f"{text!r} is no criterion; write METRIC >= SHARE at CONFIDENCE %, METRIC one of {', '.join(METRICS)}"
-                f" (a robust one also as METRIC(EPS)), or {NO_REGRESSION} at CONFIDENCE %"
-            )
-        found = match.groupdict()
-        confidence = float(found["confidence"]) / 100
-        if not 0.5 <= confidence < 1:
-            raise BadInput(f"{text!r}: the confidence is {100 * confidence:g} %; it must be at least 50 and below 100")
-        threshold = float(found.get("threshold") or 0) / (100 if found.get("percent") else 1)
-        if not 0 <= threshold <= 1:
-            raise BadInput(f"{text!r}: the threshold is {threshold:g}; a share lies between 0 and 1")
-        eps = found.get("eps") or ""
-        if eps and "robust" not in found["metric"]:
-            raise BadInput(f"{text!r}: {found['metric']} has no radius; leave ({eps}) out")
-        return Criterion(found["metric"], threshold, confidence, eps.strip())
-
-    def __str__(self) -> str:
-        confidence = f"at {100 * self.confidence:g} %"
-        if self.metric == NO_REGRESSION:
-            return f"{self.metric} {confidence}"
-        radius = f"({self.eps})" if self.eps else ""
-        return f"{self.metric}{radius} >= {self.threshold:g} {confidence}"
-
-    @property
-    def robust(self) -> bool:
-        """Whether it is about accuracy under attack."""
-        return "robust" in self.metric
-
-    @property
-    def by_class(self) -> bool:
-        """Whether it must hold for each class by itself."""
-        return self.metric.startswith("class_")
 
 
 def threat_in(text: str, norm: str) -> Threat:
@@ -228,6 +166,7 @@ class Policy(Section):
         for criterion in self.parsed_criteria:
             if criterion.eps:
                 try:
+                    _ = criterion.corruptions  # which refuses other threats
                     if is_radius(criterion.eps):
                         checked_radius(criterion.eps, self.threat.norm)
                     for part in self.threat_of(criterion).parts:
@@ -252,7 +191,7 @@ class Policy(Section):
     @model_validator(mode="after")
     def _each_criterion_once(self) -> Self:
         parsed = self.parsed_criteria
-        asked = [(c.metric, c.threshold, c.confidence, self.threat_of(c) if c.robust else None) for c in parsed]
+        asked = [(replace(c, eps=""), self.threat_of(c)) for c in parsed]
         for number, criterion in enumerate(parsed):
             if asked[number] in asked[:number]:
                 raise ValueError(f"criterion {str(criterion)!r} stands there twice; leave one out")
@@ -267,7 +206,9 @@ class Policy(Section):
         return threat_of(self.threat.norm, self.threat.eps)
 
     def threat_of(self, criterion: Criterion) -> Threat:
-        """The threat a criterion is about, which may be a union."""
+        """The threat a criterion is about, which may be a union; the policy's own where it is about none."""
+        if criterion.metric == CORRUPTION:
+            return parse_threat(criterion.eps or ALL)
         return threat_in(criterion.eps or self.threat.eps, self.threat.norm)
 
     def threats(self, grid: bool) -> tuple[Threat, ...]:
@@ -314,6 +255,22 @@ class Policy(Section):
         """Which of `threats(grid)` a threat is, or the parts of a union."""
         known = [_met(one, grid) for one in self.threats(grid)]
         return tuple(known.index(_met(part, grid)) for part in threat.parts)
+
+    def names_of(self, criterion: Criterion, grid: bool) -> list[str]:
+        """Names of the parts of a criterion's threat, such as `patch 5x5`; "" for the policy's own."""
+        threats, own = self.threats(grid), self.place(grid)
+        places = self.places(self.threat_of(criterion), grid)
+        return ["" if place == own else str(_met(threats[place], grid)) for place in places]
+
+    def regressed(self, grid: bool) -> list[str]:
+        """Names of the threats, other than its own, in which its criteria forbid a regression."""
+        criteria = [one for one in self.parsed_criteria if one.metric == NO_REGRESSION]
+        return [name for name in dict.fromkeys(name for one in criteria for name in self.names_of(one, grid)) if name]
+
+    @property
+    def spoiled(self) -> list[str]:
+        """Names of the corruptions that its criteria are means of."""
+        return list(dict.fromkeys(str(one) for criterion in self.parsed_criteria for one in criterion.corruptions))
 
     def place(self, grid: bool) -> int:
         """Which of `threats(grid)` is the policy's own."""

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.gating.criterion import NO_REGRESSION, Criterion
 from dfmcl.gating.order import Draw, Matter, drawn_of, hex_of, order_of
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import NO_REGRESSION, Criterion, Policy
+from dfmcl.gating.policy import Policy
 from dfmcl.gating.signing.report import CheckEntry, Report
-from dfmcl.gating.verdict import Claim, claims_about
-from dfmcl.robustness.drawn import Fates
+from dfmcl.gating.verdict import Claim, Seen, claims_about
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.statistics import Flags
+from dfmcl.robustness.threats.union import Union
 
+T = TypeVar("T")
 Probes = Mapping[str, NDArray[Any]]
 MOST_IMAGES = 10**7  # of a data set; drawing the order of more would take the reader's memory
 
@@ -105,18 +107,27 @@ class GateRecord:
         """How many claims share the chance of failing a good model."""
         return len(self.claims) + len(self.regressions)
 
-    def seen(self, claim: Claim) -> Fates:
-        """Of all images: right as they came, or in the worst case over all attacks of the claim's threats."""
-        if not claim.criterion.robust:
-            return Fates.of(np.array(self.main.correct, bool))
-        places = self.policy.places(self.policy.threat_of(claim.criterion), self.grid)
-        return Fates.worst([self.evaluations[place] for place in places], self.drawn, self.whole)
+    def seen(self, claim: Claim) -> Seen:
+        """What all images say about the claim."""
+        places = places_of(claim, self.policy, self.grid)
+        return claim.seen([self.evaluations[place] for place in places], self.drawn, self.whole)
 
     @property
     def ends(self) -> list[int]:
         """How many images were attacked after each block."""
         size, count = self.policy.attacks.block, len(self.labels)
         return [*range(size, count, size), count]
+
+
+def places_of(claim: Claim, policy: Policy, grid: bool) -> tuple[int, ...]:
+    """Which of the policy's threats a claim is about."""
+    threat = Union.of(claim.corruptions) if claim.corruptions else policy.threat_of(claim.criterion)
+    return policy.places(threat, grid)
+
+
+def other_than(place: int, found: Sequence[T]) -> list[T]:
+    """All but the one at the policy's own threat, in the order in which a report has them as `radii`."""
+    return [one for number, one in enumerate(found) if number != place]
 
 
 def recorded(report: Report, probes: Probes | None = None) -> GateRecord:

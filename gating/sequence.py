@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline, compare
 from dfmcl.gating.block import Block, BlockPlan, attack_block
+from dfmcl.gating.criterion import NO_REGRESSION
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.policy import NO_REGRESSION, Policy
+from dfmcl.gating.policy import Policy
+from dfmcl.gating.record import other_than, places_of
 from dfmcl.gating.resumption import State
-from dfmcl.gating.signing.probes import kept
-from dfmcl.gating.verdict import Claim, Judgement, Standing, one_look
+from dfmcl.gating.signing.probes import kept, kept_in
+from dfmcl.gating.verdict import Claim, Judgement, Seen, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
-from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.statistics import Flags
@@ -53,19 +54,22 @@ class Work:
     ranks: Ranks
     track: Track
 
-    def rounds(self, order: NDArray[np.int64], purpose: str, size: int, shown: int = 0) -> Iterator[list[Block]]:
+    def rounds(
+        self, order: NDArray[np.int64], purpose: str, size: int, shown: Sequence[int] = ()
+    ) -> Iterator[list[Block]]:
         """Blocks of `size` images of the order, as many at a time as there are processes; each block is saved.
 
-        shown: of how many of all these images the adversarial pixels are kept.
+        shown: of how many of all these images the adversarial pixels are kept, by the threat of the plan; (): of none.
         """
+        shown = shown or [0] * len(self.plan.threats)
         parts = [order[begin : begin + size] for begin in range(0, len(order), size)]
         for begin in range(0, len(parts), self.ranks.world):
             mine = begin + self.ranks.rank
-            pixels = max(0, shown - mine * size)
+            pixels = [max(0, count - mine * size) for count in shown]
             block = self._block(parts[mine], purpose, mine, pixels) if mine < len(parts) else None
             yield [found for found in self.ranks.gather(block) if found is not None]
 
-    def _block(self, index: NDArray[np.int64], purpose: str, number: int, shown: int) -> Block:
+    def _block(self, index: NDArray[np.int64], purpose: str, number: int, shown: Sequence[int]) -> Block:
         done = self.state.load(purpose, number)
         if done is not None:
             return Block.from_bytes(done)
@@ -86,11 +90,11 @@ def run(
     labels = work.data.y_test
     among = len(found) + sum(criterion.metric == NO_REGRESSION for criterion in policy.parsed_criteria)
     standings = [Standing.begin(claim, among) for claim in found]
-    places = {claim.criterion: policy.places(policy.threat_of(claim.criterion), work.plan.grid) for claim in found}
+    places = {claim: places_of(claim, policy, work.plan.grid) for claim in found}
     blocks: list[Block] = []
     seen, begun = 0, time.perf_counter()
     watch(Progress(0, len(order), 0.0, tuple(standing.judgement for standing in standings)))
-    for arrived in work.rounds(order, "block", policy.attacks.block, kept(len(order), work.data.input_shape)):
+    for arrived in work.rounds(order, "block", policy.attacks.block, shown_of(work, len(order), policy)):
         for block in arrived:
             size = block.images
             index = order[seen : seen + size]
@@ -98,7 +102,7 @@ def run(
                 standing.after(
                     seen_of(
                         standing.claim,
-                        [block.outcomes[place] for place in places[standing.claim.criterion]],
+                        [block.outcomes[place] for place in places[standing.claim]],
                         labels[index],
                         work.drawn[index],
                         len(work.plan.whole),
@@ -118,6 +122,13 @@ def run(
     return standings, blocks
 
 
+def shown_of(work: Work, images: int, policy: Policy) -> list[int]:
+    """Of how many of the first images the adversarial pixels are kept, by the threat of the plan: as the probes do."""
+    shape, main = work.data.input_shape, policy.place(work.plan.grid)
+    found = kept_in(kept(images, shape), shape, [threat.kind for threat in other_than(main, work.plan.threats)])
+    return [*found[:main], kept(images, shape), *found[main:]]
+
+
 def settled(judgements: Sequence[Judgement], policy: Policy) -> bool:
     """Whether more images can change nothing. One look is one look: `fixed` statistics never stop early."""
     if policy.statistics == "fixed":
@@ -133,14 +144,13 @@ def standing_judgement(standing: Standing, policy: Policy) -> Judgement:
     return one_look(standing.claim, standing.seen, standing.among)
 
 
-def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags, whole: int) -> Fates:
+def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags, whole: int) -> Seen:
     """What images, with their labels and draws `(N,)`, say about a claim: of its own class, or of all.
 
-    found: an outcome for each threat of the claim; the worst counts, image by image.
+    found: an outcome for each threat of the claim.
     whole: how many of the attacks, the last ones, only the drawn images met.
     """
-    records = [outcome.evaluation for outcome in found]
-    seen = Fates.worst(records, drawn, whole) if claim.criterion.robust else Fates.of(np.array(records[0].correct))
+    seen = claim.seen([outcome.evaluation for outcome in found], drawn, whole)
     return seen if claim.class_index is None else seen[labels == claim.class_index]
 
 
@@ -156,7 +166,7 @@ def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:
             threshold = min(max(judgement.criterion.threshold, 1e-3), 1 - 1e-3)
             divergence = share * np.log(share / threshold) + (1 - share) * np.log((1 - share) / (1 - threshold))
             own = 1.33 * np.log(1 / (1 - judgement.criterion.confidence)) / max(divergence, 1e-6)
-            needed = max(needed, own * seen / judgement.share.n)
+            needed = max(needed, own * seen * judgement.claim.answers / judgement.share.n)
     return int(min(max(needed, seen), most))
 
 
@@ -170,13 +180,16 @@ def compared(
     skip: bool,
 ) -> Pairs:
     """The candidate on the baseline's images; those not attacked yet are attacked now, unless it failed already."""
-    eps = policy.place(work.plan.grid)
-    held = dict(zip(index.tolist(), outcomes[eps].evaluation.robust_images, strict=True))
-    rest = np.array([i for i in earlier.index if i not in held], dtype=np.int64)
+    places = {str(outcome.evaluation.threat): place for place, outcome in enumerate(outcomes)}
+    wanted = {"": policy.place(work.plan.grid)} | {name: places[name] for name in earlier.others}
+    held = {
+        name: dict(zip(index.tolist(), outcomes[place].evaluation.robust_images, strict=True))
+        for name, place in wanted.items()
+    }
+    rest = np.array([i for i in earlier.index if i not in held[""]], dtype=np.int64)
     if not skip and len(rest):
-        found: list[bool] = []
-        for arrived in work.rounds(rest, "baseline", policy.attacks.block):
-            for block in arrived:
-                found += block.outcomes[eps].evaluation.robust_images
-        held |= dict(zip(rest.tolist(), found, strict=True))
+        blocks = [block for arrived in work.rounds(rest, "baseline", policy.attacks.block) for block in arrived]
+        for name, place in wanted.items():
+            found = [flag for block in blocks for flag in block.outcomes[place].evaluation.robust_images]
+            held[name] |= dict(zip(rest.tolist(), found, strict=True))
     return compare(earlier, held)

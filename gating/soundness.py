@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.common.providers import Decider
 from dfmcl.gating.derivation import derived
-from dfmcl.gating.record import GateRecord, Probes, count_of, recorded
+from dfmcl.gating.record import GateRecord, Probes, count_of, other_than, recorded
 from dfmcl.gating.roster import SELDOM, absent_checks, attacks_of, is_early, sources_of
 from dfmcl.gating.signing.faults import refusal
 from dfmcl.gating.signing.report import Report
@@ -158,12 +158,22 @@ def _require_pairs(path: Path, record: GateRecord) -> None:
     if record.pairs is None:
         _require(path, "baseline", None, None if not record.regressions else "the comparison that the policy asks for")
         return
-    among = len({*record.pairs.index} & {*range(record.population)})
-    _require(path, "baseline.per_image.index: images of the data", among, record.pairs.images)
+    pairs, policy = record.pairs, record.policy
+    among = len({*pairs.index} & {*range(record.population)})
+    _require(path, "baseline.per_image.index: images of the data", among, pairs.images)
+    needed, wished = policy.regressed(record.grid), policy.spoiled
+    found = dict.fromkeys([*needed, *(wished if pairs.others.keys() >= {*wished} else ())])
+    _require(path, "baseline.others: threats", list(pairs.others), list(found))
     index = record.order[: len(record.labels)].tolist()
-    held = dict(zip(index, record.main.robust_images, strict=True))
-    known = [after for image, after in zip(record.pairs.index, record.pairs.after, strict=True) if image in held]
-    _require(path, "baseline.after", known, [held[image] for image in record.pairs.index if image in held])
+    measured = {str(one.threat): one for one in record.evaluations}
+    for name, (before, after) in {"": (pairs.before, pairs.after), **pairs.others}.items():
+        _require(path, f"baseline.before: images {name}".rstrip(), len(before), pairs.images)
+        one = measured[name] if name else record.main
+        held = dict(zip(index, one.robust_images, strict=True))
+        known = [flag for image, flag in zip(pairs.index, after, strict=True) if image in held]
+        _require(
+            path, f"baseline.after {name}".rstrip(), known, [held[image] for image in pairs.index if image in held]
+        )
 
 
 def _require_answers(path: Path, record: GateRecord, probes: Probes) -> None:
@@ -173,8 +183,12 @@ def _require_answers(path: Path, record: GateRecord, probes: Probes) -> None:
     other = wrong & ~_alike(clean, probes["adversarial_logits"])
     _require(path, f"{PROBES}: wrong images with other adversarial logits", int(other.sum()), 0)
     _require(path, "evaluation.not_finite", record.main.not_finite, int((~np.isfinite(clean)).any(axis=1).sum()))
-    for key, flags in (("clean_logits", record.main.correct), ("adversarial_logits", record.main.robust_images)):
-        logits, labels = probes[key], record.labels
+    for key, flags in (
+        ("clean_logits", record.main.correct),
+        ("adversarial_logits", record.main.robust_images),
+        *_require_further(path, record, probes),
+    ):
+        logits, labels = probes[key], record.labels[: len(flags)]
         finite = np.isfinite(logits).all(axis=1)
         own = np.where(finite, logits[np.arange(len(labels)), labels], -np.inf)
         others = logits.copy()
@@ -186,6 +200,22 @@ def _require_answers(path: Path, record: GateRecord, probes: Probes) -> None:
             first = int(wrong[0])
             held = "right" if flags[first] else "wrong"
             raise contradiction(path, f"{PROBES}: {key} of image {first}", held, "right" if right[first] else "wrong")
+
+
+def _require_further(path: Path, record: GateRecord, probes: Probes) -> list[tuple[str, tuple[bool, ...]]]:
+    """Logits of further threats by their key, with what the record says of their images; none of an earlier gate."""
+    others = other_than(record.place, record.evaluations)
+    keys = [f"adversarial_logits{number}" for number in range(1, len(others) + 1)]
+    there = [key for key in probes if key.startswith("adversarial_logits") and key != "adversarial_logits"]
+    if not there:
+        return []
+    _require(path, f"{PROBES}: threats", len(there), len(others))
+    wrong = ~np.array(record.main.correct, bool)
+    for key in keys:
+        found, count = probes[key], len(probes[key])
+        other = wrong[:count] & ~_alike(probes["clean_logits"][:count], found)
+        _require(path, f"{PROBES}: {key} of wrong images that differ", int(other.sum()), 0)
+    return [(key, one.robust_images[: len(probes[key])]) for key, one in zip(keys, others, strict=True)]
 
 
 def _alike(one: NDArray[Any], other: NDArray[Any]) -> Flags:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.policy import Criterion
+from dfmcl.gating.criterion import Criterion
 from dfmcl.robustness.drawn import DrawnSequence, Fates, one_look_bounds
+from dfmcl.robustness.means import Answers, MeanSequence, mean_lower_bound, mean_upper_bound
+from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.sequential import ConfidenceSequence
-from dfmcl.robustness.statistics import Share, lower_bound, upper_bound
+from dfmcl.robustness.statistics import Flags, Share, lower_bound, upper_bound
+from dfmcl.robustness.threats.corruption import Corruption
 
 EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 3, "suspect": 4}
 Outcome = Literal["met", "missed", "open"]
+Seen = Fates | Answers
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Claim:
     """One share that must reach a threshold: a criterion, or a criterion for one class.
 
     class_index: the class whose images it is about; None: all. population: how many of those the data set holds.
-    drawn: only a drawn part of the images meets all attacks.
+    drawn: only a drawn part of the images meets all attacks. kind: of corruption; "": all that the criterion names.
     """
 
     criterion: Criterion
@@ -32,9 +37,33 @@ class Claim:
     class_index: int | None = None
     class_name: str | None = None
     drawn: bool = False
+    kind: str = ""
 
     def __str__(self) -> str:
-        return f"{self.criterion}" + (f", class {self.class_name}" if self.class_name is not None else "")
+        about = f", class {self.class_name}" if self.class_name is not None else ""
+        return f"{self.criterion}{about}{f', {self.kind}' if self.kind else ''}"
+
+    @cached_property
+    def corruptions(self) -> tuple[Corruption, ...]:
+        """The corruptions whose mean it is about; none where it is about something else."""
+        return tuple(one for one in self.criterion.corruptions if self.kind in ("", one.corruption))
+
+    @property
+    def answers(self) -> int:
+        """How many answers each image gives."""
+        return len(self.corruptions) or 1
+
+    def seen(self, evaluations: Sequence[Evaluation], drawn: Flags, whole: int) -> Seen:
+        """What images say about it, in their order, and whatever their class.
+
+        evaluations: of these images, one for each threat that it is about. drawn: which of them `(N,)` met the last
+        `whole` of the attacks, which others did not.
+        """
+        if self.corruptions:
+            return Answers.of(evaluations)
+        if self.criterion.robust:
+            return Fates.worst(evaluations, drawn, whole)
+        return Fates.of(np.array(evaluations[0].correct, bool))
 
 
 @dataclass(frozen=True)
@@ -94,6 +123,9 @@ def claims_about(
                     " promise nothing of each class"
                 )
             found += [Claim(criterion, size, index, classes[index], part) for index, size in enumerate(sizes)]
+        elif criterion.each:
+            kinds = dict.fromkeys(one.corruption for one in criterion.corruptions)
+            found += [Claim(criterion, population, kind=kind) for kind in kinds]
         else:
             found.append(Claim(criterion, population, drawn=part))
     return tuple(found)
@@ -115,61 +147,80 @@ class Standing:
 
     claim: Claim
     among: int
-    seen: Fates
-    lower: ConfidenceSequence | DrawnSequence
-    upper: ConfidenceSequence | DrawnSequence
+    seen: Seen
+    lower: ConfidenceSequence | DrawnSequence | MeanSequence
+    upper: ConfidenceSequence | DrawnSequence | MeanSequence
 
     @staticmethod
     def begin(claim: Claim, among: int) -> Standing:
         """Before the first image, as one of `among` claims."""
-        begin = DrawnSequence.begin if claim.drawn else ConfidenceSequence
         levels = claim.criterion.confidence, 1 - (1 - claim.criterion.confidence) / among
+        if claim.corruptions:
+            bounds = [MeanSequence.begin(claim.population, claim.answers, level) for level in levels]
+            return Standing(claim, among, Answers.none(claim.answers), *bounds)
+        begin = DrawnSequence.begin if claim.drawn else ConfidenceSequence
         return Standing(claim, among, Fates.none(), *(begin(claim.population, level) for level in levels))
 
-    def after(self, seen: Fates) -> Standing:
+    def after(self, seen: Seen) -> Standing:
         """With the next outcomes of the claim's own images."""
-        lower, upper = (
-            bound.after(seen) if isinstance(bound, DrawnSequence) else bound.after(seen.kept)
-            for bound in (self.lower, self.upper)
-        )
-        return replace(self, seen=self.seen + seen, lower=lower, upper=upper)
+        lower, upper = (_after(bound, seen) for bound in (self.lower, self.upper))
+        return replace(self, seen=self.seen + seen, lower=lower, upper=upper)  # type: ignore[operator]  # of one kind
+
+    @property
+    def whole(self) -> int:
+        """The answers about all images of the population."""
+        return self.claim.population * self.claim.answers
 
     def bounds_after(self, images: int) -> tuple[float, float]:
         """Lower and upper bound of the share, after so many of the images that were seen."""
         if not images:
             return 0.0, 1.0
-        population = self.claim.population
-        return float(self.lower.lower[images - 1]) / population, float(self.upper.upper[images - 1]) / population
+        return float(self.lower.lower[images - 1]) / self.whole, float(self.upper.upper[images - 1]) / self.whole
 
     @property
     def judgement(self) -> Judgement:
         """As of now. The first bound to reach the threshold decided, and nothing that came later changes it."""
-        threshold, population = self.claim.criterion.threshold, self.claim.population
-        met, missed = self.lower.lower / population >= threshold, self.upper.upper / population < threshold
+        threshold = self.claim.criterion.threshold
+        met, missed = self.lower.lower / self.whole >= threshold, self.upper.upper / self.whole < threshold
         decided = np.flatnonzero(met | missed)
-        kept = self.seen.kept
         outcome: Outcome = "open" if not len(decided) else ("met" if met[decided[0]] else "missed")
         return Judgement(
             self.claim,
-            Share(int(kept.sum()), len(kept)),
-            *self.bounds_after(len(kept)),
+            self.seen.share,
+            *self.bounds_after(len(self.seen)),
             outcome,
             int(decided[0]) + 1 if len(decided) else None,
         )
 
 
-def one_look(claim: Claim, seen: Fates, among: int) -> Judgement:
-    """The claim about the population behind the data set, by one look at what was seen: exact one-sided bounds."""
-    share = Share(int(seen.kept.sum()), len(seen))
+def _after(
+    bound: ConfidenceSequence | DrawnSequence | MeanSequence, seen: Seen
+) -> ConfidenceSequence | DrawnSequence | MeanSequence:
+    if isinstance(bound, MeanSequence):
+        assert isinstance(seen, Answers)
+        return bound.after(seen)
+    assert isinstance(seen, Fates)
+    return bound.after(seen) if isinstance(bound, DrawnSequence) else bound.after(seen.kept)
+
+
+def one_look(claim: Claim, seen: Seen, among: int) -> Judgement:
+    """The claim about the population behind the data set, by one look at what was seen: one-sided bounds.
+
+    They are exact, but for those of a mean, which err less often than they may.
+    """
+    share = seen.share
     if not share.n:
         return Judgement(claim, share, 0.0, 1.0, "open")
     confidence, threshold = claim.criterion.confidence, claim.criterion.threshold
     above = 1 - (1 - confidence) / among
-    lower, upper = lower_bound(share.k, share.n, confidence), upper_bound(share.k, share.n, above)
-    if claim.drawn:
+    if isinstance(seen, Answers):
+        lower, upper = mean_lower_bound(seen, confidence), mean_upper_bound(seen, above)
+    elif claim.drawn:
         lower, upper = one_look_bounds(seen, confidence, above)
+    else:
+        lower, upper = lower_bound(share.k, share.n, confidence), upper_bound(share.k, share.n, above)
     outcome: Outcome = "met" if lower >= threshold else "missed" if upper < threshold else "open"
-    return Judgement(claim, share, lower, upper, outcome, None if outcome == "open" else share.n)
+    return Judgement(claim, share, lower, upper, outcome, None if outcome == "open" else len(seen))
 
 
 def decide(outcomes: Sequence[str], raised: Sequence[str], reasons: Sequence[str] = ()) -> str:

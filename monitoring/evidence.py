@@ -18,7 +18,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust, read_attestation, verify
 from dfmcl.gating.signing.evaluation import ShareEntry
 from dfmcl.gating.signing.evidence import PROBES, read_evidence
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes import further, read_probes
 from dfmcl.gating.signing.report import CriterionEntry
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.statistics import Share
@@ -186,7 +186,8 @@ def read_report(evidence: Path) -> Attested:
 
 
 def read_replay(path: Path) -> Replay | None:
-    """The gate's adversarial images, then its clean ones, with their logits; None where there are none to replay.
+    """The gate's adversarial images, of all its threats, then its clean ones, with their logits; None where there are
+    none to replay.
 
     BadInput for a file that is no such archive. Adversarial first: they lie at the border, where a difference shows.
     """
@@ -196,8 +197,9 @@ def read_replay(path: Path) -> Replay | None:
         probes = read_probes(path)
     except BadEvidence as error:
         raise BadInput(str(error)) from None
-    images = np.concatenate([probes["adversarial"], probes["images"]])
-    logits = np.concatenate([probes["adversarial_logits"], probes["clean_logits"]])
+    others = further(probes)
+    images = np.concatenate([probes["adversarial"], *(changed for changed, _ in others), probes["images"]])
+    logits = np.concatenate([probes["adversarial_logits"], *(found for _, found in others), probes["clean_logits"]])
     return Replay(images, logits.astype(np.float32)) if len(images) else None
 
 

@@ -63,7 +63,7 @@ On {parity.images} images, half of them adversarial, logits of the ONNX file dif
 ## Limits
 
 - The robust accuracy is an upper bound: an attack outside this suite may flip more images.
-- It is about {threat} only. Other norms, larger radii, patches, rotations and natural corruptions: not measured.
+- It is about {threat} only. {beyond}
 - It is about {data_name} only. Images from elsewhere, and things of no class: not measured.
 
 ## Training
@@ -75,6 +75,8 @@ On held-out training images, with the attack named under `heldout`: {heldout}.
 {settings}
 ```
 """
+ALONE = "Other norms, larger radii, patches, rotations and natural corruptions: not measured."
+BESIDE = "Figures for the other threats that its criteria name stand in the report; all others: not measured."
 # A gate that stops when its bounds decide stops at a lucky moment: an interval for a fixed number of images would be
 # too narrow there, and the share itself is a little too good.
 WHENEVER = "bounds that hold whenever it stops"
@@ -168,6 +170,7 @@ def card(
         images=images,
         data_name=data,
         threat=threat,
+        beyond=BESIDE if report.radii else ALONE,
         interval=WHENEVER if sequential else "exact 95 % interval",
         clean=_percent(clean, _bounds(report, "clean_accuracy") if sequential else None),
         robust=_percent(robust, _bounds(report, "robust_accuracy") if sequential else None),

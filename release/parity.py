@@ -17,7 +17,7 @@ import onnxruntime as ort
 from dfmcl.common.errors import BadInput
 from dfmcl.common.providers import FULL, PROVIDERS, WHOLE, Decider, deciders
 from dfmcl.gating.signing.attestation import BadEvidence
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes import further, read_probes
 from dfmcl.release import layout
 from dfmcl.release.candidate import INPUT, MODEL
 from dfmcl.release.stores.directory import Directory
@@ -69,8 +69,11 @@ def compare(version: Path) -> Iterator[Comparison]:
         probes = read_probes(path)
     except BadEvidence as error:
         raise BadInput(str(error)) from None
-    recorded = np.concatenate([probes["clean_logits"], probes["adversarial_logits"]])
-    images = np.concatenate([probes["images"], probes["adversarial"]])
+    others = further(probes)
+    recorded = np.concatenate([probes["clean_logits"], probes["adversarial_logits"], *(found for _, found in others)])
+    images = np.concatenate([probes["images"], probes["adversarial"], *(changed for changed, _ in others)])
+    labels = probes["labels"]
+    attacked = np.concatenate([labels, *(labels[: len(found)] for _, found in others)])
     decider = layout.decider_at(Directory(version.parent), version.name)
     for provider, setting, level in ways(decider):
         judged = provider.decider == decider and level == ON
@@ -79,7 +82,7 @@ def compare(version: Path) -> Iterator[Comparison]:
         except Exception as error:  # noqa: BLE001  # a provider is listed that finds no device, driver or library
             yield Comparison(provider.name, setting, trouble=" ".join(str(error).split())[:200], judged=judged)
             continue
-        yield replace(_compared(provider.name, setting, logits, recorded, probes["labels"]), judged=judged)
+        yield replace(_compared(provider.name, setting, logits, recorded, attacked), judged=judged)
 
 
 def counted(rows: Sequence[Comparison]) -> list[Comparison]:
@@ -124,13 +127,14 @@ def _compared(
     setting: str,
     logits: npt.NDArray[np.float32],
     recorded: npt.NDArray[np.float32],
-    labels: npt.NDArray[np.int64],
+    attacked: npt.NDArray[np.int64],
 ) -> Comparison:
+    """attacked: the labels of the adversarial images, which come after the clean ones."""
     wild = {name: int((~np.isfinite(rows)).any(axis=1).sum()) for name, rows in (("", logits), ("recorded ", recorded))}
     if any(wild.values()):
         counts = " and ".join(f"{name}logits are not finite for {count}" for name, count in wild.items() if count)
         return Comparison(provider, setting, trouble=f"{counts} of {len(logits)} images")
-    clean = len(labels)
+    clean = len(logits) - len(attacked)
     largest = max(float(np.abs(recorded).max()), float(np.finfo(np.float32).tiny))
     same = logits.argmax(axis=1) == recorded.argmax(axis=1)
     return Comparison(
@@ -139,5 +143,5 @@ def _compared(
         difference=float(np.abs(logits - recorded).max()) / largest,
         clean_agreement=float(same[:clean].mean()),
         adversarial_agreement=float(same[clean:].mean()),
-        held=float((logits[clean:].argmax(axis=1) == labels).mean()),
+        held=float((logits[clean:].argmax(axis=1) == attacked).mean()),
     )

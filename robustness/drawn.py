@@ -16,7 +16,7 @@ import numpy as np
 
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.sequential import LOG_ODDS, RARE, ConfidenceSequence, Counts
-from dfmcl.robustness.statistics import Flags, lower_bound, upper_bound
+from dfmcl.robustness.statistics import Flags, Share, lower_bound, upper_bound
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Fates:
     def kept(self) -> Flags:
         """Which hold under all that they met."""
         return self.held & ~self.lost
+
+    @property
+    def share(self) -> Share:
+        """Of all images."""
+        return Share(int(self.kept.sum()), len(self))
 
     def __len__(self) -> int:
         return len(self.held)

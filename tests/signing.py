@@ -27,7 +27,7 @@ from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.robustness.checks import CHECKS
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.threats.registry import parse_threat, threat_of
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire
@@ -89,6 +89,14 @@ def evaluated(correct: Array, held: Array, eps: str = "38/255", about: Mapping[s
     return Evaluation(threat_of("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
 
 
+def corrupted(correct: Array, held: Array, spelling: str) -> Evaluation:
+    """The same under one corruption such as `fog@3`."""
+    found = evaluated(correct, held)
+    return replace(
+        found, threat=parse_threat(spelling), attacks=(replace(found.attacks[0], name="grid", parameters={}),)
+    )
+
+
 def checked(**outcomes: str) -> list[CheckEntry]:
     """A row of every check: clear, but for these outcomes and what nobody says of the training."""
     outcomes = {**dict.fromkeys(CHECKS, "clear"), "seen_images": "not_run", **outcomes}
@@ -100,17 +108,20 @@ def checked(**outcomes: str) -> list[CheckEntry]:
 
 def in_cascade(evaluations: Sequence[Evaluation], sources: Sequence[str], attacks: Sequence[str]) -> list[Evaluation]:
     """The same, smallest ball first, as the gate records them: each attack sees what is left, the last from `sources`,
-    which break nothing."""
-    left, found = np.array(evaluations[0].correct, bool), []
+    which break nothing. In threats that are no such balls, everything is left, and no source helps."""
+    whole, found = np.array(evaluations[0].correct, bool), []
+    left = whole
     for one in evaluations:
-        records = []
+        other, records = one.threat.kind != evaluations[0].threat.kind, []
+        left = whole if other else left
         for attack in one.attacks:
             tried, left = left, left & np.array(attack.held, bool)
             passes = tuple(tried.astype(int).tolist())
             held, shown = tuple(left.tolist()), tuple(tried.tolist())
             records.append(replace(attack, held=held, tried=shown, forward=passes, backward=passes))
         last = replace(records[-1], tried=records[-1].held)
-        records += [replace(last, name=f"{name} from {source}") for source in sources for name in attacks]
+        named = [] if other else [f"{name} from {source}" for source in sources for name in attacks]
+        records += [replace(last, name=name) for name in named]
         found.append(replace(one, attacks=tuple(records)))
     return found
 

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from dfmcl.common.text import printable
 from dfmcl.gating.formats import charts, summary
-from dfmcl.gating.formats.gallery import gallery
+from dfmcl.gating.formats.corruptions import corruption_rows
+from dfmcl.gating.formats.gallery import galleries
 from dfmcl.gating.formats.markdown import NEWLY_BROKEN
 from dfmcl.gating.formats.summary import Probes
 from dfmcl.gating.policy import threat_in
 from dfmcl.gating.signing.evaluation import SuiteEntry
 from dfmcl.gating.signing.report import BaselineEntry, CriterionEntry, Report
+from dfmcl.robustness.corruptions.severities import LEVELS
 from dfmcl.robustness.threats.ball import Ball
 
 # A matrix of more classes than this is no picture any more: the commonest confusions are listed instead.
@@ -65,11 +67,17 @@ def html(report: Report, probes: Probes) -> str:
         over_eps=over_eps(report),
         over_images=over_images(report),
         attacks=summary.attack_rows(report.evaluation),
+        counted=summary.counted,
+        compared=summary.compared,
+        corruptions=corruption_rows(report),
+        levels=LEVELS,
+        others=summary.others(report),
         classes=summary.class_rows(report),
         names=classes,
         confusion=confused(classes, summary.confusion(len(classes), probes)),
         matrix=len(classes) <= MATRIX,
-        gallery=gallery(probes, report.per_image.index, classes),
+        galleries=galleries(probes, report),
+        unions=summary.unions(report),
         checks=summary.checks_by_weight(report),
         newly_broken=newly_broken(report.baseline),
         provenance=provenance(report),

@@ -14,7 +14,7 @@ from dfmcl.gating.signing.report import Report
 
 # What XML 1.0 cannot hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-FIGURES = ("k", "n", "value", "lower", "upper", "threshold", "confidence", "decided_after")
+FIGURES = ("k", "n", "answers", "value", "lower", "upper", "threshold", "confidence", "decided_after")
 KINDS = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 
 
@@ -50,7 +50,8 @@ def _criteria(report: Report) -> Element:
     _properties(suite, facts)
     for row in report.criteria:
         case = _case(suite, "dfmcl.gate.criteria", row.criterion, {name: getattr(row, name) for name in FIGURES})
-        said = f"{row.k} of {row.n}, bounds {percent(row.lower)} and {percent(row.upper)}"
+        of = "" if row.answers is None else " answers"
+        said = f"{row.k} of {row.n}{of}, bounds {percent(row.lower)} and {percent(row.upper)}"
         if row.outcome == "missed":
             SubElement(case, "failure", type="missed", message=said)
         elif row.outcome == "open":

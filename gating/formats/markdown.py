@@ -8,8 +8,11 @@ from itertools import accumulate
 
 from dfmcl.common.text import as_markdown, printable
 from dfmcl.gating.formats import summary
+from dfmcl.gating.formats.corruptions import CorruptionRow, corruption_rows
 from dfmcl.gating.formats.summary import percent
 from dfmcl.gating.signing.report import BaselineEntry, Report
+from dfmcl.robustness.corruptions.severities import LEVELS
+from dfmcl.robustness.statistics import Share
 
 # A comment on GitHub holds 65,536 characters (a step's summary 1 MiB), and the poster adds some.
 # Bytes here; a character takes one or more.
@@ -52,7 +55,7 @@ def _top(report: Report) -> Iterator[str]:
         (
             (
                 _code(row.criterion),
-                f"{percent(row.value)} ({row.k}/{row.n})",
+                f"{percent(row.value)} ({row.k}/{row.n}{'' if row.answers is None else ' answers'})",
                 f"{percent(row.lower)} to {percent(row.upper)}",
                 row.outcome,
             )
@@ -89,11 +92,14 @@ def baseline(record: BaselineEntry) -> str:
         f"Against the baseline model {_short(record.model_sha256)} on the same {record.images:,} images:"
         f" {record.only_baseline} held only there, {record.only_candidate} hold only now"
         f" (exact one-sided McNemar p = {record.p:.3g}).{named}"
+        + "".join(f" {sentence}" for sentence in summary.compared(record))
     )
 
 
 def _sections(report: Report) -> Iterator[tuple[str, list[str]]]:
     yield "Radii and transfer", list(_radii(report))
+    if rows := corruption_rows(report):
+        yield "Corruptions", list(_corruptions(rows))
     yield "Classes", list(_classes(report))
     yield "Checks", list(_checks(report))
     yield "Provenance", list(_provenance(report))
@@ -101,23 +107,28 @@ def _sections(report: Report) -> Iterator[tuple[str, list[str]]]:
 
 def _radii(report: Report) -> Iterator[str]:
     main = report.evaluation
-    rows = [("clean", main.clean), *((summary.threat(one), one.robust) for one in (main, *report.radii))]
+    rows = [("clean", main.clean), *((summary.threat(one), one.robust) for one in (main, *summary.others(report)))]
     rows += [
         (f"{summary.threat(one)}, transfer from {_code(one.about.surrogate)} (upper bound)", one.robust)
         for one in report.transfer
     ]
+    shares = [(name, Share(share.k, share.n)) for name, share in rows]
+    shares += [(f"{_code(name)}, the worst of them for each image", share) for name, share in summary.unions(report)]
     yield from _table(
         ("threat", "accuracy", "k/n", "95 % interval of one look"),
         (
-            (
-                name,
-                percent(share.value),
-                f"{share.k}/{share.n}",
-                f"{percent(share.lower_95)} to {percent(share.upper_95)}",
-            )
-            for name, share in rows
+            (name, percent(share.value), f"{share.k}/{share.n}", " to ".join(map(percent, share.bounds)))
+            for name, share in shares
         ),
         "threats",
+    )
+
+
+def _corruptions(rows: Sequence[CorruptionRow]) -> Iterator[str]:
+    yield from _table(
+        ("corruption", *(f"severity {level}" for level in LEVELS), "mean"),
+        ((row.kind, *map(percent, row.shares), percent(row.mean)) for row in rows),
+        "corruptions",
     )
 
 

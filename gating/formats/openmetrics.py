@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from dfmcl.common import metrics as shared
 from dfmcl.gating.formats import summary
+from dfmcl.gating.formats.corruptions import corruption_rows
 from dfmcl.gating.signing.evaluation import EvaluationEntry, ShareEntry
 from dfmcl.gating.signing.report import Report
 from dfmcl.gating.verdict import EXIT_CODES
@@ -58,6 +59,8 @@ def _metrics(report: Report) -> Iterator[Metric]:
         yield _gauge(
             "robustness_gate_newly_broken_images", "Images that only the baseline model holds.", [(model, broken)]
         )
+        named = "Mean corruption error relative to the baseline's, on the same images; 1: as many errors."
+        yield _gauge("robustness_gate_mean_corruption_error_ratio", named, [(model, report.baseline.mce)])
 
 
 def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
@@ -135,6 +138,9 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
     if report.transfer:
         transfer = [({**_ball(model, one), "surrogate": one.about.surrogate}, one.robust) for one in report.transfer]
         yield from _shares(shared.GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
+    kinds = [({**model, "corruption": row.kind}, row.mean) for row in corruption_rows(report)]
+    named = "Accuracy under a kind of corruption, mean over the severities that the policy names, 0 to 1."
+    yield _gauge("robustness_gate_corruption_accuracy_ratio", named, kinds)
     overall = [row for row in report.criteria if row.class_name is None]
     main = _ball(model, report.evaluation)
     robust = [

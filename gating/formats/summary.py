@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfmcl.gating.criterion import CORRUPTION
 from dfmcl.gating.kinds import KINDS
-from dfmcl.gating.signing.evaluation import EvaluationEntry
-from dfmcl.gating.signing.report import CheckEntry, CriterionEntry, Report
+from dfmcl.gating.policy import threat_in
+from dfmcl.gating.signing.evaluation import EvaluationEntry, SuiteEntry
+from dfmcl.gating.signing.report import BaselineEntry, CheckEntry, CriterionEntry, Report
 from dfmcl.robustness.folder import described
 from dfmcl.robustness.statistics import Share
+from dfmcl.robustness.threats.corruption import Corruption
 
 Probes = Mapping[str, NDArray[Any]]
 """Arrays of probes.npz, in the order attacked: images, change, labels, clean_logits, adversarial_logits.
@@ -32,6 +35,7 @@ KEEP = "Keep the released model."
 REPAIR = "Repair its numbers: look for weights that are not finite, for a division by zero or an overflow in it."
 HARDEN = "Harden this one (longer training, stronger attacks in it)"
 TRAIN = "Train this one to be right more often without any attack"
+AUGMENT = "Train this one on noisy, blurred and otherwise spoiled images, too"
 COMPARE = "Train this one until it holds what the baseline holds"
 PROMISE = "or change what is promised; the same images under the same policy will not pass it."
 SUSPECT = "Do not promote. Do what each raised check says, then run the gate again."
@@ -111,6 +115,19 @@ def threat(evaluation: EvaluationEntry[Any]) -> str:
     return f"{evaluation.threat.parsed} as {evaluation.grid}"
 
 
+def others(report: Report) -> list[SuiteEntry]:
+    """Evaluations at other threats than the policy's own that are no corruptions: those are a table of their own."""
+    return [one for one in report.radii if not isinstance(one.threat.parsed, Corruption)]
+
+
+def unions(report: Report) -> list[tuple[str, Share]]:
+    """The worst case over several threats, where a criterion names one: its spelling, and the share that holds."""
+    rows = {row.eps: Share(row.k, row.n) for row in report.criteria if row.metric == "robust_accuracy" and row.n}
+    norm = report.evaluation.threat.parsed.kind
+    named = [(threat_in(eps, norm), share) for eps, share in rows.items() if eps]
+    return [(str(threat), share) for threat, share in named if len(threat.parts) > 1]
+
+
 def claim(report: Report) -> str:
     """The subject of the verdict: exactly these images, or the population that they were drawn from."""
     statistics, whole = report.statistics, report.statistics.whole
@@ -172,6 +189,7 @@ def advice(report: Report) -> str:
     missed = {row.metric for row in report.criteria if row.outcome == "missed"}
     ways = [HARDEN] if any("robust" in metric for metric in missed) else []
     ways += [TRAIN] if any("clean" in metric for metric in missed) else []
+    ways += [AUGMENT] if CORRUPTION in missed else []
     ways += [COMPARE] if "no_regression" in missed else []
     repair = [REPAIR] if "not_finite" in report.reasons else []
     return " ".join([KEEP, *repair, *([f"{'. '.join(ways)} {PROMISE}"] if ways else [])])
@@ -194,26 +212,45 @@ def decided(report: Report) -> list[str]:
 
 
 def _by_criterion(rows: Sequence[CriterionEntry], outcome: str) -> list[str]:
-    sentences = [judged(row) for row in rows if row.class_name is None]
-    by_class: dict[str, list[CriterionEntry]] = {}
+    sentences = [judged(row) for row in rows if row.class_name is None and row.corruption is None]
+    several: dict[tuple[str, str], list[CriterionEntry]] = {}
     for row in rows:
         if row.class_name is not None:
-            by_class.setdefault(row.criterion.removesuffix(f", class {row.class_name}"), []).append(row)
-    for criterion, same in by_class.items():
+            several.setdefault((row.criterion.removesuffix(f", class {row.class_name}"), "classes"), []).append(row)
+        elif row.corruption is not None:
+            several.setdefault((row.criterion.removesuffix(f", {row.corruption}"), "corruptions"), []).append(row)
+    for (criterion, kind), same in several.items():
         if len(same) == 1:
             sentences.append(judged(same[0]))
         else:
-            named = listed([shortened(row.class_name) for row in same], 5)
-            sentences.append(f"{criterion}: {outcome} for {len(same)} classes, {named}")
+            named = listed([shortened(row.class_name or row.corruption) for row in same], 5)
+            sentences.append(f"{criterion}: {outcome} for {len(same)} {kind}, {named}")
     return sentences
 
 
 def judged(row: CriterionEntry) -> str:
     """A criterion with its counts, bounds and outcome in one sentence."""
-    after = row.n if row.decided_after is None else row.decided_after
+    after = row.n // (row.answers or 1) if row.decided_after is None else row.decided_after
     bounds = "" if row.lower is None else f", bounds {percent(row.lower)} and {percent(row.upper)}"
     said = f"{shortened(row.criterion, 200)}: {row.outcome}"
-    return f"{said} after {after:,} images; {row.k:,} of {row.n:,}{bounds}"
+    return f"{said} after {after:,} images; {counted(row)}{bounds}"
+
+
+def counted(row: CriterionEntry) -> str:
+    """`45 of 96`, or `3,400 of 7,200 answers`."""
+    return f"{row.k:,} of {row.n:,}{'' if row.answers is None else ' answers'}"
+
+
+def compared(record: BaselineEntry) -> list[str]:
+    """What a baseline says of further threats, a sentence each, and of corruptions."""
+    said = [
+        f"In {one.threat} {one.only_baseline} held only there, {one.only_candidate} hold only now (p = {one.p:.3g})."
+        for one in record.regressions or ()
+    ]
+    if record.errors is not None:
+        ratio = "not defined, as the baseline makes no error somewhere" if record.mce is None else percent(record.mce)
+        said.append(f"Mean corruption error relative to the baseline (mCE): {ratio}.")
+    return said
 
 
 def attack_rows(evaluation: EvaluationEntry[Any]) -> list[AttackRow]:

@@ -14,9 +14,10 @@ from pydantic import Field, PlainSerializer, Strict
 
 from dfmcl.common.entry import Amount, Bits, Count, Digest, Entry, Maybe, Number, Ratio, Whole, one_of, text, told
 from dfmcl.common.providers import PRECISIONS, PROVIDERS, Decider
+from dfmcl.gating.criterion import METRICS, NO_REGRESSION
 from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.order import Draw
-from dfmcl.gating.policy import METRICS, NO_REGRESSION, Policy, digest_of
+from dfmcl.gating.policy import Policy, digest_of
 from dfmcl.gating.signing.evaluation import SuiteEntry, TransferEntry
 from dfmcl.gating.signing.evidence import REPORT_FORMAT
 from dfmcl.gating.verdict import EXIT_CODES
@@ -56,7 +57,8 @@ class StatisticsEntry(Entry):
 class CriterionEntry(Entry):
     """A criterion, or a criterion for one class. eps: null for the policy's own radius, or none.
 
-    decided_after: how many of the claim's own images.
+    decided_after: how many of the claim's own images. corruption: the kind that it is about. answers: how many of each
+    image, where k and n are of answers and not of images.
     """
 
     criterion: str
@@ -72,6 +74,8 @@ class CriterionEntry(Entry):
     value: Ratio | None
     lower: Ratio | None
     upper: Ratio | None
+    corruption: Maybe[str] = None
+    answers: Maybe[Count] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +127,41 @@ class PairFlags(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherFlags(Entry):
+    """The same images in another threat than the policy's own."""
+
+    threat: str
+    before: Bits
+    after: Bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionEntry(Entry):
+    """What a `no_regression` about another threat was decided by; its figures are those of BaselineEntry."""
+
+    threat: str
+    held: Count
+    only_baseline: Count
+    only_candidate: Count
+    p: Ratio
+    newly_broken: tuple[Count, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorEntry(Entry):
+    """Shares of wrong answers under a kind of corruption, of the baseline model and of this one."""
+
+    corruption: str
+    before: Ratio
+    after: Ratio
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaselineEntry(Entry):
     """Two models on the same images. of: images of the baseline; fewer are compared where the model failed before.
 
-    held: of the images compared, by the baseline model. p: exact, one-sided.
+    held: of the images compared, by the baseline model. p: exact, one-sided. others: in the further threats that
+    criteria compare. errors: by the kind of corruption; mce: the mean of after / before, absent where one is 0.
     """
 
     report_sha256: Digest
@@ -139,6 +174,10 @@ class BaselineEntry(Entry):
     p: Ratio
     newly_broken: tuple[Count, ...]
     per_image: PairFlags
+    others: Maybe[tuple[OtherFlags, ...]] = None
+    regressions: Maybe[tuple[RegressionEntry, ...]] = None
+    errors: Maybe[tuple[ErrorEntry, ...]] = None
+    mce: Maybe[Amount] = None
 
 
 class PolicyEntry(Policy):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dfmcl.common.files import sha256_of
+from dfmcl.gating.criterion import Criterion
 from dfmcl.gating.derivation import derived
 from dfmcl.gating.order import Matter, order_of
 from dfmcl.gating.pairs import Pairs
@@ -27,13 +28,17 @@ from dfmcl.gating.signing.faults import EvidenceError
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.signing.report import Report, RunEntry
 from dfmcl.gating.soundness import require_derived
+from dfmcl.gating.verdict import Standing, claims_about, one_look
 from dfmcl.robustness import checks
-from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.means import Answers, MeanSequence
+from dfmcl.robustness.records import Evaluation, from_bits
+from dfmcl.robustness.threats.registry import parse_threat
 from tests.exports import Export
 from tests.present import present
 from tests.serving.workshop import write_run
 from tests.signing import (
     code_of,
+    corrupted,
     evaluated,
     make_key,
     policy_of,
@@ -51,6 +56,9 @@ CRITERIA = (
     "clean_accuracy >= 0.5 at 95 %",
     "class_clean_accuracy >= 0.05 at 95 %",
     "no_regression at 95 %",
+    "corruption_accuracy(fog@1|fog@2|snow@1) >= 0.5 at 95 %",
+    "corruption_accuracy(each of fog@1|fog@2|snow@1) >= 0.3 at 95 %",
+    "no_regression(linf:38/255|fog@2) at 95 %",
 )
 BLOCK, POPULATION = 8, 100
 # Measured, or about another file: nothing in the report says what they should be.
@@ -92,10 +100,25 @@ def whole_report_on(count: int, candidate: Path, evidence: Path) -> Report:
         classes=manifest["labels"],
         population=POPULATION,
         class_images=[POPULATION // 10] * 10,
-        evaluations=[evaluated(right, right, "8/255"), evaluated(right, held)],
+        evaluations=[evaluated(right, right, "8/255"), evaluated(right, held), *under_corruptions(count)],
         transfer=[evaluated(right, right, "38/255", about)],
-        pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before),
+        pairs=Pairs("1" * 64, "2" * 64, count, tuple(index.tolist()), before, before, in_others(count)),
     )
+
+
+def under_corruptions(count: int) -> list[Evaluation]:
+    """All images hold in light fog, 4 of 5 in a denser one, and of these 3 of 4 in snow."""
+    right, place = np.ones(count, bool), np.arange(count)
+    fog, snow = place % 5 != 1, (place % 5 != 1) & (place % 4 != 1)
+    kinds = {"fog@1": right, "fog@2": fog, "snow@1": snow}
+    return [corrupted(right, held, spelling) for spelling, held in kinds.items()]
+
+
+def in_others(count: int) -> dict[str, tuple[tuple[bool, ...], tuple[bool, ...]]]:
+    """Both models under each corruption: the baseline fell in light fog three times, and held as often as this one."""
+    held = {str(one.threat): one.robust_images for one in under_corruptions(count)}
+    light = tuple(place > 2 for place in range(count))
+    return {name: (light if name == "fog@1" else held[name], held[name]) for name in ("fog@2", "fog@1", "snow@1")}
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +236,19 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
         r["criteria"][0].update(criterion="robust_accuracy >= 0.01 at 50 %", threshold=0.01, confidence=0.5),
     ),
     "a bound": lambda r: r["criteria"][0].update(lower=0.9),
+    "a mean": lambda r: r["criteria"][-5].update(k=r["criteria"][-5]["k"] + 1),
+    "a kind of corruption": lambda r: r["criteria"][-3].update(lower=0.6, value=0.7),
+    "a kind less": lambda r: r["criteria"].pop(-3),
+    "a corruption that spoiled nothing": lambda r: r["radii"][-1]["per_image"].update(
+        robust=r["radii"][-1]["per_image"]["correct"]
+    ),
+    "a corruption less": lambda r: r["radii"].pop(-1),
+    "a corruption that the baseline did not meet": lambda r: r["baseline"]["others"].pop(-1),
+    "errors of the baseline": lambda r: r["baseline"]["errors"][0].update(before=0.5),
+    "a relative error": lambda r: r["baseline"].update(mce=0.5),
+    "a regression in fog": lambda r: r["baseline"]["others"][0].update(
+        after=r["baseline"]["others"][0]["before"].replace("0", "1")
+    ),
     "a count": lambda r: r["evaluation"]["robust"].update(k=48),
     "the order": lambda r: r["per_image"]["index"].reverse(),
     "the exit code": lambda r: r.update(exit_code=3),
@@ -287,6 +323,73 @@ def test_probes_that_say_otherwise_are_refused(place: Path) -> None:
             read_evidence(evidence)
 
 
+def test_a_mean_is_that_of_the_answers(home: Path) -> None:
+    """Counted by hand from the record: all answers, then those about each kind; no kind is judged by another's."""
+    report, _ = read_report(home / "evidence" / "report.json")
+    held = np.array([from_bits(one.per_image.robust) for one in report.radii[-3:]])
+    _, n = held.shape
+    mean, fog, snow, _, _ = report.criteria[-5:]
+    assert [(row.corruption, row.answers) for row in (mean, fog, snow)] == [(None, 3), ("fog", 2), ("snow", 1)]
+    for row, rows in ((mean, held), (fog, held[:2]), (snow, held[2:])):
+        assert (row.k, row.n) == (rows.sum(), rows.size)
+        one, other = (MeanSequence.begin(POPULATION, len(rows), level) for level in (0.95, 1 - 0.05 / 18))
+        seen = Answers(rows.sum(axis=0), len(rows))
+        assert row.lower == one.after(seen).lower[-1] / (POPULATION * len(rows))
+        assert row.upper == other.after(seen).upper[-1] / (POPULATION * len(rows))
+        assert row.outcome == "met"
+        assert row.decided_after is not None
+        assert row.decided_after <= n
+    assert fog.criterion == "corruption_accuracy(each of fog@1|fog@2|snow@1) >= 0.3 at 95 %, fog"
+
+
+def test_a_regression_in_another_threat_is_of_that_threat(home: Path) -> None:
+    """The worst of ball and fog on both sides, counted by hand; the errors under corruptions are those of the flags."""
+    report, _ = read_report(home / "evidence" / "report.json")
+    own = np.array(from_bits(report.evaluation.per_image.robust))
+    light, fog, snow = (np.array(from_bits(one.per_image.robust)) for one in report.radii[-3:])
+    row, baseline = report.criteria[-1], report.baseline
+    assert baseline is not None
+    assert row.criterion == "no_regression(linf:38/255|fog@2) at 95 %"
+    assert (row.outcome, row.k, row.n, row.eps) == ("met", len(own), len(own), "linf:38/255|fog@2")
+    assert baseline.regressions is not None
+    (found,) = baseline.regressions
+    assert (found.held, found.only_baseline, found.only_candidate) == ((own & fog).sum(), 0, 0)
+    assert baseline.errors is not None
+    kinds = {one.corruption: (one.before, one.after) for one in baseline.errors}
+    before = (3 + (~fog).sum()) / (2 * len(fog))
+    assert kinds["fog"] == pytest.approx((before, ((~light).sum() + (~fog).sum()) / (2 * len(fog))))
+    assert kinds["snow"] == pytest.approx(((~snow).mean(), (~snow).mean()))
+    assert baseline.mce == pytest.approx((kinds["fog"][1] / kinds["fog"][0] + 1) / 2)
+
+
+@pytest.mark.parametrize(("before", "after", "outcome"), [(40, 0, "missed"), (3, 3, "open"), (40, 40, "met")])
+def test_a_threat_that_newly_breaks_images_is_missed_by_name(before: int, after: int, outcome: str) -> None:
+    """The policy's own ball lost nothing: the criterion about patches is missed where all images newly fall to one, and
+    open where the baseline held three."""
+    policy = policy_of(["robust_accuracy >= 0.1 at 95 %", "no_regression at 95 %", "no_regression(patch:2x2) at 95 %"])
+    probes, right, place = probes_of((16, 16, 3), 10), np.ones(40, bool), np.arange(40)
+    held = probes["adversarial_logits"].argmax(axis=1) == probes["labels"]
+    found = corrupted(right, place < after, "fog@1")
+    attacks = tuple(replace(found.attacks[0], name=name) for name in ("patch", "patch-rs-500"))
+    found = replace(found, threat=parse_threat("patch:2x2"), attacks=attacks)
+    own, patched = tuple(held.tolist()), tuple((place < before).tolist())
+    index = order_of(Matter("3" * 64, "d" * 64, policy.digest, 40)).tolist()
+    pairs = Pairs("1" * 64, "2" * 64, 40, tuple(index), own, own, {"patch 2x2": (patched, found.robust_images)})
+    evaluations = [evaluated(right, held), found]
+    report = true_report(probes, {"model.onnx": "3" * 64}, policy=policy, evaluations=evaluations, pairs=pairs)
+    require_derived(report, Path("report.json"), probes)
+    assert [row.outcome for row in report.criteria] == ["met", "met", outcome]
+    assert report.why == ({"small_baseline": "3 of 40 in patch:2x2"} if outcome == "open" else {})
+
+
+def test_a_kind_without_images_is_open() -> None:
+    """Nothing was asked: no threshold is reached, not even that of nothing, by either kind of statistics."""
+    criterion = Criterion.parse("corruption_accuracy(each of fog|snow) >= 0 at 95 %")
+    for claim in claims_about([criterion], ["a"], None, 9):
+        assert Standing.begin(claim, 2).judgement.outcome == "open"
+        assert one_look(claim, Answers.none(5), 2).outcome == "open"
+
+
 def test_the_same_last_digits_are_not_asked_for(home: Path) -> None:
     """Another scipy's last digits are no contradiction; a billionth of a bound is."""
     path = home / "evidence" / "report.json"
@@ -303,11 +406,11 @@ def test_an_image_that_fell_in_a_smaller_ball_fell_in_a_larger_one(place: Path) 
     path = place / "evidence" / "report.json"
     report, _ = read_report(path)
     record = recorded(report)
-    small, main = record.evaluations
+    small, main, *others = record.evaluations
     (attack,) = small.attacks[:1]
     held = tuple(flag and place != 1 for place, flag in enumerate(attack.held))
     fallen = [replace(one, held=held, tried=held if number else one.tried) for number, one in enumerate(small.attacks)]
-    again = derived(replace(record, evaluations=(replace(small, attacks=tuple(fallen)), main)))
+    again = derived(replace(record, evaluations=(replace(small, attacks=tuple(fallen)), main, *others)))
     assert again.verdict == "passed"
     with pytest.raises(NotAttested, match=r"fgsm: images tried"):
         require_derived(replace(report, **vars(again)), path)

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from dfmcl.gating.formats.charts import Known, Reading, accuracy_over_eps, bounds_over_images, interval
-from dfmcl.gating.formats.gallery import SHOWN, gallery
+from dfmcl.gating.formats.gallery import BESIDE, SHOWN, SPOILED, galleries
 from dfmcl.gating.formats.html import confused, html
 from dfmcl.gating.formats.markdown import markdown
 from dfmcl.gating.formats.summary import Probes, class_rows, confusion
+from dfmcl.gating.signing.evaluation import ThreatEntry
 from dfmcl.gating.signing.report import Report
+from dfmcl.robustness.threats.registry import parse_threat
 from tests.gating.browser import BROWSER, MISSING, visit
 from tests.gating.sample import CLASSES, edited, probes, sample
 from tests.present import present
@@ -182,7 +185,7 @@ def test_gallery_shows_images_that_flipped_as_they_are() -> None:
     """The pictures decode to the probes' bytes; the difference is multiplied by what the page says, around grey."""
     report = sample()
     arrays = probes(report)
-    shown = gallery(arrays, report.per_image.index, CLASSES)
+    (shown,) = galleries(arrays, report)
     assert (len(shown.exhibits), shown.largest, shown.amplified, shown.reduced) == (SHOWN, 16, 127 // 16, False)
     for one in shown.exhibits:
         row = report.per_image.index.index(one.index)
@@ -194,13 +197,46 @@ def test_gallery_shows_images_that_flipped_as_they_are() -> None:
         assert (grey.astype(int) - 128 == np.clip(shown.amplified * change, -128, 127)).all()
 
 
+def test_each_threat_has_a_gallery_of_its_own() -> None:
+    """A patch by itself, corruptions together, one of each kind before a second of one; another radius of the same ball
+    and a threat that flipped nothing have none. All pictures are the probes' bytes."""
+    report, arrays = beside(("2/255", "patch:2x2", "fog@1", "snow@2", "fog@5", "rotation:10"))
+    own, patch, spoiled = galleries(arrays, report)
+    assert (own.threat, patch.threat, spoiled.threat) == ("Linf 16/255", "patch 2x2", "corruptions")
+    assert (len(patch.exhibits), len(spoiled.exhibits)) == (BESIDE, SPOILED)
+    assert [one.threat for one in spoiled.exhibits[:6]] == ["fog@1", "snow@2", "fog@5", "snow@2", "fog@1", "snow@2"]
+    for one in (*patch.exhibits, *spoiled.exhibits):
+        row, number = report.per_image.index.index(one.index), {"": 2, "fog@1": 3, "snow@2": 4, "fog@5": 5}[one.threat]
+        assert (pixels(one.adversarial) == (arrays["images"][:9] + arrays[f"change{number}"])[row]).all()
+        assert one.before == one.label != one.after
+    text = " ".join(Page(html(report, arrays)).text.split())
+    assert "patch 2x2 Original, as attacked" in text
+    assert "corruptions Original, as attacked" in text
+
+
+def beside(threats: tuple[str, ...]) -> tuple[Report, dict[str, NDArray[Any]]]:
+    """The sample's report with evaluations at other threats, of which the first nine images were kept; all that were
+    right were flipped, but by the last."""
+    report = sample()
+    parsed = [parse_threat(text).to_json() for text in threats]
+    main, arrays = report.evaluation, dict(probes(report))
+    radii = tuple(replace(main, threat=ThreatEntry.from_json(threat)) for threat in parsed)
+    for number in range(1, len(threats) + 1):
+        clean = arrays["clean_logits"][:9]
+        arrays[f"change{number}"] = np.full_like(arrays["images"][:9], number)
+        arrays[f"adversarial_logits{number}"] = clean if number == len(threats) else np.roll(clean, 1, axis=1)
+    return replace(report, radii=radii), arrays
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_gallery_takes_any_image(channels: int) -> None:
     """Grey, colour and more channels, and images too large for a page, become pictures."""
     images = np.zeros((1, 200, 300, channels), np.uint8)
     arrays = {"images": images, "change": np.full_like(images, 2), "labels": np.array([0])}
     arrays |= {"clean_logits": np.array([[1, 0]]), "adversarial_logits": np.array([[0, 1]])}
-    shown = gallery(arrays, [7], ["a", "b"])
+    report = sample()
+    report = replace(report, per_image=replace(report.per_image, index=(7,), label=(0,)))
+    (shown,) = galleries(arrays, report)
     assert pixels(shown.exhibits[0].adversarial).shape[:2] == (85, 128)
     assert (shown.reduced, shown.largest, shown.amplified) == (True, 2, 63)
 

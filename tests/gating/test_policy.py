@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.policy import AttackSection, Criterion, load_policy
+from dfmcl.gating.criterion import Criterion
+from dfmcl.gating.policy import AttackSection, load_policy
+from dfmcl.gating.record import places_of
+from dfmcl.gating.verdict import claims_about
 from dfmcl.robustness.attacks.suites import BY_KIND
 
 GOOD = """
@@ -51,6 +54,15 @@ MISTAKES = {
         r"no criterion; write METRIC",
     ),
     "only no_regression": (GOOD.replace("robust_accuracy >= 0.25", "no_regression"), r"no criterion is about robust"),
+    "a corruption that is none": (
+        GOOD.replace("criteria = [", 'criteria = ["corruption_accuracy(patch:2x2) >= 0.2 at 95 %", '),
+        r"corruption_accuracy\(patch:2x2\) >= 0\.2 at 95 %': patch 2x2 is no corruption; write \(fog\)",
+    ),
+    "an unknown corruption": (
+        GOOD.replace("criteria = [", 'criteria = ["corruption_accuracy(each of rain) >= 0.2 at 95 %", '),
+        r"threat 'rain' is unknown",
+    ),
+    "only corruptions": (GOOD.replace("robust_accuracy", "corruption_accuracy"), r"no criterion is about robust"),
     "unknown statistics": ('statistics = "peeking"\n' + GOOD, r"statistics"),
     "the same criterion twice": (
         GOOD.replace("criteria = [", 'criteria = ["robust_accuracy>=25% at 95%", '),
@@ -105,6 +117,11 @@ def test_digest_ignores_comments_and_follows_values(tmp_path: Path) -> None:
         ("class_robust_accuracy(2/255) >= 20 % at 99.9 %", 0.2),
         ("class_clean_accuracy >= 0.5 at 95 %", 0.5),
         ("no_regression at 95 %", 0),
+        ("no_regression(patch:5x5|fog@3) at 95 %", 0),
+        ("corruption_accuracy >= 60 % at 95 %", 0.6),
+        ("corruption_accuracy(each) >= 0.4 at 95 %", 0.4),
+        ("corruption_accuracy(fog|snow@3) >= 0.4 at 95 %", 0.4),
+        ("corruption_accuracy(each  of fog|snow@3) >= 0.4 at 95 %", 0.4),
     ],
 )
 def test_criterion_reads_as_written(text: str, threshold: float) -> None:
@@ -112,6 +129,21 @@ def test_criterion_reads_as_written(text: str, threshold: float) -> None:
     criterion = Criterion.parse(text)
     assert criterion.threshold == pytest.approx(threshold)
     assert Criterion.parse(str(criterion)) == criterion
+
+
+def test_a_corruption_accuracy_names_its_corruptions(tmp_path: Path) -> None:
+    """All 75 where none is named, each attacked once whoever names it; and each kind is a claim of its own."""
+    path = tmp_path / "gate.toml"
+    criteria = '"corruption_accuracy >= 0.5 at 95 %", "corruption_accuracy(each of fog@2|snow) >= 0.5 at 95 %"'
+    path.write_text(GOOD.replace("criteria = [", f"criteria = [{criteria}, "))
+    policy = load_policy(path)
+    assert len(policy.threats(grid=True)) == 1 + 75
+    whole, each, _ = policy.parsed_criteria
+    assert len(whole.corruptions) == 75
+    found = claims_about([whole, each], ["a"], None, 100)
+    assert [(claim.kind, claim.answers) for claim in found] == [("", 75), ("fog", 1), ("snow", 5)]
+    snow = [policy.threats(grid=True)[place].label for place in places_of(found[2], policy, True)]
+    assert snow == [f"snow@{level}" for level in range(1, 6)]
 
 
 def test_radii_come_in_ascending_order_and_once(tmp_path: Path) -> None:

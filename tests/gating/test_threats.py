@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.case import suites_of
+from dfmcl.gating.criterion import Criterion
 from dfmcl.gating.gate import gate
-from dfmcl.gating.policy import Criterion, Policy, load_policy
+from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.faults import EvidenceError
+from dfmcl.gating.signing.probes import further, read_probes
 from dfmcl.gating.subjects.candidate import candidate_subject
+from dfmcl.robustness.models import to_float
 from dfmcl.robustness.records import from_bits
 from dfmcl.robustness.threats.registry import FAMILIES
 from tests.exports import Export
 
 IMAGES = 30
 UNION = "linf:1/255|rotation:10"
+SPOILED = "corruption_accuracy(fog@1|contrast@5) >= 0.02 at 80 %"
 
 
-def policy(*threats: str, **changes: Any) -> Policy:
+def policy(*threats: str, more: Sequence[str] = (), **changes: Any) -> Policy:
     """Of the test's few images, one look: each threat must leave something, and the last one leaves too little."""
     criteria = [f"robust_accuracy({threat}) >= 0.02 at 80 %" for threat in threats]
     return Policy.model_validate(
         {
-            "criteria": ["robust_accuracy >= 0.02 at 80 %", *criteria],
+            "criteria": ["robust_accuracy >= 0.02 at 80 %", *criteria, *more],
             "threat": {"eps": "1/255"},
             "data": {"name": "digits", "images": IMAGES},
             "attacks": {"suite": ["fgsm"], "block": 15, "substitute": 0, "patch": ["patch-5x2"], "l1": ["apgd-ce-5"]},
@@ -44,13 +50,13 @@ def test_a_gate_decides_on_every_threat(standard_run: Path, export_once: Export,
     """Each is attacked by its own attacks, members only count, the union is the worst per image, and a report whose
     flags somebody edits contradicts itself."""
     subject = candidate_subject(export_once(standard_run, tmp_path / "candidate"), standard_run)
-    wanted = policy("patch:2x2", "fog@1", "l1:1", UNION, "2/255")
+    wanted = policy("patch:2x2", "fog@1", "l1:1", UNION, "2/255", more=[SPOILED])
     out = tmp_path / "evidence"
     report = gate(subject, wanted, out)
     found = {str(one.threat.parsed): one for one in (report.evaluation, *report.radii)}
-    assert list(found) == ["Linf 1/255", "Linf 2/255", "patch 2x2", "fog@1", "L1 1", "rotation 10"]
+    assert list(found) == ["Linf 1/255", "Linf 2/255", "patch 2x2", "fog@1", "L1 1", "rotation 10", "contrast@5"]
     assert [[attack.name for attack in one.attacks] for one in found.values()] == [
-        ["fgsm"], ["fgsm"], ["patch-5x2"], ["grid"], ["apgd-ce-5"], ["grid"],
+        ["fgsm"], ["fgsm"], ["patch-5x2"], ["grid"], ["apgd-ce-5"], ["grid"], ["grid"],
     ]  # fmt: skip
     assert all(one.attacks[0].outside == 0 and one.clean == report.evaluation.clean for one in found.values())
     held = {name: np.array(from_bits(one.per_image.robust)) for name, one in found.items()}
@@ -60,11 +66,24 @@ def test_a_gate_decides_on_every_threat(standard_run: Path, export_once: Export,
     assert rows[f"robust_accuracy({UNION})"].k == both.sum() < IMAGES
     for threat, name in (("patch:2x2", "patch 2x2"), ("fog@1", "fog@1"), ("l1:1", "L1 1"), ("2/255", "Linf 2/255")):
         assert rows[f"robust_accuracy({threat})"].k == held[name].sum()
+    kept = further(read_probes(out / "probes.npz"))
+    assert [(len(images), len(logits)) for images, logits in kept] == [(IMAGES, IMAGES)] * 6
+    labels = np.array(report.per_image.label)
+    for one, (_, logits) in zip(report.radii, kept, strict=True):
+        assert (logits.argmax(axis=1) == labels).tolist() == list(from_bits(one.per_image.robust)), one.threat
+    answers = subject.decide(to_float(torch.from_numpy(kept[1][0])))
+    assert np.allclose(answers.numpy(), kept[1][1], atol=1e-4)
+    mean = rows[SPOILED.partition(" >=")[0]]
+    assert (mean.k, mean.n) == (held["fog@1"].sum() + held["contrast@5"].sum(), 2 * IMAGES)
     again, _ = read_evidence(out)
     assert again.to_json() == report.to_json()
     assert load_policy(out / "policy.toml").digest == wanted.digest
     page, lines = (out / "report.html").read_text(), (out / "robustness.prom").read_text()
-    assert "patch 2x2" in page
+    assert "<h3>patch 2x2</h3>" in page
+    assert "<h3>corruptions</h3>" in page
+    assert "the worst of them for each image" in page
+    assert "<h2>Corruptions</h2>" in page
+    assert 'robustness_gate_corruption_accuracy_ratio{corruption="contrast"' in lines
     assert "patch 2x2" in (out / "report.md").read_text()
     assert 'norm="patch"' in lines
     assert 'epsilon="2x2"' in lines

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.policy import Criterion
+from dfmcl.gating.criterion import Criterion
 from dfmcl.gating.verdict import EXIT_CODES, Claim, Judgement, Standing, claims, decide, one_look
 from dfmcl.robustness.drawn import Fates
 from dfmcl.robustness.sequential import ConfidenceSequence

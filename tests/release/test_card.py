@@ -69,6 +69,11 @@ def test_labels_are_no_markup(repository: Path, standard_run: Path) -> None:
     manifest = replace(read_manifest(release.path), labels=("<b>", "[x](y)", "a\n# b", *"3456789"))
     report, _ = read_report(release.path / "report.json")
     text = card(release, manifest, report, read(standard_run / "manifest.json"), {})
+    assert "patches, rotations and natural corruptions: not measured." in text
+    beside = card(
+        release, manifest, replace(report, radii=(report.evaluation,)), read(standard_run / "manifest.json"), {}
+    )
+    assert "that its criteria name stand in the report; all others: not measured." in beside
     assert r"of these classes: &lt;b>, \[x\](y), a # b, 3, 4" in text
 
 

@@ -39,6 +39,21 @@ def test_other_answers_are_seen(repository: Path, part: str) -> None:
     assert getattr(rows[-1], agreement) == pytest.approx(79 / 80)
 
 
+def test_images_of_further_threats_are_compared_too(repository: Path) -> None:
+    """What the gate kept of a patch or of fog is asked as well: one answer that is another is seen."""
+    version = repository / "digits" / "1"
+    with np.load(version / "probes.npz") as probes:
+        arrays = dict(probes)
+    arrays |= {"change1": arrays["change"][:20], "adversarial_logits1": arrays["adversarial_logits"][:20].copy()}
+    np.savez(version / "probes.npz", **arrays)
+    assert all(row.equal for row in compare(version) if row.provider == "CPUExecutionProvider")
+    row = arrays["adversarial_logits1"][3]
+    row[[row.argmax(), row.argmin()]] = row[[row.argmin(), row.argmax()]]
+    np.savez(version / "probes.npz", **arrays)
+    (found, *_) = [row for row in compare(version) if row.provider == "CPUExecutionProvider"]
+    assert (found.clean_agreement, found.adversarial_agreement) == (1.0, pytest.approx(99 / 100))
+
+
 def test_logits_that_are_no_numbers_are_no_agreement(repository: Path) -> None:
     """Told in words, where a difference would be "off by nan"."""
     version = repository / "digits" / "1"
