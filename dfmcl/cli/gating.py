@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import ARCH, OUTPUT, PREPROCESSING, SUBJECT, path, read_labels, read_preprocessing
+from dfmcl.cli.arguments import (
+    ARCH,
+    KEY_COMMAND,
+    OUTPUT,
+    PREPROCESSING,
+    PUBLIC,
+    SUBJECT,
+    path,
+    read_labels,
+    read_preprocessing,
+    read_signers,
+)
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track
 
@@ -45,6 +56,8 @@ def gate(
     key: Annotated[
         list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable; the first draws the order.")
     ] = None,
+    key_command: KEY_COMMAND = None,
+    public: PUBLIC = None,
     contract: Annotated[
         str | None, typer.Option("--input", help="What a foreign model takes: 'float32 NCHW 224x224x3 imagenet'.")
     ] = None,
@@ -56,10 +69,8 @@ def gate(
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
-    from dfmcl.gating.signing.keys import read_signer
-
     rules = rules_of(policy, data, eps, at_least, preprocessing)  # before torch loads: a wrong key is answered at once
-    signers = [read_signer(path) for path in key or ()]  # one that cannot sign is found out before the attacks
+    signers = read_signers(key, key_command, public)  # one that cannot sign is found out before the attacks
 
     from dfmcl.gating.bar import bar
     from dfmcl.gating.formats.github import publish
@@ -204,21 +215,25 @@ def keygen(
 @command
 def sign(
     evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")],
-    key: Annotated[list[Path], typer.Option(help="A private key; repeatable.")],
+    key: Annotated[list[Path] | None, typer.Option(help="A private key; repeatable.")] = None,
+    key_command: KEY_COMMAND = None,
+    public: PUBLIC = None,
 ) -> None:
     """Sign evidence, or add a signature to the ones it has."""
+    from dfmcl.common.errors import BadInput
     from dfmcl.common.files import clear_parts
     from dfmcl.common.locks import beside, held
     from dfmcl.gating.signing.attestation import sign_evidence
     from dfmcl.gating.signing.evidence import ATTESTATION, REPORT, read_report
-    from dfmcl.gating.signing.keys import read_signer
 
+    if not (signers := read_signers(key, key_command, public)):
+        raise BadInput("name who signs: --key FILE, or --key-command CMD with --public FILE")
     place = evidence.resolve()
     if not os.access(place.parent, os.W_OK):  # a volume of its own
         place /= ATTESTATION
     with held(beside(place), evidence):  # of two that sign at once, one signature would be lost
         clear_parts(evidence, {ATTESTATION})
-        until = sign_evidence(evidence, [read_signer(path) for path in key])
+        until = sign_evidence(evidence, signers)
     say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
     if read_report(evidence / REPORT)[0].statistics.draw is None:
         say("no key drew the order of its images, so `drawn = true` in a trust file refuses it; gate with --key")

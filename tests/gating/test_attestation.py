@@ -611,7 +611,7 @@ def test_what_is_no_key_is_refused(tmp_path: Path, key: Path) -> None:
         tmp_path / "text": "no private key in unencrypted PEM",
         tmp_path / "locked": "no private key in unencrypted PEM",
         key.with_suffix(".pub"): "no private key in unencrypted PEM",
-        tmp_path / "rsa": "no ed25519 key",
+        tmp_path / "rsa": "neither an ed25519 key nor one of ECDSA on P-256",
     }.items():
         with pytest.raises(BadInput) as caught:
             read_signer(path)
@@ -619,7 +619,7 @@ def test_what_is_no_key_is_refused(tmp_path: Path, key: Path) -> None:
     for path, reason in {
         tmp_path / "none": "No such file",
         key: "no public key in PEM",
-        tmp_path / "rsa.pub": "no ed25519 key",
+        tmp_path / "rsa.pub": "neither an ed25519 key nor one of ECDSA on P-256",
     }.items():
         with pytest.raises(BadInput) as caught:
             read_public(path)
