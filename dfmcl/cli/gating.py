@@ -30,6 +30,8 @@ from dfmcl.cli.output import say, say_page, track
 if TYPE_CHECKING:
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.policy import Policy
+    from dfmcl.gating.signing.attestation import Attestation, Trust
+    from dfmcl.gating.signing.report import Report
     from dfmcl.robustness.contract import InputContract
 
 
@@ -224,7 +226,7 @@ def sign(
     from dfmcl.common.files import clear_parts
     from dfmcl.common.locks import beside, held
     from dfmcl.gating.signing.attestation import sign_evidence
-    from dfmcl.gating.signing.evidence import ATTESTATION, REPORT, read_report
+    from dfmcl.gating.signing.evidence import ATTESTATION, REPORT, SIGNATURE, read_report
 
     if not (signers := read_signers(key, key_command, public)):
         raise BadInput("name who signs: --key FILE, or --key-command CMD with --public FILE")
@@ -232,7 +234,7 @@ def sign(
     if not os.access(place.parent, os.W_OK):  # a volume of its own
         place /= ATTESTATION
     with held(beside(place), evidence):  # of two that sign at once, one signature would be lost
-        clear_parts(evidence, {ATTESTATION})
+        clear_parts(evidence, {ATTESTATION, SIGNATURE})
         until = sign_evidence(evidence, signers)
     say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
     if read_report(evidence / REPORT)[0].statistics.draw is None:
@@ -250,15 +252,43 @@ def verify(
     at: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Judge as of that day (UTC). Default: now.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all that was signed; also a refusal.")] = False,
 ) -> None:
     """Prove that exactly these bytes passed, by signatures that are trusted and still hold: 0, or 1 and why not."""
+    import json
+
+    from dfmcl.common.errors import DfmclError
+    from dfmcl.gating.signing.trust import load_trust
+
+    try:
+        where, report, signed = verified(path, load_trust(trust), evidence, at.replace(tzinfo=UTC) if at else None)
+    except DfmclError as error:
+        if as_json:
+            refused = {"verified": False, "fault": getattr(error, "fault", None), "reason": str(error)}
+            say_page(json.dumps(refused, indent=2))
+        raise
+    if as_json:
+        found = {
+            "verified": True,
+            "path": where,
+            "signers": list(signed.signers),
+            "expires": signed.robustness["expires"],
+            "subject": signed.subject,
+            "predicate": signed.robustness,
+        }
+        say_page(json.dumps(found, indent=2))
+        return
+    say(f"{where}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
+    say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")
+
+
+def verified(path: str, trusted: Trust, evidence: Path | None, now: datetime | None) -> tuple[str, Report, Attestation]:
+    """The address of what was verified, the report that vouches for it, and what was signed."""
     from dfmcl.gating.signing.attestation import read_attestation
     from dfmcl.gating.signing.attestation import verify as run_verify
-    from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.stores.registry import local_of, store_at
 
     store, name = store_at(path)
-    trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
     if evidence is None:
         from dfmcl.release.verification import verify_at
 
@@ -267,6 +297,4 @@ def verify(
     else:
         folder = local_of(path)
     report = run_verify(folder, evidence or folder, trusted, now)
-    signed = read_attestation(evidence or folder, trusted)
-    say(f"{path}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
-    say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")
+    return path, report, read_attestation(evidence or folder, trusted)
