@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -252,6 +253,7 @@ def verify(
     at: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Judge as of that day (UTC). Default: now.")
     ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Of the one model.onnx that may be there, in hex.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all that was signed; also a refusal.")] = False,
 ) -> None:
     """Prove that exactly these bytes passed, by signatures that are trusted and still hold: 0, or 1 and why not."""
@@ -262,6 +264,7 @@ def verify(
 
     try:
         where, report, signed = verified(path, load_trust(trust), evidence, at.replace(tzinfo=UTC) if at else None)
+        require_pinned(report, sha256, where)
     except DfmclError as error:
         if as_json:
             refused = {"verified": False, "fault": getattr(error, "fault", None), "reason": str(error)}
@@ -280,6 +283,16 @@ def verify(
         return
     say(f"{where}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
     say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")
+
+
+def require_pinned(report: Report, sha256: str | None, where: str) -> None:
+    """Refused for another model than the one that was pinned, though it passed; BadInput for what is no digest."""
+    from dfmcl.common.errors import BadInput, Refused
+
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise BadInput(f"--sha256 {sha256}: is no SHA-256 in lower-case hex")
+    if sha256 not in (None, found := report.candidate.model_sha256):
+        raise Refused(f"{where}: model.onnx is {found[:12]}..., pinned is {str(sha256)[:12]}...; change one of the two")
 
 
 def verified(path: str, trusted: Trust, evidence: Path | None, now: datetime | None) -> tuple[str, Report, Attestation]:

@@ -97,15 +97,24 @@ def promote(
     key: Annotated[Path | None, typer.Option(help="Sign all files with it, as model.sig (ECDSA on P-256).")] = None,
     key_command: Annotated[str | None, typer.Option(help="In its place, a command; see `dfmcl sign`.")] = None,
     public: Annotated[Path | None, typer.Option(help="The public key of --key-command.")] = None,
+    print_kserve: Annotated[
+        str | None,
+        typer.Option(
+            help="Print the InferenceService that serves just this model, of that OCI image.", metavar="IMAGE"
+        ),
+    ] = None,
     live: LIVE = None,
     wait: WAIT = 120,
 ) -> None:
     """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
     from dfmcl.common.errors import BadInput
     from dfmcl.gating.signing.trust import load_trust
+    from dfmcl.release.kserve import checked_reference, inference_service
     from dfmcl.release.promotion import promote as run_promote
     from dfmcl.release.stores.registry import store_of
 
+    if print_kserve is not None:
+        checked_reference(print_kserve)
     store = store_of(repository)
     signers = read_signers(*([one] if one else [] for one in (key, key_command, public)))
     if len(signers) > 1:
@@ -121,7 +130,11 @@ def promote(
         signer=signers[0] if signers else None,
     )
     where = store.where(promoted.folder)
-    say(f"{where}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    # On stdout is what `kubectl apply -f -` reads.
+    tell = say if print_kserve is None else warn
+    tell(f"{where}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    if print_kserve is not None:
+        say_page(inference_service(promoted, print_kserve))
     await_live(promoted, live, wait)
 
 
