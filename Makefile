@@ -38,7 +38,7 @@ help:
 	@echo 'make kubernetes-rules    the Prometheus rules as objects of the operator'
 	@echo 'make dashboards          Grafana'"'"'s dashboards, from deploy/grafana/dashboards.py'
 	@echo 'make pictures            every picture in docs/pictures, from its script; ONLY="flow threats report watch" for some'
-	@echo 'make report-schema       the JSON schema of a gate'"'"'s report, from its records'
+	@echo 'make report-schema       the JSON schemas of a gate'"'"'s report and of its attestation, from their records'
 	@echo 'make setup               only the two environments'
 	@echo 'make setup-openvino      and one with OpenVINO as a second execution provider, 260 MB beside them'
 

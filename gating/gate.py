@@ -29,8 +29,8 @@ from dfmcl.gating.record import GateRecord, other_than, wild
 from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
-from dfmcl.gating.signing.attestation import sign
-from dfmcl.gating.signing.evidence import ATTESTATION, PROBES
+from dfmcl.gating.signing.attestation import model_signer, sign, sign_model
+from dfmcl.gating.signing.evidence import ATTESTATION, PROBES, SIGNATURE
 from dfmcl.gating.signing.probes import as_npz, kept, kept_in
 from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.gating.signing.signer import Signer
@@ -55,7 +55,7 @@ RECALLED = 128  # answers that are asked for again at the end, half of them abou
 TRAINING = 512  # training images that a model must know as well as these
 OTHERS = 2  # networks whose fooling images segments lead to: the last, which are all surrogates and the substitute
 LARGEST = 1025
-EVIDENCE = (REPORT, PROBES, ATTESTATION, POLICY, *FILES)
+EVIDENCE = (REPORT, PROBES, ATTESTATION, SIGNATURE, POLICY, *FILES)
 
 
 def gate(
@@ -264,6 +264,8 @@ def write(
         if signers:
             signed = sign(report, sha256_of(staged / REPORT), signers, expires_days=case.policy.valid_days)
             (staged / ATTESTATION).write_text(signed, encoding="utf-8")
+            if (signer := model_signer(report, signers)) is not None:
+                sign_model(staged, signer)
     return report
 
 

@@ -4,6 +4,7 @@
 <repository>/<model>/configs/gpu.pbtxt                 what --model-config-name=gpu asks for
 <repository>/<model>/<N>/{model.onnx, labels.txt, manifest.json}                       immutable, as are
 <repository>/<model>/<N>/{report.json, probes.npz, attestation.intoto.jsonl}           what vouches for them
+<repository>/<model>/<N>/model.sig                     one signature over all of these, where a key for it was given
 <repository>/<model>/README.md                         model card, where `dfmcl card` wrote one
 <repository>/<model>/surrogates/<name>/                packed runs to attack it with, where some were shipped
 <repository>/aliases.json                              {"<model>": {"champion": N, "previous": M, "candidate": K}}
@@ -36,6 +37,7 @@ SHADOW = "-shadow"
 REPORT = "report.json"
 PROBES = "probes.npz"
 ATTESTATION = "attestation.intoto.jsonl"
+SIGNATURE = "model.sig"  # where a key was given that can sign one
 CARD = "README.md"
 SURROGATES = "surrogates"
 EVIDENCE = frozenset({REPORT, PROBES, ATTESTATION})
@@ -281,7 +283,7 @@ def _strangers_at(store: Store, model: str, entry: Item) -> list[str]:
     if entry.name in (CONFIG, CARD):
         return [] if entry.file else [name]
     if is_version(entry) or (entry.name == gpu_folder and entry.folder):
-        known = {gpu_file} if entry.name == gpu_folder else VERSION_FILES
+        known = {gpu_file} if entry.name == gpu_folder else VERSION_FILES | {SIGNATURE}
         return [f"{name}/{file.name}" for file in store.entries(name) if file.name not in known]
     return [] if entry.folder and entry.name == SURROGATES else [name]
 

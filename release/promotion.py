@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from dfmcl.common.errors import BadInput, Refused
-from dfmcl.gating.signing.attestation import Trust, verify
+from dfmcl.gating.signing.attestation import Trust, require_covered, sign_model, verify
+from dfmcl.gating.signing.evidence import inspect
+from dfmcl.gating.signing.signer import Signer
 from dfmcl.release import layout, ledger
 from dfmcl.release.candidate import FILES, MANIFEST, Manifest, verify_files
 from dfmcl.release.change import Change
@@ -40,11 +43,13 @@ def promote(
     threads: int | None = None,
     shadow: bool = False,
     now: datetime | None = None,
+    signer: Signer | None = None,
 ) -> Promoted:
     """Add a candidate that passed the gate as the next version of model `name`, and make it the one that is served.
 
     A crash at any point leaves the old version served, or the new one; nothing in between is visible to Triton.
     threads: of ONNX Runtime per inference on a CPU; default: as the served version has it, else its own choice.
+    signer: writes model.sig, which then need not be there before. Default: it is taken along from the evidence.
     shadow: beside the served version, as a model NAME-shadow of its own; promoting the same bytes later retires it.
     BadInput or BadEvidence (2): a file that is missing, malformed or not what the candidate's manifest says. Refused
     or NotAttested (1): no passing verdict for exactly these bytes that keys of `trust` have signed and that holds at
@@ -53,9 +58,14 @@ def promote(
     """
     if layout.checked_name(name).endswith(layout.SHADOW):
         raise BadInput(f"model name {name!r}: ends as the shadow of another model; name that one and --shadow")
-    verify(candidate, evidence, trust, now)  # first, so that a fault has the code that `dfmcl verify` gives it
+    # First, so that a fault has the code that `dfmcl verify` gives it; what is signed here cannot be asked for before.
+    asked = trust if signer is None else replace(trust, model_keys=())
+    if asked.keys or asked.model_keys:
+        verify(candidate, evidence, asked, now)
+    else:
+        inspect(candidate, evidence)
     manifest = verify_files(candidate)
-    stage = partial(_stage_version, candidate, evidence, trust, now)
+    stage = partial(_stage_version, candidate, evidence, trust, now, signer)
     with only_writer(store) as change:
         _require_same_interface(store, manifest, name)
         if not shadow:
@@ -274,14 +284,33 @@ def _last_manifest(store: Store, name: str) -> Manifest | None:
     return None
 
 
-def _stage_version(candidate: Path, evidence: Path, trust: Trust, now: datetime | None, directory: Path) -> None:
-    """Copy what belongs into a version, and nothing else; then judge the copies, as the sources may have changed."""
+def _stage_version(
+    candidate: Path,
+    evidence: Path,
+    trust: Trust,
+    now: datetime | None,
+    signer: Signer | None,
+    directory: Path,
+) -> None:
+    """Copy what belongs into a version, and nothing else; then judge the copies, as the sources may have changed.
+
+    candidate, evidence: where from.
+    trust, now: by which the copies are judged.
+    signer: of model.sig; None: a copy of the evidence's, if there is one.
+    directory: the version's.
+    """
     directory.mkdir(exist_ok=True)
     sources = [candidate / name for name in sorted({*FILES, MANIFEST})]
-    for source in [*sources, *(evidence / name for name in sorted(layout.EVIDENCE))]:
+    signature = evidence / layout.SIGNATURE
+    taken = [signature] if signer is None and signature.is_file() else []
+    for source in [*sources, *(evidence / name for name in sorted(layout.EVIDENCE)), *taken]:
         if not source.is_file():
             raise BadInput(f"{source}: no such file; `dfmcl gate` writes it")
         with source.open("rb") as reader, (directory / source.name).open("xb") as writer:
             shutil.copyfileobj(reader, writer)
     verify_files(directory)
+    if signer is not None:
+        sign_model(directory, signer)
+    elif taken:
+        require_covered(directory)
     verify(directory, directory, trust, now)

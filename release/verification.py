@@ -73,7 +73,7 @@ def verify_version(directory: Path, trust: Trust | None = None, now: datetime | 
     """The manifest of a version that is whole and vouched for; as for a release, which has a config besides."""
     if not layout.is_version(entry_of(directory)):
         raise Refused(f"{directory}: is no version's directory, or is gone; {layout.MEND}")
-    if extra := sorted({path.name for path in directory.iterdir()} - layout.VERSION_FILES):
+    if extra := sorted({path.name for path in directory.iterdir()} - layout.VERSION_FILES - {layout.SIGNATURE}):
         raise Refused(f"{directory / extra[0]}: promotion did not write this; remove it")
     if absent := [file for file in sorted(layout.VERSION_FILES) if not (directory / file).is_file()]:
         raise Refused(f"{directory / absent[0]}: promotion writes this, and it is missing; {layout.MEND}")

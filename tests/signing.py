@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from numpy.typing import NDArray
@@ -40,6 +41,16 @@ def make_key(folder: Path, name: str = "release") -> Path:
     """A new key pair; returns the private one's path."""
     folder.mkdir(parents=True, exist_ok=True)
     keygen(folder / name)
+    return folder / f"{name}.key"
+
+
+def ec_key(folder: Path, name: str = "model") -> Path:
+    """A new pair of P-256 in PEM; the private one's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / f"{name}.key").write_bytes(private)
+    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return folder / f"{name}.key"
 
 

@@ -29,7 +29,12 @@ def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
     """Presets, schema, templates and Triton requirements are in."""
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "training").glob("*/*.toml")}
-    wanted |= {"gating/report.schema.json", "gating/formats/report.html.jinja", "serving/gateway/index.html"}
+    wanted |= {
+        "gating/report.schema.json",
+        "gating/robustness.schema.json",
+        "gating/formats/report.html.jinja",
+        "serving/gateway/index.html",
+    }
     wanted |= {"serving/triton/requirements.txt", "serving/triton/backend/model.py", "cli/__init__.py", "__main__.py"}
     assert {f"dfmcl/{name}" for name in wanted} <= names
     assert not {name for name in names if name.endswith("/") or "__pycache__" in name}

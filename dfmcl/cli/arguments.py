@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dfmcl.common.preprocessing import Preprocessing
+    from dfmcl.gating.signing.signer import Signer
 
 
 def require_local(path: object) -> None:
@@ -49,6 +52,24 @@ def read_preprocessing(text: str | None) -> Preprocessing:
         raise BadInput(f"--preprocessing {error}") from None
 
 
+def read_signers(
+    keys: Sequence[Path] | None, commands: Sequence[str] | None, publics: Sequence[Path] | None
+) -> list[Signer]:
+    """Those of --key, then those of --key-command, each with its --public; BadInput where these are not as many."""
+    from dfmcl.common.errors import BadInput
+    from dfmcl.gating.signing.command import command_signer
+    from dfmcl.gating.signing.keys import read_public, read_signer
+
+    commands, publics = commands or (), publics or ()
+    if len(commands) != len(publics):
+        raise BadInput(
+            f"--key-command is given {len(commands)} times, --public {len(publics)} times; each command needs the"
+            " public half of its key, in the same order"
+        )
+    signing = [command_signer(line, read_public(path)) for line, path in zip(commands, publics, strict=True)]
+    return [*(read_signer(path) for path in keys or ()), *signing]
+
+
 def path(typed: str) -> str:
     """What `store_of` opens, as it was typed: a Path would join the slashes of an address. Else as typer has it."""
     if Path(typed).exists() and not os.access(typed, os.R_OK):
@@ -59,6 +80,10 @@ def path(typed: str) -> str:
 NAME = Annotated[str, typer.Option(help="The model's name in Triton.")]
 REPOSITORY = Annotated[str, typer.Option(parser=path, metavar="<path>", help="Triton's model repository.")]
 TRUST = Annotated[Path, typer.Option(help="Whose signature counts (TOML).")]
+KEY_COMMAND = Annotated[
+    list[str] | None, typer.Option(help="In place of a private key: a command that signs its stdin on stdout.")
+]
+PUBLIC = Annotated[list[Path] | None, typer.Option(help="The public key of a --key-command; one for each, in order.")]
 LIVE = Annotated[str | None, typer.Option(help="HOST:PORT of the gRPC endpoint: wait until it answers as gated.")]
 WAIT = Annotated[float, typer.Option(help="Seconds to wait for that.", min=0.1)]
 PREPROCESSING = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -12,13 +13,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import ARCH, OUTPUT, PREPROCESSING, SUBJECT, path, read_labels, read_preprocessing
+from dfmcl.cli.arguments import (
+    ARCH,
+    KEY_COMMAND,
+    OUTPUT,
+    PREPROCESSING,
+    PUBLIC,
+    SUBJECT,
+    path,
+    read_labels,
+    read_preprocessing,
+    read_signers,
+)
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track
 
 if TYPE_CHECKING:
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.policy import Policy
+    from dfmcl.gating.signing.attestation import Attestation, Trust
+    from dfmcl.gating.signing.report import Report
     from dfmcl.robustness.contract import InputContract
     from dfmcl.robustness.provider import Provider
 
@@ -46,6 +60,8 @@ def gate(
     key: Annotated[
         list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable; the first draws the order.")
     ] = None,
+    key_command: KEY_COMMAND = None,
+    public: PUBLIC = None,
     contract: Annotated[
         str | None, typer.Option("--input", help="What a foreign model takes: 'float32 NCHW 224x224x3 imagenet'.")
     ] = None,
@@ -57,10 +73,8 @@ def gate(
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
-    from dfmcl.gating.signing.keys import read_signer
-
     rules = rules_of(policy, data, eps, at_least, preprocessing)  # before torch loads: a wrong key is answered at once
-    signers = [read_signer(path) for path in key or ()]  # one that cannot sign is found out before the attacks
+    signers = read_signers(key, key_command, public)  # one that cannot sign is found out before the attacks
 
     from dfmcl.gating.bar import bar
     from dfmcl.gating.formats.github import publish
@@ -218,21 +232,25 @@ def keygen(
 @command
 def sign(
     evidence: Annotated[Path, typer.Argument(help="What a gate wrote.")],
-    key: Annotated[list[Path], typer.Option(help="A private key; repeatable.")],
+    key: Annotated[list[Path] | None, typer.Option(help="A private key; repeatable.")] = None,
+    key_command: KEY_COMMAND = None,
+    public: PUBLIC = None,
 ) -> None:
     """Sign evidence, or add a signature to the ones it has."""
+    from dfmcl.common.errors import BadInput
     from dfmcl.common.files import clear_parts
     from dfmcl.common.locks import beside, held
     from dfmcl.gating.signing.attestation import sign_evidence
-    from dfmcl.gating.signing.evidence import ATTESTATION, REPORT, read_report
-    from dfmcl.gating.signing.keys import read_signer
+    from dfmcl.gating.signing.evidence import ATTESTATION, REPORT, SIGNATURE, read_report
 
+    if not (signers := read_signers(key, key_command, public)):
+        raise BadInput("name who signs: --key FILE, or --key-command CMD with --public FILE")
     place = evidence.resolve()
     if not os.access(place.parent, os.W_OK):  # a volume of its own
         place /= ATTESTATION
     with held(beside(place), evidence):  # of two that sign at once, one signature would be lost
-        clear_parts(evidence, {ATTESTATION})
-        until = sign_evidence(evidence, [read_signer(path) for path in key])
+        clear_parts(evidence, {ATTESTATION, SIGNATURE})
+        until = sign_evidence(evidence, signers)
     say(f"{evidence / ATTESTATION}: signed; holds until {until:%Y-%m-%d}")
     if read_report(evidence / REPORT)[0].statistics.draw is None:
         say("no key drew the order of its images, so `drawn = true` in a trust file refuses it; gate with --key")
@@ -249,15 +267,55 @@ def verify(
     at: Annotated[
         datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Judge as of that day (UTC). Default: now.")
     ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Of the one model.onnx that may be there, in hex.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with all that was signed; also a refusal.")] = False,
 ) -> None:
     """Prove that exactly these bytes passed, by signatures that are trusted and still hold: 0, or 1 and why not."""
+    import json
+
+    from dfmcl.common.errors import DfmclError
+    from dfmcl.gating.signing.trust import load_trust
+
+    try:
+        where, report, signed = verified(path, load_trust(trust), evidence, at.replace(tzinfo=UTC) if at else None)
+        require_pinned(report, sha256, where)
+    except DfmclError as error:
+        if as_json:
+            refused = {"verified": False, "fault": getattr(error, "fault", None), "reason": str(error)}
+            say_page(json.dumps(refused, indent=2))
+        raise
+    if as_json:
+        found = {
+            "verified": True,
+            "path": where,
+            "signers": list(signed.signers),
+            "expires": signed.robustness["expires"],
+            "subject": signed.subject,
+            "predicate": signed.robustness,
+        }
+        say_page(json.dumps(found, indent=2))
+        return
+    say(f"{where}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
+    say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")
+
+
+def require_pinned(report: Report, sha256: str | None, where: str) -> None:
+    """Refused for another model than the one that was pinned, though it passed; BadInput for what is no digest."""
+    from dfmcl.common.errors import BadInput, Refused
+
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise BadInput(f"--sha256 {sha256}: is no SHA-256 in lower-case hex")
+    if sha256 not in (None, found := report.candidate.model_sha256):
+        raise Refused(f"{where}: model.onnx is {found[:12]}..., pinned is {str(sha256)[:12]}...; change one of the two")
+
+
+def verified(path: str, trusted: Trust, evidence: Path | None, now: datetime | None) -> tuple[str, Report, Attestation]:
+    """The address of what was verified, the report that vouches for it, and what was signed."""
     from dfmcl.gating.signing.attestation import read_attestation
     from dfmcl.gating.signing.attestation import verify as run_verify
-    from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.stores.registry import local_of, store_at
 
     store, name = store_at(path)
-    trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
     if evidence is None:
         from dfmcl.release.verification import verify_at
 
@@ -266,6 +324,4 @@ def verify(
     else:
         folder = local_of(path)
     report = run_verify(folder, evidence or folder, trusted, now)
-    signed = read_attestation(evidence or folder, trusted)
-    say(f"{path}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
-    say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")
+    return path, report, read_attestation(evidence or folder, trusted)

@@ -18,6 +18,7 @@ from dfmcl.cli.arguments import (
     path,
     read_labels,
     read_preprocessing,
+    read_signers,
 )
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track, warn
@@ -93,24 +94,51 @@ def promote(
         int | None, typer.Option(min=0, help="ONNX Runtime's per inference on a CPU; 0: one a core.")
     ] = None,
     shadow: Annotated[bool, typer.Option("--shadow", help="Beside the served version, as NAME-shadow.")] = False,
+    key: Annotated[Path | None, typer.Option(help="Sign all files with it, as model.sig (ECDSA on P-256).")] = None,
+    key_command: Annotated[str | None, typer.Option(help="In its place, a command; see `dfmcl sign`.")] = None,
+    public: Annotated[Path | None, typer.Option(help="The public key of --key-command.")] = None,
+    print_kserve: Annotated[
+        str | None,
+        typer.Option(
+            help="Print the InferenceService that serves just this model, of that OCI image.", metavar="IMAGE"
+        ),
+    ] = None,
     live: LIVE = None,
     wait: WAIT = 120,
 ) -> None:
     """Bring a candidate that passed, and whose evidence is signed, into the model repository as a new version."""
+    from dfmcl.common.errors import BadInput
     from dfmcl.common.tracing import operation
     from dfmcl.gating.signing.trust import load_trust
+    from dfmcl.release.kserve import checked_reference, inference_service
     from dfmcl.release.promotion import promote as run_promote
     from dfmcl.release.stores.registry import store_of
 
+    if print_kserve is not None:
+        checked_reference(print_kserve)
     store = store_of(repository)
+    signers = read_signers(*([one] if one else [] for one in (key, key_command, public)))
+    if len(signers) > 1:
+        raise BadInput("model.sig carries one signature: name --key or --key-command, not both")
     with operation("dfmcl-promote", "promote", dfmcl__model=name) as told:
         promoted = run_promote(
-            candidate, evidence, store, name=name, trust=load_trust(trust), threads=threads, shadow=shadow
+            candidate,
+            evidence,
+            store,
+            name=name,
+            trust=load_trust(trust),
+            threads=threads,
+            shadow=shadow,
+            signer=signers[0] if signers else None,
         )
         if told is not None:
             told.note(dfmcl__version=promoted.version, dfmcl__sha256=promoted.sha256)
     where = store.where(promoted.folder)
-    say(f"{where}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    # On stdout is what `kubectl apply -f -` reads.
+    tell = say if print_kserve is None else warn
+    tell(f"{where}: {promoted.model} version {promoted.version}, model.onnx {promoted.sha256[:12]}")
+    if print_kserve is not None:
+        say_page(inference_service(promoted, print_kserve))
     await_live(promoted, live, wait)
 
 

@@ -6,16 +6,18 @@ a refusal.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from securesystemslib.dsse import Envelope
 
+from dfmcl.common.errors import BadInput
 from dfmcl.common.files import write_text
 from dfmcl.common.providers import Decider
 from dfmcl.gating.signing.envelopes import (
@@ -34,6 +36,8 @@ from dfmcl.gating.signing.evidence import (
     MALFORMED,
     MANIFEST,
     REPORT,
+    SIGNATURE,
+    file_digest,
     inspect,
     read_evidence,
     read_report,
@@ -41,6 +45,13 @@ from dfmcl.gating.signing.evidence import (
     require_verdict,
 )
 from dfmcl.gating.signing.faults import BadEvidence, NotAttested, refusal
+from dfmcl.gating.signing.model_signature import (
+    can_sign_models,
+    model_signature,
+    read_model_signature,
+    require_listed,
+    require_model_signature,
+)
 from dfmcl.gating.signing.signer import PublicKey, Signer
 from dfmcl.gating.signing.statement import (
     ROBUSTNESS,
@@ -57,6 +68,7 @@ if TYPE_CHECKING:
     from dfmcl.gating.signing.report import Report
 
 DEFAULT = Decider().provider  # of statements from before they named it
+NEEDS = "needs an ECDSA key on P-256"
 CLOCK_SKEW = timedelta(minutes=10)  # between the machine of the gate and this one
 
 __all__ = ["BadEvidence", "NotAttested"]
@@ -64,7 +76,8 @@ __all__ = ["BadEvidence", "NotAttested"]
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose word counts. `threshold` distinct keys must have signed both statements.
+    """Whose word counts. `threshold` distinct keys must have signed both statements, and one of `model_keys` model.sig;
+    an empty one of the two lists asks for nothing, two of them let nothing pass.
 
     policies: digests of the policies that may let a model pass; None: any. max_age: since the gate ran; None: any.
     data: digests of the data sets that may be judged on, as a policy names a place and not its content; None: any.
@@ -79,11 +92,15 @@ class Trust:
     data: frozenset[str] | None = None
     drawn: bool = False
     providers: frozenset[str] | None = None
+    model_keys: tuple[PublicKey, ...] = ()
 
 
 @dataclass(frozen=True)
 class Attestation:
-    """Two statements as trusted keys signed them. subject: SHA-256 by file name; signers: key ids."""
+    """Two statements as trusted keys signed them, or as they follow from a report that a trusted model.sig covers.
+
+    subject: SHA-256 by file name; signers: key ids.
+    """
 
     subject: dict[str, str]
     test_result: dict[str, Any]
@@ -119,17 +136,78 @@ def sign_evidence(evidence: Path, signers: Sequence[Signer]) -> datetime:
     report, digest = read_evidence(evidence)
     envelopes = read_envelopes(path) if os.path.lexists(path) else None
     fresh = _unsigned(report, digest, report.policy.valid_days)
+    modeller = model_signer(report, signers)
+    if modeller is None and os.path.lexists(evidence / SIGNATURE):
+        raise BadInput(
+            f"{evidence / SIGNATURE}: would no longer be about the attestation; sign with its key, too, or remove it"
+        )
     if envelopes is not None and [said_by(envelope) for envelope in envelopes] != [
         said_by(envelope) for envelope in fresh
     ]:
         raise refusal("unlike", f"{path}: does not say what {REPORT} says")
     _require_drawn(report, [signer.public_key for signer in signers], evidence / REPORT, by_one=False)
-    write_text(path, signed_lines(envelopes or fresh, signers))
+    text = signed_lines(envelopes or fresh, signers)
+    if modeller is not None:  # first, because a server that saw the new attestation asks once
+        files = {**_files(report, digest), ATTESTATION: hashlib.sha256(text.encode()).hexdigest()}
+        write_text(evidence / SIGNATURE, model_signature(files, report.candidate.name, modeller))
+    write_text(path, text)
     return datetime.fromisoformat(json.loads(fresh[1].payload)["predicate"]["expires"])
+
+
+def model_signer(report: Report, signers: Sequence[Signer]) -> Signer | None:
+    """The first that can sign model.sig, where the report is about a candidate; else there are no files to list."""
+    able = [signer for signer in signers if can_sign_models(signer.public_key) and report.candidate.files]
+    return able[0] if able else None
+
+
+def sign_model(directory: Path, signer: Signer) -> None:
+    """Write model.sig over all files of a release, whose attestation stays as it is. BadInput: no such kind of key."""
+    if not can_sign_models(signer.public_key):
+        raise BadInput(f"key {signer.public_key.keyid[:12]}: is {signer.public_key.scheme}; {SIGNATURE} {NEEDS}")
+    report, _, files = _release(directory)
+    write_text(directory / SIGNATURE, model_signature(files, report.candidate.name, signer))
+
+
+def require_covered(directory: Path) -> None:
+    """Refuse a model.sig that is about other files than these, whoever signed it."""
+    _, _, files = _release(directory)
+    require_listed(directory / SIGNATURE, read_model_signature(directory / SIGNATURE).files, files)
+
+
+def _release(directory: Path) -> tuple[Report, str, dict[str, str]]:
+    """The report that lies there, its SHA-256, and the SHA-256 by name of all that must lie beside it."""
+    report, digest = read_report(directory / REPORT)
+    return report, digest, {**_files(report, digest), ATTESTATION: file_digest(directory / ATTESTATION)}
+
+
+def _files(report: Report, report_sha256: str) -> dict[str, str]:
+    """SHA-256 by name of a release's files, less the attestation."""
+    return {**report.candidate.files, **report.files, REPORT: report_sha256}
 
 
 def read_attestation(evidence: Path, trust: Trust) -> Attestation:
     """What trusted keys say in an evidence directory, whatever the verdict; NotAttested where too few of them do."""
+    by_model: tuple[str, ...] = ()
+    if trust.model_keys:
+        keyid, signed = require_model_signature(evidence / SIGNATURE, trust.model_keys)
+        report, digest, files = _release(evidence)
+        require_listed(evidence / SIGNATURE, signed, files)
+        if not trust.keys:
+            return _following_from(report, digest, keyid)
+        by_model = (keyid,)
+    found = _signed_statements(evidence, trust)
+    return replace(found, signers=tuple(sorted({*found.signers, *by_model})))
+
+
+def _following_from(report: Report, digest: str, keyid: str) -> Attestation:
+    """What an attestation of this report would say."""
+    test_result, robust = (
+        json.loads(envelope.payload) for envelope in _unsigned(report, digest, report.policy.valid_days)
+    )
+    return Attestation(subject_of(robust), test_result["predicate"], robust["predicate"], (keyid,))
+
+
+def _signed_statements(evidence: Path, trust: Trust) -> Attestation:
     path = evidence / ATTESTATION
     envelopes = read_envelopes(path)
     signers = signers_of_all(envelopes, trust.keys)

@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 REPORT = "report.json"
 PROBES = "probes.npz"
 ATTESTATION = "attestation.intoto.jsonl"
+SIGNATURE = "model.sig"
 FILE_BYTES = 2**32  # an ONNX file holds 2 GiB at most, and probes unpack to 4
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -122,7 +123,7 @@ def require_verdict(verdict: object, path: Path) -> None:
 def _require_passed(report: Report, candidate: Path, evidence: Path) -> None:
     """Refuse a report that did not pass, or whose candidate or evidence is not, file for file, what lies there."""
     files = report.candidate.files
-    beside = {REPORT, ATTESTATION, *report.files}
+    beside = {REPORT, ATTESTATION, SIGNATURE, *report.files}
     allowed = {*files, *(beside if _same(candidate, evidence) else ())}
     try:
         found = sorted(path.name for path in candidate.iterdir())

@@ -56,6 +56,7 @@ FAULTS: dict[str, Fault] = {
     "forged": Fault(NotAttested, "a payload is not what a trusted key signed", "somebody changed it: gate again"),
     "envelopes": Fault(NotAttested, "not one envelope for each of the two statements", SIGN_AGAIN),
     "statements": Fault(NotAttested, "the statements are of another kind, or contradict each other", SIGN_AGAIN),
+    "listed": Fault(NotAttested, "model.sig is about other files than lie there", SIGN_AGAIN),
     "contradiction": Fault(NotAttested, "the report contradicts its own record, policy or checks", AGAIN),
     "unlike": Fault(NotAttested, "the attestation does not say what the report says", "gate and sign again"),
     "bytes": Fault(NotAttested, "a file of the candidate is not the one that was judged", "run dfmcl gate on this one"),

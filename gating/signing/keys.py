@@ -1,4 +1,7 @@
-"""Signing keys on disk, ed25519: OUT.key is a private PEM that only its owner reads, OUT.pub the public one."""
+"""Signing keys on disk, in PEM: ed25519, as `dfmcl keygen` writes them, or ECDSA on P-256, as others do.
+
+keygen's OUT.key is the private one, which only its owner reads; OUT.pub the public one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,11 @@ import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    SECP256R1,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+)
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -17,6 +25,8 @@ from securesystemslib.signer import CryptoSigner, SSlibKey
 
 from dfmcl.common.errors import BadInput, unwritable
 from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
+
+UNKNOWN = "neither an ed25519 key nor one of ECDSA on P-256"
 
 
 def keygen(out: Path) -> str:
@@ -39,25 +49,29 @@ def keygen(out: Path) -> str:
 
 
 def read_signer(path: Path) -> CryptoSigner:
-    """The signer behind a private key; BadInput where the file holds no unencrypted ed25519 key."""
+    """The signer behind a private key; BadInput where the file holds no unencrypted key of a kind that is known."""
     try:
         key = load_pem_private_key(_read(path), None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise BadInput(f"{path}: no private key in unencrypted PEM; `dfmcl keygen` writes one") from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise BadInput(f"{path}: no ed25519 key; `dfmcl keygen` writes one")
-    return CryptoSigner(key)
+    if isinstance(key, Ed25519PrivateKey) or (isinstance(key, EllipticCurvePrivateKey) and _is_p256(key)):
+        return CryptoSigner(key)
+    raise BadInput(f"{path}: {UNKNOWN}; `dfmcl keygen` writes one")
 
 
 def read_public(path: Path) -> SSlibKey:
-    """A public key with its id; BadInput where the file holds no ed25519 key."""
+    """A public key with its id; BadInput where the file holds none of a kind that is known."""
     try:
         key = load_pem_public_key(_read(path))
     except (ValueError, UnsupportedAlgorithm):
         raise BadInput(f"{path}: no public key in PEM; name the .pub file that `dfmcl keygen` wrote") from None
-    if not isinstance(key, Ed25519PublicKey):
-        raise BadInput(f"{path}: no ed25519 key; name the .pub file that `dfmcl keygen` wrote")
-    return SSlibKey.from_crypto(key)
+    if isinstance(key, Ed25519PublicKey) or (isinstance(key, EllipticCurvePublicKey) and _is_p256(key)):
+        return SSlibKey.from_crypto(key)
+    raise BadInput(f"{path}: {UNKNOWN}; name the .pub file that `dfmcl keygen` wrote")
+
+
+def _is_p256(key: EllipticCurvePrivateKey | EllipticCurvePublicKey) -> bool:
+    return isinstance(key.curve, SECP256R1)
 
 
 def _read(path: Path) -> bytes:

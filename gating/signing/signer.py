@@ -1,12 +1,13 @@
 """Who signs and who is believed: the little that is asked of a key, so that no private byte need leave an HSM or a KMS.
 
-Every signer and key of securesystemslib fits; `read_signer` and `read_public` of keys.py make the ones on disk.
+Every signer and key of securesystemslib fits; `read_signer` and `read_public` of keys.py make the ones on disk,
+`command_signer` of command.py the ones that a command reaches.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from typing import Any, Protocol
 
 from securesystemslib.exceptions import Error as SignatureError
 from securesystemslib.signer import Signature
@@ -19,10 +20,11 @@ SEALING = b"dfmcl gate state/2"  # signed for this and nothing else, shown to no
 
 
 class PublicKey(Protocol):
-    """keyid: as trust files and signatures know it. scheme: how it signs, such as ed25519."""
+    """keyid: as trust files and signatures know it. scheme: how it signs, such as ed25519. keyval: PEM, as "public"."""
 
     keyid: str
     scheme: str
+    keyval: dict[str, Any]
 
     def verify_signature(self, signature: Signature, data: bytes) -> None:
         """SignatureError where the signature is not this key's over these bytes."""

@@ -14,12 +14,15 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.providers import PROVIDERS
 from dfmcl.common.toml import Section, read_toml, validated
 from dfmcl.gating.policy import load_policy
-from dfmcl.gating.signing.attestation import Trust
+from dfmcl.gating.signing.attestation import NEEDS, Trust
 from dfmcl.gating.signing.keys import read_public
+from dfmcl.gating.signing.model_signature import can_sign_models
+from dfmcl.gating.signing.signer import PublicKey
 
 
 class TrustFile(Section):
-    """Paths are relative to the file. keys: public ones; list old and new while they rotate.
+    """Paths are relative to the file. keys: public ones, whose attestation is asked for; list old and new while they
+    rotate. model_keys: those of which one must have signed model.sig (ECDSA). At least one of the two lists.
 
     policies: files or SHA-256 digests of those that may let a model pass; without it any may. data: SHA-256 of the data
     sets that may be judged on, as reports give it; without it any may. drawn: whether one of the keys must have drawn
@@ -28,7 +31,8 @@ class TrustFile(Section):
     """
 
     threshold: int = Field(1, ge=1)
-    keys: list[str] = Field(min_length=1)
+    keys: list[str] | None = Field(None, min_length=1)
+    model_keys: list[str] | None = Field(None, min_length=1)
     policies: list[str] | None = Field(None, min_length=1)
     max_age_days: int | None = Field(None, ge=1)
     drawn: bool = False
@@ -39,11 +43,22 @@ class TrustFile(Section):
 def load_trust(path: Path) -> Trust:
     """A trust file with the keys and policies it names; BadInput names the file and what is wrong."""
     parsed = validated(TrustFile, read_toml(path, "name a trust file (TOML)"), str(path))
-    keys = {key.keyid: key for key in (read_public(path.parent / name) for name in parsed.keys)}
-    if len(keys) < parsed.threshold:
+    keys, model_keys = _keys(path, parsed.keys), _keys(path, parsed.model_keys)
+    if not keys and not model_keys:
+        raise BadInput(
+            f"{path}: trusts nobody; list keys, whose attestation counts, or model_keys, whose model.sig does"
+        )
+    if not keys and (parsed.threshold > 1 or parsed.drawn):
+        raise BadInput(
+            f"{path}: {'drawn' if parsed.drawn else 'threshold'} is about keys, and none is listed; list some"
+        )
+    if other := [key for key in model_keys.values() if not can_sign_models(key)]:
+        raise BadInput(f"{path}: model_keys: key {other[0].keyid[:12]} is {other[0].scheme}; model.sig {NEEDS}")
+    if keys and len(keys) < parsed.threshold:
         raise BadInput(f"{path}: threshold is {parsed.threshold}, but {len(keys)} different keys are listed; list more")
     return Trust(
         keys=tuple(keys.values()),
+        model_keys=tuple(model_keys.values()),
         threshold=parsed.threshold,
         policies=None if parsed.policies is None else frozenset(_digest(path, name) for name in parsed.policies),
         data=None if parsed.data is None else frozenset(parsed.data),
@@ -75,6 +90,10 @@ def follow_trust(path: Path, say: Callable[[str], None]) -> Callable[[], Trust]:
         return last
 
     return now
+
+
+def _keys(trust: Path, names: list[str] | None) -> dict[str, PublicKey]:
+    return {key.keyid: key for key in (read_public(trust.parent / name) for name in names or ())}
 
 
 def _digest(trust: Path, policy: str) -> str:

@@ -184,7 +184,8 @@ class _Supervisor:
         source, copy = release.path, target / str(release.version)
         copy.mkdir(parents=True, exist_ok=True)
         (target / layout.CONFIG).write_bytes(layout.config_bytes(self._store, name))
-        for file in layout.VERSION_FILES:
+        signature = [layout.SIGNATURE] if (source / layout.SIGNATURE).is_file() else []
+        for file in (*layout.VERSION_FILES, *signature):
             shutil.copy(source / file, copy / file)
         return verify_release(into, name, self._trust)
 

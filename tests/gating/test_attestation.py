@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.policy import load_policy
+from dfmcl.gating.schema import PREDICATE, predicate_text
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, read_attestation, sign_evidence, verify
 from dfmcl.gating.signing.envelopes import PAYLOAD_TYPE
 from dfmcl.gating.signing.evidence import ATTESTATION, candidate_files, file_digest, inspect
@@ -200,6 +201,25 @@ def test_statements_say_what_the_report_says(pair: tuple[Path, Path]) -> None:
     assert predicate["report"]["sha256"] == file_digest(evidence / "report.json")
     created, expires = (datetime.fromisoformat(predicate[key]) for key in ("created", "expires"))
     assert expires - created == timedelta(days=report["policy"]["valid_days"])
+
+
+def test_the_predicate_has_a_published_schema(pair: tuple[Path, Path]) -> None:
+    """`make report-schema` wrote the file from the records as they are; a new and the shipped attestation fit, one with
+    an entry more, less or of another type does not."""
+    assert PREDICATE.read_text(encoding="utf-8") == predicate_text()
+    schema = json.loads(predicate_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["$id"] == ROBUSTNESS
+    for evidence in (pair[1], ROOT / "model_repository" / "resnet18-cifar10" / "1"):
+        predicate = said(evidence)[1]["predicate"]
+        jsonschema.validate(predicate, schema)
+        assert predicate.keys() <= schema["properties"].keys()
+        for name in schema["required"]:
+            for wrong in ({key: predicate[key] for key in predicate if key != name}, {**predicate, name: True}):
+                with pytest.raises(jsonschema.ValidationError):
+                    jsonschema.validate(wrong, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**predicate, "more": 1}, schema)
 
 
 @pytest.mark.parametrize("verdict", ["failed", "inconclusive", "suspect"])
@@ -615,7 +635,7 @@ def test_what_is_no_key_is_refused(tmp_path: Path, key: Path) -> None:
         tmp_path / "text": "no private key in unencrypted PEM",
         tmp_path / "locked": "no private key in unencrypted PEM",
         key.with_suffix(".pub"): "no private key in unencrypted PEM",
-        tmp_path / "rsa": "no ed25519 key",
+        tmp_path / "rsa": "neither an ed25519 key nor one of ECDSA on P-256",
     }.items():
         with pytest.raises(BadInput) as caught:
             read_signer(path)
@@ -623,7 +643,7 @@ def test_what_is_no_key_is_refused(tmp_path: Path, key: Path) -> None:
     for path, reason in {
         tmp_path / "none": "No such file",
         key: "no public key in PEM",
-        tmp_path / "rsa.pub": "no ed25519 key",
+        tmp_path / "rsa.pub": "neither an ed25519 key nor one of ECDSA on P-256",
     }.items():
         with pytest.raises(BadInput) as caught:
             read_public(path)
@@ -659,7 +679,7 @@ def test_a_trust_file_is_read_where_it_lies(tmp_path: Path, key: Path, second: P
     ("text", "message"),
     [
         ("keys = []", "keys: List should have at least 1 item"),
-        ("threshold = 1", "keys: Field required"),
+        ("threshold = 1", "trusts nobody; list keys"),
         ('keys = ["release.pub"]\nthreshold = 0', "threshold: Input should be greater than or equal to 1"),
         ('keys = ["release.pub"]\nthreshhold = 2', "unknown key threshhold; known are threshold, keys, policies"),
         ('keys = ["release.pub", "release.pub"]\nthreshold = 2', "threshold is 2, but 1 different keys are listed"),
