@@ -86,8 +86,8 @@ class Dataset:
         return f"{self.path}: {said}" if said else ""
 
 
-def whole(data: Dataset, track: Track = silent) -> Dataset:
-    """The same with its images as arrays."""
+def in_memory(data: Dataset, track: Track = silent, *, test: bool = False) -> Dataset:
+    """The same with its training images as arrays, and, where asked, its test images."""
 
     def read(images: Images, part: str) -> Bytes:
         if isinstance(images, Pictures):
@@ -95,7 +95,8 @@ def whole(data: Dataset, track: Track = silent) -> Dataset:
         return np.asarray(images)
 
     digest = data.sha256
-    read_in = replace(data, x_train=read(data.x_train, "train"), x_test=read(data.x_test, "test"))
+    x_test = read(data.x_test, "test") if test else data.x_test
+    read_in = replace(data, x_train=read(data.x_train, "train"), x_test=x_test)
     read_in.__dict__["sha256"] = digest
     return read_in
 
@@ -110,7 +111,7 @@ def load_dataset(
     name: str, path: str = "", image_size: int = 0, track: Track = silent, preprocessing: str = ""
 ) -> Dataset:
     """The data set as `open_dataset` opens it, its images as arrays, because all are needed, or many times."""
-    return whole(open_dataset(name, path, image_size, track, preprocessing=preprocessing), track)
+    return in_memory(open_dataset(name, path, image_size, track, preprocessing=preprocessing), track, test=True)
 
 
 def open_dataset(
