@@ -23,7 +23,15 @@ class Member:
         return f"{self.shard}/{self.name}"
 
 
-def opened(source: str | Member) -> BufferedReader | BytesIO:
+Source = str | Member
+
+
+def holder(source: Source) -> str:
+    """The path of the file that holds these bytes."""
+    return source if isinstance(source, str) else source.shard
+
+
+def opened(source: Source) -> BufferedReader | BytesIO:
     """The bytes of a path or a member; OSError as `open`, BadInput where it is no regular file or is cut off."""
     if isinstance(source, str):
         return _regular(source)

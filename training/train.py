@@ -19,6 +19,7 @@ from dfmcl.common.locks import LOCK, held
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Dataset, Labels, in_memory, open_dataset
+from dfmcl.robustness.digests import Kept
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.ranks import Ranks
@@ -43,6 +44,7 @@ def train(
     resume: bool = False,
     limits: Limits | None = None,
     compact: bool = False,
+    kept: Kept | None = None,
     track: Track = silent,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -50,14 +52,15 @@ def train(
 
     Where the limits end, the run ends at the next step's boundary, its state saved (Interrupted); `resume` continues
     from there, on a CPU with the same number of threads bit for bit as if nothing had happened. compact: a state under
-    60 MB for full width, to be carried to another machine; it resumes closely, not bit for bit. Under torchrun each
+    60 MB for full width, to be carried to another machine; it resumes closely, not bit for bit. kept: digests of the
+    images' files from earlier runs. Under torchrun each
     process takes its part of every batch. Returns the manifest. BadInput where another process trains into `out`;
     EndedAtOnce for a KeyboardInterrupt, which leaves the last saved state.
     """
     ranks, limits = Ranks.join(), limits or Limits()
     try:
         with only_writer(out, ranks):
-            return _train(config, out, ranks, resume, limits, compact, track, log)
+            return _train(config, out, ranks, resume, limits, compact, kept, track, log)
     except (KeyboardInterrupt, RuntimeError) as error:
         # torch's, for an exchange with a process that the second signal reached first.
         if isinstance(error, RuntimeError) and not (ranks.world > 1 and limits.over):
@@ -94,13 +97,14 @@ def _train(
     resume: bool,
     limits: Limits,
     compact: bool,
+    kept: Kept | None,
     track: Track,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     require_room(out, resume)
     if not ranks.first:
         log, track = (lambda line: None), silent
-    data = open_dataset(*config.data.named, track, preprocessing=config.data.preprocessing)
+    data = open_dataset(*config.data.named, track, preprocessing=config.data.preprocessing, kept=kept)
     if not len(data.x_train):
         raise BadInput(
             f"data {data.path}: has test images only; training needs {Path(data.path) / 'train'}/CLASS/*.png"

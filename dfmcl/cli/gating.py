@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfmcl.cli.arguments import ARCH, OUTPUT, PREPROCESSING, SUBJECT, path, read_labels, read_preprocessing
+from dfmcl.cli.arguments import ARCH, OUTPUT, PREPROCESSING, SUBJECT, VERIFY_DATA, path, read_labels, read_preprocessing
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, say_page, track
 
@@ -54,6 +54,7 @@ def gate(
     output: OUTPUT = None,
     arch: ARCH = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
+    verify_data: VERIFY_DATA = False,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
     from dfmcl.gating.signing.keys import read_signer
@@ -66,6 +67,7 @@ def gate(
     from dfmcl.gating.formats.markdown import markdown
     from dfmcl.gating.gate import gate as run_gate
     from dfmcl.gating.subjects.registry import open_subject
+    from dfmcl.robustness.digests import Kept
     from dfmcl.robustness.ranks import Ranks
     from dfmcl.robustness.runs import load_run
 
@@ -90,6 +92,7 @@ def gate(
                 baseline=baseline,
                 signers=signers,
                 ranks=ranks,
+                kept=Kept.usual(verify=verify_data, test=False),
                 track=show,
                 watch=watch,
             )
