@@ -26,6 +26,7 @@ from dfmcl.robustness.folder import Part, described, list_part
 from dfmcl.robustness.images import Images, Pictures
 from dfmcl.robustness.manifest import list_manifest
 from dfmcl.robustness.mapped import Mapped
+from dfmcl.robustness.parquet import list_parquet
 from dfmcl.robustness.shards import list_shards
 from dfmcl.robustness.sources import FITTED
 
@@ -220,11 +221,13 @@ LISTS: dict[str, Callable[[str], tuple[Part, Part]]] = {
     "folder": _folder,
     "csv": lambda path: list_manifest(Path(path)),
     "shards": lambda path: list_shards(Path(path)),
+    "parquet": lambda path: list_parquet(Path(path)),
 }
 EXPECTED = {
     "folder": "PATH/train/CLASS/*.png and PATH/test/CLASS/*.png",
     "csv": "a file with the columns path, label and split",
     "shards": "PATH/train/*.tar and PATH/test/*.tar",
+    "parquet": "PATH/train-*.parquet and PATH/test-*.parquet",
 }
 
 

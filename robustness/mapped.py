@@ -80,7 +80,9 @@ class Mapped:
 def mapped(path: str, key: str) -> Mapped | None:
     """An archive's array, where it is large, uint8, in rows (C order), and neither compressed nor encrypted."""
     with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{key}.npy")
+        info = archive.NameToInfo.get(f"{key}.npy")
+        if info is None:  # what numpy says of it is said of all that is no array
+            return None
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size < SMALLEST:
             return None
         with archive.open(info) as member:

@@ -100,7 +100,7 @@ class Held:
             yield Whole(self.images[places], self.labels[places])
 
 
-class Reading:
+class Streamed:
     """Images that lie elsewhere: worker processes read and augment a batch each, some of them ahead.
 
     workers: 0 reads in this process, between steps.
@@ -158,7 +158,7 @@ class _Steps(ByNumber["Read | DfmclError"]):
         return views, torch.from_numpy(self.labels[numbers])
 
 
-def feed_of(config: TrainConfig, data: Dataset, fit: Labels, ranks: Ranks) -> Held | Reading:
+def feed_of(config: TrainConfig, data: Dataset, fit: Labels, ranks: Ranks) -> Held | Streamed:
     """On the device what fits into `data.memory_bytes`; else read by `data.workers` processes."""
     if fits(config, data):
         return Held(config, data, fit, ranks.device)
@@ -167,7 +167,7 @@ def feed_of(config: TrainConfig, data: Dataset, fit: Labels, ranks: Ranks) -> He
         # On a CPU the passes take the cores, and one worker is soon ahead of them.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = max(1, len(os.sched_getaffinity(0)) // local) if ranks.device.type == "cuda" else 1
-    return Reading(config, data, fit, ranks, workers)
+    return Streamed(config, data, fit, ranks, workers)
 
 
 def fits(config: TrainConfig, data: Dataset) -> bool:

@@ -25,7 +25,7 @@ from dfmcl.training import train as loop
 from dfmcl.training.augmentation import crop, flip
 from dfmcl.training.config import TrainConfig, load_config
 from dfmcl.training.course import Course
-from dfmcl.training.feed import Held, Reading, Ready, Whole, feed_of
+from dfmcl.training.feed import Held, Ready, Streamed, Whole, feed_of
 from dfmcl.training.limits import Limits
 from dfmcl.training.noise import Noise
 from dfmcl.training.train import statistics, train
@@ -84,7 +84,7 @@ def children() -> set[int]:
 
 
 def batches(config: TrainConfig, data: Dataset, ranks: Ranks, count: int) -> list[Ready]:
-    found = list(Reading(config, data, np.arange(24), ranks, workers=0).batches(1, count))
+    found = list(Streamed(config, data, np.arange(24), ranks, workers=0).batches(1, count))
     assert all(isinstance(batch, Ready) for batch in found)
     return found  # type: ignore[return-value]  # as the line above says
 
@@ -143,7 +143,7 @@ def test_a_byte_limit_decides(pictures: Path) -> None:
         feed_of(told(pictures, f"data.memory_bytes={n}"), data, np.arange(24), ALONE) for n in (size, size - 1)
     )
     assert isinstance(at, Held)
-    assert isinstance(above, Reading)
+    assert isinstance(above, Streamed)
     assert told(pictures, "data.workers=1").digest == told(pictures, "data.workers=2").digest
     assert told(pictures).digest != told(pictures, "data.memory_bytes=1").digest
     assert TrainConfig().data.memory_bytes == 2**29
@@ -190,7 +190,7 @@ def test_a_broken_picture_ends_the_run_in_one_line(tmp_path: Path, pictures: Pat
 
 def test_a_worker_that_dies_is_told(tmp_path: Path, pictures: Path) -> None:
     """As the kernel ends one for lack of memory: what died, why that may be, what to do."""
-    feed = Reading(told(pictures), open_dataset("folder", str(pictures), 16), np.arange(24), ALONE, workers=1)
+    feed = Streamed(told(pictures), open_dataset("folder", str(pictures), 16), np.arange(24), ALONE, workers=1)
     found = feed.batches(1, 10**6)
     with pytest.raises(Broken, match=r"a process that reads images has died .* lower data\.workers"), room.told():
         killed(found)
@@ -207,7 +207,7 @@ def killed(found: Iterator[object]) -> None:
 
 def test_a_signal_to_all_processes_is_the_trainings(pictures: Path) -> None:
     """Ctrl-C and a service's SIGTERM reach workers too: they go on, because the run ends at a step's boundary."""
-    feed = Reading(told(pictures), open_dataset("folder", str(pictures), 16), np.arange(24), ALONE, workers=1)
+    feed = Streamed(told(pictures), open_dataset("folder", str(pictures), 16), np.arange(24), ALONE, workers=1)
     found = feed.batches(1, 40)
     next(found)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -220,6 +220,6 @@ def test_reading_leaves_the_draws_of_others_alone(pictures: Path) -> None:
     """A network with dropout draws from torch's own generator: no worker's seed is taken from it."""
     before = torch.random.get_rng_state()
     data = open_dataset("folder", str(pictures), 16)
-    next(Reading(told(pictures), data, np.arange(24), ALONE, workers=0).batches(1, 1))
+    next(Streamed(told(pictures), data, np.arange(24), ALONE, workers=0).batches(1, 1))
     assert torch.equal(before, torch.random.get_rng_state())
     assert math.prod(data.x_train.shape) == 38 * 16 * 16 * 3
