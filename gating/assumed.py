@@ -101,8 +101,10 @@ class Assumed:
 
 
 def kind_of(path: Path) -> Kind:
-    """The kind of data set that a path is: a folder of shards or of classes, a CSV file, else an archive."""
+    """The kind of data set that a path is: a folder of tables, shards or classes, a CSV file, else an archive."""
     if path.is_dir():
+        if any(any(place.glob("*.parquet")) for place in (path, path / "data")):
+            return "parquet"
         return (
             "shards" if any(any(place.glob("*.tar")) for place in (path, path / "train", path / "test")) else "folder"
         )

@@ -85,8 +85,9 @@ robustness:
 class Shown:
     """The model that the files are about, as a command names it.
 
-    model: an ONNX file or module:callable. contract: the words of --input. output: of an ONNX file with several.
+    model: a file or module:callable. contract: the words of --input. output: of an ONNX file with several.
     labels: the file that names its classes; None: LABELS is written. preprocessing: of its pictures.
+    kind: of gating/kinds.py. arch: of a file of weights.
     """
 
     model: str
@@ -94,11 +95,8 @@ class Shown:
     output: str | None
     labels: Path | None
     preprocessing: Preprocessing = USUAL
-
-    @property
-    def file(self) -> bool:
-        """Whether it can become a candidate, which can be promoted."""
-        return Path(self.model).is_file()
+    kind: str = "onnx"
+    arch: str | None = None
 
 
 def require_free(out: Path, service: str, shown: Shown) -> None:
@@ -143,9 +141,10 @@ def _script(shown: Shown) -> list[str]:
     """Lines of a shell: the model becomes a candidate where it can, and is judged."""
     told = ["--labels", str(shown.labels or LABELS), "--input", shown.contract]
     told += ["--output", shown.output] if shown.output else []
+    told += ["--arch", shown.arch] if shown.arch else []
     fitted = [] if shown.preprocessing == USUAL else ["--preprocessing", str(shown.preprocessing)]
     judged, lines = shlex.join(["candidate"]), []
-    if shown.file:
+    if shown.kind == "onnx":
         lines.append(shlex.join(["dfmcl", "export", shown.model, *told, *fitted, "--out", "candidate"]))
     else:
         judged = shlex.join([shown.model, *told])

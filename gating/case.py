@@ -27,6 +27,7 @@ from dfmcl.robustness.attacks.transfer import ensemble_sha256
 from dfmcl.robustness.conventions import IMAGES as FIRST
 from dfmcl.robustness.conventions import Mismatch, mismatch
 from dfmcl.robustness.data import Bytes, Dataset, Labels, labelled_as, open_dataset
+from dfmcl.robustness.digests import Kept
 from dfmcl.robustness.models import device_of, to_float
 from dfmcl.robustness.portions import answered
 from dfmcl.robustness.provenance import provenance
@@ -124,10 +125,12 @@ def prepare(
     baseline: Path | None,
     signers: Sequence[Signer],
     track: Track,
+    kept: Kept | None = None,
 ) -> Case:
     """Read what a gate needs, and refuse what does not go together: BadInput, before any attack.
 
     baseline: report.json of an earlier model. signers: the first draws the order.
+    kept: digests of the training images' files from earlier runs.
     """
     require_kind(subject, policy)
     require_decider(subject, policy.decide)
@@ -135,7 +138,7 @@ def prepare(
     suites = suites_of(policy, no_gradients is not None)
     carried = carried_of(subject, policy, surrogates)
     mode = "L" if subject.contract.channels == 1 else "RGB"
-    data = open_dataset(*policy.data.named, track, mode, policy.data.preprocessing)
+    data = open_dataset(*policy.data.named, track, mode, policy.data.preprocessing, kept)
     if isinstance(subject.classes, tuple) and {*data.classes} < {*subject.classes}:
         data = labelled_as(data, subject.classes)
     require_fit(subject, data, policy)

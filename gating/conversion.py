@@ -22,6 +22,7 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from dfmcl.common.errors import DfmclError, lacks_memory
+from dfmcl.gating.deferred import deferred
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.onnx_float import NoTwin, float_twin
 from dfmcl.robustness.onnx_graph import WHOLE_NUMBERS, Graph, apart, artefact, freed, noise
@@ -70,7 +71,8 @@ def in_parts(net: nn.Module, images: Tensor, fewest: int, most: int | None) -> T
 def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor], provider: Provider = CPU) -> Converted:
     """The graph as a module, for gradients; `decide` gives the answers that it must equal, or come near to where the
     graph, or the provider that decides, rounds. NoGradients says why not."""
-    from onnx2pytorch import ConvertModel
+    with deferred("torchvision", "torchvision.io", "torchvision.ops"):
+        from onnx2pytorch import ConvertModel
 
     warnings.filterwarnings("ignore", "Using a non-tuple sequence", UserWarning)  # onnx2pytorch's Gather, each pass
     free = freed(graph) or graph

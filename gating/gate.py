@@ -39,6 +39,7 @@ from dfmcl.gating.subject import Subject, decided_by
 from dfmcl.robustness import checks
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Dataset, Labels
+from dfmcl.robustness.digests import Kept
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
 from dfmcl.robustness.gradients import AttackPass, attack_pass
@@ -67,6 +68,7 @@ def gate(
     baseline: Path | None = None,
     signers: Sequence[Signer] = (),
     ranks: Ranks | None = None,
+    kept: Kept | None = None,
     track: Track = silent,
     watch: Callable[[Progress], None] = unwatched,
 ) -> Report:
@@ -76,13 +78,14 @@ def gate(
     baseline: report.json of an earlier model, for `no_regression`.
     signers: each signs the evidence; the first draws the order, too.
     ranks: the processes that share the blocks; alone by default.
+    kept: digests of the training images' files from earlier runs.
     track, watch: where progress goes.
     An interrupted gate goes on where it was, if it is told the same again.
     """
     started = time.perf_counter()
     ranks = ranks or Ranks.alone()
     require_place(out, EVIDENCE)
-    case = prepare(subject, policy, surrogates or {}, baseline, signers, track)
+    case = prepare(subject, policy, surrogates or {}, baseline, signers, track, kept)
     report = None
     with State.at(out, case.identity, secret_of(signers), ranks) as state:
         found = attacked(case, state, ranks, track, watch)
@@ -298,7 +301,7 @@ def in_training(data: Dataset, index: NDArray[np.int64]) -> int:
     if isinstance(train, Pictures) and isinstance(test, Pictures):
         known = set(train.digests)
         return sum(test.digests[number] in known for number in index)
-    return repeated(test[index], np.asarray(train))
+    return repeated(test[index], train)
 
 
 def training_of(data: Dataset) -> tuple[Bytes, Labels]:

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 EXPORT = "export it to ONNX, make it a candidate with `dfmcl export`, and gate and sign that."
 
 
+BY_BATCH = "DynamicQuantizeLinear"  # in the origin of a file's gradients: its scales are of the whole batch
+QUANTISE = (
+    "A file that chooses its scales by the whole batch is not promoted, and `dfmcl export` refuses it, because its"
+    " answer to one user would depend on another's image: quantise it statically, and gate that."
+)
+
+
 @dataclass(frozen=True)
 class SubjectKind:
     """One kind.

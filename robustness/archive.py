@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track
 from dfmcl.common.reader import opened
+from dfmcl.robustness.mapped import Mapped, mapped
 
 Array = NDArray[Any]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -23,10 +25,10 @@ NAMED = 5  # labels that a message lists
 PICKLED = "is a pickled array of objects, which is not read because a pickle can run code; save it as one array"
 
 
-def read_archive(path: str, track: Track) -> dict[str, Array]:
+def read_archive(path: str, track: Track) -> dict[str, Any]:
     """The arrays KEYS, and `classes` where it is there, checked: uint8 (N, H, W, C) and int64 (N,).
 
-    Without any of the training part, that is empty.
+    Without any of the training part, that is empty. Large images that are not compressed are Mapped.
     """
     held = _arrays(path, track)
     for part in ("train", "test") if KEYS[0] in held else ("test",):
@@ -39,20 +41,24 @@ def read_archive(path: str, track: Track) -> dict[str, Array]:
     return {"x_train": held["x_test"][:0], "y_train": held["y_test"][:0], **held}
 
 
-def images_of(images: Array, where: str) -> NDArray[np.uint8]:
+def images_of(images: Array | Mapped, where: str) -> NDArray[np.uint8] | Mapped:
     """uint8 (N, H, W, C) of what an archive holds; (N, H, W) is grey. BadInput says how to save another."""
-    if images.dtype != np.uint8:
+    if isinstance(images, np.ndarray) and images.dtype != np.uint8:
         raise BadInput(f"{where} is {images.dtype}{_instead(images)}")
-    grey = images[..., None] if images.ndim == 3 else images
-    if grey.ndim != 4 or (images.ndim == 3 and not {*CHANNELS}.isdisjoint(images.shape[1:])):
-        raise BadInput(f"{where} has shape {images.shape}; expected (N, H, W, 3), or (N, H, W) for grey")
-    if images.size == 0:
-        raise BadInput(f"{where} has shape {images.shape}, which is no image; put some in")
-    if grey.shape[3] not in CHANNELS:
-        raise BadInput(f"{where} has shape {images.shape}, {_layout(grey.shape)}")
-    if images.max() == 1:  # all but black, and an attack of 1/255 may turn a 0 into a 1
-        raise BadInput(f"{where} is uint8 from {images.min()} to 1; expected uint8 from 0 to 255: save 255 * x")
-    return np.ascontiguousarray(grey)
+    shape = tuple(images.shape)
+    full = (*shape, 1) if len(shape) == 3 else shape
+    if len(full) != 4 or (len(shape) == 3 and not {*CHANNELS}.isdisjoint(shape[1:])):
+        raise BadInput(f"{where} has shape {shape}; expected (N, H, W, 3), or (N, H, W) for grey")
+    if 0 in shape:
+        raise BadInput(f"{where} has shape {shape}, which is no image; put some in")
+    if full[3] not in CHANNELS:
+        raise BadInput(f"{where} has shape {shape}, {_layout(full)}")
+    if (images.max() if isinstance(images, np.ndarray) else images.top) == 1:
+        # All but black, and an attack of 1/255 may turn a 0 into a 1.
+        raise BadInput(f"{where} is uint8 from 0 to 1; expected uint8 from 0 to 255: save 255 * x")
+    if isinstance(images, Mapped):
+        return replace(images, shape=full)
+    return np.ascontiguousarray(images.reshape(full))
 
 
 def labels_of(labels: Array, where: str) -> NDArray[np.int64]:
@@ -89,7 +95,7 @@ def classes_of(held: Mapping[str, Array], path: str, known: tuple[str, ...] = ()
     return names or tuple(map(str, range(count)))
 
 
-def _arrays(path: str, track: Track) -> dict[str, Array]:
+def _arrays(path: str, track: Track) -> dict[str, Any]:
     expected = f"expected {', '.join(KEYS)}"
     try:
         opened(Path(path), named=True).close()  # neither a FIFO nor a device, which would keep the next line waiting
@@ -102,7 +108,9 @@ def _arrays(path: str, track: Track) -> dict[str, Array]:
                 found = f"holds {', '.join(archive.files[:NAMED]) or 'nothing'}"
                 raise BadInput(f"{path}: lacks {', '.join(missing)}; {expected}; it {found}")
             keys = [key for key in (*KEYS, CLASSES) if key in archive]
-            return {key: _array(archive, key, path) for key in track(keys, f"reading {path}", len(keys))}
+            images = {key: found for key in keys if key.startswith("x_") and (found := mapped(path, key))}
+            read = track([key for key in keys if key not in images], f"reading {path}", len(keys) - len(images))
+            return images | {key: _array(archive, key, path) for key in read}
     except (BadInput, MemoryError):
         raise
     except FileNotFoundError:

@@ -21,9 +21,12 @@ from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import Track, silent
 from dfmcl.common.text import is_line, why_not_local
 from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
+from dfmcl.robustness.digests import Kept, digests_of
 from dfmcl.robustness.folder import Part, described, list_part
 from dfmcl.robustness.images import Images, Pictures
 from dfmcl.robustness.manifest import list_manifest
+from dfmcl.robustness.mapped import Mapped
+from dfmcl.robustness.parquet import list_parquet
 from dfmcl.robustness.shards import list_shards
 from dfmcl.robustness.sources import FITTED
 
@@ -60,6 +63,11 @@ class Dataset:
                 digest.update("".join(map("{}\0{}\n".format, named, pictures.digests)).encode())
             return digest.hexdigest()
         for array in (self.x_train, self.y_train, self.x_test, self.y_test):
+            if isinstance(array, Mapped):
+                digest.update(str((array.shape, np.dtype(np.uint8).str)).encode())
+                for block in array.blocks():
+                    digest.update(block.data)
+                continue
             digest.update(str((array.shape, np.asarray(array).dtype.str)).encode())
             digest.update(np.ascontiguousarray(np.asarray(array)).data)
         return digest.hexdigest()
@@ -86,8 +94,8 @@ class Dataset:
         return f"{self.path}: {said}" if said else ""
 
 
-def whole(data: Dataset, track: Track = silent) -> Dataset:
-    """The same with its images as arrays."""
+def in_memory(data: Dataset, track: Track = silent, *, test: bool = False) -> Dataset:
+    """The same with its training images as arrays, and, where asked, its test images."""
 
     def read(images: Images, part: str) -> Bytes:
         if isinstance(images, Pictures):
@@ -95,7 +103,8 @@ def whole(data: Dataset, track: Track = silent) -> Dataset:
         return np.asarray(images)
 
     digest = data.sha256
-    read_in = replace(data, x_train=read(data.x_train, "train"), x_test=read(data.x_test, "test"))
+    x_test = read(data.x_test, "test") if test else data.x_test
+    read_in = replace(data, x_train=read(data.x_train, "train"), x_test=x_test)
     read_in.__dict__["sha256"] = digest
     return read_in
 
@@ -110,7 +119,7 @@ def load_dataset(
     name: str, path: str = "", image_size: int = 0, track: Track = silent, preprocessing: str = ""
 ) -> Dataset:
     """The data set as `open_dataset` opens it, its images as arrays, because all are needed, or many times."""
-    return whole(open_dataset(name, path, image_size, track, preprocessing=preprocessing), track)
+    return in_memory(open_dataset(name, path, image_size, track, preprocessing=preprocessing), track, test=True)
 
 
 def open_dataset(
@@ -120,6 +129,7 @@ def open_dataset(
     track: Track = silent,
     mode: str = "RGB",
     preprocessing: str = "",
+    kept: Kept | None = None,
 ) -> Dataset:
     """A data set by its kind (dfmcl.robustness.sources); files of FITTED kinds are decoded when they are asked for.
 
@@ -127,6 +137,7 @@ def open_dataset(
     image_size: the side that files are fitted to.
     mode: RGB, or L, to read files for a network that takes grey images.
     preprocessing: how they are fitted, in the words of Preprocessing; empty: `fit bilinear`.
+    kept: where digests of files are kept; None: nowhere.
     """
     if why := why_not_local(path):  # a path that no configuration gave, such as --data-path
         raise BadInput(f"data: path {path}: {why}")
@@ -134,7 +145,7 @@ def open_dataset(
         "digits": lambda: _digits(),
         "cifar10": lambda: _npz(path, "cifar10", track) if path.endswith(".npz") else _cifar10(path),
         "npz": lambda: _npz(path, "npz", track),
-    } | {kind: functools.partial(_fitted, kind, path, image_size, mode, preprocessing) for kind in FITTED}
+    } | {kind: functools.partial(_fitted, kind, path, image_size, mode, preprocessing, track, kept) for kind in FITTED}
     if name not in loaders:
         raise BadInput(f"data: name is {name!r}; choose one of {', '.join(loaders)}")
     dataset = loaders[name]()
@@ -210,15 +221,19 @@ LISTS: dict[str, Callable[[str], tuple[Part, Part]]] = {
     "folder": _folder,
     "csv": lambda path: list_manifest(Path(path)),
     "shards": lambda path: list_shards(Path(path)),
+    "parquet": lambda path: list_parquet(Path(path)),
 }
 EXPECTED = {
     "folder": "PATH/train/CLASS/*.png and PATH/test/CLASS/*.png",
     "csv": "a file with the columns path, label and split",
     "shards": "PATH/train/*.tar and PATH/test/*.tar",
+    "parquet": "PATH/train-*.parquet and PATH/test-*.parquet",
 }
 
 
-def _fitted(name: str, path: str, image_size: int, mode: str, preprocessing: str) -> Dataset:
+def _fitted(
+    name: str, path: str, image_size: int, mode: str, preprocessing: str, track: Track, kept: Kept | None
+) -> Dataset:
     """Files of any size, brought to image_size squared."""
     if not path:
         raise BadInput(f"data: {name} needs a path, with {EXPECTED[name]}")
@@ -230,11 +245,18 @@ def _fitted(name: str, path: str, image_size: int, mode: str, preprocessing: str
         raise BadInput(f"data: preprocessing: {error}") from None
     told.require_side(image_size)
     train, test = LISTS[name](path)
+
+    def pictures(part: Part, which: str, place: Kept | None) -> Pictures:
+        digesting = functools.partial(
+            digests_of, track=track, label=f"digests of {which} images", kept=place, place=f"{path}/{which}"
+        )
+        return Pictures(part, image_size, mode, told, digesting)
+
     return Dataset(
         name=name,
-        x_train=Pictures(train, image_size, mode, told),
+        x_train=pictures(train, "train", kept),
         y_train=train.labels,
-        x_test=Pictures(test, image_size, mode, told),
+        x_test=pictures(test, "test", kept if kept is not None and kept.test else None),
         y_test=test.labels,
         classes=train.classes,
         path=path,

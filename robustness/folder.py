@@ -17,7 +17,7 @@ from PIL import Image
 from dfmcl.common import pictures
 from dfmcl.common.errors import BadInput
 from dfmcl.common.preprocessing import USUAL, Preprocessing
-from dfmcl.robustness.members import Member, opened
+from dfmcl.robustness.members import Source, opened
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # as this Pillow has them
 MAX_PIXELS = 89_478_485  # of a file, as Pillow has it: a decoded image takes up to a quarter of a gigabyte
@@ -30,7 +30,7 @@ class Part:
     """The files of a part, of a folder in the order of `classes` and by name; labels int64 (N,); how many files were
     skipped, by reason."""
 
-    paths: tuple[str | Member, ...]
+    paths: tuple[Source, ...]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     skipped: Counter[str]
@@ -54,9 +54,7 @@ def list_part(folder: Path) -> Part:
     return Part(paths, labels.astype(np.int64), tuple(files), skipped)
 
 
-def read_image(
-    path: str | Member, side: int, mode: str = "RGB", preprocessing: Preprocessing = USUAL
-) -> NDArray[np.uint8]:
+def read_image(path: Source, side: int, mode: str = "RGB", preprocessing: Preprocessing = USUAL) -> NDArray[np.uint8]:
     """One file as uint8 (side, side, C); BadInput that names it where it is none."""
     try:
         with opened(path) as file:
@@ -66,19 +64,20 @@ def read_image(
         advice = "; replace it, or remove it" if error.reason == "bad_image" else ""
         raise BadInput(f"{path}: {error}{advice}") from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def file_digest(path: str | Member) -> str:
+def file_digest(path: Source) -> str:
     """Hex SHA-256 of a file's bytes; BadInput where it cannot be read."""
     try:
         with opened(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: str | Member, error: OSError) -> BadInput:
+def unreadable(path: Source, error: OSError) -> BadInput:
+    """What is said of a file that the system does not give."""
     return BadInput(f"{path}: {error.strerror or error}; remove it, or make it readable")
 
 

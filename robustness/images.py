@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import Track, silent
-from dfmcl.robustness.folder import Part, file_digest, read_image
+from dfmcl.robustness.digests import digests_of
+from dfmcl.robustness.folder import Part, read_image
+from dfmcl.robustness.members import Source
 
 HELD = 2**27  # bytes of images at once: 891 of 224 pixels, 43,690 of CIFAR-10; as many again of adversarial ones
 
@@ -30,12 +32,16 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Pictures:
-    """The files of a part, brought to (side, side); mode: RGB or L. Nothing is kept of what was decoded."""
+    """The files of a part, brought to (side, side); mode: RGB or L. Nothing is kept of what was decoded.
+
+    digesting: how their digests are had.
+    """
 
     part: Part
     side: int
     mode: str
     preprocessing: Preprocessing
+    digesting: Callable[[Sequence[Source]], Sequence[str]] = digests_of
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +67,7 @@ class Pictures:
     @cached_property
     def digests(self) -> Sequence[str]:
         """SHA-256 of each file's bytes, in order."""
-        return [file_digest(path) for path in self.part.paths]
+        return self.digesting(self.part.paths)
 
 
 def held_at_once(images: Images, index: NDArray[np.int64]) -> list[NDArray[np.int64]]:

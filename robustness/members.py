@@ -1,4 +1,4 @@
-"""Where an image's bytes lie: a file of its own, or a stretch of a tar shard."""
+"""Where an image's bytes lie: a file of its own, a stretch of a tar shard, or a row of a table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from io import BufferedReader, BytesIO
 from stat import S_ISREG
 
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.rows import Row, content
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,21 @@ class Member:
         return f"{self.shard}/{self.name}"
 
 
-def opened(source: str | Member) -> BufferedReader | BytesIO:
+Source = str | Member | Row
+
+
+def holder(source: Source) -> str:
+    """The path of the file that holds these bytes, or names the file that does."""
+    if isinstance(source, Row):
+        return source.table
+    return source if isinstance(source, str) else source.shard
+
+
+def opened(source: Source) -> BufferedReader | BytesIO:
     """The bytes of a path or a member; OSError as `open`, BadInput where it is no regular file or is cut off."""
+    if isinstance(source, Row):
+        found = content(source)
+        return _regular(found) if isinstance(found, str) else BytesIO(found)
     if isinstance(source, str):
         return _regular(source)
     with _regular(source.shard) as shard:

@@ -120,9 +120,10 @@ def _bytes(x: Tensor) -> Tensor:
     return (x * 255).round() / 255
 
 
-def repeated(images: Bytes, training: Bytes) -> int:
-    """How many of the images `(n, H, W, C)` are among the training images, byte for byte."""
-    known = {_digest(image) for image in training}
+def repeated(images: Bytes, training: Images) -> int:
+    """How many of the images `(n, H, W, C)` are among the training images, byte for byte; few are held at once."""
+    parts = held_at_once(training, np.arange(len(training))) if len(training) else []
+    known = {_digest(image) for part in parts for image in training[part]}
     return sum(_digest(image) in known for image in images)
 
 

@@ -37,7 +37,7 @@ def list_shards(folder: Path) -> tuple[Part, Part]:
     parted = any((folder / part).is_dir() for part in ("train", "test"))
     places = {"train": folder / "train" if parted else None, "test": folder / "test" if parted else folder}
     found = {part: _samples(place) if place else ([], Counter[str]()) for part, place in places.items()}
-    place, classes = _numbered({sample.label for samples, _ in found.values() for sample in samples}, folder)
+    place, classes = numbered({sample.label for samples, _ in found.values() for sample in samples}, folder)
     train, test = (
         Part(
             tuple(sample.image for sample in samples),
@@ -50,7 +50,7 @@ def list_shards(folder: Path) -> tuple[Part, Part]:
     return train, test
 
 
-def _numbered(labels: set[str], folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+def numbered(labels: set[str], folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     """Each label's class, and the names of all: numbers are in their order, names in the alphabet's."""
     if not all(label.isascii() and label.isdecimal() for label in labels):
         return {label: number for number, label in enumerate(sorted(labels))}, tuple(sorted(labels))

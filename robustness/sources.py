@@ -9,10 +9,10 @@ from pydantic import AfterValidator, Field
 from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.common.toml import LocalPath, Section
 
-Kind = Literal["digits", "cifar10", "npz", "folder", "csv", "shards"]
+Kind = Literal["digits", "cifar10", "npz", "folder", "csv", "shards", "parquet"]
 KINDS: tuple[str, ...] = get_args(Kind)
 BUILT_IN = ("digits", "cifar10")  # these need no path
-FITTED = ("folder", "csv", "shards")  # files of any size: they need a side to be fitted to
+FITTED = ("folder", "csv", "shards", "parquet")  # files of any size: they need a side to be fitted to
 
 
 def _whole(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 # `make test` runs three processes; what they start must not want two cores each, and equals a run in here bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Digests of test images are no part of anybody's home.
+os.environ.setdefault("DFMCL_CACHE", str(Path(tempfile.gettempdir()) / f"dfmcl-tests-cache-{os.getuid()}"))
 
 # A shell that runs us in the background lets us ignore SIGINT, and so would every server that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

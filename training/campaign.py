@@ -27,7 +27,7 @@ from dfmcl.common.errors import BadInput, DfmclError, Interrupted, lacks_memory,
 from dfmcl.common.files import clear_parts, dump_json, read_json, write_bytes, write_text
 from dfmcl.common.locks import LOCK, held
 from dfmcl.common.progress import Track, silent
-from dfmcl.robustness.data import Dataset, load_dataset
+from dfmcl.robustness.data import Dataset, open_dataset
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.records import Evaluation
@@ -276,7 +276,7 @@ def load_once(track: Track) -> Callable[[PlannedRun], Dataset]:
         key = (*chosen.named, chosen.preprocessing)
         if key not in kept:
             kept.clear()
-            kept[key] = load_dataset(*chosen.named, track, chosen.preprocessing)
+            kept[key] = open_dataset(*chosen.named, track, preprocessing=chosen.preprocessing)
         return kept[key]
 
     return load

@@ -22,12 +22,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataSection(DataSource):
-    """Which images. `heldout_images` of the training part are never trained on: selection happens there."""
+    """Which images. `heldout_images` of the training part are never trained on: selection happens there.
+
+    memory_bytes: a training part that takes more as pixels is read step by step, by `workers` processes, and augmented
+    there (-1: one a core where a GPU trains, else one; 0: by the training's own).
+    """
 
     name: Kind = "cifar10"
     train_images: int = Field(0, ge=0)
     heldout_images: int = Field(1000, ge=1)
     augmentation: Augmentation = "crop-flip"
+    memory_bytes: int = Field(2**29, ge=0)
+    workers: int = Field(-1, ge=-1)
 
 
 class Model(Section):
@@ -175,9 +181,9 @@ class TrainConfig(Section):
         return self
 
     def placeless(self) -> dict[str, Any]:
-        """All of it as JSON, but for where the data lie: that is another matter on another machine."""
+        """All of it as JSON, but for where the data lie and who reads them: another matter on another machine."""
         table = self.model_dump()
-        del table["data"]["path"]
+        del table["data"]["path"], table["data"]["workers"]
         return table
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from dfmcl.common.progress import Track
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.ranks import Ranks
-from dfmcl.robustness.seeds import generator
 from dfmcl.training.config import TrainConfig
+from dfmcl.training.feed import Batch, feed_of, told
 from dfmcl.training.learner import Learner
 from dfmcl.training.limits import Limits
 from dfmcl.training.masking import MaskStatistics
@@ -60,15 +60,15 @@ class Course:
         self.config, self.out, self.data_sha256, self.ranks, self.limits = config, out, data.sha256, ranks, limits
         self.begun = begun
         self.compact, self.every = compact, CHECK_STEPS[ranks.device.type]
-        self.images = torch.from_numpy(data.x_train[fit]).to(ranks.device)
-        self.labels = torch.from_numpy(data.y_train[fit]).to(ranks.device)
-        self.steps = len(fit) // config.optimization.batch_size  # of an epoch
+        self.feed = feed_of(config, data, fit, ranks)
+        self.steps = self.feed.order.steps  # of an epoch
         self.total_steps = self.steps * config.optimization.epochs
         self.learner = Learner(config, network, self.total_steps, ranks)
         self.history: list[Epoch] = []
         self.done, self.seconds = 0, 0.0
         self.loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._saved, self._cost = time.monotonic(), 0.0  # when, and its seconds
+        self._batches: Generator[Batch] | None = None
 
     def go_on(self, state: Mapping[str, Any], log: Callable[[str], None]) -> None:
         """From a saved state. BadInput where it began with other weights."""
@@ -90,19 +90,25 @@ class Course:
 
     def run(self, epoch: int, track: Track) -> None:
         """The steps of an epoch, counted from 1, that are not done yet; Interrupted where a limit ends them."""
-        first, size = (epoch - 1) * self.steps, self.config.optimization.batch_size
-        order = torch.randperm(len(self.images), generator=generator(self.config.seed, "order", epoch))
-        order = order.to(self.ranks.device)
-        steps, label = range(self.done + 1, first + self.steps + 1), f"epoch {epoch}/{self.config.optimization.epochs}"
-        for step in track(steps, label, len(steps)):
-            if step % self.every == 0 and self.ranks.agree(self.limits.over):
-                self._stop()
-            self._step(step, order[(step - first - 1) * size :][:size], last=step == first + self.steps)
+        last, label = epoch * self.steps, f"epoch {epoch}/{self.config.optimization.epochs}"
+        steps = range(self.done + 1, last + 1)
+        with told():
+            for step in track(steps, label, len(steps)):
+                if step % self.every == 0 and self.ranks.agree(self.limits.over):
+                    self._stop()
+                self._step(step, last=step == last)
         self.ranks.average([self.loss])
 
-    def _step(self, step: int, batch: torch.Tensor, last: bool) -> None:
+    def close(self) -> None:
+        """End the processes that read images."""
+        if self._batches is not None:
+            self._batches.close()
+
+    def _step(self, step: int, last: bool) -> None:
         begun = time.perf_counter()
-        self.loss += self.learner.loss(self.images[batch], self.labels[batch], step)
+        if self._batches is None:  # here, where a run that was resumed knows its first step
+            self._batches = self.feed.batches(step, self.total_steps)
+        self.loss += self.learner.loss_of(next(self._batches), step)
         # Not on an epoch's last step: its line is written, and saved with it, only after the measurement.
         due = time.monotonic() - self._saved > SAVE_SECONDS and not last
         if last or due or step % self.every == 0:

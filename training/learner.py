@@ -15,12 +15,12 @@ from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.threats.threat import parse_eps
 from dfmcl.training.adversary import CRAFTS
-from dfmcl.training.augmentation import augment
 from dfmcl.training.averaging import MovingAverage
 from dfmcl.training.awp import perturbed, perturbed_parameters
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.cuda_graphs import Pass, recorded
 from dfmcl.training.curriculum import attack_steps, draw, progress, strength
+from dfmcl.training.feed import Batch, Whole, augmentations
 from dfmcl.training.masking import DynamicFeatureMask, find_layer, has_pooled_linear_tail, running_statistics_kept
 from dfmcl.training.noise import Noise
 from dfmcl.training.objectives import OBJECTIVES, jensen_shannon, smoothed
@@ -108,6 +108,10 @@ class Learner:
         return loss
 
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """`loss_of` a whole batch `(N, H, W, C)` uint8."""
+        return self.loss_of(Whole(images, labels), step)
+
+    def loss_of(self, batch: Batch, step: int) -> Tensor:
         """Gradients of step t's objective, in `.grad`; returns its value.
 
         A batch in parts meets the same numbers as whole: a part is the share of one of so many processes.
@@ -123,7 +127,7 @@ class Learner:
             for part in range(parts)
         ]
         self.optimizer.zero_grad(set_to_none=True)
-        seen = [self.seen(images, labels, step, noise) for noise in noises]
+        seen = [self.seen(batch, step, noise) for noise in noises]
         if not (chosen.awp and step > chosen.awp_start * self.total_steps):
             return self._backward(seen, noises)
         weights = perturbed_parameters(self.model)
@@ -136,13 +140,11 @@ class Learner:
         with perturbed(weights, gradients, chosen.awp):
             return self._backward(seen, noises)
 
-    def seen(self, images: Tensor, labels: Tensor, step: int, noise: Noise) -> Seen:
+    def seen(self, batch: Batch, step: int, noise: Noise) -> Seen:
         """What this part of the batch shows the network: its views, the same attacked, and the targets."""
-        y = noise.mine(labels)
+        images, y = batch.share(augmentations(self.config), noise)
         target = smoothed(y, self.model.spec.classes, self.config.objective.label_smoothing)
-        kinds = [self.config.data.augmentation]
-        kinds += [self.config.objective.view_augmentation] * self.config.objective.views
-        views = [self.view(noise.mine(augment(images, noise.generator, kind))) for kind in kinds]
+        views = [self.view(view) for view in images]
         return views, [self.craft(x, y, step, noise, number) for number, x in enumerate(views)], target
 
     def _backward(self, seen: Sequence[Seen], noises: Sequence[Noise]) -> Tensor:

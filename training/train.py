@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from dfmcl.common.files import clear_parts
 from dfmcl.common.locks import LOCK, held
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.data import Bytes, Dataset, Labels, load_dataset
+from dfmcl.robustness.data import Bytes, Dataset, Labels, in_memory, open_dataset
+from dfmcl.robustness.digests import Kept
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.ranks import Ranks
@@ -27,10 +28,13 @@ from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.course import ELSEWHERE, Course
+from dfmcl.training.feed import fits
 from dfmcl.training.learner import Learner
 from dfmcl.training.limits import EndedAtOnce, Limits
 from dfmcl.training.pretrained import read_pretrained, scale_of
 from dfmcl.training.state import HISTORY, STATE, Epoch, read_state, saved_step, write_history, write_run
+
+SEEN = 1024  # images whose mean and deviation are those of all within 0.01, where an image's own mean varies by 0.2
 
 
 def train(
@@ -40,6 +44,7 @@ def train(
     resume: bool = False,
     limits: Limits | None = None,
     compact: bool = False,
+    kept: Kept | None = None,
     track: Track = silent,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -47,14 +52,15 @@ def train(
 
     Where the limits end, the run ends at the next step's boundary, its state saved (Interrupted); `resume` continues
     from there, on a CPU with the same number of threads bit for bit as if nothing had happened. compact: a state under
-    60 MB for full width, to be carried to another machine; it resumes closely, not bit for bit. Under torchrun each
+    60 MB for full width, to be carried to another machine; it resumes closely, not bit for bit. kept: digests of the
+    images' files from earlier runs. Under torchrun each
     process takes its part of every batch. Returns the manifest. BadInput where another process trains into `out`;
     EndedAtOnce for a KeyboardInterrupt, which leaves the last saved state.
     """
     ranks, limits = Ranks.join(), limits or Limits()
     try:
         with only_writer(out, ranks):
-            return _train(config, out, ranks, resume, limits, compact, track, log)
+            return _train(config, out, ranks, resume, limits, compact, kept, track, log)
     except (KeyboardInterrupt, RuntimeError) as error:
         # torch's, for an exchange with a process that the second signal reached first.
         if isinstance(error, RuntimeError) and not (ranks.world > 1 and limits.over):
@@ -91,11 +97,14 @@ def _train(
     resume: bool,
     limits: Limits,
     compact: bool,
+    kept: Kept | None,
     track: Track,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     require_room(out, resume)
-    data = load_dataset(*config.data.named, track, config.data.preprocessing)
+    if not ranks.first:
+        log, track = (lambda line: None), silent
+    data = open_dataset(*config.data.named, track, preprocessing=config.data.preprocessing, kept=kept)
     if not len(data.x_train):
         raise BadInput(
             f"data {data.path}: has test images only; training needs {Path(data.path) / 'train'}/CLASS/*.png"
@@ -103,12 +112,25 @@ def _train(
     if (out / MANIFEST).exists():
         return finished(out, config, data)
     fit, heldout = split(data, config)
-    if not ranks.first:
-        log, track = (lambda line: None), silent
     if data.remark:
         log(data.remark)
+    if fits(config, data):
+        data = in_memory(data, track)
     network, begun = begin(config, data, log)
-    course = Course(config, out, data, fit, network, ranks, limits, compact, begun)
+    with closing(Course(config, out, data, fit, network, ranks, limits, compact, begun)) as course:
+        _follow(course, data, heldout, resume, track, log)
+    if not ranks.first:
+        return {}
+    last = course.history[-1]
+    result = {"train_images": len(fit), "heldout_images": len(heldout), "epochs": len(course.history), **asdict(last)}
+    return write_run(out, config, course.learner.result, data.classes, data.describe(), result, begun)
+
+
+def _follow(
+    course: Course, data: Dataset, heldout: Labels, resume: bool, track: Track, log: Callable[[str], None]
+) -> None:
+    """All epochs that are not done yet, each measured, written down and saved."""
+    config, out, ranks = course.config, course.out, course.ranks
     ranks.agree(False)  # nobody creates the directory before all have looked at it
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -132,11 +154,6 @@ def _train(
             write_tensorboard(out, course.history[-1], course.learner.p)
         if epoch == epochs or course.due:
             course.save()
-    if not ranks.first:
-        return {}
-    last = course.history[-1]
-    result = {"train_images": len(fit), "heldout_images": len(heldout), "epochs": len(course.history), **asdict(last)}
-    return write_run(out, config, course.learner.result, data.classes, data.describe(), result, begun)
 
 
 def require_room(out: Path, resume: bool) -> None:
@@ -222,9 +239,15 @@ def build(config: TrainConfig, data: Dataset, scale: Scale | None = None) -> Cla
 
 
 def statistics(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel of the training images, in pixels from 0 to 1."""
+    """Mean and deviation of each channel of the training images, in pixels from 0 to 1.
+
+    Where they are read on demand, of SEEN images from all over the training part.
+    """
+    images = data.x_train
+    if not isinstance(images, np.ndarray):
+        images = images[np.linspace(0, len(images) - 1, min(len(images), SEEN)).round().astype(np.int64)]
     # From histograms: as floats, the images of CIFAR-10 take more than a gigabyte.
-    channels = np.moveaxis(np.asarray(data.x_train), 3, 0)
+    channels = np.moveaxis(images, 3, 0)
     counts = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in channels])
     share, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = share @ levels

@@ -98,3 +98,6 @@ SUBJECT = Annotated[
     ),
 ]
 ARCH = Annotated[str | None, typer.Option(help="Of a file of weights: torchvision:NAME, timm:NAME or module:callable.")]
+VERIFY_DATA = Annotated[
+    bool, typer.Option("--verify-data", help="Read all images' files again: trust no digest that an earlier run kept.")
+]

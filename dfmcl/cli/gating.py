@@ -20,6 +20,7 @@ from dfmcl.cli.arguments import (
     PREPROCESSING,
     PUBLIC,
     SUBJECT,
+    VERIFY_DATA,
     path,
     read_labels,
     read_preprocessing,
@@ -42,7 +43,7 @@ def gate(
     subject: SUBJECT,
     policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")
+        str | None, typer.Option(help="A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10.")
     ] = None,
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
     at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
@@ -54,9 +55,7 @@ def gate(
     surrogate: Annotated[
         list[Path] | None, typer.Option(help="A run to craft transfer attacks on; what they break counts; repeatable.")
     ] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(help="report.json of the model that no_regression compares with.")
-    ] = None,
+    baseline: Annotated[Path | None, typer.Option(help="report.json that no_regression compares with.")] = None,
     key: Annotated[
         list[Path] | None, typer.Option(help="Sign the evidence with this key; repeatable; the first draws the order.")
     ] = None,
@@ -71,6 +70,7 @@ def gate(
     output: OUTPUT = None,
     arch: ARCH = None,
     queries: Annotated[int | None, typer.Option(min=1, help="Most images that may be sent to an endpoint.")] = None,
+    verify_data: VERIFY_DATA = False,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
     rules = rules_of(policy, data, eps, at_least, preprocessing)  # before torch loads: a wrong key is answered at once
@@ -81,6 +81,7 @@ def gate(
     from dfmcl.gating.formats.markdown import markdown
     from dfmcl.gating.gate import gate as run_gate
     from dfmcl.gating.subjects.registry import open_subject
+    from dfmcl.robustness.digests import Kept
     from dfmcl.robustness.ranks import Ranks
     from dfmcl.robustness.runs import load_run
 
@@ -106,6 +107,7 @@ def gate(
                 baseline=baseline,
                 signers=signers,
                 ranks=ranks,
+                kept=Kept.usual(verify=verify_data, test=False),
                 track=show,
                 watch=watch,
             )
@@ -161,8 +163,8 @@ def settled(rules: Policy | Assumed, contract: InputContract, out: Path, tell: C
 
 @command
 def init(
-    subject: Annotated[str, typer.Argument(help="An .onnx file or module:callable, as the pipeline will find it.")],
-    data: Annotated[str, typer.Option(help="A folder of classes or shards, a .csv, an .npz, digits or cifar10.")],
+    subject: Annotated[str, typer.Argument(help="A model's file or module:callable, as the pipeline will find it.")],
+    data: Annotated[str, typer.Option(help="A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10.")],
     eps: Annotated[str, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")],
     at_least: Annotated[str, typer.Option(help="The robust accuracy to prove, such as 0.3.")],
     preprocessing: PREPROCESSING = None,
@@ -173,6 +175,7 @@ def init(
         Path | None, typer.Option(help="Its classes in order, one a line. Default: the data's, written down.")
     ] = None,
     output: OUTPUT = None,
+    arch: ARCH = None,
     ci: Annotated[str, typer.Option(help="Whose pipeline: github or gitlab.")] = "github",
     out: Annotated[Path, typer.Option(help="The repository's directory.")] = Path(),
 ) -> None:
@@ -187,12 +190,12 @@ def init(
     from dfmcl.gating.case import prepare
     from dfmcl.gating.subjects.registry import open_subject
 
-    judged = open_subject(subject, contract=contract, labels=read_labels(labels), output=output)
-    if judged.kind not in ("onnx", "module"):
-        raise BadInput(f"{subject}: is of kind {judged.kind}; init is for an .onnx file or module:callable")
+    judged = open_subject(subject, contract=contract, labels=read_labels(labels), output=output, arch=arch)
+    if judged.kind == "candidate":
+        raise BadInput(f"{subject}: is a candidate; init is for the model that it was exported from")
     policy = asked.policy(judged.contract, checked=None)
     case = prepare(judged, policy, {}, None, (), track)
-    shown = Shown(subject, str(judged.contract), output, labels, asked.preprocessing)
+    shown = Shown(subject, str(judged.contract), output, labels, asked.preprocessing, judged.kind, arch)
     write(out, texts := written(shown, policy, case.data.classes, ci))
     for name in texts:
         say(f"{out / name}: written")

@@ -43,6 +43,7 @@ def evaluate(
     from dfmcl.common.files import dump_json, only_writer, write_text
     from dfmcl.robustness.attacks.registry import Attack
     from dfmcl.robustness.data import open_dataset
+    from dfmcl.robustness.digests import Kept
     from dfmcl.robustness.measurements import FORMAT, measure, record, rows
     from dfmcl.robustness.runs import load_run, parse_device
     from dfmcl.robustness.threats.registry import parse_threat
@@ -57,7 +58,10 @@ def evaluate(
         threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
         entry = trained.data
         told = entry.get("preprocessing", "")
-        data = open_dataset(entry["name"], data_path or entry["path"], entry["image_size"], track, preprocessing=told)
+        data = open_dataset(
+            entry["name"], data_path or entry["path"], entry["image_size"], track, preprocessing=told,
+            kept=Kept.usual(test=False),
+        )  # fmt: skip
         if data.remark:
             say(data.remark)
         evaluations = measure(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dfmcl.cli.arguments import VERIFY_DATA
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, track
 from dfmcl.cli.signals import STOPPING, stop_on_signals
@@ -26,12 +27,14 @@ def train(
     compact_state: Annotated[
         bool, typer.Option("--compact-state", help="Save a small state that can be carried; not bit for bit.")
     ] = False,
+    verify_data: VERIFY_DATA = False,
 ) -> None:
     """Train a classifier; writes checkpoint, manifest, metrics. Several GPUs: torchrun -m dfmcl.training.train ..."""
     from dfmcl.training.config import load_config
 
     parsed = load_config(config, overrides)  # before torch loads: a wrong key is answered at once
 
+    from dfmcl.robustness.digests import Kept
     from dfmcl.training.limits import Limits
     from dfmcl.training.train import train as run_training
 
@@ -41,6 +44,7 @@ def train(
         resume=resume,
         limits=Limits.of(stop_on_signals(STOPPING), max_minutes),
         compact=compact_state,
+        kept=Kept.usual(verify=verify_data),
         track=track,
         log=say,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfmcl.gating.criterion import CORRUPTION
-from dfmcl.gating.kinds import KINDS
+from dfmcl.gating.kinds import BY_BATCH, KINDS, QUANTISE
 from dfmcl.gating.policy import threat_in
 from dfmcl.gating.signing.evaluation import EvaluationEntry, SuiteEntry
 from dfmcl.gating.signing.report import BaselineEntry, CheckEntry, CriterionEntry, Report
@@ -180,7 +180,8 @@ def trusted_code(report: Report) -> bool:
 def advice(report: Report) -> str:
     """What to do now, by what was found and by what was judged."""
     if report.verdict == "passed":
-        return KINDS[report.candidate.kind].promote
+        by_batch = BY_BATCH in (report.candidate.gradients or "")
+        return QUANTISE if by_batch else KINDS[report.candidate.kind].promote
     if report.verdict == "suspect":
         return SUSPECT
     if report.verdict == "inconclusive":

@@ -25,6 +25,9 @@ from dfmcl.robustness.weights import is_safetensors
 MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 ENDPOINT = re.compile(r"grpc://(?P<url>[^/]+:\d+)/(?P<model>[^/]+)")
 OF_TORCH = (".pt", ".pth", ".pt2", ".ts", ".safetensors")
+OF_DATA = (".csv", ".npz", ".npy", ".parquet", ".tar", ".jpg", ".jpeg", ".png")
+DATA = f"holds images or a list of them, no model; name it with --data, and as the model {ONE_OF}"
+PROTOBUF = b"\x08"  # how an ONNX file begins: with the version of its format
 PICKLE = b"\x80"  # how one begins; a protobuf never does
 
 COMPUTED = ("candidate", "onnx")  # by ONNX Runtime
@@ -100,12 +103,15 @@ def kind_of(text: str) -> str:
 def file_kind(path: Path) -> str:
     """onnx for all that is none of the others: its reader says why it is no ONNX either. BadInput where its suffix says
     that it should be one of PyTorch's."""
+    start = b""
     try:
         if not path.is_file():
             return "onnx"
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 inside = {name.partition("/")[2] or name for name in archive.namelist()}
+            if all(name.endswith(".npy") for name in inside):
+                raise BadInput(f"{path}: {DATA}")
             if "constants.pkl" in inside:
                 return "torchscript"
             return "program" if inside & {"archive_format", "serialized_exported_program.json"} else "weights"
@@ -115,6 +121,8 @@ def file_kind(path: Path) -> str:
             return "weights"
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # what zipfile makes of broken archives
         pass
+    if path.suffix.lower() in OF_DATA and start != PROTOBUF:
+        raise BadInput(f"{path}: {DATA}")
     if path.suffix in OF_TORCH:
         raise BadInput(f"{path}: is neither TorchScript, torch.export's nor weights; it was cut, or is something else")
     return "onnx"

@@ -134,12 +134,15 @@ def test_data_of_any_kind_are_named_as_a_policy_names_them(photos: Path, tmp_pat
     (tmp_path / "a.csv").write_text("path,label\n")
     (tmp_path / "shards" / "test").mkdir(parents=True)
     (tmp_path / "shards" / "test" / "0.tar").touch()
+    (tmp_path / "tables" / "data").mkdir(parents=True)
+    (tmp_path / "tables" / "data" / "test-0.parquet").touch()
     for data, section in (
         (str(photos), ("folder", str(photos), 16)),
         (str(tmp_path / "a.npz"), ("npz", str(tmp_path / "a.npz"), 0)),
         ("digits", ("digits", "", 0)),
         (str(tmp_path / "a.csv"), ("csv", str(tmp_path / "a.csv"), 16)),
         (str(tmp_path / "shards"), ("shards", str(tmp_path / "shards"), 16)),
+        (str(tmp_path / "tables"), ("parquet", str(tmp_path / "tables"), 16)),
     ):
         found = Assumed.of(data, "4/255", "30 %").policy(SQUARE)
         assert (found.data.name, found.data.path, found.data.image_size) == section

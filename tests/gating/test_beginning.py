@@ -108,3 +108,30 @@ def test_a_model_that_does_not_fit_gets_no_files(place: Path) -> None:
         assert (done.exit_code, "internal error" in done.output) == (2, False), (words, done.output)
         assert message in " ".join(done.output.split()), (words, done.output)
     assert sorted(path.name for path in place.iterdir()) == ["few.txt", "model.onnx", "my model.onnx", "own.npz"]
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "program", "weights"])
+def test_files_of_pytorch_begin_too(place: Path, kind: str) -> None:
+    """They are judged as they are, with all that says what they are: the gate's line opens the same model."""
+    model, example = Tiny().eval(), torch.zeros(2, 3, 16, 16)
+    file, more = {"torchscript": "m.pt", "program": "m.pt2", "weights": "m.pth"}[kind], list[str]()
+    if kind == "torchscript":
+        torch.jit.trace(model, example).save(file)
+    elif kind == "program":
+        free = {0: torch.export.Dim("n")}
+        torch.export.save(torch.export.export(model, (example,), dynamic_shapes=(free,)), file)
+    else:
+        torch.save(model.state_dict(), file)
+        more = ["--arch", "tests.gating.test_subject:Tiny"]
+    done = init(file, *ASKED, "--input", "float32 NCHW 16x16x3", *more)
+    assert done.exit_code == 0, done.output
+    pipeline: Any = yaml.safe_load((place / ".github/workflows/robustness.yml").read_text())
+    script = next(one["run"] for one in pipeline["jobs"]["gate"]["steps"] if "dfmcl gate" in one.get("run", ""))
+    assert "export" not in script
+    words = shlex.split(next(line for line in script.splitlines() if line.startswith("dfmcl gate")))
+    assert words[:3] == ["dfmcl", "gate", file]
+    assert [words[words.index(option) + 1] for option in ("--labels", "--input")] == [
+        "labels.txt",
+        "float32 NCHW 16x16x3",
+    ]
+    assert ("--arch" in words) == (kind == "weights")

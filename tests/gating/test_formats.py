@@ -27,8 +27,10 @@ from dfmcl.gating.formats.junit import junit
 from dfmcl.gating.formats.markdown import LIMIT, markdown
 from dfmcl.gating.formats.openmetrics import openmetrics
 from dfmcl.gating.formats.registry import FILES, FORMATS, write_formats
+from dfmcl.gating.kinds import BY_BATCH
 from dfmcl.gating.signing.report import Report
 from dfmcl.gating.soundness import require_derived
+from dfmcl.robustness.onnx_float import DYNAMIC
 from tests.gating.sample import edited, probes, sample
 
 ROOT = Path(__file__).parents[2]
@@ -306,6 +308,17 @@ def test_only_what_can_be_promoted_is_told_to_be(kind: str, said: str) -> None:
     assert said in markdown(report)
     assert ("promote the candidate" in markdown(report)) == (kind == "candidate")
     assert said in html(report, probes(report))
+
+
+def test_a_file_that_cannot_be_exported_is_not_told_to_be() -> None:
+    """A dynamic INT8 file that passed: `dfmcl export` refuses it, by the operator's name in its gradients' origin."""
+    assert BY_BATCH == DYNAMIC
+    told = replace(sample().candidate, kind="onnx", gradients=f"its float twin, without the rounding of 3 {DYNAMIC}")
+    said = summary.advice(replace(sample(), candidate=told))
+    assert "quantise it statically" in said
+    assert "make it a candidate" not in said
+    static = replace(told, gradients="its float twin, without the rounding of 9 QuantizeLinear")
+    assert "make it a candidate" in summary.advice(replace(sample(), candidate=static))
 
 
 def test_advice_speaks_of_what_is_missed() -> None:

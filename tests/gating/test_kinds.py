@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -252,6 +254,13 @@ def test_a_file_is_known_by_what_it_holds(tmp_path: Path) -> None:
     assert kind_of(str(tmp_path / "old")) == "weights"
     with pytest.raises(BadInput, match="not readable as ONNX"):
         open_subject(str(tmp_path / "text.txt"))
+    shutil.copy(tmp_path / "e", tmp_path / "e.csv")
+    assert file_kind(tmp_path / "e.csv") == "onnx"
+    (tmp_path / "list.csv").write_text("path,label\na.png,cat\n")
+    np.savez(tmp_path / "own.npz", x_test=np.zeros((2, 8, 8, 3), np.uint8), y_test=[0, 1])
+    for name in ("list.csv", "own.npz"):
+        with pytest.raises(BadInput, match=rf"{name}: holds images or a list of them, no model; name it with --data"):
+            open_subject(str(tmp_path / name))
     with pytest.raises(BadInput, match=r"cut\.pth: is neither TorchScript, torch\.export's nor weights"):
         open_subject(str(tmp_path / "cut.pth"), contract=INPUT)
 

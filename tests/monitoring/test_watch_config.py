@@ -132,7 +132,7 @@ CHANGES = {
     "data name": (
         'name = "digits"',
         'name = "mnist"',
-        "data.name: Input should be 'digits', 'cifar10', 'npz', 'folder', 'csv' or 'shards' (found 'mnist')",
+        "data.name: Input should be 'digits', 'cifar10', 'npz', 'folder', 'csv', 'shards' or 'parquet' (found 'mnist')",
     ),
     "eps in grey levels": (
         '"38/255"',
