@@ -241,17 +241,18 @@ def verify(
     from dfmcl.gating.signing.attestation import verify as run_verify
     from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.stores.registry import local_of, store_at
+    from dfmcl.release.stores.store import local_folder
 
-    store, name = store_at(path)
     trusted, now = load_trust(trust), at.replace(tzinfo=UTC) if at else None
+    here = local_of(path)
     if evidence is None:
         from dfmcl.release.verification import verify_at
 
+        store, name = store_at(path)
         name = verify_at(store, name, trusted, now)
-        path, folder = store.where(name), store.local(name)
-    else:
-        folder = local_of(path)
-    report = run_verify(folder, evidence or folder, trusted, now)
-    signed = read_attestation(evidence or folder, trusted)
+        path, here = store.where(name), local_folder(store, name)
+    with here as folder:
+        report = run_verify(folder, evidence or folder, trusted, now)
+        signed = read_attestation(evidence or folder, trusted)
     say(f"{path}: passed on {report.created[:10]}, {'; '.join(row.criterion for row in report.criteria)}")
     say(f"signed by {', '.join(keyid[:12] for keyid in signed.signers)}; holds until {signed.expires:%Y-%m-%d}")

@@ -156,7 +156,7 @@ def status(
     from dfmcl.release.status import standings
     from dfmcl.release.stores.registry import store_of
 
-    store = store_of(repository)
+    store = store_of(repository).now()
     found = standings(store, None if trust is None else load_trust(trust))
     if as_json:
         say_page(json.dumps([row.to_json() for row in found], indent=2))
@@ -195,7 +195,7 @@ def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(hel
     from dfmcl.release.stores.registry import store_of
     from dfmcl.release.verification import require_repository
 
-    store = store_of(repository)
+    store = store_of(repository).now()
     require_repository(store)
     changes = [change for change in read_lines(store)[0] if name in (None, change.model)]
     for change in changes:
@@ -266,13 +266,14 @@ def parity(
     from dfmcl.release.stores.registry import local_of
 
     equal = True
-    for row in compare(local_of(version)):
-        equal = equal and row.equal
-        found = row.trouble or (
-            f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
-            f" {100 * row.adversarial_agreement:.1f} % of adversarial images, {100 * row.held:.1f} % of those right"
-        )
-        say(f"{'equal' if row.equal else 'DIFFERS'}  {row.provider}, {row.setting}: {found}")
+    with local_of(version) as folder:
+        for row in compare(folder):
+            equal = equal and row.equal
+            found = row.trouble or (
+                f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
+                f" {100 * row.adversarial_agreement:.1f} % of adversarial images, {100 * row.held:.1f} % of those right"
+            )
+            say(f"{'equal' if row.equal else 'DIFFERS'}  {row.provider}, {row.setting}: {found}")
     return int(not equal)
 
 
