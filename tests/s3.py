@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 
 CODE = """
 import sys
@@ -61,13 +61,17 @@ class S3Server:
 
 
 @contextmanager
-def s3_server(folder: Path, port: int = 0) -> Iterator[S3Server]:
-    """Skips where moto is not installed."""
+def s3_server(folder: Path, port: int = 0, actions: int | None = None) -> Iterator[S3Server]:
+    """Skips where moto is not installed. actions: so many requests are answered before keys are looked at."""
     pytest.importorskip("moto.server", reason="needs moto[server], of the extra dev")
     log = folder / "s3.log"
     with log.open("a") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-c", CODE, str(port)], stdout=subprocess.PIPE, stderr=sink, text=True
+            [sys.executable, "-c", CODE, str(port)],
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            text=True,
+            env=os.environ | ({} if actions is None else {"INITIAL_NO_AUTH_ACTION_COUNT": str(actions)}),
         )
     try:
         assert process.stdout is not None

@@ -32,7 +32,7 @@ from dfmcl.release.stores.store import Changed, Etag, Item, Unusable
 
 INDEX = "repository.json"
 CONTENT = "content/"
-TEXT_BYTES = MEBIBYTE // 4  # what may be replaced, and is no larger, stands in the index itself
+TEXT_BYTES = MEBIBYTE // 4  # of a file that comes with a new model: one that may be replaced is smaller
 ANOTHER = '"0"'  # an etag that no object has
 COPIES = 4  # folders that are kept on this machine; a model's versions, judged one after the other, would fill its disk
 # What nobody names and is older, a dead writer left. A writer that takes half as long gives up, so that none is robbed.
@@ -205,13 +205,13 @@ class Bucket:
     def _take(self, files: Mapping[str, bytes | Path], *, new: bool = False) -> None:
         """Write files into the bucket, and name them in the change that is under way.
 
-        new: nobody will replace them; what is replaced stands in the index, so that no reader finds it gone.
+        new: nobody will replace them. Text that is replaced stands in the index, so that no reader finds it gone.
         """
         self._set(self._index().with_files({name: self._written(name, body, new) for name, body in files.items()}))
 
     def _written(self, name: str, body: bytes | Path, new: bool) -> Held:
         size = len(body) if isinstance(body, bytes) else body.stat().st_size
-        if not new and size <= TEXT_BYTES:
+        if isinstance(body, bytes) or (not new and size <= TEXT_BYTES):
             data = body if isinstance(body, bytes) else body.read_bytes()
             with suppress(UnicodeDecodeError):
                 return Held(hashlib.sha256(data).hexdigest(), size, text=data.decode())

@@ -58,9 +58,14 @@ def _above(address: str, kind: Callable[[str], Store]) -> tuple[Store, str]:
     raise BadInput(f"{address}: no repository is there or above; name a model or a version that `dfmcl promote` wrote")
 
 
-def _kind(address: str) -> Callable[[str], Store]:
+def why_unknown(address: str) -> str:
+    """Why an address names no kind of store; empty where it does."""
     scheme = scheme_of(address)
-    if scheme not in STORES:
-        known = ", ".join(f"{name}://" if name else "paths of this machine" for name in STORES)
-        raise BadInput(f"{address}: {scheme}: is no folder here, and no store that is known; known are {known}")
-    return STORES[scheme]
+    known = ", ".join(f"{name}://" if name else "paths of this machine" for name in STORES)
+    return "" if scheme in STORES else f"{scheme}: is no folder here, and no store that is known; known are {known}"
+
+
+def _kind(address: str) -> Callable[[str], Store]:
+    if why := why_unknown(address):
+        raise BadInput(f"{address}: {why}")
+    return STORES[scheme_of(address)]

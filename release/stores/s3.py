@@ -50,7 +50,7 @@ def open_bucket(address: str) -> Bucket:
         response_checksum_validation="when_required",
     )
     try:
-        client = boto3.client("s3", config=settings)
+        client = boto3.Session().client("s3", config=settings)
     except (BotoCoreError, ValueError) as error:
         raise BadInput(f"{address}: {_one_line(error)}") from None
     return Bucket(S3(client, found[1], found[2]))

@@ -36,6 +36,7 @@ def look(store: Store) -> Sight:
     marks: dict[str, Mark] = {}
     troubles: dict[str, str] = {}
     try:
+        store = store.now()
         names = [entry.name for entry in store.entries() if entry.folder and not entry.name.startswith(".")]
     except OSError as error:
         return Sight({}, {"": f"{store.where()}: cannot be read: {error.strerror}"})

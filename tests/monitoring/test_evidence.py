@@ -258,7 +258,7 @@ def models(tmp_path: Path, exported: tuple[Path, Path], evidence: Path, key: Pat
 
 def test_what_was_promoted_is_verified(models: Path, key: Path) -> None:
     """Figures, recorded answers, a signature that holds, and until when."""
-    found = follow(models, "digits", lambda: trusting(key))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(key))("1")
     assert (found.state, found.verified, found.why) == ("passed", True, "")
     assert found.attested is not None
     assert found.attested.model_sha256 == sha256_of(models / "digits" / "1" / "model.onnx")
@@ -270,14 +270,14 @@ def test_what_was_promoted_is_verified(models: Path, key: Path) -> None:
 
 def test_without_keys_nothing_is_verified(models: Path) -> None:
     """The report is read, and no more is claimed."""
-    found = follow(models, "digits", None)("1")
+    found = follow(Directory(models), "digits", None)("1")
     assert (found.state, found.verified, found.expires) == ("passed", False, None)
 
 
 @pytest.mark.parametrize("version", ["2", "999999999"])
 def test_a_version_that_nobody_promoted_has_no_evidence(models: Path, key: Path, version: str) -> None:
     """Another model is served."""
-    found = follow(models, "digits", lambda: trusting(key))(version)
+    found = follow(Directory(models), "digits", lambda: trusting(key))(version)
     assert (found.state, found.attested, found.replay, found.verified) == ("missing", None, None, False)
     assert f"digits/{version}" in found.why
 
@@ -333,7 +333,7 @@ def sign_a_failure(version: Path, key: Path) -> None:
 def test_what_does_not_hold_is_invalid(models: Path, key: Path, damage: Callable[[Path, Path], None]) -> None:
     """Other bytes than were signed, or none that can be read: invalid, with the reason in one line, never an error."""
     damage(models / "digits" / "1", key)
-    found = follow(models, "digits", lambda: trusting(key))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(key))("1")
     assert (found.state, found.verified) == ("invalid", False)
     assert found.why
     assert "\n" not in found.why
@@ -342,13 +342,13 @@ def test_what_does_not_hold_is_invalid(models: Path, key: Path, damage: Callable
 def test_a_signature_of_a_stranger_is_invalid(models: Path, tmp_path: Path) -> None:
     """A signer with another key."""
     stranger = make_key(tmp_path / "stranger")
-    found = follow(models, "digits", lambda: trusting(stranger))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(stranger))("1")
     assert (found.state, found.verified) == ("invalid", False)
 
 
 def dated(models: Path, key: Path, **options: Any) -> tuple[Release, float]:
     """The release and the moment it was signed for."""
-    found = follow(models, "digits", lambda: trusting(key, **options))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(key, **options))("1")
     assert found.expires is not None
     return found, found.expires
 
@@ -385,7 +385,7 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
     monkeypatch.setattr(
         "dfmcl.monitoring.evidence.read_report", lambda directory: (reads.append(directory), real(directory))[1]
     )
-    find, model = follow(models, "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
+    find, model = follow(Directory(models), "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
     assert find("1") is find("1")
     assert len(reads) == 1
     kept = model.read_bytes()
@@ -400,14 +400,14 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
 def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away: str) -> None:
     """What was verified of a version stays so while its files cannot be seen; what nobody has seen is missing."""
     trusted = trusting(key)
-    find = follow(models, "digits", lambda: trusted)
+    find = follow(Directory(models), "digits", lambda: trusted)
     found = find("1")
     assert found.verified
     path = models / away
     path.rename(models.with_name("elsewhere"))
     assert find("1") is found
     if away != "digits/1/probes.npz":
-        assert follow(models, "digits", lambda: trusted)("1").state == "missing"
+        assert follow(Directory(models), "digits", lambda: trusted)("1").state == "missing"
     models.with_name("elsewhere").rename(path)
     assert find("1") is found
     (models / "digits" / "1" / "model.onnx").write_bytes(b"other")
@@ -417,7 +417,7 @@ def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away:
 def test_a_revoked_key_is_not_trusted_any_more(models: Path, key: Path, tmp_path: Path) -> None:
     """The trust file is read again; while it cannot be read, what it said last holds."""
     trust, said = write_trust(key), []
-    find = follow(models, "digits", follow_trust(trust, said.append))
+    find = follow(Directory(models), "digits", follow_trust(trust, said.append))
     found = find("1")
     assert found.verified
     good = trust.read_text()
@@ -434,7 +434,7 @@ def test_a_revoked_key_is_not_trusted_any_more(models: Path, key: Path, tmp_path
 
 def test_a_new_version_brings_its_own(models: Path, key: Path) -> None:
     """Version 2 is looked up where version 1 was, and version 1 again after it."""
-    find = follow(models, "digits", lambda: trusting(key))
+    find = follow(Directory(models), "digits", lambda: trusting(key))
     one = find("1")
     assert find("2").state == "missing"
     shutil.copytree(models / "digits" / "1", models / "digits" / "2")

@@ -32,7 +32,6 @@ from tests.release.bucket import Died, Objects
 from tests.release.test_promotion import CHANGES, FOLLOWING, PROMOTE
 from tests.signing import code_of
 
-
 Again = Callable[[], Store]
 
 
@@ -335,11 +334,16 @@ def test_of_two_that_change_a_bucket_at_once_the_later_is_told(
 ) -> None:
     """Nothing of its change is there, and nothing that it brought along: it comes again."""
     promote(candidate, evidence, again(), name="digits", trust=trust)
-    with pytest.raises(Broken, match="another writer replaced it; nothing was changed"), only_writer(again()) as change:
-        promote(candidate, evidence, again(), name="other", trust=trust)
-        with change.added("digits/2", "") as folder:
-            (folder / "model.onnx").write_bytes(b"1")
-        change.replace("history.jsonl", "")
+
+    def late() -> None:
+        with only_writer(again()) as change:
+            promote(candidate, evidence, again(), name="other", trust=trust)
+            with change.added("digits/2", "") as folder:
+                (folder / "model.onnx").write_bytes(b"1")
+            change.replace("history.jsonl", "")
+
+    with pytest.raises(Broken, match="another writer replaced it; nothing was changed"):
+        late()
     store = again()
     assert model_names(store) == ["digits", "other"]
     assert version_numbers(store, "digits") == [1]
@@ -379,7 +383,10 @@ def test_what_a_bucket_does_not_hold_is_told_and_nothing_else_is_believed(
     ):
         objects.delete([INDEX])
         objects.put(INDEX, bad.encode(), None)
-        for ask in (lambda: standings(again(), trust), lambda: promote(candidate, evidence, again(), name="digits", trust=trust)):
+        for ask in (
+            lambda: standings(again(), trust),
+            lambda: promote(candidate, evidence, again(), name="digits", trust=trust),
+        ):
             with pytest.raises((Unusable, BadInput), match=why):
                 ask()
 
