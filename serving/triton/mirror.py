@@ -66,7 +66,10 @@ class Mirror:
 
         BadInput where the store cannot be read, holds no model, or the directory cannot be written.
         """
-        store = self.store.now()
+        try:
+            store = self.store.now()
+        except OSError as error:
+            raise BadInput(f"{self.store.where()}: cannot be read: {error.strerror}") from None
         sight = look(store)
         if "" in sight.troubles:
             raise BadInput(sight.troubles[""])
@@ -92,12 +95,14 @@ class Mirror:
 
     def _taken(self, store: Store, name: str, mark: Mark, trust: Trust | None) -> DfmclError | None:
         """Copy a model; why it was left as it was."""
+        judged = False
         try:
-            self._take(store, name, trust)
-        except (Refused, NotAttested, BadEvidence) as error:
-            self.seen[name] = mark, trust, error  # as long as nothing changes
-            return error
+            release = verify_release(store, name, trust)
+            judged = True
+            self._take(store, release, trust)
         except DfmclError as error:
+            if not judged and isinstance(error, Refused | NotAttested | BadEvidence):
+                self.seen[name] = mark, trust, error  # it stays so as long as nothing changes
             return error
         except Unusable as error:
             return BadInput(str(error))
@@ -107,9 +112,9 @@ class Mirror:
     def _held(self) -> list[str]:
         return [name for name in layout.folders(self.into) if is_ours(self.into, name)]
 
-    def _take(self, store: Store, name: str, trust: Trust | None) -> None:
+    def _take(self, store: Store, release: Promoted, trust: Trust | None) -> None:
         """Version first, as Triton may look at any moment; then the configs, the CPU's last; then old versions go."""
-        release = verify_release(store, name, trust)
+        name = release.model
         texts = {path: store.read(f"{name}/{path}", TEXT_BYTES) for path in reversed(layout.CONFIGS)}
         before = layout.served_version(self.into, name)
         if layout.taken(self.into, name):

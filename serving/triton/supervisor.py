@@ -28,7 +28,7 @@ from dfmcl.common.errors import AnswerError, BadInput, Broken, Crashed, Refused,
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger, promotion
 from dfmcl.release.stores.directory import STAGING, Directory
-from dfmcl.release.stores.store import Store
+from dfmcl.release.stores.store import Store, Unusable
 
 from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.serving.clients.triton import Client
@@ -508,13 +508,13 @@ def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) 
         try:
             require_known_answers(client, promoted)
             return
-        except (AnswerError, WrongAnswer, BadInput) as error:
+        except (AnswerError, WrongAnswer, BadInput, Unusable) as error:
             missing = str(error)
         if reason := _given_up(promoted):
             raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")
         if time.monotonic() > deadline:
             raise Broken(f"not live after {timeout_seconds:g} s: {missing}; `dfmcl rollback` returns")
-        time.sleep(0.2)  # the server there can only be asked
+        time.sleep(promoted.store.poll_seconds / 2)  # server and store can only be asked
 
 
 def _given_up(promoted: Promoted) -> str:

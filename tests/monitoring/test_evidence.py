@@ -27,6 +27,7 @@ from dfmcl.gating.verdict import EXIT_CODES
 from dfmcl.monitoring.evidence import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
+from dfmcl.release.stores.bucket import Bucket
 from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
@@ -34,6 +35,7 @@ from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import Share
 from dfmcl.robustness.threats.registry import threat_of
 from tests.monitoring.conftest import GATED, write_probes
+from tests.release.bucket import Objects
 from tests.signing import evaluated, make_key, policy_of, report_on, trusting, write_trust
 from tests.signing import write_report as write_evidence
 
@@ -412,6 +414,29 @@ def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away:
     assert find("1") is found
     (models / "digits" / "1" / "model.onnx").write_bytes(b"other")
     assert find("1").state == "invalid"
+
+
+def test_evidence_may_lie_in_a_bucket(models: Path, key: Path) -> None:
+    """It is looked up there for a request a round, read again when it changes, and believed while the bucket is away."""
+    objects = Objects()
+    with (store := Bucket(objects)).writing(), store.added("digits") as folder:
+        shutil.copytree(models / "digits", folder, dirs_exist_ok=True)
+    find = follow(Bucket(objects), "digits", lambda: trusted)
+    trusted = trusting(key)
+    found, asked = find("1"), objects.requests
+    assert (found.state, found.verified) == ("passed", True)
+    assert find("1") is found
+    assert objects.requests == asked + 1
+    assert find("7").why == "memory://bucket/digits/7: there is no report.json"
+    assert find("1").verified
+    objects.away = True
+    assert find("1").verified
+    assert find("7").why == "memory://bucket: the network is down"
+    objects.away = False
+    with (store := Bucket(objects)).writing():
+        store.replace("digits/1/model.onnx", b"other", store.etag("digits/1/model.onnx"))
+    assert find("1").state == "invalid"
+    assert "memory://bucket/digits/1" in find("1").why
 
 
 def test_a_revoked_key_is_not_trusted_any_more(models: Path, key: Path, tmp_path: Path) -> None:

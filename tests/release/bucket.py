@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dfmcl.common.reader import Unfit
-from dfmcl.release.stores.store import Changed, Etag
+from dfmcl.release.stores.store import Changed, Etag, Unusable
 
 
 class Died(BaseException):
@@ -24,22 +24,23 @@ class Died(BaseException):
 @dataclass
 class Objects:
     """One process's client of a bucket. held: bytes by key, which the processes share; left: writes until it dies;
-    requests: so many it made."""
+    requests: so many it made; away: whether it cannot be asked now."""
 
     held: dict[str, bytes] = field(default_factory=dict)
     left: float = float("inf")
     requests: int = 0
     address: str = "memory://bucket"
+    away: bool = False
 
     def get(self, key: str, most: int, known: Etag | None = None) -> tuple[Etag, bytes] | None:
-        self.requests += 1
+        self._ask()
         data, etag = self._data(key), self._etag(key)
         if len(data) > most:
             raise Unfit("is too large")
         return None if etag == known else (etag, data)
 
     def fetch(self, key: str, path: Path) -> None:
-        self.requests += 1
+        self._ask()
         path.write_bytes(self._data(key))
 
     def put(self, key: str, body: bytes | Path, seen: Etag | None) -> Etag:
@@ -56,7 +57,7 @@ class Objects:
 
     def listing(self, prefix: str) -> Iterator[tuple[str, float]]:
         """All were written in 1970."""
-        self.requests += 1
+        self._ask()
         yield from [(key, 0.0) for key in self.held if key.startswith(prefix)]
 
     def _data(self, key: str) -> bytes:
@@ -68,8 +69,13 @@ class Objects:
         """A digest, as S3 has it: the same bytes have the same."""
         return hashlib.sha256(self.held[key]).hexdigest()
 
-    def _write(self) -> None:
+    def _ask(self) -> None:
         self.requests += 1
+        if self.away:
+            raise Unusable(self.address, "the network is down")
+
+    def _write(self) -> None:
+        self._ask()
         self.left -= 1
         if self.left < 0:
             raise Died
