@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
-from dfmcl.common.text import why_not_local
+from dfmcl.common.text import scheme_of, why_not_local
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -48,10 +48,10 @@ S = TypeVar("S", bound=Section)
 
 
 def anchored(section: S, folder: Path, *names: str) -> S:
-    """The same section with every path that is set joined to `folder` (absolute ones stay as they are)."""
-    return section.model_copy(
-        update={name: str(folder / getattr(section, name)) for name in names if getattr(section, name)}
-    )
+    """The same section with every path that is set joined to `folder`; absolute ones and addresses stay as they are."""
+    values = {name: getattr(section, name) for name in names}
+    paths = {name: value for name, value in values.items() if value and not scheme_of(value)}
+    return section.model_copy(update={name: str(folder / value) for name, value in paths.items()})
 
 
 def read_toml(path: Path, advice: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
+from dfmcl.release.stores.registry import why_unknown
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.sources import DataSource
 from dfmcl.robustness.threats.ball import Ball
@@ -41,6 +42,12 @@ def _is(parse: Callable[[str], Any]) -> Callable[[str], str]:
 
 
 AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(Attack.parse_transfer))]], EachOnce]
+def _is_store(address: str) -> str:
+    if why := why_unknown(address):
+        raise ValueError(why)
+    return address
+
+
 Url = Annotated[str, AfterValidator(_is_http)]
 Seconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 
@@ -122,12 +129,12 @@ class SurrogatesSection(Section):
 class ReleaseSection(Section):
     """The gate's evidence for what is served; without it nothing stands beside the live figures.
 
-    repository: what promotion writes; the version that answers is looked up there, and with trust (a trust file) its
+    repository: what promotion writes, a path or an address such as s3://bucket/models; the version that answers is looked up there, and with trust (a trust file) its
     signature is verified. evidence: one directory of the gate's, for whatever answers. tolerance: of a replayed logit,
     as a share of the largest one; a GPU with TF32 or TensorRT needs more than a CPU.
     """
 
-    repository: LocalPath = ""
+    repository: Annotated[str, AfterValidator(_is_store)] = ""
     evidence: LocalPath = ""
     trust: LocalPath = ""
     tolerance: float = Field(1e-3, gt=0, le=1)

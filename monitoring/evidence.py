@@ -20,6 +20,7 @@ from dfmcl.gating.signing.evaluation import ShareEntry
 from dfmcl.gating.signing.evidence import PROBES, read_evidence
 from dfmcl.gating.signing.probes import further, read_probes
 from dfmcl.gating.signing.report import CriterionEntry
+from dfmcl.release.stores.store import Etag, Store, Unusable
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.statistics import Share
 
@@ -86,6 +87,7 @@ class Release:
         return replace(self, state="expired", verified=False, why=f"expired on {_date(self.expires)}")
 
 
+Stamp = frozenset[tuple[str, Etag]]
 Find = Callable[[str], Release]
 """The release behind a version number, as the server gives it."""
 
@@ -97,8 +99,8 @@ def always(evidence: Path) -> Find:
     return lambda version: release
 
 
-def follow(repository: Path, model: str, trust: Callable[[], Trust] | None) -> Find:
-    """What lies in a model repository under the version that answers; read again when a file of it changes, or trust.
+def follow(store: Store, model: str, trust: Callable[[], Trust] | None) -> Find:
+    """What lies in a repository under the version that answers; read again when a file of it changes, or trust.
 
     Files that are only away contradict nothing: a version's never change, and storage comes back.
     """
@@ -106,12 +108,19 @@ def follow(repository: Path, model: str, trust: Callable[[], Trust] | None) -> F
 
     def find(version: str) -> Release:
         nonlocal last
-        directory = repository / model / version
-        stamp, trusted = _stamp(directory), trust and trust()
-        known = last is not None and (last.version, last.trust) == (version, trusted) and stamp <= last.stamp
-        if last is None or not known:
-            last = _Found(version, stamp, trusted, _read(directory, trusted))
-        return last.release
+        folder, trusted = f"{model}/{version}", trust and trust()
+        try:
+            seen = store.now()
+            stamp = _stamp(seen, folder)
+            known = last is not None and (last.version, last.trust) == (version, trusted) and stamp <= last.stamp
+            if last is None or not known:
+                local = seen.local(folder)
+                release = _read(local, trusted)
+                release = replace(release, why=release.why.replace(str(local), store.where(folder)))
+                last = _Found(version, stamp, trusted, release)
+            return last.release
+        except Unusable as error:
+            return last.release if last is not None and last.version == version else Release(why=str(error))
 
     return find
 
@@ -121,7 +130,7 @@ class _Found:
     """The content that was read last, and its source."""
 
     version: str
-    stamp: frozenset[tuple[str, int, int]]
+    stamp: Stamp
     trust: Trust | None
     release: Release
 
@@ -203,13 +212,12 @@ def read_replay(path: Path) -> Replay | None:
     return Replay(images, logits.astype(np.float32)) if len(images) else None
 
 
-def _stamp(directory: Path) -> frozenset[tuple[str, int, int]]:
-    """The files of a directory that can be seen, with time and size."""
+def _stamp(store: Store, folder: str) -> Stamp:
+    """The files of a folder that can be seen, and how each lies there."""
     try:
-        found = [(path.name, path.stat()) for path in directory.iterdir()]
+        return frozenset((entry.name, store.etag(f"{folder}/{entry.name}")) for entry in store.entries(folder))
     except OSError:
         return frozenset()
-    return frozenset((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
 
 
 def _share(entry: ShareEntry) -> Share:

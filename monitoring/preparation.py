@@ -28,6 +28,7 @@ from dfmcl.monitoring.round_log import RoundLog
 from dfmcl.monitoring.rounds import RoundPlan
 from dfmcl.monitoring.snapshot import AttackInfo, Identity
 from dfmcl.monitoring.surrogates import Surrogates
+from dfmcl.release.stores.registry import store_of
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.provenance import revision, versions
 from dfmcl.serving.clients.gateway import GatewayClient
@@ -125,7 +126,10 @@ def gateway_clients(query: QuerySection, plan: RoundPlan, keys: tuple[str, str])
 
 
 def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
-    """Where the evidence is looked up; BadInput where a surrogate holds the weights of a release that lies there."""
+    """Where the evidence is looked up; BadInput where a surrogate holds the weights of a release that lies there.
+
+    Of a repository elsewhere the release that answers is looked at: the others would have to be fetched.
+    """
     chosen = config.release
     if chosen.evidence:
         attested = evidence.read_report(Path(chosen.evidence))
@@ -134,16 +138,21 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
     if not chosen.repository:
         return evidence.nothing
     trust = follow_trust(Path(chosen.trust), say) if chosen.trust else None
-    model = Path(chosen.repository) / config.target.model
-    if not model.is_dir():
-        raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes")
-    for report in sorted(model.glob(f"*/{REPORT}")):
+    store = store_of(chosen.repository)
+    try:
+        store.entries(config.target.model)
+    except (FileNotFoundError, NotADirectoryError):
+        model = store.where(config.target.model)
+        raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes") from None
+    except OSError as error:
+        raise BadInput(f"release.repository: {error.filename}: {error.strerror}") from None
+    for report in [] if store.whole else sorted(store.local(config.target.model).glob(f"*/{REPORT}")):
         try:
             checkpoint = evidence.read_report(report.parent).checkpoint_sha256
         except BadInput:
             continue  # it is said to be invalid when its version answers
         surrogates.require_apart(checkpoint, str(report.parent))
-    return evidence.follow(Path(chosen.repository), config.target.model, trust)
+    return evidence.follow(store, config.target.model, trust)
 
 
 def identity_of(config: WatchConfig, work: Preparation) -> Identity:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
@@ -55,6 +56,12 @@ MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 # As promotion writes them: Triton takes 004 for version 4, and two directories for one version are one too many.
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 MEND = "`dfmcl repair` mends it"
+
+
+def files_in(version: Path) -> tuple[str, ...]:
+    """The files of a version that lies in a directory: VERSION_FILES, and model.sig where there is one."""
+    signature = (SIGNATURE,) if (version / SIGNATURE).is_file() else ()
+    return (*sorted(VERSION_FILES), *signature)
 
 
 def checked_name(name: str) -> str:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from dfmcl.common.errors import BadInput, DfmclError, Refused
+from dfmcl.common.errors import BadInput, Refused
 from dfmcl.gating.signing.attestation import Trust, verify
 from dfmcl.gating.signing.evidence import inspect
 from dfmcl.release import layout, ledger
 from dfmcl.release.candidate import MANIFEST, Manifest, verify_files
 from dfmcl.release.stores.directory import entry_of
-from dfmcl.release.stores.store import Store
+from dfmcl.release.stores.store import Store, local_folder
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,9 @@ def verify_release(store: Store, name: str, trust: Trust | None = None, now: dat
 
 
 def verify_version_of(store: Store, folder: str, trust: Trust | None = None, now: datetime | None = None) -> Manifest:
-    """As `verify_version`, of a folder in a store; messages name it as it is called there, also of a copy."""
-    local = store.local(folder)
-    try:
+    """As `verify_version`, of a folder in a store."""
+    with local_folder(store, folder) as local:
         return verify_version(local, trust, now)
-    except DfmclError as error:
-        error.args = (str(error).replace(str(local), store.where(folder)), *error.args[1:])
-        raise
 
 
 def verify_version(directory: Path, trust: Trust | None = None, now: datetime | None = None) -> Manifest:
@@ -88,8 +84,9 @@ def verify_at(store: Store, name: str, trust: Trust, now: datetime | None = None
     """The name of a version, verified. name: a model's in a repository, one of its versions', or that of a copy."""
     if layout.entry_at(store, f"{name}/{layout.CONFIG}").file:
         return verify_release(store, name, trust, now).folder
-    in_model = layout.entry_at(store, name).link or layout.lies_there(store, layout.CONFIG)
-    if in_model and layout.VERSION.fullmatch(name):
+    model, slash, last = name.rpartition("/")
+    in_model = layout.entry_at(store, name).link or layout.lies_there(store, f"{model}{slash}{layout.CONFIG}")
+    if in_model and layout.VERSION.fullmatch(last):
         verify_version_of(store, name, trust, now)
     return name
 
@@ -106,7 +103,8 @@ def require_repository(store: Store) -> None:
         store.entries()
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(
-            f"{store.where()}: no such directory; name a model repository that `dfmcl promote` wrote"
+            f"{store.where()}: no such {'repository' if store.whole else 'directory'};"
+            " name a model repository that `dfmcl promote` wrote"
         ) from None
     except OSError as error:
         raise BadInput(f"{store.where()}: cannot be read: {error.strerror or error}") from None

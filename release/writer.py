@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dfmcl.common.errors import BadInput, Broken
 from dfmcl.release import layout, ledger
 from dfmcl.release.change import Change
-from dfmcl.release.stores.store import Store
+from dfmcl.release.stores.store import Store, Unusable
 
 
 @contextmanager
@@ -27,8 +27,11 @@ def only_writer(store: Store, *, settle: bool = True) -> Iterator[Change]:
                         let_gpu_follow(change, name)
                 ledger.settle(change)
             yield change
+    except Unusable as error:
+        raise BadInput(str(error)) from None
     except OSError as error:
-        state = f"before that, {', '.join(done)}; repeat the command" if done else "nothing was changed"
+        partly = done and not store.whole
+        state = f"before that, {', '.join(done)}; repeat the command" if partly else "nothing was changed"
         raise Broken(f"{error.filename or store.where()}: {error.strerror or error}; {state}") from None
 
 

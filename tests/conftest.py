@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from hypothesis import settings
 
 from tests.exports import Export, exported
 from tests.networks import Networks, network
+from tests.s3 import S3Server, s3_server
 
 # How long an example takes depends on what else runs, and is nothing that a test states by the way.
 settings.register_profile("patient", deadline=None)
@@ -87,6 +89,23 @@ def export_once(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """`export_once(run, out)`: as `export`, but that a run of the same bytes is exported once a session."""
     own = tmp_path_factory.getbasetemp()
     return partial(exported, shelf=(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "candidates")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 API for all tests that ask it; each has a bucket of its own."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a repository to be, in a new bucket; this process and what it starts have credentials."""
+    for name, value in s3.variables.items():
+        monkeypatch.setenv(name, value)
+    name = f"releases-{len(s3.client().list_buckets()['Buckets'])}"
+    s3.client().create_bucket(Bucket=name)
+    return f"s3://{name}/models"
 
 
 @pytest.fixture(scope="session")

@@ -403,7 +403,9 @@ def test_no_path_of_any_command_is_an_address(
 ) -> None:
     """A bucket's name must not become a folder ./s3: and exit code 0: it is bad input, and nothing is made of it."""
     monkeypatch.chdir(tmp_path)
-    for url in ("s3://bucket/models", "models:/digits/1", "file:///tmp/models"):
+    store = getattr(get_type_hints(COMMANDS[command], include_extras=True)[option], "__metadata__", [None])[0]
+    elsewhere = "gs" if getattr(store, "parser", None) is arguments.path else "s3"
+    for url in (f"{elsewhere}://bucket/models", "models:/digits/1", "file:///tmp/models"):
         code, out, err = called(call_with(command, option, url), monkeypatch, capfd)
         assert (code, out) == (2, ""), err
         assert err.startswith(f"dfmcl: {url}: {url.partition(':')[0]}: is no folder here")
@@ -417,6 +419,11 @@ def test_any_scheme_is_an_address_but_where_it_is_a_folder(
 ) -> None:
     """A folder of this machine may be called so; what is written as a URL is one all the same."""
     monkeypatch.chdir(tmp_path)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # so that s3:// finds no credentials, and asks nobody
     assert called(["status", "--repository", f"{scheme}:models"], monkeypatch, capfd)[0] == 2
     assert called(["history", f"--repository={scheme}://b/models"], monkeypatch, capfd)[0] == 2
     (tmp_path / f"{scheme}:" / "models").mkdir(parents=True)

@@ -17,7 +17,7 @@ from dfmcl.cli.arguments import require_local
 from dfmcl.cli.output import warn
 
 # What a subcommand needs, if not `train`.
-SERVE = ("promote", "rollback", "repair", "status", "history", "prune", "retire", "verify", "card", "serve")
+SERVE = ("promote", "rollback", "repair", "status", "history", "prune", "retire", "verify", "card", "serve", "sync")
 EXTRAS = {
     **dict.fromkeys(SERVE, "serve"),
     **dict.fromkeys(("gateway", "apikey"), "gateway"),

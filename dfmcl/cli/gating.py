@@ -317,14 +317,15 @@ def verified(path: str, trusted: Trust, evidence: Path | None, now: datetime | N
     from dfmcl.gating.signing.attestation import read_attestation
     from dfmcl.gating.signing.attestation import verify as run_verify
     from dfmcl.release.stores.registry import local_of, store_at
+    from dfmcl.release.stores.store import local_folder
 
-    store, name = store_at(path)
+    here = local_of(path)
     if evidence is None:
         from dfmcl.release.verification import verify_at
 
+        store, name = store_at(path)
         name = verify_at(store, name, trusted, now)
-        path, folder = store.where(name), store.local(name)
-    else:
-        folder = local_of(path)
-    report = run_verify(folder, evidence or folder, trusted, now)
-    return path, report, read_attestation(evidence or folder, trusted)
+        path, here = store.where(name), local_folder(store, name)
+    with here as folder:
+        report = run_verify(folder, evidence or folder, trusted, now)
+        return path, report, read_attestation(evidence or folder, trusted)

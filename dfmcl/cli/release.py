@@ -192,7 +192,7 @@ def status(
     from dfmcl.release.status import standings
     from dfmcl.release.stores.registry import store_of
 
-    store = store_of(repository)
+    store = store_of(repository).now()
     found = standings(store, None if trust is None else load_trust(trust))
     if as_json:
         say_page(json.dumps([row.to_json() for row in found], indent=2))
@@ -231,7 +231,7 @@ def history(repository: REPOSITORY, name: Annotated[str | None, typer.Option(hel
     from dfmcl.release.stores.registry import store_of
     from dfmcl.release.verification import require_repository
 
-    store = store_of(repository)
+    store = store_of(repository).now()
     require_repository(store)
     changes = [change for change in read_lines(store)[0] if name in (None, change.model)]
     for change in changes:
@@ -305,14 +305,15 @@ def parity(
     from dfmcl.release.stores.registry import local_of
 
     rows = []
-    for row in compare(local_of(version)):
-        rows.append(row)
-        found = row.trouble or (
-            f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
-            f" {100 * row.adversarial_agreement:.1f} % of adversarial images, {100 * row.held:.1f} % of those right"
-        )
-        named = f"{row.provider}, {row.setting}{' (decided)' if row.judged else ''}"
-        say(f"{'equal' if row.equal else 'DIFFERS'}  {named}: {found}")
+    with local_of(version) as folder:
+        for row in compare(folder):
+            rows.append(row)
+            found = row.trouble or (
+                f"logits off by {row.difference:.1e}, labels equal on {100 * row.clean_agreement:.1f} % of clean and"
+                f" {100 * row.adversarial_agreement:.1f} % of adversarial images, {100 * row.held:.1f} % of those right"
+            )
+            named = f"{row.provider}, {row.setting}{' (decided)' if row.judged else ''}"
+            say(f"{'equal' if row.equal else 'DIFFERS'}  {named}: {found}")
     return int(not all(row.equal for row in counted(rows)))
 
 

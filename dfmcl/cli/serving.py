@@ -1,4 +1,4 @@
-"""From a repository to an answer: `dfmcl serve`, `gateway`, `apikey`, `capacity`."""
+"""From a repository to an answer: `dfmcl serve`, `sync`, `gateway`, `apikey`, `capacity`."""
 
 from __future__ import annotations
 
@@ -33,12 +33,15 @@ def serve(
     gpu: Annotated[bool, typer.Option("--gpu", help="With --print-docker: on a GPU.")] = False,
 ) -> int:
     """Serve the repository with Triton on 127.0.0.1 until SIGTERM or Ctrl-C, and follow its promotions."""
+    from dfmcl.common.errors import BadInput
     from dfmcl.gating.signing.trust import follow_trust
     from dfmcl.release.stores.registry import store_of
     from dfmcl.serving.triton.docker import docker_command
     from dfmcl.serving.triton.supervisor import serve as run_server
 
     store = store_of(repository)
+    if print_docker and store.whole:
+        raise BadInput(f"{repository}: --print-docker mounts a directory; `dfmcl sync` fills one from here")
     if print_docker:
         ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         say_page(docker_command(store.local(""), ports, gpu=gpu))
@@ -56,6 +59,27 @@ def serve(
         log=log,
         say=tell,
     )
+
+
+@command
+def sync(
+    repository: REPOSITORY,
+    into: Annotated[Path, typer.Option(help="The directory that a Triton polls; nobody else writes there.")],
+    trust: Annotated[Path | None, typer.Option(help="Copy only what these keys signed (TOML).")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Copy what is served now, and end.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Copy what a repository serves into a directory for your own Triton, and follow it until SIGTERM or Ctrl-C."""
+    from dfmcl.gating.signing.trust import follow_trust, load_trust
+    from dfmcl.release.stores.registry import store_of
+    from dfmcl.serving.triton.mirror import mirror
+
+    copy = mirror(store_of(repository), into, say)
+    if not once:
+        copy.follow(None if trust is None else follow_trust(trust, say), every, stop_on_signals())
+        return
+    for error in copy.once(None if trust is None else load_trust(trust)).values():
+        raise error
 
 
 @command

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from dfmcl.common.errors import Broken
 from dfmcl.common.reader import leaves, read_plain
@@ -31,6 +31,11 @@ class Directory:
     """A `Store` below a directory of this machine, or of a file system that it has mounted."""
 
     root: Path
+    whole: ClassVar[bool] = False
+    poll_seconds: ClassVar[float] = 0.5
+
+    def now(self) -> Directory:
+        return self
 
     def where(self, name: str = "") -> str:
         return str(self.root / name)

@@ -6,11 +6,13 @@ What each member must do is written here, and tests/release/test_stores.py asks 
 from __future__ import annotations
 
 import errno
-from collections.abc import Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
+
+from dfmcl.common.errors import DfmclError
 
 Etag = Hashable  # of a file: another one where other bytes lie there
 
@@ -19,7 +21,18 @@ class Store(Protocol):
     """Files by name. A name has slashes; "" is the store itself. What a writer has not finished has no name.
 
     All raise OSError where the store cannot be read or written, FileNotFoundError where nothing has that name.
+    whole: whether all that one `writing` changed has its names at once, at its end, and nothing where the block fails.
+    poll_seconds: how long to wait between two looks at what nobody has changed.
     """
+
+    whole: ClassVar[bool]
+    poll_seconds: ClassVar[float]
+
+    def now(self) -> Store:
+        """The store to be read as it is at this moment, for many questions that one change must not fall between.
+
+        Where a question is a request, this is the only one until bytes are asked for. A directory has no such moment.
+        """
 
     def where(self, name: str = "") -> str:
         """The address of a file or folder, as messages have it."""
@@ -42,21 +55,18 @@ class Store(Protocol):
     def writing(self) -> AbstractContextManager[None]:
         """Be the only writer for as long as the block runs; what dead writers left unfinished is removed first.
 
-        Makes the store where there is none. Broken where another writer does not end.
+        Makes the store where there is none. Broken where another writer does not end; Changed, at the block's end,
+        where a store that is `whole` was changed by another one meanwhile: nothing of the block is kept then.
         """
 
     def added(self, folder: str) -> AbstractContextManager[Path]:
         """An empty folder of this machine; its files have their names once the block ends well, all of them or none.
 
-        FileExistsError where something has the folder's name. A store that cannot rename writes the files of inner
-        folders first, and the folder's own last: a model's config.pbtxt is the commit, also to Triton.
+        FileExistsError where something has the folder's name.
         """
 
     def removed(self, folder: str) -> AbstractContextManager[None]:
-        """Take a folder away, all of it at once, before the block runs; its bytes may go after it.
-
-        A store that cannot rename removes the folder's own files first.
-        """
+        """Take a folder away, all of it at once, before the block runs; its bytes may go after it."""
 
     def replace(self, name: str, data: bytes, seen: Etag | None) -> Etag:
         """Write a whole file where it is as it was seen (None: where nothing has that name); its new etag.
@@ -87,3 +97,26 @@ class Changed(OSError):
 
     def __init__(self, where: str) -> None:
         super().__init__(errno.EBUSY, "another writer replaced it", where)
+
+
+class Unusable(OSError):
+    """The store itself cannot be asked, or does not hold what it names; that is told from a store that is empty."""
+
+    exit_code = 2
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(errno.EIO, reason, where)
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+@contextmanager
+def local_folder(store: Store, folder: str) -> Iterator[Path]:
+    """A folder on this machine, which errors name as it is called in the store, also where it is a copy."""
+    local = store.local(folder)
+    try:
+        yield local
+    except DfmclError as error:
+        error.args = (str(error).replace(str(local), store.where(folder)), *error.args[1:])
+        raise

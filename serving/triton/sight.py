@@ -36,6 +36,7 @@ def look(store: Store) -> Sight:
     marks: dict[str, Mark] = {}
     troubles: dict[str, str] = {}
     try:
+        store = store.now()
         names = [entry.name for entry in store.entries() if entry.folder and not entry.name.startswith(".")]
     except OSError as error:
         return Sight({}, {"": f"{store.where()}: cannot be read: {error.strerror}"})
@@ -63,4 +64,7 @@ def _mark(store: Store, name: str) -> Mark | None:
         raise BadInput(f"{store.where(path)}: {error}") from None
     if (version := layout.served_version(store, name)) is None:
         return None
-    return Mark(config, version, tuple(store.etag(f"{name}/{version}/{file}") for file in sorted(layout.VERSION_FILES)))
+    folder = f"{name}/{version}"
+    signed = [layout.SIGNATURE] if layout.lies_there(store, f"{folder}/{layout.SIGNATURE}") else []
+    files = (*sorted(layout.VERSION_FILES), *signed)
+    return Mark(config, version, tuple(store.etag(f"{folder}/{file}") for file in files))

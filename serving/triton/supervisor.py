@@ -28,18 +28,19 @@ from dfmcl.common.errors import AnswerError, BadInput, Broken, Crashed, Refused,
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger, promotion
 from dfmcl.release.stores.directory import STAGING, Directory
-from dfmcl.release.stores.store import Store
+from dfmcl.release.stores.store import Store, Unusable
 from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import claim_ready, write_ready
 from dfmcl.serving.triton.environment import Environment, find_environment, footprint
 from dfmcl.serving.triton.known_answers import known_answers, require_known_answers
+from dfmcl.serving.triton.mirror import adopt
 from dfmcl.serving.triton.process import HOST, Server, claim_ports, hide_token, last_meaningful_line, running
 from dfmcl.serving.triton.pulse import Pulse, asking
 from dfmcl.serving.triton.sight import Mark, look
 
 STARTUP_SECONDS = 120.0
-TICK_SECONDS = 0.5  # how soon a promotion or a dead process is noticed
+TICK_SECONDS = 0.5  # how soon a dead process is noticed; a promotion: as the store has it
 RETRY_SECONDS = 5.0  # until what could not be read as a whole is tried again though nothing has changed
 LIVENESS_SECONDS = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
@@ -155,6 +156,7 @@ class _Supervisor:
         self._seen: dict[str, Mark] = {}  # each model as it was last acted upon
         self._pending: dict[str, tuple[float, str]] = {}  # when to act again, and why it failed
         self._troubles: dict[str, str] = {}  # what was said to be unreadable
+        self._next_look = 0.0  # at the repository, on the monotonic clock
         self._up_since: float | None = None
         self._was_up = False
 
@@ -178,21 +180,10 @@ class _Supervisor:
                 self._say(f"{error}; starting it again in {pause:.0f} s")
                 self._stop.wait(pause)
 
-    def _adopted(self, name: str, into: Directory) -> Promoted:
-        """A private copy in `into` of what the repository says of a model; verified there and at its source."""
-        release, target = verify_release(self._store, name, self._trust), into.root / name
-        source, copy = release.path, target / str(release.version)
-        copy.mkdir(parents=True, exist_ok=True)
-        (target / layout.CONFIG).write_bytes(layout.config_bytes(self._store, name))
-        signature = [layout.SIGNATURE] if (source / layout.SIGNATURE).is_file() else []
-        for file in (*layout.VERSION_FILES, *signature):
-            shutil.copy(source / file, copy / file)
-        return verify_release(into, name, self._trust)
-
     def _first(self, name: str) -> tuple[Promoted, npt.NDArray[np.uint8]]:
         """What a model serves at the start, and an image of its own."""
         try:
-            release = self._adopted(name, self._models)
+            release = adopt(self._store, name, self._trust, self._models)
         except OSError as error:
             where = error.filename or self._store.where(name)
             raise BadInput(f"{where}: cannot be copied: {error.strerror}") from None
@@ -251,8 +242,9 @@ class _Supervisor:
             while not self._stop.wait(min(TICK_SECONDS, self._liveness_seconds)):
                 server.require_running()
                 self._heed_trust()
-                if not self._fixed:
+                if not self._fixed and time.monotonic() >= self._next_look:
                     self._follow(server)
+                    self._next_look = time.monotonic() + self._store.poll_seconds - TICK_SECONDS / 2
                 for name in self._live:
                     if name not in pulses or pulses[name].image is not self._images[name]:
                         pulses[name] = Pulse(server, name, self._images[name], self._liveness_seconds)
@@ -347,7 +339,7 @@ class _Supervisor:
         try:
             with tempfile.TemporaryDirectory(dir=self._private) as folder:
                 try:
-                    release = self._adopted(name, Directory(Path(folder)))
+                    release = adopt(self._store, name, self._trust, Directory(Path(folder)))
                     image = known_answers(release)[0][:1]
                     ports = claim_ports(http=0, grpc=0, metrics=0)
                 except (*UNTRUSTED, Broken) as error:
@@ -515,13 +507,13 @@ def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) 
         try:
             require_known_answers(client, promoted)
             return
-        except (AnswerError, WrongAnswer, BadInput) as error:
+        except (AnswerError, WrongAnswer, BadInput, Unusable) as error:
             missing = str(error)
         if reason := _given_up(promoted):
             raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")
         if time.monotonic() > deadline:
             raise Broken(f"not live after {timeout_seconds:g} s: {missing}; `dfmcl rollback` returns")
-        time.sleep(0.2)  # the server there can only be asked
+        time.sleep(promoted.store.poll_seconds / 2)  # server and store can only be asked
 
 
 def _given_up(promoted: Promoted) -> str:

@@ -27,6 +27,7 @@ from dfmcl.gating.verdict import EXIT_CODES
 from dfmcl.monitoring.evidence import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
+from dfmcl.release.stores.bucket import Bucket
 from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
@@ -34,6 +35,7 @@ from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.statistics import Share
 from dfmcl.robustness.threats.registry import threat_of
 from tests.monitoring.passed import GATED, write_probes
+from tests.release.bucket import Objects
 from tests.signing import evaluated, make_key, policy_of, report_on, trusting, write_trust
 from tests.signing import write_report as write_evidence
 
@@ -258,7 +260,7 @@ def models(tmp_path: Path, exported: tuple[Path, Path], evidence: Path, key: Pat
 
 def test_what_was_promoted_is_verified(models: Path, key: Path) -> None:
     """Figures, recorded answers, a signature that holds, and until when."""
-    found = follow(models, "digits", lambda: trusting(key))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(key))("1")
     assert (found.state, found.verified, found.why) == ("passed", True, "")
     assert found.attested is not None
     assert found.attested.model_sha256 == sha256_of(models / "digits" / "1" / "model.onnx")
@@ -270,14 +272,14 @@ def test_what_was_promoted_is_verified(models: Path, key: Path) -> None:
 
 def test_without_keys_nothing_is_verified(models: Path) -> None:
     """The report is read, and no more is claimed."""
-    found = follow(models, "digits", None)("1")
+    found = follow(Directory(models), "digits", None)("1")
     assert (found.state, found.verified, found.expires) == ("passed", False, None)
 
 
 @pytest.mark.parametrize("version", ["2", "999999999"])
 def test_a_version_that_nobody_promoted_has_no_evidence(models: Path, key: Path, version: str) -> None:
     """Another model is served."""
-    found = follow(models, "digits", lambda: trusting(key))(version)
+    found = follow(Directory(models), "digits", lambda: trusting(key))(version)
     assert (found.state, found.attested, found.replay, found.verified) == ("missing", None, None, False)
     assert f"digits/{version}" in found.why
 
@@ -333,7 +335,7 @@ def sign_a_failure(version: Path, key: Path) -> None:
 def test_what_does_not_hold_is_invalid(models: Path, key: Path, damage: Callable[[Path, Path], None]) -> None:
     """Other bytes than were signed, or none that can be read: invalid, with the reason in one line, never an error."""
     damage(models / "digits" / "1", key)
-    found = follow(models, "digits", lambda: trusting(key))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(key))("1")
     assert (found.state, found.verified) == ("invalid", False)
     assert found.why
     assert "\n" not in found.why
@@ -342,13 +344,13 @@ def test_what_does_not_hold_is_invalid(models: Path, key: Path, damage: Callable
 def test_a_signature_of_a_stranger_is_invalid(models: Path, tmp_path: Path) -> None:
     """A signer with another key."""
     stranger = make_key(tmp_path / "stranger")
-    found = follow(models, "digits", lambda: trusting(stranger))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(stranger))("1")
     assert (found.state, found.verified) == ("invalid", False)
 
 
 def dated(models: Path, key: Path, **options: Any) -> tuple[Release, float]:
     """The release and the moment it was signed for."""
-    found = follow(models, "digits", lambda: trusting(key, **options))("1")
+    found = follow(Directory(models), "digits", lambda: trusting(key, **options))("1")
     assert found.expires is not None
     return found, found.expires
 
@@ -385,7 +387,7 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
     monkeypatch.setattr(
         "dfmcl.monitoring.evidence.read_report", lambda directory: (reads.append(directory), real(directory))[1]
     )
-    find, model = follow(models, "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
+    find, model = follow(Directory(models), "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
     assert find("1") is find("1")
     assert len(reads) == 1
     kept = model.read_bytes()
@@ -400,24 +402,47 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
 def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away: str) -> None:
     """What was verified of a version stays so while its files cannot be seen; what nobody has seen is missing."""
     trusted = trusting(key)
-    find = follow(models, "digits", lambda: trusted)
+    find = follow(Directory(models), "digits", lambda: trusted)
     found = find("1")
     assert found.verified
     path = models / away
     path.rename(models.with_name("elsewhere"))
     assert find("1") is found
     if away != "digits/1/probes.npz":
-        assert follow(models, "digits", lambda: trusted)("1").state == "missing"
+        assert follow(Directory(models), "digits", lambda: trusted)("1").state == "missing"
     models.with_name("elsewhere").rename(path)
     assert find("1") is found
     (models / "digits" / "1" / "model.onnx").write_bytes(b"other")
     assert find("1").state == "invalid"
 
 
+def test_evidence_may_lie_in_a_bucket(models: Path, key: Path) -> None:
+    """It is looked up there for a request a round, read again when it changes, and believed while the bucket is away."""
+    objects = Objects()
+    with (store := Bucket(objects)).writing(), store.added("digits") as folder:
+        shutil.copytree(models / "digits", folder, dirs_exist_ok=True)
+    find = follow(Bucket(objects), "digits", lambda: trusted)
+    trusted = trusting(key)
+    found, asked = find("1"), objects.requests
+    assert (found.state, found.verified) == ("passed", True)
+    assert find("1") is found
+    assert objects.requests == asked + 1
+    assert find("7").why == "memory://bucket/digits/7: there is no report.json"
+    assert find("1").verified
+    objects.away = True
+    assert find("1").verified
+    assert find("7").why == "memory://bucket: the network is down"
+    objects.away = False
+    with (store := Bucket(objects)).writing():
+        store.replace("digits/1/model.onnx", b"other", store.etag("digits/1/model.onnx"))
+    assert find("1").state == "invalid"
+    assert "memory://bucket/digits/1" in find("1").why
+
+
 def test_a_revoked_key_is_not_trusted_any_more(models: Path, key: Path, tmp_path: Path) -> None:
     """The trust file is read again; while it cannot be read, what it said last holds."""
     trust, said = write_trust(key), list[str]()
-    find = follow(models, "digits", follow_trust(trust, said.append))
+    find = follow(Directory(models), "digits", follow_trust(trust, said.append))
     found = find("1")
     assert found.verified
     good = trust.read_text()
@@ -434,7 +459,7 @@ def test_a_revoked_key_is_not_trusted_any_more(models: Path, key: Path, tmp_path
 
 def test_a_new_version_brings_its_own(models: Path, key: Path) -> None:
     """Version 2 is looked up where version 1 was, and version 1 again after it."""
-    find = follow(models, "digits", lambda: trusting(key))
+    find = follow(Directory(models), "digits", lambda: trusting(key))
     one = find("1")
     assert find("2").state == "missing"
     shutil.copytree(models / "digits" / "1", models / "digits" / "2")

@@ -252,7 +252,11 @@ PATHS = [
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("url", ["s3://bucket/models", "models:/digits/1", "file:///srv/models"])
 def test_no_path_is_an_address(tmp_path: Path, path: str, url: str) -> None:
-    """It would become a folder beside the file."""
+    """It would become a folder beside the file; a repository may lie in a bucket."""
+    if path == "release.repository" and url.startswith("s3://"):
+        (tmp_path / "watch.toml").write_text(f'{GOOD}\n[release]\nrepository = "{url}"')
+        assert load_config(tmp_path / "watch.toml").release.repository == url
+        return
     section, key = path.split(".")
     value = f'["{url}"]' if key == "runs" else f'"{url}"'
     if f"[{section}]" in GOOD:

@@ -226,6 +226,6 @@ def expected_round(config: Any, surrogate: Path, repository: Path) -> RoundResul
     torch.set_num_threads(config.probe.threads)  # as the crafter does: sums depend on it
     scene = next(scenes(pool, source, plan.threat, attacks, seed=0, count=64))
     predict = predictor(repository / "digits" / "1" / "model.onnx")
-    result = run_round(plan, 1, scene, predict, follow(repository, "digits", None), Still(), manners())
+    result = run_round(plan, 1, scene, predict, follow(Directory(repository), "digits", None), Still(), manners())
     assert isinstance(result, RoundResult)
     return result

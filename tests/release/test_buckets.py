@@ -1,0 +1,251 @@
+"""A repository in a bucket, by a real S3 API on 127.0.0.1: the commands, their cost, and whatever gets in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dfmcl.common.errors import BadInput
+from dfmcl.gating.signing.attestation import Trust
+from dfmcl.release.layout import VERSION_FILES, served_version, version_numbers
+from dfmcl.release.ledger import read_history
+from dfmcl.release.promotion import promote, prune, rollback
+from dfmcl.release.status import standings
+from dfmcl.release.stores import s3 as member
+from dfmcl.release.stores.bucket import ABANDONED_SECONDS, INDEX, Bucket
+from dfmcl.release.stores.registry import store_of
+from dfmcl.release.verification import verify_release
+from dfmcl.serving.triton.sight import look
+from tests.processes import wait_until
+from tests.s3 import S3Server, s3_server
+from tests.serving.workshop import run_python
+from tests.signing import code_of
+
+# A promotion in a process of its own, which a signal meets right before its K-th write to the bucket.
+PROMOTING = """
+import os, sys
+from pathlib import Path
+from dfmcl.gating.signing.trust import load_trust
+from dfmcl.release.promotion import promote
+from dfmcl.release.stores.registry import store_of
+from dfmcl.release.stores.s3 import S3
+number, first, last, address, candidate, evidence, trust = sys.argv[1:]
+trust, write = load_trust(Path(trust)), S3.put
+for step in range(int(first), int(last) + 1):
+    left = [step]
+    def put(*arguments, **options):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), int(number))
+        return write(*arguments, **options)
+    S3.put = put
+    if not os.fork():
+        try:
+            promote(Path(candidate), Path(evidence), store_of(address), name="digits", trust=trust)
+            print("ended", flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+        os._exit(0)
+    print(step, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+WRITES = len(VERSION_FILES) + 1  # of a promotion that is not a model's first: its files, and the index
+
+
+@pytest.fixture
+def promoted(bucket: str, candidate: Path, evidence: Path, trust: Trust) -> str:
+    promote(candidate, evidence, store_of(bucket), name="digits", trust=trust, threads=1)
+    return bucket
+
+
+def test_every_command_takes_an_address(
+    bucket: str, candidate: Path, evidence: Path, trust_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From an empty bucket to a rollback and the end of a model; messages name things as they are called there."""
+    where, name, trusted = ["--repository", bucket], ["--name", "digits"], ["--trust", str(trust_file)]
+    new = ["promote", str(candidate), "--evidence", str(evidence), *where, *name, *trusted]
+    assert code_of("status", *where) == 2
+    assert f"{bucket}: no such repository; name a model repository" in capsys.readouterr().err
+    for arguments, code, said in (
+        (new, 0, f"{bucket}/digits/1: digits version 1"),
+        (new, 0, f"{bucket}/digits/2: digits version 2"),
+        ([*new, "--shadow"], 0, f"{bucket}/digits-shadow/1: digits-shadow version 1"),
+        (["status", *where, *trusted], 0, "digits: champion 2, previous 1, candidate 1; on disk 1, 2;"),
+        (["rollback", *where, *name, *trusted, "--reason", "slow"], 0, "digits is back at version 1"),
+        (["history", *where, *name], 0, "rolled_back  version 1, before 2, by "),
+        (["verify", f"{bucket}/digits", *trusted], 0, f"{bucket}/digits/1: passed on"),
+        (["verify", f"{bucket}/digits/2", *trusted], 0, f"{bucket}/digits/2: passed on"),
+        (["parity", f"{bucket}/digits/2"], 0, "equal  CPUExecutionProvider, float32: logits off by"),
+        (["sync", *where, "--into", str(tmp_path / "models"), *trusted, "--once"], 0, "digits: version 1 (sha256"),
+        (["prune", *where, *name, "--keep", "1"], 0, "digits: removed nothing"),
+        (["repair", *where, *trusted], 0, "digits: serves version 1, which is whole"),
+        (["retire", *where, *name], 0, "digits: retired"),
+        (["status", *where], 1, f"{bucket}: holds no promoted model"),
+        (["sync", *where, "--into", str(tmp_path / "models"), "--once"], 0, "digits: was retired, and is removed"),
+    ):
+        assert code_of(*arguments) == code, arguments
+        assert said in capsys.readouterr().out
+    for arguments, said in (
+        (["parity", f"{bucket}/digits/9"], f"{bucket}/digits/9: is not there"),
+        (["verify", f"{bucket}/digits", *trusted], f"{bucket}/digits/manifest.json: no such file"),
+        (["verify", f"{bucket.removesuffix('models')}other/1", *trusted], "no repository is there or above"),
+        (["serve", *where, "--print-docker"], "--print-docker mounts a directory"),
+        (["status", "--repository", "s3://"], "s3://: write s3://BUCKET/PREFIX"),
+        (["status", "--repository", "s3://b/a/../c"], "write s3://BUCKET/PREFIX"),
+        (["status", "--repository", "gs://b/models"], "gs: is no folder here, and no store that is known; known are"),
+        (["status", "--repository", "az://b/models"], "known are paths of this machine, s3://"),
+    ):
+        assert code_of(*arguments) == 2, arguments
+        err = capsys.readouterr().err
+        assert said in err
+        assert len(err.splitlines()) == 1, "one line"
+
+
+def test_a_look_at_an_unchanged_repository_is_one_request(
+    promoted: str, s3: S3Server, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """Without a body: the server answers 304. And a thousand versions cost `status` no request more than two."""
+    store, index = store_of(promoted), f"GET {promoted.removeprefix('s3:/')}/{INDEX}"
+    before = look(store)
+    asked = len(s3.requests())
+    for _ in range(3):
+        assert look(store) == before
+    assert s3.requests()[asked:] == [index] * 3
+    assert [line.split()[-2] for line in s3.log.read_text().splitlines()[-3:]] == ["304"] * 3
+    promote(candidate, evidence, store, name="digits", trust=trust)
+    asked, rows = len(s3.requests()), standings(store_of(promoted).now(), trust)
+    with_two = s3.requests()[asked:]
+    assert len(with_two) == 1 + len(VERSION_FILES), "the index, and the files of the version that is judged"
+    fill(store)
+    asked, later = len(s3.requests()), standings(store_of(promoted).now(), trust)
+    assert s3.requests()[asked:] == with_two
+    assert later == [replace(rows[0], versions=list(range(1, 1001)), previous=1000)]
+    assert (rows[0].champion, rows[0].trouble, rows[0].doubt) == (2, "", "")
+    assert len(store._objects.get(INDEX, 10**9)[1]) < 2_000_000
+
+
+def fill(store: Bucket) -> None:
+    """A thousand versions, of which the second is served again: all of its objects, as only their names count."""
+    with store.writing():
+        second, history = store._index().below("digits/2"), read_history(store)
+        more = {name.replace("/2/", f"/{number}/"): second[name] for number in range(3, 1001) for name in second}
+        store._set(store._index().with_files(more))
+        new = [replace(history[0], version=number, before=number - 1) for number in range(3, 1001)]
+        last = [replace(history[0], event="rolled_back", version=version, before=1000) for version in (1, 2)]
+        lines = "".join(json.dumps(vars(change)) + "\n" for change in [*history, *new, *last])
+        store.replace("history.jsonl", lines.encode(), store.etag("history.jsonl"))
+
+
+def test_kill_9_at_any_write_leaves_the_old_version_served(
+    promoted: str, candidate: Path, evidence: Path, trust: Trust, trust_file: Path
+) -> None:
+    """Up to the last one, which brings the new version; what the dead left is removed once it is old."""
+    paths = map(str, (promoted, candidate, evidence, trust_file))
+    output, _ = run_python(PROMOTING, str(signal.SIGKILL.value), "1", str(WRITES), *paths).communicate(timeout=300)
+    assert [line.split() for line in output.splitlines()] == [[str(step), "-9"] for step in range(1, WRITES + 1)]
+    store = store_of(promoted)
+    assert verify_release(store, "digits", trust).version == 1
+    assert (version_numbers(store, "digits"), len(read_history(store))) == ([1], 1)
+    left = {key for key, _ in store._objects.listing("content/")}
+    assert len(left) > len(VERSION_FILES), "what they brought along lies there"
+    assert promote(candidate, evidence, store, name="digits", trust=trust).version == 2
+    later = Bucket(store._objects, now=lambda: time.time() + 2 * ABANDONED_SECONDS)
+    assert rollback(later, "digits", trust=trust).version == 1
+    assert {key for key, _ in store._objects.listing("content/")} == {
+        held.key for held in store._index().files.values() if held.key is not None
+    }
+    assert prune(store, "digits", keep=1) == []
+    assert (standings(store, trust)[0].champion, standings(store, trust)[0].doubt) == (1, "")
+
+
+def test_of_two_promotions_at_once_one_is_told(
+    promoted: str, candidate: Path, evidence: Path, trust: Trust, trust_file: Path
+) -> None:
+    """Two processes; the one that was about to commit finds that the other has, and changes nothing."""
+    paths = map(str, (promoted, candidate, evidence, trust_file))
+    slow = run_python(PROMOTING, str(signal.SIGSTOP.value), str(WRITES), str(WRITES), *paths)
+    children = Path("/proc", str(slow.pid), "task", str(slow.pid), "children")
+    wait_until(lambda: children.read_text().split() and state_of(children.read_text().split()[0]) == "T", slow)
+    assert promote(candidate, evidence, store_of(promoted), name="digits", trust=trust).version == 2
+    os.kill(int(children.read_text()), signal.SIGCONT)
+    output, _ = slow.communicate(timeout=120)
+    assert output.splitlines()[0] == (f"Broken {promoted}/{INDEX}: another writer replaced it; nothing was changed")
+    store = store_of(promoted)
+    assert (served_version(store, "digits"), version_numbers(store, "digits")) == (2, [1, 2])
+    assert [change.version for change in read_history(store)] == [1, 2]
+
+
+def state_of(process: str) -> str:
+    return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_store_that_cannot_be_asked_is_not_an_empty_one(
+    promoted: str,
+    candidate: Path,
+    evidence: Path,
+    trust_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No such bucket, nobody at the address, no credentials, credentials that may not: one line, exit code 2."""
+    monkeypatch.setattr(member, "ATTEMPTS", 1)
+
+    def refused(address: str, *said: str, first: int = 3) -> None:
+        where, copy = ["--repository", address], tmp_path / "copy"
+        for arguments in [
+            ["status", *where],
+            ["sync", *where, "--into", str(copy), "--once"],
+            ["promote", str(candidate), "--evidence", str(evidence), *where, "--name", "d", "--trust", str(trust_file)],
+            ["history", *where],
+            ["rollback", *where, "--name", "digits", "--trust", str(trust_file)],
+            ["prune", *where, "--name", "digits"],
+            ["retire", *where, "--name", "digits"],
+            ["repair", *where, "--trust", str(trust_file)],
+            ["verify", f"{address}/digits", "--trust", str(trust_file)],
+            ["parity", f"{address}/digits/1"],
+            ["serve", *where],
+            ["sync", *where, "--into", str(copy)],
+        ][:first]:
+            assert code_of(*arguments) == 2, arguments
+            out, err = capsys.readouterr()
+            assert (out, len(err.splitlines())) == ("", 1), (arguments, err)
+            assert all(words in err for words in (address, *said)), (arguments, err)
+            shutil.rmtree(copy, ignore_errors=True)
+
+    refused("s3://no-such-bucket/models", "there is no such bucket", first=12)
+    with s3_server(tmp_path, actions=1) as strict:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", strict.url)
+        strict.client().create_bucket(Bucket="releases")
+        refused("s3://releases/models", "(InvalidAccessKeyId)")
+    refused("s3://releases/models", "Could not connect to the endpoint URL")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    refused("s3://releases/models", "Unable to locate credentials")
+
+
+def test_without_boto3_it_is_said_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The extra is not needed for directories."""
+    monkeypatch.setitem(__import__("sys").modules, "boto3", None)
+    assert code_of("status", "--repository", "s3://b/models") == 2
+    assert "s3://b/models: boto3 is not installed; pip install 'dfmcl[s3]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["none", "{}"])
+def test_what_is_no_repository_is_not_written_over(
+    bucket: str, wrong: str, candidate: Path, evidence: Path, trust: Trust
+) -> None:
+    """Another program's object of that name stays."""
+    store = store_of(bucket)
+    store._objects.put(INDEX, wrong.encode(), None)
+    with pytest.raises(BadInput, match=r"repository\.json: .*no `dfmcl` wrote this"):
+        promote(candidate, evidence, store, name="digits", trust=trust)
+    assert store._objects.get(INDEX, 100)[1] == wrong.encode()
