@@ -80,7 +80,9 @@ def _after(count: int, threshold: float, kind: str, raised: tuple[str, ...]) -> 
         class_images=np.bincount(digits.y_test).tolist(),
         evaluations=[_evaluation(index, eps) for eps in (4, 8, 16, 24)],
         transfer=[_transferred(index)],
-        pairs=Pairs("4" * 64, "5" * 64, count, *(tuple(row.tolist()) for row in (index, np.roll(held, 3), held))),
+        pairs=Pairs(
+            "4" * 64, "5" * 64, count, tuple(index.tolist()), tuple(np.roll(held, 3).tolist()), tuple(held.tolist())
+        ),
     )
     return replace(
         report,

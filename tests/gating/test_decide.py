@@ -14,8 +14,7 @@ import pytest
 from dfmcl.common.errors import BadInput
 from dfmcl.common.providers import PROVIDERS, Decider, deciders
 from dfmcl.common.toml import read_toml, validated
-from dfmcl.gating.case import require_decider
-from dfmcl.gating.decide import DecideSection
+from dfmcl.gating.decide import DecideSection, require_decider
 from dfmcl.gating.formats.markdown import markdown
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.signing.attestation import NotAttested, read_attestation, verify
@@ -117,7 +116,7 @@ def test_a_subject_is_judged_by_the_decider_of_its_policy_only(file: Path) -> No
     subject = onnx_subject(file, str(CONTRACT))
     require_decider(subject, DecideSection())
     with pytest.raises(BadInput, match="is computed by cpu, fp32, and the policy names openvino, bf16"):
-        require_decider(subject, DecideSection(**OPENVINO))
+        require_decider(subject, DecideSection.model_validate(OPENVINO))
     with pytest.raises(BadInput, match="is computed by AzureExecutionProvider"):
         require_decider(replace(subject, provider=Provider("AzureExecutionProvider")), DecideSection())
 

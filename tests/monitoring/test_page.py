@@ -150,7 +150,7 @@ def test_ages_say_how_old_the_figures_are() -> None:
 
 def test_bad_news_names_its_runbook() -> None:
     """A file of docs/runbooks, or where it is published; good news none."""
-    lost = {"losses": {"1": frozenset({"clean"})}}
+    lost: dict[str, Any] = {"losses": {"1": frozenset({"clean"})}}
     assert "docs/runbooks/RobustnessLost.md" in page(journal(result()), **lost)
     published = replace(IDENTITY, runbooks='https://w.test/a"b/')
     link = render("m", published, snapshot(journal(result()), **lost), now=NOW)

@@ -127,7 +127,15 @@ def test_what_does_not_hold_is_no_document(trusted: Trust, tmp_path: Path) -> No
 
 def test_command_prints_it_and_asks_for_trust(text: str) -> None:
     """On standard output; without --trust one line and 2."""
-    command = [Path(sys.executable).with_name("dfmcl"), "card", "--audit", "--repository", REPOSITORY, "--name", MODEL]
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("dfmcl"),
+        "card",
+        "--audit",
+        "--repository",
+        REPOSITORY,
+        "--name",
+        MODEL,
+    ]
     made = subprocess.run([*command, "--trust", TRUST], capture_output=True, text=True, check=True, cwd=ROOT)
     assert made.stdout.strip() == text.strip()
     refused = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -45,6 +45,7 @@ def test_results_come_in_order(door: Door, tmp_path: Path) -> None:
         np.testing.assert_allclose(found.logits, said["logits"], atol=1e-5)
         assert found.top[0].probability == pytest.approx(said["top"][0]["probability"], abs=1e-4)
     assert isinstance(alone, Prediction)
+    assert isinstance(first, Prediction)
     assert alone.label == first.label
     assert isinstance(broken, Unseen)
     assert broken.reason == "bad_image"

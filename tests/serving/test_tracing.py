@@ -100,7 +100,7 @@ def test_a_promotion_is_a_span(
     collector: Collector, candidate: Path, evidence: Path, trust_file: Path, tmp_path: Path
 ) -> None:
     """By the command, part of the pipeline's trace; one that is refused is an error, and a rollback has its own."""
-    command = [Path(sys.executable).with_name("dfmcl"), "promote", candidate, "--evidence", evidence]
+    command: list[str | Path] = [Path(sys.executable).with_name("dfmcl"), "promote", candidate, "--evidence", evidence]
     command += ["--repository", tmp_path / "models", "--name", "digits", "--trust", trust_file]
     environment = os.environ | {"TRACEPARENT": PARENT, "OTEL_SERVICE_NAME": "our-pipeline"}
     subprocess.run(command, check=True, env=environment, capture_output=True, cwd=ROOT)
