@@ -51,8 +51,11 @@ class Objects(Protocol):
     def fetch(self, key: str, path: Path) -> None:
         """Write an object to a new file; FileNotFoundError where there is none."""
 
-    def put(self, key: str, body: bytes | Path, seen: Etag | None) -> Etag:
+    def put(self, key: str, body: bytes, seen: Etag | None) -> Etag:
         """Write an object where it is as it was seen (None: where there is none), else Changed; its new etag."""
+
+    def create(self, key: str, body: bytes | Path) -> None:
+        """Write an object under a key that nobody else has."""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects, whether they are there or not."""
@@ -81,7 +84,7 @@ class Bucket:
 
     def now(self) -> Bucket:
         view = copy.copy(self)
-        view._fixed = self._index()
+        view._fixed, view._change = self._index(), ""
         return view
 
     def entries(self, folder: str = "") -> list[Item]:
@@ -218,8 +221,7 @@ class Bucket:
         digest = hashlib.sha256(body).hexdigest() if isinstance(body, bytes) else sha256_of(body)
         key = f"{CONTENT}{self._change}/{len(self._brought)}/{name}"
         self._brought.append(key)
-        with suppress(Changed):  # tried again after an answer that was lost; nobody else has this key
-            self._objects.put(key, body, None)
+        self._objects.create(key, body)
         return Held(digest, size, key)
 
     def _commit(self, before: Index, after: Index, begun: float) -> None:

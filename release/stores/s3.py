@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from dfmcl.release.stores.store import Changed, Etag, Unusable
 
 CONNECT_SECONDS, ANSWER_SECONDS, ATTEMPTS = 5, 60, 3
 TOGETHER = 1000  # objects that one request removes
+FORBIDDEN = (
+    "these credentials may not do this; to read needs s3:ListBucket and GetObject, to change PutObject and DeleteObject too"
+)
 # By error code, or status where a proxy answers; others are told as they came.
 REASONS = {
     "NoSuchBucket": "there is no such bucket",
-    "AccessDenied": "these credentials may not do this; it needs s3:ListBucket, GetObject, PutObject and DeleteObject",
-    "403": "these credentials may not do this; it needs s3:ListBucket, GetObject, PutObject and DeleteObject",
+    "AccessDenied": FORBIDDEN,
+    "403": FORBIDDEN,
     "ExpiredToken": "the credentials have expired",
     "PermanentRedirect": "the bucket is in another region; set AWS_REGION",
     "NotImplemented": "its server knows no If-Match and If-None-Match; take one that does",
@@ -84,13 +87,15 @@ class S3:
             with answer["Body"] as body, path.open("xb") as file:
                 shutil.copyfileobj(body, file)
 
-    def put(self, key: str, body: bytes | Path, seen: Etag | None) -> Etag:
+    def put(self, key: str, body: bytes, seen: Etag | None) -> Etag:
         condition = {"IfNoneMatch": "*"} if seen is None else {"IfMatch": seen}
         with self._asking(key, writing=True):
-            if isinstance(body, bytes):
-                return str(self._client.put_object(**self._place(key), **condition, Body=body)["ETag"])
-            with body.open("rb") as file:
-                return str(self._client.put_object(**self._place(key), **condition, Body=file)["ETag"])
+            return str(self._client.put_object(**self._place(key), **condition, Body=body)["ETag"])
+
+    def create(self, key: str, body: bytes | Path) -> None:
+        with ExitStack() as opened, self._asking(key):
+            content = body if isinstance(body, bytes) else opened.enter_context(body.open("rb"))
+            self._client.put_object(**self._place(key), Body=content)
 
     def delete(self, keys: Iterable[str]) -> None:
         left = [{"Key": self._prefix + key} for key in keys]

@@ -85,8 +85,8 @@ class Mirror:
             try:
                 with self.into.writing():
                     for name in changed:
-                        if (refused := self._taken(store, name, sight.marks[name], trust)) is not None:
-                            troubles[name] = refused
+                        if (why := self._taken(store, name, sight.marks[name], trust)) is not None:
+                            troubles[name] = why
                     for name in gone:
                         troubles |= self._drop(store, name)
             except OSError as error:

@@ -417,7 +417,7 @@ def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away:
 
 
 def test_evidence_may_lie_in_a_bucket(models: Path, key: Path) -> None:
-    """It is looked up there for a request a round, read again when it changes, and believed while the bucket is away."""
+    """A look is a request; it is read again when it changes, and believed while the bucket is away."""
     objects = Objects()
     with (store := Bucket(objects)).writing(), store.added("digits") as folder:
         shutil.copytree(models / "digits", folder, dirs_exist_ok=True)

@@ -43,12 +43,16 @@ class Objects:
         self._ask()
         path.write_bytes(self._data(key))
 
-    def put(self, key: str, body: bytes | Path, seen: Etag | None) -> Etag:
+    def put(self, key: str, body: bytes, seen: Etag | None) -> Etag:
         self._write()
         if (self._etag(key) if key in self.held else None) != seen:
             raise Changed(key)
-        self.held[key] = body if isinstance(body, bytes) else body.read_bytes()
+        self.held[key] = body
         return self._etag(key)
+
+    def create(self, key: str, body: bytes | Path) -> None:
+        self._write()
+        self.held[key] = body if isinstance(body, bytes) else body.read_bytes()
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:

@@ -37,16 +37,18 @@ from dfmcl.release.promotion import promote
 from dfmcl.release.stores.registry import store_of
 from dfmcl.release.stores.s3 import S3
 number, first, last, address, candidate, evidence, trust = sys.argv[1:]
-trust, write = load_trust(Path(trust)), S3.put
+trust = load_trust(Path(trust))
 for step in range(int(first), int(last) + 1):
     left = [step]
-    def put(*arguments, **options):
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), int(number))
-        return write(*arguments, **options)
-    S3.put = put
+    def counted(write):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), int(number))
+            return write(*arguments, **options)
+        return call
     if not os.fork():
+        S3.put, S3.create = counted(S3.put), counted(S3.create)
         try:
             promote(Path(candidate), Path(evidence), store_of(address), name="digits", trust=trust)
             print("ended", flush=True)

@@ -13,13 +13,24 @@ from pathlib import Path
 
 import pytest
 
+from dfmcl.gating.signing.trust import load_trust
+from dfmcl.release.stores.directory import Directory
+from dfmcl.release.verification import verify_release
 from dfmcl.serving.clients.triton import Client
 from tests.exports import Export
 from tests.processes import tritons_own_ports, wait_until
+from tests.s3 import S3Server
 from tests.serving.workshop import ROOT, write_evidence, write_run
 
 PAGE = (ROOT / "docs" / "platform.md").read_text(encoding="utf-8")
-LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+
+
+ON_ONE_MACHINE, _, IN_A_BUCKET = PAGE.partition("## In a bucket")
+LINES = commands(ON_ONE_MACHINE)
 
 
 @pytest.fixture
@@ -36,17 +47,17 @@ def desk(
         yield tmp_path
 
 
-def test_the_commands_run_as_written(desk: Path) -> None:
-    """Promote, serve, promote the next, roll back, and all the rest; what is served is what they say."""
+def run_as_written(lines: list[str], desk: Path) -> dict[str, str]:
+    """What each command said; the one that serves runs beside the others, and ends with 0."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DFMCL_TRITON_PYTHON": str(ROOT / ".venv-triton" / "bin" / "python")}
     said: dict[str, str] = {}
-    [serving] = [line for line in LINES if line.startswith("dfmcl serve") and "--print-docker" not in line]
-    before = LINES.index(serving)
-    assert len(LINES) >= 10
+    [serving] = [line for line in lines if line.startswith("dfmcl serve") and "--print-docker" not in line]
+    before = lines.index(serving)
+    assert len(lines) >= 9
     server: subprocess.Popen[bytes] | None = None
     try:
-        for number, line in enumerate(LINES):
+        for number, line in enumerate(lines):
             if number == before:
                 server = subprocess.Popen([*line.split(), "--ready-file", "ready.json"], cwd=desk, env=environment)
                 wait_until((desk / "ready.json").exists, server)
@@ -62,6 +73,26 @@ def test_the_commands_run_as_written(desk: Path) -> None:
         if server is not None:
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=40) == 0
+    return said
+
+
+def test_the_commands_run_as_written(desk: Path) -> None:
+    """Promote, serve, promote the next, roll back, and all the rest; what is served is what they say."""
+    require_rolled_back(run_as_written(LINES, desk))
+
+
+def test_the_commands_run_as_written_from_an_empty_bucket_to_a_rollback(
+    desk: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a server that follows the bucket; and the copy is whole and verified."""
+    for name, value in s3.variables.items():
+        monkeypatch.setenv(name, value)
+    s3.client().create_bucket(Bucket="releases")
+    require_rolled_back(run_as_written(commands(IN_A_BUCKET), desk))
+    assert verify_release(Directory(desk / "copy"), "digits", load_trust(desk / "trust.toml")).version == 2
+
+
+def require_rolled_back(said: dict[str, str]) -> None:
     [live] = [text for line, text in said.items() if "next/candidate" in line and "--live" in line]
     assert "127.0.0.1:8001: answers with version 2" in live
     [history] = [text for line, text in said.items() if line.startswith("dfmcl history")]
