@@ -125,7 +125,7 @@ class Findings:
         of as many of these images as were kept.
         """
         counts = kept_in(len(self.images), self.images.shape[1:], [one.evaluation.threat.kind for one in self.others])
-        further = {}
+        further: dict[str, NDArray[Any]] = {}
         for number, (count, one) in enumerate(zip(counts, self.others, strict=True), start=1):
             further[f"change{number}"] = one.adversarial[:count] - self.images[:count]
             further[f"adversarial_logits{number}"] = one.adversarial_logits[:count]
