@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.criterion import Criterion
 from dfmcl.robustness.drawn import DrawnSequence, Fates, one_look_bounds
-from dfmcl.robustness.means import Answers, MeanSequence, mean_lower_bound, mean_upper_bound
+from dfmcl.robustness.means import AnswerCounts, MeanSequence, mean_lower_bound, mean_upper_bound
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.sequential import ConfidenceSequence
 from dfmcl.robustness.statistics import Flags, Share, lower_bound, upper_bound
@@ -21,7 +21,7 @@ from dfmcl.robustness.threats.corruption import Corruption
 
 EXIT_CODES = {"passed": 0, "failed": 1, "inconclusive": 3, "suspect": 4}
 Outcome = Literal["met", "missed", "open"]
-Seen = Fates | Answers
+Seen = Fates | AnswerCounts
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Claim:
         `whole` of the attacks, which others did not.
         """
         if self.corruptions:
-            return Answers.of(evaluations)
+            return AnswerCounts.of(evaluations)
         if self.criterion.robust:
             return Fates.worst(evaluations, drawn, whole)
         return Fates.of(np.array(evaluations[0].correct, bool))
@@ -157,7 +157,7 @@ class Standing:
         levels = claim.criterion.confidence, 1 - (1 - claim.criterion.confidence) / among
         if claim.corruptions:
             bounds = [MeanSequence.begin(claim.population, claim.answers, level) for level in levels]
-            return Standing(claim, among, Answers.none(claim.answers), *bounds)
+            return Standing(claim, among, AnswerCounts.none(claim.answers), *bounds)
         begin = DrawnSequence.begin if claim.drawn else ConfidenceSequence
         return Standing(claim, among, Fates.none(), *(begin(claim.population, level) for level in levels))
 
@@ -197,7 +197,7 @@ def _after(
     bound: ConfidenceSequence | DrawnSequence | MeanSequence, seen: Seen
 ) -> ConfidenceSequence | DrawnSequence | MeanSequence:
     if isinstance(bound, MeanSequence):
-        assert isinstance(seen, Answers)
+        assert isinstance(seen, AnswerCounts)
         return bound.after(seen)
     assert isinstance(seen, Fates)
     return bound.after(seen) if isinstance(bound, DrawnSequence) else bound.after(seen.kept)
@@ -213,7 +213,7 @@ def one_look(claim: Claim, seen: Seen, among: int) -> Judgement:
         return Judgement(claim, share, 0.0, 1.0, "open")
     confidence, threshold = claim.criterion.confidence, claim.criterion.threshold
     above = 1 - (1 - confidence) / among
-    if isinstance(seen, Answers):
+    if isinstance(seen, AnswerCounts):
         lower, upper = mean_lower_bound(seen, confidence), mean_upper_bound(seen, above)
     elif claim.drawn:
         lower, upper = one_look_bounds(seen, confidence, above)

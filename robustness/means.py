@@ -37,7 +37,7 @@ STEPS = 60  # of a bisection in [0, 1]: to the last digits of a double
 
 
 @dataclass(frozen=True)
-class Answers:
+class AnswerCounts:
     """Of M images: how many of `asked` answers about each are right, `(M,)`."""
 
     right: Counts
@@ -48,15 +48,15 @@ class Answers:
             raise BadInput(f"means: right answers must lie between 0 and {self.asked}, of at least one an image")
 
     @staticmethod
-    def of(evaluations: Sequence[Evaluation]) -> Answers:
+    def of(evaluations: Sequence[Evaluation]) -> AnswerCounts:
         """By records of the same images under several threats: an answer is right where all of its attacks failed."""
         held = [np.array(one.robust_images, bool) for one in evaluations]
-        return Answers(np.sum(held, axis=0, dtype=np.int64), len(held))
+        return AnswerCounts(np.sum(held, axis=0, dtype=np.int64), len(held))
 
     @staticmethod
-    def none(asked: int) -> Answers:
+    def none(asked: int) -> AnswerCounts:
         """Of no image."""
-        return Answers(np.zeros(0, np.int64), asked)
+        return AnswerCounts(np.zeros(0, np.int64), asked)
 
     @property
     def share(self) -> Share:
@@ -64,17 +64,17 @@ class Answers:
         return Share(int(self.right.sum()), self.asked * len(self.right))
 
     @property
-    def turned(self) -> Answers:
+    def turned(self) -> AnswerCounts:
         """Wrong ones in place of right ones."""
         return replace(self, right=self.asked - self.right)
 
     def __len__(self) -> int:
         return len(self.right)
 
-    def __getitem__(self, rows: Flags | slice) -> Answers:
+    def __getitem__(self, rows: Flags | slice) -> AnswerCounts:
         return replace(self, right=self.right[rows])
 
-    def __add__(self, other: Answers) -> Answers:
+    def __add__(self, other: AnswerCounts) -> AnswerCounts:
         return replace(self, right=np.concatenate([self.right, other.right]))
 
 
@@ -93,7 +93,7 @@ class Wealth:
     seen: int = 0
     rejected: int = 0
 
-    def after(self, seen: Answers, confidence: float) -> tuple[Wealth, Counts]:
+    def after(self, seen: AnswerCounts, confidence: float) -> tuple[Wealth, Counts]:
         """With the next images; and of each, the least number of right answers in the population that is left `(M,)`.
 
         Sums are whole numbers, so that a true mean on a mark is never rejected for its last digit.
@@ -153,7 +153,7 @@ class MeanSequence:
         nothing, none = Wealth(population, asked), np.zeros(0, np.int64)
         return MeanSequence(population, asked, confidence, none, none, nothing, nothing)
 
-    def after(self, seen: Answers) -> MeanSequence:
+    def after(self, seen: AnswerCounts) -> MeanSequence:
         """With the next images in the fixed order; where it is cut makes no difference."""
         if self.above.seen + len(seen) > self.population or seen.asked != self.asked:
             raise BadInput(
@@ -173,7 +173,7 @@ class MeanSequence:
         )
 
 
-def mean_lower_bound(seen: Answers, confidence: float) -> float:
+def mean_lower_bound(seen: AnswerCounts, confidence: float) -> float:
     """One-sided lower bound of the mean share in the population that images are drawn from, by one look at all."""
     if not len(seen):
         return 0.0
@@ -187,6 +187,6 @@ def mean_lower_bound(seen: Answers, confidence: float) -> float:
     return low
 
 
-def mean_upper_bound(seen: Answers, confidence: float) -> float:
+def mean_upper_bound(seen: AnswerCounts, confidence: float) -> float:
     """The same from above."""
     return 1 - mean_lower_bound(seen.turned, confidence)

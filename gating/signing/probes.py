@@ -56,7 +56,7 @@ def kept_in(images: int, shape: Sequence[int], kinds: Sequence[str]) -> list[int
 
 def further(arrays: Mapping[str, NDArray[Any]]) -> list[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
     """Of each further threat, what the attacks made of the first images `(Q, H, W, C)`, and the logits `(Q, K)`."""
-    found = []
+    found: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
     while (change := arrays.get(f"change{len(found) + 1}")) is not None:
         logits = arrays[f"adversarial_logits{len(found) + 1}"]
         found.append((arrays["images"][: len(change)] + change, logits))

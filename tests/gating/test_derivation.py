@@ -30,7 +30,7 @@ from dfmcl.gating.signing.report import Report, RunEntry
 from dfmcl.gating.soundness import require_derived
 from dfmcl.gating.verdict import Standing, claims_about, one_look
 from dfmcl.robustness import checks
-from dfmcl.robustness.means import Answers, MeanSequence
+from dfmcl.robustness.means import AnswerCounts, MeanSequence
 from dfmcl.robustness.records import Evaluation, from_bits
 from dfmcl.robustness.threats.registry import parse_threat
 from tests.exports import Export
@@ -333,7 +333,7 @@ def test_a_mean_is_that_of_the_answers(home: Path) -> None:
     for row, rows in ((mean, held), (fog, held[:2]), (snow, held[2:])):
         assert (row.k, row.n) == (rows.sum(), rows.size)
         one, other = (MeanSequence.begin(POPULATION, len(rows), level) for level in (0.95, 1 - 0.05 / 18))
-        seen = Answers(rows.sum(axis=0), len(rows))
+        seen = AnswerCounts(rows.sum(axis=0), len(rows))
         assert row.lower == one.after(seen).lower[-1] / (POPULATION * len(rows))
         assert row.upper == other.after(seen).upper[-1] / (POPULATION * len(rows))
         assert row.outcome == "met"
@@ -387,7 +387,7 @@ def test_a_kind_without_images_is_open() -> None:
     criterion = Criterion.parse("corruption_accuracy(each of fog|snow) >= 0 at 95 %")
     for claim in claims_about([criterion], ["a"], None, 9):
         assert Standing.begin(claim, 2).judgement.outcome == "open"
-        assert one_look(claim, Answers.none(5), 2).outcome == "open"
+        assert one_look(claim, AnswerCounts.none(5), 2).outcome == "open"
 
 
 def test_the_same_last_digits_are_not_asked_for(home: Path) -> None:

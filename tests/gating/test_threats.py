@@ -96,6 +96,34 @@ def test_a_gate_decides_on_every_threat(standard_run: Path, export_once: Export,
         read_evidence(out)
 
 
+def test_a_regression_in_another_threat_needs_a_baseline_that_met_it(
+    standard_run: Path, export_once: Export, tmp_path: Path
+) -> None:
+    """The same model under the same corruption loses nothing, on images that its own order would not have reached, and
+    errs as often as before; of a threat that the baseline did not meet nothing can be said: bad input."""
+    subject = candidate_subject(export_once(standard_run, tmp_path / "candidate"), standard_run)
+    before = tmp_path / "first" / "report.json"
+    first = gate(subject, policy("contrast@5"), before.parent)
+    asked = ["no_regression(contrast@5) at 80 %", "corruption_accuracy(contrast@5) >= 0 at 80 %"]
+    report = gate(subject, policy(more=asked), tmp_path / "again", baseline=before)
+    again, _ = read_evidence(tmp_path / "again")
+    assert again.to_json() == report.to_json()
+    row, baseline = report.criteria[-1], report.baseline
+    assert (row.criterion, row.outcome, row.k, row.n) == (asked[0], "met", IMAGES, IMAGES)
+    assert set(first.per_image.index) != set(report.per_image.index)
+    assert baseline is not None
+    assert baseline.per_image.index == first.per_image.index
+    assert baseline.regressions is not None
+    assert baseline.errors is not None
+    (found,), (errors,) = baseline.regressions, baseline.errors
+    (contrast,) = first.radii
+    assert (found.held, found.only_baseline, found.only_candidate) == (contrast.robust.k, 0, 0)
+    assert errors.before == errors.after == pytest.approx(1 - contrast.robust.value)
+    assert baseline.mce == (1 if errors.before else None)
+    with pytest.raises(BadInput, match="was not made under rotation 10 by the same attacks; gate that model"):
+        gate(subject, policy(more=["no_regression(rotation:10) at 80 %"]), tmp_path / "none", baseline=before)
+
+
 def test_a_policy_takes_every_family_and_names_what_is_unknown() -> None:
     """By its own examples; other words, radii that make no sense and threats that stand there twice are refused."""
     for family in FAMILIES:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.means import MARKS, STAKES, Answers, MeanSequence, Wealth, mean_lower_bound, mean_upper_bound
+from dfmcl.robustness.means import MARKS, STAKES, AnswerCounts, MeanSequence, Wealth, mean_lower_bound, mean_upper_bound
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import lower_bound
 from dfmcl.robustness.threats.linf import Linf
@@ -23,8 +23,8 @@ ALPHA, DRAWS = 0.05, 2000
 LISTS = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 
 
-def answers(right: Sequence[int] | NDArray[np.int64], asked: int) -> Answers:
-    return Answers(np.asarray(right, np.int64), asked)
+def answers(right: Sequence[int] | NDArray[np.int64], asked: int) -> AnswerCounts:
+    return AnswerCounts(np.asarray(right, np.int64), asked)
 
 
 def wealth(right: Sequence[int], asked: int, population: int, mark: int) -> float:
@@ -173,7 +173,7 @@ def test_an_answer_is_the_worst_over_attacks_of_one_threat() -> None:
         )
         for flags in held
     ]
-    found = Answers.of(records)
+    found = AnswerCounts.of(records)
     assert (found.right.tolist(), found.asked) == ([2, 2, 0], 3)
     assert (found.share.k, found.share.n) == (4, 9)
     assert (found[np.array([True, False, True])] + found[:1]).right.tolist() == [2, 0, 2]
@@ -187,4 +187,4 @@ def test_what_is_no_sample_is_refused() -> None:
         MeanSequence.begin(2, 4, 0.9).after(answers([1, 1, 1], 4))
     with pytest.raises(BadInput, match="means: "):
         MeanSequence.begin(2, 4, 1.0)
-    assert (mean_lower_bound(Answers.none(4), 0.9), mean_upper_bound(Answers.none(4), 0.9)) == (0.0, 1.0)
+    assert (mean_lower_bound(AnswerCounts.none(4), 0.9), mean_upper_bound(AnswerCounts.none(4), 0.9)) == (0.0, 1.0)
