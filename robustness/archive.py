@@ -108,7 +108,8 @@ def _arrays(path: str, track: Track) -> dict[str, Any]:
                 found = f"holds {', '.join(archive.files[:NAMED]) or 'nothing'}"
                 raise BadInput(f"{path}: lacks {', '.join(missing)}; {expected}; it {found}")
             keys = [key for key in (*KEYS, CLASSES) if key in archive]
-            images = {key: found for key in keys if key.startswith("x_") and (found := mapped(path, key))}
+            places = {key: mapped(path, key) for key in keys if key.startswith("x_")}
+            images = {key: place for key, place in places.items() if place is not None}
             read = track([key for key in keys if key not in images], f"reading {path}", len(keys) - len(images))
             return images | {key: _array(archive, key, path) for key in read}
     except (BadInput, MemoryError):

@@ -57,9 +57,15 @@ class Pictures:
     def __array__(self) -> NDArray[np.uint8]:
         return self[:]
 
-    def read(self, index: NDArray[np.int64], track: Track, label: str = "reading images") -> NDArray[np.uint8]:
-        """The same, with progress."""
-        images = np.empty((len(index), *self.shape[1:]), np.uint8)
+    def read(
+        self,
+        index: NDArray[np.int64],
+        track: Track = silent,
+        label: str = "reading images",
+        out: NDArray[np.uint8] | None = None,
+    ) -> NDArray[np.uint8]:
+        """The same, with progress. out: where they go."""
+        images = np.empty((len(index), *self.shape[1:]), np.uint8) if out is None else out
         for place, number in enumerate(track(index, label, len(index))):
             images[place] = read_image(self.part.paths[number], self.side, self.mode, self.preprocessing)
         return images

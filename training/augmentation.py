@@ -17,11 +17,15 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 def crop(images: Tensor, generator: torch.Generator, padding: int) -> Tensor:
     """Each image shifted by up to `padding` pixels in both directions, zeros coming in at the edges."""
     count, height, width, _ = images.shape
-    padded = functional.pad(images, (0, 0, padding, padding, padding, padding))
     offsets = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=images.device)
-    if count == 1 and images.device.type == "cpu":  # a slice; pixel by pixel takes as long as decoding a JPEG
-        top, left = offsets.flatten().tolist()
-        return padded[:, top : top + height, left : left + width]
+    if count == 1 and images.device.type == "cpu":  # two slices; pixel by pixel takes as long as decoding a JPEG
+        down, right = (int(offset) - padding for offset in offsets)
+        moved = torch.zeros_like(images)
+        height, width = height - abs(down), width - abs(right)
+        kept = images[:, max(0, down) :, max(0, right) :][:, :height, :width]
+        moved[:, max(0, -down) :, max(0, -right) :][:, :height, :width] = kept
+        return moved
+    padded = functional.pad(images, (0, 0, padding, padding, padding, padding))
     rows = offsets[0] + torch.arange(height, device=images.device)
     columns = offsets[1] + torch.arange(width, device=images.device)
     return pick(padded, rows, columns)

@@ -16,12 +16,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import Dataset as ByNumber
 
 from dfmcl.common.errors import Broken, DfmclError
 from dfmcl.robustness.data import Dataset, Labels
-from dfmcl.robustness.images import Images
+from dfmcl.robustness.images import Images, Pictures
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.seeds import generator
 from dfmcl.training.augmentation import augment
@@ -142,20 +142,43 @@ class _Steps(ByNumber["Read | DfmclError"]):
         self.order = Order(config.seed, len(fit), config.optimization.batch_size)
         self.share = len(fit[: self.order.size]) // ranks.world
         self.first = ranks.rank * self.share
+        self._kept: Tensor | None = None
 
     def __getitem__(self, step: int) -> Read | DfmclError:
         numbers = self.fit[self.order.at(step)[self.first :][: self.share].numpy()]
+        views = _shared(len(self.kinds), len(numbers), *self.images.shape[1:])
+        plain = self.kinds == ["none"]
         try:
-            found = torch.from_numpy(self.images[numbers])
+            found = self._pixels(numbers, views[0] if plain else self._room(views[0]))
         except DfmclError as error:
             return error
-        views = torch.empty(len(self.kinds), *found.shape, dtype=torch.uint8)
         with _one_thread():
-            for place, number in enumerate(numbers.tolist()):
+            for place, number in () if plain else enumerate(numbers.tolist()):
                 draws = generator(self.seed, "image", self.order.epoch(step), number)
                 for view, kind in enumerate(self.kinds):
                     views[view, place] = augment(found[place : place + 1], draws, kind)[0]
         return views, torch.from_numpy(self.labels[numbers])
+
+    def _pixels(self, numbers: Labels, out: Tensor) -> Tensor:
+        """Images of the training part, in `out`."""
+        if isinstance(self.images, Pictures):
+            self.images.read(numbers, out=out.numpy())
+        else:
+            out.numpy()[:] = self.images[numbers]
+        return out
+
+    def _room(self, like: Tensor) -> Tensor:
+        """The same memory for each batch: fresh pages cost as much as an image's augmentation."""
+        if self._kept is None or self._kept.shape != like.shape:
+            self._kept = torch.empty_like(like)
+        return self._kept
+
+
+def _shared(*shape: int) -> Tensor:
+    """uint8, in memory that a worker hands over without a copy, as torch's own collation makes it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
 
 
 def feed_of(config: TrainConfig, data: Dataset, fit: Labels, ranks: Ranks) -> Held | Streamed:

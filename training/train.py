@@ -68,8 +68,8 @@ def train(
         if not ranks.first:
             raise EndedAtOnce(f"{out}: {ELSEWHERE}") from None
         step = saved_step(out)
-        saved = "no state was saved yet" if step is None else f"its state of step {step} is saved"
-        raise EndedAtOnce(f"{out}: ended at once; {saved}; repeat the command with --resume") from None
+        left = "no state was saved yet" if step is None else f"its state of step {step} is saved"
+        raise EndedAtOnce(f"{out}: ended at once; {left}; repeat the command with --resume") from None
     finally:
         ranks.leave()
 
