@@ -116,7 +116,7 @@ def promote(
     if print_kserve is not None:
         checked_reference(print_kserve)
     store = store_of(repository)
-    signers = read_signers(*([one] if one else [] for one in (key, key_command, public)))
+    signers = read_signers([key] if key else [], [key_command] if key_command else [], [public] if public else [])
     if len(signers) > 1:
         raise BadInput("model.sig carries one signature: name --key or --key-command, not both")
     promoted = run_promote(
