@@ -144,7 +144,7 @@ def test_choices_choose() -> None:
     ("changes", "message"),
     [
         ({"trust": {"files": None}}, "trust.files: give trust.toml"),
-        ({"trust": {"files": {"trust.toml": None}}}, "trust.files: give trust.toml"),
+        ({"trust": {"files": {"trust.toml": None}}}, "/trust/files/trust.toml"),
         ({"gateway": {"config": ""}}, "gateway.config: give the text of gateway.toml"),
         ({"watch": {"config": ""}}, "watch.config: give the text of watch.toml"),
         ({"model": {"image": ""}}, "model.image: name the OCI image of the model, or model.volume"),

@@ -681,7 +681,7 @@ def test_a_trust_file_is_read_where_it_lies(tmp_path: Path, key: Path, second: P
         ("keys = []", "keys: List should have at least 1 item"),
         ("threshold = 1", "trusts nobody; list keys"),
         ('keys = ["release.pub"]\nthreshold = 0', "threshold: Input should be greater than or equal to 1"),
-        ('keys = ["release.pub"]\nthreshhold = 2', "unknown key threshhold; known are threshold, keys, policies"),
+        ('keys = ["release.pub"]\nthreshhold = 2', "unknown key threshhold; known are threshold, keys, model_keys"),
         ('keys = ["release.pub", "release.pub"]\nthreshold = 2', "threshold is 2, but 1 different keys are listed"),
         ('keys = ["release.pub"]\npolicies = []', "policies: List should have at least 1 item"),
         ('keys = ["release.pub"]\npolicies = ["none.toml"]', "none.toml: No such file"),

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 
 from dfmcl.gating.order import Draw
-from dfmcl.gating.signing.evidence import ATTESTATION, file_digest
+from dfmcl.gating.signing.evidence import ATTESTATION, SIGNATURE, file_digest
 from dfmcl.gating.signing.faults import FAULTS, BadEvidence, NotAttested
-from dfmcl.gating.signing.keys import read_public
+from dfmcl.gating.signing.keys import read_public, read_signer
+from dfmcl.gating.signing.model_signature import model_signature
 from tests.exports import Export
 from tests.gating.test_attestation import changed, enveloped, lines, said, write_lines
 from tests.gating.test_derivation import commands
 from tests.serving.workshop import write_run
-from tests.signing import code_of, make_key, policy_of, report_on, sign_again, write_report, write_trust
+from tests.signing import code_of, ec_key, make_key, policy_of, report_on, sign_again, write_report, write_trust
 
 ROOT = Path(__file__).parents[2]
 READERS = ("sign", "verify", "verdict", "promote")
@@ -158,6 +159,13 @@ def claimed(home: Path) -> None:
     write_report(home / "evidence", report, home / "release.key")
 
 
+def listing_less(home: Path) -> None:
+    """A model.sig by a key that is trusted, over the model alone."""
+    signed = model_signature({"model.onnx": "0" * 64}, "candidate", read_signer(ec_key(home, "model")))
+    (home / "evidence" / SIGNATURE).write_text(signed)
+    trust(home, 'model_keys = ["model.pub"]')
+
+
 NOW = datetime.now(UTC).isoformat(timespec="seconds")
 PRODUCED: dict[str, list[tuple[Callable[[Path], object], tuple[str, ...]]]] = {
     "missing": [
@@ -197,6 +205,7 @@ PRODUCED: dict[str, list[tuple[Callable[[Path], object], tuple[str, ...]]]] = {
     "forged": [(forged, JUDGES)],
     "envelopes": [(lambda home: write_lines(home / "evidence", lines(home / "evidence")[:1]), JUDGES)],
     "statements": [(retyped, JUDGES)],
+    "listed": [(listing_less, JUDGES)],
     "contradiction": [(lambda home: resign(home, findings=[{"check": "x", "why": "y", "do": "z"}]), READERS)],
     "unlike": [
         (another_subject, ("sign",)),

@@ -11,8 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ed25519
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+    load_pem_public_key,
+)
 
 import dfmcl.gating.signing.command
 from dfmcl.common.errors import BadInput
@@ -218,8 +222,9 @@ def test_a_key_in_an_hsm_signs(
     read = [*shlex.split(tool), "--read-object", "--type", "pubkey"]
     der = subprocess.run(read, env=token, capture_output=True, check=True).stdout
     public = tmp_path / "hsm.pub"
-    # Of an Edwards curve this tool gives the point alone, which is the key's 32 bytes.
-    key = ed25519.Ed25519PublicKey.from_public_bytes(der[-32:]) if "edwards" in kind else load_der_public_key(der)
+    # Of an Edwards curve this tool gives PEM, of others DER.
+    pem = der.startswith(b"-----BEGIN")
+    key = load_pem_public_key(der) if pem else load_der_public_key(der)
     public.write_bytes(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     (tmp_path / "hsm.toml").write_text('keys = ["hsm.pub"]\n')
     evidence = shutil.copytree(home / "evidence", tmp_path / "evidence")
