@@ -128,11 +128,11 @@ def _runbook(name: str, folder: str) -> str:
 def _healed(journal: Journal, now: float) -> str:
     """That a service is well again: an outage among the recent rounds, and measured rounds since; of each path."""
     said = []
-    for via, totals in journal.paths.items():
+    for via in journal.paths:
         rounds = [outcome for outcome in journal.recent if outcome.via == via]
         failed = [place for place, outcome in enumerate(rounds) if _is_outage(outcome)]
         after = [outcome for outcome in rounds[failed[-1] + 1 :] if isinstance(outcome, RoundResult)] if failed else []
-        if after and totals.up:
+        if after:
             times = "once" if len(after) == 1 else f"{len(after)} times"
             said.append(
                 f'<p class="healed">Well again by {_way(via)} since {_moment(after[0].started, now)}: measured {times}'

@@ -62,7 +62,7 @@ def shows() -> dict[str, str]:
     found |= dict.fromkeys(("watch-phone.png", "watch-failure.png"), PAGES["watch"].shows())
     states = ("light", "dark", "phone", "failure")
     return found | dict.fromkeys(
-        (f"{page}-{state}.png" for page in ("gateway", "docs") for state in states), screens.gateway_shows()
+        (f"{page}-{state}.png" for page in ("gateway", "docs") for state in states), screens.door_shows()
     )
 
 
@@ -96,7 +96,7 @@ def photographed() -> list[tuple[Path, str]]:
     if BROWSER is None:
         raise SystemExit(MISSING)
     with tempfile.TemporaryDirectory() as scratch:
-        return _kept(screens.gateway(Path(scratch)), screens.gateway_shows())
+        return _kept(screens.gateway(Path(scratch)), screens.door_shows())
 
 
 def _kept(seen: Iterable[tuple[str, bytes, list[str]]], shows: str) -> list[tuple[Path, str]]:

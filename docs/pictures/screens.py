@@ -83,7 +83,7 @@ def gateway(folder: Path) -> Iterator[tuple[str, bytes, list[str]]]:
             yield "gateway-failure", *_seen(chromium, WIDE, 620)
 
 
-def gateway_shows() -> str:
+def door_shows() -> str:
     """A digest of what can be seen: the pages' text, the words of what fills them, the record that they tell of."""
     written = [path.read_bytes() for path in SOURCES]
     written += [pages.words(path.read_text(encoding="utf-8")).encode() for path in (*PROGRAMS, Path(__file__))]

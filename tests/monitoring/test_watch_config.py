@@ -23,7 +23,7 @@ runs = ["a"]
 """
 
 MISTAKES = {
-    "unknown key": ("[listen]\nprot = 1", "unknown key listen.prot; known are host, port"),
+    "unknown key": ("[listen]\nprot = 1", "unknown key listen.prot; known are host, port, runbooks"),
     "unknown section": (
         "[sniff]\nx = 1",
         "unknown key sniff; known are target, data, threat, probe, query, budget, abort, surrogates, release, record, "

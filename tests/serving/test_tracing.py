@@ -111,8 +111,8 @@ def test_a_promotion_is_a_span(
     (tmp_path / "empty").mkdir()
     command[command.index(evidence)] = tmp_path / "empty"
     refused = subprocess.run(command, check=False, env=environment, capture_output=True, cwd=ROOT)
-    assert refused.returncode == 2
-    assert [one.error for one in collector.named("promote")] == ["", "BadEvidence"]
+    assert refused.returncode == 1
+    assert [one.error for one in collector.named("promote")] == ["", "NotAttested"]
 
 
 def test_rounds_of_the_sidecar_are_spans(collector: Collector) -> None:
