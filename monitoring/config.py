@@ -42,6 +42,8 @@ def _is(parse: Callable[[str], Any]) -> Callable[[str], str]:
 
 
 AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(Attack.parse_transfer))]], EachOnce]
+
+
 def _is_store(address: str) -> str:
     if why := why_unknown(address):
         raise ValueError(why)
@@ -129,9 +131,10 @@ class SurrogatesSection(Section):
 class ReleaseSection(Section):
     """The gate's evidence for what is served; without it nothing stands beside the live figures.
 
-    repository: what promotion writes, a path or an address such as s3://bucket/models; the version that answers is looked up there, and with trust (a trust file) its
-    signature is verified. evidence: one directory of the gate's, for whatever answers. tolerance: of a replayed logit,
-    as a share of the largest one; a GPU with TF32 or TensorRT needs more than a CPU.
+    repository: what promotion writes, a path or an address such as s3://bucket/models; the version that answers is
+    looked up there, and with trust (a trust file) its signature is verified. evidence: one directory of the gate's, for
+    whatever answers. tolerance: of a replayed logit, as a share of the largest one; a GPU with TF32 or TensorRT needs
+    more than a CPU.
     """
 
     repository: Annotated[str, AfterValidator(_is_store)] = ""

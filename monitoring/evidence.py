@@ -20,7 +20,7 @@ from dfmcl.gating.signing.evaluation import ShareEntry
 from dfmcl.gating.signing.evidence import PROBES, read_evidence
 from dfmcl.gating.signing.probes import further, read_probes
 from dfmcl.gating.signing.report import CriterionEntry
-from dfmcl.release.stores.store import Etag, Store, Unusable
+from dfmcl.release.stores.store import Etag, Store, UnusableStore
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.statistics import Share
 
@@ -119,7 +119,7 @@ def follow(store: Store, model: str, trust: Callable[[], Trust] | None) -> Find:
                 release = replace(release, why=release.why.replace(str(local), store.where(folder)))
                 last = _Found(version, stamp, trusted, release)
             return last.release
-        except Unusable as error:
+        except UnusableStore as error:
             return last.release if last is not None and last.version == version else Release(why=str(error))
 
     return find

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dfmcl.common.errors import BadInput, Broken
 from dfmcl.release import layout, ledger
 from dfmcl.release.change import Change
-from dfmcl.release.stores.store import Store, Unusable
+from dfmcl.release.stores.store import Store, UnusableStore
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def only_writer(store: Store, *, settle: bool = True) -> Iterator[Change]:
                         let_gpu_follow(change, name)
                 ledger.settle(change)
             yield change
-    except Unusable as error:
+    except UnusableStore as error:
         raise BadInput(str(error)) from None
     except OSError as error:
         partly = done and not store.whole

@@ -323,7 +323,6 @@ def verified(path: str, trusted: Trust, evidence: Path | None, now: datetime | N
     if evidence is None:
         from dfmcl.release.verification import verify_at
 
-        store, name = store_at(path)
         name = verify_at(store, name, trusted, now)
         path, here = store.where(name), local_folder(store, name)
     with here as folder:

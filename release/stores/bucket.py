@@ -28,7 +28,7 @@ from dfmcl.common.errors import Broken
 from dfmcl.common.files import sha256_of
 from dfmcl.common.reader import MEBIBYTE, RECORD_BYTES, Unfit
 from dfmcl.release.stores.index import Held, Index
-from dfmcl.release.stores.store import Changed, Etag, Item, Unusable
+from dfmcl.release.stores.store import Changed, Etag, Item, UnusableStore
 
 INDEX = "repository.json"
 CONTENT = "content/"
@@ -40,7 +40,7 @@ ABANDONED_SECONDS = 24 * 3600.0
 
 
 class Objects(Protocol):
-    """The objects of a bucket below one prefix. All raise Unusable where it cannot be asked."""
+    """The objects of a bucket below one prefix. All raise UnusableStore where it cannot be asked."""
 
     address: str
 
@@ -64,7 +64,7 @@ class Objects(Protocol):
         """Keys that begin so, and when each object was written, in unix seconds."""
 
 
-class Bucket:
+class BucketStore:
     """A `Store` in a bucket. now: unix seconds."""
 
     whole: ClassVar[bool] = True
@@ -82,7 +82,7 @@ class Bucket:
     def where(self, name: str = "") -> str:
         return f"{self._objects.address}/{name}".rstrip("/")
 
-    def now(self) -> Bucket:
+    def now(self) -> BucketStore:
         view = copy.copy(self)
         view._fixed, view._change = self._index(), ""
         return view
@@ -134,10 +134,10 @@ class Bucket:
             yield
             if self._fixed.files != before.files:
                 self._commit(before, self._fixed, begun)
-        except Unusable:  # nobody knows what was written
+        except UnusableStore:  # nobody knows what was written
             raise
         except Exception:
-            with suppress(Unusable):
+            with suppress(UnusableStore):
                 self._objects.delete(self._brought)
             raise
         finally:
@@ -190,7 +190,7 @@ class Bucket:
         except FileNotFoundError:
             self._last = Index()
         except Unfit as error:
-            raise Unusable(self.where(INDEX), f"{error}; no `dfmcl` wrote this") from None
+            raise UnusableStore(self.where(INDEX), f"{error}; no `dfmcl` wrote this") from None
         return self._last
 
     def _held(self, name: str) -> Held:
@@ -225,7 +225,7 @@ class Bucket:
         return Held(digest, size, key)
 
     def _commit(self, before: Index, after: Index, begun: float) -> None:
-        """Put the new index in the old one's place, where that is as it was; then remove what only the old one named."""
+        """Put the new index in the old one's place, where that is as it was; then what only that one named goes."""
         if self._clock() - begun > ABANDONED_SECONDS / 2:
             raise OSError(errno.ETIMEDOUT, "took too long; try again", self.where(INDEX))
         if before.etag is None:
@@ -236,21 +236,21 @@ class Bucket:
         except Changed:
             if self._content(INDEX) != data:  # else tried again after an answer that was lost
                 raise Changed(self.where(INDEX)) from None
-        except Unusable as error:
+        except UnusableStore as error:
             if not self._was_written(data, error):
                 raise
         kept = {held.key for held in after.files.values()}
         gone = [held.key for held in before.files.values() if held.key is not None and held.key not in kept]
-        with suppress(Unusable):  # the next sweep removes them
+        with suppress(UnusableStore):  # the next sweep removes them
             self._objects.delete(gone)
 
-    def _was_written(self, data: bytes, error: Unusable) -> bool:
-        """Whether a write was done whose answer is an error; Unusable where nobody can say."""
+    def _was_written(self, data: bytes, error: UnusableStore) -> bool:
+        """Whether a write was done whose answer is an error; UnusableStore where nobody can say."""
         try:
             return self._content(INDEX) == data
         except OSError:
             reason = f"{error.strerror}; whether the change was written is not known, `dfmcl status` tells"
-            raise Unusable(self.where(INDEX), reason) from None
+            raise UnusableStore(self.where(INDEX), reason) from None
 
     def _content(self, key: str) -> bytes:
         try:
@@ -269,7 +269,7 @@ class Bucket:
                 self._objects.put(probe, b"", seen)
             except Changed:
                 continue
-            raise Unusable(self.where(), "its server heeds no If-Match and If-None-Match; take one that does")
+            raise UnusableStore(self.where(), "its server heeds no If-Match and If-None-Match; take one that does")
         self._objects.delete([probe])
 
     def _sweep(self, now: float) -> None:
@@ -300,8 +300,8 @@ class Bucket:
         if not path.exists() or sha256_of(path) != held.sha256:
             raise self._damaged(where, held)
 
-    def _damaged(self, where: str, held: Held) -> Unusable:
-        return Unusable(where, f"its object {held.key} is gone or holds other bytes than were promoted")
+    def _damaged(self, where: str, held: Held) -> UnusableStore:
+        return UnusableStore(where, f"its object {held.key} is gone or holds other bytes than were promoted")
 
     def _keep(self, top: Path) -> None:
         """Note that a copy was asked for; those that were not for longest are removed."""

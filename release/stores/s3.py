@@ -1,4 +1,4 @@
-"""S3, and what speaks as it does (AWS_ENDPOINT_URL), as the objects of a bucket; boto3 finds credentials, nobody here."""
+"""S3, and what speaks as it does (AWS_ENDPOINT_URL), as the objects of a bucket; credentials are boto3's matter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.reader import Unfit
-from dfmcl.release.stores.bucket import Bucket
-from dfmcl.release.stores.store import Changed, Etag, Unusable
+from dfmcl.release.stores.bucket import BucketStore
+from dfmcl.release.stores.store import Changed, Etag, UnusableStore
 
 CONNECT_SECONDS, ANSWER_SECONDS, ATTEMPTS = 5, 60, 3
 TOGETHER = 1000  # objects that one request removes
 FORBIDDEN = (
-    "these credentials may not do this; to read needs s3:ListBucket and GetObject, to change PutObject and DeleteObject too"
+    "credentials may not do this: to read needs s3:ListBucket and GetObject, to change PutObject, DeleteObject too"
 )
 # By error code, or status where a proxy answers; others are told as they came.
 REASONS = {
@@ -34,7 +34,7 @@ CHANGED = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 ABSENT = {"NoSuchKey", "404"}
 
 
-def open_bucket(address: str) -> Bucket:
+def open_bucket(address: str) -> BucketStore:
     """The store at s3://BUCKET/PREFIX; BadInput for another form, or where boto3 is not installed."""
     found = re.fullmatch(r"s3://([^/]+)/?(.*?)/*", address)
     if found is None or any(part in ("", ".", "..") for part in found[2].split("/") if found[2]):
@@ -56,7 +56,7 @@ def open_bucket(address: str) -> Bucket:
         client = boto3.Session().client("s3", config=settings)
     except (BotoCoreError, ValueError) as error:
         raise BadInput(f"{address}: {_one_line(error)}") from None
-    return Bucket(S3(client, found[1], found[2]))
+    return BucketStore(S3(client, found[1], found[2]))
 
 
 class S3:
@@ -131,9 +131,9 @@ class S3:
             if code in ABSENT:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from None
             said = error.response.get("Error", {}).get("Message", "its server said no more")
-            raise Unusable(self.address, f"{REASONS.get(code, said)} ({code})") from None
+            raise UnusableStore(self.address, f"{REASONS.get(code, said)} ({code})") from None
         except BotoCoreError as error:  # without an answer: no network, no credentials
-            raise Unusable(self.address, _one_line(error)) from None
+            raise UnusableStore(self.address, _one_line(error)) from None
 
 
 def _code(error: Any) -> str:

@@ -99,7 +99,7 @@ class Changed(OSError):
         super().__init__(errno.EBUSY, "another writer replaced it", where)
 
 
-class Unusable(OSError):
+class UnusableStore(OSError):
     """The store itself cannot be asked, or does not hold what it names; that is told from a store that is empty."""
 
     exit_code = 2

@@ -13,7 +13,7 @@ from dfmcl.common.reader import TEXT_BYTES
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger
 from dfmcl.release.stores.directory import Directory
-from dfmcl.release.stores.store import Etag, Store, Unusable
+from dfmcl.release.stores.store import Etag, Store, UnusableStore
 from dfmcl.release.verification import Promoted, is_ours, require_no_strangers, verify_release, verify_version
 from dfmcl.serving.triton.sight import Mark, look
 
@@ -104,7 +104,7 @@ class Mirror:
             if not judged and isinstance(error, Refused | NotAttested | BadEvidence):
                 self.seen[name] = mark, trust, error  # it stays so as long as nothing changes
             return error
-        except Unusable as error:
+        except UnusableStore as error:
             return BadInput(str(error))
         self.seen[name] = mark, trust, None
         return None

@@ -28,7 +28,7 @@ from dfmcl.common.errors import AnswerError, BadInput, Broken, Crashed, Refused,
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger, promotion
 from dfmcl.release.stores.directory import STAGING, Directory
-from dfmcl.release.stores.store import Store, Unusable
+from dfmcl.release.stores.store import Store, UnusableStore
 from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import claim_ready, write_ready
@@ -507,7 +507,7 @@ def wait_until_live(client: Client, promoted: Promoted, timeout_seconds: float) 
         try:
             require_known_answers(client, promoted)
             return
-        except (AnswerError, WrongAnswer, BadInput, Unusable) as error:
+        except (AnswerError, WrongAnswer, BadInput, UnusableStore) as error:
             missing = str(error)
         if reason := _given_up(promoted):
             raise Refused(f"{promoted.model} version {promoted.version} was given up: {reason}")

@@ -27,7 +27,7 @@ from dfmcl.gating.verdict import EXIT_CODES
 from dfmcl.monitoring.evidence import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
-from dfmcl.release.stores.bucket import Bucket
+from dfmcl.release.stores.bucket import BucketStore
 from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
@@ -419,9 +419,9 @@ def test_storage_that_is_away_contradicts_nothing(models: Path, key: Path, away:
 def test_evidence_may_lie_in_a_bucket(models: Path, key: Path) -> None:
     """A look is a request; it is read again when it changes, and believed while the bucket is away."""
     objects = Objects()
-    with (store := Bucket(objects)).writing(), store.added("digits") as folder:
+    with (store := BucketStore(objects)).writing(), store.added("digits") as folder:
         shutil.copytree(models / "digits", folder, dirs_exist_ok=True)
-    find = follow(Bucket(objects), "digits", lambda: trusted)
+    find = follow(BucketStore(objects), "digits", lambda: trusted)
     trusted = trusting(key)
     found, asked = find("1"), objects.requests
     assert (found.state, found.verified) == ("passed", True)
@@ -433,7 +433,7 @@ def test_evidence_may_lie_in_a_bucket(models: Path, key: Path) -> None:
     assert find("1").verified
     assert find("7").why == "memory://bucket: the network is down"
     objects.away = False
-    with (store := Bucket(objects)).writing():
+    with (store := BucketStore(objects)).writing():
         store.replace("digits/1/model.onnx", b"other", store.etag("digits/1/model.onnx"))
     assert find("1").state == "invalid"
     assert "memory://bucket/digits/1" in find("1").why

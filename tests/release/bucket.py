@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dfmcl.common.reader import Unfit
-from dfmcl.release.stores.store import Changed, Etag, Unusable
+from dfmcl.release.stores.store import Changed, Etag, UnusableStore
 
 
 class Died(BaseException):
@@ -76,7 +76,7 @@ class Objects:
     def _ask(self) -> None:
         self.requests += 1
         if self.away:
-            raise Unusable(self.address, "the network is down")
+            raise UnusableStore(self.address, "the network is down")
 
     def _write(self) -> None:
         self._ask()

@@ -19,7 +19,7 @@ from dfmcl.release.ledger import read_history
 from dfmcl.release.promotion import promote, prune, rollback
 from dfmcl.release.status import standings
 from dfmcl.release.stores import s3 as member
-from dfmcl.release.stores.bucket import ABANDONED_SECONDS, INDEX, Bucket
+from dfmcl.release.stores.bucket import ABANDONED_SECONDS, INDEX, BucketStore
 from dfmcl.release.stores.registry import store_of
 from dfmcl.release.verification import verify_release
 from dfmcl.serving.triton.sight import look
@@ -132,7 +132,7 @@ def test_a_look_at_an_unchanged_repository_is_one_request(
     assert len(store._objects.get(INDEX, 10**9)[1]) < 2_000_000
 
 
-def fill(store: Bucket) -> None:
+def fill(store: BucketStore) -> None:
     """A thousand versions, of which the second is served again: all of its objects, as only their names count."""
     with store.writing():
         second, history = store._index().below("digits/2"), read_history(store)
@@ -157,7 +157,7 @@ def test_kill_9_at_any_write_leaves_the_old_version_served(
     left = {key for key, _ in store._objects.listing("content/")}
     assert len(left) > len(VERSION_FILES), "what they brought along lies there"
     assert promote(candidate, evidence, store, name="digits", trust=trust).version == 2
-    later = Bucket(store._objects, now=lambda: time.time() + 2 * ABANDONED_SECONDS)
+    later = BucketStore(store._objects, now=lambda: time.time() + 2 * ABANDONED_SECONDS)
     assert rollback(later, "digits", trust=trust).version == 1
     assert {key for key, _ in store._objects.listing("content/")} == {
         held.key for held in store._index().files.values() if held.key is not None

@@ -19,11 +19,11 @@ from dfmcl.release.promotion import give_back, promote, prune, retire, rollback,
 from dfmcl.release.repair import repair
 from dfmcl.release.status import standings
 from dfmcl.release.stores import directory
-from dfmcl.release.stores.bucket import ABANDONED_SECONDS, INDEX, Bucket
+from dfmcl.release.stores.bucket import ABANDONED_SECONDS, INDEX, BucketStore
 from dfmcl.release.stores.directory import Directory
 from dfmcl.release.stores.index import Index
 from dfmcl.release.stores.registry import STORES, store_of
-from dfmcl.release.stores.store import Changed, Store, Unusable
+from dfmcl.release.stores.store import Changed, Store, UnusableStore
 from dfmcl.release.verification import verify_release
 from dfmcl.release.writer import only_writer
 from dfmcl.serving.triton.known_answers import known_answers
@@ -42,7 +42,7 @@ def again(request: pytest.FixtureRequest, tmp_path: Path) -> Again:
         return lambda: Directory(tmp_path / "models")
     if request.param == "memory":
         objects = Objects()
-        return lambda: Bucket(Objects(objects.held))
+        return lambda: BucketStore(Objects(objects.held))
     address = request.getfixturevalue("bucket")
     return lambda: store_of(address)
 
@@ -65,7 +65,7 @@ def from_outside(store: Store, name: str, data: bytes) -> None:
     if isinstance(store, Directory):
         Path(store.where(name)).write_bytes(data)
         return
-    another = Bucket(store._objects)  # type: ignore[attr-defined]  # the same bucket, whatever keeps it
+    another = BucketStore(store._objects)  # type: ignore[attr-defined]  # the same bucket, whatever keeps it
     with another.writing():
         another.replace(name, data, another.etag(name))
 
@@ -277,7 +277,7 @@ def three(candidate: Path, evidence: Path, trust: Trust) -> dict[str, bytes]:
     """What a bucket holds after three promotions."""
     objects = Objects()
     for _ in range(3):
-        promote(candidate, evidence, Bucket(objects), name="digits", trust=trust)
+        promote(candidate, evidence, BucketStore(objects), name="digits", trust=trust)
     return objects.held
 
 
@@ -290,15 +290,15 @@ def test_death_at_any_write_to_a_bucket_leaves_the_old_or_the_new_state(
     found: list[int | None] = []
     for left in count():
         objects = Objects({} if change == "first" else dict(three), left)
-        before = Bucket(Objects(objects.held)).now()
-        names = {"candidate": candidate, "evidence": evidence, "trust": trust, "repository": Bucket(objects)}
+        before = BucketStore(Objects(objects.held)).now()
+        names = {"candidate": candidate, "evidence": evidence, "trust": trust, "repository": BucketStore(objects)}
         ended = False
         try:
             exec(code, globals() | names)  # as the process of test_promotion.py does
             ended = True
         except Died:
             pass
-        later = Bucket(Objects(objects.held), now=lambda: 2 * ABANDONED_SECONDS)
+        later = BucketStore(Objects(objects.held), now=lambda: 2 * ABANDONED_SECONDS)
         served = [verify_release(later, name).version for name in model_names(later)]
         found.append(served[0] if served else None)
         for version in version_numbers(later, "digits"):
@@ -314,7 +314,9 @@ def test_death_at_any_write_to_a_bucket_leaves_the_old_or_the_new_state(
     assert found == sorted(found, key=found.index), "once new, never old again"
 
 
-def goes_on(store: Bucket, held: dict[str, bytes], candidate: Path, evidence: Path, trust: Trust, number: int) -> None:
+def goes_on(
+    store: BucketStore, held: dict[str, bytes], candidate: Path, evidence: Path, trust: Trust, number: int
+) -> None:
     """What comes after a death finds nothing in its way, and leaves nothing of it."""
     served = served_version(store, "digits") if model_names(store) else None
     assert served or is_retired(store, "digits") or not read_history(store)
@@ -387,7 +389,7 @@ def test_what_a_bucket_does_not_hold_is_told_and_nothing_else_is_believed(
             lambda: standings(again(), trust),
             lambda: promote(candidate, evidence, again(), name="digits", trust=trust),
         ):
-            with pytest.raises((Unusable, BadInput), match=why):
+            with pytest.raises((UnusableStore, BadInput), match=why):
                 ask()
 
 
@@ -404,11 +406,11 @@ def test_a_server_that_heeds_no_condition_is_refused(candidate: Path, evidence: 
             raise Changed(key)  # as a second attempt has it, when the answer to the first was lost
 
     with pytest.raises(BadInput, match="its server heeds no If-Match and If-None-Match"):
-        promote(candidate, evidence, Bucket(Heedless()), name="digits", trust=trust)
+        promote(candidate, evidence, BucketStore(Heedless()), name="digits", trust=trust)
     objects = Objects()
-    promote(candidate, evidence, Bucket(objects), name="digits", trust=trust)
-    assert promote(candidate, evidence, Bucket(Deaf(objects.held)), name="digits", trust=trust).version == 2
-    assert verify_release(Bucket(objects), "digits", trust).version == 2
+    promote(candidate, evidence, BucketStore(objects), name="digits", trust=trust)
+    assert promote(candidate, evidence, BucketStore(Deaf(objects.held)), name="digits", trust=trust).version == 2
+    assert verify_release(BucketStore(objects), "digits", trust).version == 2
 
 
 def test_another_member_is_one_line_of_the_registry(
@@ -418,7 +420,7 @@ def test_another_member_is_one_line_of_the_registry(
     with pytest.raises(BadInput, match="memory: is no folder here, and no store that is known; known are paths"):
         store_of("memory://bucket")
     objects = Objects(dict(three))
-    monkeypatch.setitem(STORES, "memory", lambda address: Bucket(objects))
+    monkeypatch.setitem(STORES, "memory", lambda address: BucketStore(objects))
     with pytest.raises(BadInput, match="known are paths of this machine, s3://, memory://"):
         store_of("gs://bucket/models")
     where, name, trusted = ["--repository", "memory://bucket"], ["--name", "digits"], ["--trust", str(trust_file)]

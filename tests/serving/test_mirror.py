@@ -14,7 +14,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.attestation import NotAttested, Trust
 from dfmcl.release.layout import VERSION_FILES, served_version, version_numbers
 from dfmcl.release.promotion import promote, retire, rollback
-from dfmcl.release.stores.bucket import INDEX, Bucket
+from dfmcl.release.stores.bucket import INDEX, BucketStore
 from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import verify_release
 from dfmcl.serving.triton.mirror import Mirror, mirror
@@ -26,7 +26,7 @@ from tests.signing import make_key, trusting
 @pytest.fixture
 def objects(candidate: Path, evidence: Path, trust: Trust) -> Objects:
     found = Objects()
-    promote(candidate, evidence, Bucket(found), name="digits", trust=trust, threads=1)
+    promote(candidate, evidence, BucketStore(found), name="digits", trust=trust, threads=1)
     return found
 
 
@@ -45,23 +45,23 @@ def test_a_copy_is_what_is_served_and_what_was_before(
 ) -> None:
     """A Triton that looks at any moment finds the version that the config names; a retired model goes."""
     said: list[str] = []
-    copy, target = mirror(Bucket(objects), tmp_path / "new" / "models", said.append), tmp_path / "new" / "models"
+    copy, target = mirror(BucketStore(objects), tmp_path / "new" / "models", said.append), tmp_path / "new" / "models"
     for version, held in ((1, (1,)), (2, (1, 2)), (3, (2, 3))):
         if version > 1:
-            promote(candidate, evidence, Bucket(objects), name="digits", trust=trust)
+            promote(candidate, evidence, BucketStore(objects), name="digits", trust=trust)
         assert copy.once(trust) == {}
         assert files(target) == whole(*held)
         assert verify_release(Directory(target), "digits", trust).version == version
-    rollback(Bucket(objects), "digits", trust=trust, version=1)
+    rollback(BucketStore(objects), "digits", trust=trust, version=1)
     assert copy.once(trust) == {}
     assert (files(target), served_version(Directory(target), "digits")) == (whole(1, 3), 1)
     asked = objects.requests
     assert copy.once(trust) == {}
     assert objects.requests == asked + 1, "one request while nothing changes"
-    again = Mirror(Bucket(objects), Directory(target), said.append)
+    again = Mirror(BucketStore(objects), Directory(target), said.append)
     assert again.once(trust) == {}
     assert [line.partition(": ")[2].partition(" (")[0] for line in said] == [f"version {n}" for n in (1, 2, 3, 1)]
-    retire(Bucket(objects), "digits")
+    retire(BucketStore(objects), "digits")
     assert copy.once(trust) == {}
     assert list(target.glob("[!.]*")) == []
 
@@ -71,7 +71,7 @@ def test_what_is_not_trusted_is_not_copied(
 ) -> None:
     """The copy stays as it was, and is asked for no more until something changes; nor is a file that others put there
     taken for ours."""
-    copy, stranger = mirror(Bucket(objects), tmp_path, lambda line: None), trusting(make_key(tmp_path / "keys"))
+    copy, stranger = mirror(BucketStore(objects), tmp_path, lambda line: None), trusting(make_key(tmp_path / "keys"))
     shutil.rmtree(tmp_path / "keys")
     assert isinstance(copy.once(stranger)["digits"], NotAttested)
     assert files(tmp_path) == set()
@@ -80,7 +80,7 @@ def test_what_is_not_trusted_is_not_copied(
     assert objects.requests == asked + 1
     assert copy.once(trust) == {}
     (tmp_path / "digits" / "libtriton.so").write_bytes(b"")
-    promote(candidate, evidence, Bucket(objects), name="digits", trust=trust)
+    promote(candidate, evidence, BucketStore(objects), name="digits", trust=trust)
     assert "promotion did not write this" in str(copy.once(trust)["digits"])
     assert version_numbers(Directory(tmp_path), "digits") == [1]
     shutil.rmtree(tmp_path / "digits")
@@ -89,7 +89,7 @@ def test_what_is_not_trusted_is_not_copied(
     (tmp_path / "digits").rmdir()
     assert copy.once(trust) == {}
     (tmp_path / "digits" / "2" / "model.onnx").write_bytes(b"damaged")
-    assert Mirror(Bucket(objects), Directory(tmp_path), lambda line: None).once(trust) == {}
+    assert Mirror(BucketStore(objects), Directory(tmp_path), lambda line: None).once(trust) == {}
     assert verify_release(Directory(tmp_path), "digits", trust).version == 2
 
 
@@ -111,7 +111,7 @@ def test_a_bucket_that_is_away_empties_nothing(
 ) -> None:
     """It is said once, and once that it is back; a model that vanished without a word stays."""
     said: list[str] = []
-    copy, served = mirror(Bucket(objects), tmp_path, said.append), Directory(tmp_path)
+    copy, served = mirror(BucketStore(objects), tmp_path, said.append), Directory(tmp_path)
     with following(copy, trust):
         wait_until(lambda: said)
         objects.away, asked = True, objects.requests
@@ -128,7 +128,7 @@ def test_a_bucket_that_is_away_empties_nothing(
         assert "is gone, and the history does not say that it was retired" in said[3]
         objects.held[INDEX] = kept
         wait_until(lambda: len(said) == 5)
-        promote(candidate, evidence, Bucket(objects), name="digits", trust=trust)
+        promote(candidate, evidence, BucketStore(objects), name="digits", trust=trust)
         wait_until(lambda: served_version(served, "digits") == 2)
     objects.away = True
     for ask in (copy.once, lambda trust: copy.follow(lambda: trust, 1, threading.Event())):
@@ -144,7 +144,7 @@ def test_a_place_that_cannot_be_written_is_told(
     make(tmp_path / "copy")
     if (tmp_path / "copy").is_file():
         with pytest.raises(BadInput, match="copy: cannot be written"):
-            mirror(Bucket(objects), tmp_path / "copy", print)
+            mirror(BucketStore(objects), tmp_path / "copy", print)
         return
     with pytest.raises(BadInput, match="holds no promoted model"):
         mirror(Directory(tmp_path / "copy"), tmp_path / "new", print).once(None)
