@@ -319,6 +319,7 @@ def verified(path: str, trusted: Trust, evidence: Path | None, now: datetime | N
     from dfmcl.release.stores.registry import local_of, store_at
     from dfmcl.release.stores.store import local_folder
 
+    store, name = store_at(path)
     here = local_of(path)
     if evidence is None:
         from dfmcl.release.verification import verify_at

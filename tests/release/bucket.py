@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dfmcl.common.reader import Unfit
-from dfmcl.release.stores.store import Changed, Etag, UnusableStore
+from dfmcl.release.stores.bucket import BucketStore
+from dfmcl.release.stores.store import Changed, Etag, Store, UnusableStore
 
 
 class Died(BaseException):
@@ -83,3 +84,9 @@ class Objects:
         self.left -= 1
         if self.left < 0:
             raise Died
+
+
+def bucket_of(store: Store) -> BucketStore:
+    """The store as what it is known to be here."""
+    assert isinstance(store, BucketStore)
+    return store

@@ -24,6 +24,7 @@ from dfmcl.release.stores.registry import store_of
 from dfmcl.release.verification import verify_release
 from dfmcl.serving.triton.sight import look
 from tests.processes import wait_until
+from tests.release.bucket import bucket_of
 from tests.s3 import S3Server, s3_server
 from tests.serving.workshop import run_python
 from tests.signing import code_of
@@ -113,7 +114,7 @@ def test_a_look_at_an_unchanged_repository_is_one_request(
     promoted: str, s3: S3Server, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """Without a body: the server answers 304. And a thousand versions cost `status` no request more than two."""
-    store, index = store_of(promoted), f"GET {promoted.removeprefix('s3:/')}/{INDEX}"
+    store, index = bucket_of(store_of(promoted)), f"GET {promoted.removeprefix('s3:/')}/{INDEX}"
     before = look(store)
     asked = len(s3.requests())
     for _ in range(3):
@@ -151,7 +152,7 @@ def test_kill_9_at_any_write_leaves_the_old_version_served(
     paths = map(str, (promoted, candidate, evidence, trust_file))
     output, _ = run_python(PROMOTING, str(signal.SIGKILL.value), "1", str(WRITES), *paths).communicate(timeout=300)
     assert [line.split() for line in output.splitlines()] == [[str(step), "-9"] for step in range(1, WRITES + 1)]
-    store = store_of(promoted)
+    store = bucket_of(store_of(promoted))
     assert verify_release(store, "digits", trust).version == 1
     assert (version_numbers(store, "digits"), len(read_history(store))) == ([1], 1)
     left = {key for key, _ in store._objects.listing("content/")}
@@ -178,7 +179,7 @@ def test_of_two_promotions_at_once_one_is_told(
     os.kill(int(children.read_text()), signal.SIGCONT)
     output, _ = slow.communicate(timeout=120)
     assert output.splitlines()[0] == (f"Broken {promoted}/{INDEX}: another writer replaced it; nothing was changed")
-    store = store_of(promoted)
+    store = bucket_of(store_of(promoted))
     assert (served_version(store, "digits"), version_numbers(store, "digits")) == (2, [1, 2])
     assert [change.version for change in read_history(store)] == [1, 2]
 
@@ -246,7 +247,7 @@ def test_what_is_no_repository_is_not_written_over(
     bucket: str, wrong: str, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """Another program's object of that name stays."""
-    store = store_of(bucket)
+    store = bucket_of(store_of(bucket))
     store._objects.put(INDEX, wrong.encode(), None)
     with pytest.raises(BadInput, match=r"repository\.json: .*no `dfmcl` wrote this"):
         promote(candidate, evidence, store, name="digits", trust=trust)

@@ -23,12 +23,12 @@ from dfmcl.release.stores.bucket import ABANDONED_SECONDS, INDEX, BucketStore
 from dfmcl.release.stores.directory import Directory
 from dfmcl.release.stores.index import Index
 from dfmcl.release.stores.registry import STORES, store_of
-from dfmcl.release.stores.store import Changed, Store, UnusableStore
+from dfmcl.release.stores.store import Changed, Etag, Store, UnusableStore
 from dfmcl.release.verification import verify_release
 from dfmcl.release.writer import only_writer
 from dfmcl.serving.triton.known_answers import known_answers
 from dfmcl.serving.triton.sight import look
-from tests.release.bucket import Died, Objects
+from tests.release.bucket import Died, Objects, bucket_of
 from tests.release.test_promotion import CHANGES, FOLLOWING, PROMOTE
 from tests.signing import code_of
 
@@ -346,7 +346,7 @@ def test_of_two_that_change_a_bucket_at_once_the_later_is_told(
 
     with pytest.raises(Broken, match="another writer replaced it; nothing was changed"):
         late()
-    store = again()
+    store = bucket_of(again())
     assert model_names(store) == ["digits", "other"]
     assert version_numbers(store, "digits") == [1]
     assert [change.model for change in read_history(store)] == ["digits", "other"]
@@ -359,7 +359,7 @@ def test_what_a_bucket_does_not_hold_is_told_and_nothing_else_is_believed(
     again: Again, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """An object that is gone, or was overwritten; an index that another program wrote, or that names a way out."""
-    store = again()
+    store = bucket_of(again())
     promote(candidate, evidence, store, name="digits", trust=trust)
     objects, index = store._objects, store._index()
     key = index.files["digits/1/labels.txt"].key or index.files["digits/1/model.onnx"].key
@@ -397,11 +397,11 @@ def test_a_server_that_heeds_no_condition_is_refused(candidate: Path, evidence: 
     """Two promotions at once would overwrite each other there; what answered with an error may have been done."""
 
     class Heedless(Objects):
-        def put(self, key: str, body: bytes | Path, seen: object) -> object:
+        def put(self, key: str, body: bytes, seen: Etag | None) -> Etag:
             return super().put(key, body, self._etag(key) if key in self.held else None)
 
     class Deaf(Objects):
-        def put(self, key: str, body: bytes | Path, seen: object) -> object:
+        def put(self, key: str, body: bytes, seen: Etag | None) -> Etag:
             super().put(key, body, seen)
             raise Changed(key)  # as a second attempt has it, when the answer to the first was lost
 

@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -15,16 +16,19 @@ from PIL import Image
 from dfmcl.common.errors import BadInput
 from dfmcl.common.files import sha256_of
 from dfmcl.robustness import digests as room
+from dfmcl.robustness import folder
 from dfmcl.robustness.data import open_dataset
 from dfmcl.robustness.digests import Kept, digests_of
 from dfmcl.robustness.members import Member, Source
+
+T = TypeVar("T")
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were read, as they are."""
     names: list[str] = []
-    digest = room.file_digest
+    digest = folder.file_digest
 
     def noting(source: Source) -> str:
         names.append(Path(str(source)).name)
@@ -137,7 +141,7 @@ def test_a_data_set_keeps_its_digests_and_says_how_far_it_is(tmp_path: Path, rea
         Image.new("RGB", (16, 16), (number * 20, 0, 0)).save(place / f"{number}.png")
     told: list[tuple[str, int | None]] = []
 
-    def track(items: Iterable[str], label: str, total: int | None = None) -> Iterator[str]:
+    def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         told.append((label, total))
         yield from items
 
