@@ -28,6 +28,7 @@ from dfmcl.release.verification import verify_release
 from dfmcl.release.writer import only_writer
 from dfmcl.serving.triton.known_answers import known_answers
 from dfmcl.serving.triton.sight import look
+from tests.present import present
 from tests.release.bucket import Died, Objects, bucket_of
 from tests.release.test_promotion import CHANGES, FOLLOWING, PROMOTE
 from tests.signing import code_of
@@ -362,8 +363,8 @@ def test_what_a_bucket_does_not_hold_is_told_and_nothing_else_is_believed(
     store = bucket_of(again())
     promote(candidate, evidence, store, name="digits", trust=trust)
     objects, index = store._objects, store._index()
-    key = index.files["digits/1/labels.txt"].key or index.files["digits/1/model.onnx"].key
-    kept = objects.get(key, 10**9)
+    key = present(index.files["digits/1/labels.txt"].key or index.files["digits/1/model.onnx"].key)
+    kept = present(objects.get(key, 10**9))
     objects.delete([key])
     for another in (b"another", None):
         (row,) = standings(again(), trust)
@@ -374,7 +375,7 @@ def test_what_a_bucket_does_not_hold_is_told_and_nothing_else_is_believed(
     objects.delete([key])
     objects.put(key, kept[1], None)
     assert standings(again(), trust)[0].champion == 1
-    good = objects.get(INDEX, 10**9)[1].decode()
+    good = present(objects.get(INDEX, 10**9))[1].decode()
     for bad, why in (
         ("{}", "format is None"),
         (good[:-9], "not readable as JSON"),
