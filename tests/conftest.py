@@ -41,12 +41,13 @@ LONG = (
 )  # fmt: skip
 # More than four seconds each, for their servers, trainings and whole commands; `--quick` leaves them out, and LONG.
 SLOW = (
-    "test_attacks.py", "test_attestation.py", "test_bounds.py", "test_candidate.py", "test_card.py",
+    "test_attacks.py", "test_attestation.py", "test_bounds.py", "test_buckets.py", "test_candidate.py", "test_card.py",
     "test_cli.py", "test_crafted.py", "test_deploy_commands.py", "test_deploy_kubernetes.py", "test_detection.py",
     "test_distribution.py", "test_export.py", "test_fab.py", "test_formats.py", "test_gateway.py",
     "test_gateway_client.py", "test_gateway_endpoints.py", "test_gateway_pages.py", "test_gateway_process.py",
     "test_gateway_renewal.py", "test_gradients.py", "test_honest.py", "test_html.py", "test_learner.py",
     "test_model_repository.py", "test_models.py", "test_page.py", "test_parallel.py", "test_platform.py",
+    "test_mirror.py", "test_stores.py",
     "test_promotion.py", "test_quickstart_shipped.py", "test_repair.py", "test_rollout_slices.py", "test_sidecar.py",
     "test_sidecar_gateway.py", "test_standard.py", "test_subject.py", "test_subspaces.py", "test_transfer.py",
     "test_triton.py", "test_watch_command.py", "test_watch_metrics.py", "test_evidence.py", "test_watch_triton.py",
