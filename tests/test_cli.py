@@ -69,6 +69,8 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
     bomb = tmp_path / "bombs" / "train" / "dog" / "big.png"
     bomb.write_bytes(png(20_000, 20_000, 8, 2, b""))
     folder = ["train", "quickstart", "--out", out, "--set", "data.name=folder"]
+    few = ("data.heldout_images=1", "data.train_images=2", "optimization.batch_size=2")
+    folder += [word for setting in few for word in ("--set", setting)]
     return {
         "images that no memory holds": (
             [*folder, "--set", f"data.path={tmp_path}/images", "--set", "data.image_size=20000000"],

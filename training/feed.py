@@ -85,7 +85,7 @@ class Order:
         return self._places[(step - 1) % self.steps * self.size :][: self.size]
 
 
-class Held:
+class HeldInMemory:
     """Images and labels that lie on the device."""
 
     def __init__(self, config: TrainConfig, data: Dataset, fit: Labels, device: torch.device) -> None:
@@ -181,10 +181,10 @@ def _shared(*shape: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape))).view(shape)
 
 
-def feed_of(config: TrainConfig, data: Dataset, fit: Labels, ranks: Ranks) -> Held | Streamed:
+def feed_of(config: TrainConfig, data: Dataset, fit: Labels, ranks: Ranks) -> HeldInMemory | Streamed:
     """On the device what fits into `data.memory_bytes`; else read by `data.workers` processes."""
     if fits(config, data):
-        return Held(config, data, fit, ranks.device)
+        return HeldInMemory(config, data, fit, ranks.device)
     workers = config.data.workers
     if workers < 0:
         # On a CPU the passes take the cores, and one worker is soon ahead of them.

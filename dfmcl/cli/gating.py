@@ -32,7 +32,7 @@ from dfmcl.cli.output import say, say_page, track
 if TYPE_CHECKING:
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.policy import Policy
-    from dfmcl.gating.signing.attestation import Attestation, Trust
+    from dfmcl.gating.signing.attestation import Attestation
     from dfmcl.gating.signing.report import Report
     from dfmcl.robustness.contract import InputContract
     from dfmcl.robustness.provider import Provider
@@ -277,10 +277,9 @@ def verify(
     import json
 
     from dfmcl.common.errors import DfmclError
-    from dfmcl.gating.signing.trust import load_trust
 
     try:
-        where, report, signed = verified(path, load_trust(trust), evidence, at.replace(tzinfo=UTC) if at else None)
+        where, report, signed = verified(path, trust, evidence, at.replace(tzinfo=UTC) if at else None)
         require_pinned(report, sha256, where)
     except DfmclError as error:
         if as_json:
@@ -312,15 +311,16 @@ def require_pinned(report: Report, sha256: str | None, where: str) -> None:
         raise Refused(f"{where}: model.onnx is {found[:12]}..., pinned is {str(sha256)[:12]}...; change one of the two")
 
 
-def verified(path: str, trusted: Trust, evidence: Path | None, now: datetime | None) -> tuple[str, Report, Attestation]:
+def verified(path: str, trust: Path, evidence: Path | None, now: datetime | None) -> tuple[str, Report, Attestation]:
     """The address of what was verified, the report that vouches for it, and what was signed."""
     from dfmcl.gating.signing.attestation import read_attestation
     from dfmcl.gating.signing.attestation import verify as run_verify
+    from dfmcl.gating.signing.trust import load_trust
     from dfmcl.release.stores.registry import local_of, store_at
     from dfmcl.release.stores.store import local_folder
 
-    store, name = store_at(path)
-    here = local_of(path)
+    store, name = store_at(path)  # an address that no store takes is told before a trust file that is not there
+    trusted, here = load_trust(trust), local_of(path)
     if evidence is None:
         from dfmcl.release.verification import verify_at
 

@@ -25,7 +25,7 @@ from dfmcl.training import train as loop
 from dfmcl.training.augmentation import crop, flip
 from dfmcl.training.config import TrainConfig, load_config
 from dfmcl.training.course import Course
-from dfmcl.training.feed import Held, Ready, Streamed, Whole, feed_of
+from dfmcl.training.feed import HeldInMemory, Ready, Streamed, Whole, feed_of
 from dfmcl.training.limits import Limits
 from dfmcl.training.noise import Noise
 from dfmcl.training.train import statistics, train
@@ -117,7 +117,7 @@ def test_every_epoch_shows_each_image_once_and_anew(pictures: Path) -> None:
     for epoch in (first, second):
         assert sorted(image.tobytes() for image in epoch.numpy()) == sorted(image.tobytes() for image in pixels)
     assert not torch.equal(first, second)
-    held = Held(config, load_dataset("folder", str(pictures), 16), np.arange(24), torch.device("cpu"))
+    held = HeldInMemory(config, load_dataset("folder", str(pictures), 16), np.arange(24), torch.device("cpu"))
     taken = [batch.images for batch in held.batches(1, 3) if isinstance(batch, Whole)]
     assert torch.equal(torch.cat(taken), first)
     moved = told(pictures, "data.augmentation=crop")
@@ -142,7 +142,7 @@ def test_a_byte_limit_decides(pictures: Path) -> None:
     at, above = (
         feed_of(told(pictures, f"data.memory_bytes={n}"), data, np.arange(24), ALONE) for n in (size, size - 1)
     )
-    assert isinstance(at, Held)
+    assert isinstance(at, HeldInMemory)
     assert isinstance(above, Streamed)
     assert told(pictures, "data.workers=1").digest == told(pictures, "data.workers=2").digest
     assert told(pictures).digest != told(pictures, "data.memory_bytes=1").digest
