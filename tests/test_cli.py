@@ -64,7 +64,8 @@ def bad(tmp_path: Path) -> dict[str, tuple[list[str], int, str]]:
     out = str(tmp_path / "out")
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
-        (tmp_path / "images" / name / "0.png").write_bytes(png(16, 16, 8, 0, b"\0" * 17 * 16))
+        for number in range(2):
+            (tmp_path / "images" / name / f"{number}.png").write_bytes(png(16, 16, 8, 0, b"\0" * 17 * 16))
     shutil.copytree(tmp_path / "images", tmp_path / "bombs")
     bomb = tmp_path / "bombs" / "train" / "dog" / "big.png"
     bomb.write_bytes(png(20_000, 20_000, 8, 2, b""))
