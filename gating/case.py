@@ -278,9 +278,26 @@ def require_answers(subject: Subject, images: Bytes, labels: Labels) -> None:
     stands_in = subject.contract.dtype == "uint8" and subject.model is not None
     answer = subject.model if stands_in and subject.model is not None else subject.decide
     device, bytes_only = device_of(subject.model), subject.contract.dtype == "uint8" and not stands_in
+    if subject.own_labels is not None:
+        subject.own_labels.require(to_float(torch.from_numpy(images)), "of the data set")
     found = mismatch(answer, images, labels, subject.contract, device=device, bytes_only=bytes_only)
     if found is not None:
         raise BadInput(f"{subject.name}: {found}, so its preprocessing is another; {_repair(subject, found)}")
+
+
+def require_labels(case: Case, index: NDArray[np.int64], attacked: Sequence[Bytes]) -> None:
+    """BadInput where a file as it came labels attacked images, before or after the attack, otherwise than its logits.
+
+    index: of the images `(N,)`. attacked: under each threat uint8 `(N, H, W, C)`.
+    """
+    own = case.subject.own_labels
+    if own is None:
+        return
+    for start in range(0, len(index), FIRST):
+        part = slice(start, start + FIRST)
+        own.require(to_float(torch.from_numpy(case.data.x_test[index[part]])), "of the data set")
+        for images in attacked:
+            own.require(to_float(torch.from_numpy(images[part])), "that were attacked")
 
 
 def _repair(subject: Subject, found: Mismatch) -> str:

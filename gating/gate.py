@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dfmcl.common.files import dump_json, require_place, sha256_of, whole_directory
 from dfmcl.common.progress import Track, silent
 from dfmcl.gating.block import BlockPlan, Source, joined_outcomes
-from dfmcl.gating.case import Case, prepare
+from dfmcl.gating.case import Case, prepare, require_labels
 from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.kinds import KINDS
 from dfmcl.gating.pairs import Pairs
@@ -164,6 +164,7 @@ def attacked(case: Case, state: State, ranks: Ranks, track: Track, watch: Callab
     standings, blocks = run(work, case.claims, case.order[: case.cap], policy, watch)
     outcomes = joined_outcomes(blocks)
     index = case.order[: sum(block.images for block in blocks)]
+    require_labels(case, index, [outcome.adversarial for outcome in outcomes])
     pairs = None
     if case.earlier is not None:
         missed = any(standing_judgement(standing, policy).outcome == "missed" for standing in standings)

@@ -15,6 +15,7 @@ from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.gating.signing.report import DecidedEntry
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes
+from dfmcl.robustness.onnx_labels import OwnLabels
 from dfmcl.robustness.provider import Provider, library_version, runtime_version
 
 Decide = Callable[[Tensor], Tensor]
@@ -33,7 +34,8 @@ class Subject:
     the answers to uint8 images (n, H, W, C) of what the user named, opened anew: of a module by a new process. output:
     of a file with several, which is judged. twin: where the model stands in for a file that rounds, how it was made of
     it; then the two are near, not equal. preprocessing: how a candidate's pictures become its images. provider: what
-    computes a file; None of what ONNX Runtime does not compute.
+    computes a file; None of what ONNX Runtime does not compute. own_labels: of a
+    file whose softmax or sigmoid was left out.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Subject:
     twin: str = ""
     preprocessing: Preprocessing | None = None
     provider: Provider | None = None
+    own_labels: OwnLabels | None = None
 
 
 def classes_of(labels: tuple[str, ...] | None, logits: int, where: object) -> tuple[str, ...] | int:

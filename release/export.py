@@ -39,13 +39,15 @@ from dfmcl.release.candidate import (
     sha256_of,
     write_manifest,
 )
-from dfmcl.release.graphs import random_operators, require_no_paths, store_as_float16, strip
+from dfmcl.release.graphs import require_no_paths, store_as_float16, strip
 from dfmcl.robustness.attacks.registry import pgd
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import open_dataset
 from dfmcl.robustness.models import Classifier, frozen, to_bytes, to_float
 from dfmcl.robustness.onnx_float import DYNAMIC, by_batch
 from dfmcl.robustness.onnx_graph import Graph, artefact, count_classes, freed, noise, read_graph
+from dfmcl.robustness.onnx_labels import OwnLabels
+from dfmcl.robustness.onnx_random import random_operators
 from dfmcl.robustness.onnx_wire import with_wire_format
 from dfmcl.robustness.provenance import now, versions
 from dfmcl.robustness.provider import CPU
@@ -145,13 +147,12 @@ def wrap(
     output: the name of its scores, where it has several outputs.
     preprocessing: how pictures become images of its size.
     A file that takes images as they come and gives logits, under our names, is kept byte for byte. BadInput (2): no
-    such classifier, or labels that are not as many as the logits. Refused (1): random operators, a batch size that is
-    built in, scales that the batch chooses, operators too new or too old to be served.
+    such classifier, one that draws random numbers, one whose softmax or sigmoid hides its labels, or labels that are
+    not as many as the logits. Refused (1): a batch size that is built in, scales that the batch chooses, operators too
+    new or too old to be served.
     """
     graph = read_graph(file, contract, output, len(labels))
     preprocessing.require_side(max(graph.contract.height, graph.contract.width))
-    if random := random_operators(graph.model):
-        raise Refused(f"{file}: its graph draws random numbers ({', '.join(random)}); a served model must not")
     if by_batch(graph.model):
         raise Refused(
             f"{file}: chooses its scales by the whole batch ({DYNAMIC}), so that an answer depends on the images of"
@@ -163,6 +164,8 @@ def wrap(
     classes = count_classes(original, graph.contract, file)
     if len(labels) != classes:
         raise BadInput(f"{file}: answers with {classes} logits, there are {len(labels)} labels; one belongs to each")
+    if (own := OwnLabels.of(graph, original)) is not None:
+        own.require(noise(graph.contract, PARITY_IMAGES), "of smooth colours and noise")
     free = freed(graph)
     if free is None:
         raise Refused(

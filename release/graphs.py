@@ -1,11 +1,10 @@
-"""An ONNX graph before it is stored: no drawn numbers, no paths, nothing that tells where it was made."""
+"""An ONNX graph before it is stored: small, without paths, and with nothing that tells where it was made."""
 
 from __future__ import annotations
 
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from dfmcl.common.errors import Broken
-
-RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
+from dfmcl.robustness.onnx_random import graphs
 
 
 def store_as_float16(model: onnx.ModelProto) -> None:
@@ -31,30 +29,6 @@ def store_as_float16(model: onnx.ModelProto) -> None:
     nodes = [*casts, *model.graph.node]
     model.graph.ClearField("node")
     model.graph.node.extend(nodes)
-
-
-def graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The graph of a model, its functions, and all graphs inside their nodes."""
-    pending: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    while pending:
-        graph = pending.pop()
-        yield graph
-        for node in graph.node:
-            for attribute in node.attribute:
-                pending += [attribute.g] if attribute.HasField("g") else []
-                pending += attribute.graphs
-
-
-def random_operators(model: onnx.ModelProto) -> list[str]:
-    """Names of the operators anywhere in a model whose output is random; empty for a deterministic model."""
-    return sorted(
-        {
-            node.op_type
-            for graph in graphs(model)
-            for node in graph.node
-            if node.op_type in RANDOM or (node.op_type == "Dropout" and len(node.input) > 2 and node.input[2])
-        }
-    )
 
 
 def strip(model: onnx.ModelProto) -> None:

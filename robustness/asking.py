@@ -7,6 +7,7 @@ the other, so that any difference beyond rounding makes the evidence one about a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor
 from dfmcl.common.batch import most_asked, most_served
 from dfmcl.robustness.diagnosis import LONE, REPEATS, Examination
 from dfmcl.robustness.finding import Found
-from dfmcl.robustness.models import frozen
+from dfmcl.robustness.models import frozen, to_float
+from dfmcl.robustness.seeds import generator
 
 SPREAD = 1e-3  # of the logits' deviation: sums in another order cost 1e-6 of it, noise that misleads an attack 1e-2
-# Images in a batch: around each size at which a server, a cache or a script cuts, as far as the largest one goes.
-BATCHES = (*range(2, 9), 16, 32, 33, 64, 65, 128, 129, 256, 257, 513, 1025)
+# Images in a batch beyond those that are served: where a cache or a script cuts, as far as the largest one goes.
+LARGER = (65, 128, 129, 256, 257, 513, 1025)
+MIXED = 16  # images: as far as every size is asked with strangers among them, and then the largest that is served
+FLAT = {"black": 0, "grey": 128, "white": 255}  # levels of images of one colour
 
 
 def outputs_differ(e: Examination) -> Found:
@@ -32,20 +36,66 @@ def outputs_differ(e: Examination) -> Found:
 
 
 def batch_dependent(e: Examination) -> Found:
-    """The same images in reverse order, some of them alone, and in batches of other sizes."""
+    """The same images in reverse order, some of them alone, in batches of every size that is served and of larger ones,
+    and in the company of strangers."""
     backwards = torch.cat([e.answers(part.flip(0)) for part in reversed(e.batches(e.x))])
     change = {"in reverse order": _change(backwards.flip(0), e.logits)}
     alone = torch.cat([e.answers(e.x[i : i + 1]) for i in range(min(LONE, len(e.x)))])
     change["alone"] = _change(alone, e.logits[:LONE])
     image = e.x[0].numel()
-    sizes = {size for size in {*BATCHES, most_served(image)} if size <= min(most_asked(image), e.background.largest)}
-    for size in sorted(sizes):
-        copies = e.x[torch.arange(size, device=e.x.device) % len(e.x)]
-        together = e.answers_together(copies)[: len(e.x)]
-        change[f"in a batch of {size}"] = _change(together, e.logits[: len(together)])
+    most = min(most_asked(image), e.background.largest)
+    sizes = [size for size in (*range(1, most_served(image) + 1), *LARGER) if size <= most]
+    for size in sizes:
+        change[f"in a batch of {size}"] = _among(e, torch.arange(size) % len(e.x))
+    for company, (places, others) in _companies(e, sizes).items():
+        change[f"beside {company}"] = _among(e, places, others)
     worst = max(change, key=lambda way: change[way])
     found = _changed(e, change[worst], f"{worst}, the model gives the same image logits that differ by")
     return replace(found, figures={**found.figures, "largest_batch": max(sizes, default=1)})
+
+
+def _companies(e: Examination, sizes: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Batches of which a part are strangers, by who they are: one of a kind behind a few images, many of it around one,
+    all kinds mixed. As `_among` takes them."""
+    strangers, most = _strangers(e), max(sizes, default=1)
+    if most < 2:
+        return {}
+    few = torch.arange(min(LONE, len(e.x), most - 1))
+    found = {"copies of it": (torch.zeros(min(LONE, most), dtype=torch.int64), e.x[:0])}
+    for kind, images in strangers.items():
+        found[f"one image that is {kind}"] = (torch.cat([few, torch.tensor([-1])]), images[:1])
+        crowd = images[torch.arange(min(LONE, most - 1)) % len(images)]
+        around = torch.full((len(crowd) + 1,), -1)
+        around[len(crowd) // 2] = 0
+        found[f"images that are {kind}"] = (around, crowd)
+    mixed = torch.cat([*strangers.values()])
+    served = [size for size in sizes if 1 < size < LARGER[0]]
+    for size in dict.fromkeys((*served[: MIXED - 1], *served[-1:])):
+        places = torch.arange(size) // 2 % len(e.x)
+        places[1::2] = -1
+        found[f"strangers in a batch of {size}"] = (places, mixed[(torch.arange(size // 2) + size) % len(mixed)])
+    return found
+
+
+def _strangers(e: Examination) -> dict[str, Tensor]:
+    """Images `(n, C, H, W)` that users send beside others, by their kind; attacked ones where gradients are."""
+    shape = (LONE, *e.x.shape[1:])
+    bytes_ = torch.randint(0, 256, shape, generator=generator(e.seed, "checks", "company"))
+    flat = {kind: torch.full((1, *shape[1:]), level / 255) for kind, level in FLAT.items()}
+    found = {**flat, "noise": bytes_ / 255}
+    if e.model is not None and e.right:
+        found["attacked"] = to_float(torch.from_numpy(e.adversarial[:LONE]))
+    return {kind: images.to(e.x) for kind, images in found.items()}
+
+
+def _among(e: Examination, places: Tensor, others: Tensor | None = None) -> float:
+    """The change of images in one batch: places `(B,)` of them among the examined ones, -1 for each of the others by
+    turns."""
+    ours = places >= 0
+    batch = e.x[places.clamp_min(0).to(e.x.device)]
+    if others is not None:
+        batch[~ours.to(e.x.device)] = others
+    return _change(e.answers_together(batch)[ours], e.logits[places[ours]])
 
 
 def grad_mode_matters(e: Examination) -> Found:

@@ -22,6 +22,7 @@ from dfmcl.common.reader import Unfit, read_plain, why_unread
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.onnx_float import by_batch, constants_of
 from dfmcl.robustness.onnx_head import Head, headed
+from dfmcl.robustness.onnx_random import random_operators
 from dfmcl.robustness.onnx_session import asked, first_line, observed, opened
 from dfmcl.robustness.provider import CPU, Provider
 
@@ -47,7 +48,8 @@ class Graph:
     model: with all weights inside, also where the file keeps them beside itself, and with logits as its one output.
     digest: SHA-256 of the file, or of the model in whole where its weights lie elsewhere. batch: the only batch size it
     takes, None where it takes any. head: how the file itself ends; as_it_came: whether it ends as the model does;
-    whole: whether it is asked as it is served.
+    whole: whether it is asked as it is served. scored: where its end was left out, the model that ends in the file's
+    own scores.
     """
 
     path: Path
@@ -58,6 +60,7 @@ class Graph:
     head: Head
     as_it_came: bool
     whole: bool = False
+    scored: onnx.ModelProto | None = None
 
     @property
     def input(self) -> onnx.ValueInfoProto:
@@ -76,7 +79,7 @@ class Graph:
 def read_graph(
     path: Path, contract: str = "", output: str | None = None, classes: int | None = None, *, whole: bool = False
 ) -> Graph:
-    """Read an ONNX classifier; BadInput where it is none.
+    """Read an ONNX classifier; BadInput where it is none, or draws random numbers.
 
     contract: see InputContract.parse; the file gives what it leaves out.
     output: the name of its scores, where it has several outputs; else the one of K columns. classes: K, where known.
@@ -91,6 +94,8 @@ def read_graph(
             raise BadInput(
                 f"{path}: a node's value lies in another file, which is read from elsewhere when it is served"
             )
+        if random := random_operators(model):
+            raise BadInput(f"{path}: draws random numbers ({', '.join(random)}); export it without, in eval mode")
     except BadInput:
         raise
     except Exception as error:  # protobuf and onnx raise their own unrelated classes
@@ -109,13 +114,13 @@ def read_graph(
     digest = hashlib.sha256(model.SerializeToString(deterministic=True) if outside else data).hexdigest()
     batch = dims[0] if dims else None
     images = parsed.wire(torch.zeros(batch or 2, parsed.channels, parsed.height, parsed.width)).numpy()
-    head = Head("", "")
+    head, scored = Head("", ""), None
     ended = model
     if not whole:
-        ended, head = headed(model, images, path, output=output, classes=classes)
+        ended, head, scored = headed(model, images, path, output=output, classes=classes)
     elif len(model.graph.output) != 1:
         raise BadInput(f"{path}: has {len(model.graph.output)} outputs, a served file has one; export it again")
-    return Graph(path, ended, digest, parsed, batch, head, ended is model, whole)
+    return Graph(path, ended, digest, parsed, batch, head, ended is model, whole, scored)
 
 
 def all_tensors(message: Any) -> Iterator[TensorProto]:

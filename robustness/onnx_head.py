@@ -38,8 +38,9 @@ class Head:
 
 def headed(
     model: onnx.ModelProto, images: NDArray[Any], where: object, *, output: str | None, classes: int | None
-) -> tuple[onnx.ModelProto, Head]:
-    """The model with one output, logits (N, K), and where it ended; the very model where it is so already.
+) -> tuple[onnx.ModelProto, Head, onnx.ModelProto | None]:
+    """The model with one output, logits (N, K), and where it ended; the very model where it is so already. And, where a
+    squash was left out, the model with the scores that it gives as its one output, (N, K), of one sigmoid (N, 1).
 
     images: a batch as the file takes it.
     output: the scores' name; else the one output that can be scores.
@@ -48,7 +49,7 @@ def headed(
     names = [output] if output is not None else _outputs(model)
     chains = {name: _ends(model, name) for name in names}
     if len(model.graph.output) == 1 and output is None and not chains[names[0]] and _is_rows(model.graph.output[0]):
-        return model, Head("", "")
+        return model, Head("", ""), None
     inner = {name for node in model.graph.node for name in node.output}
     if output is not None and output not in inner:
         raise BadInput(f"{where}: has no tensor {output!r}; its outputs are {', '.join(_outputs(model))}")
@@ -58,7 +59,7 @@ def headed(
     chosen = name if output is not None or len(model.graph.output) > 1 else ""
     columns = _columns(found[name], len(images)) if name in found else 0
     if not columns:  # no scores of anything: the caller that asks for them says what came
-        return model, Head(chosen, "")
+        return model, Head(chosen, ""), None
     nodes = chains[name]
     over_classes = bool(nodes) and _over_classes(nodes[-1], model, found, len(images), columns)
     squash = nodes[-1].op_type if over_classes else ""
@@ -68,9 +69,10 @@ def headed(
             " end, or with two logits"
         )
     if not squash and found[name].ndim == 2 and [value.name for value in model.graph.output] == [name]:
-        return model, Head(chosen, "")
+        return model, Head(chosen, ""), None
     passed = {node.output[0] for node in nodes if node.op_type in (*SQUASHES, "Log")} if squash else set()
-    return _rewritten(model, name, passed, columns, found[name].dtype), Head(chosen, squash)
+    twin = _rewritten(model, name, passed, columns, found[name].dtype)
+    return twin, Head(chosen, squash), _rewritten(model, name, set(), columns, found[name].dtype) if squash else None
 
 
 def _outputs(model: onnx.ModelProto) -> list[str]:
@@ -98,8 +100,8 @@ def _rewritten(
             node.ClearField("attribute")
     twin.graph.initializer.append(numpy_helper.from_array(np.array([-1, columns]), f"{PREFIX}shape"))
     twin.graph.node.append(helper.make_node("Reshape", [name, f"{PREFIX}shape"], [f"{PREFIX}rows"]))
-    last = f"{PREFIX}rows"
-    if columns == 1:  # sigmoid(z) is the second of softmax(-z/2, z/2)
+    last, single = f"{PREFIX}rows", columns == 1 and bool(passed)
+    if single:  # sigmoid(z) is the second of softmax(-z/2, z/2)
         pair = np.array([[-0.5, 0.5]], dtype)
         twin.graph.initializer.append(numpy_helper.from_array(pair, f"{PREFIX}pair"))
         twin.graph.node.append(helper.make_node("MatMul", [last, f"{PREFIX}pair"], [f"{PREFIX}logits"]))
@@ -107,7 +109,7 @@ def _rewritten(
     _prune(twin.graph, last)
     twin.graph.ClearField("output")
     kind = helper.np_dtype_to_tensor_dtype(dtype)
-    twin.graph.output.append(helper.make_tensor_value_info(last, kind, [None, max(columns, 2)]))
+    twin.graph.output.append(helper.make_tensor_value_info(last, kind, [None, 2 if single else columns]))
     return twin
 
 

@@ -15,6 +15,7 @@ from dfmcl.gating.subject import Subject, classes_of
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.onnx_graph import artefact, count_classes, read_graph
+from dfmcl.robustness.onnx_labels import OwnLabels
 from dfmcl.robustness.provider import CPU, Provider
 
 ODD_BATCH = 7  # as no attack asks
@@ -53,6 +54,7 @@ def onnx_subject(
         output=graph.head.output,
         twin=model.twin if model is not None else "",
         provider=provider,
+        own_labels=OwnLabels.of(graph, decide, provider),
     )
 
 

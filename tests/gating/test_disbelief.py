@@ -20,6 +20,7 @@ from dfmcl.gating.policy import Policy
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.module import module_subject
 from dfmcl.gating.subjects.onnx_file import onnx_subject
+from dfmcl.release.export import wrap
 from dfmcl.robustness.data import Dataset, load_dataset
 from dfmcl.robustness.runs import load_run
 from tests.networks import Networks
@@ -80,19 +81,23 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def written(networks: Networks, digits: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
     """A trap's name, or "" for the plain network itself, to an ONNX file without any code; each exported once."""
     plain, robust = (load_run(networks(name)).model for name in ("standard", "hardened"))
-    folder, example = tmp_path_factory.mktemp("written"), torch.zeros(2, 3, 16, 16)
+    folder = tmp_path_factory.mktemp("written")
 
     @cache
     def exported(trap: str) -> Subject:
         network = sprung(trap, plain, np.asarray(digits.x_test), digits.y_test, robust) if trap else plain
         path = folder / f"{trap.replace(' ', '-') or 'plain'}.onnx"
-        torch.onnx.export(
-            network, (example,), path, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )  # fmt: skip
-        return onnx_subject(path, INPUT)
+        return onnx_subject(to_file(network, path), INPUT)
 
     return exported
+
+
+def to_file(network: torch.nn.Module, path: Path) -> Path:
+    torch.onnx.export(
+        network, (torch.zeros(2, 3, 16, 16),), path, input_names=["images"], output_names=["logits"], dynamo=True,
+        verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )  # fmt: skip
+    return path
 
 
 @pytest.mark.parametrize(
@@ -109,6 +114,34 @@ def test_a_file_of_two_faces_does_not_pass(
     report = gate(written(trap), policy(0.02, eps, suite=suite), tmp_path / "evidence")
     assert report.verdict == "suspect", report.criteria
     assert {finding.check for finding in report.findings} & {"unaccounted", "only_these_images"}
+
+
+class Saturated(torch.nn.Module):
+    """Scores of a network behind a sigmoid, all of them 1 in float32: always, or where an image is coloured."""
+
+    def __init__(self, network: torch.nn.Module, *, always: bool) -> None:
+        super().__init__()
+        self.network, self.always = network, always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        least = -1.0 if self.always else 1e-3
+        coloured = ((x - x[:, :1]).abs().amax(dim=(1, 2, 3)) > least).float()
+        return torch.sigmoid(self.network(x) + 200 * coloured[:, None])
+
+
+@pytest.mark.parametrize(("always", "which"), [(True, "of the data set"), (False, "that were attacked")])
+def test_a_file_whose_own_scores_say_nothing_is_refused(
+    networks: Networks, tmp_path: Path, always: bool, which: str
+) -> None:
+    """The logits behind a sigmoid are those of an honest network, and the file itself gives all classes the same score:
+    of every image, which an export refuses as well, or of those only that an attack has changed."""
+    path = to_file(Saturated(load_run(networks("standard")).model.eval(), always=always).eval(), tmp_path / "m.onnx")
+    with pytest.raises(BadInput, match=f"the Sigmoid at its end gives .* images {which} another label"):
+        gate(onnx_subject(path, INPUT), policy(0.02, "2/255"), tmp_path / "evidence")
+    assert not (tmp_path / "evidence").exists()
+    with pytest.raises(BadInput, match=r"the Sigmoid at its end gives .* of smooth colours and noise another label"):
+        wrap(path, tmp_path / "candidate", contract=INPUT, labels=tuple("0123456789"))
+    assert not (tmp_path / "candidate").exists()
 
 
 @pytest.mark.parametrize("shown", SHOWN)

@@ -418,6 +418,19 @@ TWO_OUTPUTS = graph_of(*means("x"), helper.make_node("Neg", ["y"], ["z"]), axes=
 TWO_OUTPUTS.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
 ARGMAX = graph_of(*means("x", "m"), helper.make_node("ArgMax", ["m"], ["y"], axis=1, keepdims=0), axes=AXES)
 ARGMAX.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+NOISY = graph_of(
+    *means("x", "m"),
+    helper.make_node("RandomUniformLike", ["m"], ["u"], seed=7.0),
+    helper.make_node("Add", ["m", "u"], ["y"]),
+    axes=AXES,
+)
+TRAINED = graph_of(
+    *means("x", "m"),
+    helper.make_node("Dropout", ["m", "ratio", "mode"], ["y"]),
+    axes=AXES,
+    ratio=np.array(0.1, "f"),
+    mode=np.array(True),
+)
 WHOLE = graph_of(*means("x", "m"), helper.make_node("Cast", ["m"], ["y"], to=TensorProto.INT64), axes=AXES)
 WHOLE.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
 
@@ -440,6 +453,8 @@ WHOLE.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
         (graph_of(*means("x"), axes=AXES), "float32 NHWC 4x4x3", "the model says 3x4x4"),
         (graph_of(*means("x"), axes=AXES), "float32 CHWN", "'CHWN' is not known; expected DTYPE LAYOUT"),
         (graph_of(*means("x"), axes=AXES), "bfloat16 NCHW", "expected DTYPE LAYOUT .* one of uint8, float32, float64"),
+        (NOISY, "float32 NCHW", r"draws random numbers \(RandomUniformLike\); export it without"),
+        (TRAINED, "float32 NCHW", r"draws random numbers \(Dropout\); export it without"),
         (UNLOADABLE, "float32 NCHW", "cannot load it"),
         (onnx.ModelProto(), "float32 NCHW", "not readable as ONNX"),
     ],

@@ -31,6 +31,7 @@ from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.models import to_bytes, to_float
 from dfmcl.robustness.onnx_graph import noise
+from dfmcl.robustness.onnx_random import RANDOM, random_operators
 from dfmcl.robustness.onnx_wire import with_wire_format
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.serving.clients.triton import Client
@@ -86,7 +87,7 @@ def test_exported_bytes_tell_nothing_of_this_machine(candidate: Path, run_direct
     assert [path.name for path in candidate.iterdir() if path.suffix == ".data"] == []
 
 
-RANDOM_NODES = [helper.make_node(name, [], ["y"]) for name in sorted(graphs.RANDOM)] + [
+RANDOM_NODES = [helper.make_node(name, [], ["y"]) for name in sorted(RANDOM)] + [
     helper.make_node("Dropout", ["x", "ratio", "training"], ["y"])
 ]
 
@@ -99,12 +100,17 @@ def test_random_operators_are_found_wherever_they_hide(node: onnx.NodeProto) -> 
     function = model_with()
     function.functions.append(helper.make_function("own", "F", [], ["y"], [node], [helper.make_opsetid("", 20)]))
     for model in (model_with(node), model_with(nested), function):
-        assert graphs.random_operators(model) == [node.op_type]
+        assert random_operators(model) == [node.op_type]
 
 
 def test_dropout_of_an_inference_graph_is_not_random() -> None:
-    """Without a training mode Dropout does nothing."""
-    assert graphs.random_operators(model_with(helper.make_node("Dropout", ["x", "ratio"], ["y"]))) == []
+    """Without a training mode, or with one that is false, Dropout does nothing; with one that is true it draws."""
+    assert random_operators(model_with(helper.make_node("Dropout", ["x", "ratio"], ["y"]))) == []
+    model = model_with(helper.make_node("Dropout", ["x", "ratio", "mode"], ["y"]))
+    for training in (False, True):
+        del model.graph.initializer[:]
+        model.graph.initializer.append(numpy_helper.from_array(np.array(training), "mode"))
+        assert random_operators(model) == (["Dropout"] if training else [])
 
 
 def test_a_run_without_numbers_is_refused(tmp_path: Path, run_directory: Path) -> None:
@@ -443,12 +449,12 @@ TOO_NEW.opset_import[0].version = exporting.OPSET + 1
 @pytest.mark.parametrize(
     ("model", "labels", "error", "message"),
     [
-        (RANDOM_GRAPH, "abc", Refused, "draws random numbers .RandomNormalLike."),
+        (RANDOM_GRAPH, "abc", BadInput, "draws random numbers .RandomNormalLike.; export it without"),
         (BUILT_IN, "abc", Refused, "takes batches of 2 only, and cannot be freed; export it with a dynamic batch"),
         (TOO_NEW, "abc", Refused, "opset 21 is not served everywhere; export it with opset 20"),
         (graph_of(*means("x"), axes=AXES), "ab", BadInput, "answers with 3 logits, there are 2 labels"),
         (graph_of(*means("x"), axes=AXES), "ab ", BadInput, "cannot stand on a line of its own"),
-        (model_with(helper.make_node("RandomNormal", [], ["y"], shape=[1])), "abc", BadInput, "has 0 inputs"),
+        (model_with(helper.make_node("Constant", [], ["y"], value_float=1.0)), "abc", BadInput, "has 0 inputs"),
     ],
     ids=["random", "built-in", "too-new", "labels", "label", "inputs"],
 )

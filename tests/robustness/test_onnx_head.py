@@ -19,6 +19,7 @@ from dfmcl.gating.subjects.candidate import candidate_subject
 from dfmcl.gating.subjects.onnx_file import onnx_subject
 from dfmcl.release.export import wrap
 from dfmcl.robustness.onnx_graph import noise, read_graph
+from dfmcl.robustness.onnx_labels import apart
 from tests.gating.test_subject import Tiny, assert_is, assert_same, gradient, graph_of, means, to_onnx
 
 LOUD = 1000.0  # logits so far apart that their softmax is 0 and 1, and has no slope
@@ -141,6 +142,25 @@ def test_one_sigmoid_is_two_classes(tmp_path: Path, end: Callable[[Tensor], Tens
         raised = x.clone().requires_grad_()
         (slope,) = torch.autograd.grad(subject.model(raised)[:, 1].sum(), raised)
         assert (slope.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_labels_of_a_file_are_compared_with_those_of_its_logits() -> None:
+    """Another highest class, or several highest ones, is another label; where logits are no numbers there is none."""
+    logits = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [torch.nan, 1.0]])
+    scores = torch.tensor([[0.2, 0.8], [0.2, 0.8], [1.0, 1.0], [torch.nan, torch.nan]])
+    assert apart(scores, logits).tolist() == [False, True, True, False]
+    assert apart(torch.tensor([[1.0], [0.0], [0.5], [0.5]]), logits).tolist() == [False, False, True, False]
+    assert apart(torch.full((1, 2), torch.nan), logits[:1]).tolist() == [True]
+
+
+@pytest.mark.parametrize("end", [*ENDS, "one sigmoid"])
+def test_an_honest_end_gives_the_labels_of_its_logits(tmp_path: Path, end: str) -> None:
+    """Whatever stands behind the logits, the file's own labels are theirs."""
+    net = Ended(ENDS.get(end, torch.sigmoid), classes=1 if end == "one sigmoid" else 5)
+    subject = subject_of(tmp_path / "model.onnx", net)
+    assert (subject.own_labels is None) == (end in ("maps of one pixel", "channels last"))
+    if subject.own_labels is not None:
+        subject.own_labels.require(noise(subject.contract, 40, seed=1), "of noise")
 
 
 def test_one_number_without_a_sigmoid_says_what_to_export(tmp_path: Path) -> None:

@@ -281,6 +281,21 @@ class Crowded(Behind):
         return answer(self.plain if len(x) > 128 else self.robust, x)
 
 
+class Eleven(Behind):
+    """Minus the answer in batches of one size that is served."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return answer(self.robust, x) * (1 - 2 * (len(x) == 11))
+
+
+class Startled(Behind):
+    """Minus the answer where an image of the batch is black."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        black = x.amax(dim=(1, 2, 3)).amin() <= 0
+        return answer(self.robust, x) * (1 - 2 * black.to(x.dtype))
+
+
 class Patient(Behind):
     """The plain network after a million calls."""
 
@@ -318,6 +333,8 @@ TRAPS: dict[str, Trap] = {
     "borrowed gradients": Trap(Borrowed, ("unaccounted", "black_box_stronger"), behind=True),
     "gradients wanted": Trap(Watched, ("grad_mode_matters",), behind=True),
     "large batches": Trap(Crowded, ("batch_dependent",), behind=True),
+    "batches of eleven": Trap(Eleven, ("batch_dependent",), behind=True),
+    "a black image beside": Trap(Startled, ("batch_dependent",), behind=True),
     "a million calls": Trap(Patient, ("state_changes",), behind=True),
 }
 # What they leave depends on the images: those are put in by name.
