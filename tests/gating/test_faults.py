@@ -245,7 +245,9 @@ def test_a_fault_has_one_code_in_every_command(
 
 
 @pytest.mark.parametrize(
-    "line", ["max_age_days = 100000000000", f"threshold = {'9' * 5000}", "max_age_days = 1979-02-31"], ids=["days", "digits", "date"]
+    "line",
+    ["max_age_days = 100000000000", f"threshold = {'9' * 5000}", "max_age_days = 1979-02-31"],
+    ids=["days", "digits", "date"],
 )
 def test_a_trust_file_that_nobody_means_is_bad_input(
     home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str
