@@ -65,7 +65,7 @@ def too_many(ways: Mapping[str, tuple[int, int]], said: str, tolerated: float) -
     p = {way: at_least(k, n, tolerated) for way, (k, n) in ways.items()}
     worst = min(ways, key=lambda way: (p[way], -ways[way][0] / ways[way][1]))
     k, n = ways[worst]
-    figures = {"broken": k, "images": n, "p": p[worst], "way": worst, "ways": len(ways)}
+    figures: Figures = {"broken": k, "images": n, "p": p[worst], "way": worst, "ways": len(ways)}
     return Found.by(counting(tolerated).raised, f"{worst}: {said}, {k} of {n}", figures)
 
 

@@ -25,7 +25,7 @@ from dfmcl.robustness.rules import (
     UNACCOUNTED,
     UNEXPLAINED,
     UNLIMITED,
-    Rule,
+    Ruling,
     any_at_all,
     are_flat,
     are_hidden,
@@ -58,7 +58,7 @@ class Reason:
     name: str
     when: str
     do: str
-    rule: Rule
+    rule: Ruling
     needs: tuple[Need, ...] = ()
 
 
@@ -67,45 +67,45 @@ _ALL = (
         "outputs_differ",
         f"the same image gets logits that differ by more than {SPREAD:g} of their spread",
         "take randomness (dropout, masks, noise, random resizing) out of inference, or attack its expectation",
-        Rule(differs),
+        Ruling(differs),
     ),
     Reason(
         "batch_dependent",
         f"an image's logits depend on the rest of its batch by more than {SPREAD:g} of their spread",
         "let batch norm use its running statistics, and compute nothing across images",
-        Rule(differs),
+        Ruling(differs),
     ),
     Reason(
         "grad_mode_matters",
         f"with autograd on and off, the same image gets logits that differ by more than {SPREAD:g} of their spread",
         "let the model compute the same whether or not gradients are wanted: users ask without them",
-        Rule(differs),
+        Ruling(differs),
         ("gradients",),
     ),
     Reason(
         "probabilities",
         "the outputs are nonnegative and add up to 1",
         "export logits: a softmax at the end flattens the loss that attacks climb",
-        Rule(are_probabilities),
+        Ruling(are_probabilities),
     ),
     Reason(
         "flat_outputs",
         f"accuracy is far above chance, but the softmax of the outputs stays within {FLAT:g} of an even guess",
         "multiply the logits by a number that calibrates them: now an attack on the cross-entropy sees no margin",
-        Rule(are_flat),
+        Ruling(are_flat),
     ),
     Reason(
         "bad_gradients",
         f"gradients are exactly zero on more than {100 * NO_GRADIENT:g} % of the images, not finite, or exploding",
         "take out rounding, thresholds, lookups and saturated scales, or attack through a smooth stand-in for them",
-        Rule(have_no_use),
+        Ruling(have_no_use),
         ("gradients", "images"),
     ),
     Reason(
         "gradients_mislead",
         f"a small step along the gradient does less than {MISLED:g} or more than {1 / MISLED:g} times what it promises",
         "look for operations with a backward pass of their own, and for noise in the loss at the scale of a grey level",
-        Rule(mislead),
+        Ruling(mislead),
         ("gradients", "images"),
     ),
     Reason(
@@ -143,7 +143,7 @@ _ALL = (
         "unlimited_fails",
         f"more than {100 * UNLIMITED:g} % of the images hold when any change is allowed",
         "the attack follows gradients that lead nowhere: look for what hides them",
-        Rule(outlast),
+        Ruling(outlast),
         ("gradients", "images"),
     ),
     Reason(
@@ -151,14 +151,14 @@ _ALL = (
         "the same attack breaks significantly more images when the logits are divided or multiplied by ten; where the"
         f" suite has cr or apgd-t, also significantly more than {100 * TOLERATED:g} % of those that it left",
         "put the logits on a scale that calibrates them, and attack with losses that do not care (cr, apgd-t)",
-        Rule(are_hidden, comparing(shares=2).chance),
+        Ruling(are_hidden, comparing(shares=2).chance),
         ("gradients", "images"),
     ),
     Reason(
         "loss_still_rising",
         f"more than {100 * RISING:g} % of what an attack gained came in the last quarter of its steps",
         "give the attacks more steps until it stops, and look for what makes the ascent so slow",
-        Rule(still_rises),
+        Ruling(still_rises),
         ("gradients", "images"),
     ),
     Reason(
@@ -194,14 +194,14 @@ _ALL = (
         "outside_ball",
         "an attack's result lies outside the ball as it was counted, or is not a number",
         "look at the attack, and for outputs that are not finite; what lay outside was not counted",
-        Rule(any_at_all),
+        Ruling(any_at_all),
         ("record",),
     ),
     Reason(
         "seen_images",
         "the images are of a part that the model was trained on, training images as well, or copies of one another",
         "evaluate on images that training never saw, each of which stands there once",
-        Rule(were_seen),
+        Ruling(were_seen),
     ),
     Reason(
         "only_exact_images",
@@ -216,7 +216,7 @@ _ALL = (
         f"the model is right on these images and, far less often, on training images, or loses significantly more than"
         f" {100 * MOVED:g} % of them to a shift or to less light",
         "the model knows these very images: evaluate on others",
-        Rule(are_known_alone, counting(MOVED).chance),
+        Ruling(are_known_alone, counting(MOVED).chance),
         ("images",),
     ),
     Reason(
@@ -230,7 +230,7 @@ _ALL = (
         "state_changes",
         "a module keeps something else after it was asked the same once more",
         "take out what counts or remembers: a model that knows how often it was asked can answer tomorrow as it likes",
-        Rule(keeps_another),
+        Ruling(keeps_another),
     ),
     # Last, so that as many calls as possible lie before it.
     Reason(
@@ -238,7 +238,7 @@ _ALL = (
         f"asked again at the end, or in a new process, the model gives the same image logits that differ by more than"
         f" {SPREAD:g} of their spread",
         "take out what depends on time, on the number of calls or on the process",
-        Rule(differs),
+        Ruling(differs),
     ),
 )
 REASONS: dict[str, Reason] = {reason.name: reason for reason in _ALL}

@@ -52,14 +52,14 @@ MOVED = 0.60
 
 
 @dataclass(frozen=True)
-class Rule:
+class Ruling:
     """raised: whether figures raise the check; chance: the p that follows from their counts, None where none does."""
 
     raised: Callable[[Figures], bool]
     chance: Callable[[Figures], float | None] = lambda _: None
 
 
-def counting(tolerated: float) -> Rule:
+def counting(tolerated: float) -> Ruling:
     """Of a check that counts: raised where so many of so many are significantly more than tolerated."""
 
     def chance(f: Figures) -> float | None:
@@ -71,10 +71,10 @@ def counting(tolerated: float) -> Rule:
             raise ValueError(f"{ways!r} is no number of ways that are compared")
         return at_least(*_counted(f, "broken"), tolerated) <= LEVEL / ways
 
-    return Rule(raised, chance)
+    return Ruling(raised, chance)
 
 
-def comparing(shares: int = 1) -> Rule:
+def comparing(shares: int = 1) -> Ruling:
     """Of a check that compares two attacks: raised where the weaker alone breaks significantly and clearly more."""
 
     def chance(f: Figures) -> float | None:
@@ -87,7 +87,7 @@ def comparing(shares: int = 1) -> Rule:
         stronger, _ = _counted(f, "only_stronger")
         return coin(weaker, stronger) <= LEVEL / shares and weaker - stronger >= clearly(images, shares)
 
-    return Rule(raised, chance)
+    return Ruling(raised, chance)
 
 
 def clearly(images: int, shares: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from dfmcl.gating.signing.report import CheckEntry
 from dfmcl.robustness.reasons import REASONS
-from dfmcl.robustness.rules import Figures, Rule
+from dfmcl.robustness.rules import Figures, Ruling
 
 Pair = tuple[Figures, Figures]
 
@@ -93,7 +93,7 @@ def finding(name: str, outcome: str) -> CheckEntry:
     )
 
 
-def chance_of(rule: Rule, figures: Figures) -> Figures:
+def chance_of(rule: Ruling, figures: Figures) -> Figures:
     """p where the counts have one."""
     p = rule.chance(figures)
     return {} if p is None else {"p": p}

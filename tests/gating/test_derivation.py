@@ -235,6 +235,15 @@ def row(report: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
+def figures_of_another(name: str) -> Callable[[dict[str, Any]], object]:
+    """The figures of a model that the check finds out, beside the word that it is clear."""
+    return lambda r: row(r, name).update(figures=finding(name, "raised").to_json()["figures"])
+
+
+def left_out(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda r: row(r, name).update(outcome="not_run", figures={})
+
+
 LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a criterion was missed": lambda r: r["criteria"][0].update(k=0, outcome="missed"),
     "a check was raised": lambda r: r["checks"][0].update(outcome="raised"),
@@ -279,11 +288,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     ),
     "points outside the ball that no check saw": lambda r: r["evaluation"]["attacks"][0].update(outside=1),
     **{
-        f"{name} was clear": lambda r, name=name: row(r, name).update(
-            figures=finding(name, "raised").to_json()["figures"], why=f"{name}: what nobody could miss"
-        )
-        for name in FIGURES
-        if name not in ("outside_ball", "seen_images")
+        f"{name} was clear": figures_of_another(name) for name in FIGURES if name not in ("outside_ball", "seen_images")
     },
     "images of the training part": lambda r: row(r, "seen_images").update(
         outcome="clear", figures=finding("seen_images", "raised").to_json()["figures"]
@@ -294,7 +299,7 @@ LIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a check with another meaning": lambda r: row(r, "outputs_differ").update(when="never"),
     "a check with other advice": lambda r: row(r, "outputs_differ").update(do="nothing"),
     **{
-        f"{name} had nothing to look at": lambda r, name=name: row(r, name).update(outcome="not_run", figures={})
+        f"{name} had nothing to look at": left_out(name)
         for name in FIGURES
         if name not in ("seen_images", "cr_is_blind")
     },
