@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
@@ -44,6 +44,11 @@ def _is_set(names: list[str]) -> list[str]:
 LocalPath = Annotated[str, AfterValidator(_is_local)]
 TritonUrl = Annotated[str, AfterValidator(_is_endpoint)]
 EachOnce = AfterValidator(_is_set)
+MOST_SEED = 2**63 - 1
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+"""As far as every library and every reader of a record takes a whole number."""
+MOST_DAYS = 36_500  # a century; a date that far from one of today is one still
+Days = Annotated[int, Field(ge=1, le=MOST_DAYS)]
 S = TypeVar("S", bound=Section)
 
 
@@ -68,6 +73,8 @@ def read_toml(path: Path, advice: str) -> dict[str, Any]:
         raise BadInput(f"{path}: not TOML: {error}") from None
     except RecursionError:
         raise BadInput(f"{path}: not TOML that anybody writes: it is nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads, a date that no calendar has
+        raise BadInput(f"{path}: not TOML that anybody writes: {str(error).partition(';')[0]}") from None
 
 
 def shipped(package: str) -> dict[str, str]:

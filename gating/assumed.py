@@ -46,6 +46,8 @@ class Assumed:
             criterion = Criterion.parse(f"robust_accuracy >= {at_least} at {CONFIDENCE} %")
         except BadInput:
             raise BadInput(f"--at-least {at_least}: expected a share of the images, such as 0.3 or '30 %'") from None
+        if not criterion.threshold:
+            raise BadInput(f"--at-least {at_least}: every model has that; expected more than 0, such as 0.3")
         try:
             checked_radius(eps, "linf")
         except ValueError as error:

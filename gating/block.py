@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfmcl.common.progress import Track, silent
+from dfmcl.gating.order import BLOCK
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.data import Bytes, Labels
 from dfmcl.robustness.evaluate import Logits, Outcome, evaluate
@@ -56,7 +57,7 @@ class BlockPlan:
     seed: int
     sources: tuple[Source, ...] = ()
     whole: tuple[Attack, ...] = ()
-    purpose: str = "block"
+    purpose: str = BLOCK
     remarks: Mapping[str, str] = field(default_factory=dict)
     suites: Mapping[str, tuple[Attack, ...]] = field(default_factory=dict)
 

@@ -17,7 +17,7 @@ from dfmcl.common.progress import Track
 from dfmcl.gating.baseline import Baseline
 from dfmcl.gating.criterion import NO_REGRESSION
 from dfmcl.gating.decide import require_decider
-from dfmcl.gating.order import Draw, Matter, drawn_of, order_of
+from dfmcl.gating.order import Draw, Matter, drawn_of, order_of, seed_of
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.signing.signer import Signer
 from dfmcl.gating.subject import Subject
@@ -33,7 +33,6 @@ from dfmcl.robustness.portions import answered
 from dfmcl.robustness.provenance import provenance
 from dfmcl.robustness.runs import Run
 from dfmcl.robustness.scale import Scale
-from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
 
 FEW = 16  # images that are asked about first: one of them that is answered in numbers is enough
@@ -85,7 +84,7 @@ class Case:
     @property
     def seed(self) -> int:
         """Of attacks and checks: the policy's, which an author knows, and the draw, which he does not."""
-        return self.policy.seed if self.draw is None else derived_seed(self.policy.seed, "draw", self.draw.signature)
+        return seed_of(self.policy.seed, self.draw)
 
     @property
     def cap(self) -> int:

@@ -13,9 +13,10 @@ CORRUPTION = "corruption_accuracy"
 METRICS = ("clean_accuracy", "robust_accuracy", "class_clean_accuracy", "class_robust_accuracy", CORRUPTION)
 NO_REGRESSION = "no_regression"
 EACH = re.compile(r"each(?:\s+of\s+(?P<threat>.+))?")  # in the brackets of a corruption accuracy
-_CONFIDENCE = r"at\s+(?P<confidence>[\d.]+)\s*%"
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+_CONFIDENCE = rf"at\s+(?P<confidence>{_NUMBER})\s*%"
 _SHARE = re.compile(
-    rf"(?P<metric>{'|'.join(METRICS)})(?:\((?P<eps>[^)]+)\))?\s*>=\s*(?P<threshold>\d*\.?\d+)\s*(?P<percent>%?)\s+{_CONFIDENCE}"
+    rf"(?P<metric>{'|'.join(METRICS)})(?:\((?P<eps>[^)]+)\))?\s*>=\s*(?P<threshold>{_NUMBER})\s*(?P<percent>%?)\s+{_CONFIDENCE}"
 )
 _REGRESSION = re.compile(rf"(?P<metric>{NO_REGRESSION})(?:\((?P<eps>[^)]+)\))?\s+{_CONFIDENCE}")
 
@@ -43,6 +44,8 @@ class Criterion:
         `clean_accuracy`, `class_robust_accuracy` and `class_clean_accuracy` likewise; `corruption_accuracy`, alone or
         about (fog), (each), (each of fog|snow@3); `no_regression at 95 %`, or `no_regression(patch:5x5) at 95 %`.
         """
+        if other := [sign for sign in text if sign.isdigit() and not sign.isascii()]:
+            raise BadInput(f"{text!r}: {other[0]!r} is another script's digit; write 0 to 9")
         match = _SHARE.fullmatch(text.strip()) or _REGRESSION.fullmatch(text.strip())
         if match is None:
             raise BadInput(

@@ -18,9 +18,12 @@ from securesystemslib.signer import Signature
 from dfmcl.common.entry import Digest, Entry, text
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.signer import PublicKey, Signer, made_by, only_signature
+from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.statistics import Flags
 
 PURPOSE = "dfmcl order of images/1"  # such a text is no DSSE payload, which begins with DSSEv1
+BLOCK = "block"  # what the images of a gate are attacked for, part of the address of its seeds
+FIRST_BLOCK = (BLOCK, 0)  # whose seed the record of all blocks has
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ def hex_of(value: object, size: int) -> str:
     if not isinstance(value, str) or len(value) != 2 * size or not set(value) <= set("0123456789abcdef"):
         raise BadInput(f"{str(value)[:80]!r} is not {size} bytes in hex")
     return value
+
+
+def seed_of(seed: int, draw: Draw | None) -> int:
+    """Of attacks and checks: the policy's, which an author knows, and the draw, which he does not."""
+    return seed if draw is None else derived_seed(seed, "draw", draw.signature)
 
 
 def order_of(matter: Matter, draw: Draw | None = None) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import Section, read_toml, validated
+from dfmcl.common.toml import Days, Section, Seed, read_toml, validated
 from dfmcl.gating.criterion import CORRUPTION, NO_REGRESSION, Criterion
 from dfmcl.gating.decide import DecideSection
 from dfmcl.gating.kinds import KINDS
@@ -101,6 +101,15 @@ class AttackSection(Section):
     spatial: list[str] = Field(default=list(BY_KIND["spatial"]), min_length=1)
     corruption: list[str] = Field(default=list(BY_KIND["corruption"]), min_length=1)
 
+    @field_validator("suite")
+    @classmethod
+    def _names_attacks(cls, suite: str | list[str]) -> str | list[str]:
+        if isinstance(suite, str) and suite not in SUITES:
+            raise ValueError(f"there is no suite of that name; choose {' or '.join(SUITES)}, or list attacks")
+        if not suite or (len(set(suite)) < len(suite) and not isinstance(suite, str)):
+            raise ValueError("name at least one attack, and each once")
+        return suite
+
     def by_kind(self, kind: str) -> list[str] | None:
         """The attacks in threats of a kind; None where it is the suite's."""
         return list(getattr(self, kind)) if kind in BY_KIND else None
@@ -132,9 +141,9 @@ class Policy(Section):
     """
 
     criteria: list[str] = Field(min_length=1)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     statistics: Literal["sequential", "fixed"] = "sequential"
-    valid_days: int = Field(VALID_DAYS, ge=1)
+    valid_days: Days = VALID_DAYS
     threat: ThreatSection
     data: DataSection
     attacks: AttackSection
@@ -152,6 +161,8 @@ class Policy(Section):
                 raise ValueError(str(error)) from None
         if not any(Criterion.parse(sentence).robust for sentence in sentences):
             raise ValueError("no criterion is about robust_accuracy; a robustness gate needs one")
+        if not any(criterion.robust and criterion.threshold > 0 for criterion in map(Criterion.parse, sentences)):
+            raise ValueError("no robust_accuracy must be above 0, which every model's is; ask for more")
         return sentences
 
     @field_validator("subjects")

@@ -10,22 +10,10 @@ from collections.abc import Sequence
 
 from dfmcl.gating.policy import Policy
 from dfmcl.robustness.attacks.suites import AUTOATTACK, FROM, SUITES, WITHOUT_GRADIENTS
+from dfmcl.robustness.reasons import REASONS
 
 SUBSTITUTE = "substitute"
-# In the order in which they run.
-CHECKS = (
-    "outputs_differ", "batch_dependent", "grad_mode_matters", "probabilities", "flat_outputs", "bad_gradients",
-    "gradients_mislead", "unaccounted", "fgsm_beats_pgd", "weaker_with_steps", "weaker_with_eps", "unlimited_fails",
-    "scale_hides", "loss_still_rising", "black_box_stronger", "cr_is_blind", "found_and_dropped", "artefact_disagrees",
-    "outside_ball", "seen_images", "only_exact_images", "only_these_images", "cliff_beyond_ball", "state_changes",
-    "answers_change",
-)  # fmt: skip
 LATER = {"cr_is_blind", "grad_mode_matters", "unaccounted", "only_these_images", "state_changes", "answers_change"}
-# Of a model with gradients that is right on some image: they need more than that, such as the manifest of a run.
-SELDOM = {
-    "gradients_mislead", "unaccounted", "black_box_stronger", "cr_is_blind", "found_and_dropped", "seen_images",
-    "only_these_images", "state_changes", "answers_change",
-}  # fmt: skip
 SHORTER: dict[str, tuple[str, ...]] = {"fast": ("apgd-ce", "apgd-t"), "standard": AUTOATTACK}
 
 
@@ -36,7 +24,7 @@ def is_early(policy: Policy) -> bool:
 
 def absent_checks(found: Sequence[str], *, early: bool) -> list[str]:
     """The checks that a gate ran and that are not among these names; a name twice is one too few."""
-    return [name for name in CHECKS if found.count(name) != 1 and not (early and name in LATER)]
+    return [name for name in REASONS if found.count(name) != 1 and not (early and name in LATER)]
 
 
 def attacks_of(policy: Policy, kind: str, *, blind: bool, sources: Sequence[str]) -> list[str]:

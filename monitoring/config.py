@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, model_validator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import EachOnce, LocalPath, Section, TritonUrl, anchored, read_toml, validated
+from dfmcl.common.toml import EachOnce, LocalPath, Section, Seed, TritonUrl, anchored, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
 from dfmcl.release.stores.registry import why_unknown
 from dfmcl.robustness.attacks.registry import Attack
@@ -85,7 +85,7 @@ class Probe(Section):
     images: int = Field(32, ge=1)
     replay: int = Field(16, ge=0)
     attacks: AttackNames = Field(["mi-fgsm-10", "di-fgsm-10"], min_length=1)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     threads: int = Field(1, ge=1)
     crafted: LocalPath = ""
     pause_file: LocalPath = ""

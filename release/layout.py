@@ -56,6 +56,7 @@ MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 # As promotion writes them: Triton takes 004 for version 4, and two directories for one version are one too many.
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 MEND = "`dfmcl repair` mends it"
+REMOVE = "remove that and repair again"
 
 
 def files_in(version: Path) -> tuple[str, ...]:
@@ -220,6 +221,8 @@ def config_bytes(store: Store, name: str, config: str = CONFIG) -> bytes:
     try:
         return store.read(f"{name}/{config}", TEXT_BYTES)
     except (OSError, Unfit) as error:
+        if f"{name}/{config}" in strangers(store, name):
+            raise BadInput(f"{store.where(f'{name}/{config}')}: promotion did not write this; {REMOVE}") from None
         raise BadInput(f"{store.where(f'{name}/{config}')}: not readable ({why_unread(error)}); {MEND}") from None
 
 

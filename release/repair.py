@@ -107,7 +107,7 @@ def _obstacle(store: Store, name: str) -> str:
     except OSError as error:
         return f"{where}: cannot be read: {error.strerror or error}"
     if foreign:
-        return f"promotion did not write {', '.join(map(store.where, foreign))}; remove that and repair again"
+        return f"promotion did not write {', '.join(map(store.where, foreign))}; {layout.REMOVE}"
     changes = ledger.events_of(store, name)
     if changes and ledger.last_served(changes) is None and verification.served_or_none(store, name) is None:
         return f"was retired; `dfmcl rollback --name {name} --version N` serves it again"

@@ -17,9 +17,9 @@ from dfmcl.common.batch import most_asked, most_served
 from dfmcl.robustness.diagnosis import LONE, REPEATS, Examination
 from dfmcl.robustness.finding import Found
 from dfmcl.robustness.models import frozen, to_float
+from dfmcl.robustness.rules import differs, keeps_another
 from dfmcl.robustness.seeds import generator
 
-SPREAD = 1e-3  # of the logits' deviation: sums in another order cost 1e-6 of it, noise that misleads an attack 1e-2
 # Images in a batch beyond those that are served: where a cache or a script cuts, as far as the largest one goes.
 LARGER = (65, 128, 129, 256, 257, 513, 1025)
 MIXED = 16  # images: as far as every size is asked with strangers among them, and then the largest that is served
@@ -139,17 +139,18 @@ def state_changes(e: Examination) -> Found:
     e.answers(few)
     after = state()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    figures = {"changed": len(changed), "places": len(before.keys() | after.keys())}
+    why = f"asked once more, it keeps what it kept, in {len(before)} places"
     if changed:
-        return Found("raised", f"asked the same once more, it keeps another {', '.join(changed[:5])}")
-    return Found("clear", f"asked once more, it keeps what it kept, in {len(before)} places")
+        why = f"asked the same once more, it keeps another {', '.join(changed[:5])}"
+    return Found.by(keeps_another, why, figures)
 
 
 def _changed(e: Examination, change: float, said: str) -> Found:
     spread = float(e.finite.std())
     relative = change / spread if spread else (float("inf") if change else 0.0)
     figures = {"largest_difference": change, "relative_to_spread": relative}
-    why = f"{said} {relative:.2g} of their spread"
-    return Found("clear" if relative <= SPREAD else "raised", why, figures)
+    return Found.by(differs, f"{said} {relative:.2g} of their spread", figures)
 
 
 def _change(found: Tensor, expected: Tensor) -> float:

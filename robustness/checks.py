@@ -10,7 +10,7 @@ in 200 (Bonferroni).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,28 +18,11 @@ from typing import Any, Literal
 from torch import nn
 
 from dfmcl.common.progress import Track, silent
-from dfmcl.robustness.asking import (
-    SPREAD,
-    answers_change,
-    batch_dependent,
-    grad_mode_matters,
-    outputs_differ,
-    state_changes,
-)
+from dfmcl.robustness.asking import answers_change, batch_dependent, grad_mode_matters, outputs_differ, state_changes
 from dfmcl.robustness.background import Background
 from dfmcl.robustness.data import Bytes, Labels
-from dfmcl.robustness.diagnosis import BEYOND, FEW_STEPS, Examination
+from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.doubts import (
-    DISAGREE,
-    FLAT,
-    MISLED,
-    NO_GRADIENT,
-    RISING,
-    ROUNDED,
-    TOLERATED,
-    UNACCOUNTED,
-    UNEXPLAINED,
-    UNLIMITED,
     artefact_disagrees,
     bad_gradients,
     black_box_stronger,
@@ -60,13 +43,14 @@ from dfmcl.robustness.doubts import (
     weaker_with_steps,
 )
 from dfmcl.robustness.evaluate import Decide
-from dfmcl.robustness.finding import Check, Figures, Found
-from dfmcl.robustness.memorisation import FRAGILE, MOVED, only_exact_images, only_these_images, seen_images
+from dfmcl.robustness.finding import Check, Found
+from dfmcl.robustness.memorisation import only_exact_images, only_these_images, seen_images
 from dfmcl.robustness.models import frozen
+from dfmcl.robustness.reasons import REASONS
 from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.rules import Figures
 from dfmcl.robustness.threats.ball import as_ball
 from dfmcl.robustness.threats.threat import Threat
-from dfmcl.robustness.traces import STEPS
 
 
 @dataclass(frozen=True)
@@ -146,183 +130,34 @@ def _result(check: Check, examination: Examination) -> Result:
     return Result(check.name, found.outcome, check.when, found.why, check.do, found.figures)
 
 
-_ALL = (
-    Check(
-        "outputs_differ",
-        f"the same image gets logits that differ by more than {SPREAD:g} of their spread",
-        "take randomness (dropout, masks, noise, random resizing) out of inference, or attack its expectation",
-        outputs_differ,
-    ),
-    Check(
-        "batch_dependent",
-        f"an image's logits depend on the rest of its batch by more than {SPREAD:g} of their spread",
-        "let batch norm use its running statistics, and compute nothing across images",
-        batch_dependent,
-    ),
-    Check(
-        "grad_mode_matters",
-        f"with autograd on and off, the same image gets logits that differ by more than {SPREAD:g} of their spread",
-        "let the model compute the same whether or not gradients are wanted: users ask without them",
-        grad_mode_matters,
-        ("gradients",),
-    ),
-    Check(
-        "probabilities",
-        "the outputs are nonnegative and add up to 1",
-        "export logits: a softmax at the end flattens the loss that attacks climb",
-        probabilities,
-    ),
-    Check(
-        "flat_outputs",
-        f"accuracy is far above chance, but the softmax of the outputs stays within {FLAT:g} of an even guess",
-        "multiply the logits by a number that calibrates them: now an attack on the cross-entropy sees no margin",
-        flat_outputs,
-    ),
-    Check(
-        "bad_gradients",
-        f"gradients are exactly zero on more than {100 * NO_GRADIENT:g} % of the images, not finite, or exploding",
-        "take out rounding, thresholds, lookups and saturated scales, or attack through a smooth stand-in for them",
-        bad_gradients,
-        ("gradients", "images"),
-    ),
-    Check(
-        "gradients_mislead",
-        f"a small step along the gradient does less than {MISLED:g} or more than {1 / MISLED:g} times what it promises",
-        "look for operations with a backward pass of their own, and for noise in the loss at the scale of a grey level",
-        gradients_mislead,
-        ("gradients", "images"),
-    ),
-    Check(
-        "unaccounted",
-        f"on significantly more than {100 * UNACCOUNTED:g} % of the segments between images, gradients leave more than"
-        f" {UNEXPLAINED:g} of the margin's change unexplained",
-        "look for thresholds, comparisons, lookups and gradients of another network: attacks that follow these"
-        " gradients do not attack the answers",
-        unaccounted,
-        ("gradients", "images"),
-    ),
-    Check(
-        "fgsm_beats_pgd",
-        f"one step breaks significantly more images than {STEPS} steps",
-        "the loss is jagged on the way, as after catastrophic overfitting: train with more steps, and attack with"
-        " restarts and without gradients",
-        fgsm_beats_pgd,
-        ("gradients", "images"),
-    ),
-    Check(
-        "weaker_with_steps",
-        f"{FEW_STEPS} steps break significantly more images than {STEPS}",
-        "the loss is jagged: attack with smaller steps, restarts and without gradients",
-        weaker_with_steps,
-        ("gradients", "images"),
-    ),
-    Check(
-        "weaker_with_eps",
-        "significantly more images hold at twice the eps",
-        "a larger ball holds the smaller one: the attack is being misled, so look for what hides the gradient",
-        weaker_with_eps,
-        ("gradients", "images"),
-    ),
-    Check(
-        "unlimited_fails",
-        f"more than {100 * UNLIMITED:g} % of the images hold when any change is allowed",
-        "the attack follows gradients that lead nowhere: look for what hides them",
-        unlimited_fails,
-        ("gradients", "images"),
-    ),
-    Check(
-        "scale_hides",
-        "the same attack breaks significantly more images when the logits are divided or multiplied by ten; where the"
-        f" suite has cr or apgd-t, also significantly more than {100 * TOLERATED:g} % of those that it left",
-        "put the logits on a scale that calibrates them, and attack with losses that do not care (cr, apgd-t)",
-        scale_hides,
-        ("gradients", "images"),
-    ),
-    Check(
-        "loss_still_rising",
-        f"more than {100 * RISING:g} % of what an attack gained came in the last quarter of its steps",
-        "give the attacks more steps until it stops, and look for what makes the ascent so slow",
-        loss_still_rising,
-        ("gradients", "images"),
-    ),
-    Check(
-        "black_box_stronger",
-        "attacks by queries, from other networks or within the data's subspace break significantly more than"
-        f" {100 * TOLERATED:g} % of the images that those along the gradients left",
-        "gradients are worth less than none: look for what hides them; do not believe the white-box figure",
-        black_box_stronger,
-        ("images",),
-    ),
-    Check(
-        "cr_is_blind",
-        f"plain ascents break significantly more than {100 * TOLERATED:g} % of the images that cr left",
-        "cr is misled, as after catastrophic overfitting: judge by suite 'standard', and train with more steps",
-        cr_is_blind,
-        ("gradients", "images", "record"),
-    ),
-    Check(
-        "found_and_dropped",
-        f"on significantly more than {100 * ROUNDED:g} % of the images an attack was right and it did not count",
-        "the model that gives gradients is not the one that decides: check the export, its rounding and its input",
-        found_and_dropped,
-        ("record",),
-    ),
-    Check(
-        "artefact_disagrees",
-        f"model and artefact label significantly more than {100 * DISAGREE:g} % of adversarial images differently",
-        "export the run again and gate the new candidate",
-        artefact_disagrees,
-        ("gradients", "images"),
-    ),
-    Check(
-        "outside_ball",
-        "an attack's result lies outside the ball as it was counted, or is not a number",
-        "look at the attack, and for outputs that are not finite; what lay outside was not counted",
-        outside_ball,
-        ("record",),
-    ),
-    Check(
-        "seen_images",
-        "the images are of a part that the model was trained on, training images as well, or copies of one another",
-        "evaluate on images that training never saw, each of which stands there once",
-        seen_images,
-    ),
-    Check(
-        "only_exact_images",
-        f"one grey level of noise breaks significantly more than {100 * FRAGILE:g} % of the images, without those that"
-        " were right by less than noise ordinarily moves",
-        "the model knows these very images: evaluate on others",
-        only_exact_images,
-        ("images",),
-    ),
-    Check(
-        "only_these_images",
-        f"the model is right on these images and, far less often, on training images, or loses significantly more than"
-        f" {100 * MOVED:g} % of them to a shift or to less light",
-        "the model knows these very images: evaluate on others",
-        only_these_images,
-        ("images",),
-    ),
-    Check(
-        "cliff_beyond_ball",
-        f"random noise of {BEYOND:g} eps breaks significantly more images than an attack inside eps",
-        "the model is made for this very ball around these very images: evaluate on other images and at other eps",
-        cliff_beyond_ball,
-        ("gradients", "images"),
-    ),
-    Check(
-        "state_changes",
-        "a module keeps something else after it was asked the same once more",
-        "take out what counts or remembers: a model that knows how often it was asked can answer tomorrow as it likes",
-        state_changes,
-    ),
-    # Last, so that as many calls as possible lie before it.
-    Check(
-        "answers_change",
-        f"asked again at the end, or in a new process, the model gives the same image logits that differ by more than"
-        f" {SPREAD:g} of their spread",
-        "take out what depends on time, on the number of calls or on the process",
-        answers_change,
-    ),
+# In the order of the table.
+_RUNS: tuple[Callable[[Examination], Found], ...] = (
+    outputs_differ,
+    batch_dependent,
+    grad_mode_matters,
+    probabilities,
+    flat_outputs,
+    bad_gradients,
+    gradients_mislead,
+    unaccounted,
+    fgsm_beats_pgd,
+    weaker_with_steps,
+    weaker_with_eps,
+    unlimited_fails,
+    scale_hides,
+    loss_still_rising,
+    black_box_stronger,
+    cr_is_blind,
+    found_and_dropped,
+    artefact_disagrees,
+    outside_ball,
+    seen_images,
+    only_exact_images,
+    only_these_images,
+    cliff_beyond_ball,
+    state_changes,
+    answers_change,
 )
-CHECKS: dict[str, Check] = {check.name: check for check in _ALL}
+CHECKS: dict[str, Check] = {
+    name: Check(**vars(reason), run=run) for (name, reason), run in zip(REASONS.items(), _RUNS, strict=True)
+}

@@ -24,14 +24,14 @@ from dfmcl.robustness.gradients import AttackPass, as_it_is, attack_pass
 from dfmcl.robustness.models import device_of, frozen, to_float
 from dfmcl.robustness.portions import ATTACKED, answered, portion
 from dfmcl.robustness.records import Evaluation
+from dfmcl.robustness.rules import BEYOND, FEW_STEPS, STEPS
 from dfmcl.robustness.seeds import derived_seed, generator
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.statistics import Flags
 from dfmcl.robustness.threats.ball import Ball
-from dfmcl.robustness.traces import STEPS, Rescaled, Slopes, Traced, of_another_class, on_grid
+from dfmcl.robustness.traces import Rescaled, Slopes, Traced, of_another_class, on_grid
 
 IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are sure, and that is a twelfth of them
-FEW_STEPS = 5
 # What is left after PGD is attacked by queries: by scores, by labels only, so that no score can mislead, in subspaces.
 QUERYING = {"square": 200, "rays": 120, "square-subspace": 120}
 SEGMENTS = 24  # images from which segments lead; a third of them that show something are sure
@@ -47,7 +47,6 @@ HALF_STEPS = (0.25 / 255, 0.25 / 8 / 255)
 # Of the median margin on images that are right: what a quantised file may be from its float twin. Eight bits an
 # activation, on digits: 0.02 of it in a hardened network, 0.13 in a plain one, on the image where it is most.
 ROUNDING = 0.2
-BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
 BATCH = 64  # images that are attacked together, fewer where they are large
 
 

@@ -8,38 +8,34 @@ from functools import partial
 import numpy as np
 import torch
 
-from dfmcl.robustness.asking import (
-    largest,
-)
+from dfmcl.robustness.asking import largest
 from dfmcl.robustness.attacks.suites import RELAXED, WITHOUT_GRADIENTS
-from dfmcl.robustness.diagnosis import FEW_STEPS, QUERYING, Examination
+from dfmcl.robustness.diagnosis import QUERYING, Examination
 from dfmcl.robustness.finding import Found, first_look, hopeless, surplus, too_many
 from dfmcl.robustness.losses import right
 from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.rules import (
+    DISAGREE,
+    ENOUGH,
+    FEW_STEPS,
+    MISLED,
+    ROUNDED,
+    STEPS,
+    TOLERATED,
+    UNACCOUNTED,
+    UNEXPLAINED,
+    any_at_all,
+    are_flat,
+    are_hidden,
+    are_probabilities,
+    have_no_use,
+    mislead,
+    outlast,
+    still_rises,
+)
 from dfmcl.robustness.statistics import Flags, lower_bound
-from dfmcl.robustness.traces import STEPS
 
-PROBABILITY = 1e-4  # float32 sums a thousand probabilities to 1 within 1e-5
-NO_GRADIENT = 0.05  # of the images: float32 has a gradient while the margin is below 88; of trained logits it is ~20
-EXPLODED = 1e5  # nats that one grey level would cost by the gradient: undefended ImageNet networks reach some 1e2
-ASTRAY = 0.2  # the same over the longer step, where the shorter one keeps the promise: waves between levels bring 0.01
-MISLED = 0.5  # of the predicted change: ReLUs that change sides in between cost an honest gradient a few hundredths
-# Of a change, left unexplained by gradients: honest networks leave at most 0.1 on any way, a switch 0.4 to 1.
-UNEXPLAINED = 0.25
-# Of the images may show one that is more: none of an honest network does.
-UNACCOUNTED = 0.05
-# Of the way from an even guess to certainty: hard adversarial training on few images ends at 0.04, a thousandth of
-# ordinary logits at 0.0006. Accuracy goes at least FAR at the same time.
-FLAT = 0.01
-FAR = 0.25
-UNLIMITED = 0.10  # of the images may survive an attack without limits: 20 steps are few
-RISING = 0.15  # of the gain in the last quarter of the steps: a steady rise brings 0.25, one that ends 0.02 to 0.06
-ENOUGH = 8  # images below which a median says nothing
-# Of the images that white-box attacks left may fall to black-box ones and to PGD at another scale. APGD, Square: < 0.01
-TOLERATED = 0.05
-ROUNDED = 0.05  # of the images may be lost at the border where floats become bytes, and never be found again
-DISAGREE = 0.01  # one rounding can tip a label at the border; a wrong export disagrees on far more
-
+ASTRAY = 0.2  # of the promise over the longer step, where the shorter one keeps it: waves between levels bring 0.01
 # They do without the model's gradients, or keep to where the data lie.
 OTHERWISE = (*WITHOUT_GRADIENTS, "subspace")
 # It breaks what a score-based search breaks, and more, at every scale of the logits; PGD alone need not.
@@ -52,9 +48,10 @@ def probabilities(e: Examination) -> Found:
     lowest = float(e.finite.min())
     off = largest(e.finite.sum(dim=1) - 1)
     figures = {"smallest_output": lowest, "largest_distance_of_sum_from_1": off}
-    if lowest >= 0 and off <= PROBABILITY:
-        return Found("raised", "all outputs lie in [0, 1] and add up to 1: they are probabilities, not logits", figures)
-    return Found("clear", f"outputs are no probabilities: the smallest is {lowest:.3g}", figures)
+    why = f"outputs are no probabilities: the smallest is {lowest:.3g}"
+    if are_probabilities(figures):
+        why = "all outputs lie in [0, 1] and add up to 1: they are probabilities, not logits"
+    return Found.by(are_probabilities, why, figures)
 
 
 def flat_outputs(e: Examination) -> Found:
@@ -64,8 +61,7 @@ def flat_outputs(e: Examination) -> Found:
     right = (lower_bound(e.right, len(e.y), 0.999) - chance) / (1 - chance)
     figures = {"mean_confidence_above_chance": believed, "accuracy_above_chance_lower_bound": right}
     said = f"the softmax goes {100 * believed:.2g} % of the way from an even guess to certainty, accuracy at least"
-    flat = believed < FLAT and right > FAR
-    return Found("raised" if flat else "clear", f"{said} {100 * max(right, 0):.3g} %", figures)
+    return Found.by(are_flat, f"{said} {100 * max(right, 0):.3g} %", figures)
 
 
 def bad_gradients(e: Examination) -> Found:
@@ -75,14 +71,15 @@ def bad_gradients(e: Examination) -> Found:
     none, broken = int((size == 0).sum()), int((~finite).sum())
     largest = float(size[finite].max()) / 255 if finite.any() else float("inf")
     figures: dict[str, float | str] = {"images": e.right, "zero": none, "not_finite": broken, "largest": largest}
+    why = f"the gradient is zero on {none} of {e.right} images, and finite everywhere"
     if broken:
-        return Found("raised", f"the gradient is not finite on {broken} of {e.right} images", figures)
-    if none > NO_GRADIENT * e.right:
+        why = f"the gradient is not finite on {broken} of {e.right} images"
+    elif have_no_use({**figures, "largest": 0.0}):
         why = f"the gradient of the cross-entropy is exactly zero on {none} of {e.right} images: gradient attacks stand"
-        return Found("raised", f"{why} still there", figures)
-    if largest > EXPLODED:
-        return Found("raised", f"by the gradient, one grey level would cost {largest:.2g} nats", figures)
-    return Found("clear", f"the gradient is zero on {none} of {e.right} images, and finite everywhere", figures)
+        why = f"{why} still there"
+    elif have_no_use(figures):
+        why = f"by the gradient, one grey level would cost {largest:.2g} nats"
+    return Found.by(have_no_use, why, figures)
 
 
 def gradients_mislead(e: Examination) -> Found:
@@ -96,7 +93,7 @@ def gradients_mislead(e: Examination) -> Found:
     ratio = longer if MISLED <= longer <= 1 / MISLED else ratio
     figures = {"images": int(usable.sum()), "median_happened_over_predicted": ratio}
     said = f"a small step along the gradient moves the margin by {ratio:.3g} of what the gradient promises"
-    return Found("clear" if MISLED <= ratio <= 1 / MISLED else "raised", f"{said} (median)", figures)
+    return Found.by(mislead, f"{said} (median)", figures)
 
 
 def unaccounted(e: Examination) -> Found:
@@ -126,9 +123,9 @@ def weaker_with_eps(e: Examination) -> Found:
 
 def unlimited_fails(e: Examination) -> Found:
     """Without a limit the images can become anything, and the attack must find something."""
-    held, allowed = int((~e.unlimited).sum()), UNLIMITED * e.right
+    held = int((~e.unlimited).sum())
     why = f"{held} of {e.right} images hold against PGD-{STEPS} at {e.everything}, which allows any change"
-    return Found("raised" if held > allowed else "clear", why, {"held": held, "images": e.right})
+    return Found.by(outlast, why, {"held": held, "images": e.right})
 
 
 def scale_hides(e: Examination) -> Found:
@@ -146,12 +143,9 @@ def scale_hides(e: Examination) -> Found:
         )
         if more.outcome == "raised" and e.evaluation is not None and _has_strong(e.evaluation):
             left = _left_by(e.evaluation, e)
-            missed = int((fell & left).sum())
-            hidden = too_many(
-                {f"{way} alone": (missed, int(left.sum()))}, "breaks images that the suite left", TOLERATED
-            )
-            seen = Found("clear", f"{more.why}; {missed} of them held against the suite", more.figures)
-            more = hidden if hidden.outcome == "raised" else seen
+            missed, figures = int((fell & left).sum()), {**more.figures, "left": int(left.sum())}
+            figures["missed"] = missed
+            more = Found.by(are_hidden, f"{more.why}; {missed} of {figures['left']} that the suite left", figures)
         found.append(more)
     return max(found, key=lambda one: (one.outcome == "raised", one.figures.get("only_weaker", 0)))
 
@@ -163,13 +157,13 @@ def loss_still_rising(e: Examination) -> Found:
     usable = (gain > 0) & gain.isfinite()
     count = int(usable.sum())
     if count < ENOUGH:
-        return Found("clear", f"too few images held while their loss rose: {count}", {"images": count})
+        return Found.by(still_rises, f"too few images held while their loss rose: {count}", {"images": count})
     late = float(((best[-1] - best[3 * STEPS // 4]) / gain)[usable].median())
     said = (
         f"the last quarter of PGD-{STEPS}'s steps brought {100 * late:.3g} % of what it gained on the margin (median)"
     )
     figures = {"images": count, "median_share_in_last_quarter": late}
-    return Found("raised" if late > RISING else "clear", said, figures)
+    return Found.by(still_rises, said, figures)
 
 
 def black_box_stronger(e: Examination) -> Found:
@@ -228,11 +222,12 @@ def artefact_disagrees(e: Examination) -> Found:
 def outside_ball(e: Examination) -> Found:
     assert e.evaluation is not None, "needs a record"
     outside = {record.name: record.outside for record in e.evaluation.attacks if not record.name.startswith(BALL_FREE)}
-    figures: dict[str, float | str] = {f"outside_{name}": count for name, count in outside.items()}
+    figures = {f"outside_{name}": count for name, count in outside.items()}
     guilty = [f"{name} ({count})" for name, count in outside.items() if count]
+    why = "every image that was tried lies in the ball, as it was counted"
     if guilty:
-        return Found("raised", f"attacks ended outside the ball, or nowhere: {', '.join(guilty)}", figures)
-    return Found("clear", "every image that was tried lies in the ball, as it was counted", figures)
+        why = f"attacks ended outside the ball, or nowhere: {', '.join(guilty)}"
+    return Found.by(any_at_all, why, figures)
 
 
 def cliff_beyond_ball(e: Examination) -> Found:

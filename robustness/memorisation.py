@@ -12,20 +12,14 @@ from torch.nn import functional
 
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.diagnosis import Examination
-from dfmcl.robustness.finding import LEVEL, Found, too_many
+from dfmcl.robustness.finding import Found, too_many
 from dfmcl.robustness.images import Images, held_at_once
 from dfmcl.robustness.losses import margin, right
-from dfmcl.robustness.statistics import lower_bound, upper_bound
+from dfmcl.robustness.rules import FRAGILE, MOVED, REPEATED, Figures, are_known_alone, were_seen
 
-FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
 # An image hangs by a thread where it is right by less than so many ordinary moves of noise, which in a network without
 # a step all images that it loses are, and by less than this share of the median.
 MOVES, THREAD = 4.0, 0.5
-REPEATED = 0.01  # of the images may also be training images: a few of every public data set are
-WORSE = 0.20  # less often right on training images than on these, at least, and surely so: honest models are more so
-# Of the images may be lost to a light change that keeps their class. Plain networks on digits lose up to 0.1, one that
-# tells a hundred pairs of digits apart 0.45 by a pixel; a memory loses nearly all but chance.
-MOVED = 0.60
 SIDE = 32  # a shift is one pixel for each so many of the side, at least one
 # Smaller images are shifted by a part of one: honest networks on digits of 8 x 8 lose half of them to a whole one.
 SMALL = 16
@@ -39,21 +33,21 @@ def seen_images(e: Examination) -> Found:
     count = len(e.y) if e.evaluation is None else len(e.evaluation.correct)
     copies = int(data.get("copies", 0))
     if copies > REPEATED * count:
-        return Found("raised", f"{copies} of {count} images are copies of others among them", {"copies": copies})
+        twice = {"copies": copies, "images": count}
+        return Found.by(were_seen, f"{copies} of {count} images are copies of others among them", twice)
     if not trained or not judged:
         return Found("not_run", "nobody says on which data the model was trained")
     part, parts = data.get("part", "test"), tuple(run.get("parts", ("train",)))
     repeated = int(data.get("in_training", 0))
-    figures: dict[str, float | str] = {"part": part, "in_training": repeated, "images": count}
-    if trained == judged and part in parts:
-        return Found(
-            "raised", f"the images are of the part {part!r} of the data that the model was trained on", figures
-        )
-    if trained == judged and repeated > REPEATED * count:
-        return Found("raised", f"{repeated} of {count} images are training images as well", figures)
     if trained != judged:
         return Found("not_run", "the model was trained on other data, which nobody compared with these images")
-    return Found("clear", f"the model was trained on other images than these {count}", figures)
+    figures: Figures = {"part": part, "trained_on": ", ".join(parts), "in_training": repeated, "images": count}
+    why = f"the model was trained on other images than these {count}"
+    if part in parts:
+        why = f"the images are of the part {part!r} of the data that the model was trained on"
+    elif were_seen(figures):
+        why = f"{repeated} of {count} images are training images as well"
+    return Found.by(were_seen, why, figures)
 
 
 def only_exact_images(e: Examination) -> Found:
@@ -93,12 +87,9 @@ def only_these_images(e: Examination) -> Found:
         return found
     images, labels = e.background.training
     known = right(torch.cat([e.answers(part) for part in e.floats(images)]), torch.from_numpy(labels))
-    sure = 1 - LEVEL / 2
-    there, here = upper_bound(int(known.sum()), len(known), sure), lower_bound(e.right, len(e.y), sure)
-    gap = e.right / len(e.y) - float(known.float().mean())
     figures = {"right": e.right, "images": len(e.y), "right_in_training": int(known.sum()), "training": len(known)}
     why = f"it is right on {e.right} of these {len(e.y)} images, and on {int(known.sum())} of {len(known)} of training"
-    return Found("raised" if there < here and gap >= WORSE else "clear", why, figures)
+    return Found.by(are_known_alone, why, figures)
 
 
 def lightly(x: Tensor) -> dict[str, Tensor]:

@@ -6,8 +6,10 @@ A step that draws from `generator(seed, "attack", step)` needs no saved generato
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derived_seed(seed: int, *address: str | int) -> int:
@@ -18,4 +20,6 @@ def derived_seed(seed: int, *address: str | int) -> int:
 
 def generator(seed: int, *address: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator on `device`, seeded by address."""
+    import torch  # here, as a reader of records asks for seeds only
+
     return torch.Generator(device=device).manual_seed(derived_seed(seed, *address))

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from dfmcl.robustness import losses
 from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.rules import STEPS
 from dfmcl.robustness.threats.ball import Ball
-
-STEPS = 20
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 import dfmcl.cli.command
 from dfmcl.common.files import sha256_of
+from dfmcl.gating.order import FIRST_BLOCK, seed_of
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.record import GateRecord
 from dfmcl.gating.report import build_report
@@ -26,9 +27,12 @@ from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candida
 from dfmcl.gating.signing.keys import keygen, read_public, read_signer
 from dfmcl.gating.signing.probes import as_npz
 from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
-from dfmcl.robustness.checks import CHECKS
+from dfmcl.robustness.attacks.suites import carried_by, parameters_of
+from dfmcl.robustness.reasons import REASONS
 from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.threats.registry import parse_threat, threat_of
+from tests.findings import finding
 
 CREATED = "2026-01-02T03:04:05+00:00"
 VALID_DAYS = 36500  # tests that are not about expiry must not expire
@@ -96,7 +100,7 @@ def evaluated(correct: Array, held: Array, eps: str = "38/255", about: Mapping[s
     """One attack on images: `correct` `(N,)` were right, and `held` `(N,)` are so still."""
     right, kept = tuple(correct.tolist()), tuple((correct & held).tolist())
     passes = tuple(int(tried) for tried in right)
-    attack = AttackRecord("fgsm", {"steps": 1}, kept, right, 0, 0.1, 0, passes, passes)
+    attack = AttackRecord("fgsm", {}, kept, right, 0, 0.1, 0, passes, passes)
     return Evaluation(threat_of("linf", eps), True, 0, right, (attack,), 0.1, about or {"kind": "white-box"})
 
 
@@ -110,11 +114,8 @@ def corrupted(correct: Array, held: Array, spelling: str) -> Evaluation:
 
 def checked(**outcomes: str) -> list[CheckEntry]:
     """A row of every check: clear, but for these outcomes and what nobody says of the training."""
-    outcomes = {**dict.fromkeys(CHECKS, "clear"), "seen_images": "not_run", **outcomes}
-    return [
-        CheckEntry(check=name, outcome=outcome, when="always", why="", do="", figures={})
-        for name, outcome in outcomes.items()
-    ]
+    outcomes = {**dict.fromkeys(REASONS, "clear"), "seen_images": "not_run", **outcomes}
+    return [finding(name, outcome) for name, outcome in outcomes.items()]
 
 
 def in_cascade(evaluations: Sequence[Evaluation], sources: Sequence[str], attacks: Sequence[str]) -> list[Evaluation]:
@@ -129,10 +130,14 @@ def in_cascade(evaluations: Sequence[Evaluation], sources: Sequence[str], attack
             tried, left = left, left & np.array(attack.held, bool)
             passes = tuple(tried.astype(int).tolist())
             held, shown = tuple(left.tolist()), tuple(tried.tolist())
-            records.append(replace(attack, held=held, tried=shown, forward=passes, backward=passes))
-        last = replace(records[-1], tried=records[-1].held)
+            own = parameters_of(attack.name)[1]
+            records.append(
+                replace(attack, parameters=own, held=held, tried=shown, forward=passes, backward=passes, unconfirmed=0)
+            )
+        passes = tuple(map(int, records[-1].held))
+        last = replace(records[-1], tried=records[-1].held, forward=passes, backward=passes)
         named = [] if other else [f"{name} from {source}" for source in sources for name in attacks]
-        records += [replace(last, name=name) for name in named]
+        records += [replace(last, name=name, parameters=carried_by(name)) for name in named]
         found.append(replace(one, attacks=tuple(records)))
     return found
 
@@ -168,7 +173,10 @@ def true_report(
     }
     about |= changes
     sources = [one.about["surrogate"] for one in about["transfer"]]
-    about["evaluations"] = in_cascade(about["evaluations"], sources, policy.attacks.transfer)
+    seed = seed_of(policy.seed, about.get("draw"))
+    found = in_cascade(about["evaluations"], sources, policy.attacks.transfer)
+    about["evaluations"] = [replace(one, seed=derived_seed(seed, *FIRST_BLOCK)) for one in found]
+    about["transfer"] = [replace(one, seed=seed) for one in about["transfer"]]
     record = GateRecord(**about)
     return build_report(
         record,
@@ -204,9 +212,11 @@ def probes_of(shape: Sequence[int], classes: int, images: int = IMAGES) -> dict[
     adversarial = logits[labels]
     adversarial[0] = logits[(labels[0] + 1) % classes]
     pictures = np.zeros((images, *shape), np.uint8)
+    change = pictures.copy()
+    change[:1] = 1
     return {
         "images": pictures,
-        "change": pictures,
+        "change": change,
         "labels": labels,
         "clean_logits": logits[labels],
         "adversarial_logits": adversarial,

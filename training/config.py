@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import Section, read_shipped, shipped, validated
+from dfmcl.common.toml import Section, Seed, read_shipped, shipped, validated
 from dfmcl.robustness.sources import DataSource, Kind
 from dfmcl.robustness.threats.radius import Radius
 
@@ -155,7 +155,7 @@ class Heldout(Section):
 class TrainConfig(Section):
     """A whole run. Two runs with equal configs, versions and threads on a CPU give equal bytes."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     data: DataSection = DataSection()
     model: Model = Model()
     masking: Masking = Masking()
@@ -212,7 +212,7 @@ def _override(table: dict[str, Any], override: str) -> None:
         raise BadInput(f"--set {override!r}: write SECTION.KEY=VALUE, such as optimization.epochs=3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of more digits than Python reads
         value = text.strip()  # bare words are strings: --set data.name=digits
     for section in sections:
         table = table.setdefault(section, {})

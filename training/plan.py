@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, InstanceOf
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.toml import Section, read_shipped, shipped, validated
+from dfmcl.common.toml import Section, Seed, read_shipped, shipped, validated
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.linf import Linf, in_255ths
@@ -73,7 +73,7 @@ class Method(Section):
 
     preset: str
     overrides: list[str] = Field(default=[])
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[])
+    seeds: list[Seed] = Field(default=[])
     measured: bool = True
     claimed: dict[str, float] = Field(default={})
     vary: dict[str, Annotated[list[float], Field(min_length=1)]] = Field(default={}, max_length=1)
@@ -131,7 +131,7 @@ class Campaign(Section):
     label: str = ""
     overrides: list[str] = Field(default=[])
     betas: Annotated[list[Radius], Field(min_length=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     images: int = Field(0, ge=0)
     batch_size: int = Field(256, ge=1)
     main: list[str] = Field(default=["fgsm", "pgd-20"])

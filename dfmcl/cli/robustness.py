@@ -35,7 +35,7 @@ def evaluate(
     images: Annotated[int, typer.Option(min=0, help="How many test images; 0 means all.")] = 0,
     data_path: Annotated[str, typer.Option(help="Where the run's data set lies now.")] = "",
     device: Annotated[str, typer.Option(help="Such as cpu or cuda. Default: the GPU, where there is one.")] = "",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the attacks.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the record here (JSON).")] = None,
 ) -> None:
     """Measure a run's accuracy under attack on test images."""

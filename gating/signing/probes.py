@@ -87,7 +87,7 @@ def read_probes(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_answers(path: Path, shape: tuple[int, int, int, int, int]) -> dict[str, NDArray[Any]]:
-    """Labels and logits of all images, which takes milliseconds; BadEvidence also for an archive of another shape.
+    """Labels and logits of all images, and what was added to them; BadEvidence also for an archive of another shape.
 
     shape: images, height, width, channels and classes of the report that the probes belong to.
     """
@@ -97,7 +97,7 @@ def read_answers(path: Path, shape: tuple[int, int, int, int, int]) -> dict[str,
 def _arrays(path: Path, pixels: bool, shape: tuple[int, int, int, int, int] | None) -> dict[str, NDArray[Any]]:
     """The members, once the headers of all fit together; no byte beyond the sizes in them is unpacked.
 
-    pixels: those of images and changes, too.
+    pixels: those of images, too.
     """
     try:
         with opened(path) as file, zipfile.ZipFile(file) as archive:
@@ -113,7 +113,7 @@ def _arrays(path: Path, pixels: bool, shape: tuple[int, int, int, int, int] | No
             unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > MOST_BYTES:
                 raise refusal("probes", f"{path}: unpacks to {unpacked:,} bytes, and at most {MOST_BYTES:,} are read")
-            return {name: _member(archive, name) for name in (members if pixels else (*ANSWERS, *logits))}
+            return {name: _member(archive, name) for name in members if pixels or name != "images"}
     except DAMAGED as error:
         raise refusal("probes", f"{path}: not the gate's probes ({error})") from None
 

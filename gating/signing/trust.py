@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.providers import PROVIDERS
-from dfmcl.common.toml import Section, read_toml, validated
+from dfmcl.common.toml import Days, Section, read_toml, validated
 from dfmcl.gating.policy import load_policy
 from dfmcl.gating.signing.attestation import NEEDS, Trust
 from dfmcl.gating.signing.keys import read_public
@@ -34,7 +34,7 @@ class TrustFile(Section):
     keys: list[str] | None = Field(None, min_length=1)
     model_keys: list[str] | None = Field(None, min_length=1)
     policies: list[str] | None = Field(None, min_length=1)
-    max_age_days: int | None = Field(None, ge=1)
+    max_age_days: Days | None = None
     drawn: bool = False
     providers: list[Annotated[str, Field(pattern=f"^({'|'.join(PROVIDERS)})$")]] | None = Field(None, min_length=1)
     data: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] | None = Field(None, min_length=1)

@@ -17,7 +17,7 @@ from typing import IO, ClassVar
 
 from dfmcl.common.errors import Broken
 from dfmcl.common.reader import leaves, read_plain
-from dfmcl.release.stores.store import Changed, Etag, Item
+from dfmcl.release.stores.store import Changed, Etag, Item, Unusable
 
 STAGING = ".staging-"
 LOCK = ".promotion.lock"
@@ -57,7 +57,10 @@ class Directory:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A lock of the kernel, which ends with its process, also by kill -9."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise Unusable(str(self.root), "is no directory, and none can be made there; name another") from None
         with _locked(self.root):
             _clear_staging(self.root)
             yield

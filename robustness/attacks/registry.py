@@ -8,7 +8,6 @@ images are done; nothing else is changed by a call.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,7 +28,7 @@ from dfmcl.robustness.attacks.patch_rs import patch_rs
 from dfmcl.robustness.attacks.rays import rays
 from dfmcl.robustness.attacks.relaxation import constraint_relaxation
 from dfmcl.robustness.attacks.square import square
-from dfmcl.robustness.attacks.suites import FROM, SUITES
+from dfmcl.robustness.attacks.suites import FROM, LAST, ONE_STEP, SUITES, parameters_of
 from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.threats.ball import Ball
@@ -183,8 +182,6 @@ class Kind:
 
 NORMS = tuple(BALLS)
 KINDS = tuple(family.kind for family in FAMILIES)
-# The last iterate, as one that fools the surrogate early says little about the other.
-LAST = {"steps": 10, "keep": "last"}
 carried = partial(Kind, restarts=False, carried=LAST)  # it starts at the image itself
 # What they compare, scores of two proposals, differs by less than bfloat16's steps: that cost Square 2 points of its
 # strength. They spend their queries on one search.
@@ -211,11 +208,6 @@ ATTACKS: dict[str, Kind] = {
     "ti-fgsm": carried(ti_fgsm),
     "vmi-fgsm": carried(vmi_fgsm),  # 55 passes of the surrogates an image, the others 10
 }
-# The longest first, so that no kind is taken for a shorter one.
-GRAMMAR = re.compile(
-    rf"(?P<kind>{'|'.join(sorted(ATTACKS, key=len, reverse=True))})"
-    r"(?:-(?P<steps>\d+)(?:x(?P<restarts>\d+))?)?(?:@(?P<step_size>.*))?"
-)
 
 
 @dataclass(frozen=True)
@@ -234,25 +226,21 @@ class Attack:
         `square-subspace-1000`, `rays-1000`, `patch-rs-1000` and `grid-100` the number is that of queries. BadInput
         where the name or a number makes no sense.
         """
-        match = GRAMMAR.fullmatch(text)
-        if match is None:
+        kind, parameters = parameters_of(text)
+        if kind not in ATTACKS:
             raise BadInput(
                 f"attack: {text!r} is unknown; choose from {', '.join(ATTACKS)}, with -STEPS or -STEPSxRESTARTS"
             )
-        kind = match["kind"]
-        parameters: dict[str, Any] = {key: int(match[key]) for key in ("steps", "restarts") if match[key]}
-        if any(value < 1 for value in parameters.values()) or (kind == "fgsm" and parameters):
+        counts = [value for key, value in parameters.items() if key != "step_size"]
+        if any(value < 1 for value in counts) or (kind == ONE_STEP and counts):
             raise BadInput(f"attack: {text!r}: steps and restarts must be at least 1, and fgsm takes none")
         if "restarts" in parameters and not ATTACKS[kind].restarts:
             raise BadInput(f"attack: {text!r}: {kind} takes no restarts")
-        if "steps" in parameters and not ATTACKS[kind].gradients:
-            parameters = {"queries": parameters["steps"]}
-        if match["step_size"] is not None:
+        if (step_size := parameters.get("step_size")) is not None:
             if "step_size" not in inspect.signature(ATTACKS[kind].function).parameters:
                 raise BadInput(f"attack: {text!r}: {kind} takes no step size")
-            if step_length(match["step_size"], Linf(1.0)) <= 0:
+            if step_length(step_size, Linf(1.0)) <= 0:
                 raise BadInput(f"attack: {text!r}: a step is longer than 0")
-            parameters["step_size"] = match["step_size"]
         return Attack(text, ATTACKS[kind].function, parameters)
 
     @staticmethod

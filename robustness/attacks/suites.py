@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The four of AutoAttack's protocol, the cheapest killer first. Croce & Hein 2020."""
 
@@ -42,3 +45,30 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 WITHOUT_GRADIENTS = ("square", "square-subspace", "rays", "patch-rs", "grid")
 
 FROM = " from "  # between an attack's name and that of the other network on which it was crafted
+# Crafted on another network: the last iterate, as one that fools the surrogate early says little about the other.
+LAST = {"steps": 10, "keep": "last"}
+ONE_STEP = "fgsm"
+
+NAME = re.compile(
+    r"(?P<kind>.+?)(?:-(?P<steps>[0-9]{1,9})(?:x(?P<restarts>[0-9]{1,9}))?)?(?:@(?P<step_size>.*))?", re.DOTALL
+)
+
+
+def parameters_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The kind of an attack, and the parameters that its name fixes; whether there is such a kind is not asked."""
+    found = NAME.fullmatch(name)
+    if found is None:
+        return name, {}
+    kind = found["kind"]
+    parameters: dict[str, Any] = {key: int(found[key]) for key in ("steps", "restarts") if found[key]}
+    if "steps" in parameters and kind in WITHOUT_GRADIENTS:
+        parameters["queries"] = parameters.pop("steps")
+    if found["step_size"] is not None:
+        parameters["step_size"] = found["step_size"]
+    return kind, parameters
+
+
+def carried_by(name: str) -> dict[str, Any]:
+    """The same parameters where it is crafted on another network."""
+    kind, parameters = parameters_of(name.partition(FROM)[0])
+    return {**({} if kind == ONE_STEP else LAST), **parameters}

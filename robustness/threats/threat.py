@@ -97,6 +97,8 @@ def parse_eps(text: str | float) -> float:
     """`8/255`, `0.031` or a number, as a float."""
     try:
         if isinstance(text, str):
+            if not text.isascii():  # float() reads the digits of every script
+                raise ValueError(text)
             top, _, bottom = text.partition("/")
             value = float(top) / float(bottom or "1")
         else:

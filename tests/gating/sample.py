@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from dfmcl.gating.formats.summary import flags
 from dfmcl.gating.order import Matter, order_of
 from dfmcl.gating.pairs import Pairs
-from dfmcl.gating.signing.report import CheckEntry, Report
-from dfmcl.robustness.checks import CHECKS
+from dfmcl.gating.signing.report import Report
+from dfmcl.robustness.attacks.suites import LAST
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
-from tests.signing import evaluated, policy_of, true_report
+from tests.signing import checked, evaluated, policy_of, true_report
 
 IMAGES, POPULATION, BLOCK = 200, 450, 8
 CLASSES = tuple(f"digit {number}" for number in range(10))
@@ -74,7 +74,7 @@ def _after(count: int, threshold: float, kind: str, raised: tuple[str, ...]) -> 
         _probes(index, held),
         FILES,
         policy=policy,
-        checks=[_check(name, "raised" if name in raised else "clear") for name in CHECKS],
+        checks=checked(**dict.fromkeys(raised, "raised")),
         population=POPULATION,
         classes=CLASSES,
         class_images=np.bincount(digits.y_test).tolist(),
@@ -113,17 +113,7 @@ def _evaluation(index: Array, eps: int) -> Evaluation:
 def _transferred(index: Array) -> Evaluation:
     """Images resist more than under the model's own gradients."""
     found = evaluated(_resists()[index] > 0, 1.4 * _resists()[index] > 16, "16/255", SURROGATE)
-    return replace(found, attacks=(replace(found.attacks[0], name="mi-fgsm-10"),))
-
-
-def _check(name: str, outcome: str) -> CheckEntry:
-    known = CHECKS[name]
-    why = {"raised": known.when, "clear": ""}[outcome]
-    if name == "seen_images":
-        outcome, why = "not_run", "the manifest names no training data"
-    return CheckEntry(
-        check=name, outcome=outcome, when=known.when, why=why, do=known.do, figures={"images": 64, "p": 0.31}
-    )
+    return replace(found, attacks=(replace(found.attacks[0], name="mi-fgsm-10", parameters=LAST),))
 
 
 def _probes(index: Array, held: Array) -> dict[str, Array]:

@@ -253,6 +253,23 @@ def test_a_fault_has_one_code_in_every_command(
         assert not (place / "models").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["max_age_days = 100000000000", f"threshold = {'9' * 5000}", "max_age_days = 1979-02-31"],
+    ids=["days", "digits", "date"],
+)
+def test_a_trust_file_that_nobody_means_is_bad_input(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str
+) -> None:
+    """No calendar goes so far, and Python reads no such number: 2, in a line that names the file, and not our error."""
+    place = shutil.copytree(home, tmp_path / "home")
+    trust(place, line)
+    assert code_of(*commands(place)["verify"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"dfmcl: {place / 'release.toml'}: ")
+    assert error.count("\n") == 1
+
+
 def test_who_may_sign_is_advised_where_nobody_forged_anything() -> None:
     """Signing changed evidence, or trusting who changed it, would be the forger's wish."""
     assert {name for name, row in FAULTS.items() if "dfmcl sign" in row.advice} == {"unsigned", "signers"}

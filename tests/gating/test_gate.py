@@ -565,7 +565,7 @@ def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path
     blocked = gate(
         turned,
         Policy.model_validate(
-            {**wanted.model_dump(), "criteria": ["robust_accuracy >= 0 at 95 %", wanted.criteria[2]]}
+            {**wanted.model_dump(), "criteria": ["robust_accuracy >= 0.000001 at 95 %", wanted.criteria[2]]}
         ),
         tmp_path / "worse",
         baseline=tmp_path / "first" / "report.json",
@@ -777,7 +777,7 @@ def test_another_preprocessing_is_told_and_not_blamed_on_the_model(
 
 def test_a_baseline_that_could_lose_nothing_proves_nothing() -> None:
     """Of a baseline with so few images that held, losing all could be chance: open, with the reason, not met."""
-    policy = policy_of(["robust_accuracy >= 0.0 at 95 %", "no_regression at 95 %"])
+    policy = policy_of(["robust_accuracy >= 0.000001 at 95 %", "no_regression at 95 %"])
     for held in (0, 3, 20):
         count = held + 5
         probes = probes_of((2, 2, 3), 10, count)

@@ -77,6 +77,22 @@ MISTAKES = {
         r"data\.path: s3: is no folder here",
     ),
     "empty block": (GOOD + "block = 0", r"attacks\.block"),
+    "a threshold that every model reaches": (GOOD.replace("0.25", "0"), r"no robust_accuracy must be above 0"),
+    "the same by class, in per cent": (
+        GOOD.replace("robust_accuracy >= 0.25", "class_robust_accuracy >= 0.0 %"),
+        r"no robust_accuracy must be above 0",
+    ),
+    "a confidence with two points": (GOOD.replace("95 %", "9.5.0 %"), r"'robust.* at 9\.5\.0 %' is no criterion"),
+    "digits of another script": (GOOD.replace("95 %", "٩٥ %"), r"criteria: 'robust.*' is another script's digit"),
+    "a share in another script": (GOOD.replace("0.25", "0.٢٥"), r"criteria: 'robust.*' is another script's digit"),
+    "a radius in another script": (GOOD.replace("8/255", "٨/255"), r"threat\.eps: .*is no radius"),
+    "no attacks": (GOOD.replace('["fgsm"]', "[]"), r"attacks\.suite: name at least one attack"),
+    "an attack twice": (GOOD.replace('["fgsm"]', '["fgsm", "fgsm"]'), r"attacks\.suite: .*each once"),
+    "an unknown suite": (GOOD.replace('["fgsm"]', '"slow"'), r"attacks\.suite: there is no suite of that name"),
+    "a seed of 26 digits": (f"seed = {10**26}" + GOOD, r"seed: .*less than or equal to 9223372036854775807"),
+    "an attestation for longer than there are dates": (f"valid_days = {10**11}" + GOOD, r"valid_days: .*36500"),
+    "a number of 5000 digits": (f"seed = {'9' * 5000}" + GOOD, r"not TOML that anybody writes: .*digits"),
+    "a date of no calendar": ("seed = 2026-02-31" + GOOD, r"not TOML"),
 }
 
 

@@ -65,7 +65,8 @@ def test_what_is_kept_of_each_threat_comes_back_and_is_replayed(tmp_path: Path) 
     assert (replay.images[40:52] == 7).all()
     assert (replay.logits[40:52] == arrays["adversarial_logits1"]).all()
     answers = read_answers(tmp_path / "probes.npz", (40, *SHAPE, 10))
-    assert set(answers) == {"labels", "clean_logits", *(f"adversarial_logits{n}" for n in ("", 1, 2))}
+    further_ones = (f"{name}{n}" for name in ("change", "adversarial_logits") for n in ("", 1, 2))
+    assert set(answers) == {"labels", "clean_logits", *further_ones}
 
 
 def test_evidence_from_before_there_were_further_threats_is_read(tmp_path: Path) -> None:

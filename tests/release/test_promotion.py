@@ -570,6 +570,16 @@ def times_open(path: Path) -> int:
     return found.count(str(path.resolve()))
 
 
+@pytest.mark.parametrize("below", ["", "models"])
+def test_a_repository_that_is_a_file_is_bad_input(
+    candidate: Path, evidence: Path, trust: Trust, tmp_path: Path, below: str
+) -> None:
+    """A repository cannot be made where a file lies, or below one: the name is the user's mistake."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="is no directory, and none can be made there"):
+        promote(candidate, evidence, Directory(tmp_path / "file" / below), name="digits", trust=trust)
+
+
 def test_a_name_that_ends_as_a_shadow_is_refused(
     repository: Path, candidate: Path, evidence: Path, trust: Trust
 ) -> None:

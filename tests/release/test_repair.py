@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,19 @@ def test_status_advises_what_helps(two: Path, trust: Trust, emptied: list[int]) 
     helps = emptied != [1, 2]
     assert row.trouble.endswith("`dfmcl repair` mends it" if helps else "; promote a candidate")
     assert [each.whole for each in repair(Directory(two), trust)] == [helps]
+
+
+@pytest.mark.parametrize("how", ["fifo", "directory", "link"])
+def test_status_and_repair_say_the_same_of_what_is_no_file(two: Path, trust: Trust, how: str) -> None:
+    """`repair` touches nothing that promotion did not write: neither says that it helps before that is removed."""
+    path = two / "digits" / "config.pbtxt"
+    path.unlink()
+    {"fifo": lambda: os.mkfifo(path), "directory": path.mkdir, "link": lambda: path.symlink_to("/dev/zero")}[how]()
+    (row,), (told,) = standings(Directory(two), trust), repair(Directory(two), trust)
+    assert row.trouble == f"{path}: promotion did not write this; remove that and repair again"
+    assert told.said == f"promotion did not write {path}; remove that and repair again"
+    path.rmdir() if how == "directory" else path.unlink()
+    assert [each.whole for each in repair(Directory(two), trust)] == [True]
 
 
 # What only `repair` takes on: who appends to a history that cannot be read would lose it.

@@ -27,11 +27,12 @@ from dfmcl.robustness.checks import CHECKS, Result, diagnose
 from dfmcl.robustness.data import Bytes, Dataset, load_dataset
 from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.evaluate import Outcome, evaluate
-from dfmcl.robustness.finding import CLEARLY, LEVEL, Found, first_look, hopeless, surplus, too_many
+from dfmcl.robustness.finding import Found, first_look, hopeless, surplus, too_many
 from dfmcl.robustness.losses import right
 from dfmcl.robustness.memorisation import copies, lightly, only_exact_images, repeated
 from dfmcl.robustness.models import Classifier, exactly, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
+from dfmcl.robustness.rules import CLEARLY, LEVEL
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.threats.l2 import L2
@@ -429,7 +430,7 @@ def test_a_scale_may_not_hide_from_the_suite(fragile: Classifier, digits: Datase
         weak = Evaluation(THREAT, True, 0, every, (AttackRecord("apgd-t-5", {}, every, every, 0, 1.0),), 1.0)
         found = run("scale_hides", deceit, digits, evaluation=weak)
         assert found.outcome == "raised", found.why
-        tried = found.figures["images"]
+        tried = found.figures["left"]
         assert isinstance(tried, int)
         assert tried <= images
         assert "the suite left" in found.why

@@ -52,7 +52,9 @@ def test_mistake_is_named(tmp_path: Path, mistake: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "optimization.epochs=none", "seed.x=1", "data.nmae=digits"])
+@pytest.mark.parametrize(
+    "override", ["epochs", "=3", "optimization.epochs=none", "seed.x=1", "seed=9999999999999999999", "data.nmae=digits"]
+)
 def test_wrong_override_is_refused(override: str) -> None:
     """--set with a wrong form, value or key is bad input."""
     with pytest.raises(BadInput):
