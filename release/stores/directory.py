@@ -17,7 +17,7 @@ from typing import IO, ClassVar
 
 from dfmcl.common.errors import Broken
 from dfmcl.common.reader import leaves, read_plain
-from dfmcl.release.stores.store import Changed, Etag, Item, Unusable
+from dfmcl.release.stores.store import Changed, Etag, Item, UnusableStore
 
 STAGING = ".staging-"
 LOCK = ".promotion.lock"
@@ -60,7 +60,7 @@ class Directory:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise Unusable(str(self.root), "is no directory, and none can be made there; name another") from None
+            raise UnusableStore(str(self.root), "is no directory, and none can be made there; name another") from None
         with _locked(self.root):
             _clear_staging(self.root)
             yield
