@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfmcl.robustness.attacks.square import SEARCHES, patch_side, patched, signs
-from dfmcl.robustness.attacks.subspaces import Chart, Subspace, chart_of, subspaces
+from dfmcl.robustness.attacks.subspaces import Chart, Subspace, chart_of, interpolated, subspaces
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin, value_and_gradient
 from dfmcl.robustness.threats.ball import Ball
@@ -43,7 +43,8 @@ def subspace(
     `subspaces.subspaces(x)`. Each costs steps + 1 forward and steps backward passes for an image that holds.
     """
     kept = _Best(x, y, trial or Trial(y))
-    for space in (subspaces(x) if within is None else within).values():
+    spaces = {**subspaces(x), **interpolated(x, threat)} if within is None else within
+    for space in spaces.values():
         chart = chart_of(space, x, threat)
         for restart in range(restarts):
             begin = chart.start(generator) if restart else torch.zeros_like(chart.lower)

@@ -25,6 +25,8 @@ HALVINGS = 10  # of the scale at which an L2 perturbation is rounded; a thousand
 CHANNELS = 4  # with more of them, none is attacked by itself
 VARIED = 0.25  # of the images have another level than the median there, or a place is one that seldom changes
 TINY = 1e-6  # 8/255 * 255 must stay 8 in floating point
+FEW = 32  # values from which all images are interpolated; more are no lattice
+NEAR = 2.5  # levels by which rounding to bytes moves what an image was interpolated from
 NOWHERE = 10**6  # a level outside every ball
 
 
@@ -35,7 +37,8 @@ class Subspace:
     grey: alike in all channels.
     low: a key of LOW, by which it is drawn from values `COARSE` pixels apart.
     channel: which one is perturbed, where it is only one.
-    lattice: `values` that the batch of clean images has anywhere, or `places`: that it has at this row and column.
+    lattice: `values` that the batch of clean images has anywhere, or `places`: that it has at this row and column, or
+    `coarse`: of the values from which it is interpolated.
     varied: only places where the images of the batch differ, as no margin or corner does that is seldom inked.
     """
 
@@ -89,6 +92,35 @@ def subspaces(x: Tensor) -> dict[str, Subspace]:
     return {name: space for space, name in once.items()}
 
 
+def interpolated(x: Tensor, threat: Ball) -> dict[str, Subspace]:
+    """Where images `(N, C, H, W)` are grey, and interpolated from a few values as digits are: what is so, too.
+
+    Empty of others, and where no value is another's neighbour inside the ball. In Linf only: a length is met by
+    scaling, which leaves the lattice.
+    """
+    if threat.norm != "linf" or bool((x != x[:, :1]).any()) or (levels := coarse_levels(x)) is None:
+        return {}
+    steps = levels.unique().diff()
+    near = bool(((steps > 2 * NEAR) & (steps <= math.floor(255 * threat.eps + TINY))).any())
+    return {"grey+low+coarse": Subspace(grey=True, low="linear", lattice="coarse")} if near else {}
+
+
+def coarse_levels(x: Tensor) -> Tensor | None:
+    """The levels `(N, 1, h, w)` from which grey images are interpolated, each one of a few; None where they are not."""
+    rows, columns = (_drawn(length, "linear", x) for length in x.shape[2:])
+    if not len(x) or min(x.shape[2:]) < 2 * COARSE:
+        return None
+    found = torch.linalg.pinv(rows.T) @ x[:, :1] @ torch.linalg.pinv(columns)
+    if bool(((rows.T @ found @ columns - x[:, :1]).abs() > NEAR / 255).any()):
+        return None
+    levels = (255 * found).round().clamp(0, 255)
+    counts = levels.long().flatten().bincount(minlength=256).to(x.dtype)
+    # Rounding scatters a value over its neighbours: of these the commonest is taken.
+    around = functional.max_pool1d(counts[None], 5, 1, 2)[0]
+    peaks = ((counts == around) & (counts > 0)).nonzero().squeeze(1).to(x.dtype)
+    return peaks[(levels[..., None] - peaks).abs().argmin(dim=-1)] if len(peaks) <= FEW else None
+
+
 def varied(x: Tensor) -> Tensor:
     """Where images `(N, C, H, W)` differ: `(1, 1, H, W)` bool, by the channel that differs most."""
     if not len(x):
@@ -111,16 +143,23 @@ class Chart(ABC):
         self.space, self.x, self.threat = space, x, threat
         self.whole = 255 * threat.eps + TINY >= 1
         self.lower, self.upper = -self._free(x), self._free(1 - x)
+        self.coarse = coarse_levels(x) if space.lattice == "coarse" and self.whole else None
+        if self.coarse is not None:  # between two values lies no level outside [0, 1]
+            self.values = Lattice.of(self.coarse / 255, "values")
+            self.lower = -(self.coarse / 255).clamp(max=self._reach)
+            self.upper = (1 - self.coarse / 255).clamp(max=self._reach)
         if space.varied:
             self.open = varied(x)
             self.lower, self.upper = self.open * self.lower, self.open * self.upper
         self.rows, self.columns = (_drawn(length, space.low, x) for length in x.shape[2:])
-        self.lattice = Lattice.of(x, space.lattice) if space.lattice and self.whole else None
+        pixels = self.whole and space.lattice not in ("", "coarse")
+        self.lattice = Lattice.of(x, space.lattice) if pixels else None
 
     def of(self, rows: Tensor) -> Chart:
         """The chart around some of the images."""
         part = copy(self)
         part.x, part.lower, part.upper = self.x[rows], self.lower[rows], self.upper[rows]
+        part.coarse = None if self.coarse is None else self.coarse[rows]
         return part
 
     def spread(self, coordinates: Tensor) -> Tensor:
@@ -149,17 +188,23 @@ class Chart(ABC):
     def images(self, coordinates: Tensor) -> Tensor:
         """Images `(N, C, H, W)` in the subspace; to a gradient, rounding is the identity."""
         wanted = self.spread(coordinates)
-        exact = wanted.detach()
+        exact = self.spread(self._on_values(coordinates.detach()))
         if not self.whole:
-            return (self.x + exact).clamp(0, 1) + (wanted - exact)
+            return (self.x + exact).clamp(0, 1) + (wanted - wanted.detach())
         clean = (255 * self.x).round()
         # Written so that images on the uint8 grid stay there to the last digit.
         there = (clean + self._rounded(255 * exact, clean)) / 255 + (self.x - clean / 255)
-        return there.clamp(0, 1) + (wanted - exact)
+        return there.clamp(0, 1) + (wanted - wanted.detach())
 
     @abstractmethod
     def _rounded(self, moved: Tensor, clean: Tensor) -> Tensor:
         """Whole levels inside the ball that are allowed, near `moved` levels from the clean ones."""
+
+    def _on_values(self, coordinates: Tensor) -> Tensor:
+        """The nearest coordinates that lead from one coarse value to another; the same where there are none."""
+        if self.coarse is None:
+            return coordinates
+        return self.values.nearest(255 * coordinates, self.coarse, math.floor(255 * self.threat.eps + TINY)) / 255
 
     def _nearest(self, moved: Tensor, clean: Tensor) -> Tensor:
         if self.lattice is None:

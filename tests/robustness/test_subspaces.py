@@ -16,7 +16,15 @@ from torch.nn import functional
 
 from dfmcl.robustness.attacks.confined import STRIDE, square_subspace, subspace
 from dfmcl.robustness.attacks.registry import Attack
-from dfmcl.robustness.attacks.subspaces import SUBSPACES, Subspace, chart_of, subspaces, varied
+from dfmcl.robustness.attacks.subspaces import (
+    SUBSPACES,
+    Subspace,
+    chart_of,
+    coarse_levels,
+    interpolated,
+    subspaces,
+    varied,
+)
 from dfmcl.robustness.attacks.suites import SUITES
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Dataset, load_dataset
@@ -285,6 +293,67 @@ def test_a_switch_on_few_values_is_met(plain: Classifier, hardened: Classifier, 
     left, after = (sum(record.held) for record in found.attacks[1:])
     assert left > FEW / 2, "the switch hides nothing"
     assert after < left / 2
+
+
+class Faded(torch.nn.Module):
+    """The plain network on grey images interpolated from sixteenths, as digits are, and with the distance from them
+    ever more of the hardened one: every gradient is true."""
+
+    def __init__(self, plain: Classifier, hardened: Classifier) -> None:
+        super().__init__()
+        self.plain, self.hardened = plain, hardened
+        self.slopes = enlarged(16, 16).float()
+        self.coarse = torch.linalg.pinv(self.slopes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(2)
+        values = flat @ self.coarse
+        off = (flat - (values @ self.slopes).mean(dim=1, keepdim=True)).abs().mean(dim=(1, 2))
+        between = (16 * values - (16 * values).round().detach()).abs().mean(dim=(1, 2)) / 16
+        away = ((off + between - 0.0025) / 0.0065).clamp(0, 1)[:, None]
+        shown: Tensor = (1 - away) * self.plain(x) + away * self.hardened(x)
+        return shown
+
+
+def test_a_fade_on_what_digits_are_is_met(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
+    """Grey, low frequencies and the coarse values at once: alone each of them leaves what the three together break."""
+    model = Faded(plain, hardened).eval().requires_grad_(False)
+    x, y = to_float(torch.from_numpy(np.asarray(data.x_test))), torch.from_numpy(data.y_test)
+    found = interpolated(x, THREAT)
+    assert list(found) == ["grey+low+coarse"]
+    suite = [Attack.parse(name) for name in ("apgd-ce-10", "apgd-t-2")]
+    ordinary = evaluate(model, np.asarray(data.x_test), data.y_test, THREAT, suite, grid=True).evaluation
+    held = torch.tensor(ordinary.robust_images)
+    met = {
+        name: held & (model(subspace(model, x, y, THREAT, generator=stream(), within=within)).argmax(dim=1) == y)
+        for name, within in {"before": subspaces(x), "coarse": found}.items()
+    }
+    assert int(met["before"].sum()) > FEW / 3, "the fade hides nothing"
+    assert int(met["coarse"].sum()) < int(met["before"].sum()) / 2
+
+
+def test_points_between_coarse_values_stay_among_them(data: Dataset) -> None:
+    """Sixteenths come back from the bytes of digits, and from what became of them: inside the ball, grey, no other
+    value. Others have no such values, nor do balls that reach none."""
+    x = to_float(torch.from_numpy(np.asarray(data.x_test)))
+    sixteenths = 255 * torch.arange(17) / 16
+    levels = coarse_levels(x)
+    assert levels is not None
+    assert (levels[..., None] - sixteenths).abs().amin(dim=-1).max() <= 2  # as far as rounding to bytes moves one
+    (space,) = interpolated(x, THREAT).values()
+    chart = chart_of(space, x, THREAT)
+    moved = chart.images(chart.start(stream()))
+    after = coarse_levels(moved)
+    assert after is not None
+    assert (after[..., None] - sixteenths).abs().amin(dim=-1).max() <= 2
+    assert 10 < (after - levels).abs().max() <= 20 + 2
+    assert (255 * (moved - x)).abs().max() <= 20 + 1e-3
+    assert torch.equal(moved, moved[:, :1].expand_as(moved))
+    assert torch.allclose(255 * moved, (255 * moved).round(), atol=1e-3)
+    noise = drawn(4, (3, 16, 16), 0, True, 256)
+    coloured = x * torch.tensor([1.0, 0.5, 1.0]).view(1, 3, 1, 1)
+    for images_, threat in ((noise, THREAT), (coloured, THREAT), (x, L2(1.0)), (x, threat_of("linf", "8/255"))):
+        assert interpolated(images_, threat) == {}
 
 
 def test_scores_alone_meet_a_switch(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
