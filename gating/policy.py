@@ -162,7 +162,7 @@ class Policy(Section):
         if not any(Criterion.parse(sentence).robust for sentence in sentences):
             raise ValueError("no criterion is about robust_accuracy; a robustness gate needs one")
         if not any(criterion.robust and criterion.threshold > 0 for criterion in map(Criterion.parse, sentences)):
-            raise ValueError("no robust_accuracy must be above 0, which every model's is; ask for more")
+            raise ValueError("robust_accuracy >= 0 asks for nothing, because every model reaches it; ask for more")
         return sentences
 
     @field_validator("subjects")

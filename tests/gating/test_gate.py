@@ -499,12 +499,12 @@ images = 32
 def test_radii_and_classes_are_claims_of_their_own(subject: Subject, tmp_path: Path) -> None:
     """A claim at a smaller radius is met by what holds there; a floor that one class misses blocks the model."""
     more = ["robust_accuracy(1/255) >= 0.02 at 95 %"]
-    report = gate(subject, policy(0.0, "2/255", 60, *more), tmp_path / "radii")
+    report = gate(subject, policy(0.001, "2/255", 60, *more), tmp_path / "radii")
     assert [evaluation.threat.label for evaluation in report.radii] == ["1/255"]
     assert report.radii[0].robust.k > report.evaluation.robust.k
     assert report.criteria[2].eps == "1/255"
     assert report.criteria[2].outcome == "met"
-    floor = policy(0.0, "2/255", 0, "class_robust_accuracy >= 0.9 at 95 %")
+    floor = policy(0.001, "2/255", 0, "class_robust_accuracy >= 0.9 at 95 %")
     blocked = gate(subject, floor, tmp_path / "classes")
     rows = [row for row in blocked.criteria if row.metric == "class_robust_accuracy"]
     assert [row.class_name for row in rows] == list("0123456789")
@@ -550,8 +550,8 @@ def test_pixels_cannot_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path) -> None:
     """Against its own report a model has lost nothing; a worse one is blocked, by the images that it newly loses."""
-    wanted = policy(0.0, "1/255", 120, "no_regression at 95 %")
-    first = gate(subject, policy(0.0, "1/255", images=90, statistics="fixed"), tmp_path / "first")
+    wanted = policy(0.001, "1/255", 120, "no_regression at 95 %")
+    first = gate(subject, policy(0.001, "1/255", images=90, statistics="fixed"), tmp_path / "first")
     same = gate(subject, wanted, tmp_path / "same", baseline=tmp_path / "first" / "report.json")
     baseline = present(same.baseline)
     assert (same.verdict, len(baseline.newly_broken)) == ("passed", baseline.only_baseline)
@@ -583,7 +583,7 @@ def test_a_regression_is_named(subject: Subject, other_run: Path, tmp_path: Path
 
 def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path: Path) -> None:
     """Another radius, other attacks, or no report at all: said in one line; and no_regression needs one."""
-    wanted = policy(0.0, "2/255", 120, "no_regression at 95 %")
+    wanted = policy(0.001, "2/255", 120, "no_regression at 95 %")
     with pytest.raises(BadInput, match="needs --baseline"):
         gate(subject, wanted, tmp_path / "evidence")
     with pytest.raises(BadInput, match="made with other threat"):
@@ -600,7 +600,7 @@ def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_p
     """Black-box attacks alone: what they find is a fact, what they do not find proves nothing."""
     blind = replace(subject, model=None, no_gradients="it lets none through")
     modest = policy(
-        0.0, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
+        0.001, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}
     )
     report = gate(blind, modest, tmp_path / "modest")
     assert (report.verdict, report.reasons) == ("inconclusive", ("no_gradients",))
