@@ -19,8 +19,9 @@ from torch.nn import functional
 from dfmcl.common.errors import BadInput
 from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import Track, silent
-from dfmcl.common.text import is_line, why_not_local
+from dfmcl.common.text import why_not_local
 from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
+from dfmcl.robustness.classes import require_names
 from dfmcl.robustness.digests import Kept, digests_of
 from dfmcl.robustness.folder import Part, described, list_part
 from dfmcl.robustness.images import Images, Pictures
@@ -159,8 +160,7 @@ def _require_alike(where: str, data: Dataset) -> None:
         raise BadInput(f"{where}: training and test images are {shapes}; they must be alike")
     if len(data.classes) < 2:
         raise BadInput(f"{where}: has one class only, {data.classes[0]!r}: nothing to tell apart; add another class")
-    if odd := [name for name in data.classes if not is_line(name)]:
-        raise BadInput(f"{where}: class {odd[0]!r} is no name in UTF-8 on one line, as files of labels need; rename it")
+    require_names(data.classes, where)
 
 
 def _digits() -> Dataset:

@@ -13,6 +13,7 @@ import numpy as np
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.reader import opened, why_unread
+from dfmcl.robustness.classes import twice
 from dfmcl.robustness.folder import Part
 
 COLUMNS, SPLIT, PARTS = ("path", "label"), "split", ("train", "test")
@@ -61,6 +62,8 @@ def _rows(file: Path, text: str) -> Iterator[_Row]:
             found = ", ".join(named) or "nothing"
             wanted = " and ".join(COLUMNS)
             raise BadInput(f"{file}: its first line must name {wanted}; it names {found}, not {', '.join(missing)}")
+        if name := twice([name for name in named if name in (*COLUMNS, SPLIT)]):
+            raise BadInput(f"{file}: its first line names {name} twice; keep one")
         for cells in reader:
             row = _row(f"{file}: line {reader.line_num}", file, cells)
             before = seen.setdefault((row.part, row.path), reader.line_num)
@@ -73,6 +76,8 @@ def _rows(file: Path, text: str) -> Iterator[_Row]:
 
 
 def _row(where: str, file: Path, cells: dict[str, str | None]) -> _Row:
+    if more := [cell for cell in cells.get(None) or () if cell.strip()]:  # type: ignore[call-overload]  # csv's own key
+        raise BadInput(f"{where}: has more cells than the first line names, {more[0]!r}; quote a comma that is no end")
     path, label = ((cells[name] or "").strip() for name in COLUMNS)
     if not path or not label:
         raise BadInput(f"{where}: {'path' if not path else 'label'} is empty")
