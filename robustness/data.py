@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -111,8 +112,14 @@ def in_memory(data: Dataset, track: Track = silent, *, test: bool = False) -> Da
 
 
 def labelled_as(data: Dataset, names: tuple[str, ...]) -> Dataset:
-    """The same images with their labels in the order of a model's classes, which include all of the data's."""
-    place = np.array([names.index(name) for name in data.classes], np.int64)
+    """The same images with their labels in the order of a model's classes, which include all of the data's.
+
+    BadInput where one of these is the name of two classes of the model.
+    """
+    count, number = Counter(names), {name: number for number, name in enumerate(names)}
+    if doubled := [name for name in data.classes if count[name] > 1]:
+        raise BadInput(f"labels: class {doubled[0]!r} stands twice, and the data has images of it; tell the two apart")
+    place = np.array([number[name] for name in data.classes], np.int64)
     return replace(data, y_train=place[data.y_train], y_test=place[data.y_test], classes=names)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def list_manifest(file: Path) -> tuple[Part, Part]:
     rows = list(_rows(file, text))
     if not rows:
         raise BadInput(f"{file}: lists no image; write a line for each below {','.join(COLUMNS)}")
+    if all(row.part != "test" for row in rows):
+        raise BadInput(f"{file}: lists no test image; write test into the split of some")
     classes = tuple(sorted({row.label for row in rows}))
     train, test = (_part(classes, [row for row in rows if row.part == part]) for part in PARTS)
     return train, test
@@ -66,7 +69,8 @@ def _rows(file: Path, text: str) -> Iterator[_Row]:
             raise BadInput(f"{file}: its first line names {name} twice; keep one")
         for cells in reader:
             row = _row(f"{file}: line {reader.line_num}", file, cells)
-            before = seen.setdefault((row.part, row.path), reader.line_num)
+            found = os.path.abspath(row.path)  # noqa: PTH100  # without .., and without asking the disk a million times
+            before = seen.setdefault((row.part, found), reader.line_num)
             if before != reader.line_num:
                 told = f"{row.path} stands on line {before} already, and would count twice; remove one"
                 raise BadInput(f"{file}: line {reader.line_num}: {told}")
@@ -81,6 +85,8 @@ def _row(where: str, file: Path, cells: dict[str, str | None]) -> _Row:
     path, label = ((cells[name] or "").strip() for name in COLUMNS)
     if not path or not label:
         raise BadInput(f"{where}: {'path' if not path else 'label'} is empty")
+    if "\0" in path:
+        raise BadInput(f"{where}: path {path!r} is no file name: it holds a null character")
     part = (cells[SPLIT] or "").strip() if SPLIT in cells else "test"
     if part not in PARTS:
         raise BadInput(f"{where}: split is {part!r}; choose {' or '.join(PARTS)}")

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.data import DIGITS_SPLIT_SEED, load_dataset, open_dataset
+from dfmcl.robustness.data import DIGITS_SPLIT_SEED, labelled_as, load_dataset, open_dataset
 from dfmcl.robustness.runs import load_run
 from tests.common.pictures import readable
 
@@ -120,6 +120,15 @@ def test_malformed_arrays_are_named(tmp_path: Path, mistake: str) -> None:
         load_dataset("npz", str(tmp_path / "data.npz"))
     assert str(tmp_path / "data.npz") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_label_that_two_classes_share_is_named(tmp_path: Path) -> None:
+    """Because its images could be of either; one that no image has does no harm."""
+    np.savez(tmp_path / "data.npz", **GOOD)
+    data = load_dataset("npz", str(tmp_path / "data.npz"))
+    assert labelled_as(data, ("3", "crane", "2", "1", "0", "crane")).y_test.tolist() == [4, 3]
+    with pytest.raises(BadInput, match="labels: class '2' stands twice, and the data has images of it"):
+        labelled_as(data, ("0", "1", "2", "3", "2"))
 
 
 @pytest.mark.parametrize("name", ["y_test.npy", "y_test"])

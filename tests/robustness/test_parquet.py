@@ -92,11 +92,16 @@ def test_an_image_may_lie_beside_its_table(tmp_path: Path) -> None:
     (tmp_path / "hub" / "images").mkdir(parents=True)
     (tmp_path / "hub" / "images" / "a.png").write_bytes(png(9))
     (tmp_path / "b.png").write_bytes(png(9))
-    paths = ["images/a.png", "../b.png", str(tmp_path / "b.png"), None]
-    written(tmp_path / "hub" / "test-0.parquet", paths, [0, 1, 0, 1])
+    paths = ["images/a.png", "../b.png", str(tmp_path / "b.png"), None, "a\0b"]
+    written(tmp_path / "hub" / "test-0.parquet", paths, [0, 1, 0, 1, 0])
     data = opened(tmp_path / "hub")
     assert data.x_test[:1][0, 0, 0].tolist() == [9, 246, 7]
-    for number, message in ((1, r"names \.\./b\.png, which lies elsewhere"), (2, "lies elsewhere"), (3, "no image")):
+    for number, message in (
+        (1, r"names \.\./b\.png, which lies elsewhere"),
+        (2, "lies elsewhere"),
+        (3, "no image"),
+        (4, "is no file"),
+    ):
         with pytest.raises(BadInput, match=rf"test-0\.parquet: row {number}: .*{message}"):
             data.x_test[np.array([number])]
 

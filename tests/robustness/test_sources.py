@@ -83,6 +83,10 @@ def test_a_list_without_parts_is_test_images(tree: Path) -> None:
         ("path,label,split\na.png,cat,val\n", "line 2: split is 'val'; choose train or test"),
         ("path,label,split\na.png,cat\n", "line 2: split is ''; choose"),
         ('path,label\n"a.png,cat\n', "unexpected end of data"),
+        ("path,label\na\0.png,cat\n", r"line 2: path 'a\\x00\.png' is no file name"),
+        ("path,label\na.png,cat\nx/../a.png,dog\n", r"line 3: .*x/\.\./a\.png stands on line 2 already"),
+        ("path,label\nx/../a.png,cat\ny/../a.png,dog\n", r"line 3: .*y/\.\./a\.png stands on line 2 already"),
+        ("path,label,split\na.png,cat,train\nb.png,dog,train\n", "lists no test image; write test into the split"),
         ("path,label,label\na.png,cat,dog\n", "its first line names label twice"),
         ("path,label\na.png,cat, big\n", "line 2: has more cells than the first line names, ' big'"),
         ("path,label\na.png,cat\n", "has one class only, 'cat'"),
@@ -113,6 +117,14 @@ def test_a_listed_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         data.x_test[:1]
     with pytest.raises(BadInput, match=r"a\.png: No such file"):
         _ = data.sha256
+
+
+def test_a_file_that_is_listed_by_two_names_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the list is named by a path from here."""
+    (tmp_path / "list.csv").write_text(f"path,label\na.png,cat\n../{tmp_path.name}/a.png,dog\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"line 3: .*a\.png stands on line 2 already"):
+        open_dataset("csv", "list.csv", SIDE)
 
 
 @pytest.mark.parametrize("named", [True, False])
