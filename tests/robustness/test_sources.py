@@ -203,14 +203,19 @@ def tarred(path: Path, members: Sequence[tuple[str, bytes, Mapping[str, Any]]]) 
             archive.addfile(info, io.BytesIO(data))
 
 
-PAIR = [("a.png", png(1), {}), ("a.cls", b"0", {}), ("b.png", png(2), {}), ("b.cls", b"1", {})]
+PAIR: list[tuple[str, bytes, Mapping[str, Any]]] = [
+    ("a.png", png(1), {}),
+    ("a.cls", b"0", {}),
+    ("b.png", png(2), {}),
+    ("b.cls", b"1", {}),
+]
 
 
 def test_a_hard_link_is_the_member_that_it_names(tmp_path: Path) -> None:
     """GNU tar writes a file's second name so, of images and of labels."""
     (tmp_path / "files").mkdir()
-    for name, data, _ in PAIR:
-        (tmp_path / "files" / name).write_bytes(data)
+    for name, content, _ in PAIR:
+        (tmp_path / "files" / name).write_bytes(content)
     (tmp_path / "files" / "c.png").hardlink_to(tmp_path / "files" / "b.png")
     (tmp_path / "files" / "c.cls").hardlink_to(tmp_path / "files" / "a.cls")
     subprocess.run(["tar", "cf", tmp_path / "0.tar", "--sort=name", "-C", tmp_path / "files", "."], check=True)
@@ -223,7 +228,7 @@ def test_a_hard_link_is_the_member_that_it_names(tmp_path: Path) -> None:
 
 def test_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
     """Links to nowhere, pipes, devices, sparse files, names of the system; and the line says so."""
-    odd = [
+    odd: list[tuple[str, bytes, Mapping[str, Any]]] = [
         ("c.png", b"", {"type": tarfile.LNKTYPE, "linkname": "gone.png"}),
         ("d.png", b"", {"type": tarfile.SYMTYPE, "linkname": "a.png"}),
         ("e.png", b"", {"type": tarfile.FIFOTYPE}),
