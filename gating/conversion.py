@@ -87,7 +87,7 @@ def differentiable(graph: Graph, decide: Callable[[Tensor], Tensor], provider: P
             warnings.simplefilter("ignore")  # of attributes it does not know: whether they matter, the answers tell
             net = ConvertModel(model)
             converted = Converted(net, graph.contract, free.batch, twin).eval().requires_grad_(False)
-            alike = artefact(replace(free, model=unrounded), quiet=True) if twin else decide
+            alike = artefact(replace(free, model=unrounded)) if twin else decide
             _prove_equal(converted, alike)
             if twin:
                 _prove_near(alike, decide, graph.contract)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track
 from dfmcl.common.reader import opened
+from dfmcl.robustness.classes import require_names, twice
 from dfmcl.robustness.mapped import Mapped, mapped
 
 Array = NDArray[Any]
@@ -73,6 +74,8 @@ def labels_of(labels: Array, where: str) -> NDArray[np.int64]:
     if labels.dtype.kind not in "iu":
         whole = labels.dtype.kind == "b" or (labels.dtype.kind == "f" and bool(np.all(labels == np.floor(labels))))
         raise BadInput(f"{where} is {labels.dtype}; expected integers{': save y.astype(int)' if whole else ''}")
+    if labels.dtype == np.uint64 and labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise BadInput(f"{where} has a label {labels.max()}; expected 0 to K - 1")
     return labels.reshape(-1).astype(np.int64)
 
 
@@ -102,6 +105,8 @@ def _arrays(path: str, track: Track) -> dict[str, Any]:
         if not zipfile.is_zipfile(path):
             raise BadInput(f"{path}: not readable as .npz: {_not_zip(path)}; save it with np.savez: {expected}")
         with np.load(path, allow_pickle=False) as archive:
+            if name := twice(archive.files):
+                raise BadInput(f"{path}: {name} stands in it twice; save it with np.savez, which writes each once")
             needed = KEYS if {*KEYS[:2]} & {*archive.files} else TEST
             missing = [key for key in needed if key not in archive]
             if missing:
@@ -172,9 +177,7 @@ def _named(names: Array, where: str) -> tuple[str, ...]:
         texts = np.char.decode(names, "utf-8") if names.dtype.kind == "S" else names.astype(str)
     except UnicodeDecodeError:
         raise BadInput(f"{where} holds bytes that are no UTF-8; save the names as text") from None
-    twice = {name for name in texts.tolist() if texts.tolist().count(name) > 1}
-    if twice or "" in texts:
-        raise BadInput(f"{where} names {sorted(twice)[0]!r} twice" if twice else f"{where} holds an empty name")
+    require_names(texts.tolist(), where)
     return tuple(texts.tolist())
 
 

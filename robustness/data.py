@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,8 +20,9 @@ from torch.nn import functional
 from dfmcl.common.errors import BadInput
 from dfmcl.common.preprocessing import Preprocessing
 from dfmcl.common.progress import Track, silent
-from dfmcl.common.text import is_line, why_not_local
+from dfmcl.common.text import why_not_local
 from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
+from dfmcl.robustness.classes import require_names
 from dfmcl.robustness.digests import Kept, digests_of
 from dfmcl.robustness.folder import Part, described, list_part
 from dfmcl.robustness.images import Images, Pictures
@@ -110,8 +112,14 @@ def in_memory(data: Dataset, track: Track = silent, *, test: bool = False) -> Da
 
 
 def labelled_as(data: Dataset, names: tuple[str, ...]) -> Dataset:
-    """The same images with their labels in the order of a model's classes, which include all of the data's."""
-    place = np.array([names.index(name) for name in data.classes], np.int64)
+    """The same images with their labels in the order of a model's classes, which include all of the data's.
+
+    BadInput where one of these is the name of two classes of the model.
+    """
+    count, number = Counter(names), {name: number for number, name in enumerate(names)}
+    if doubled := [name for name in data.classes if count[name] > 1]:
+        raise BadInput(f"labels: class {doubled[0]!r} stands twice, and the data has images of it; tell the two apart")
+    place = np.array([number[name] for name in data.classes], np.int64)
     return replace(data, y_train=place[data.y_train], y_test=place[data.y_test], classes=names)
 
 
@@ -159,8 +167,7 @@ def _require_alike(where: str, data: Dataset) -> None:
         raise BadInput(f"{where}: training and test images are {shapes}; they must be alike")
     if len(data.classes) < 2:
         raise BadInput(f"{where}: has one class only, {data.classes[0]!r}: nothing to tell apart; add another class")
-    if odd := [name for name in data.classes if not is_line(name)]:
-        raise BadInput(f"{where}: class {odd[0]!r} is no name in UTF-8 on one line, as files of labels need; rename it")
+    require_names(data.classes, where)
 
 
 def _digits() -> Dataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.reader import opened, why_unread
+from dfmcl.robustness.classes import twice
 from dfmcl.robustness.folder import Part
 
 COLUMNS, SPLIT, PARTS = ("path", "label"), "split", ("train", "test")
@@ -41,6 +43,8 @@ def list_manifest(file: Path) -> tuple[Part, Part]:
     rows = list(_rows(file, text))
     if not rows:
         raise BadInput(f"{file}: lists no image; write a line for each below {','.join(COLUMNS)}")
+    if all(row.part != "test" for row in rows):
+        raise BadInput(f"{file}: lists no test image; write test into the split of some")
     classes = tuple(sorted({row.label for row in rows}))
     train, test = (_part(classes, [row for row in rows if row.part == part]) for part in PARTS)
     return train, test
@@ -61,9 +65,12 @@ def _rows(file: Path, text: str) -> Iterator[_Row]:
             found = ", ".join(named) or "nothing"
             wanted = " and ".join(COLUMNS)
             raise BadInput(f"{file}: its first line must name {wanted}; it names {found}, not {', '.join(missing)}")
+        if name := twice([name for name in named if name in (*COLUMNS, SPLIT)]):
+            raise BadInput(f"{file}: its first line names {name} twice; keep one")
         for cells in reader:
             row = _row(f"{file}: line {reader.line_num}", file, cells)
-            before = seen.setdefault((row.part, row.path), reader.line_num)
+            found = os.path.abspath(row.path)  # noqa: PTH100  # without .., and without asking the disk a million times
+            before = seen.setdefault((row.part, found), reader.line_num)
             if before != reader.line_num:
                 told = f"{row.path} stands on line {before} already, and would count twice; remove one"
                 raise BadInput(f"{file}: line {reader.line_num}: {told}")
@@ -73,9 +80,13 @@ def _rows(file: Path, text: str) -> Iterator[_Row]:
 
 
 def _row(where: str, file: Path, cells: dict[str, str | None]) -> _Row:
+    if more := [cell for cell in cells.get(None) or () if cell.strip()]:  # type: ignore[call-overload]  # csv's own key
+        raise BadInput(f"{where}: has more cells than the first line names, {more[0]!r}; quote a comma that is no end")
     path, label = ((cells[name] or "").strip() for name in COLUMNS)
     if not path or not label:
         raise BadInput(f"{where}: {'path' if not path else 'label'} is empty")
+    if "\0" in path:
+        raise BadInput(f"{where}: path {path!r} is no file name: it holds a null character")
     part = (cells[SPLIT] or "").strip() if SPLIT in cells else "test"
     if part not in PARTS:
         raise BadInput(f"{where}: split is {part!r}; choose {' or '.join(PARTS)}")

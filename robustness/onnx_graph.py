@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dfmcl.robustness.onnx_float import by_batch, constants_of
 from dfmcl.robustness.onnx_head import Head, headed
 from dfmcl.robustness.onnx_random import random_operators
 from dfmcl.robustness.onnx_session import asked, first_line, observed, opened
+from dfmcl.robustness.onnx_tensors import all_tensors, require_whole
 from dfmcl.robustness.provider import CPU, Provider
 
 WHOLE_NUMBERS = ("Quantize", "QLinear", "Integer")  # in the names of operators that compute in whole numbers
@@ -96,6 +97,7 @@ def read_graph(
             )
         if random := random_operators(model):
             raise BadInput(f"{path}: draws random numbers ({', '.join(random)}); export it without, in eval mode")
+        require_whole(model, path)
     except BadInput:
         raise
     except Exception as error:  # protobuf and onnx raise their own unrelated classes
@@ -123,18 +125,6 @@ def read_graph(
     return Graph(path, ended, digest, parsed, batch, head, ended is model, whole, scored)
 
 
-def all_tensors(message: Any) -> Iterator[TensorProto]:
-    """Every tensor inside a protobuf message: initializers, attributes, subgraphs, functions, sparse ones."""
-    for field, value in message.ListFields():
-        if field.message_type is None:
-            continue
-        for part in value if hasattr(value, "add") else [value]:  # repeated, or one
-            if isinstance(part, TensorProto):
-                yield part
-            else:
-                yield from all_tensors(part)
-
-
 def count_classes(answer: Callable[[Tensor], Tensor], contract: InputContract, where: object) -> int:
     """K, found by asking for two images; BadInput where what comes back is not one row of scores an image."""
     height, width, channels = contract.shape
@@ -145,7 +135,7 @@ def count_classes(answer: Callable[[Tensor], Tensor], contract: InputContract, w
     return int(scores.shape[1])
 
 
-def artefact(graph: Graph, provider: Provider = CPU, *, quiet: bool = False) -> Callable[[Tensor], Tensor]:
+def artefact(graph: Graph, provider: Provider = CPU) -> Callable[[Tensor], Tensor]:
     """The file as the decider: float images (N, C, H, W) in [0, 1], sent as it takes them through ONNX Runtime.
 
     Returns logits (N, K) float32. A file of a fixed batch size is asked in parts of that size, one that chooses its
@@ -155,7 +145,7 @@ def artefact(graph: Graph, provider: Provider = CPU, *, quiet: bool = False) -> 
     where, contract = graph.path, graph.contract
     example = contract.wire(noise(contract, graph.batch or 2)).numpy()
     model = graph.model.SerializeToString()
-    session = opened(model, where, contract.dtype, provider, example=example, quiet=quiet)
+    session = opened(model, where, contract.dtype, provider, example=example)
     require_precision(graph, provider, session, example)
     (entry,) = session.get_inputs()
     size = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
@@ -199,7 +189,7 @@ def require_precision(graph: Graph, provider: Provider, session: ort.InferenceSe
         return
     full = Provider.of(Decider(decider.provider))
     model = graph.model.SerializeToString()
-    plain = opened(model, graph.path, graph.contract.dtype, full, example=example, quiet=True)
+    plain = opened(model, graph.path, graph.contract.dtype, full, example=example)
     one, other = (asked(each, example, graph.path, "noise")[0] for each in (session, plain))
     if np.array_equal(one, other):
         raise BadInput(
@@ -261,7 +251,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 
 def _same_answers(graph: Graph, free: Graph) -> bool:
-    before, after = (artefact(form, quiet=True) for form in (graph, free))
+    before, after = (artefact(form) for form in (graph, free))
     images = noise(graph.contract, (graph.batch or 1) + 2)
     expected = before(images)
     try:

@@ -38,7 +38,7 @@ class OwnLabels:
         """None where nothing was left out."""
         if graph.scored is None:
             return None
-        scores = artefact(replace(graph, model=graph.scored), provider, quiet=True)
+        scores = artefact(replace(graph, model=graph.scored), provider)
         return OwnLabels(scores, logits, str(graph.path), graph.head.squash)
 
     def require(self, x: Tensor, which: str) -> None:

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput, lacks_memory
+from dfmcl.robustness.deadline import SECONDS, answered
 from dfmcl.robustness.provider import CPU, Provider
 
 LARGE = 2**20  # values in a batch whose memory is given back: 6 images of 224 pixels
-FATAL = 4  # ONNX Runtime's severity: what a trial reports as an error is an answer here, not news
+FATAL = 4  # ONNX Runtime's severity: its errors are raised too, and each is one line here
 WIDE = ("float64", "float16")  # it lacks operators for these types
 
 
@@ -26,19 +27,17 @@ def opened(
     provider: Provider = CPU,
     *,
     example: NDArray[Any] | None = None,
-    quiet: bool = False,
 ) -> ort.InferenceSession:
     """A session of a model; BadInput where ONNX Runtime cannot load it.
 
     where: for the message; dtype: of its images, for the advice.
     provider: what must compute it; example: images on which that is seen.
-    quiet: whether what ONNX Runtime says is an answer here, not news.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # torch computes between two calls, on the same cores: idle threads must sleep, not spin.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = FATAL if quiet else 3
+    options.log_severity_level = FATAL
     try:
         return provider.session(model, options, example)
     except BadInput:
@@ -60,17 +59,24 @@ def observed(
     twin.CopyFrom(model)
     twin.graph.ClearField("output")
     twin.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = opened(twin.SerializeToString(), where, str(images.dtype), quiet=True)
+    session = opened(twin.SerializeToString(), where, str(images.dtype))
     return dict(zip(names, asked(session, images, where, f"{images.dtype} {images.shape}"), strict=True))
 
 
-def asked(session: ort.InferenceSession, images: NDArray[Any], where: object, what: str) -> list[NDArray[Any]]:
-    """All outputs of a session with one input; BadInput where it cannot take these images, which `what` describes."""
+def asked(
+    session: ort.InferenceSession, images: NDArray[Any], where: object, what: str, seconds: float = SECONDS
+) -> list[NDArray[Any]]:
+    """All outputs of a session with one input.
+
+    BadInput where it cannot take these images, which `what` describes, or takes more than `seconds` for each.
+    """
     options = ort.RunOptions()
     if images.size > LARGE and CPU.name in session.get_providers():
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     try:
-        found: list[NDArray[Any]] = session.run(None, {session.get_inputs()[0].name: images}, options)
+        found = answered(session, images, where, options, seconds)
+    except BadInput:
+        raise
     except Exception as error:  # as above
         if lacks_memory(error):
             raise

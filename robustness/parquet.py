@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.classes import number_of, numbered, twice
 from dfmcl.robustness.folder import Part
 from dfmcl.robustness.rows import COLUMN, Row, arrow, table, unread
-from dfmcl.robustness.shards import numbered
 
 LABEL, EXPECTED = "label", "train-*.parquet and test-*.parquet"
 SPLIT = re.compile(r"(train|test|validation)(-.*)?\.parquet")
@@ -39,9 +39,7 @@ def list_parquet(folder: Path) -> tuple[Part, Part]:
     if not labels:
         raise BadInput(f"{folder}: its files hold no row")
     known = names.pop()
-    if known and (odd := [label for label in labels if not label.isdecimal() or int(label) >= len(known)]):
-        raise BadInput(f"{folder}: has a label {sorted(odd)[0]}, and names {len(known)} classes, 0 to {len(known) - 1}")
-    place, classes = ({label: int(label) for label in labels}, known) if known else numbered(labels, folder)
+    place, classes = (_placed(labels, known, folder), known) if known else numbered(labels, folder)
 
     def part(name: str, left: Counter[str]) -> Part:
         rows = tuple(row for rows, _, _ in found[name] for row in rows)
@@ -49,6 +47,14 @@ def list_parquet(folder: Path) -> tuple[Part, Part]:
         return Part(rows, np.array(told, np.int64), classes, left)
 
     return part("train", Counter()), part(tested, skipped)
+
+
+def _placed(labels: set[str], known: tuple[str, ...], folder: Path) -> dict[str, int]:
+    """The class of each label; BadInput for one that has no name."""
+    numbers = {label: number_of(label, folder) if label.isdecimal() else len(known) for label in labels}
+    if odd := [label for label, number in numbers.items() if number >= len(known)]:
+        raise BadInput(f"{folder}: has a label {sorted(odd)[0]}, and names {len(known)} classes, 0 to {len(known) - 1}")
+    return numbers
 
 
 def _files(folder: Path) -> tuple[dict[str, list[str]], Counter[str]]:
@@ -72,6 +78,8 @@ def _rows(file: str) -> tuple[list[Row], list[str], tuple[str, ...]]:
     schema = opened.schema_arrow
     if missing := [name for name in (COLUMN, LABEL) if name not in schema.names]:
         raise BadInput(f"{file}: has no column {missing[0]}; it has {', '.join(schema.names)}")
+    if (name := twice(schema.names)) in (COLUMN, LABEL):
+        raise BadInput(f"{file}: has two columns {name}; keep one")
     kind = schema.field(COLUMN).type
     if not str(kind).startswith("struct<") or kind.get_field_index("bytes") < 0:
         raise BadInput(f"{file}: {COLUMN} is {kind}; expected a struct of bytes and path, as `datasets` writes images")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.providers import PROVIDERS, TF32_VARIABLE, Decider
+from dfmcl.robustness.deadline import answered
 
 # What a node on the CPU may give: shapes and places, which every provider leaves there. Not pixels, nor what follows.
 SHAPES = frozenset({"int64", "int32", "bool"})
@@ -64,7 +65,7 @@ class Provider:
             options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "nodes")
             session = self._opened(model, options)
             (entry,) = session.get_inputs()
-            session.run(None, {entry.name: _zeros(entry) if example is None else example})
+            answered(session, _zeros(entry) if example is None else example, self)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         allowed = {self.name, *(name for name, _ in self.behind)}
         if left := left_elsewhere(events, allowed):

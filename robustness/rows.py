@@ -32,6 +32,8 @@ def content(row: Row) -> bytes | str:
         return bytes(data)
     path = cell.get("path") or ""
     folder = os.path.dirname(row.table)  # noqa: PTH120  # of a path that is a string everywhere here
+    if "\0" in path:
+        raise BadInput(f"{row}: names {path!r}, which is no file; write the table again, with the images' bytes in it")
     inside = os.path.realpath(os.path.join(folder, path))  # noqa: PTH118  # as above
     if not path or not inside.startswith(os.path.realpath(folder) + os.sep):
         told = f"names {path}, which lies elsewhere" if path else "holds no image"

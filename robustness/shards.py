@@ -7,17 +7,27 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from dfmcl.common.errors import BadInput
-from dfmcl.common.reader import TEXT_BYTES, opened, read_plain, why_unread
-from dfmcl.robustness.folder import Part, suffixes
+from dfmcl.common.reader import opened
+from dfmcl.robustness.classes import numbered
+from dfmcl.robustness.folder import BARE, HIDDEN, Part, suffixes
 from dfmcl.robustness.members import Member
 
-LABEL, NAMES = ".cls", "classes.txt"  # a name or a number; the numbers' names, one a line, beside the shards
-LABEL_BYTES = 4096
+LABEL, LABEL_BYTES = ".cls", 4096  # a name or a number
 UNLABELLED, ALONE = "without a .cls", ".cls without an image"
+END_BYTES = 2**20  # behind a shard's end that must be empty; programs that write tar files fill up 10 KiB
+ODD = {  # members that are no plain files, by their type
+    tarfile.SYMTYPE: "symbolic link",
+    tarfile.LNKTYPE: "hard link to no file before it",
+    tarfile.FIFOTYPE: "FIFO",
+    tarfile.CHRTYPE: "device",
+    tarfile.BLKTYPE: "device",
+}
+SPARSE, UNKNOWN = "sparse file", "member of an unknown type"
 
 
 @dataclass(frozen=True)
@@ -50,22 +60,6 @@ def list_shards(folder: Path) -> tuple[Part, Part]:
     return train, test
 
 
-def numbered(labels: set[str], folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Each label's class, and the names of all: numbers are in their order, names in the alphabet's."""
-    if not all(label.isascii() and label.isdecimal() for label in labels):
-        return {label: number for number, label in enumerate(sorted(labels))}, tuple(sorted(labels))
-    most = max(map(int, labels))
-    try:
-        names = tuple(read_plain(folder / NAMES, TEXT_BYTES, named=True).decode("utf-8").splitlines())
-    except FileNotFoundError:
-        names = tuple(map(str, range(most + 1)))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / NAMES}: not readable: {why_unread(error)}") from None
-    if most >= len(names):
-        raise BadInput(f"{folder}: has a label {most}, and {NAMES} names {len(names)} classes, 0 to {len(names) - 1}")
-    return {label: int(label) for label in labels}, names
-
-
 def _samples(place: Path) -> tuple[list[_Sample], Counter[str]]:
     """All samples of a folder's shards; BadInput where there is none."""
     try:
@@ -95,24 +89,63 @@ def _keyed(shard: Path, skipped: Counter[str]) -> Iterator[tuple[str, Member | N
     images, labels = dict[str, Member](), dict[str, str]()
     try:
         with opened(shard, named=True) as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
-            for info in archive:
-                if not info.isfile() or info.issparse():
-                    continue
-                folder, slash, base = info.name.rpartition("/")
+            for member in _files(archive, shard, skipped):
+                folder, slash, base = member.name.rpartition("/")
                 stem, dot, rest = base.partition(".")
                 key, suffix = folder + slash + stem, (dot + rest).lower()
-                if suffix == LABEL:
-                    file = archive.extractfile(info)
-                    labels[key] = file.read(LABEL_BYTES).decode("utf-8").strip() if file else ""
+                if not stem:
+                    skipped[HIDDEN] += 1
+                elif suffix == LABEL:
+                    if key in labels:
+                        raise BadInput(f"{shard}: {member.name} stands in it twice; keep one")
+                    labels[key] = _label(raw, member)
                 elif suffix in suffixes():
                     if key in images:
-                        raise BadInput(f"{shard}: {info.name} and {images[key].name} share a name; keep one")
-                    images[key] = Member(str(shard), info.name, info.offset_data, info.size)
-                elif stem:
-                    skipped[suffix or "without a suffix"] += 1
+                        raise BadInput(f"{shard}: {member.name} and {images[key].name} share a name; keep one")
+                    images[key] = member
+                else:
+                    skipped[suffix or BARE] += 1
+            _require_end(raw, archive.offset, shard)
     except BadInput:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise BadInput(f"{shard}: not readable as .tar: {error}") from None
     for key in dict.fromkeys((*images, *labels)):
         yield key, images.get(key), labels.get(key)
+
+
+def _files(archive: tarfile.TarFile, shard: Path, skipped: Counter[str]) -> Iterator[Member]:
+    """All files of a shard; a hard link is the member before it that it names, as GNU tar writes a file's second name.
+
+    Everything else but folders is counted.
+    """
+    files = dict[str, Member]()
+    for info in archive:
+        linked = files.get(info.linkname) if info.islnk() else None
+        if linked is not None:
+            files[info.name] = Member(str(shard), info.name, linked.offset, linked.size)
+        elif info.isfile() and not info.issparse():
+            files[info.name] = Member(str(shard), info.name, info.offset_data, info.size)
+        else:
+            if not info.isdir():
+                skipped[SPARSE if info.issparse() else ODD.get(info.type, UNKNOWN)] += 1
+            continue
+        yield files[info.name]
+
+
+def _label(raw: BinaryIO, member: Member) -> str:
+    """A .cls file's text. The place in the shard stays, because its members are still being listed."""
+    if member.size > LABEL_BYTES:
+        raise BadInput(f"{member}: holds {member.size:,} bytes, at most {LABEL_BYTES:,}; write a class into it")
+    place = raw.tell()
+    raw.seek(member.offset)
+    text = raw.read(member.size).decode("utf-8").strip()
+    raw.seek(place)
+    return text
+
+
+def _require_end(raw: BinaryIO, end: int, shard: Path) -> None:
+    """BadInput where more follows the last member that could be listed: a damaged header, or another tar file."""
+    raw.seek(end)
+    if raw.read(END_BYTES).strip(b"\0"):
+        raise BadInput(f"{shard}: is damaged behind byte {end}, or two shards in one file; make it again")

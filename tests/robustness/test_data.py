@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.data import DIGITS_SPLIT_SEED, load_dataset, open_dataset
+from dfmcl.robustness.data import DIGITS_SPLIT_SEED, labelled_as, load_dataset, open_dataset
 from dfmcl.robustness.runs import load_run
 from tests.common.pictures import readable
 
@@ -88,8 +90,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no test images": (changed(x_test=lambda x: x[:0], y_test=lambda y: y[:0]), "x_test .* which is no image"),
     "no training images": (changed(x_train=lambda x: x[:0], y_train=lambda y: y[:0]), "x_train .* which is no image"),
     "a label beyond the names": (GOOD | {"classes": list("abc")}, "y_train has labels 3; 3 classes are named"),
-    "a name twice": (GOOD | {"classes": list("abca")}, "classes names 'a' twice"),
-    "an empty name": (GOOD | {"classes": ["a", "b", "", "d"]}, "classes holds an empty name"),
+    "a name twice": (GOOD | {"classes": list("abca")}, "classes: class 'a' stands twice"),
+    "an empty name": (GOOD | {"classes": ["a", "b", "", "d"]}, "classes: class '' is no name"),
+    "a blank name": (GOOD | {"classes": ["a", "b", " ", "d"]}, "classes: class ' ' is blank"),
+    "a name that does not show": (GOOD | {"classes": ["a", "b", "\x01", "d"]}, "classes: class .* is blank"),
+    "names alike": (GOOD | {"classes": ["a", "b", "b ", "d"]}, "classes: class 'b ' looks like class 'b'"),
+    "beyond int64": (
+        changed(y=lambda y: y.astype(np.uint64) + 2**63),
+        "y_train has a label 9223372036854775811; expected 0 to K - 1",
+    ),
     "names in two rows": (GOOD | {"classes": [["a", "b"], ["c", "d"]]}, r"classes is <U1 \(2, 2\); expected one name"),
     "names of other bytes": (GOOD | {"classes": [b"a", b"b", b"c", b"\xff"]}, "classes holds bytes that are no UTF-8"),
     "a name of two lines": (
@@ -111,6 +120,39 @@ def test_malformed_arrays_are_named(tmp_path: Path, mistake: str) -> None:
         load_dataset("npz", str(tmp_path / "data.npz"))
     assert str(tmp_path / "data.npz") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_label_that_two_classes_share_is_named(tmp_path: Path) -> None:
+    """Because its images could be of either; one that no image has does no harm."""
+    np.savez(tmp_path / "data.npz", **GOOD)
+    data = load_dataset("npz", str(tmp_path / "data.npz"))
+    assert labelled_as(data, ("3", "crane", "2", "1", "0", "crane")).y_test.tolist() == [4, 3]
+    with pytest.raises(BadInput, match="labels: class '2' stands twice, and the data has images of it"):
+        labelled_as(data, ("0", "1", "2", "3", "2"))
+
+
+@pytest.mark.parametrize("name", ["y_test.npy", "y_test"])
+def test_an_array_that_stands_twice_is_named(tmp_path: Path, name: str) -> None:
+    """Because nobody can say which of two sets of labels holds."""
+    np.savez(tmp_path / "data.npz", **GOOD)
+    second = io.BytesIO()
+    np.save(second, 1 - GOOD["y_test"])
+    with zipfile.ZipFile(tmp_path / "data.npz", "a") as archive, warnings.catch_warnings(action="ignore"):
+        archive.writestr(name, second.getvalue())
+    with pytest.raises(BadInput, match=r"data\.npz: y_test stands in it twice"):
+        load_dataset("npz", str(tmp_path / "data.npz"))
+
+
+def test_many_names_are_read_at_once(tmp_path: Path) -> None:
+    """In a time that grows with their number, not with its square."""
+    classes = np.arange(100_000).astype(str)
+    np.savez(tmp_path / "data.npz", **{**GOOD, "classes": classes})
+    begin = time.process_time()
+    assert len(load_dataset("npz", str(tmp_path / "data.npz")).classes) == len(classes)
+    assert time.process_time() - begin < 20  # it takes 1 s, and comparing each with each half an hour
+    np.savez(tmp_path / "data.npz", **{**GOOD, "classes": np.arange(100_001).astype(str)})
+    with pytest.raises(BadInput, match="has 100,001 classes; at most 100,000 are read"):
+        load_dataset("npz", str(tmp_path / "data.npz"))
 
 
 SPELLINGS: dict[str, dict[str, Any]] = {

@@ -92,11 +92,16 @@ def test_an_image_may_lie_beside_its_table(tmp_path: Path) -> None:
     (tmp_path / "hub" / "images").mkdir(parents=True)
     (tmp_path / "hub" / "images" / "a.png").write_bytes(png(9))
     (tmp_path / "b.png").write_bytes(png(9))
-    paths = ["images/a.png", "../b.png", str(tmp_path / "b.png"), None]
-    written(tmp_path / "hub" / "test-0.parquet", paths, [0, 1, 0, 1])
+    paths = ["images/a.png", "../b.png", str(tmp_path / "b.png"), None, "a\0b"]
+    written(tmp_path / "hub" / "test-0.parquet", paths, [0, 1, 0, 1, 0])
     data = opened(tmp_path / "hub")
     assert data.x_test[:1][0, 0, 0].tolist() == [9, 246, 7]
-    for number, message in ((1, r"names \.\./b\.png, which lies elsewhere"), (2, "lies elsewhere"), (3, "no image")):
+    for number, message in (
+        (1, r"names \.\./b\.png, which lies elsewhere"),
+        (2, "lies elsewhere"),
+        (3, "no image"),
+        (4, "is no file"),
+    ):
         with pytest.raises(BadInput, match=rf"test-0\.parquet: row {number}: .*{message}"):
             data.x_test[np.array([number])]
 
@@ -106,6 +111,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "null": ({"labels": [None, 1]}, "row 0: label is None"),
     "a fraction": ({"labels": [0.5, 1.0]}, "row 0: label is 0.5"),
     "no name": ({"labels": [0, 3]}, "has a label 3, and names 3 classes, 0 to 2"),
+    "an endless number": ({"labels": ["9" * 5000, "0"]}, r"has a label 9{60}\.\.\."),
+    "a large number": ({"labels": [10**8, 0], "names": None}, "has a label 100000000; at most 100,000"),
+    "a name twice": ({"labels": [0, 1], "names": ["cat", "cat"]}, "class 'cat' stands twice"),
     "one class": ({"labels": ["a", "a"], "names": None}, "one class only"),
     "empty": ({"images": [], "labels": []}, "hold no row"),
 }
@@ -121,7 +129,7 @@ def test_wrong_labels_are_named(tmp_path: Path, case: str) -> None:
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    """No table, none of a split, other columns, another kind of image, different classes."""
+    """No table, none of a split, other columns, a column twice, another kind of image, different classes."""
     with pytest.raises(BadInput, match=r"has no test-\*\.parquet and no validation"):
         opened(tmp_path)
     (tmp_path / "test-0.parquet").write_bytes(png(1))
@@ -133,6 +141,10 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         opened(tmp_path)
     parquet.write_table(pyarrow.table({"image": [b"x"], "label": [0]}), tmp_path / "test-1.parquet")
     with pytest.raises(BadInput, match="image is binary; expected a struct of bytes and path"):
+        opened(tmp_path)
+    two = pyarrow.table([pyarrow.array([{"bytes": b"x"}]), [0], [1]], names=["image", "label", "label"])
+    parquet.write_table(two, tmp_path / "test-1.parquet")
+    with pytest.raises(BadInput, match=r"test-1\.parquet: has two columns label; keep one"):
         opened(tmp_path)
     written(tmp_path / "test-1.parquet", [png(1)], [0])
     written(tmp_path / "train-0.parquet", [png(1)], [0], names=["a", "b"])

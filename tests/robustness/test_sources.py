@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,12 @@ def test_a_list_without_parts_is_test_images(tree: Path) -> None:
         ("path,label,split\na.png,cat,val\n", "line 2: split is 'val'; choose train or test"),
         ("path,label,split\na.png,cat\n", "line 2: split is ''; choose"),
         ('path,label\n"a.png,cat\n', "unexpected end of data"),
+        ("path,label\na\0.png,cat\n", r"line 2: path 'a\\x00\.png' is no file name"),
+        ("path,label\na.png,cat\nx/../a.png,dog\n", r"line 3: .*x/\.\./a\.png stands on line 2 already"),
+        ("path,label\nx/../a.png,cat\ny/../a.png,dog\n", r"line 3: .*y/\.\./a\.png stands on line 2 already"),
+        ("path,label,split\na.png,cat,train\nb.png,dog,train\n", "lists no test image; write test into the split"),
+        ("path,label,label\na.png,cat,dog\n", "its first line names label twice"),
+        ("path,label\na.png,cat, big\n", "line 2: has more cells than the first line names, ' big'"),
         ("path,label\na.png,cat\n", "has one class only, 'cat'"),
         ("path,label\na.png,cat\nb.png,\u2028\n", "line 3: label is empty"),
         ("path,label\na.png,cat\nb.png,c\u2028d\n", "is no name in UTF-8 on one line"),
@@ -109,6 +117,14 @@ def test_a_listed_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         data.x_test[:1]
     with pytest.raises(BadInput, match=r"a\.png: No such file"):
         _ = data.sha256
+
+
+def test_a_file_that_is_listed_by_two_names_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the list is named by a path from here."""
+    (tmp_path / "list.csv").write_text(f"path,label\na.png,cat\n../{tmp_path.name}/a.png,dog\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match=r"line 3: .*a\.png stands on line 2 already"):
+        open_dataset("csv", "list.csv", SIDE)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -147,6 +163,10 @@ def test_wrong_shards_are_named(tmp_path: Path) -> None:
         "twice": (good | {"a.bmp": png(3)}, r"a\.bmp and a\.png share a name"),
         "blank": (good | {"a.cls": b" "}, r"a\.cls: is empty"),
         "other": (good | {"a.cls": b"\xff"}, r"not readable as \.tar"),
+        "large": (good | {"a.cls": b"100000000"}, "has a label 100000000; at most 100,000 classes"),
+        "long": (good | {"a.cls": b"9" * 4090}, r"has a label 9{60}\.\.\.; at most"),
+        "longer": (good | {"a.cls": b"c" * 4097}, r"a\.cls: holds 4,097 bytes"),
+        "a long name": (good | {"a.cls": b"c" * 4096}, "has 4,096 letters, at most 1000"),
     }
     for name, (members, message) in cases.items():
         shard(tmp_path / name / "0.tar", members)
@@ -171,3 +191,103 @@ def test_wrong_shards_are_named(tmp_path: Path) -> None:
         data.x_test[:1]
     with pytest.raises(BadInput, match=r"nowhere: No such file"):
         open_dataset("shards", str(tmp_path / "nowhere"), SIDE)
+
+
+def tarred(path: Path, members: Sequence[tuple[str, bytes, Mapping[str, Any]]]) -> None:
+    """A shard of members of any kind, in order; each has fields of its tarfile.TarInfo."""
+    with tarfile.open(path, "w") as archive:
+        for name, data, fields in members:
+            info = tarfile.TarInfo(name)
+            for field, value in {"size": len(data), **fields}.items():
+                setattr(info, field, value)
+            archive.addfile(info, io.BytesIO(data))
+
+
+PAIR: list[tuple[str, bytes, Mapping[str, Any]]] = [
+    ("a.png", png(1), {}),
+    ("a.cls", b"0", {}),
+    ("b.png", png(2), {}),
+    ("b.cls", b"1", {}),
+]
+
+
+def test_a_hard_link_is_the_member_that_it_names(tmp_path: Path) -> None:
+    """GNU tar writes a file's second name so, of images and of labels."""
+    (tmp_path / "files").mkdir()
+    for name, content, _ in PAIR:
+        (tmp_path / "files" / name).write_bytes(content)
+    (tmp_path / "files" / "c.png").hardlink_to(tmp_path / "files" / "b.png")
+    (tmp_path / "files" / "c.cls").hardlink_to(tmp_path / "files" / "a.cls")
+    subprocess.run(["tar", "cf", tmp_path / "0.tar", "--sort=name", "-C", tmp_path / "files", "."], check=True)
+    with tarfile.open(tmp_path / "0.tar") as archive:
+        assert sum(info.islnk() for info in archive) == 2
+    data = open_dataset("shards", str(tmp_path), SIDE)
+    assert (data.y_test.tolist(), dict(data.skipped)) == ([0, 1, 0], {})
+    np.testing.assert_array_equal(data.x_test[1:2], data.x_test[2:3])
+
+
+def test_members_that_are_no_files_are_counted(tmp_path: Path) -> None:
+    """Links to nowhere, pipes, devices, sparse files, names of the system; and the line says so."""
+    odd: list[tuple[str, bytes, Mapping[str, Any]]] = [
+        ("c.png", b"", {"type": tarfile.LNKTYPE, "linkname": "gone.png"}),
+        ("d.png", b"", {"type": tarfile.SYMTYPE, "linkname": "a.png"}),
+        ("e.png", b"", {"type": tarfile.FIFOTYPE}),
+        ("f.png", b"", {"type": tarfile.CHRTYPE}),
+        ("g.png", b"", {"type": b"Z"}),
+        ("h.png", b"x", {"type": tarfile.GNUTYPE_SPARSE}),
+        ("._a.png", b"x", {}),
+        ("folder", b"", {"type": tarfile.DIRTYPE}),
+    ]
+    tarred(tmp_path / "0.tar", [*PAIR, *odd])
+    data = open_dataset("shards", str(tmp_path), SIDE)
+    kinds = ("hard link to no file before it", "symbolic link", "FIFO", "device", "member of an unknown type",
+             "hidden", "sparse file")  # fmt: skip
+    assert dict(data.skipped) == dict.fromkeys(kinds, 1)
+    assert "skipped 7 files: " in data.remark
+    assert "1 symbolic link" in data.remark
+
+
+@pytest.mark.parametrize("second", ["a.cls", "a.CLS", "a.png"])
+def test_a_member_that_stands_twice_is_named(tmp_path: Path, second: str) -> None:
+    """Because nobody can say which of two labels holds."""
+    tarred(tmp_path / "0.tar", [*PAIR, (second, b"1", {})])
+    with pytest.raises(BadInput, match=rf"0\.tar: {second} (stands in it twice|and a\.png share a name); keep one"):
+        open_dataset("shards", str(tmp_path), SIDE)
+
+
+def test_a_shard_is_read_to_its_end(tmp_path: Path) -> None:
+    """tarfile stops in silence at a damaged header and at the end of the first of two files."""
+    tarred(tmp_path / "0.tar", PAIR)
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole.rstrip(b"\0").ljust(2 * 512 * len(PAIR), b"\0"))  # of no blocks at its end
+    assert len(open_dataset("shards", str(tmp_path), SIDE).y_test) == 2
+    for damaged in (whole + whole, whole[: 2 * 1024] + b"?" + whole[2 * 1024 + 1 :]):
+        (tmp_path / "0.tar").write_bytes(damaged)
+        with pytest.raises(BadInput, match=r"0\.tar: is damaged behind byte \d+, or two shards in one file"):
+            open_dataset("shards", str(tmp_path), SIDE)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("\u200b", "is blank"), ("\x01 ", "is blank"), ("\u00a0", "label is empty"),
+        ("ice  cream", "class 'ice cream' looks like class 'ice  cream'"),
+        ("ice\u00a0cream", "looks like"), ("cafe\u0301", "class 'caf\u00e9' looks like class 'cafe\u0301'"),
+        ("ice\u200b cream", "looks like"), ("c" * 1001, "has 1,001 letters, at most 1000; rename it"),
+    ],
+)  # fmt: skip
+def test_classes_that_look_alike_are_named(tmp_path: Path, other: str, message: str) -> None:
+    """A reader of a report could not tell them apart."""
+    (tmp_path / "list.csv").write_text(
+        f"path,label\na.png,ice cream\nb.png,caf\u00e9\nc.png,{other}\n", encoding="utf-8"
+    )
+    with pytest.raises(BadInput, match=message):
+        open_dataset("csv", str(tmp_path / "list.csv"), SIDE)
+
+
+def test_more_classes_than_a_network_has_are_refused(tmp_path: Path) -> None:
+    """Whoever takes a column of numbers for labels hears of it before an image is read."""
+    rows = "".join(f"{number}.png,{number}\n" for number in range(100_001))
+    (tmp_path / "list.csv").write_text("path,label\n" + rows)
+    with pytest.raises(BadInput, match="has 100,001 classes; at most 100,000 are read"):
+        open_dataset("csv", str(tmp_path / "list.csv"), SIDE)
