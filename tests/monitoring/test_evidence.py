@@ -29,6 +29,7 @@ from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
 from dfmcl.release.stores.bucket import BucketStore
 from dfmcl.release.stores.directory import Directory
+from dfmcl.robustness.attacks.suites import carried_by
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import load_run
@@ -59,7 +60,7 @@ def transferred(surrogates: str, eps: str, images: int = 100, norm: str = "linf"
     right = np.arange(images) < 0.9 * images
     about = {"kind": "transfer", "surrogate": "other", "surrogate_sha256": surrogates}
     parts = {name: evaluated(right, np.arange(images) < k, eps, about) for name, k in attacks.items()}
-    records = tuple(replace(one.attacks[0], name=name) for name, one in parts.items())
+    records = tuple(replace(one.attacks[0], name=name, parameters=carried_by(name)) for name, one in parts.items())
     one = next(iter(parts.values()))
     return replace(one, threat=threat_of(norm, eps), attacks=records)
 
