@@ -224,15 +224,17 @@ def test_other_interface_under_the_same_name_is_refused(
     assert promote(renamed, evidence, Directory(repository), name="worded_digits", trust=trust).version == 1
 
 
-def test_repository_that_cannot_be_written_is_broken(
-    tmp_path: Path, candidate: Path, evidence: Path, trust: Trust
+@pytest.mark.parametrize("place", ["file", "file/models"])
+def test_what_is_no_directory_is_no_repository(
+    tmp_path: Path, candidate: Path, evidence: Path, trust: Trust, place: str
 ) -> None:
-    """Exit code 5 and the reason in one line."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Broken, match="nothing was changed") as caught:
-        promote(candidate, evidence, Directory(tmp_path / "file" / "models"), name="digits", trust=trust)
-    assert caught.value.exit_code == 5
+    """A wrong path: exit code 2 and the reason in one line."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BadInput, match="is no directory, and none can be made there; name another") as caught:
+        promote(candidate, evidence, Directory(tmp_path / place), name="digits", trust=trust)
+    assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("promoted_before", [0, 1])
