@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -221,9 +222,11 @@ def config_bytes(store: Store, name: str, config: str = CONFIG) -> bytes:
     try:
         return store.read(f"{name}/{config}", TEXT_BYTES)
     except (OSError, Unfit) as error:
-        if f"{name}/{config}" in strangers(store, name):
-            raise BadInput(f"{store.where(f'{name}/{config}')}: promotion did not write this; {REMOVE}") from None
-        raise BadInput(f"{store.where(f'{name}/{config}')}: not readable ({why_unread(error)}); {MEND}") from None
+        where = store.where(f"{name}/{config}")
+        with suppress(OSError):  # what keeps the config from being read may hide the folder, too
+            if f"{name}/{config}" in strangers(store, name):
+                raise BadInput(f"{where}: promotion did not write this; {REMOVE}") from None
+        raise BadInput(f"{where}: not readable ({why_unread(error)}); {MEND}") from None
 
 
 def read_config(store: Store, name: str, config: str = CONFIG) -> Any:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
+from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import by_norm
 
 COARSE = 2  # pixels from one free value to the next, where frequencies are low
@@ -98,7 +99,7 @@ def interpolated(x: Tensor, threat: Ball) -> dict[str, Subspace]:
     Empty of others, and where no value is another's neighbour inside the ball. In Linf only: a length is met by
     scaling, which leaves the lattice.
     """
-    if threat.norm != "linf" or bool((x != x[:, :1]).any()) or (levels := coarse_levels(x)) is None:
+    if not isinstance(threat, Linf) or bool((x != x[:, :1]).any()) or (levels := coarse_levels(x)) is None:
         return {}
     steps = levels.unique().diff()
     near = bool(((steps > 2 * NEAR) & (steps <= math.floor(255 * threat.eps + TINY))).any())
