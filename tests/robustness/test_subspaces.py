@@ -316,7 +316,10 @@ class Faded(torch.nn.Module):
 
 
 def test_a_fade_on_what_digits_are_is_met(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
-    """Grey, low frequencies and the coarse values at once: alone each of them leaves what the three together break."""
+    """Grey, low frequencies and the coarse values at once: alone each of them leaves what the three together break.
+
+    They break 14 to 28 of the 39 or 40 that are left, by fixture seed (0 to 5); a quarter is asked for.
+    """
     model = Faded(plain, hardened).eval().requires_grad_(False)
     x, y = to_float(torch.from_numpy(np.asarray(data.x_test))), torch.from_numpy(data.y_test)
     found = interpolated(x, THREAT)
@@ -329,7 +332,7 @@ def test_a_fade_on_what_digits_are_is_met(plain: Classifier, hardened: Classifie
         for name, within in {"before": subspaces(x), "coarse": found}.items()
     }
     assert int(met["before"].sum()) > FEW / 3, "the fade hides nothing"
-    assert int(met["coarse"].sum()) < int(met["before"].sum()) / 2
+    assert int(met["coarse"].sum()) < 3 / 4 * int(met["before"].sum())
 
 
 def test_points_between_coarse_values_stay_among_them(data: Dataset) -> None:
