@@ -32,7 +32,7 @@ def predicate_text() -> str:
 
 
 def predicate_schema() -> Schema:
-    """What `statement.robustness` writes, as JSON Schema, from the records of which it takes parts."""
+    """What `statement.robustness` writes, as JSON Schema, from the records whose parts it takes."""
     report = Report.schema()
     records, top = report["$defs"], report["properties"]
     attack, measured = _part(records["AttackEntry"], ABOUT_ATTACK), _part(records["SuiteEntry"], MEASURED)

@@ -55,7 +55,7 @@ def batch_dependent(e: Examination) -> Found:
 
 
 def _companies(e: Examination, sizes: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Batches of which a part are strangers, by who they are: one of a kind behind a few images, many of it around one,
+    """Batches with strangers among the images, by kind: one of a kind behind a few images, many of it around one,
     all kinds mixed. As `_among` takes them."""
     strangers, most = _strangers(e), max(sizes, default=1)
     if most < 2:

@@ -41,7 +41,7 @@ def answered(
     timer.start()
     try:
         found: list[Any] = session.run(None, {session.get_inputs()[0].name: images}, told)
-    except Exception:
+    except Exception:  # ONNX Runtime says that it was stopped by an error as any other
         if not late.is_set():
             raise
         count = f"{len(images)} image{'s' if len(images) > 1 else ''}"

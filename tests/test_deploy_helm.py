@@ -71,7 +71,7 @@ def as_kustomize(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("overlay", ["cpu", "gpu"])
 def test_the_chart_is_the_manifests(overlay: str) -> None:
-    """Object by object and field by field: whoever uses one finds in the other what the docs say of it."""
+    """Object by object and field by field, because the docs speak of both."""
     wanted = by_name(as_chart(rendered(f"kubernetes/overlays/{overlay}")))
     made = by_name(as_kustomize(chart(gpu={"enabled": overlay == "gpu"})))
     assert made.keys() == wanted.keys()

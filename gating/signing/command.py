@@ -32,7 +32,7 @@ SHOWN = 300  # characters of the end of its stderr
 
 @dataclass(frozen=True)
 class CommandSigner:
-    """words: the command, run without a shell and without a terminal. public_key: what its signatures must fit."""
+    """words: the command, run without a shell and without a terminal. public_key: its signatures must fit it."""
 
     words: tuple[str, ...]
     public_key: SSlibKey

@@ -136,7 +136,7 @@ class BucketStore:
                 self._commit(before, self._fixed, begun)
         except UnusableStore:  # nobody knows what was written
             raise
-        except Exception:
+        except Exception:  # whatever ended it, nothing names these objects
             with suppress(UnusableStore):
                 self._objects.delete(self._brought)
             raise
@@ -304,7 +304,7 @@ class BucketStore:
         return UnusableStore(where, f"its object {held.key} is gone or holds other bytes than were promoted")
 
     def _keep(self, top: Path) -> None:
-        """Note that a copy was asked for; those that were not for longest are removed."""
+        """Note that a copy was asked for; the copies that nobody asked for longest are removed."""
         self._copies.pop(top, None)
         self._copies[top] = None
         while len(self._copies) > COPIES:

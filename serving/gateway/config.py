@@ -120,7 +120,7 @@ class LimitsSection(Section):
 
 
 class CrossOrigin(Section):
-    """Pages of which other origins may ask this gateway from a browser (CORS): none, unless they are named; "*" is all
+    """Origins whose pages may ask this gateway from a browser (CORS): none, unless they are named; "*" is all
     of them. Keys go in headers, never in cookies."""
 
     origins: Annotated[list[Origin], EachOnce] = Field(default=[])

@@ -80,7 +80,7 @@ def test_a_decider_that_there_is_not_is_refused(section: dict[str, Any], said: s
 
 
 class DecideOnly(Policy):
-    """A policy of which only [decide] matters."""
+    """A policy; only its [decide] matters."""
 
     criteria: list[str] = ["robust_accuracy >= 0.5 at 95 %"]  # noqa: RUF012 - pydantic copies defaults
     threat: Any = None
@@ -106,7 +106,7 @@ def test_what_is_not_installed_ends_with_2_and_one_line(
 
 
 def test_only_what_onnx_runtime_computes_has_a_provider(tmp_path: Path) -> None:
-    """A module answers in torch, whoever a policy names."""
+    """A module answers in torch, whichever provider a policy names."""
     with pytest.raises(BadInput, match=r"torch\.nn:Identity: is of kind module, which .* does not compute"):
         open_subject("torch.nn:Identity", contract=str(CONTRACT), provider=Provider.of(Decider("cuda")))
 

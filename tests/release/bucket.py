@@ -87,6 +87,6 @@ class Objects:
 
 
 def bucket_of(store: Store) -> BucketStore:
-    """The store as what it is known to be here."""
+    """The store, which is known to be a bucket here."""
     assert isinstance(store, BucketStore)
     return store

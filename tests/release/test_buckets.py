@@ -135,7 +135,7 @@ def test_a_look_at_an_unchanged_repository_is_one_request(
 
 
 def fill(store: BucketStore) -> None:
-    """A thousand versions, of which the second is served again: all of its objects, as only their names count."""
+    """A thousand versions; the second is served again: all of its objects, as only their names count."""
     with store.writing():
         second, history = store._index().below("digits/2"), read_history(store)
         more = {name.replace("/2/", f"/{number}/"): second[name] for number in range(3, 1001) for name in second}

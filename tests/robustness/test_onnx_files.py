@@ -105,7 +105,7 @@ def test_a_file_that_asks_for_all_memory_says_one_thing(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_that_is_not_there_is_named(tmp_path: Path, tensor: TensorProto, message: str) -> None:
-    """Whether a node uses it or not, because whoever reads the file takes its shape for the truth."""
+    """Whether a node uses it or not, because readers of the file take its shape for the truth."""
     model = classifier(tmp_path / "model.onnx")
     tensor.name = "unused"
     model.graph.initializer.append(tensor)
