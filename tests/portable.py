@@ -30,6 +30,11 @@ NUMERIC = (
     *("tests/gating/test_gate.py", "tests/gating/test_disbelief.py"),
     *("tests/release/test_export.py", "tests/release/test_parity.py"),
 )
+# Their bounds are of memory, which no rounding changes, and they take minutes.
+NOT_NUMERIC = (
+    "tests/robustness/test_portions.py::test_memory_does_not_grow_with_the_images",
+    "tests/training/test_learner.py::test_full_width_trains_in_four_gibibytes",
+)
 PROCESSES = 3  # as `make test`; fewer where each has several threads
 
 
@@ -107,7 +112,8 @@ def run(name: str, paths: Sequence[str]) -> tuple[int, Margins]:
     processes = max(1, PROCESSES - chosen.threads + 1)
     print(f"portable: {name}: {chosen}", flush=True)
     command = [sys.executable, "-m", "pytest", "--quiet", f"--numprocesses={processes}", "--dist=loadfile"]
-    command += ["--no-loadscope-reorder", "--durations=20", *chosen.options, *paths]
+    command += ["--no-loadscope-reorder", "--durations=20", *chosen.options]
+    command += [*(f"--deselect={test}" for test in NOT_NUMERIC), *paths]
     begun, environment = time.monotonic(), {**os.environ, **chosen.environment}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
