@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dfmcl.robustness.runs import CHECKPOINT, load_run
 from tests.conftest import LONG, SLOW
 from tests.networks import JITTER, PINNED, RECIPES, network
-from tests.portable import NUMERIC, PERTURBATIONS, ROOT, drawn, margins_in, nearest
+from tests.portable import NOT_NUMERIC, NUMERIC, PERTURBATIONS, ROOT, drawn, margins_in, nearest
 from tests.signs import sign_flip_p
 
 
@@ -41,6 +41,8 @@ def test_every_perturbation_is_drawn_by_some_commit() -> None:
 def test_named_files_are_there() -> None:
     """Lists of tests name nothing that is gone."""
     assert {path for path in NUMERIC if not (ROOT / path).exists()} == set()
+    for path, _, test in (name.partition("::") for name in NOT_NUMERIC):
+        assert f"def {test}(" in (ROOT / path).read_text()
     names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     assert {*LONG, *SLOW} <= names
     assert not {*LONG} & {*SLOW}
