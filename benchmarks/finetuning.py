@@ -123,7 +123,7 @@ def enlarged(told: argparse.Namespace) -> Path:
     for part, (x, y) in parts.items():
         large = functional.interpolate(to_float(torch.from_numpy(x)), size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
         arrays |= {f"x_{part}": to_bytes((large * 255).round() / 255).numpy(), f"y_{part}": y}
-    np.savez(place, **arrays)
+    np.savez(place, allow_pickle=False, **arrays)
     return place
 
 
@@ -168,7 +168,7 @@ def measured(name: str, radius: str, images: Path, weights: Path, told: argparse
 
     suite = [Attack.parse(one) for one in SUITES["fast"]]
     outcome = evaluate(
-        load_run(out).model, data.x_test, data.y_test, parse_threat(radius), suite, grid=True, cascade=True,
+        load_run(out).model, np.asarray(data.x_test), data.y_test, parse_threat(radius), suite, grid=True, cascade=True,
         seed=told.seed, batch_size=BATCH, track=shown,
     )  # fmt: skip
     kept = outcome.evaluation

@@ -47,3 +47,8 @@ def why_not_local(path: str) -> str:
     if not (scheme := scheme_of(path)):
         return ""
     return f"{scheme}: is no folder here, and neither buckets nor URLs can be used; name a path of this machine"
+
+
+def first_line(error: BaseException) -> str:
+    """Of a message that fills a screen, what fits in one of ours."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

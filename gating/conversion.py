@@ -22,11 +22,13 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from dfmcl.common.errors import DfmclError, lacks_memory
+from dfmcl.common.text import first_line
 from dfmcl.gating.deferred import deferred
 from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.logits import apart
 from dfmcl.robustness.onnx_float import NoTwin, float_twin
-from dfmcl.robustness.onnx_graph import WHOLE_NUMBERS, Graph, apart, artefact, freed, noise
-from dfmcl.robustness.onnx_session import FATAL, first_line
+from dfmcl.robustness.onnx_graph import WHOLE_NUMBERS, Graph, artefact, freed, noise
+from dfmcl.robustness.onnx_session import FATAL
 from dfmcl.robustness.provider import CPU, Provider
 
 # Of the largest logit. Sums in another order cost up to 3e-6 of it (inception_v3); where a file computes in float16, a

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import pickle
-import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfmcl.common.errors import BadInput, DfmclError, lacks_memory
+from dfmcl.common.errors import BadInput
 from dfmcl.robustness.contract import DTYPES, InputContract
 from dfmcl.robustness.onnx_graph import noise
-from dfmcl.robustness.onnx_session import first_line
-
-DETACHED = "no gradient reaches the image: its forward detaches it, or computes outside torch's autograd"
-SIGNALLED = (130, 143)  # how a process ends that was asked to by SIGINT or SIGTERM
+from dfmcl.robustness.user_code import DETACHED, guarded
 
 
 class Foreign(nn.Module):
@@ -92,39 +85,6 @@ class _Differentiated(torch.autograd.Function):
 def shown(x: Tensor, layout: str = "") -> str:
     """`float32 NCHW (2, 3, 8, 8)`."""
     return f"{str(x.dtype).removeprefix('torch.')}{layout} {tuple(x.shape)}"
-
-
-@contextmanager
-def guarded(said: str) -> Iterator[None]:
-    """Foreign code inside: whatever it raises is BadInput, be it sys.exit or no Exception at all."""
-    try:
-        yield
-    except (KeyboardInterrupt, DfmclError):
-        raise
-    except BaseException as error:
-        if (isinstance(error, SystemExit) and error.code in SIGNALLED) or lacks_memory(error):
-            raise  # of the machine: fewer images at once may do
-        raise BadInput(f"{said}: {type(error).__name__}: {first_line(error)}") from None
-    finally:
-        torch.set_default_dtype(torch.float32)  # ours are float32, whatever it has set
-
-
-def imported(text: str) -> nn.Module:
-    """What `module:callable` returns, looked for beside the user first. BadInput where that is no nn.Module."""
-    module, _, name = text.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        with guarded(f"{text}: cannot be made"):
-            found: Any = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
-            network = found()
-    finally:
-        sys.path.remove(here)
-    if not isinstance(network, nn.Module):
-        raise BadInput(f"{text}: returned a {type(network).__name__}; it must return a torch.nn.Module")
-    return network
 
 
 def without_gradients(foreign: Foreign) -> str:

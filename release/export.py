@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ from dfmcl.robustness.provider import CPU
 from dfmcl.robustness.runs import Run, load_run
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.threats.registry import threat_of
+from dfmcl.robustness.user_code import guarded
 
 OPSET = 20  # the newest that ONNX Runtime 1.20, the oldest we allow, and Triton 24.10 both run
 OLDEST_OPSET = 7  # that ONNX Runtime promises to run
@@ -86,24 +88,35 @@ def unsaid(line: str) -> None:
 
 
 def export(
-    run: Path, out: Path, *, weights: str = "float32", track: Track = silent, log: Callable[[str], None] = unsaid
+    run: Path,
+    out: Path,
+    *,
+    weights: str = "float32",
+    code: str = "",
+    track: Track = silent,
+    log: Callable[[str], None] = unsaid,
 ) -> dict[str, object]:
     """Write the candidate directory of a run and return its manifest; `out` is there in whole, or not at all.
 
-    weights: float32 or float16, how they are stored. BadInput (2): a run that does not hold, or is a packed surrogate,
+    weights: float32 or float16, how they are stored.
+    code: the `module:callable` of the run's network, where it is made by one.
+    track, log: where progress and remarks go.
+
+    BadInput (2): a run that does not hold, or is a packed surrogate,
     or an `out` that exists and is no candidate. Refused (1): a graph with random operators, or labels that change when
     weights are rounded. Broken (5): ONNX Runtime and the checkpoint disagree beyond the tolerance, or the disk fails.
     """
     if weights not in WEIGHTS:
         raise BadInput(f"weights are {weights!r}; choose one of {', '.join(WEIGHTS)}")
-    source = load_run(run)
+    source = load_run(run, code=code)
     if "origin" in source.manifest:  # a watch knows served weights by the digest of the run they were exported from
         raise BadInput(f"{run}: is a packed surrogate; export the run it was packed from")
     labels = labels_text(source.classes)
     stored = source.model if weights == "float32" else rounded(source.model)
     with whole_directory(out, names=(MODEL, LABELS, MANIFEST)) as staged:
         for _ in track((MODEL,), "converting to ONNX", 1):
-            model = to_onnx(stored, source.input_shape)
+            with guarded(f"{run}: {code} cannot be converted to ONNX") if code else nullcontext():
+                model = to_onnx(stored, source.input_shape)
         if random := random_operators(model):
             raise Refused(f"{run}: its graph draws random numbers ({', '.join(random)}); a served model must not")
         strip(model)
@@ -307,7 +320,7 @@ def compare(run: Run, stored: nn.Module, model: Path, track: Track, log: Callabl
     exported = np.concatenate(found)
     difference, agreement = _apart(np.concatenate(expected), exported)
     rounding, kept = _apart(np.concatenate(trained), exported)
-    tolerance = RELATIVE_TOLERANCE * max(1.0, float(np.abs(np.concatenate(expected)).max()))
+    tolerance = RELATIVE_TOLERANCE * float(np.abs(np.concatenate(expected)).max())
     if not difference <= tolerance:  # so that NaN is refused too
         raise Broken(
             f"{run.path}: ONNX Runtime's logits differ from the checkpoint's by {difference:.3g}, over the tolerance "

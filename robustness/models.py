@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
+from dfmcl.robustness.user_code import is_code, trainable
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """All that is needed to build a network without its weights. `input_shape` is (H, W, C), as on the wire.
 
-    arch: `resnet18`, `torchvision:NAME` or `timm:NAME`; width and activation belong to `resnet18` only.
+    arch: `resnet18`, `torchvision:NAME`, `timm:NAME`, or `module:callable`, which is code that is run; width and
+        activation belong to `resnet18` only.
     """
 
     arch: str
@@ -159,6 +161,8 @@ def build_network(spec: ModelSpec) -> nn.Module:
     if spec.arch == "resnet18":
         return ResNet18(spec.width, spec.classes, spec.input_shape[2], spec.activation)
     try:
+        if is_code(spec.arch):
+            return trainable(spec.arch, spec.classes, spec.input_shape)
         return library_network(spec.arch, spec.classes, spec.input_shape[2])
     except BadInput as error:
         raise BadInput(f"model.arch: {error}") from None
@@ -184,8 +188,8 @@ def library_network(arch: str, classes: int, channels: int) -> nn.Module:
             made: nn.Module = timm.create_model(name, num_classes=classes, in_chans=channels)
             return made
     raise BadInput(
-        f"{arch!r} is unknown; choose resnet18, torchvision:NAME (torchvision.models.list_models()) or timm:NAME"
-        " (timm.list_models())"
+        f"{arch!r} is unknown; choose resnet18, torchvision:NAME (torchvision.models.list_models()), timm:NAME"
+        " (timm.list_models()) or module:callable"
     )
 
 

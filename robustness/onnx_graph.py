@@ -19,11 +19,13 @@ from torch import Tensor
 from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.providers import FULL, WHOLE, Decider
 from dfmcl.common.reader import Unfit, read_plain, why_unread
+from dfmcl.common.text import first_line
 from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.logits import apart
 from dfmcl.robustness.onnx_float import by_batch, constants_of
 from dfmcl.robustness.onnx_head import Head, headed
 from dfmcl.robustness.onnx_random import random_operators
-from dfmcl.robustness.onnx_session import asked, first_line, observed, opened
+from dfmcl.robustness.onnx_session import asked, observed, opened
 from dfmcl.robustness.onnx_tensors import all_tensors, require_whole
 from dfmcl.robustness.provider import CPU, Provider
 
@@ -237,17 +239,6 @@ def noise(contract: InputContract, images: int, seed: int = 0) -> Tensor:
     rough = torch.rand(images, channels, height, width, generator=generator)
     mixed = torch.where(torch.arange(images).view(-1, 1, 1, 1) % 2 == 0, smooth, rough)
     return (mixed * 255).round() / 255
-
-
-def apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference of two sets of logits, as a share of the largest logit; infinite where one is not finite.
-
-    Not of 1 where all are smaller: a model may well answer in thousandths.
-    """
-    if one.shape != other.shape:
-        return float("inf")
-    difference = (one - other).abs().max() / one.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float(difference) if difference.isfinite() else float("inf")
 
 
 def _same_answers(graph: Graph, free: Graph) -> bool:

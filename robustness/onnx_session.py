@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dfmcl.common.errors import BadInput, lacks_memory
+from dfmcl.common.text import first_line
 from dfmcl.robustness.deadline import SECONDS, answered
 from dfmcl.robustness.provider import CPU, Provider
 
@@ -82,8 +83,3 @@ def asked(
             raise
         raise BadInput(f"{where}: cannot take {what}: {first_line(error)}") from None
     return [np.asarray(value) for value in found]
-
-
-def first_line(error: BaseException) -> str:
-    """Of a message that fills a screen, what fits in one of ours."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

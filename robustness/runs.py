@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 
 from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.files import read_json, sha256_of
+from dfmcl.robustness.logits import apart
 from dfmcl.robustness.models import Classifier, ModelSpec
+from dfmcl.robustness.user_code import answers, is_code
 
 FORMAT = "dfmcl.run/1"
 CHECKPOINT = "checkpoint.safetensors"
 MANIFEST = "manifest.json"
+SAME_CODE = 1e-3  # of the largest logit: other processors sum in another order
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,11 @@ def parse_device(text: str = "") -> torch.device:
     return device
 
 
-def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
-    """Read a run and prove that its weights are the ones its manifest names."""
+def load_run(directory: Path | str, device: torch.device | str = "cpu", *, code: str = "") -> Run:
+    """Read a run and prove that its weights are the ones its manifest names.
+
+    code: the `module:callable` that may be run, as its user said: no manifest decides that by itself.
+    """
     directory = Path(directory)
     if not (directory / MANIFEST).exists():
         unfinished = (directory / "state").is_dir()
@@ -75,6 +81,13 @@ def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
         raise BadInput(f"{checkpoint}: SHA-256 is {digest[:12]}..., its manifest says otherwise; train it again")
     try:
         spec = ModelSpec.from_json(manifest["model"])
+        if code and code != spec.arch:
+            raise BadInput(f"{directory}: its network is {spec.arch}, not {code}")
+        if is_code(spec.arch) and not code:
+            raise BadInput(
+                f"{directory}: its network is made by code, which only `train`, `evaluate` and `export` run, when told:"
+                f" --arch {spec.arch}; all else takes the exported candidate"
+            )
         labels = tuple(str(label) for label in manifest["labels"])
         model = Classifier(spec)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(checkpoint).items()})
@@ -83,4 +96,9 @@ def load_run(directory: Path | str, device: torch.device | str = "cpu") -> Run:
             raise
         first_line = str(error).splitlines()[0]
         raise BadInput(f"{directory}: checkpoint and manifest do not fit: {first_line}") from None
-    return Run(directory, model.eval().to(device), manifest, digest, labels, spec.input_shape)
+    model.eval()
+    if code:
+        then, now = torch.tensor([manifest.get("answers", [])]), answers(model, spec.input_shape)
+        if not apart(then, now) <= SAME_CODE:
+            raise BadInput(f"{directory}: {code} answers otherwise than when the run was trained; train it again")
+    return Run(directory, model.to(device), manifest, digest, labels, spec.input_shape)

@@ -37,7 +37,8 @@ class DataSection(DataSource):
 
 
 class Model(Section):
-    """Which network: `resnet18`, or any classifier as `torchvision:NAME` or `timm:NAME`.
+    """Which network: `resnet18`, or any classifier as `torchvision:NAME`, `timm:NAME`, or as code, `module:callable`,
+    which is looked for beside the user, called without arguments, and sent pixels from 0 to 1 where scale is empty.
 
     width (maps of the first stage; 64 is the usual ResNet-18) and activation belong to `resnet18` only.
     weights: what to begin with: a file (.safetensors, .pth) or `torchvision:NAME`, `timm:NAME`; a head of another

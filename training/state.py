@@ -17,6 +17,7 @@ from dfmcl.common.files import dump_json, sha256_of, write_bytes, write_text
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.runs import CHECKPOINT, FORMAT, MANIFEST
+from dfmcl.robustness.user_code import answers, is_code
 from dfmcl.training.compact import expand, shrink
 from dfmcl.training.config import TrainConfig
 
@@ -119,6 +120,7 @@ def write_run(
     config, model, labels, data, result: what the manifest says of the run.
     begun: the pretrained weights that it began with; None: from scratch.
     """
+    spec = model.spec
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if wild := [name for name, value in tensors.items() if not value.isfinite().all()]:
         raise Broken(f"{out}: {wild[0]} is not finite after the last step; lower optimization.lr and train again")
@@ -126,7 +128,7 @@ def write_run(
     manifest = {
         "format": FORMAT,
         "created": now(),
-        "model": model.spec.to_json(),
+        "model": spec.to_json(),
         "labels": list(labels),
         "data": data,
         "seed": config.seed,
@@ -135,6 +137,7 @@ def write_run(
         "files": {CHECKPOINT: sha256_of(out / CHECKPOINT)},
         "result": result,
         **({"weights": begun} if begun else {}),
+        **({"answers": answers(model.eval(), spec.input_shape)[0].tolist()} if is_code(spec.arch) else {}),
         **provenance(),
     }
     write_text(out / MANIFEST, dump_json(manifest))

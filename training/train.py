@@ -26,6 +26,7 @@ from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
 from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.threats.linf import Linf
+from dfmcl.robustness.user_code import is_code
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.course import ELSEWHERE, Course
 from dfmcl.training.feed import fits
@@ -171,7 +172,8 @@ def require_room(out: Path, resume: bool) -> None:
 
 def finished(out: Path, config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """The manifest of a run that is complete, if it was this config's, on these data."""
-    manifest = load_run(out).manifest
+    arch = config.model.arch
+    manifest = load_run(out, code=arch if is_code(arch) else "").manifest
     if manifest.get("config_sha256") != config.digest:
         raise BadInput(f"{out}: is a finished run of another config; train into another directory")
     if manifest["data"]["sha256"] != data.sha256:
@@ -211,7 +213,9 @@ def require_every_class(data: Dataset, labels: Labels) -> None:
 def begin(config: TrainConfig, data: Dataset, log: Callable[[str], None]) -> tuple[Classifier, dict[str, Any] | None]:
     """The network at a run's first step, and the manifest's entry of the pretrained weights that it begins with."""
     if not config.model.weights:
-        return build(config, data, scale_of(config.model.scale, None)), None
+        # Code gets what a gate of `module:callable` gives it: pixels from 0 to 1, which it may bring to a scale itself.
+        told = config.model.scale or ("plain" if is_code(config.model.arch) else "")
+        return build(config, data, scale_of(told, None)), None
     pretrained = read_pretrained(config.model.weights)
     scale = scale_of(config.model.scale, pretrained)
     network = build(config, data, scale)

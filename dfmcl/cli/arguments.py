@@ -98,6 +98,7 @@ SUBJECT = Annotated[
     ),
 ]
 ARCH = Annotated[str | None, typer.Option(help="Of a file of weights: torchvision:NAME, timm:NAME or module:callable.")]
+CODE = Annotated[str, typer.Option("--arch", help="A run's module:callable, where code makes its network: runs it.")]
 VERIFY_DATA = Annotated[
     bool, typer.Option("--verify-data", help="Read all images' files again: trust no digest that an earlier run kept.")
 ]

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dfmcl.cli.arguments import (
+    CODE,
     LIVE,
     NAME,
     OUTPUT,
@@ -35,6 +36,7 @@ def export(
     labels: Annotated[Path | None, typer.Option(help="The ONNX file's classes in order, one a line.")] = None,
     output: OUTPUT = None,
     preprocessing: PREPROCESSING = None,
+    arch: CODE = "",
 ) -> None:
     """Freeze a run to ONNX, or wrap an ONNX file, and prove it equal to its source."""
     from dfmcl.common.errors import BadInput
@@ -44,6 +46,8 @@ def export(
         raise BadInput(f"{source}: say what it takes and what it tells apart: --input 'float32 NCHW' --labels FILE")
     if foreign and weights is not None:
         raise BadInput(f"{source}: an ONNX file keeps its weights as they are; leave --weights out")
+    if foreign and arch:
+        raise BadInput(f"{source}: an ONNX file is a network already; leave --arch out")
     if not foreign and any(value is not None for value in (contract, names, output, preprocessing)):
         raise BadInput(
             f"{source}: is no ONNX file; a run knows --input, --labels, --output and --preprocessing; leave them out"
@@ -63,7 +67,7 @@ def export(
             track=track,
         )
     else:
-        manifest = run_export(source, out, weights=weights or "float32", track=track, log=say)
+        manifest = run_export(source, out, weights=weights or "float32", code=arch, track=track, log=say)
     parity: Any = manifest["parity"]
     images = "images of smooth colours and noise" if foreign else "images"
     rounding = (

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dfmcl.cli.arguments import CODE
 from dfmcl.cli.command import command
 from dfmcl.cli.output import say, track
 
@@ -37,6 +38,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda. Default: the GPU, where there is one.")] = "",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the attacks.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the record here (JSON).")] = None,
+    arch: CODE = "",
 ) -> None:
     """Measure a run's accuracy under attack on test images."""
     from dfmcl.common.errors import BadInput
@@ -53,7 +55,7 @@ def evaluate(
     attacks = [planned.name for planned in Attack.parse_suite(suite)] if suite else attack or ()
     where = parse_device(device)
     with nullcontext() if out is None else only_writer(out, FORMAT):  # asked before the attacks, not after
-        trained = load_run(run, where)
+        trained = load_run(run, where, code=arch)
         source = load_run(surrogate, where) if surrogate else None
         threats = [parse_threat(text) for text in threat or [trained.manifest["config"]["curriculum"]["beta"]]]
         entry = trained.data

@@ -15,8 +15,9 @@ from dfmcl.gating.signing.evidence import candidate_files, read_candidate
 from dfmcl.gating.subject import Decide, Subject, classes_of
 from dfmcl.gating.subjects.onnx_file import gradients_of, reopened
 from dfmcl.robustness.contract import InputContract
+from dfmcl.robustness.logits import apart
 from dfmcl.robustness.models import exactly, frozen
-from dfmcl.robustness.onnx_graph import apart, artefact, count_classes, noise, read_graph
+from dfmcl.robustness.onnx_graph import artefact, count_classes, noise, read_graph
 from dfmcl.robustness.provider import CPU, Provider
 from dfmcl.robustness.runs import load_run
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from dfmcl.gating.afresh import asked_afresh
-from dfmcl.gating.foreign import imported
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.network import declared, network_subject
+from dfmcl.robustness.user_code import imported
 
 
 def module_subject(text: str, contract: str | None, labels: tuple[str, ...] | None = None) -> Subject:

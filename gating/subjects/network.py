@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
-from dfmcl.gating.foreign import Foreign, guarded, kept, state_digest, without_gradients
+from dfmcl.gating.foreign import Foreign, kept, state_digest, without_gradients
 from dfmcl.gating.subject import Decide, Subject, classes_of
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.models import device_of, exactly, to_float
 from dfmcl.robustness.onnx_graph import count_classes
+from dfmcl.robustness.user_code import guarded
 
 ODD_BATCH = 7  # as no attack asks
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dfmcl.common.errors import BadInput
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.conversion import in_parts
-from dfmcl.gating.foreign import guarded
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.network import declared, network_subject
+from dfmcl.robustness.user_code import guarded
 
 
 class Program(nn.Module):

@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.afresh import asked_afresh
-from dfmcl.gating.foreign import guarded, imported
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.network import declared, network_subject
 from dfmcl.robustness.models import library_network
+from dfmcl.robustness.user_code import guarded, imported, is_code
 from dfmcl.robustness.weights import read_weights, unwrapped
 
-LIBRARIES = ("torchvision", "timm")
 CLASSES = 1000  # of their networks, where nobody says another number
 State = Mapping[str, Tensor]
 
@@ -34,8 +33,8 @@ def weights_subject(
             " module:callable"
         )
     taken, state = declared(contract, path), read_weights(path)
-    library, name = arch.partition(":")[0], f"{path} as {arch}"
-    if library not in LIBRARIES:
+    name = f"{path} as {arch}"
+    if is_code(arch) or ":" not in arch:
         network = imported(arch)
         state = unwrapped(state, network.state_dict().keys())
         afresh = partial(asked_afresh, arch, state=dict(state))
