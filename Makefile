@@ -3,7 +3,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check test coverage test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
-	setup-openvino bench-providers bench-checks bench-data bench-finetuning bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
+	setup-openvino bench-providers bench-checks bench-data bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
 	dashboards pictures report-schema sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && { echo $$p; break; }; done)
@@ -33,7 +33,7 @@ help:
 	@echo 'make bench-alarms        a drill: from weaker bytes to a page and back; writes alarms.json, .md'
 	@echo 'make bench-watch         what the sidecar costs users; writes watch.json, watch_crafted.json, .md'
 	@echo 'make bench-data          memory and time to the first step on JPEG files; DATA=photos; writes data.json, .md'
-	@echo 'make bench-finetuning    what pretrained weights and masks are worth at 96 pixels; DATA=cifar10.npz WORK=FOLDER; writes finetuning.json, .md'
+	@echo 'make    what pretrained weights and masks are worth at 96 pixels; DATA=cifar10.npz WORK=FOLDER; writes finetuning.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make bench-providers     the shipped model as other providers and precisions serve it; DATA=cifar10.npz; writes providers.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
@@ -115,9 +115,6 @@ bench-standard: .venv/.installed
 
 bench-serving: .venv/.installed .venv-triton/.installed
 	$(BIN)/python -m benchmarks.serving
-
-bench-finetuning: .venv/.installed
-	$(BIN)/python -m benchmarks.finetuning --data $(or $(DATA),cifar10.npz) --work $(or $(WORK),runs/finetuning)
 
 bench-detection: .venv/.installed
 	$(BIN)/python -m benchmarks.detection --data $(or $(DATA),cifar10.npz)
