@@ -33,7 +33,6 @@ help:
 	@echo 'make bench-alarms        a drill: from weaker bytes to a page and back; writes alarms.json, .md'
 	@echo 'make bench-watch         what the sidecar costs users; writes watch.json, watch_crafted.json, .md'
 	@echo 'make bench-data          memory and time to the first step on JPEG files; DATA=photos; writes data.json, .md'
-	@echo 'make    what pretrained weights and masks are worth at 96 pixels; DATA=cifar10.npz WORK=FOLDER; writes finetuning.json, .md'
 	@echo 'make bench-checks        which check catches which trap, and honest models; writes checks.json, .md'
 	@echo 'make bench-providers     the shipped model as other providers and precisions serve it; DATA=cifar10.npz; writes providers.json, .md'
 	@echo 'make sbom, make audit    what the serving images bring along (CycloneDX), and what is known against it'
