@@ -44,10 +44,8 @@ def export(
     foreign, names = source.is_file(), read_labels(labels)
     if foreign and (contract is None or names is None):
         raise BadInput(f"{source}: say what it takes and what it tells apart: --input 'float32 NCHW' --labels FILE")
-    if foreign and weights is not None:
-        raise BadInput(f"{source}: an ONNX file keeps its weights as they are; leave --weights out")
-    if foreign and arch:
-        raise BadInput(f"{source}: an ONNX file is a network already; leave --arch out")
+    if foreign and (weights is not None or arch):
+        raise BadInput(f"{source}: an ONNX file keeps its network and weights; leave --weights and --arch out")
     if not foreign and any(value is not None for value in (contract, names, output, preprocessing)):
         raise BadInput(
             f"{source}: is no ONNX file; a run knows --input, --labels, --output and --preprocessing; leave them out"
@@ -57,15 +55,8 @@ def export(
     from dfmcl.release.export import wrap
 
     if contract is not None and names is not None:
-        manifest = wrap(
-            source,
-            out,
-            contract=contract,
-            labels=names,
-            output=output,
-            preprocessing=read_preprocessing(preprocessing),
-            track=track,
-        )
+        fitted = read_preprocessing(preprocessing)
+        manifest = wrap(source, out, contract=contract, labels=names, output=output, preprocessing=fitted, track=track)
     else:
         manifest = run_export(source, out, weights=weights or "float32", code=arch, track=track, log=say)
     parity: Any = manifest["parity"]

@@ -521,7 +521,7 @@ def test_command_wraps_a_file(tmp_path: Path) -> None:
     meant = ["--input", "float32 NCHW clip", "--labels", str(tmp_path / "labels.txt")]
     for call, message in (
         (command, "--input 'float32 NCHW' --labels FILE"),
-        ([*command, *meant, "--weights", "float16"], "an ONNX file keeps its weights as they are"),
+        ([*command, *meant, "--weights", "float16"], "an ONNX file keeps its network and weights"),
         (
             [*command[:4], str(tmp_path), *command[5:], *meant],
             "is no ONNX file; a run knows --input, --labels, --output and --preprocessing",
