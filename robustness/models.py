@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.user_code import is_code, trainable
+from dfmcl.robustness.arch import is_code
+from dfmcl.robustness.user_code import trainable
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,13 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, code: str = "") -> None:
+        """code: the `module:callable` that may be run, as the user said; no file decides that by itself."""
         super().__init__()
         self.spec = spec
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
-        self.net = build_network(spec)
+        self.net = build_network(spec, code)
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net((x - self.mean) / self.std)
@@ -156,16 +158,23 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_network(spec: ModelSpec) -> nn.Module:
-    """The network behind the normalisation, with fresh weights: images `(N, C, H, W)` to logits `(N, K)`."""
+def build_network(spec: ModelSpec, code: str = "") -> nn.Module:
+    """The network behind the normalisation, with fresh weights: images `(N, C, H, W)` to logits `(N, K)`.
+
+    code: see `Classifier`. BadInput for an unknown architecture, or code that nobody asked for.
+    """
+    if code and code != spec.arch:
+        raise BadInput(f"its network is {spec.arch}, not {code}")
     if spec.arch == "resnet18":
         return ResNet18(spec.width, spec.classes, spec.input_shape[2], spec.activation)
-    try:
-        if is_code(spec.arch):
-            return trainable(spec.arch, spec.classes, spec.input_shape)
+    if not is_code(spec.arch):
         return library_network(spec.arch, spec.classes, spec.input_shape[2])
-    except BadInput as error:
-        raise BadInput(f"model.arch: {error}") from None
+    if not code:
+        raise BadInput(
+            "its network is made by code, which only `train`, `evaluate` and `export` run, when told:"
+            f" --arch {spec.arch}; all else takes the exported candidate"
+        )
+    return trainable(spec.arch, spec.classes, spec.input_shape)
 
 
 def library_network(arch: str, classes: int, channels: int) -> nn.Module:

@@ -14,7 +14,7 @@ from dfmcl.common.errors import BadInput, lacks_memory
 from dfmcl.common.files import read_json, sha256_of
 from dfmcl.robustness.logits import apart
 from dfmcl.robustness.models import Classifier, ModelSpec
-from dfmcl.robustness.user_code import answers, is_code
+from dfmcl.robustness.user_code import answers
 
 FORMAT = "dfmcl.run/1"
 CHECKPOINT = "checkpoint.safetensors"
@@ -60,7 +60,7 @@ def parse_device(text: str = "") -> torch.device:
 def load_run(directory: Path | str, device: torch.device | str = "cpu", *, code: str = "") -> Run:
     """Read a run and prove that its weights are the ones its manifest names.
 
-    code: the `module:callable` that may be run, as its user said: no manifest decides that by itself.
+    code: the `module:callable` that may be run, see `Classifier`.
     """
     directory = Path(directory)
     if not (directory / MANIFEST).exists():
@@ -81,16 +81,11 @@ def load_run(directory: Path | str, device: torch.device | str = "cpu", *, code:
         raise BadInput(f"{checkpoint}: SHA-256 is {digest[:12]}..., its manifest says otherwise; train it again")
     try:
         spec = ModelSpec.from_json(manifest["model"])
-        if code and code != spec.arch:
-            raise BadInput(f"{directory}: its network is {spec.arch}, not {code}")
-        if is_code(spec.arch) and not code:
-            raise BadInput(
-                f"{directory}: its network is made by code, which only `train`, `evaluate` and `export` run, when told:"
-                f" --arch {spec.arch}; all else takes the exported candidate"
-            )
         labels = tuple(str(label) for label in manifest["labels"])
-        model = Classifier(spec)
+        model = Classifier(spec, code=code)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(checkpoint).items()})
+    except BadInput as error:
+        raise BadInput(f"{directory}: {error}") from None
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if lacks_memory(error):
             raise

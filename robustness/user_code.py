@@ -17,13 +17,7 @@ from dfmcl.common.errors import BadInput, DfmclError, lacks_memory
 from dfmcl.common.text import first_line
 
 SIGNALLED = (130, 143)  # how a process ends that was asked to by SIGINT or SIGTERM
-LIBRARIES = ("torchvision", "timm")
 DETACHED = "no gradient reaches the image: its forward detaches it, or computes outside torch's autograd"
-
-
-def is_code(arch: str) -> bool:
-    """Whether an architecture is `module:callable`, not a name of ours or of a library."""
-    return ":" in arch and arch.partition(":")[0] not in LIBRARIES
 
 
 @contextmanager

@@ -178,7 +178,7 @@ def perform(
     directory = out / "runs" / run.name
     manifest = train(run.config, directory, resume=True, limits=limits, track=track, log=log)
     shutil.rmtree(directory / "state", ignore_errors=True)  # a finished run needs none; 130 MB at full width
-    trained = load_run(directory, device)
+    trained = load_run(directory, device, code=run.config.model.code)
     if run.method in campaign.sources:
         write_weights(out / "weights" / f"{run.name}.safetensors", trained.model)
     evaluations: tuple[Evaluation, ...] = ()
@@ -300,7 +300,8 @@ def find_source(run: PlannedRun | None, out: Path, device: str) -> Classifier | 
     if not path.exists():
         return f"the weights of {run.name} are missing; once they are there, remove this run's record to measure again"
     try:
-        model = Classifier(ModelSpec.from_json(read_json(path.with_suffix(".json"))))
+        spec = ModelSpec.from_json(read_json(path.with_suffix(".json")))
+        model = Classifier(spec, code=run.config.model.code)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
     except (BadInput, RuntimeError, SafetensorError) as error:
         return f"the weights of {run.name} are not readable: {str(error).splitlines()[0]}"

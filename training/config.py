@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, Seed, read_shipped, shipped, validated
+from dfmcl.robustness.arch import is_code
 from dfmcl.robustness.sources import DataSource, Kind
 from dfmcl.robustness.threats.radius import Radius
 
@@ -53,6 +54,11 @@ class Model(Section):
     scale: str = ""
     frozen: list[str] = Field(default=[])
     batch_norm: Literal["batch", "frozen", "synchronised"] = "batch"
+
+    @property
+    def code(self) -> str:
+        """The `module:callable` that makes the network; empty where none does."""
+        return self.arch if is_code(self.arch) else ""
 
 
 class Masking(Section):

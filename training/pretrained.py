@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dfmcl.common.errors import BadInput
 from dfmcl.common.files import sha256_of
 from dfmcl.common.text import why_not_local
+from dfmcl.robustness.arch import LIBRARIES
 from dfmcl.robustness.scale import Scale
-from dfmcl.robustness.user_code import LIBRARIES
 from dfmcl.robustness.weights import fitted, read_weights
 
 

@@ -14,10 +14,11 @@ from safetensors.torch import save
 
 from dfmcl.common.errors import BadInput, Broken, lacks_memory
 from dfmcl.common.files import dump_json, sha256_of, write_bytes, write_text
+from dfmcl.robustness.arch import is_code
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.runs import CHECKPOINT, FORMAT, MANIFEST
-from dfmcl.robustness.user_code import answers, is_code
+from dfmcl.robustness.user_code import answers
 from dfmcl.training.compact import expand, shrink
 from dfmcl.training.config import TrainConfig
 

@@ -26,7 +26,6 @@ from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST, load_run
 from dfmcl.robustness.scale import Scale
 from dfmcl.robustness.threats.linf import Linf
-from dfmcl.robustness.user_code import is_code
 from dfmcl.training.config import TrainConfig
 from dfmcl.training.course import ELSEWHERE, Course
 from dfmcl.training.feed import fits
@@ -172,8 +171,7 @@ def require_room(out: Path, resume: bool) -> None:
 
 def finished(out: Path, config: TrainConfig, data: Dataset) -> dict[str, Any]:
     """The manifest of a run that is complete, if it was this config's, on these data."""
-    arch = config.model.arch
-    manifest = load_run(out, code=arch if is_code(arch) else "").manifest
+    manifest = load_run(out, code=config.model.code).manifest
     if manifest.get("config_sha256") != config.digest:
         raise BadInput(f"{out}: is a finished run of another config; train into another directory")
     if manifest["data"]["sha256"] != data.sha256:
@@ -214,7 +212,7 @@ def begin(config: TrainConfig, data: Dataset, log: Callable[[str], None]) -> tup
     """The network at a run's first step, and the manifest's entry of the pretrained weights that it begins with."""
     if not config.model.weights:
         # Code gets what a gate of `module:callable` gives it: pixels from 0 to 1, which it may bring to a scale itself.
-        told = config.model.scale or ("plain" if is_code(config.model.arch) else "")
+        told = config.model.scale or ("plain" if config.model.code else "")
         return build(config, data, scale_of(told, None)), None
     pretrained = read_pretrained(config.model.weights)
     scale = scale_of(config.model.scale, pretrained)
@@ -239,7 +237,10 @@ def build(config: TrainConfig, data: Dataset, scale: Scale | None = None) -> Cla
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Classifier(spec)
+        try:
+            return Classifier(spec, code=config.model.code)
+        except BadInput as error:
+            raise BadInput(f"model.arch: {error}") from None
 
 
 def statistics(data: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:

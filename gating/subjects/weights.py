@@ -12,8 +12,9 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.afresh import asked_afresh
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.network import declared, network_subject
+from dfmcl.robustness.arch import is_code
 from dfmcl.robustness.models import library_network
-from dfmcl.robustness.user_code import guarded, imported, is_code
+from dfmcl.robustness.user_code import guarded, imported
 from dfmcl.robustness.weights import read_weights, unwrapped
 
 CLASSES = 1000  # of their networks, where nobody says another number

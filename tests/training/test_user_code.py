@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness.models import ModelSpec, build_network
+from dfmcl.robustness.models import Classifier, ModelSpec, build_network
 from dfmcl.robustness.runs import load_run
 
 CODE = '''
@@ -69,19 +69,26 @@ def test_no_manifest_runs_code_by_itself(home: Path, monkeypatch: pytest.MonkeyP
     assert "mine" not in sys.modules
     with pytest.raises(BadInput, match="its network is mine:make, not os:getcwd"):
         load_run(home / "run", code="os:getcwd")
-    for command in (("evaluate", "run"), ("export", "run", "--out", "other"), ("pack", "run", "--out", "other")):
-        code, said = dfmcl(home, *command)
-        assert (code, "--arch mine:make" in said) == (2, True), said
+    with pytest.raises(BadInput, match="made by code"):
+        Classifier(ModelSpec("mine:make", 64, 10, (16, 16, 3), (0.0,) * 3, (1.0,) * 3))
+    assert "mine" not in sys.modules
+    code, said = dfmcl(home, "export", "run", "--out", "other")
+    assert (code, "--arch mine:make" in said) == (2, True), said
 
 
-def test_code_that_answers_otherwise_is_no_longer_the_runs(home: Path, tmp_path: Path) -> None:
+def test_code_that_answers_otherwise_is_no_longer_the_runs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another activation takes the same weights, and is another network; the same one in other words is none."""
-    shutil.copytree(home / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(CODE.replace("nn.ReLU()", "nn.GELU()"))
-    code, said = dfmcl(tmp_path, "export", "run", "--out", "candidate", "--arch", "mine:make")
-    assert (code, "answers otherwise than when the run was trained" in said) == (2, True), said
+    with pytest.raises(BadInput, match="mine:make answers otherwise than when the run was trained"):
+        load_run(home / "run", code="mine:make")
+    monkeypatch.delitem(sys.modules, "mine")
     (tmp_path / "mine.py").write_text("# mine\n" + CODE.replace("2 * x - 1", "x + x - 1"))
-    assert dfmcl(tmp_path, "export", "run", "--out", "candidate", "--arch", "mine:make")[0] == 0
+    importlib.invalidate_caches()
+    assert load_run(home / "run", code="mine:make").input_shape == (16, 16, 3)
+    monkeypatch.delitem(sys.modules, "mine")
 
 
 WRONG = {
@@ -113,5 +120,5 @@ def test_what_cannot_be_trained_is_told_before_it_is(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "theirs", raising=False)
     with pytest.raises(BadInput, match=WRONG[body]):
-        build_network(ModelSpec("theirs:make", 64, 10, (16, 16, 3), (0.0,) * 3, (1.0,) * 3))
+        build_network(ModelSpec("theirs:make", 64, 10, (16, 16, 3), (0.0,) * 3, (1.0,) * 3), "theirs:make")
     monkeypatch.delitem(sys.modules, "theirs", raising=False)
