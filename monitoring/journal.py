@@ -118,8 +118,9 @@ class VersionTotals:
             return totals
         further = dict(self.further)
         for part in result.replay.further:
-            old = further.get(part.kind, Replayed(part.kind, 0, 0))
-            further[part.kind] = Replayed(part.kind, old.images + part.images, old.mismatches + part.mismatches)
+            before = further.get(part.kind, Replayed(part.kind, 0, 0))
+            images, mismatches = before.images + part.images, before.mismatches + part.mismatches
+            further[part.kind] = Replayed(part.kind, images, mismatches)
         return replace(
             totals,
             further=further,

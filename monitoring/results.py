@@ -211,7 +211,8 @@ def _is_sound(outcome: Round) -> bool:
         counts += [attack.queries for attack in outcome.attacks]
         if outcome.replay is not None:
             parts = outcome.replay.further
-            counts += [count for part in (outcome.replay, *parts) for count in (part.images, part.mismatches)]
+            counts += [outcome.replay.images, outcome.replay.mismatches]
+            counts += [count for part in parts for count in (part.images, part.mismatches)]
             words = words and all(isinstance(part.kind, str) for part in parts)
             numbers.append(outcome.replay.difference)
     else:

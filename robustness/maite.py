@@ -80,4 +80,5 @@ def _bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
         return image
     if image.dtype.kind != "f" or not ((image >= 0) & (image <= 1)).all():
         raise BadInput(f"an image holds {image.dtype}: uint8 is asked for, or floats in [0, 1]")
-    return np.rint(image * 255).astype(np.uint8)
+    found: NDArray[np.uint8] = np.rint(image * 255).astype(np.uint8)
+    return found
