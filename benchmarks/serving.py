@@ -42,15 +42,19 @@ from dfmcl.robustness.models import Classifier, ModelSpec
 from dfmcl.robustness.provider import CPU
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.gateway import service as gateway
+from dfmcl.serving.gateway.api_keys import digest_of
 from dfmcl.serving.gateway.config import GatewayConfig
+from dfmcl.serving.gateway.v2 import HEADER_LENGTH
 from dfmcl.serving.triton.environment import find_environment
 from dfmcl.serving.triton.process import HOST, KEY, Server, claim_ports, running
 from tests.signing import make_key, report_on, trusting, write_report
 
 NAME = "resnet18"
+DOOR_KEY = "dfmcl_of-the-benchmark"
 CLIENTS = 16
 Images = npt.NDArray[np.uint8]
 Seconds = list[float]
+Question = tuple[str, bytes, dict[str, str]]  # path, body, headers
 
 
 def main() -> None:
@@ -80,7 +84,8 @@ def main() -> None:
         "seed": 0,
         "note": f"ResNet-18 of width {arguments.width}, uint8 32 x 32 images; Triton {triton_version()} with the python"
         " backend of serving/triton/backend, one instance, no queue delay, ONNX Runtime's default threads; clients on"
-        " the same cores as the servers; gateway: one PNG a request over a kept HTTP connection; shared memory: system,"
+        " the same cores as the servers; gateway: one PNG a request over a kept HTTP connection; gateway, v2: the same"
+        " pixels as KServe's binary tensor, logits as bytes; shared memory: system,"
         " registered with the token that production keeps from clients",
     }
     write_result("serving", "Serving beside bare ONNX Runtime", rows, ratios_of(rows), conditions)
@@ -142,10 +147,11 @@ def served(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def before(grpc_port: int) -> Iterator[int]:
-    """A gateway before that Triton, in a thread; its port."""
+    """A gateway before that Triton, in a thread; its port. Its key may see logits, as v2 answers with them."""
+    plenty = {"images_per_second": 1e6, "burst_images": 1_000_000}
     config = GatewayConfig.model_validate(
         {
-            "open": True,
+            "keys": [{"name": "benchmark", "sha256": digest_of(DOOR_KEY), "logits": True, **plenty}],
             "listen": {"notice_seconds": 0.01},
             "triton": {"endpoints": [f"{HOST}:{grpc_port}"], "model": NAME},
         }
@@ -172,7 +178,7 @@ def all_cases(
     with Client(url, NAME) as client, shared(server, pictures) as through_memory:
         client.describe()
         connection = http.client.HTTPConnection(HOST, door)
-        body = png(pictures[0])
+        picture, tensor = classification(pictures[0]), inference(pictures[0])
 
         def bare(count: int) -> Callable[[float], tuple[int, Seconds, float]]:
             return lambda seconds: repeated(count, lambda: session.run(None, {INPUT: pictures[:count]}), seconds)
@@ -180,8 +186,8 @@ def all_cases(
         def asked(count: int) -> Callable[[float], tuple[int, Seconds, float]]:
             return lambda seconds: repeated(count, lambda: client.predict(pictures[:count]), seconds)
 
-        def posted() -> None:
-            connection.request("POST", "/v1/classify", body, {"Content-Type": "image/png"})
+        def posted(question: Question) -> None:
+            connection.request("POST", *question)
             answer = connection.getresponse()
             answer.read()
             assert answer.status == 200, answer.status
@@ -192,10 +198,14 @@ def all_cases(
             "batch 64, Triton, shared memory": lambda seconds: repeated(64, through_memory, seconds),
             "one image, bare": bare(1),
             "one image, Triton": asked(1),
-            "one image, gateway": lambda seconds: repeated(1, posted, seconds),
+            "one image, gateway": lambda seconds: repeated(1, partial(posted, picture), seconds),
+            "one image, gateway, v2": lambda seconds: repeated(1, partial(posted, tensor), seconds),
             "batch 16, bare": bare(16),
             f"concurrent {CLIENTS}, Triton": lambda seconds: asyncio.run(concurrent_triton(url, pictures, seconds)),
-            f"concurrent {CLIENTS}, gateway": lambda seconds: asyncio.run(concurrent_gateway(door, body, seconds)),
+            f"concurrent {CLIENTS}, gateway": lambda seconds: asyncio.run(concurrent_gateway(door, picture, seconds)),
+            f"concurrent {CLIENTS}, gateway, v2": lambda seconds: asyncio.run(
+                concurrent_gateway(door, tensor, seconds)
+            ),
         }
         connection.close()
 
@@ -224,18 +234,18 @@ async def concurrent_triton(url: str, pictures: Images, seconds: float) -> tuple
         return await together([partial(ask, pictures[number]) for number in range(CLIENTS)], seconds)
 
 
-async def concurrent_gateway(port: int, body: bytes, seconds: float) -> tuple[int, Seconds, float]:
+async def concurrent_gateway(port: int, question: Question, seconds: float) -> tuple[int, Seconds, float]:
     """The same over HTTP, each client on a connection that it keeps."""
-    head = (
-        f"POST /v1/classify HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    path, body, headers = question
+    told = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\n{told}Content-Length: {len(body)}\r\n\r\n"
     streams = [await asyncio.open_connection(HOST, port) for _ in range(CLIENTS)]
 
     async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(head.encode() + body)
         answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         assert answer.startswith("http/1.1 200"), answer
-        await reader.readexactly(int(answer.partition("content-length:")[2].split()[0]))
+        await reader.readexactly(int(answer.partition("\r\ncontent-length:")[2].split()[0]))
 
     try:
         return await together([partial(ask, *stream) for stream in streams], seconds)
@@ -288,10 +298,21 @@ def shared(server: Server, pictures: Images) -> Iterator[Callable[[], object]]:
         client.close()
 
 
-def png(picture: Images) -> bytes:
+def classification(picture: Images) -> Question:
+    """A PNG for the gateway's own route."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
+    return "/v1/classify", file.getvalue(), {"Content-Type": "image/png", "X-API-Key": DOOR_KEY}
+
+
+def inference(picture: Images) -> Question:
+    """The same pixels for KServe's route, in binary both ways, as tritonclient.http sends them."""
+    size = {"binary_data_size": picture.nbytes}
+    tensor = {"name": INPUT, "shape": [1, *picture.shape], "datatype": "UINT8", "parameters": size}
+    wanted = {"name": OUTPUT, "parameters": {"binary_data": True}}
+    head = json.dumps({"inputs": [tensor], "outputs": [wanted]}).encode()
+    headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head)), "X-API-Key": DOOR_KEY}
+    return f"/v2/models/{NAME}/infer", head + picture.tobytes(), headers
 
 
 def triton_version() -> str:
@@ -316,8 +337,10 @@ def ratios_of(rows: list[dict[str, Any]]) -> dict[str, float]:
         "batch64_shared_memory_vs_tensors": rate["batch 64, Triton, shared memory"] / rate["batch 64, Triton"],
         "single_image_added_ms": median["one image, Triton"] - median["one image, bare"],
         "single_image_added_by_gateway_ms": median["one image, gateway"] - median["one image, Triton"],
+        "single_image_added_by_v2_over_classify_ms": median["one image, gateway, v2"] - median["one image, gateway"],
         "concurrent16_throughput_vs_onnxruntime": rate[concurrent] / rate["batch 16, bare"],
         "concurrent16_gateway_throughput_vs_triton": rate[door] / rate[concurrent],
+        "concurrent16_v2_throughput_vs_classify": rate[f"{door}, v2"] / rate[door],
     }
 
 

@@ -36,7 +36,7 @@ class Attested:
 
     checkpoint_sha256: of the run the release was exported from, "" where it came as a file; evaluated: unix seconds;
     clean: on the most images that the gate looked at. transfer: by (SHA-256 of the surrogates, attack), what held
-    against images crafted on them.
+    against images crafted on them; further: the same of its further threats, (kind, label, share), as in the report.
     """
 
     state: str
@@ -51,19 +51,25 @@ class Attested:
     robust_threshold: float | None
     evaluated: float
     transfer: Mapping[tuple[str, str], Share] = field(default_factory=dict)
+    further: tuple[tuple[str, str, Share], ...] = ()
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The gate's own images (N, H, W, C), clean and adversarial, and the logits (N, K) that decided there."""
+    """The gate's own images (N, H, W, C), clean and adversarial, and the logits (N, K) that decided there.
+
+    kinds: of each image the kind of its further threat, "" for one of the policy's own or a clean one; () for none.
+    """
 
     images: Bytes
     logits: npt.NDArray[np.float32]
+    kinds: tuple[str, ...] = ()
 
     def part(self, number: int, count: int) -> Replay:
         """`count` of them, of round `number` (from 1): all of them in turn, and again from the start."""
         chosen = (np.arange(count) + (number - 1) * count) % len(self.images)
-        return Replay(self.images[chosen], self.logits[chosen])
+        kinds = tuple(self.kinds[place] for place in chosen) if self.kinds else ()
+        return Replay(self.images[chosen], self.logits[chosen], kinds)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ Find = Callable[[str], Release]
 def always(evidence: Path) -> Find:
     """One evidence directory, whatever version answers; nobody has verified it. BadInput where it is none."""
     attested = read_report(evidence)
-    release = Release(attested.state, attested, read_replay(evidence / PROBES))
+    release = Release(attested.state, attested, read_replay(evidence / PROBES, attested))
     return lambda version: release
 
 
@@ -144,7 +150,8 @@ def _read(directory: Path, trust: Trust | None) -> Release:
     if not (directory / REPORT).is_file():
         return Release(why=f"{directory}: there is no {REPORT}")
     try:
-        attested, replay = read_report(directory), read_replay(directory / PROBES)
+        attested = read_report(directory)
+        replay = read_replay(directory / PROBES, attested)
     except BadInput as error:
         return Release("invalid", why=str(error))
     release = Release(attested.state, attested, replay)
@@ -191,13 +198,15 @@ def read_report(evidence: Path) -> Attested:
             if one.threat.parsed == threat
             for attack in one.attacks
         },
+        further=tuple((one.threat.parsed.kind, one.threat.parsed.label, _share(one.robust)) for one in report.radii),
     )
 
 
-def read_replay(path: Path) -> Replay | None:
+def read_replay(path: Path, attested: Attested | None = None) -> Replay | None:
     """The gate's adversarial images, of all its threats, then its clean ones, with their logits; None where there are
     none to replay.
 
+    attested: of the same gate, which names the kinds of its further threats.
     BadInput for a file that is no such archive. Adversarial first: they lie at the border, where a difference shows.
     """
     if not path.exists():
@@ -209,7 +218,11 @@ def read_replay(path: Path) -> Replay | None:
     others = further(probes)
     images = np.concatenate([probes["adversarial"], *(changed for changed, _ in others), probes["images"]])
     logits = np.concatenate([probes["adversarial_logits"], *(found for _, found in others), probes["clean_logits"]])
-    return Replay(images, logits.astype(np.float32)) if len(images) else None
+    names = [kind for kind, _, _ in attested.further] if attested else []
+    parts = [("", len(probes["adversarial"])), *zip(names, map(len, (found for _, found in others)), strict=False)]
+    kinds = [kind for kind, count in parts for _ in range(count)]
+    kinds += [""] * (len(images) - len(kinds))
+    return Replay(images, logits.astype(np.float32), tuple(kinds)) if len(images) else None
 
 
 def _stamp(store: Store, folder: str) -> Stamp:

@@ -17,6 +17,7 @@ from dfmcl.monitoring.results import (
     TRITON,
     Example,
     Query,
+    Replayed,
     Round,
     RoundFailure,
     RoundResult,
@@ -75,7 +76,7 @@ class VersionTotals:
     """Of one served version. bounds: by `clean`, `worst_case` or attack; recent: its last measured rounds.
 
     integrity: whether every replayed answer of the last round that replayed any was the gate's; None before it.
-    difference: the largest of them, in units of what is tolerated.
+    difference: the largest of them, in units of what is tolerated. further: of its further threats, by kind.
     """
 
     version: str
@@ -86,6 +87,7 @@ class VersionTotals:
     mismatches: int = 0
     integrity: bool | None = None
     difference: float = 0.0
+    further: Mapping[str, Replayed] = field(default_factory=dict)
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     recent: tuple[RoundResult, ...] = ()
 
@@ -114,8 +116,14 @@ class VersionTotals:
         totals = replace(totals, samples=self.samples + len(result.correct), correct=self.correct + sum(result.correct))
         if result.replay is None:
             return totals
+        further = dict(self.further)
+        for part in result.replay.further:
+            before = further.get(part.kind, Replayed(part.kind, 0, 0))
+            images, mismatches = before.images + part.images, before.mismatches + part.mismatches
+            further[part.kind] = Replayed(part.kind, images, mismatches)
         return replace(
             totals,
+            further=further,
             replayed=self.replayed + result.replay.images,
             mismatches=self.mismatches + result.replay.mismatches,
             integrity=result.replay.mismatches == 0,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dfmcl.monitoring.bounds import Bounds
 from dfmcl.monitoring.evidence import Release
+from dfmcl.monitoring.further import further
 from dfmcl.monitoring.journal import OUTAGES, Journal, Point, VersionTotals
 from dfmcl.monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
 from dfmcl.monitoring.snapshot import Identity, Snapshot
@@ -187,7 +188,7 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
     return (
         '<h2>Accuracy</h2><div class="scroll"><table><tr><th><th>live, recent rounds'
         "<th>mean over the last W rounds, proven<th>W, since (UTC)<th>mean over some last rounds, W at most, proven"
-        f"<th>at the gate [95 %]</tr>{''.join(rows)}</table></div>{replayed}"
+        f"<th>at the gate [95 %]</tr>{''.join(rows)}</table></div>{replayed}{further(totals, attested)}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -44,15 +44,25 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """Of the images asked about again, those of one kind of further threat."""
+
+    kind: str
+    images: int
+    mismatches: int
+
+
+@dataclass(frozen=True)
 class ReplayResult:
     """The gate's images asked about again. mismatches: with a logit that differs by more than is tolerated.
 
-    difference: the largest of a logit, in units of what is tolerated.
+    difference: the largest of a logit, in units of what is tolerated. further: those of further threats, by kind.
     """
 
     images: int
     mismatches: int
     difference: float
+    further: tuple[Replayed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +190,7 @@ def round_from_json(value: Mapping[str, Any]) -> Round:
             fields["attacks"] = tuple(
                 AttackResult(a["name"], _flags(a["held"]), a["queries"]) for a in value["attacks"]
             )
-            fields["replay"] = ReplayResult(**value["replay"]) if value["replay"] else None
+            fields["replay"] = _replay(value["replay"]) if value["replay"] else None
             outcome = RoundResult(**fields | {"correct": _flags(value["correct"])})
         if not _is_sound(outcome):
             raise BadInput("round: malformed record: unknown words, numbers that are none, or flags that do not fit")
@@ -200,7 +210,10 @@ def _is_sound(outcome: Round) -> bool:
         fits = bool(outcome.correct) and all(len(attack.held) == len(outcome.correct) for attack in outcome.attacks)
         counts += [attack.queries for attack in outcome.attacks]
         if outcome.replay is not None:
+            parts = outcome.replay.further
             counts += [outcome.replay.images, outcome.replay.mismatches]
+            counts += [count for part in parts for count in (part.images, part.mismatches)]
+            words = words and all(isinstance(part.kind, str) for part in parts)
             numbers.append(outcome.replay.difference)
     else:
         fits, known = True, SKIPS if isinstance(outcome, RoundSkipped) else REASONS
@@ -209,18 +222,36 @@ def _is_sound(outcome: Round) -> bool:
     return words and fits and whole and all(math.isfinite(number) for number in numbers)
 
 
-def compared(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], tolerance: float) -> ReplayResult:
-    """Logits (N, K) beside those the gate recorded; tolerance is a share of the largest logit there.
+def _replay(value: Mapping[str, Any]) -> ReplayResult:
+    """The records of before know no further threats."""
+    return ReplayResult(**{**value, "further": tuple(Replayed(**part) for part in value.get("further", ()))})
+
+
+def compared(
+    found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any], tolerance: float, kinds: Sequence[str] = ()
+) -> ReplayResult:
+    """Logits (N, K) beside those the gate recorded.
+
+    tolerance: a share of the largest logit there
+    kinds: of each image that of its further threat, "" for none; () where there is none at all
 
     Nothing compares with a logit that is not finite: then every image is a mismatch.
     """
     if found.shape != expected.shape or not all(np.isfinite(one).all() for one in (found, expected)):
-        return ReplayResult(len(expected), len(expected), float(np.finfo(np.float32).max))
+        differ, worst = np.ones(len(expected), bool), float(np.finfo(np.float32).max)
+        return ReplayResult(len(expected), len(expected), worst, _by_kind(kinds, differ))
     allowed = tolerance * max(1.0, float(np.abs(expected).max()))
     off = np.abs(found.astype(np.float64) - expected).max(axis=1)  # float32 could overflow
     # Logits decide: the gate's adversarial images lie at the border, where a label turns within any tolerance, and a
     # label that turns elsewhere took its logits with it.
-    return ReplayResult(len(expected), int((off > allowed).sum()), float(off.max() / allowed))
+    return ReplayResult(
+        len(expected), int((off > allowed).sum()), float(off.max() / allowed), _by_kind(kinds, off > allowed)
+    )
+
+
+def _by_kind(kinds: Sequence[str], differ: np.ndarray[Any, Any]) -> tuple[Replayed, ...]:
+    found = {kind: np.array([one == kind for one in kinds]) for kind in kinds if kind}
+    return tuple(Replayed(kind, int(own.sum()), int(differ[own].sum())) for kind, own in found.items())
 
 
 def _bits(flags: tuple[bool, ...]) -> str:

@@ -104,7 +104,7 @@ def _replayed(plan: RoundPlan, number: int, scene: Scene, ask: Ask, release: Rel
     if recorded.images.shape[1:] != scene.images.shape[1:] or recorded.logits.shape[1] != plan.classes:
         raise Rejected("the gate's images or classes are not those of the watch's data", "rejected")
     part = recorded.part(number, min(plan.replay, len(recorded.images)))
-    return compared(ask(part.images), part.logits, plan.tolerance)
+    return compared(ask(part.images), part.logits, plan.tolerance, part.kinds)
 
 
 def _attacked(

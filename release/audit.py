@@ -1,4 +1,4 @@
-"""A release for an auditor: each sentence is a field of a record, in the order of EU AI Act Annex IV and ISO/IEC 42001.
+"""A release for an auditor: each sentence is a field of a record, in the order of EU AI Act Annex IV.
 
 Nothing is asserted that no record shows: a topic without a record is said to have none.
 """

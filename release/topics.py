@@ -1,7 +1,8 @@
-"""The topics of an audit, each with the field that speaks of it, in the order of EU AI Act Annex IV and ISO/IEC 42001.
+"""The topics of an audit, each with the field that speaks of it, in the order of Annex IV of the EU AI Act.
 
-The orders are those of Regulation (EU) 2024/1689, Annex IV, and of ISO/IEC 42001:2023, Annex A. A topic in its place is
-no legal advice.
+The order is that of points 1 to 9 of Regulation (EU) 2024/1689, Annex IV; beside each point stand controls of ISO/IEC
+42001:2023, Annex A, and clauses. Each part of a point is a topic, recorded or not. A topic in its place is no legal
+advice.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A part of the document. annex: its place in Annex IV; iso: controls of ISO/IEC 42001, Annex A."""
+    """A part of the document. annex: its place in Annex IV; iso: clauses and controls of ISO/IEC 42001, "" for none."""
 
     annex: str
     iso: str
@@ -54,31 +55,39 @@ CHAPTERS = (
         "General description",
         (
             Line("Intended purpose, and who may use the system"),
-            Line("Provider: name and address"),
-            _line("Model", "The model file has SHA-256 `{}`.", REPORT, "/candidate/model_sha256"),
+            Line("Name of the provider"),
             _line(
-                "Input",
-                "It takes {} images of shape {}.",
-                REPORT,
-                "/candidate/input/dtype",
-                "/candidate/input/shape|list",
+                "Version, and the one before",
+                "Version {} was {} in place of {}.",
+                HISTORY,
+                "/version",
+                "/event",
+                "/before",
+                each="/",
             ),
+            Line("Interaction with other hardware, software and AI systems"),
+            _line("Model", "The model file has SHA-256 `{}`.", REPORT, "/candidate/model_sha256"),
             _line("Classes", "It tells {} classes apart: {}.", REPORT, "/data/classes|count", "/data/classes|list"),
             _line("Software", "It was judged with {}.", REPORT, "/versions|pairs"),
             _line("Hardware", "It was judged on {}.", REPORT, "/hardware|pairs"),
             _line("Weights", "Weights are stored as {}.", MANIFEST, "/weights"),
+            Line("Forms in which it is placed on the market or put into service"),
+            Line("Products that it is a component of"),
+            Line("User interface for the deployer"),
             Line("Instructions for use"),
         ),
     ),
     Chapter(
         "2 (a) to (c)",
-        "A.4.4, A.4.5, A.6.2.3",
-        "Development: methods, design, resources",
+        "A.4.2, A.4.4, A.4.5, A.6.1.3, A.6.2.3",
+        "Development: methods, design, architecture, resources",
         (
+            Line("General logic, key design choices, and trade-offs"),
             _line("Code of the gate", "The code was at revision {}.", REPORT, "/code/revision"),
             _line("Run", "It was exported from a checkpoint with SHA-256 `{}`.", REPORT, "/run/checkpoint_sha256"),
             _line("Network", "The network is {}, width {}.", RUN, "/model/arch", "/model/width"),
             _line("Training", "It was trained with seed {} under {}.", RUN, "/seed", "/config/curriculum|pairs"),
+            _line("Training software", "It was trained with {}.", RUN, "/versions|pairs"),
             _line("Training hardware", "It was trained on {}.", RUN, "/hardware|pairs"),
             _line(
                 "Export",
@@ -110,8 +119,8 @@ CHAPTERS = (
             Line("Examination of the data for biases"),
         ),
     ),
-    Chapter("2 (e)", "A.9.2, A.9.3", "Human oversight", (Line("Measures of human oversight"),)),
-    Chapter("2 (f)", "A.6.2.5", "Changes that were determined beforehand", (Line("Pre-determined changes"),)),
+    Chapter("2 (e)", "A.9.2, A.9.3", "Human oversight", (Line("Assessment of the measures of human oversight"),)),
+    Chapter("2 (f)", "clause 6.3, A.6.2.6", "Pre-determined changes", (Line("Pre-determined changes"),)),
     Chapter(
         "2 (g)",
         "A.6.2.4",
@@ -155,6 +164,7 @@ CHAPTERS = (
                 "/evaluation/robust/lower_95|percent",
                 "/evaluation/robust/upper_95|percent",
             ),
+            Line("Potentially discriminatory impacts"),
             _line("Execution provider", "It was judged by {}.", REPORT, "/evaluation/about/provider"),
             _line(
                 "Statistics",
@@ -192,8 +202,8 @@ CHAPTERS = (
     ),
     Chapter(
         "2 (h)",
-        "A.6.2.5, A.6.2.8",
-        "Cybersecurity",
+        "",
+        "Cybersecurity measures",
         (
             _line(
                 "Bytes that were signed",
@@ -208,8 +218,8 @@ CHAPTERS = (
     ),
     Chapter(
         "3",
-        "A.6.2.6, A.8.2",
-        "Functioning, limits and control",
+        "A.5.4, A.6.2.6, A.8.2",
+        "Monitoring, functioning and control",
         (
             _line(
                 "Accuracy under other radii",
@@ -230,14 +240,22 @@ CHAPTERS = (
             Line("Accuracy for particular persons or groups"),
             Line("Other threats than the named ones, and images of no class"),
             Line("Foreseeable unintended outcomes, and risks to health, safety and rights"),
+            Line("Measures of human oversight, and help to interpret the output"),
+            _line(
+                "Specification of input data",
+                "It takes {} images of shape {}.",
+                REPORT,
+                "/candidate/input/dtype",
+                "/candidate/input/shape|list",
+            ),
         ),
     ),
-    Chapter("4", "A.6.2.2", "Why these metrics are appropriate", (Line("Appropriateness of the metrics"),)),
-    Chapter("5", "A.5.2 to A.5.5, clause 6.1", "Risk management", (Line("Risk management system"),)),
+    Chapter("4", "A.6.2.2, A.6.2.4", "Performance metrics", (Line("Appropriateness of the metrics"),)),
+    Chapter("5", "clause 6.1, A.5.2 to A.5.5", "Risk management system", (Line("Risk management system"),)),
     Chapter(
         "6",
-        "A.6.2.5",
-        "Changes",
+        "A.6.2.5, A.6.2.6",
+        "Changes through the lifecycle",
         (
             _line(
                 "Promotions",
@@ -251,7 +269,12 @@ CHAPTERS = (
             ),
         ),
     ),
-    Chapter("7", "clause 4", "Standards", (Line("Harmonised standards that were applied"),)),
-    Chapter("8", "", "Declaration of conformity", (Line("EU declaration of conformity"),)),
-    Chapter("9", "A.6.2.6, A.8.4", "After it is on the market", (Line("Post-market monitoring plan"),)),
+    Chapter("7", "", "Harmonised standards", (Line("Harmonised standards and other solutions that were applied"),)),
+    Chapter("8", "", "EU declaration of conformity", (Line("EU declaration of conformity"),)),
+    Chapter(
+        "9",
+        "clause 9.1, A.6.2.6, A.8.3, A.8.4",
+        "Performance in the post-market phase",
+        (Line("System that evaluates the performance, and post-market monitoring plan"),),
+    ),
 )

@@ -18,7 +18,8 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 MODEL = "resnet18-cifar10"
-OVERLAYS = ("kubernetes/overlays/cpu", "kubernetes/overlays/gpu", "kserve")
+BUCKET = "kubernetes/overlays/bucket"
+OVERLAYS = ("kubernetes/overlays/cpu", "kubernetes/overlays/gpu", "kserve", BUCKET)
 JOBS = ("gate/job.yaml", "training/pytorchjob.yaml")
 OURS = "dfmcl-"
 

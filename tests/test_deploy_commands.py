@@ -51,8 +51,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 def test_dfmcl_accepts_every_command() -> None:
     """Subcommand, options and arguments parse as they stand there; a wrong option would not."""
     found = dict(commands())
-    assert len(found) == 3 + 3 + 1 + 3
-    assert {words[1] for words in found.values()} == {"verify", "gateway", "watch"}
+    assert len(found) == 3 + 3 + 1 + 4 + 3
+    assert {words[1] for words in found.values()} == {"verify", "gateway", "watch", "sync"}
     group: Any = typer.main.get_command(dfmcl.cli.command.app)
     for where, words in found.items():
         context = group.commands[words[1]].make_context(words[1], words[2:])
@@ -167,8 +167,8 @@ def environment() -> Environment:
         pytest.skip(str(error))
 
 
-def tritons_words() -> list[str]:
-    (pod,) = [pod for pod in pods(rendered(OVERLAYS[0])) if pod.where == "Deployment triton"]
+def tritons_words(overlay: str = OVERLAYS[0]) -> list[str]:
+    (pod,) = [pod for pod in pods(rendered(overlay)) if pod.where == "Deployment triton"]
     (container,) = pod.spec["containers"]
     return [*container["command"], *container["args"]]
 
@@ -183,7 +183,7 @@ def test_triton_knows_every_flag(environment: Environment) -> None:
 
 
 @contextmanager
-def triton(environment: Environment, models: Path, log: Path) -> Iterator[dict[str, int]]:
+def triton(environment: Environment, models: Path, log: Path, overlay: str = OVERLAYS[0]) -> Iterator[dict[str, int]]:
     """A real Triton with the manifest's arguments; ports on loopback, as there is no pod around it."""
     with ExitStack() as stack:
         runtime = stack.enter_context(footprint())
@@ -194,7 +194,7 @@ def triton(environment: Environment, models: Path, log: Path) -> Iterator[dict[s
         ports = {name: listener.getsockname()[1] for name, listener in taken.items()}
         for listener in taken.values():
             listener.close()
-        words = [word for word in tritons_words()[1:] if word.partition("=")[0] not in NEWER]
+        words = [word for word in tritons_words(overlay)[1:] if word.partition("=")[0] not in NEWER]
         words = [word.replace("$(ADMIN_TOKEN)", "secret").replace("=/models", f"={models}") for word in words]
         words += [f"--backend-directory={runtime}"]
         words += [f"--backend-config=python,shm-region-prefix-name={runtime.name}-"]

@@ -69,11 +69,11 @@ def as_kustomize(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
-def test_the_chart_is_the_manifests(overlay: str) -> None:
+@pytest.mark.parametrize(("overlay", "case"), [("cpu", "cpu"), ("gpu", "gpu"), ("bucket", "bucket")])
+def test_the_chart_is_the_manifests(overlay: str, case: str) -> None:
     """Object by object and field by field, because the docs speak of both."""
     wanted = by_name(as_chart(rendered(f"kubernetes/overlays/{overlay}")))
-    made = by_name(as_kustomize(chart(gpu={"enabled": overlay == "gpu"})))
+    made = by_name(as_kustomize(chart(**CASES[case])))
     assert made.keys() == wanted.keys()
     for key in wanted:
         assert made[key] == wanted[key], key
@@ -87,7 +87,20 @@ CASES: dict[str, dict[str, Any]] = {
         "network": {"triton": {"to": [{"ipBlock": {"cidr": "10.0.0.0/24"}}], "port": 8001}},
     },
     "claim": {"model": {"volume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}}},
-    "bucket": {"model": {"volume": {"csi": {"driver": "s3.csi.aws.com", "readOnly": True}}}},
+    "driver": {"model": {"volume": {"csi": {"driver": "s3.csi.aws.com", "readOnly": True}}}},
+    "bucket": {"model": {"bucket": {"repository": "s3://releases/models"}}},
+    "bucket by a role": {
+        "model": {
+            "bucket": {
+                "repository": "s3://releases/models",
+                "secret": "",
+                "serviceAccount": "reader",
+                "environment": {"AWS_REGION": "eu-central-1"},
+            }
+        },
+        "gpu": {"enabled": True},
+        "network": {"bucket": {"to": [{"ipBlock": {"cidr": "10.1.0.0/24"}}], "port": 9000}},
+    },
     "pinned": {"model": {"sha256": "a" * 64}},
     "bare": {
         "gateway": {"enabled": False},
@@ -123,7 +136,7 @@ def test_choices_choose() -> None:
     assert not {key for key in existing if key[1] in ("triton", "trust")}
     egress = existing["NetworkPolicy", "to-triton"]["spec"]["egress"][0]
     assert egress == {"to": [{"ipBlock": {"cidr": "10.0.0.0/24"}}], "ports": [{"port": 8001}]}
-    for case in ("claim", "bucket"):
+    for case in ("claim", "driver"):
         found = by_name(chart(**CASES[case]))
         for name in ("triton", "watch"):
             (volume,) = [
@@ -132,6 +145,19 @@ def test_choices_choose() -> None:
                 if one["name"] == "model"
             ]
             assert volume == {"name": "model", **CASES[case]["model"]["volume"]}
+    role = by_name(chart(**CASES["bucket by a role"]))
+    for name in ("triton", "watch"):
+        pod = role["Deployment", name]["spec"]["template"]["spec"]
+        readers = [one for one in (*pod.get("initContainers", []), *pod["containers"]) if one["command"][0] == "dfmcl"]
+        assert pod["serviceAccountName"] == "reader"
+        assert [one["env"] for one in readers] == [[{"name": "AWS_REGION", "value": "eu-central-1"}]] * len(readers)
+        assert not any("envFrom" in one for one in readers)
+    assert role["NetworkPolicy", "to-bucket"]["spec"]["egress"][0] == {
+        "to": [{"ipBlock": {"cidr": "10.1.0.0/24"}}],
+        "ports": [{"port": 9000}],
+    }
+    (served,) = role["Deployment", "triton"]["spec"]["template"]["spec"]["containers"]
+    assert "--model-config-name=gpu" in served["args"]
     (verify,) = named(chart(**CASES["pinned"]), "Deployment", "triton")["spec"]["template"]["spec"]["initContainers"]
     assert verify["command"][-2:] == ["--sha256", "a" * 64]
     other = named(chart(model={"name": "digits"}), "Deployment", "triton")["spec"]["template"]["spec"]
@@ -151,6 +177,8 @@ def test_choices_choose() -> None:
         ({"modle": {"name": "x"}}, "modle"),
         ({"gpu": {"enable": True}}, "enable"),
         ({"model": {"sha256": "abc"}}, "sha256"),
+        ({"model": {"sha256": "a" * 64, "bucket": {"repository": "s3://b/m"}}}, "a bucket is followed; leave one"),
+        ({"model": {"bucket": {"repository": "gs://b/m"}}}, "repository"),
         ({"model": {"name": "../x"}}, "name"),
         ({"triton": {"replicas": {"min": 0}}}, "min"),
     ],

@@ -16,14 +16,14 @@ import yaml
 from dfmcl.serving.gateway.config import load_config
 from dfmcl.serving.triton import docker
 from dfmcl.serving.triton.process import RESTRICTED
-from tests.deploying import DEPLOY, JOBS, MODEL, OURS, OVERLAYS, Pod, named, pods, rendered, tool, weaknesses
+from tests.deploying import BUCKET, DEPLOY, JOBS, MODEL, OURS, OVERLAYS, Pod, named, pods, rendered, tool, weaknesses
 
 KUBERNETES = "1.35"  # the oldest that the base names: image volumes are on by default
 # What operators bring; their schemas are not Kubernetes'. The pods inside are validated all the same.
 CUSTOM = {"PodMonitor", "PrometheusRule", "ServingRuntime", "InferenceService", "PyTorchJob"}
 SOURCES = [*OVERLAYS, *JOBS]
 # What its operator brings along; docs and comments say how.
-SECRETS, CLAIMS = {"triton-admin", "dfmcl-gate-key"}, {"probe-images", "dfmcl-data"}
+SECRETS, CLAIMS = {"triton-admin", "dfmcl-gate-key", "bucket-reader"}, {"probe-images", "dfmcl-data"}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -98,6 +98,8 @@ def test_what_pods_name_is_there(source: str) -> None:
             assert {mount["name"] for mount in mounts} <= set(volumes)
             for entry in container.get("env", []):
                 assert entry.get("valueFrom", {}).get("secretKeyRef", {}).get("name", "triton-admin") in SECRETS
+            for entry in container.get("envFrom", []):
+                assert entry["secretRef"]["name"] in SECRETS
             for mount in mounts:  # what is not scratch is read-only
                 scratch = "emptyDir" in volumes[mount["name"]] or (mount["mountPath"] == "/data" and source in JOBS)
                 assert scratch or mount["readOnly"] is True, (pod.where, mount)
@@ -167,10 +169,10 @@ def argument(words: list[str], flag: str) -> str:
     return found
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if overlay != BUCKET])
 def test_triton_is_run_as_the_code_says(overlay: str) -> None:
     """Image, flags and what needs the token are serving's; only verified bytes are below /models."""
-    (pod,) = [pod for pod in pods(rendered(overlay)) if pod.spec.get("initContainers")]
+    pod = triton_pod(overlay)
     (verify,), (triton,) = pod.spec["initContainers"], pod.spec["containers"]
     words = [*triton["command"], *triton["args"]]
     gpu = overlay.endswith("gpu")
@@ -187,10 +189,41 @@ def test_triton_is_run_as_the_code_says(overlay: str) -> None:
     assert verify["command"][2] == below[0]["mountPath"]
 
 
+def test_a_bucket_is_copied_before_triton_and_followed_beside_it() -> None:
+    """Once as an init container, then as a sidecar; they alone write where Triton reads, by the trust file."""
+    objects, pod = rendered(BUCKET), triton_pod(BUCKET)
+    once, follow = pod.spec["initContainers"]
+    (triton,) = pod.spec["containers"]
+    assert once["command"] == [*follow["command"], "--once"]
+    assert follow["command"][follow["command"].index("--trust") + 1] == "/etc/dfmcl/trust.toml"
+    assert (once.get("restartPolicy"), follow["restartPolicy"]) == (None, "Always")
+    volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+    for container in (once, follow):
+        assert {"name": "model", "mountPath": "/models"} in container["volumeMounts"]
+        assert {"name": "trust", "mountPath": "/etc/dfmcl", "readOnly": True} in container["volumeMounts"]
+    assert {"name": "model", "mountPath": "/models", "readOnly": True} in triton["volumeMounts"]
+    assert "emptyDir" in volumes["model"]
+    plain = triton_pod(OVERLAYS[0]).spec["containers"][0]["args"]
+    added = ["--model-control-mode=poll", "--repository-poll-secs=2"]
+    assert triton["args"] == [plain[0], *added, *plain[2:]]
+    assert plain[1] == "--model-control-mode=none"
+    reader = {"secretRef": {"name": "bucket-reader"}}
+    watch = selected(objects, {"app.kubernetes.io/name": "watch"}).spec["containers"][0]
+    assert all(container["envFrom"] == [reader] for container in (once, follow, watch))
+    policy = named(objects, "NetworkPolicy", "to-bucket")["spec"]
+    assert policy["podSelector"]["matchExpressions"][0]["values"] == ["triton", "watch"]
+    assert [rule["ports"][0]["port"] for rule in policy["egress"]] == [443, 53]
+
+
+def triton_pod(overlay: str) -> Pod:
+    (pod,) = [pod for pod in pods(rendered(overlay)) if pod.spec.get("initContainers")]
+    return pod
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_probes_and_shutdown_fit(overlay: str) -> None:
     """Ready means ready and live means live; the grace period outlasts preStop, Triton's own exit timeout and 10 s."""
-    (pod,) = [pod for pod in pods(rendered(overlay)) if pod.spec.get("initContainers")]
+    pod = triton_pod(overlay)
     (triton,) = pod.spec["containers"]
     assert (
         triton["startupProbe"]["httpGet"]["path"] == triton["readinessProbe"]["httpGet"]["path"] == "/v2/health/ready"

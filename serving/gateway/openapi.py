@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dfmcl.serving.gateway import openapi_v2
 from dfmcl.serving.gateway.config import GatewayConfig
 from dfmcl.serving.gateway.images import FIELD, FORM, TENSOR, TYPES
 from dfmcl.serving.gateway.problems import OF_IMAGES, STATUSES
@@ -27,6 +28,7 @@ def describe(config: GatewayConfig, version: str) -> dict[str, Any]:
     key: list[dict[str, list[str]]] = [] if config.open else [{"bearer": []}, {"header": []}]
     paths: dict[str, Any] = {"/v1/classify": {"post": {**_classify(config), "security": key}}}
     paths["/v1/model"] = {"get": {**_about(), "security": key}}
+    paths |= openapi_v2.operations(config.triton.model, HEADERS, lambda reasons: _problems(reasons, v2=True), key)
     for path, summary in SUMMARIES.items():
         if path == "/metrics" and config.listen.admin:  # it is not here
             continue
@@ -166,21 +168,29 @@ RETRY_AFTER = {
 }
 
 
-def _problems(reasons: frozenset[str] | set[str]) -> dict[str, Any]:
-    """A response for each status of these reasons."""
+def _problems(reasons: frozenset[str] | set[str], *, v2: bool = False) -> dict[str, Any]:
+    """A response for each status of these reasons. v2: in KServe's form, which has a sentence alone."""
     found: dict[str, list[str]] = {}
     for reason in sorted(reasons):
         found.setdefault(str(STATUSES[reason]), []).append(reason)
-    schema = {"$ref": "#/components/schemas/Problem"}
+    schema = {"$ref": f"#/components/schemas/{'V2Problem' if v2 else 'Problem'}"}
     again: dict[str, Any] = {"Retry-After": RETRY_AFTER}
     return {
         status: {
             "description": ", ".join(names),
             "headers": HEADERS | (again if status in ("429", "503") else {}),
-            "content": {"application/json": {"schema": schema, "examples": {name: _problem(name) for name in names}}},
+            "content": {
+                "application/json": {
+                    "schema": schema,
+                    "examples": {"problem": V2_PROBLEM} if v2 else {name: _problem(name) for name in names},
+                }
+            },
         }
         for status, names in sorted(found.items())
     }
+
+
+V2_PROBLEM = {"summary": "a problem, of any status", "value": {"error": "what is wrong, and what to do"}}
 
 
 def _problem(reason: str) -> dict[str, Any]:
@@ -244,6 +254,7 @@ def _schemas(config: GatewayConfig) -> dict[str, Any]:
             "description": "KServe v2: one input of uint8 images, (N, height, width, channels), flat or nested.",
             "properties": {"inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": _input()}},
         },
+        **openapi_v2.schemas(_input()),
     }
 
 

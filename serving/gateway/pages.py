@@ -12,11 +12,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dfmcl.serving.gateway.images import FORM
+
 INDEX, DOCS = (Path(__file__).with_name(name) for name in ("index.html", "docs.html"))
 # Of an operation, for curl; the page puts its own address in the place of $URL.
 CURL = {
     "/v1/classify": "curl -F image=@a.jpg -F image=@b.png{key} '$URL/v1/classify?resize=true'",
 }
+
+CHOSEN = (
+    "<input class='files' type='file' multiple aria-label='images'> "
+    "<label><input class='resize' type='checkbox' checked> resize</label> "
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,9 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
         for parameter in operation.get("parameters", [])
     )
     asked = operation.get("requestBody", {}).get("content", {})
+    place = path
+    for parameter in operation.get("parameters", []):
+        place = place.replace(f"{{{parameter['name']}}}", str(parameter.get("example")))
     kinds = ", ".join(f"<code>{escape(kind)}</code>" for kind in asked)
     bodies = f"<tr><td>{kinds}" if kinds else ""
     responses = "".join(
@@ -78,18 +88,16 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     )
     answers = [content for response in operation["responses"].values() for content in response["content"].values()]
     key = ' -H "X-API-Key: $DFMCL_API_KEY"' if operation.get("security") else ""
-    curl = CURL.get(path, f"curl{{key}} '$URL{path}'").format(key=key)
-    chosen = (
-        "<input class='files' type='file' multiple aria-label='images'> "
-        "<label><input class='resize' type='checkbox' checked> resize</label> "
-    )
+    sent = " -H 'Content-Type: application/json' -d @request.json" if asked else ""
+    curl = CURL.get(path, f"curl{sent}{{key}} '$URL{place}'").format(key=key)
+    chosen = CHOSEN if FORM in asked else "<span class='soft'>With a black image:</span> " if asked else ""
     return (
-        f"<section id='{operation['operationId']}' data-method='{method}' data-path='{escape(path)}'>"
+        f"<section id='{operation['operationId']}' data-method='{method}' data-path='{escape(place)}'>"
         f"<h2><code>{method} {escape(path)}</code></h2><p>{escape(operation['summary'])} "
         f"{escape(operation.get('description', ''))}</p>{_table('Parameters', rows)}{_table('Bodies', bodies)}"
         f"{_table('Responses', responses)}{_examples('Request', asked.values())}{_examples('Response', answers)}"
         f"<pre class='curl'>{escape(curl)}</pre>"
-        f"<p><button type='button' class='copy'>Copy</button> {chosen if method == 'POST' else ''}"
+        f"<p><button type='button' class='copy'>Copy</button> {chosen}"
         "<button type='button' class='try'>Try</button> <span class='said soft' role='status'></span></p>"
         "<pre class='result' hidden></pre></section>"
     )
@@ -105,7 +113,14 @@ def _examples(title: str, contents: Iterable[dict[str, Any]]) -> str:
 
 
 def _json(value: Any) -> str:
-    return f"<pre>{escape(json.dumps(value, indent=2))}</pre>"
+    """Indented, but a short list of plain values on one line."""
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", _on_one_line, json.dumps(value, indent=2))
+    return f"<pre>{escape(text)}</pre>"
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    joined = re.sub(r"\n\s+", " ", found[1])
+    return f"[{joined}]" if len(joined) <= 80 else found[0]
 
 
 def _table(title: str, rows: str) -> str:

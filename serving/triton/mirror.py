@@ -45,10 +45,20 @@ class Mirror:
     seen: dict[str, tuple[Mark, Trust | None, DfmclError | None]] = field(default_factory=dict)
 
     def follow(self, ask_trust: Callable[[], Trust] | None, every: float, stop: threading.Event) -> None:
-        """Copy what changes until `stop`, and say what cannot be copied, once; BadInput where there is nothing yet."""
-        troubles = {name: str(error) for name, error in self.once(ask_trust and ask_trust()).items()}
-        said: dict[str, str] = {}
+        """Copy what changes until `stop`, and say what cannot be copied, once.
+
+        BadInput where the store cannot be read and nothing was ever copied: else what lies here is served on, also by a
+        sidecar that begins anew while the store is away.
+        """
+        said: dict[str, str] | None = None
         while True:
+            try:
+                troubles = {name: str(error) for name, error in self.once(ask_trust and ask_trust()).items()}
+            except (BadInput, Broken) as error:
+                if said is None and not self._held():
+                    raise
+                troubles = {"": str(error)}
+            said = said or {}
             for name in [name for name in troubles if troubles[name] != said.get(name)]:
                 self.tell(f"{troubles[name]}; what lies in {self.into.root} stays")
             for name in said.keys() - troubles.keys():
@@ -56,10 +66,6 @@ class Mirror:
             said = troubles
             if stop.wait(every):
                 return
-            try:
-                troubles = {name: str(error) for name, error in self.once(ask_trust and ask_trust()).items()}
-            except (BadInput, Broken) as error:
-                troubles = {"": str(error)}
 
     def once(self, trust: Trust | None) -> Mapping[str, DfmclError]:
         """Bring the directory to what the store says now; why a model was left as it was, by name.

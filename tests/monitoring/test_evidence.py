@@ -97,7 +97,12 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
     (run, candidate), policy = exported, tmp_path / "gate.toml"
     policy.write_text(
         """
-        criteria = ["robust_accuracy >= 0.4 at 95 %"]
+        criteria = [
+            "robust_accuracy >= 0.4 at 95 %",
+            "robust_accuracy(patch:2x2) >= 0.02 at 80 %",
+            "robust_accuracy(fog@1) >= 0.02 at 80 %",
+            "robust_accuracy(rotation:10) >= 0.02 at 80 %",
+        ]
         statistics = "fixed"
         [threat]
         eps = "8.4/255"
@@ -106,6 +111,7 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
         images = 20
         [attacks]
         suite = ["fgsm"]
+        patch = ["patch-5x2"]
         transfer = ["mi-fgsm-2"]
         substitute = 0
         [checks]
@@ -125,8 +131,16 @@ def test_a_report_of_the_real_gate_is_understood(tmp_path: Path, exported: tuple
     [((digest, attack), share)] = found.transfer.items()
     assert (attack, share.n) == ("mi-fgsm-2", 20)
     assert digest == load_surrogates([surrogate], load_dataset("digits")).sha256
-    replay = read_replay(out / "probes.npz")
+    assert {(kind, label): share.n for kind, label, share in found.further} == {
+        (entry.threat.parsed.kind, entry.threat.parsed.label): 20 for entry in report.radii
+    }
+    replay = read_replay(out / "probes.npz", found)
     assert replay is not None
+    attacked = len(replay.images) // (2 + len(report.radii))  # clean, at the policy's threat, and at each other
+    assert replay.kinds == (
+        *[""] * attacked, *(kind for kind, _, _ in found.further for _ in range(attacked)), *[""] * attacked,
+    )  # fmt: skip
+    assert set(replay.kinds) == {"", "patch", "corruption", "spatial"}
     assert np.allclose(logits_of(candidate, replay.images), replay.logits, atol=1e-4)
 
 

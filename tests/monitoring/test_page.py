@@ -18,7 +18,7 @@ from dfmcl.monitoring import page as rendered
 from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal
 from dfmcl.monitoring.page import _ago, render
-from dfmcl.monitoring.results import GATEWAY, Example, Round
+from dfmcl.monitoring.results import GATEWAY, Example, Replayed, ReplayResult, Round
 from dfmcl.robustness.statistics import Share
 from docs.pictures import make, screens
 from tests.deploying import ROOT
@@ -104,6 +104,34 @@ def test_figures_stand_beside_the_gates() -> None:
     assert any(row.startswith("||pgd-10 transfer|50.0 %|") and "60.0 % [49.7, 69.7]" in row for row in rows)
     assert any(row.startswith(f"||{SEARCH} query|50.0 %|") and row.endswith("not recorded</tr>") for row in rows)
     assert "Asked about 4 times, the gate's own images got the recorded answer 3 times" in text
+
+
+FURTHER = (Replayed("patch", 8, 1), Replayed("corruption", 30, 0))
+
+
+def with_further() -> str:
+    """A watch whose gate had a patch and two corruptions: they are replayed."""
+    assert RELEASES["1"].attested is not None
+    judged = (
+        ("patch", "5x5", Share(30, 100)),
+        ("corruption", "fog@3", Share(71, 100)),
+        ("corruption", "contrast@5", Share(34, 100)),
+    )
+    release = replace(RELEASES["1"], attested=replace(RELEASES["1"].attested, further=judged))
+    rounds = [replace(result(number), replay=ReplayResult(40, 1, 1.5, FURTHER)) for number in (1, 2)]
+    return page(journal(rounds[0], replace(rounds[1], examples=(picture("pgd-10", 2),))), releases={"1": release})
+
+
+def test_further_threats_have_a_line_each() -> None:
+    """How often their images were asked about, and what the gate found; none where there are none."""
+    lines = [re.sub(r"<[^>]*>", "", line) for line in re.findall(r"<li>.*?(?=<li>|</ul>)", with_further())]
+    assert lines == [
+        "patch 5x5: asked about 16 times, answered as recorded 14 times; accuracy under it at the gate 30.0 %"
+        " [21.2, 40.0].",
+        "corruption, 2 threats: asked about 60 times, answered as recorded 60 times; accuracy under it at the gate"
+        " 34.0 % to 71.0 %.",
+    ]
+    assert "<li>" not in page(journal(result()))
 
 
 def test_a_search_of_long_ago_is_called_so() -> None:
@@ -275,6 +303,9 @@ def test_page_is_built_as_its_pictures(chromium: Browser, tmp_path: Path) -> Non
         chromium.open((tmp_path / "page.html").as_uri())
         assert screens.outline(chromium) == pictured[name]
     assert pictured["watch-phone"] != pictured["watch-failure"]
+    (tmp_path / "page.html").write_text(with_further(), encoding="utf-8")
+    chromium.open((tmp_path / "page.html").as_uri())
+    assert set(screens.outline(chromium)) ^ set(pictured["watch-phone"]) == {"body > ul", "body > ul > li"}
 
 
 @pytest.fixture(scope="module")

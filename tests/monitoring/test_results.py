@@ -17,6 +17,7 @@ from dfmcl.monitoring.results import (
     SKIPS,
     AttackResult,
     Query,
+    Replayed,
     ReplayResult,
     Round,
     RoundFailure,
@@ -39,7 +40,8 @@ def results(draw_value: st.DrawFn) -> RoundResult:
     size = draw_value(st.integers(1, 12))
     flags = st.lists(st.booleans(), min_size=size, max_size=size).map(tuple)
     attacks = st.lists(st.builds(AttackResult, words, flags, count), max_size=3).map(tuple)
-    replay = st.none() | st.builds(ReplayResult, count, count, finite)
+    further = st.lists(st.builds(Replayed, words, count, count), max_size=2).map(tuple)
+    replay = st.none() | st.builds(ReplayResult, count, count, finite, further)
     version = st.integers(1, 99).map(str)
     fields = [count, paths, words, version, st.just("linf"), words, finite, finite, flags, attacks, queries, replay]
     values: list[Any] = [draw_value(field) for field in fields]
@@ -83,6 +85,19 @@ DAMAGE: dict[str, dict[str, Any]] = {
     "duration": {"seconds": float("nan")},
     "replay": {"replay": {"images": 3}},
     "replay's counts": {"replay": {"images": 3.5, "mismatches": 0, "difference": 0.0}},
+    "further threats": {"replay": {"images": 3, "mismatches": 0, "difference": 0.0, "further": [{"kind": "patch"}]}},
+    "further threats' counts": {
+        "replay": {
+            **{"images": 3, "mismatches": 0, "difference": 0.0},
+            "further": [{"kind": "patch", "images": "1", "mismatches": 0}],
+        }
+    },
+    "a further threat's name": {
+        "replay": {
+            **{"images": 3, "mismatches": 0, "difference": 0.0},
+            "further": [{"kind": 7, "images": 1, "mismatches": 0}],
+        }
+    },
 }
 
 

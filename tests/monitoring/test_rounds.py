@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from dfmcl.monitoring.crafting import scenes
 from dfmcl.monitoring.endpoint import Latencies, Stopped
 from dfmcl.monitoring.evidence import Release, Replay
 from dfmcl.monitoring.probes import query_attack
-from dfmcl.monitoring.results import GATEWAY, AttackResult, Round, RoundResult
+from dfmcl.monitoring.results import GATEWAY, AttackResult, Round, RoundResult, round_from_json
 from dfmcl.monitoring.rounds import EXAMPLES, run_query_round
 from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.clocks import Still, Ticking
@@ -162,6 +163,22 @@ def test_a_recorded_answer_that_differs_is_counted() -> None:
     assert result.replay is not None
     assert (result.replay.images, result.replay.mismatches) == (4, 2)
     assert result.replay.difference == pytest.approx(2.5, rel=1e-3)
+
+
+def test_images_of_further_threats_are_counted_apart() -> None:
+    """By kind; they are of the round's images, and a difference is that of its kind."""
+    evidence = gated(1.0, rows=4)
+    assert evidence.replay is not None
+    kinds = ("", "", "patch", "patch", "patch", *["corruption"] * 2, *[""] * 3)
+    other = replace(evidence, replay=replace(evidence.replay, kinds=kinds))
+    for number, expected in ((1, [("patch", 3, 1), ("corruption", 1, 1)]), (2, [("corruption", 1, 1)])):
+        result = measured(one_round(plan(replay=6, tolerance=0.01), number=number, find=lambda version: other))
+        assert result.replay is not None
+        assert [(part.kind, part.images, part.mismatches) for part in result.replay.further] == expected
+        assert round_from_json(json.loads(json.dumps(result.to_json()))) == result
+    plain = measured(one_round(plan(replay=4), find=lambda version: gated())).replay
+    assert plain is not None
+    assert plain.further == ()
 
 
 def test_the_release_is_that_of_the_version_that_answers() -> None:

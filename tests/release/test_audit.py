@@ -81,11 +81,26 @@ def test_figures_are_the_reports(text: str) -> None:
 def test_what_no_record_shows_is_not_asserted(text: str) -> None:
     """Without the run nothing is said of training; oversight, risks and purpose are nobody's record here."""
     unknown = {line[2:].removesuffix(": not recorded.") for line in sentences(text) if line.endswith(": not recorded.")}
-    assert unknown >= {"Training", "Network", "Training data", "Measures of human oversight", "Risk management system"}
+    assert unknown >= {"Training", "Network", "Training data", "Intended purpose, and who may use the system"}
+    assert unknown >= {"Assessment of the measures of human oversight", "Risk management system"}
     assert unknown >= {line.topic for chapter in CHAPTERS for line in chapter.lines if not line.document}
-    orders = [chapter.annex for chapter in CHAPTERS]
-    assert orders == sorted(orders)
-    assert [int(order[0]) for order in orders] == sorted(int(order[0]) for order in orders)
+
+
+# Points of Annex IV, Regulation (EU) 2024/1689; (a) to (h) of its second.
+POINTS = ("1", "2 (a) to (c)", *(f"2 ({part})" for part in "defgh"), *"3456789")
+# Of ISO/IEC 42001:2023: how many controls each objective of Annex A has, numbered from 2 on, and its clauses.
+CONTROLS = {"A.2": 3, "A.3": 2, "A.4": 5, "A.5": 4, "A.6.1": 2, "A.6.2": 7, "A.7": 5, "A.8": 4, "A.9": 3, "A.10": 3}
+KNOWN = {f"{place}.{number}" for place, count in CONTROLS.items() for number in range(2, count + 2)}
+CLAUSES = {"clause 6.1", "clause 6.3", "clause 9.1"}
+
+
+def test_points_stand_in_the_order_of_annex_iv_beside_controls_that_there_are(text: str) -> None:
+    """Each of the nine once, in its order; a control or a clause that the standard has not would be nobody's."""
+    assert tuple(chapter.annex for chapter in CHAPTERS) == POINTS
+    assert re.findall(r"^Annex IV, ([^;\n]+)", text, flags=re.MULTILINE) == list(POINTS)
+    assert len(KNOWN) == 38
+    named = {name for chapter in CHAPTERS for name in re.split(", | to ", chapter.iso) if name}
+    assert named <= KNOWN | CLAUSES
 
 
 def test_a_field_that_is_missing_is_not_recorded_and_another_threat_is_named(trusted: Trust) -> None:

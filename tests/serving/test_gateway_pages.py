@@ -19,7 +19,7 @@ from dfmcl.serving.gateway.claims import reader
 from docs.pictures import make, screens
 from tests.devtools import Browser, browser
 from tests.gating.browser import BROWSER, MISSING
-from tests.serving.doors import KEY, Door, encoded, opened, settings
+from tests.serving.doors import KEY, PRIVILEGED, Door, encoded, opened, settings
 from tests.serving.workshop import Served
 
 DATA = load_dataset("digits")
@@ -289,6 +289,12 @@ def test_docs_can_be_tried_and_copied_from(door: Door, chromium: Browser, tmp_pa
     ]
     chromium.value("document.querySelector('#model .try').click()")
     assert '"signature": "verified"' in chromium.wait("document.querySelector('#model .result').innerText")
+    assert text(chromium, "#v2_version .curl").endswith("/v2/models/digits/versions/1'")
+    chromium.value(f"document.getElementById('key').value = {json.dumps(PRIVILEGED)}")
+    chromium.value("document.querySelector('#v2_model_infer .try').click()")
+    chromium.wait("!!document.querySelector('#v2_model_infer .said.good')")
+    (output,) = json.loads(text(chromium, "#v2_model_infer .result"))["outputs"]
+    assert output["shape"] == [1, 10], "of a black image of the model's own size"
     for name in ("a.jpg", "b.png"):
         (tmp_path / name).write_bytes(PNG)
     command = text(chromium, "#classify .curl")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,6 +99,37 @@ def test_inferences_are_counted_as_classifications_are(door: Door) -> None:
     (line,) = [line for line in door.lines()[-2:] if line["path"] == "/v2/models/digits/infer"]
     assert (line["key"], line["status"], line["version"]) == ("lab", 200, answer.json["model_version"])
     assert door.metric("gateway_images_total") == before + 5
+
+
+def test_the_document_describes_every_route(door: Door) -> None:
+    """Each operation of /v2 in /openapi.json, asked as its example asks but for the pixels, answers by its schema."""
+    document, found = door.get("/openapi.json").json, set[str]()
+    version = door.get("/v1/model", **{"X-API-Key": KEY}).json["version"]
+    pixels = {"shape": [1, 16, 16, 3], "data": IMAGES[0].ravel().tolist()}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items() if path.startswith("/v2") else ():
+            place = path.replace("{model}", "digits").replace("{version}", version)
+            bodies: list[Any] = [None]
+            if method == "post":
+                examples = operation["requestBody"]["content"]["application/json"]["examples"].values()
+                bodies = [one["value"] | {"inputs": [one["value"]["inputs"][0] | pixels]} for one in examples]
+            keys = {"X-API-Key": PRIVILEGED} if operation.get("security") else {}
+            for body in bodies:
+                answer = door.ask(method.upper(), place, body and json.dumps(body), keys)
+                content = operation["responses"][str(answer.status)]["content"]["application/json"]
+                jsonschema.validate(answer.json, {**content["schema"], "components": document["components"]})
+                assert answer.status == 200, answer.body
+                found.add(f"{method} {path}")
+            if keys:
+                refused = door.ask(method.upper(), place, body and json.dumps(body), {})
+                schema = operation["responses"][str(refused.status)]["content"]["application/json"]["schema"]
+                jsonschema.validate(refused.json, {**schema, "components": document["components"]})
+    places = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+    assert found == {
+        *("get /v2", "get /v2/health/live", "get /v2/health/ready"),
+        *(f"get {place}{end}" for place in places for end in ("", "/ready")),
+        *(f"post {place}/infer" for place in places),
+    }
 
 
 def bodied(document: Any, data: bytes = b"") -> tuple[bytes, str]:

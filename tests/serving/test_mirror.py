@@ -130,10 +130,14 @@ def test_a_bucket_that_is_away_empties_nothing(
         wait_until(lambda: len(said) == 5)
         promote(candidate, evidence, BucketStore(objects), name="digits", trust=trust)
         wait_until(lambda: served_version(served, "digits") == 2)
-    objects.away = True
-    for ask in (copy.once, lambda trust: copy.follow(lambda: trust, 1, threading.Event())):
+    objects.away, fresh = True, mirror(BucketStore(objects), tmp_path / "fresh", said.append)
+    for ask in (copy.once, lambda trust: fresh.follow(lambda: trust, 1, threading.Event())):
         with pytest.raises(BadInput, match="the network is down"):
             ask(trust)
+    anew = mirror(BucketStore(objects), tmp_path, said.append)
+    with following(anew, trust):  # a sidecar that begins while the bucket is away, beside a Triton that serves
+        wait_until(lambda: said[-1].startswith("memory://bucket: cannot be read: the network is down"))
+    assert served_version(served, "digits") == 2
 
 
 @pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: (path / "digits").mkdir(parents=True)])

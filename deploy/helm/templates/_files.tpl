@@ -30,3 +30,37 @@ image:
   pullPolicy: IfNotPresent
 {{- end -}}
 {{- end -}}
+
+{{- /* What reads a bucket: the command, who it is, and the account that a cloud gives a role. */}}
+{{- define "dfmcl.sync-command" -}}
+- dfmcl
+- sync
+- --repository
+- {{ .Values.model.bucket.repository }}
+- --into
+- /models
+- --trust
+- /etc/dfmcl/trust.toml
+{{- end -}}
+
+{{- define "dfmcl.bucket-environment" -}}
+{{- with .Values.model.bucket -}}
+{{- if .repository -}}
+{{- with .secret -}}
+envFrom: [{ secretRef: { name: {{ . }} } }]
+{{- end }}
+{{- with .environment }}
+env:
+  {{- range $name, $value := . }}
+  - { name: {{ $name }}, value: {{ $value | quote }} }
+  {{- end }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "dfmcl.bucket-account" -}}
+{{- if and .Values.model.bucket.repository .Values.model.bucket.serviceAccount -}}
+serviceAccountName: {{ .Values.model.bucket.serviceAccount }}
+{{- end -}}
+{{- end -}}
