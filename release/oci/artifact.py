@@ -33,7 +33,7 @@ EMPTY = b"{}"
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerKind:
     """A file of a release as a layer. most: bytes that are read."""
 
     media_type: str
@@ -41,16 +41,16 @@ class Kind:
     optional: bool = False
 
 
-RELEASE: dict[str, Kind] = {
-    MODEL: Kind("application/vnd.cncf.model.weight.v1.raw", FILE_BYTES),
-    LABELS: Kind("application/vnd.cncf.model.weight.config.v1.raw", MANIFEST_BYTES),
-    MANIFEST: Kind("application/vnd.cncf.model.weight.config.v1.raw", MANIFEST_BYTES),
+RELEASE: dict[str, LayerKind] = {
+    MODEL: LayerKind("application/vnd.cncf.model.weight.v1.raw", FILE_BYTES),
+    LABELS: LayerKind("application/vnd.cncf.model.weight.config.v1.raw", MANIFEST_BYTES),
+    MANIFEST: LayerKind("application/vnd.cncf.model.weight.config.v1.raw", MANIFEST_BYTES),
 }
-EVIDENCE: dict[str, Kind] = {
-    REPORT: Kind("application/json", RECORD_BYTES),
-    PROBES: Kind("application/octet-stream", FILE_BYTES),
-    ATTESTATION: Kind("application/vnd.in-toto.bundle", MANIFEST_BYTES),
-    SIGNATURE: Kind(BUNDLE, MANIFEST_BYTES, optional=True),
+EVIDENCE: dict[str, LayerKind] = {
+    REPORT: LayerKind("application/json", RECORD_BYTES),
+    PROBES: LayerKind("application/octet-stream", FILE_BYTES),
+    ATTESTATION: LayerKind("application/vnd.in-toto.bundle", MANIFEST_BYTES),
+    SIGNATURE: LayerKind(BUNDLE, MANIFEST_BYTES, optional=True),
 }
 
 
@@ -145,7 +145,9 @@ def read_index(data: bytes) -> list[Descriptor]:
     return [Descriptor.from_json(row) for row in rows]
 
 
-def read_layers(data: bytes, artifact_type: str, kinds: Mapping[str, Kind], subject: str = "") -> dict[str, Descriptor]:
+def read_layers(
+    data: bytes, artifact_type: str, kinds: Mapping[str, LayerKind], subject: str = ""
+) -> dict[str, Descriptor]:
     """A manifest's layers by the names of their files, in the order of `kinds`; Unfit where these are others.
 
     So no name leads out of a directory or stands twice, and no file is larger than it may be. subject: the digest that

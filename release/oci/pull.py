@@ -20,7 +20,7 @@ from dfmcl.release.oci.artifact import (
     MODEL_TYPE,
     RELEASE,
     Descriptor,
-    Kind,
+    LayerKind,
     digest_of,
     read_layers,
 )
@@ -75,7 +75,7 @@ def pull(
 
 
 def _layers(
-    manifest: bytes, artifact_type: str, kinds: Mapping[str, Kind], where: Reference, subject: str = ""
+    manifest: bytes, artifact_type: str, kinds: Mapping[str, LayerKind], where: Reference, subject: str = ""
 ) -> dict[str, Descriptor]:
     try:
         return read_layers(manifest, artifact_type, kinds, subject)

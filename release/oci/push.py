@@ -22,7 +22,7 @@ from dfmcl.release.oci.artifact import (
     RELEASE,
     SIGNATURE_TYPE,
     Descriptor,
-    Kind,
+    LayerKind,
     described,
     layer,
     model_config,
@@ -30,7 +30,7 @@ from dfmcl.release.oci.artifact import (
     referrer,
 )
 from dfmcl.release.oci.reference import Reference
-from dfmcl.release.oci.registry import Registry, Source, open_registry
+from dfmcl.release.oci.registry import Blob, Registry, open_registry
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def push(
     return Pushed(reference.pinned(subject.digest), whole, manifest.model_sha256)
 
 
-def _sent(registry: Registry, folder: Path, kinds: Mapping[str, Kind], track: Track) -> dict[str, Descriptor]:
+def _sent(registry: Registry, folder: Path, kinds: Mapping[str, LayerKind], track: Track) -> dict[str, Descriptor]:
     """The files of a folder, once they are there."""
     found = {}
     for name, kind in kinds.items():
@@ -84,12 +84,12 @@ def _sent(registry: Registry, folder: Path, kinds: Mapping[str, Kind], track: Tr
         if kind.optional and not path.is_file():
             continue
         found[name] = layer(name, file_digest(path), path.stat().st_size)
-        registry.upload(found[name], Source(path, found[name].size, name, track))
+        registry.upload(found[name], Blob(path, found[name].size, name, track))
     return found
 
 
 def _send(registry: Registry, data: bytes, media_type: str) -> None:
-    registry.upload(described(data, media_type), Source(data, len(data), "", silent))
+    registry.upload(described(data, media_type), Blob(data, len(data), "", silent))
 
 
 def _refer(registry: Registry, artifact_type: str, created: str, layers: list[Descriptor], subject: Descriptor) -> str:

@@ -38,7 +38,7 @@ PLAIN = "--plain-http allows it"
 
 
 @dataclass(frozen=True)
-class Source:
+class Blob:
     """The bytes of a blob, which may be asked for again: a file of this machine, or what is in memory."""
 
     content: Path | bytes
@@ -140,7 +140,7 @@ class Registry:
         if size != blob.size or f"sha256:{digest.hexdigest()}" != blob.digest:
             raise Refused(f"{where}: the registry serves other bytes for {path.name}")
 
-    def upload(self, blob: Descriptor, source: Source) -> None:
+    def upload(self, blob: Descriptor, source: Blob) -> None:
         """Bring a blob there, unless it is."""
         with self._asking(blob.digest):
             if self._ask("HEAD", f"blobs/{blob.digest}").status_code == 200:
