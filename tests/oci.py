@@ -119,12 +119,16 @@ def asked(
 
 @dataclass
 class Door:
-    """What stands before a registry. referrers: the lists that OCI 1.1 has and the registry has not, by subject;
-    moved: where blobs are to be had instead; asked: each request."""
+    """What stands before a registry. referrers: the lists that OCI 1.1 has and the registry has not, by subject.
+
+    moved: where blobs are to be had instead; fails: whether all but the first question are answered by 500; asked: each
+    request.
+    """
 
     host: str = ""
     referrers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     moved: str = ""
+    fails: bool = False
     asked: list[str] = field(default_factory=list)
 
 
@@ -139,6 +143,8 @@ def door_before(server: RegistryServer) -> Iterator[Door]:
             door.asked.append(f"{self.command} {self.path}")
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             place = urlsplit(self.path)
+            if door.fails and self.path != "/v2/":
+                return self._answer(500, {}, b'{"errors": [{"message": "out of luck"}]}')
             if door.moved and self.command == "GET" and "/blobs/" in self.path:
                 return self._answer(307, {"Location": f"{door.moved}{self.path}"}, b"")
             if "/referrers/" in place.path:

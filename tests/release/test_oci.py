@@ -452,6 +452,21 @@ def test_a_registry_that_is_not_there_is_told_within_seconds(
     require_nothing(tmp_path)
 
 
+def test_a_registry_that_fails_is_told_at_once(
+    pushed: str, registry: RegistryServer, candidate: Path, evidence: Path, tmp_path: Path, capsys: Output
+) -> None:
+    """Broken, 5, in its own words; oras by itself would ask for two minutes."""
+    with door_before(registry) as door:
+        door.fails, begun = True, time.monotonic()
+        new = ["push", str(candidate), f"oci://{door.host}/{NAME}", "--evidence", str(evidence)]
+        for arguments in (["pull", pushed.replace(registry.host, door.host), str(tmp_path / "out")], new):
+            assert code_of(*arguments) == 5
+            assert "the registry says 500: out of luck" in capsys.readouterr().err
+        assert time.monotonic() - begun < 60
+        assert len(door.asked) == 2 + 3, "each asks who is there, then once; push asks first whether a blob is there"
+    require_nothing(tmp_path)
+
+
 def test_an_existing_directory_is_refused(pushed: str, tmp_path: Path, capsys: Output) -> None:
     """An empty one, a file, a link to nowhere: each stays as it is."""
     (tmp_path / "folder").mkdir()
