@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 TRUST = ["--trust", str(ROOT / "deploy" / "resnet18-cifar10" / "trust.toml")]
 
 COMMAND = Path(sys.executable).with_name("dfmcl")
-SUBCOMMANDS = ("train", "presets", "evaluate", "export", "gate", "promote", "serve", "watch")
+SUBCOMMANDS = ("train", "presets", "evaluate", "export", "gate", "promote", "push", "pull", "serve", "watch")
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from dfmcl.cli.output import warn
 from dfmcl.cli.signals import raising
 
 # In the order in which `dfmcl --help` lists their subcommands.
-from dfmcl.cli import training, robustness, gating, release, serving, monitoring  # noqa: F401 - each registers its own  # isort: skip
+from dfmcl.cli import training, robustness, gating, release, registry, serving, monitoring  # noqa: F401 - each registers its own  # isort: skip
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from dfmcl.cli.output import warn
 SERVE = ("promote", "rollback", "repair", "status", "history", "prune", "retire", "verify", "card", "serve", "sync")
 EXTRAS = {
     **dict.fromkeys(SERVE, "serve"),
+    **dict.fromkeys(("push", "pull"), "serve,oci"),
     **dict.fromkeys(("gateway", "apikey"), "gateway"),
     **dict.fromkeys(("watch", "craft"), "monitor"),
 }

@@ -18,6 +18,7 @@ from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import verify_release
 from dfmcl.serving.clients.triton import Client
 from tests.exports import Export
+from tests.oci import registry_server
 from tests.processes import tritons_own_ports, wait_until
 from tests.s3 import S3Server
 from tests.serving.workshop import ROOT, write_evidence, write_run
@@ -29,22 +30,27 @@ def commands(page: str) -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
 
 
-ON_ONE_MACHINE, _, IN_A_BUCKET = PAGE.partition("## In a bucket")
+ON_ONE_MACHINE, _, REST = PAGE.partition("## In a bucket")
+IN_A_BUCKET, _, IN_A_REGISTRY = REST.partition("## In an OCI registry")
 LINES = commands(ON_ONE_MACHINE)
 
 
 @pytest.fixture
-def desk(
-    tmp_path: Path, candidate: Path, evidence: Path, key: Path, export_once: Export, needs_triton: None
-) -> Iterator[Path]:
-    """A directory with what the page takes for granted."""
+def table(tmp_path: Path, candidate: Path, evidence: Path, key: Path) -> Path:
+    """A directory with a first release, as the page takes it for granted."""
     shutil.copytree(candidate, tmp_path / "candidate")
     shutil.copytree(evidence, tmp_path / "evidence")
-    export_once(write_run(tmp_path / "run", seed=1), tmp_path / "next" / "candidate")
-    write_evidence(tmp_path / "next" / "evidence", tmp_path / "next" / "candidate", key)
     (tmp_path / "trust.toml").write_text(f'keys = ["{key.with_suffix(".pub")}"]\n')
+    return tmp_path
+
+
+@pytest.fixture
+def desk(table: Path, key: Path, export_once: Export, needs_triton: None) -> Iterator[Path]:
+    """And with the next one."""
+    export_once(write_run(table / "run", seed=1), table / "next" / "candidate")
+    write_evidence(table / "next" / "evidence", table / "next" / "candidate", key)
     with tritons_own_ports():
-        yield tmp_path
+        yield table
 
 
 def run_as_written(lines: list[str], desk: Path) -> dict[str, str]:
@@ -90,6 +96,23 @@ def test_the_commands_run_as_written_from_an_empty_bucket_to_a_rollback(
     s3.client().create_bucket(Bucket="releases")
     require_rolled_back(run_as_written(commands(IN_A_BUCKET), desk))
     assert verify_release(Directory(desk / "copy"), "digits", load_trust(desk / "trust.toml")).version == 2
+
+
+def test_the_commands_run_as_written_through_a_registry(table: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In one shell; by the tag and by the digest the same release comes, and it is promoted."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with registry_server(tmp_path_factory.mktemp("registry")) as server:
+        environment = {**os.environ, "PATH": path, "REGISTRY": server.host, "HOME": str(table)}
+        lines = commands(IN_A_REGISTRY)
+        assert [line.split()[1] for line in lines if line.startswith("dfmcl")][-2:] == ["verify", "promote"]
+        done = subprocess.run(
+            ["bash", "-euc", "\n".join(lines)], cwd=table, env=environment, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    reference = done.stdout.splitlines()[0]
+    assert f"latest: {reference}, model.onnx" in done.stdout
+    assert f"pulled: {reference}, model.onnx" in done.stdout
+    assert verify_release(Directory(table / "models"), "digits", load_trust(table / "trust.toml")).version == 1
 
 
 def require_rolled_back(said: dict[str, str]) -> None:
