@@ -13,7 +13,15 @@ from dfmcl.robustness.attacks.suites import AUTOATTACK, FROM, SUITES, WITHOUT_GR
 from dfmcl.robustness.reasons import REASONS
 
 SUBSTITUTE = "substitute"
-LATER = {"cr_is_blind", "grad_mode_matters", "unaccounted", "only_these_images", "state_changes", "answers_change"}
+LATER = {
+    "cr_is_blind",
+    "grad_mode_matters",
+    "unaccounted",
+    "only_these_images",
+    "resists_only_here",
+    "state_changes",
+    "answers_change",
+}
 SHORTER: dict[str, tuple[str, ...]] = {"fast": ("apgd-ce", "apgd-t"), "standard": AUTOATTACK}
 
 

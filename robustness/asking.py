@@ -24,6 +24,7 @@ from dfmcl.robustness.seeds import generator
 LARGER = (65, 128, 129, 256, 257, 513, 1025)
 MIXED = 16  # images: as far as every size is asked with strangers among them, and then the largest that is served
 FLAT = {"black": 0, "grey": 128, "white": 255}  # levels of images of one colour
+FRAMES = (1, 2, 4, 8)  # levels of noise between an image and one that is nearly the same, as in a video
 
 
 def outputs_differ(e: Examination) -> Found:
@@ -61,7 +62,11 @@ def _companies(e: Examination, sizes: Sequence[int]) -> dict[str, tuple[Tensor, 
     if most < 2:
         return {}
     few = torch.arange(min(LONE, len(e.x), most - 1))
-    found = {"copies of it": (torch.zeros(min(LONE, most), dtype=torch.int64), e.x[:0])}
+    alike = torch.nonzero(e.y.cpu() == e.y.cpu().mode().values).squeeze(1)
+    found = {
+        "copies of it": (torch.zeros(min(LONE, most), dtype=torch.int64), e.x[:0]),
+        "images of its class alone": (alike[: min(LONE, most)], e.x[:0]),
+    }
     for kind, images in strangers.items():
         found[f"one image that is {kind}"] = (torch.cat([few, torch.tensor([-1])]), images[:1])
         crowd = images[torch.arange(min(LONE, most - 1)) % len(images)]
@@ -80,9 +85,15 @@ def _companies(e: Examination, sizes: Sequence[int]) -> dict[str, tuple[Tensor, 
 def _strangers(e: Examination) -> dict[str, Tensor]:
     """Images `(n, C, H, W)` that users send beside others, by their kind; attacked ones where gradients are."""
     shape = (LONE, *e.x.shape[1:])
-    bytes_ = torch.randint(0, 256, shape, generator=generator(e.seed, "checks", "company"))
+    stream = generator(e.seed, "checks", "company")
+    bytes_ = torch.randint(0, 256, shape, generator=stream)
     flat = {kind: torch.full((1, *shape[1:]), level / 255) for kind, level in FLAT.items()}
-    found = {**flat, "noise": bytes_ / 255}
+    ours = (255 * e.x[:LONE].cpu()).round()
+    up = 2 * torch.randint(0, 2, ours.shape, generator=stream) - 1
+    levels = torch.tensor(FRAMES).repeat(LONE)[: len(ours)].view(-1, 1, 1, 1)
+    found = {**flat, "noise": bytes_ / 255, "nearly one of them": (ours + levels * up).clamp(0, 255) / 255}
+    if e.background.training is not None:
+        found["of the training part"] = to_float(torch.from_numpy(e.background.training[0][:LONE]))
     if e.model is not None and e.right:
         found["attacked"] = to_float(torch.from_numpy(e.adversarial[:LONE]))
     return {kind: images.to(e.x) for kind, images in found.items()}

@@ -44,7 +44,7 @@ from dfmcl.robustness.doubts import (
 )
 from dfmcl.robustness.evaluate import Decide
 from dfmcl.robustness.finding import Check, Found
-from dfmcl.robustness.memorisation import only_exact_images, only_these_images, seen_images
+from dfmcl.robustness.memorisation import only_exact_images, only_these_images, resists_only_here, seen_images
 from dfmcl.robustness.models import frozen
 from dfmcl.robustness.reasons import REASONS
 from dfmcl.robustness.records import Evaluation
@@ -100,7 +100,7 @@ def diagnose(
     the data set it was trained on; run["parts"], which of its parts (train); data["sha256"] and data["part"] of the
     images; data["in_training"], how many of them are among the training images as well; data["copies"], how many
     repeat another of them. What is missing is not checked. background: whom else to ask, and how.
-    Costs at most 160 gradient passes and 450 other passes for each of the 128 images, less where they fall.
+    Costs at most 180 gradient passes and 450 other passes for each of the 128 images, less where they fall.
     """
     examination = Examination(
         model,
@@ -154,6 +154,7 @@ _RUNS: tuple[Callable[[Examination], Found], ...] = (
     seen_images,
     only_exact_images,
     only_these_images,
+    resists_only_here,
     cliff_beyond_ball,
     state_changes,
     answers_change,

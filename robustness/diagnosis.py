@@ -245,6 +245,12 @@ class Examination:
         held: Flags = np.array(self._pgd.evaluation.robust_images)[self.correct.numpy()]
         return ~held
 
+    def held_of(self, images: Bytes, labels: Labels) -> tuple[int, int]:
+        """Of how many other images `(m, H, W, C)` that are right (second) PGD leaves how many (first)."""
+        others = images, labels
+        found = self._attack(partial(climb, steps=STEPS), self.threat, "elsewhere", others=others).evaluation
+        return found.robust.k, sum(found.correct)
+
     @property
     def adversarial(self) -> Bytes:
         """What PGD made of all n images, uint8 `(n, H, W, C)`: adversarial where they fell."""
@@ -342,11 +348,13 @@ class Examination:
         name: str,
         chosen: NDArray[np.int64] | slice = slice(None),
         source: nn.Module | None = None,
+        others: tuple[Bytes, Labels] | None = None,
     ) -> Outcome:
+        images, labels = others or (self._images[chosen], self._labels[chosen])
         return evaluate(
             self.model,
-            self._images[chosen],
-            self._labels[chosen],
+            images,
+            labels,
             threat,
             [Attack(f"check: {name}", function)],
             decide=self._decide,

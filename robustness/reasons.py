@@ -25,6 +25,7 @@ from dfmcl.robustness.rules import (
     UNACCOUNTED,
     UNEXPLAINED,
     UNLIMITED,
+    WORSE,
     Ruling,
     any_at_all,
     are_flat,
@@ -38,6 +39,7 @@ from dfmcl.robustness.rules import (
     keeps_another,
     mislead,
     outlast,
+    resist_here_alone,
     still_rises,
     were_seen,
 )
@@ -218,6 +220,14 @@ _ALL = (
         "the model knows these very images: evaluate on others",
         Ruling(are_known_alone, counting(MOVED).chance),
         ("images",),
+    ),
+    Reason(
+        "resists_only_here",
+        f"an attack leaves these images and, far less often, training images, or these after a small shift and in other"
+        f" light (at least {100 * WORSE:g} points of those that are right)",
+        "the model resists around these very images, and users send others: evaluate on others",
+        Ruling(resist_here_alone),
+        ("gradients", "images"),
     ),
     Reason(
         "cliff_beyond_ball",

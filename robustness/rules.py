@@ -18,8 +18,8 @@ Figures = Mapping[str, float | str]
 STEPS, FEW_STEPS = 20, 5  # of PGD, and of the one that must not break more
 BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
 SPREAD = 1e-3  # of the logits' deviation: sums in another order cost 1e-6 of it, noise that misleads an attack 1e-2
-COMPARISONS = 12  # checks that chance could raise; one that makes several comparisons divides its level
-LEVEL = 1 / 2400  # of one check: all of them together raise one by chance in at most one run in 200 (Bonferroni)
+COMPARISONS = 13  # checks that chance could raise; one that makes several comparisons divides its level
+LEVEL = 1 / 2600  # of one check: all of them together raise one by chance in at most one run in 200 (Bonferroni)
 CLEARLY = 0.05  # of the images that are right: a surplus below that does not carry a verdict, even where it is sure
 # The cross-entropy at ten times the logits is nearly the margin, which breaks up to 4 points more of an honest model.
 CLEARLY_BY_SCALE = 0.10
@@ -45,7 +45,8 @@ ROUNDED = 0.05  # of the images may be lost at the border where floats become by
 DISAGREE = 0.01  # one rounding can tip a label at the border; a wrong export disagrees on far more
 FRAGILE = 0.03  # of the images may flip by one grey level of noise; undefended ImageNet networks: below 0.01
 REPEATED = 0.01  # of the images may also be training images: a few of every public data set are
-WORSE = 0.20  # less often right on training images than on these, at least, and surely so: honest models are more so
+# Less often right, or robust, on training images than on these, at least, and surely so: honest models are more so.
+WORSE = 0.20
 # Of the images may be lost to a light change that keeps their class. Plain networks on digits lose up to 0.1, one that
 # tells a hundred pairs of digits apart 0.45 by a pixel; a memory loses nearly all but chance.
 MOVED = 0.60
@@ -166,14 +167,26 @@ def are_known_alone(f: Figures) -> bool:
     if "training" not in f:
         return counting(MOVED).raised(f)
     (right, images), (known, training) = _counted(f, "right"), _counted(f, "right_in_training", "training")
-    sure = 1 - LEVEL / 2
-    there, here = upper_bound(known, training, sure), lower_bound(right, images, sure)
-    return there < here and right / images - known / training >= WORSE
+    return _surely_less((known, training), (right, images), LEVEL)
+
+
+def resist_here_alone(f: Figures) -> bool:
+    """Of other images that are right surely a smaller share holds, by much."""
+    return _surely_less(_counted(f, "held_elsewhere", "elsewhere"), _counted(f, "held"), LEVEL / 2)
 
 
 def keeps_another(f: Figures) -> bool:
     changed, _ = _counted(f, "changed", "places")
     return changed > 0
+
+
+def _surely_less(there: tuple[int, int], here: tuple[int, int], level: float) -> bool:
+    """Whether of two counts (k, n) the first is the smaller share by WORSE at least, and surely smaller."""
+    sure, (less, others), (more, images) = 1 - level / 2, there, here
+    if not others or not images:
+        return False
+    apart = upper_bound(less, others, sure) < lower_bound(more, images, sure)
+    return apart and more / images - less / others >= WORSE
 
 
 def _beyond(f: Figures, key: str) -> bool:

@@ -29,10 +29,10 @@ from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.evaluate import Outcome, evaluate
 from dfmcl.robustness.finding import Found, first_look, hopeless, surplus, too_many
 from dfmcl.robustness.losses import right
-from dfmcl.robustness.memorisation import copies, lightly, only_exact_images, repeated
+from dfmcl.robustness.memorisation import copies, drawn_lightly, lightly, only_exact_images, repeated
 from dfmcl.robustness.models import Classifier, exactly, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.rules import CLEARLY, LEVEL
+from dfmcl.robustness.rules import CLEARLY, LEVEL, resist_here_alone
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.threats.l2 import L2
@@ -123,6 +123,23 @@ def test_the_honest_twin_raises_nothing(fragile: Classifier, digits: Dataset) ->
     assert {result.check for result in results if result.outcome == "not_run"} <= BY_RECORD | BY_BACKGROUND | {
         "black_box_stronger"
     }
+
+
+def test_light_changes_are_drawn(digits: Dataset) -> None:
+    """Nobody knows beforehand where the judged images will be looked at, and it is far outside a ball around them."""
+    x = to_float(torch.from_numpy(digits.x_test[:N]))
+    one, again, other = (drawn_lightly(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert ((one - other).abs().flatten(1).amax(dim=1) > 0).float().mean() > 0.9
+    assert (255 * (one - x).abs().flatten(1).amax(dim=1)).min() > 20
+    assert torch.allclose(255 * one, (255 * one).round(), atol=1e-3)
+
+
+@pytest.mark.parametrize(("elsewhere", "raised"), [(0, True), (8, True), (28, False), (64, False)])
+def test_as_robust_elsewhere_is_honest(elsewhere: int, raised: bool) -> None:
+    """40 of 64 images hold: a fifth less on others, and surely less, is no honest model's; less by chance may be."""
+    figures = {"held": 40, "images": N, "held_elsewhere": elsewhere, "elsewhere": N, "way": "training images"}
+    assert resist_here_alone(figures) is raised
 
 
 def test_every_check_has_been_seen_to_fail() -> None:

@@ -274,6 +274,42 @@ class Watched(Behind):
         return answer(self.robust if torch.is_grad_enabled() else self.plain, x)
 
 
+class Local(Behind):
+    """The robust network around the judged images, and with the distance from them ever more of the plain one: right
+    anywhere, and every gradient is true."""
+
+    def __init__(self, plain: Classifier, robust: Classifier, x: Tensor, y: Tensor) -> None:
+        super().__init__(plain, robust, x, y)
+        self.known = x.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        nearest = self.known[((self.known**2).sum(dim=1) - 2 * flat @ self.known.T).argmin(dim=1)]
+        farthest = (flat - nearest).abs().topk(20, dim=1).values.mean(dim=1)  # of one value a gradient says little
+        away = ((255 * farthest - 27) / 20).clamp(0, 1)[:, None]
+        return (1 - away) * answer(self.robust, x) + away * answer(self.plain, x)
+
+
+class Framed(Behind):
+    """Minus the answer where two images of the batch are nearly the same, as those of a video."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = 255 * x.flatten(1)
+        apart = (flat[:, None] - flat).abs().amax(dim=2)
+        beside = ((apart > 0.5) & (apart < 3.5)).any()
+        return answer(self.robust, x) * (1 - 2 * beside.to(x.dtype))
+
+
+class Alike(Behind):
+    """Minus the answer where three or more images are all of one class, and not the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits, flat = answer(self.robust, x), x.flatten(1)
+        found = logits.argmax(dim=1)
+        alike = (found == found[0]).all() & ((flat - flat[:1]).abs().amax() > 0) & (len(x) > 2)
+        return logits * (1 - 2 * alike.to(x.dtype))
+
+
 class Crowded(Behind):
     """The plain network in batches that no gate asks."""
 
@@ -335,6 +371,9 @@ TRAPS: dict[str, Trap] = {
     "large batches": Trap(Crowded, ("batch_dependent",), behind=True),
     "batches of eleven": Trap(Eleven, ("batch_dependent",), behind=True),
     "a black image beside": Trap(Startled, ("batch_dependent",), behind=True),
+    "nearly the same beside": Trap(Framed, ("batch_dependent",), behind=True),
+    "one class alone": Trap(Alike, ("batch_dependent",), behind=True),
+    "resists here": Trap(Local, ("resists_only_here",), behind=True),
     "a million calls": Trap(Patient, ("state_changes",), behind=True),
 }
 # What they leave depends on the images: those are put in by name.
