@@ -21,6 +21,7 @@ from dfmcl.robustness.rules import (
     MOVED,
     REPEATED,
     STEPS,
+    WORSE,
     Figures,
     are_known_alone,
     resist_here_alone,
