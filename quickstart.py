@@ -32,7 +32,7 @@ from rich.table import Table
 from dfmcl.common.errors import DfmclError
 from dfmcl.gating.signing.evaluation import ShareEntry, SuiteEntry
 from dfmcl.gating.signing.evidence import read_report
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release import layout
 from dfmcl.release.stores.directory import Directory

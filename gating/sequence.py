@@ -21,7 +21,7 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.record import other_than, places_of
 from dfmcl.gating.resumption import State
-from dfmcl.gating.signing.probes import kept, kept_in
+from dfmcl.gating.signing.probes_file import kept, kept_in
 from dfmcl.gating.verdict import Claim, Judgement, Seen, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.evaluate import Outcome

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 import dfmcl.cli.command
 from dfmcl.common.files import sha256_of
+from dfmcl.gating.derivation import derived
 from dfmcl.gating.order import FIRST_BLOCK, seed_of
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.record import GateRecord
-from dfmcl.gating.report import build_report
 from dfmcl.gating.signing.attestation import Trust, sign
-from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candidate_files
+from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, REPORT_FORMAT, candidate_files
 from dfmcl.gating.signing.keys import keygen, read_public, read_signer
-from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.probes_file import as_npz
 from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.robustness.attacks.suites import carried_by, parameters_of
 from dfmcl.robustness.reasons import REASONS
@@ -178,8 +178,10 @@ def true_report(
     about["evaluations"] = [replace(one, seed=derived_seed(seed, *FIRST_BLOCK)) for one in found]
     about["transfer"] = [replace(one, seed=seed) for one in about["transfer"]]
     record = GateRecord(**about)
-    return build_report(
-        record,
+    return Report(
+        **vars(derived(record)),
+        format=REPORT_FORMAT,
+        checks=tuple(record.checks),
         candidate=CandidateEntry(
             kind="candidate",
             name="candidate",

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.endurance import MODEL, REPOSITORY, ROOT, served
 from dfmcl.gating.formats.html import html
 from dfmcl.gating.signing.evidence import read_report
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.monitoring import sidecar
 from dfmcl.monitoring.config import WatchConfig, load_config
 

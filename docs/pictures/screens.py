@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.endurance import MODEL, REPOSITORY, ROOT, served
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.serving.gateway.config import GatewayConfig
 from docs.pictures import pages
 from tests.devtools import Browser, browser

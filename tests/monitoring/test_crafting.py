@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
+from dfmcl.monitoring.asker import Stopped
 from dfmcl.monitoring.crafting import AHEAD, Crafter, ImagePool, Pace, draw, require_fit, scenes
-from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dfmcl.monitoring import page as rendered
-from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal
 from dfmcl.monitoring.page import _ago, render
+from dfmcl.monitoring.releases import Release
 from dfmcl.monitoring.results import GATEWAY, Example, Round
 from dfmcl.robustness.statistics import Share
 from docs.pictures import make, screens

@@ -21,11 +21,11 @@ from scipy.stats import binomtest
 
 from dfmcl.monitoring.bounds import Bounds, limit
 from dfmcl.monitoring.budget import Budget
-from dfmcl.monitoring.evidence import STATES, Attested, Release
 from dfmcl.monitoring.journal import KEPT_EXAMPLES, KEPT_FAILURES, POINTS, RECENT, VERSIONS, Histogram, Journal
 from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.metrics import RoundsCollector
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
+from dfmcl.monitoring.releases import STATES, Attested, Release
 from dfmcl.monitoring.results import (
     GATEWAY,
     PATHS,

@@ -12,7 +12,7 @@ from dfmcl.gating.case import Case
 from dfmcl.gating.resumption import State
 from dfmcl.robustness.attacks.transfer import ensemble, ensemble_sha256
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.images import held_at_once
+from dfmcl.robustness.image_set import held_at_once
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
