@@ -399,7 +399,7 @@ def weaker(path: Path, noise: float) -> bytes:
 
 
 def hasty(rules: Path, folder: Path) -> Path:
-    """The rules with shorter `for`: what they wait for is scrapes and rounds, which come sooner here too."""
+    """The rules with shorter `for`: they wait for scrapes and rounds, which come sooner here too."""
 
     def shorter(found: re.Match[str]) -> str:
         seconds = int(found[2]) * {"s": 1, "m": 60, "h": 3600}[found[3]]

@@ -155,7 +155,7 @@ def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags
 
 
 def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:
-    """Images after which all claims are probably decided, if the shares stay what they are; at most `most`.
+    """Images after which all claims are probably decided, if the shares stay as they are; at most `most`.
 
     Wald's mean for a test that knows the share, log(1 / alpha) over the divergence from the threshold, and a third.
     """

@@ -198,7 +198,7 @@ class Sidecar:
         """Whether rounds still begin: the last at most three intervals and a deadline ago, or images are being made."""
         probe = self._config.probe
         if self.crafter.behind:
-            return True  # a restart would throw away what is crafted, and begin again
+            return True  # a restart would throw away the crafted images, and begin again
         if self.crafter.dead:
             return False  # no round can be measured any more, and a restart may help
         patience = HEALTHY_INTERVALS * probe.interval_seconds + self._config.target.timeout_seconds

@@ -51,7 +51,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def hastened(folder: Path, rules: Sequence[Path] = RULES) -> list[Path]:
-    """Copies of the rules in which an hour is a minute and a minute a second: what they wait for, and look back on."""
+    """Copies of the rules in which an hour is a minute and a minute a second, in waits and in windows."""
     copies = [folder / f"hastened-{path.name}" for path in rules]
     for path, copy in zip(rules, copies, strict=True):
         text = re.sub(r"(\[|\boffset |for: )(\d+)m\b", r"\1\2s", path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def labels(exposition: str) -> dict[str, dict[str, set[str]]]:
 
 
 def growing(exposition: str) -> Callable[[], str]:
-    """An exposition whose counters and histograms grow by what they hold with every scrape."""
+    """An exposition whose counters and histograms grow by their own values with every scrape."""
     scrapes = 0
     counting = re.compile(r"^(\w+_(?:total|count|sum|bucket)(?:{.*})?) (\S+)$", flags=re.MULTILINE)
 
@@ -212,7 +212,7 @@ def filled(expression: str, rate_interval: str = "1m") -> str:
 def every_panel_returns_data(
     prometheus_url: str, *, without: Collection[str] = (), rate_interval: str = "1m", seconds: float = 60
 ) -> None:
-    """Within so many seconds every query of every dashboard returns a number; an error names those that do not."""
+    """Within so many seconds every query of every dashboard returns a number; an error names the others."""
     try:
         wait_until(lambda: not dataless(prometheus_url, without, rate_interval), seconds=seconds)
     except AssertionError:

@@ -1,4 +1,4 @@
-"""What benchmarks/standard.py makes of what it measured, and that it goes on where it was."""
+"""The table that benchmarks/standard.py makes of its measurements, and that it goes on where it was."""
 
 from __future__ import annotations
 

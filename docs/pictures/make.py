@@ -1,4 +1,4 @@
-"""Every picture of docs/pictures, and pictures.json, which says what they show: `make pictures`.
+"""Every picture of docs/pictures, and pictures.json with a digest of what each shows: `make pictures`.
 
 A name (flow, threats, report, watch, gateway) makes only that one again. Pages need Chromium, watch and gateway Triton
 too. What a page looks like besides its words is written to structure.json, which tests compare with pages of now.
@@ -84,7 +84,7 @@ def tiled() -> list[tuple[Path, str]]:
 
 
 def drawn() -> list[tuple[Path, str]]:
-    """The line, in light and in dark: files, and what they show."""
+    """The line, in light and in dark: files, and the digest of their content."""
     files = {colour: HERE / f"flow-{colour}.svg" for colour in flow.COLOURS}
     for colour, path in files.items():
         path.write_text(flow.flow(colour), encoding="utf-8")
@@ -92,7 +92,7 @@ def drawn() -> list[tuple[Path, str]]:
 
 
 def photographed() -> list[tuple[Path, str]]:
-    """The gateway's pages in each state: files, and what they show."""
+    """The gateway's pages in each state: files, and the digest of their content."""
     if BROWSER is None:
         raise SystemExit(MISSING)
     with tempfile.TemporaryDirectory() as scratch:
@@ -113,7 +113,7 @@ def _kept(seen: Iterable[tuple[str, bytes, list[str]]], shows: str) -> list[tupl
 
 
 def shot(name: str) -> list[tuple[Path, str]]:
-    """The upper part of a page, in light and in dark: files, and what they show."""
+    """The upper part of a page, in light and in dark: files, and the digest of their content."""
     if BROWSER is None:
         raise SystemExit(MISSING)
     page, made = PAGES[name], []

@@ -521,7 +521,7 @@ class Gateway:
 
 
 def _conclude(told: Told, exchange: Exchange) -> None:
-    """What a request's span says of it: what its line in the log says, and no more."""
+    """The attributes of a request's span: the words of its line in the log, and no more."""
     place = "/v2/models/{model}/infer" if exchange.v2 else exchange.path or ""
     if exchange.inference:
         told.span.update_name(f"{exchange.method} {place}")

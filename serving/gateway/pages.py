@@ -28,7 +28,7 @@ class Page:
 
 
 def index(model: str, *, needs_key: bool, root: str = "") -> Page:
-    """A page to drop images on: what the model is, and what it says about them. root: path before all others."""
+    """A page to drop images on: the model, and its answers about them. root: path before all others."""
     return _filled(INDEX, root, needs_key=needs_key, title=escape(model))
 
 

@@ -1,4 +1,4 @@
-"""The gate on real candidates: its verdicts, its evidence, and what it refuses."""
+"""The gate on real candidates: its verdicts, its evidence, and its refusals."""
 
 from __future__ import annotations
 
@@ -597,7 +597,7 @@ def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path:
 
 
 def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_path: Path) -> None:
-    """Black-box attacks alone: what they find is a fact, what they do not find proves nothing."""
+    """Black-box attacks alone: a find is a fact, none proves nothing."""
     blind = replace(subject, model=None, no_gradients="it lets none through")
     modest = policy(
         0.001, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}

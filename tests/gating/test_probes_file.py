@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_no_archive(tmp_path: Path, change: dict[str, Array
     """Other sizes, types or numbers than a gate writes: bad input, and nothing of ours breaks."""
     (tmp_path / "probes.npz").write_bytes(as_npz(two_threats()[1] | change))
     for read in (read_probes, lambda path: read_answers(path, (40, *SHAPE, 10))):
-        with pytest.raises(BadEvidence, match=r"does not fit together|what it holds is not"):
+        with pytest.raises(BadEvidence, match=r"do not fit together|its members are not"):
             read(tmp_path / "probes.npz")
 
 

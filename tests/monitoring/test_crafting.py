@@ -251,7 +251,7 @@ def test_leaving_ends_a_rest() -> None:
 
 
 def test_an_error_in_the_thread_reaches_the_round() -> None:
-    """The first one to wait learns what it was; later ones that there will be no more."""
+    """The first one to wait learns the error; later ones that there will be no more."""
 
     def broken(x: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("of a surrogate")

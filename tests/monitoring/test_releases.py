@@ -152,7 +152,7 @@ def test_a_policy_without_a_clean_criterion_has_no_clean_threshold(make_report: 
         "time": ({"created": "today"}, "not a gate's report (Invalid isoformat string: 'today'); run dfmcl gate again"),
         "verdict": ({"verdict": "splendid"}, "verdict is 'splendid', and 'passed' follows from its own record"),
         "counts": ({"progress": []}, "progress: entries is 0, and 16 follows from its own record"),
-        "no images": ({"per_image": {"index": [], "label": []}}, "what it holds does not fit together"),
+        "no images": ({"per_image": {"index": [], "label": []}}, "its members do not fit together"),
         "radii": ({"radii": [{}]}, "not a gate's report (lacks 'radii.0.format'); run dfmcl gate again"),
     }.values(),
 )

@@ -387,7 +387,7 @@ def test_up_is_whether_the_endpoint_answered(outcome: Round, up: float) -> None:
 
 
 def test_our_own_bugs_say_nothing_about_the_server() -> None:
-    """up stays what it was."""
+    """up keeps its value."""
     assert value(journal(result(), failure(2, "internal")), "robustness_target_up", **DIRECT) == 1
     assert value(journal(failure(1, "unavailable"), failure(2, "internal")), "robustness_target_up", **DIRECT) == 0
 

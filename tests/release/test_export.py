@@ -326,7 +326,7 @@ def test_packed_surrogate_is_not_exported(tmp_path: Path, run_directory: Path) -
 
 
 def test_other_storage_is_bad_input(tmp_path: Path, run_directory: Path) -> None:
-    """A precision nobody wrote is refused with those that exist."""
+    """A precision nobody wrote is refused with the list of existing ones."""
     with pytest.raises(BadInput, match="weights are 'int8'; choose one of float32, float16"):
         exporting.export(run_directory, tmp_path / "candidate", weights="int8")
 
@@ -514,7 +514,7 @@ def test_triton_serves_a_wrapped_file(tmp_path: Path, needs_triton: None, key: P
 
 
 def test_command_wraps_a_file(tmp_path: Path) -> None:
-    """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for what it lacks."""
+    """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for a missing input or labels."""
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
     (tmp_path / "labels.txt").write_text("\n".join(LETTERS))
     command = [sys.executable, "-m", "dfmcl", "export", str(path), "--out", str(tmp_path / "candidate")]

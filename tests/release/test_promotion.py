@@ -449,7 +449,7 @@ def test_a_config_for_gpus_that_promotion_did_not_write_is_refused(repository: P
 
 
 def test_an_edited_config_is_mended_by_a_rollback_to_its_version(repository: Path, trust: Trust) -> None:
-    """Promotion's texts may change with the program; what is served stays what it was."""
+    """Promotion's texts may change with the program; the served files stay as they were."""
     path = repository / "digits" / "config.pbtxt"
     text = path.read_text()
     path.write_text(text.replace("enable: false", "enable: true"))

@@ -360,7 +360,7 @@ def test_points_between_coarse_values_stay_among_them(data: Dataset) -> None:
 
 
 def test_scores_alone_meet_a_switch(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
-    """Square sees the hardened face; the same queries in subspaces break a third of what it left."""
+    """Square sees the hardened face; the same queries in subspaces break a third of its survivors."""
     model = Switch(plain, hardened, of_digits()["grey"]).eval().requires_grad_(False)
     suite = [Attack.parse(attack) for attack in ("square-400", "square-subspace-400")]
     with torch.no_grad():

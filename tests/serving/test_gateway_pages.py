@@ -219,7 +219,7 @@ def test_claims_are_the_records(
 
 
 def test_model_needs_the_key_that_its_images_need(door: Door) -> None:
-    """As v2's metadata: who may not ask it is not told what it is."""
+    """As v2's metadata: who may not ask the model learns nothing of it."""
     assert door.get("/v1/model").reason == "unauthorized"
     answer = door.get("/v1/model", **{"X-API-Key": KEY})
     assert answer.json["limits"] == {"images": 64, "bytes": 20_000, "pixels": 16_000_000}

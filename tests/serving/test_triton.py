@@ -1,4 +1,4 @@
-"""The local runtime: what it serves, what it refuses, and how it ends."""
+"""The local runtime: its answers, its refusals, its end."""
 
 from __future__ import annotations
 
