@@ -10,7 +10,7 @@ import subprocess
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -194,14 +194,9 @@ def firing(url: str) -> set[str]:
     return {series["alertname"] for series, _ in query(url, 'ALERTS{alertstate="firing"}')}
 
 
-def dataless(url: str, without: Collection[str] = (), rate_interval: str = "1m") -> list[Panel]:
-    """Panels whose query has no number. without: beginnings of metric names that this Prometheus does not scrape."""
-    return [
-        panel
-        for panel in panels()
-        if not any(re.search(rf"\b{beginning}", panel.expression) for beginning in without)
-        and all(math.isnan(value) for _, value in query(url, filled(panel.expression, rate_interval)))
-    ]
+def dataless(url: str) -> list[Panel]:
+    """Panels whose query has no number."""
+    return [one for one in panels() if all(math.isnan(value) for _, value in query(url, filled(one.expression)))]
 
 
 def filled(expression: str, rate_interval: str = "1m") -> str:
@@ -209,12 +204,10 @@ def filled(expression: str, rate_interval: str = "1m") -> str:
     return re.sub(r"\$(model|version)\b", ".+", expression.replace("$__rate_interval", rate_interval))
 
 
-def every_panel_returns_data(
-    prometheus_url: str, *, without: Collection[str] = (), rate_interval: str = "1m", seconds: float = 60
-) -> None:
+def every_panel_returns_data(prometheus_url: str, *, seconds: float = 60) -> None:
     """Within so many seconds every query of every dashboard returns a number; an error names the others."""
     try:
-        wait_until(lambda: not dataless(prometheus_url, without, rate_interval), seconds=seconds)
+        wait_until(lambda: not dataless(prometheus_url), seconds=seconds)
     except AssertionError:
-        missing = dataless(prometheus_url, without, rate_interval)
+        missing = dataless(prometheus_url)
         assert not missing, missing

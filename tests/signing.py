@@ -50,22 +50,21 @@ def make_key(folder: Path, name: str = "release") -> Path:
 
 def ec_key(folder: Path, name: str = "model") -> Path:
     """A new pair of P-256 in PEM; the private one's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    key = ec.generate_private_key(ec.SECP256R1())
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / f"{name}.key").write_bytes(private)
-    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return folder / f"{name}.key"
+    return kept_key(folder / f"{name}.key", ec.generate_private_key(ec.SECP256R1()))
 
 
-def known_key(folder: Path, name: str = "release") -> Path:
+def known_key(folder: Path) -> Path:
     """A key pair that is the same in every run, so that a gate draws the same order; the private one's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / f"{name}.key").write_bytes(private)
-    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return folder / f"{name}.key"
+    return kept_key(folder / "release.key", Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+
+
+def kept_key(path: Path, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> Path:
+    """Both halves in PEM, the public one beside the private one; the private one's path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    path.with_suffix(".pub").write_bytes(public)
+    return path
 
 
 def trusting(*keys: Path, **options: Any) -> Trust:

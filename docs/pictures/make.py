@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,15 +101,29 @@ def photographed() -> list[tuple[Path, str]]:
 
 def _kept(seen: Iterable[tuple[str, bytes, list[str]]], shows: str) -> list[tuple[Path, str]]:
     """Pictures written, and their outlines with the others."""
-    outlines = json.loads(STRUCTURE.read_text(encoding="utf-8")) if STRUCTURE.exists() else {}
-    made = []
+    found, made = outlines() if STRUCTURE.exists() else {}, []
     for name, png, outline in seen:
         path = HERE / f"{name}.png"
         path.write_bytes(png)
-        outlines[name] = outline
+        found[name] = outline
         made.append((path, shows))
-    STRUCTURE.write_text(json.dumps(dict(sorted(outlines.items())), indent=1) + "\n", encoding="utf-8")
+    keep(found)
     return made
+
+
+def outlines() -> dict[str, list[str]]:
+    """The outline of each picture of a page, by the picture's name; structure.json holds equal ones once."""
+    kept = json.loads(STRUCTURE.read_text(encoding="utf-8"))
+    return {name: outline for names, outline in kept.items() for name in names.split()}
+
+
+def keep(found: Mapping[str, list[str]]) -> None:
+    """Write structure.json."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, outline in sorted(found.items()):
+        names.setdefault(tuple(outline), []).append(name)
+    kept = {" ".join(together): outline for outline, together in names.items()}
+    STRUCTURE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def shot(name: str) -> list[tuple[Path, str]]:

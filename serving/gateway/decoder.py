@@ -23,7 +23,7 @@ Batch = npt.NDArray[np.uint8]
 
 
 class Decoder:
-    """threads: for large bodies; pixels: most of an image; unseen: hears the reason for each unreadable image of a list."""
+    """threads: for large bodies; pixels: most of an image; unseen: hears why an image of a list is unreadable."""
 
     def __init__(self, threads: Executor, pixels: int, unseen: Callable[[str], None]) -> None:
         self._threads, self._pixels, self._unseen = threads, pixels, unseen

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dfmcl.common.errors import BadInput, Broken, Refused
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.gating.subjects.candidate import candidate_subject
 from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.release import export as exporting
 from dfmcl.release import graphs, promotion
-from dfmcl.release.candidate import FILES, Manifest, read_manifest, sha256_of
+from dfmcl.release.candidate import FILES, Manifest, read_manifest
 from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset

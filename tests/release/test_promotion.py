@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput, Broken, Refused
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.gating.signing.evidence import ATTESTATION
-from dfmcl.release.candidate import FILES, read_manifest, sha256_of
+from dfmcl.release.candidate import FILES, read_manifest
 from dfmcl.release.layout import VERSION_FILES, configs, model_names, parse_config
 from dfmcl.release.ledger import Aliases, aliases, is_retired, read_history
 from dfmcl.release.promotion import give_back, note_failure, promote, prune, retire, rollback

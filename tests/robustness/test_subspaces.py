@@ -36,10 +36,10 @@ from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import threat_of
-from tests.linear import Linear, images
+from tests.linear import Linear, images, stream
 from tests.networks import Networks
 from tests.robustness.switches import Switch, high_frequencies, switches
-from tests.robustness.test_apgd import SHAPE, network, stream
+from tests.robustness.test_apgd import SHAPE, network
 
 EPS = {"linf": [8 / 255, 20 / 255, 8.6 / 255, 1 / 255, 0.4 / 255], "l2": [1.5, 0.3, 0.02, 0.5 / 255]}
 

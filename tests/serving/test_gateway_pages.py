@@ -251,7 +251,7 @@ def test_docs_say_what_the_document_says(door: Door) -> None:
 @needs_browser
 def test_pages_are_built_as_their_pictures(served: Served, trust_file: Path, chromium: Browser, tmp_path: Path) -> None:
     """In each state of docs/pictures the same elements are seen as there, whatever they say; a lost one is noticed."""
-    pictured = json.loads(make.STRUCTURE.read_text(encoding="utf-8"))
+    pictured = make.outlines()
     files = written(tmp_path, **{f"digit{number}": encoded(DATA.x_test[number]) for number in range(3)})
     release = {"repository": str(served.repository), "trust": str(trust_file)}
     with opened(settings([served.ready["grpc"]], open=True, keys=[], release=release)) as door:
