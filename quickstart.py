@@ -32,7 +32,7 @@ from rich.table import Table
 from dfmcl.common.errors import DfmclError
 from dfmcl.gating.signing.evaluation import ShareEntry, SuiteEntry
 from dfmcl.gating.signing.evidence import read_report
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release import layout
 from dfmcl.release.stores.directory import Directory
@@ -375,7 +375,7 @@ def accuracy_table() -> Table:
 def release_table(
     release: Promoted, evaluation: SuiteEntry, replayed: dict[str, Share], live: dict[str, list[Any]]
 ) -> Table:
-    """What the gate measured, what its images give through the server, and what the sidecar found; 95 % intervals."""
+    """The gate's measurements, its images' answers through the server, and the sidecar's findings; 95 % intervals."""
     threat = f"{evaluation.threat.norm} {evaluation.threat.label}"
     title = f"{release.model} version {release.version}, {threat}, % [95 % interval]"
     (images,) = {int(sample.value) for sample in live["robustness_clean_samples_total"]}
@@ -396,7 +396,7 @@ def bounds(live: dict[str, list[Any]], names: Sequence[str]) -> dict[str, str]:
 
 
 def example_table(labels: Sequence[str], truth: Any, clean: Any, adversarial: Any) -> Table:
-    """The first images of the release: what they are, and what the server said."""
+    """The first images of the release: their classes, and the server's answers."""
     title = "the release's first images, asked over gRPC"
     table = Table("truth", "answer", "answer to the gate's adversarial image", title=title, title_justify="left")
     for row in zip(truth[:EXAMPLES], clean, adversarial, strict=False):

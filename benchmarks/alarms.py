@@ -246,7 +246,6 @@ class Look:
         where: str,
         gone: bool = False,
         counted: bool = True,
-        patience: float = 240,
     ) -> Alarm:
         """Wait until an alert is there, or gone; Crashed where Triton dies meanwhile. where: `pages` or `firing`."""
 
@@ -254,7 +253,7 @@ class Look:
             self._triton.require_running()
             return (alert in getattr(self, where)()) != gone
 
-        wait_until(said, seconds=patience, pause=0.2)
+        wait_until(said, seconds=240, pause=0.2)
         seconds, rounds = time.monotonic() - begun[0], self.rounds() - begun[1] if counted else None
         return Alarm(event, alert, "resolved" if gone else "firing", round(seconds, 1), rounds)
 
@@ -399,7 +398,7 @@ def weaker(path: Path, noise: float) -> bytes:
 
 
 def hasty(rules: Path, folder: Path) -> Path:
-    """The rules with shorter `for`: what they wait for is scrapes and rounds, which come sooner here too."""
+    """The rules with shorter `for`: they wait for scrapes and rounds, which come sooner here too."""
 
     def shorter(found: re.Match[str]) -> str:
         seconds = int(found[2]) * {"s": 1, "m": 60, "h": 3600}[found[3]]

@@ -1,4 +1,4 @@
-"""How often a claim about the whole suite from a drawn part of the images errs, and what it costs: `make bench-drawn`.
+"""How often a claim about the whole suite from a drawn part of the images errs, and its cost: `make bench-drawn`.
 
 Simulated gates: a known share of a data set holds under the cheap suite, a known share of these images is lost to the
 dear one; images come in random order, each drawn with one chance, and the gate stops as a sequential gate does. A data
@@ -81,7 +81,7 @@ def simulated(criterion: Criterion, images: int, holding: int, lost: float, gate
 def gate(
     criterion: Criterion, images: int, holding: int, cheap: int, stream: np.random.Generator
 ) -> tuple[str, int, int]:
-    """The outcome, the images attacked, and those that met the dear suite."""
+    """The outcome, the images attacked, and the ones that met the dear suite."""
     ranks, drawn = stream.permutation(images), stream.random(images) < DRAWN
     held = ranks < cheap
     fates = Fates(held, drawn, held & drawn & (ranks >= holding))

@@ -150,9 +150,9 @@ def drawn(stream: np.random.Generator, accuracy: float, images: int, count: int)
     return np.asarray(stream.hypergeometric(good, POOL - good, images, count))
 
 
-def wilson_upper(right: NDArray[Any], images: int, confidence: float = 0.95) -> NDArray[np.float64]:
-    """Upper end of the two-sided interval. Wilson 1927."""
-    z, share = norm.ppf((1 + confidence) / 2), right / images
+def wilson_upper(right: NDArray[Any], images: int) -> NDArray[np.float64]:
+    """Upper end of the two-sided 95 % interval. Wilson 1927."""
+    z, share = norm.ppf(0.975), right / images
     spread = z * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
     return np.asarray((share + z**2 / (2 * images) + spread) / (1 + z**2 / images))
 

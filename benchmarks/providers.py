@@ -25,7 +25,7 @@ from rich.progress import track
 from benchmarks.result import write_result
 from dfmcl.common.providers import WHOLE, Decider
 from dfmcl.gating.conversion import Converted, differentiable, folded
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.models import to_float

@@ -22,7 +22,7 @@ from scipy.stats import hypergeom
 from benchmarks.result import RESULTS, write_result
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.evidence import read_report
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.gating.signing.report import Report
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.registry import open_subject

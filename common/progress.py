@@ -1,4 +1,4 @@
-"""Progress as an argument: rooms iterate through a `Track`; the command line decides what it looks like."""
+"""Progress as an argument: rooms iterate through a `Track`; the command line decides its looks."""
 
 from __future__ import annotations
 

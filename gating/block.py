@@ -178,7 +178,7 @@ def _beside(before: Outcome, now: Outcome) -> Outcome:
 
 
 def _spread(part: Outcome, rows: NDArray[np.int64], before: Outcome) -> Outcome:
-    """What was found on some rows, for all: the other images were not tried, and are what they were before."""
+    """Findings on some rows, for all: the other images were not tried, and stay as they were."""
     count, attacks = len(before.adversarial), []
     held = before.evaluation.robust_images
     for record in part.evaluation.attacks:

@@ -29,7 +29,7 @@ def require_checks(record: GateRecord, path: Path, *, remote: bool) -> None:
     require(path, "checks: outside_ball", checks["outside_ball"].outcome, "raised" if outside else "clear")
     known = [check for check in record.checks if check.check in REASONS]
     for check in known:
-        if not early:  # of which some spoke otherwise
+        if not early:  # some spoke otherwise
             reason = REASONS[check.check]
             require(path, f"checks: {check.check}: when", check.when, reason.when)
             require(path, f"checks: {check.check}: do", check.do, reason.do)
@@ -70,7 +70,7 @@ def _may_idle(check: CheckEntry, checks: Mapping[str, CheckEntry], record: GateR
     match check.check:
         case "gradients_mislead":  # no image has a gradient
             return checks["bad_gradients"].outcome == "raised"
-        case "black_box_stronger":  # PGD left none: those that it left and made progress on are counted elsewhere
+        case "black_box_stronger":  # PGD left none: images that it left and made progress on are counted elsewhere
             return record.no_gradients is not None or checks["loss_still_rising"].figures.get("images") == 0
         case "cr_is_blind":
             return not any(_left_by_relaxation(record)[: record.policy.checks.images])
@@ -78,7 +78,7 @@ def _may_idle(check: CheckEntry, checks: Mapping[str, CheckEntry], record: GateR
             return not any(any(one.tried) for one in record.main.attacks if not one.transferred)
         case "state_changes":
             return remote
-    return check.check == "seen_images"  # of data of which nobody says whether the model was trained on them
+    return check.check == "seen_images"  # nobody says whether the model was trained on these data
 
 
 def _left_by_relaxation(record: GateRecord) -> list[bool]:

@@ -21,20 +21,20 @@ from dfmcl.common.files import dump_json, require_place, sha256_of, whole_direct
 from dfmcl.common.progress import Track, silent
 from dfmcl.gating.block import BlockPlan, Source, joined_outcomes
 from dfmcl.gating.case import Case, prepare, require_labels
+from dfmcl.gating.derivation import derived
 from dfmcl.gating.formats.registry import FILES, write_formats
 from dfmcl.gating.kinds import KINDS
+from dfmcl.gating.other_networks import sources_of, transferred
 from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import POLICY, Policy
 from dfmcl.gating.record import GateRecord, other_than, wild
-from dfmcl.gating.report import REPORT, build_report
 from dfmcl.gating.resumption import State, secret_of
 from dfmcl.gating.sequence import Progress, Work, compared, run, standing_judgement, unwatched
 from dfmcl.gating.signing.attestation import model_signer, sign, sign_model
-from dfmcl.gating.signing.evidence import ATTESTATION, PROBES, SIGNATURE
-from dfmcl.gating.signing.probes import as_npz, kept, kept_in
+from dfmcl.gating.signing.evidence import ATTESTATION, PROBES, REPORT, REPORT_FORMAT, SIGNATURE
+from dfmcl.gating.signing.probes_file import as_npz, kept, kept_in
 from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.gating.signing.signer import Signer
-from dfmcl.gating.sources import sources_of, transferred
 from dfmcl.gating.subject import Subject, decided_by
 from dfmcl.robustness import checks
 from dfmcl.robustness.background import Background
@@ -43,7 +43,7 @@ from dfmcl.robustness.digests import Kept
 from dfmcl.robustness.evaluate import Outcome
 from dfmcl.robustness.gradients import IMAGES as GRADIENT_IMAGES
 from dfmcl.robustness.gradients import AttackPass, attack_pass
-from dfmcl.robustness.images import Pictures
+from dfmcl.robustness.image_set import Pictures
 from dfmcl.robustness.memorisation import copies, repeated
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.portions import answered
@@ -248,8 +248,10 @@ def write(
     subject, data = case.subject, case.data
     with whole_directory(out, names=EVIDENCE) as staged:
         (staged / PROBES).write_bytes(as_npz(arrays))
-        report = build_report(
-            record,
+        report = Report(
+            **vars(derived(record)),
+            format=REPORT_FORMAT,
+            checks=tuple(record.checks),
             candidate=candidate_entry(subject),
             decided=decided_by(subject.provider),
             run=RunEntry(checkpoint_sha256=subject.run.get("checkpoint_sha256")),

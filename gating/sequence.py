@@ -21,7 +21,7 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.record import other_than, places_of
 from dfmcl.gating.resumption import State
-from dfmcl.gating.signing.probes import kept, kept_in
+from dfmcl.gating.signing.probes_file import kept, kept_in
 from dfmcl.gating.verdict import Claim, Judgement, Seen, Standing, one_look
 from dfmcl.robustness.data import Dataset, Labels
 from dfmcl.robustness.evaluate import Outcome
@@ -155,7 +155,7 @@ def seen_of(claim: Claim, found: Sequence[Outcome], labels: Labels, drawn: Flags
 
 
 def expected(judgements: Sequence[Judgement], seen: int, most: int) -> int:
-    """Images after which all claims are probably decided, if the shares stay what they are; at most `most`.
+    """Images after which all claims are probably decided, if the shares stay as they are; at most `most`.
 
     Wald's mean for a test that knows the share, log(1 / alpha) over the divergence from the threshold, and a third.
     """

@@ -48,7 +48,7 @@ LONGEST = (
 # Odds ratios believed in: 0.5 points below one half, which 8192 rounds of 128 images show, to what one round may show.
 # Eight cost log 8 of log-wealth at most, and neighbours win together.
 RATIOS: Floats = np.exp(-0.02 * 2.0 ** np.arange(8))
-# Of windows that are compared, in rounds: after a change the published one is 0.7 of what is possible or more.
+# Of windows that are compared, in rounds: after a change the published one is 0.7 of the best possible or more.
 WINDOWS: Counts = np.unique(np.round(2 ** (np.arange(27) / 2)).astype(np.int64))
 # Two parts differ where two accuracies explain them exp(10) times as well as one: 4.5 standard errors. That divides a
 # steady model's window in 3 of 10,000 rounds; less would oftener, more sees a change later; bounds hold either way.

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from dfmcl.common.errors import BadInput
-from dfmcl.monitoring.endpoint import Stopped
+from dfmcl.monitoring.asker import Stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, Labels
-from dfmcl.robustness.images import Images, Pictures
+from dfmcl.robustness.image_set import Images, Pictures
 from dfmcl.robustness.seeds import derived_seed
 from dfmcl.robustness.threats.ball import Ball
 

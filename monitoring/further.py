@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from html import escape
 
-from dfmcl.monitoring.evidence import Attested
 from dfmcl.monitoring.journal import VersionTotals
+from dfmcl.monitoring.releases import Attested
 
 
 def further(totals: VersionTotals, attested: Attested | None) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dfmcl.monitoring.bounds import RISK
-from dfmcl.monitoring.evidence import Attested
 from dfmcl.monitoring.journal import VersionTotals
+from dfmcl.monitoring.releases import Attested
 from dfmcl.robustness.statistics import Share, lower_bound
 
 # integrity: a recorded answer came out differently. The others: over some of the last rounds the mean of a live figure

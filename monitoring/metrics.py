@@ -13,12 +13,12 @@ from typing import TypeVar
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from dfmcl.common import metrics as shared
-from dfmcl.monitoring.evidence import STATES, Attested
-from dfmcl.monitoring.families import Labels, counter, gauge, histogram, info
+from dfmcl.common import metric_names
 from dfmcl.monitoring.journal import RECENT, AttackTotals, Journal, PathTotals, VersionTotals
 from dfmcl.monitoring.lost import LOSSES
+from dfmcl.monitoring.metric_families import Labels, counter, gauge, histogram, info
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
+from dfmcl.monitoring.releases import STATES, Attested
 from dfmcl.monitoring.snapshot import Identity, Snapshot
 from dfmcl.robustness.statistics import Share
 
@@ -69,7 +69,7 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         return
     found = [({"model": identity.model, "version": v}, release) for v, release in now.releases.items()]
     yield gauge(
-        shared.GATE_STATE,
+        metric_names.GATE_STATE,
         "1 for the state of the evidence for this version: the gate's verdict, or why there is none that holds.",
         [({**labels, "state": name}, float(name == one.state)) for labels, one in found for name in STATES],
     )
@@ -90,32 +90,32 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         [{**labels, "sha256": one.model_sha256, "policy_sha256": one.policy_sha256} for labels, one in gated],
     )
     yield gauge(
-        shared.GATE_EVALUATED,
+        metric_names.GATE_EVALUATED,
         "When the gate ran, unix time.",
         [(labels, one.evaluated) for labels, one in gated],
     )
     yield gauge(
-        shared.GATE_THRESHOLD,
+        metric_names.GATE_THRESHOLD,
         "Robust accuracy that the gate's policy asks for, 0 to 1.",
         [(labels | _its_ball(one), one.robust_threshold) for labels, one in gated if one.robust_threshold is not None],
     )
     yield gauge(
-        shared.GATE_CLEAN_THRESHOLD,
+        metric_names.GATE_CLEAN_THRESHOLD,
         "Clean accuracy that the gate's policy asks for, 0 to 1.",
         [(labels, one.clean_threshold) for labels, one in gated if one.clean_threshold is not None],
     )
     yield from _attested(
-        shared.GATE_ACCURACY,
+        metric_names.GATE_ACCURACY,
         "Robust accuracy that the gate measured with the model's own gradients, worst case per image",
         [(labels | _its_ball(one), one.robust) for labels, one in gated],
     )
     yield from _attested(
-        shared.GATE_CLEAN_ACCURACY,
+        metric_names.GATE_CLEAN_ACCURACY,
         "Clean accuracy that the gate measured",
         [(labels, one.clean) for labels, one in gated],
     )
     yield from _attested(
-        shared.GATE_TRANSFER_ACCURACY,
+        metric_names.GATE_TRANSFER_ACCURACY,
         "Accuracy that the gate measured under this attack, crafted on the surrogates of this watch",
         [
             (labels | _its_ball(one) | {"attack": attack}, share)
@@ -411,7 +411,9 @@ def _bounded(
     )
 
 
-def _attested(names: shared.Interval, documentation: str, rows: Iterable[tuple[Labels, Share]]) -> Iterator[Metric]:
+def _attested(
+    names: metric_names.Interval, documentation: str, rows: Iterable[tuple[Labels, Share]]
+) -> Iterator[Metric]:
     """The gate's figures, with the exact 95 % interval of their images."""
     rows = list(rows)
     bounds = [(labels, *share.bounds) for labels, share in rows]

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from dfmcl.monitoring.bounds import Bounds
-from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.further import further
 from dfmcl.monitoring.journal import OUTAGES, Journal, Point, VersionTotals
+from dfmcl.monitoring.releases import Release
 from dfmcl.monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
 from dfmcl.monitoring.snapshot import Identity, Snapshot
 from dfmcl.robustness.data import Bytes

@@ -16,13 +16,13 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.progress import Track, silent
 from dfmcl.common.reader import TEXT_BYTES, Unfit, read_plain, why_unread
 from dfmcl.gating.signing.trust import follow_trust
-from dfmcl.monitoring import evidence, mitigation
+from dfmcl.monitoring import mitigation, releases
+from dfmcl.monitoring.asker import Stopped
 from dfmcl.monitoring.config import QuerySection, WatchConfig
 from dfmcl.monitoring.crafted import Crafted, Recipe, load_crafted, prepared_scenes
 from dfmcl.monitoring.crafting import Crafter, Pace, require_fit, scenes
-from dfmcl.monitoring.endpoint import Stopped
-from dfmcl.monitoring.evidence import REPORT, Find
 from dfmcl.monitoring.probes import query_attack
+from dfmcl.monitoring.releases import REPORT, Find
 from dfmcl.monitoring.results import GATEWAY, TRITON
 from dfmcl.monitoring.round_log import RoundLog
 from dfmcl.monitoring.rounds import RoundPlan
@@ -132,11 +132,11 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
     """
     chosen = config.release
     if chosen.evidence:
-        attested = evidence.read_report(Path(chosen.evidence))
+        attested = releases.read_report(Path(chosen.evidence))
         surrogates.require_apart(attested.checkpoint_sha256, chosen.evidence)
-        return evidence.always(Path(chosen.evidence))
+        return releases.always(Path(chosen.evidence))
     if not chosen.repository:
-        return evidence.nothing
+        return releases.nothing
     trust = follow_trust(Path(chosen.trust), say) if chosen.trust else None
     store = store_of(chosen.repository)
     try:
@@ -148,11 +148,11 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
         raise BadInput(f"release.repository: {error.filename}: {error.strerror}") from None
     for report in [] if store.whole else sorted(store.local(config.target.model).glob(f"*/{REPORT}")):
         try:
-            checkpoint = evidence.read_report(report.parent).checkpoint_sha256
+            checkpoint = releases.read_report(report.parent).checkpoint_sha256
         except BadInput:
             continue  # it is said to be invalid when its version answers
         surrogates.require_apart(checkpoint, str(report.parent))
-    return evidence.follow(store, config.target.model, trust)
+    return releases.follow(store, config.target.model, trust)
 
 
 def identity_of(config: WatchConfig, work: Preparation) -> Identity:
@@ -179,7 +179,7 @@ def identity_of(config: WatchConfig, work: Preparation) -> Identity:
         surrogates_sha256=work.recipe.surrogates.sha256,
         interval_seconds=intervals,
         labels=work.recipe.labels,
-        gated=work.find is not evidence.nothing,
+        gated=work.find is not releases.nothing,
         runbooks=config.listen.runbooks,
     )
 

@@ -1,4 +1,4 @@
-"""What can be asked of a live endpoint: one function type, one dict. The endpoint's frame owns time and counting."""
+"""What can be asked of a live endpoint: one function type, one dict. The asker owns time and counting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfmcl.common.errors import BadInput
-from dfmcl.monitoring.endpoint import Logits
+from dfmcl.monitoring.asker import Logits
 from dfmcl.robustness.attacks.registry import ATTACKS, Attack, Model
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dfmcl.common.errors import DfmclError, Rejected
-from dfmcl.monitoring.endpoint import Asker, Clock, Manners, Paused, Predict, reason_of
-from dfmcl.monitoring.evidence import Find, Release
+from dfmcl.monitoring.asker import Asker, Clock, Manners, Paused, Predict, reason_of
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Ask, Scene, Seen
+from dfmcl.monitoring.releases import Find, Release
 from dfmcl.monitoring.results import (
     GATEWAY,
     TRITON,

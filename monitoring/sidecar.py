@@ -18,11 +18,10 @@ from dfmcl.common.locks import Taken, beside, held
 from dfmcl.common.progress import Track, silent
 from dfmcl.monitoring import config as config_of
 from dfmcl.monitoring import page
+from dfmcl.monitoring.asker import Clock, Latencies, Manners, Stopped
 from dfmcl.monitoring.bounds import MONTH_SECONDS, limit
 from dfmcl.monitoring.budget import BackOff, Budget
 from dfmcl.monitoring.config import WatchConfig
-from dfmcl.monitoring.endpoint import Clock, Latencies, Manners, Stopped
-from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import VERSIONS, Journal
 from dfmcl.monitoring.lost import bars, losses
 from dfmcl.monitoring.metrics import RoundsCollector
@@ -37,6 +36,7 @@ from dfmcl.monitoring.preparation import (
     record_of,
     say,
 )
+from dfmcl.monitoring.releases import Release
 from dfmcl.monitoring.results import GATEWAY, TRITON, Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import RoundPlan, run_query_round, run_round
 from dfmcl.monitoring.server import application, served
@@ -198,7 +198,7 @@ class Sidecar:
         """Whether rounds still begin: the last at most three intervals and a deadline ago, or images are being made."""
         probe = self._config.probe
         if self.crafter.behind:
-            return True  # a restart would throw away what is crafted, and begin again
+            return True  # a restart would throw away the crafted images, and begin again
         if self.crafter.dead:
             return False  # no round can be measured any more, and a restart may help
         patience = HEALTHY_INTERVALS * probe.interval_seconds + self._config.target.timeout_seconds

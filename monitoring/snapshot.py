@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dfmcl.monitoring.budget import Budget
-from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal
+from dfmcl.monitoring.releases import Release
 
 
 @dataclass(frozen=True)

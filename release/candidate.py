@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfmcl.common.errors import BadInput
+from dfmcl.common.files import sha256_of
 from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.common.reader import MANIFEST_BYTES, parse_object
 from dfmcl.release.stores.directory import Directory
@@ -137,12 +137,6 @@ def labels_text(labels: tuple[str, ...]) -> str:
         if not label.strip() or label != label.strip() or len(label.splitlines()) != 1:
             raise BadInput(f"label {label!r} cannot stand on a line of its own: rename the class")
     return "".join(f"{label}\n" for label in labels)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from dfmcl.common.errors import BadInput, Broken, Refused
-from dfmcl.common.files import whole_directory
+from dfmcl.common.files import sha256_of, whole_directory
 from dfmcl.common.preprocessing import USUAL, Preprocessing
 from dfmcl.common.progress import Track, silent
 from dfmcl.release.candidate import (
@@ -37,7 +37,6 @@ from dfmcl.release.candidate import (
     Manifest,
     Parity,
     labels_text,
-    sha256_of,
     write_manifest,
 )
 from dfmcl.release.graphs import require_no_paths, store_as_float16, strip

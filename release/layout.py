@@ -50,8 +50,6 @@ REPLACED = (*CONFIGS, CARD)  # of a model; what else lies there is immutable
 DEFAULT = Decider()
 PROVIDERS = "execution_providers"  # of our backend, in a config's parameters: [[name, options], ...] as JSON
 
-PROBE_PRIORITY = 2  # for a Triton whose config has priority levels: there users go first; ours ignores it
-
 # A letter first: what starts with a dot or a dash is a hidden file or a flag to other programs.
 MODEL_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 # As promotion writes them: Triton takes 004 for version 4, and two directories for one version are one too many.

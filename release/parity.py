@@ -17,7 +17,7 @@ import onnxruntime as ort
 from dfmcl.common.errors import BadInput
 from dfmcl.common.providers import FULL, PROVIDERS, WHOLE, Decider, deciders
 from dfmcl.gating.signing.attestation import BadEvidence
-from dfmcl.gating.signing.probes import further, read_probes
+from dfmcl.gating.signing.probes_file import further, read_probes
 from dfmcl.release import layout
 from dfmcl.release.candidate import INPUT, MODEL
 from dfmcl.release.stores.directory import Directory

@@ -56,7 +56,7 @@ def _standing(
 ) -> ModelStatus:
     criteria: list[str] = []
     sha256, expires, trouble, configured = "", None, "", None
-    with suppress(BadInput):  # what is wrong with it is the trouble below
+    with suppress(BadInput):  # its fault is the trouble below
         configured = layout.served_version(store, name)
     try:
         if not layout.entry_at(store, name).folder:

@@ -20,7 +20,7 @@ from dfmcl.robustness.models import frozen, to_float
 from dfmcl.robustness.rules import differs, keeps_another
 from dfmcl.robustness.seeds import generator
 
-# Images in a batch beyond those that are served: where a cache or a script cuts, as far as the largest one goes.
+# Images in a batch beyond the served ones: where a cache or a script cuts, as far as the largest one goes.
 LARGER = (65, 128, 129, 256, 257, 513, 1025)
 MIXED = 16  # images: as far as every size is asked with strangers among them, and then the largest that is served
 FLAT = {"black": 0, "grey": 128, "white": 255}  # levels of images of one colour

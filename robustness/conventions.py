@@ -154,7 +154,7 @@ def _odds(k: int, n: int) -> float:
 
 
 def _best(answer: Answer, tried: Mapping[Convention, Apply], x: Tensor, y: Tensor) -> dict[Convention, Apply]:
-    """The conventions, the one with the most images right first; of those that fit equally well one to be declared."""
+    """The conventions, the one with the most images right first; of equals one to be declared."""
     counted = {one: int(_right(answer, x, y, sent).sum()) for one, sent in tried.items()} if len(y) else {}
     ahead = {one: AHEAD if isinstance(one, Standardised) else 0 for one in tried}
     return {one: tried[one] for one in sorted(tried, key=lambda one: ahead[one] - counted.get(one, 0))}

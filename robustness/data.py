@@ -25,7 +25,7 @@ from dfmcl.robustness.archive import KEYS, classes_of, listed, read_archive
 from dfmcl.robustness.classes import require_names
 from dfmcl.robustness.digests import Kept, digests_of
 from dfmcl.robustness.folder import Part, described, list_part
-from dfmcl.robustness.images import Images, Pictures
+from dfmcl.robustness.image_set import Images, Pictures
 from dfmcl.robustness.manifest import list_manifest
 from dfmcl.robustness.mapped import Mapped
 from dfmcl.robustness.parquet import list_parquet

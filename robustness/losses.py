@@ -55,15 +55,6 @@ def value_and_gradient(
     return value, gradient, logits
 
 
-def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio, margin / (z_1st - z_3rd): blind to shift and scale. Croce & Hein 2020, eq. 6.
-
-    At most 1, and in [-1, 0] where the image is classified right. Needs K >= 3, else BadInput.
-    """
-    first, _, third = _largest(logits, 3, "DLR").unbind(dim=1)
-    return margin(logits, y) / (first - third + TINY)
-
-
 def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """z_t - z_y, target `(N,)` a class other than y: negative where t is no nearer than y."""
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
@@ -74,14 +65,9 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
     Needs K >= 4, else BadInput.
     """
-    first, _, third, fourth = _largest(logits, 4, "targeted DLR").unbind(dim=1)
-    return targeted_margin(logits, y, target) / (first - (third + fourth) / 2 + TINY)
-
-
-def _largest(logits: Tensor, count: int, name: str) -> Tensor:
-    """The `count` largest logits of each image, descending: `(N, count)`."""
-    if logits.shape[1] < count:
+    if logits.shape[1] < 4:
         raise BadInput(
-            f"{name}: the model has {logits.shape[1]} classes, at least {count} are needed; attack with apgd-ce"
+            f"targeted DLR: the model has {logits.shape[1]} classes, at least 4 are needed; attack with apgd-ce"
         )
-    return logits.topk(count, dim=1).values
+    first, _, third, fourth = logits.topk(4, dim=1).values.unbind(dim=1)
+    return targeted_margin(logits, y, target) / (first - (third + fourth) / 2 + TINY)

@@ -16,7 +16,7 @@ from dfmcl.robustness.attacks.suites import DEFAULTS
 from dfmcl.robustness.data import Bytes, Dataset, Labels
 from dfmcl.robustness.evaluate import climbed_once, evaluate
 from dfmcl.robustness.hyperscore import combined_value, hyperscore
-from dfmcl.robustness.images import held_at_once
+from dfmcl.robustness.image_set import held_at_once
 from dfmcl.robustness.portions import ATTACKED, portion
 from dfmcl.robustness.provenance import now, provenance
 from dfmcl.robustness.records import Evaluation, joined, worst_of

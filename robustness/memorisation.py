@@ -13,7 +13,7 @@ from torch.nn import functional
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.diagnosis import Examination
 from dfmcl.robustness.finding import Found, too_many
-from dfmcl.robustness.images import Images, held_at_once
+from dfmcl.robustness.image_set import Images, held_at_once
 from dfmcl.robustness.losses import margin, right
 from dfmcl.robustness.models import to_bytes
 from dfmcl.robustness.rules import (

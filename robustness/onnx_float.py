@@ -144,7 +144,7 @@ def _dynamic(work: _Rewriting, node: onnx.NodeProto) -> None:
 
 
 def _whole(operator: str, along: int) -> Callable[[_Rewriting, onnx.NodeProto], None]:
-    """MatMulInteger and ConvInteger as what they are of floats; along: the axis of the weights' zero points."""
+    """MatMulInteger and ConvInteger as operations on floats; along: the axis of the weights' zero points."""
 
     def rewrite(work: _Rewriting, node: onnx.NodeProto) -> None:
         weights = work.value(node.input[1], node.op_type)

@@ -21,7 +21,7 @@ FEW = 16  # images at a time
 
 @dataclass(frozen=True)
 class OwnLabels:
-    """A file's own answers beside those that are judged.
+    """A file's own answers beside the judged ones.
 
     scores: float images (N, C, H, W) in [0, 1] to what the file gives, (N, K), or (N, 1) of one sigmoid; logits: to
     the logits (N, K) behind it.

@@ -1,4 +1,4 @@
-"""The words of each check, what it needs, and the rule by which its figures raise it; for a reader without torch, too.
+"""The words of each check, its needs, and the rule by which its figures raise it; for a reader without torch, too.
 
 A gate runs the checks by this table, and every reader of its evidence asks the table again.
 """

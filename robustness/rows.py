@@ -75,7 +75,7 @@ def _table(path: str, written: int) -> Any:
 @functools.lru_cache(maxsize=GROUPS)
 def _group(path: str, written: int, group: int) -> Any:
     try:
-        # Without pyarrow's threads, of which a worker process that was forked has none.
+        # Without pyarrow's threads: a worker process that was forked has none.
         return _table(path, written).read_row_group(group, columns=[COLUMN], use_threads=False).column(0)
     except BadInput:
         raise

@@ -18,8 +18,9 @@ Figures = Mapping[str, float | str]
 STEPS, FEW_STEPS = 20, 5  # of PGD, and of the one that must not break more
 BEYOND = 1.25  # of eps: how far random noise goes where an attack stays inside
 SPREAD = 1e-3  # of the logits' deviation: sums in another order cost 1e-6 of it, noise that misleads an attack 1e-2
-COMPARISONS = 13  # checks that chance could raise; one that makes several comparisons divides its level
-LEVEL = 1 / 2600  # of one check: all of them together raise one by chance in at most one run in 200 (Bonferroni)
+# Of one check, which divides it among its comparisons: all 13 that chance could raise do so in at most one run in 200
+# together (Bonferroni).
+LEVEL = 1 / 2600
 CLEARLY = 0.05  # of the images that are right: a surplus below that does not carry a verdict, even where it is sure
 # The cross-entropy at ten times the logits is nearly the margin, which breaks up to 4 points more of an honest model.
 CLEARLY_BY_SCALE = 0.10

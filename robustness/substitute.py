@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import mi_fgsm
-from dfmcl.robustness.images import Images
+from dfmcl.robustness.image_set import Images
 from dfmcl.robustness.models import ResNet18, frozen, to_float
 from dfmcl.robustness.portions import ATTACKED, answered, portion
 from dfmcl.robustness.seeds import derived_seed, generator

@@ -77,19 +77,19 @@ def capacity(load: Load, replica: Replica) -> Capacity:
     )
 
 
-def rollout_waves(replicas: int, max_surge: float = MAX_SURGE) -> int:
+def rollout_waves(replicas: int) -> int:
     """How often new pods must become ready until all are new, as many at a time as the surge allows."""
-    return math.ceil(replicas / math.ceil(replicas * max_surge))
+    return math.ceil(replicas / math.ceil(replicas * MAX_SURGE))
 
 
-def measured_images_per_second(path: Path, case: str = CASE) -> float:
+def measured_images_per_second(path: Path) -> float:
     """A replica's figure from the serving benchmark's record; BadInput where it has none."""
     try:
         rows = parse_object(read_plain(path, RECORD_BYTES, named=True))["rows"]
-        return float(next(row["images_per_s"] for row in rows if row["case"] == case))
+        return float(next(row["images_per_s"] for row in rows if row["case"] == CASE))
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         raise BadInput(
-            f"{path}: has no measured row {case!r}; give --images-per-second-per-replica, or run the serving benchmark"
+            f"{path}: has no measured row {CASE!r}; give --images-per-second-per-replica, or run the serving benchmark"
         ) from None
 
 

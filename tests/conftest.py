@@ -101,7 +101,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a repository to be, in a new bucket; this process and what it starts have credentials."""
+    """The address of a repository to be, in a new bucket; this process and its children have credentials."""
     for name, value in s3.variables.items():
         monkeypatch.setenv(name, value)
     name = f"releases-{len(s3.client().list_buckets()['Buckets'])}"

@@ -1,4 +1,4 @@
-"""The model whose optimal perturbation is known: one weight vector, two classes."""
+"""Models whose answers are known: one weight vector and two classes, whose optimal perturbation is; and peaks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ class Linear(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], seed: int = 0) -> None:
         super().__init__()
-        stream = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(shape, generator=stream))
+        self.weight = nn.Parameter(torch.randn(shape, generator=stream(seed)))
         # Grey (0.5) lies on class 1's side, close to the border, so that the box [0, 1] never binds.
         self.bias = nn.Parameter(-(self.weight.detach().sum() / 2) + 0.05 * self.weight.detach().abs().sum())
 
@@ -31,4 +30,15 @@ class Linear(nn.Module):
 
 def images(count: int, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """Images near grey."""
-    return 0.5 + 0.02 * torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed + 100))
+    return 0.5 + 0.02 * torch.rand(count, *shape, generator=stream(seed + 100))
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    """Random numbers of a test."""
+    return torch.Generator().manual_seed(seed)
+
+
+def peaks(point: Tensor) -> Tensor:
+    """Class 0 always wins; its lead has a period of 0.06, so that a ball holds many peaks."""
+    lead = 2 + (100 * point).sin().flatten(1).mean(dim=1)
+    return torch.stack([lead, torch.zeros_like(lead)], dim=1)

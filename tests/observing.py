@@ -10,7 +10,7 @@ import subprocess
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,7 +51,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def hastened(folder: Path, rules: Sequence[Path] = RULES) -> list[Path]:
-    """Copies of the rules in which an hour is a minute and a minute a second: what they wait for, and look back on."""
+    """Copies of the rules in which an hour is a minute and a minute a second, in waits and in windows."""
     copies = [folder / f"hastened-{path.name}" for path in rules]
     for path, copy in zip(rules, copies, strict=True):
         text = re.sub(r"(\[|\boffset |for: )(\d+)m\b", r"\1\2s", path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def labels(exposition: str) -> dict[str, dict[str, set[str]]]:
 
 
 def growing(exposition: str) -> Callable[[], str]:
-    """An exposition whose counters and histograms grow by what they hold with every scrape."""
+    """An exposition whose counters and histograms grow by their own values with every scrape."""
     scrapes = 0
     counting = re.compile(r"^(\w+_(?:total|count|sum|bucket)(?:{.*})?) (\S+)$", flags=re.MULTILINE)
 
@@ -194,14 +194,9 @@ def firing(url: str) -> set[str]:
     return {series["alertname"] for series, _ in query(url, 'ALERTS{alertstate="firing"}')}
 
 
-def dataless(url: str, without: Collection[str] = (), rate_interval: str = "1m") -> list[Panel]:
-    """Panels whose query has no number. without: beginnings of metric names that this Prometheus does not scrape."""
-    return [
-        panel
-        for panel in panels()
-        if not any(re.search(rf"\b{beginning}", panel.expression) for beginning in without)
-        and all(math.isnan(value) for _, value in query(url, filled(panel.expression, rate_interval)))
-    ]
+def dataless(url: str) -> list[Panel]:
+    """Panels whose query has no number."""
+    return [one for one in panels() if all(math.isnan(value) for _, value in query(url, filled(one.expression)))]
 
 
 def filled(expression: str, rate_interval: str = "1m") -> str:
@@ -209,12 +204,10 @@ def filled(expression: str, rate_interval: str = "1m") -> str:
     return re.sub(r"\$(model|version)\b", ".+", expression.replace("$__rate_interval", rate_interval))
 
 
-def every_panel_returns_data(
-    prometheus_url: str, *, without: Collection[str] = (), rate_interval: str = "1m", seconds: float = 60
-) -> None:
-    """Within so many seconds every query of every dashboard returns a number; an error names those that do not."""
+def every_panel_returns_data(prometheus_url: str, *, seconds: float = 60) -> None:
+    """Within so many seconds every query of every dashboard returns a number; an error names the others."""
     try:
-        wait_until(lambda: not dataless(prometheus_url, without, rate_interval), seconds=seconds)
+        wait_until(lambda: not dataless(prometheus_url), seconds=seconds)
     except AssertionError:
-        missing = dataless(prometheus_url, without, rate_interval)
+        missing = dataless(prometheus_url)
         assert not missing, missing

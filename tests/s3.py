@@ -1,4 +1,4 @@
-"""A real S3 API on 127.0.0.1: moto's server in a process of its own, and what it was asked."""
+"""A real S3 API on 127.0.0.1: moto's server in a process of its own, and its requests."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 import dfmcl.cli.command
 from dfmcl.common.files import sha256_of
+from dfmcl.gating.derivation import derived
 from dfmcl.gating.order import FIRST_BLOCK, seed_of
 from dfmcl.gating.policy import Policy
 from dfmcl.gating.record import GateRecord
-from dfmcl.gating.report import build_report
 from dfmcl.gating.signing.attestation import Trust, sign
-from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, candidate_files
+from dfmcl.gating.signing.evidence import ATTESTATION, MANIFEST, PROBES, REPORT_FORMAT, candidate_files
 from dfmcl.gating.signing.keys import keygen, read_public, read_signer
-from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.probes_file import as_npz
 from dfmcl.gating.signing.report import CandidateEntry, CheckEntry, CodeEntry, DataEntry, InputEntry, Report, RunEntry
 from dfmcl.robustness.attacks.suites import carried_by, parameters_of
 from dfmcl.robustness.reasons import REASONS
@@ -50,22 +50,21 @@ def make_key(folder: Path, name: str = "release") -> Path:
 
 def ec_key(folder: Path, name: str = "model") -> Path:
     """A new pair of P-256 in PEM; the private one's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    key = ec.generate_private_key(ec.SECP256R1())
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / f"{name}.key").write_bytes(private)
-    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return folder / f"{name}.key"
+    return kept_key(folder / f"{name}.key", ec.generate_private_key(ec.SECP256R1()))
 
 
-def known_key(folder: Path, name: str = "release") -> Path:
+def known_key(folder: Path) -> Path:
     """A key pair that is the same in every run, so that a gate draws the same order; the private one's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / f"{name}.key").write_bytes(private)
-    (folder / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
-    return folder / f"{name}.key"
+    return kept_key(folder / "release.key", Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+
+
+def kept_key(path: Path, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> Path:
+    """Both halves in PEM, the public one beside the private one; the private one's path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    path.with_suffix(".pub").write_bytes(public)
+    return path
 
 
 def trusting(*keys: Path, **options: Any) -> Trust:
@@ -178,8 +177,10 @@ def true_report(
     about["evaluations"] = [replace(one, seed=derived_seed(seed, *FIRST_BLOCK)) for one in found]
     about["transfer"] = [replace(one, seed=seed) for one in about["transfer"]]
     record = GateRecord(**about)
-    return build_report(
-        record,
+    return Report(
+        **vars(derived(record)),
+        format=REPORT_FORMAT,
+        checks=tuple(record.checks),
         candidate=CandidateEntry(
             kind="candidate",
             name="candidate",

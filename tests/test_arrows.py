@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ EXCEPTIONS = {
     "serving/triton/known_answers.py": {"release.verification"},  # the type of what was promoted
     "serving/triton/mirror.py": {"release.ledger", "release.verification"},  # a copy is judged as its source is
 }
+OWN = ("__init__", "config", "metrics")  # of a room
+CLIENTS = Path("serving/clients")  # a family that nothing chooses from, so it has no registry
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
@@ -112,8 +115,23 @@ def test_a_class_name_means_one_thing() -> None:
     assert {name for name, times in names.items() if times > 1} == {"DataSection", "ListenSection"}
 
 
-POLICY = ("assumed", "policy", "verdict", "report")
-SIGNING = ("attestation", "faults", "keys", "probes", "statement", "trust")
+def repeated(paths: Iterable[str]) -> set[str]:
+    """Names of modules in several rooms, but for a room's own and for members of a family, which its folder names."""
+    found = [Path(path) for path in paths]
+    families = {CLIENTS, *(path.parent for path in found if path.name == "registry.py")}
+    names = Counter(path.stem for path in found if path.parent not in families and path.stem not in OWN)
+    return {name for name, times in names.items() if times > 1}
+
+
+def test_a_module_name_means_one_thing() -> None:
+    """No module has another's name, but for what a room is told and what its server tells Prometheus."""
+    paths = [str(path.relative_to(ROOT)) for path in FILES]
+    assert repeated(paths) == set()
+    assert repeated([*paths, "release/verdict.py", "monitoring/config.py", "gating/subjects/policy.py"]) == {"verdict"}
+
+
+POLICY = ("assumed", "policy", "verdict", "derivation")
+SIGNING = ("attestation", "faults", "keys", "probes_file", "report", "statement", "trust")
 FORMATS = ("registry", "github")
 LIGHT = {
     ", ".join(f"dfmcl.common.{path.stem}" for path in sorted((ROOT / "common").glob("[a-z]*.py"))): {

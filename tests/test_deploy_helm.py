@@ -190,7 +190,7 @@ def test_a_chart_that_would_verify_nothing_is_not_rendered(changes: dict[str, An
 
 
 def test_a_changed_file_is_a_rollout() -> None:
-    """The annotation of a pod changes with what it mounts, and with nothing else."""
+    """The annotation of a pod changes with its mounts, and with nothing else."""
 
     def sums(**changes: Any) -> dict[str, str]:
         return {

@@ -258,7 +258,7 @@ def test_the_gateway_may_finish(tmp_path: Path) -> None:
 
 
 def test_a_changed_configuration_is_a_rollout() -> None:
-    """ConfigMaps that pods mount carry a hash of what they hold, and pods name them by it, also KServe's."""
+    """ConfigMaps that pods mount carry a hash of their content, and pods name them by it, also KServe's."""
     for overlay in OVERLAYS:
         names = {entry["metadata"]["name"] for entry in rendered(overlay) if entry["kind"] == "ConfigMap"}
         names -= {"dashboards"}  # read by Grafana, mounted by nobody

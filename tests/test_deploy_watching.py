@@ -23,9 +23,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 import dfmcl.cli.command
 from dfmcl.monitoring.budget import Budget
-from dfmcl.monitoring.evidence import Attested, Release
 from dfmcl.monitoring.journal import Journal
 from dfmcl.monitoring.metrics import RoundsCollector
+from dfmcl.monitoring.releases import Attested, Release
 from dfmcl.monitoring.results import GATEWAY, TRITON, AttackResult, Query, ReplayResult, RoundResult
 from dfmcl.monitoring.snapshot import AttackInfo, Identity, Snapshot
 from dfmcl.robustness.statistics import Share

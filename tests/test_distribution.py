@@ -33,6 +33,7 @@ def test_wheel_holds_the_rooms_and_their_data(wheel: Path) -> None:
         "gating/report.schema.json",
         "gating/robustness.schema.json",
         "gating/formats/report.html.jinja",
+        "serving/gateway/head.html",
         "serving/gateway/index.html",
     }
     wanted |= {"serving/triton/requirements.txt", "serving/triton/backend/model.py", "cli/__init__.py", "__main__.py"}

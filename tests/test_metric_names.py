@@ -9,7 +9,12 @@ from collections import Counter
 from tests.deploying import ROOT
 
 NAME = re.compile(r"(?<![\w:/])(?:robustness|gateway|nv)_[a-z0-9_]+(?![\w:/])")
-MAKERS = ("common/metrics.py", "gating/formats/openmetrics.py", "monitoring/metrics.py", "serving/gateway/metrics.py")
+MAKERS = (
+    "common/metric_names.py",
+    "gating/formats/openmetrics.py",
+    "monitoring/metrics.py",
+    "serving/gateway/metrics.py",
+)
 TRITONS = {  # as a real Triton names them: tests/test_deploy_commands.py asks one
     *("nv_inference_queue_duration_us", "nv_inference_request_success", "nv_inference_pending_request_count"),
     "nv_cache_num_hits_per_model",

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from dfmcl.gating.signing.evidence import read_report
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import verify_release

@@ -1,4 +1,4 @@
-"""What makes a test portable: the draws are what they say, and the arithmetic behind "as strong as" is exact."""
+"""What makes a test portable: the draws are as they are named, and the arithmetic behind "as strong as" is exact."""
 
 from __future__ import annotations
 

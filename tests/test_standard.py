@@ -1,4 +1,4 @@
-"""What benchmarks/standard.py makes of what it measured, and that it goes on where it was."""
+"""The table that benchmarks/standard.py makes of its measurements, and that it goes on where it was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks import result, standard
 from benchmarks.standard import ATTACKS, RISK, SHIPPED, begun, by_turns, draw, margins, may_fall, rank
 from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.evidence import read_report
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.threats.linf import Linf
 

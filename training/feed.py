@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as ByNumber
 
 from dfmcl.common.errors import Broken, DfmclError
 from dfmcl.robustness.data import Dataset, Labels
-from dfmcl.robustness.images import Images, Pictures
+from dfmcl.robustness.image_set import Images, Pictures
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.seeds import generator
 from dfmcl.training.augmentation import augment

@@ -119,17 +119,17 @@ def course(
     return _finish(panel, title, description, queries, instant=False, width=width)
 
 
-def bars(title: str, description: str, *queries: Query, width: int = 12) -> Any:
+def bars(title: str, description: str, *queries: Query) -> Any:
     """Shares beside each other."""
     panel = bargauge.Panel().unit("percentunit").min(0).max(1).height(9).thresholds(_steps([(None, PLAIN)]))
     panel.orientation(shapes.VizOrientation.HORIZONTAL).display_mode(shapes.BarGaugeDisplayMode.BASIC)
     panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    return _finish(panel, title, description, queries, instant=True, width=width)
+    return _finish(panel, title, description, queries, instant=True, width=12)
 
 
-def rows(title: str, description: str, query: str, *, width: int = 24, hidden: Sequence[str] = ()) -> Any:
+def rows(title: str, description: str, query: str, *, width: int = 24) -> Any:
     """Labels as columns, without those of the scrape."""
-    exclude = dict.fromkeys(["Time", "Value", "__name__", "instance", "job", "pod", "container", *hidden], True)
+    exclude = dict.fromkeys(["Time", "Value", "__name__", "instance", "job", "pod", "container"], True)
     panel = table.Panel().height(6).show_header(True)
     panel.with_transformation(models.DataTransformerConfig(id_val="organize", options={"excludeByName": exclude}))
     return _finish(panel, title, description, [(query, "")], instant=True, width=width, shape=PromQueryFormat.TABLE)

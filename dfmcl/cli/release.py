@@ -43,7 +43,7 @@ def export(
 
     foreign, names = source.is_file(), read_labels(labels)
     if foreign and (contract is None or names is None):
-        raise BadInput(f"{source}: say what it takes and what it tells apart: --input 'float32 NCHW' --labels FILE")
+        raise BadInput(f"{source}: name its input and its classes: --input 'float32 NCHW' --labels FILE")
     if foreign and (weights is not None or arch):
         raise BadInput(f"{source}: an ONNX file keeps its network and weights; leave --weights and --arch out")
     if not foreign and any(value is not None for value in (contract, names, output, preprocessing)):

@@ -1,4 +1,4 @@
-"""Every picture of docs/pictures, and pictures.json, which says what they show: `make pictures`.
+"""Every picture of docs/pictures, and pictures.json with a digest of what each shows: `make pictures`.
 
 A name (flow, threats, report, watch, gateway) makes only that one again. Pages need Chromium, watch and gateway Triton
 too. What a page looks like besides its words is written to structure.json, which tests compare with pages of now.
@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def tiled() -> list[tuple[Path, str]]:
 
 
 def drawn() -> list[tuple[Path, str]]:
-    """The line, in light and in dark: files, and what they show."""
+    """The line, in light and in dark: files, and the digest of their content."""
     files = {colour: HERE / f"flow-{colour}.svg" for colour in flow.COLOURS}
     for colour, path in files.items():
         path.write_text(flow.flow(colour), encoding="utf-8")
@@ -92,7 +92,7 @@ def drawn() -> list[tuple[Path, str]]:
 
 
 def photographed() -> list[tuple[Path, str]]:
-    """The gateway's pages in each state: files, and what they show."""
+    """The gateway's pages in each state: files, and the digest of their content."""
     if BROWSER is None:
         raise SystemExit(MISSING)
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,19 +101,33 @@ def photographed() -> list[tuple[Path, str]]:
 
 def _kept(seen: Iterable[tuple[str, bytes, list[str]]], shows: str) -> list[tuple[Path, str]]:
     """Pictures written, and their outlines with the others."""
-    outlines = json.loads(STRUCTURE.read_text(encoding="utf-8")) if STRUCTURE.exists() else {}
-    made = []
+    found, made = outlines() if STRUCTURE.exists() else {}, []
     for name, png, outline in seen:
         path = HERE / f"{name}.png"
         path.write_bytes(png)
-        outlines[name] = outline
+        found[name] = outline
         made.append((path, shows))
-    STRUCTURE.write_text(json.dumps(dict(sorted(outlines.items())), indent=1) + "\n", encoding="utf-8")
+    keep(found)
     return made
 
 
+def outlines() -> dict[str, list[str]]:
+    """The outline of each picture of a page, by the picture's name; structure.json holds equal ones once."""
+    kept = json.loads(STRUCTURE.read_text(encoding="utf-8"))
+    return {name: outline for names, outline in kept.items() for name in names.split()}
+
+
+def keep(found: Mapping[str, list[str]]) -> None:
+    """Write structure.json."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, outline in sorted(found.items()):
+        names.setdefault(tuple(outline), []).append(name)
+    kept = {" ".join(together): outline for outline, together in names.items()}
+    STRUCTURE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
 def shot(name: str) -> list[tuple[Path, str]]:
-    """The upper part of a page, in light and in dark: files, and what they show."""
+    """The upper part of a page, in light and in dark: files, and the digest of their content."""
     if BROWSER is None:
         raise SystemExit(MISSING)
     page, made = PAGES[name], []

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.endurance import MODEL, REPOSITORY, ROOT, served
 from dfmcl.gating.formats.html import html
 from dfmcl.gating.signing.evidence import read_report
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.monitoring import sidecar
 from dfmcl.monitoring.config import WatchConfig, load_config
 
@@ -120,7 +120,7 @@ def _read(url: str) -> str:
 
 
 def watch_shows() -> str:
-    """Of the page's words and styles, of the watch that is made for the picture, and of what it watches and asks."""
+    """Of the page's words and styles, of the watch that is made for the picture, of its target and its questions."""
     shown = (RELEASE / "report.json", *(path / "manifest.json" for path in SURROGATES))
     written = words(PAGE.read_text(encoding="utf-8"))
     return _digest(written.encode(), f"{WATCH} {POOL} {ROUNDS}".encode(), *(path.read_bytes() for path in shown))

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.endurance import MODEL, REPOSITORY, ROOT, served
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.serving.gateway.config import GatewayConfig
 from docs.pictures import pages
 from tests.devtools import Browser, browser
@@ -24,7 +24,7 @@ from tests.serving.doors import KEYS, opened
 
 WIDE, NARROW = 1000, 390
 SHOWN = (1, 0, 13)  # of the gate's images: one that it is sure of, one that it is not, and another
-SOURCES = [ROOT / "serving" / "gateway" / name for name in ("index.html", "docs.html")]
+SOURCES = [ROOT / "serving" / "gateway" / name for name in ("head.html", "index.html", "docs.html")]
 PROGRAMS = ("pages.py", "openapi.py", "openapi_v2.py", "claims.py", "config.py")
 # Each element that is seen, by its path of tags, ids and classes; ones of the same path count once. How sure a model
 # is, and which rounds it had, is no structure.

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dfmcl.gating.formats.summary import Probes
-from dfmcl.gating.signing.probes import further
+from dfmcl.gating.signing.probes_file import further
 from dfmcl.gating.signing.report import Report
 from dfmcl.robustness.threats.corruption import Corruption
 

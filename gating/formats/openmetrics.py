@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from dfmcl.common import metrics as shared
+from dfmcl.common import metric_names
 from dfmcl.gating.formats import summary
 from dfmcl.gating.formats.corruptions import corruption_rows
 from dfmcl.gating.signing.evaluation import EvaluationEntry, ShareEntry
@@ -74,9 +74,9 @@ def _verdict(report: Report, model: Labels) -> Iterator[Metric]:
     }
     yield _gauge("robustness_gate_info", "What was judged, by which policy, on which data.", [(about, 1)])
     states = [({**model, "state": state}, float(report.verdict == state)) for state in EXIT_CODES]
-    yield _gauge(shared.GATE_STATE, "1 for the gate's verdict.", states)
+    yield _gauge(metric_names.GATE_STATE, "1 for the gate's verdict.", states)
     ran = datetime.fromisoformat(report.created).timestamp()
-    yield _gauge(shared.GATE_EVALUATED, "When the gate ran, unix time.", [(model, ran)])
+    yield _gauge(metric_names.GATE_EVALUATED, "When the gate ran, unix time.", [(model, ran)])
     yield _gauge("robustness_gate_duration_seconds", "Wall time of the gate.", [(model, report.seconds)])
     yield _gauge("robustness_gate_attacked_images", "Images attacked.", [(model, report.statistics.attacked)])
     yield _gauge(
@@ -128,16 +128,16 @@ def _criteria(report: Report, model: Labels) -> Iterator[Metric]:
 
 def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
     yield from _shares(
-        shared.GATE_CLEAN_ACCURACY, "Clean accuracy that the gate measured", [(model, report.evaluation.clean)]
+        metric_names.GATE_CLEAN_ACCURACY, "Clean accuracy that the gate measured", [(model, report.evaluation.clean)]
     )
     yield from _shares(
-        shared.GATE_ACCURACY,
+        metric_names.GATE_ACCURACY,
         f"Robust accuracy that the gate measured {_means(report)}, worst case per image",
         [(_ball(model, one), one.robust) for one in (report.evaluation, *report.radii)],
     )
     if report.transfer:
         transfer = [({**_ball(model, one), "surrogate": one.about.surrogate}, one.robust) for one in report.transfer]
-        yield from _shares(shared.GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
+        yield from _shares(metric_names.GATE_TRANSFER_ACCURACY, f"{TRANSFER} Accuracy under transfer", transfer)
     kinds = [({**model, "corruption": row.kind}, row.mean) for row in corruption_rows(report)]
     named = "Accuracy under a kind of corruption, mean over the severities that the policy names, 0 to 1."
     yield _gauge("robustness_gate_corruption_accuracy_ratio", named, kinds)
@@ -148,9 +148,9 @@ def _accuracies(report: Report, model: Labels) -> Iterator[Metric]:
         for row in overall
         if row.metric == "robust_accuracy"
     ]
-    yield _gauge(shared.GATE_THRESHOLD, "Robust accuracy that the policy asks for, 0 to 1.", robust)
+    yield _gauge(metric_names.GATE_THRESHOLD, "Robust accuracy that the policy asks for, 0 to 1.", robust)
     asked = [(model, row.threshold) for row in overall if row.metric == "clean_accuracy"]
-    yield _gauge(shared.GATE_CLEAN_THRESHOLD, "Clean accuracy that the policy asks for, 0 to 1.", asked)
+    yield _gauge(metric_names.GATE_CLEAN_THRESHOLD, "Clean accuracy that the policy asks for, 0 to 1.", asked)
 
 
 def _means(report: Report) -> str:
@@ -181,7 +181,9 @@ def _ball(model: Labels, evaluation: EvaluationEntry[Any]) -> dict[str, str]:
     return {**model, "norm": threat.kind, "epsilon": threat.label}
 
 
-def _shares(names: shared.Interval, documentation: str, rows: Sequence[tuple[Labels, ShareEntry]]) -> Iterator[Metric]:
+def _shares(
+    names: metric_names.Interval, documentation: str, rows: Sequence[tuple[Labels, ShareEntry]]
+) -> Iterator[Metric]:
     for name, found, text in (
         (names.ratio, [(labels, share.value) for labels, share in rows], f"{documentation}, 0 to 1."),
         (

@@ -295,7 +295,7 @@ def _require_current(attestation: Attestation, trust: Trust, now: datetime, path
 
 
 def _require_alike(attestation: Attestation, report: Report, report_sha256: str, path: Path) -> None:
-    """The statements say of their report what it says itself, no more and no less."""
+    """The statements repeat their report, no more and no less."""
     if attestation.subject != subjects(report):
         raise refusal("unlike", f"{path}: is about other files than {REPORT}")
     expires = expiry(report, report.policy.valid_days)

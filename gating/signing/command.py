@@ -57,7 +57,7 @@ def command_signer(command: str, public_key: SSlibKey) -> CommandSigner:
     except ValueError as error:
         raise BadInput(f"--key-command {command}: cannot be split into words: {error}") from None
     if not words:
-        raise BadInput("--key-command: is empty; name a program that signs what it reads on stdin")
+        raise BadInput("--key-command: is empty; name a program that signs its standard input")
     return CommandSigner(words, public_key)
 
 
@@ -77,7 +77,7 @@ def _output(words: tuple[str, ...], payload: bytes) -> bytes:
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
         given.write(payload)
         given.seek(0)
-        try:  # a session of its own, so that what it started ends with it
+        try:  # a session of its own, so that its children end with it
             process = subprocess.Popen(
                 words, stdin=given, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
             )

@@ -48,7 +48,7 @@ def read_evidence(evidence: Path) -> tuple[Report, str]:
     All that follows from its own record is derived again, and its files must be those that it names: NotAttested (1)
     where they differ. BadEvidence (2) where a file is missing or cannot be read as what it should be.
     """
-    from dfmcl.gating.signing.probes import read_answers
+    from dfmcl.gating.signing.probes_file import read_answers
     from dfmcl.gating.soundness import require_derived  # here, as it loads numpy and scipy
 
     path = evidence / REPORT

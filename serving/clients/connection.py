@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 from dfmcl.common.reader import Unfit, parse_json
+from dfmcl.serving.clients.closing import Closing
 
 # The meaning of a status for a measurement; others below 500 are refusals.
 BY_STATUS: dict[int, tuple[type[AnswerError], str]] = {
@@ -114,3 +115,13 @@ class HttpConnection:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise Unavailable(f"{where}: no connection: {reason}", "unavailable") from None
         return Response(response.status, data, response.headers.get("retry-after", ""))
+
+
+class HttpClient(Closing):
+    """A client that has one HTTP connection."""
+
+    _connection: HttpConnection
+
+    def close(self) -> None:
+        """Close the connection; the next request opens a new one."""
+        self._connection.close()

@@ -10,20 +10,19 @@ from __future__ import annotations
 import json
 import re
 import time
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dfmcl.common.errors import AnswerError, Rejected, Unavailable
-from dfmcl.serving.clients.connection import HttpConnection
+from dfmcl.serving.clients.connection import HttpClient, HttpConnection
 from dfmcl.serving.clients.triton import Answer
 
 LONGEST_RETRY_SECONDS = 3600.0  # believed of a stranger
 
 
-class GatewayClient:
+class GatewayClient(HttpClient):
     """One model behind one gateway, over one connection that is kept. Not for several threads at a time."""
 
     def __init__(
@@ -47,18 +46,6 @@ class GatewayClient:
         self._path = "/v1/classify" + ("?logits=true" if logits else "")
         self._timeout = timeout_seconds
         self._not_before, self._told = float("-inf"), ""  # when to come back, of time.monotonic(), and what was said
-
-    def __enter__(self) -> GatewayClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection; the next request opens a new one."""
-        self._connection.close()
 
     def predict(self, images: npt.NDArray[np.uint8]) -> Answer:
         """Logits of images, uint8 (N, H, W, C), N >= 1 and at most the model's largest batch, in one request.

@@ -19,11 +19,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
-from dfmcl.serving.clients.connection import HttpConnection
+from dfmcl.serving.clients.connection import HttpClient, HttpConnection
 
 KEY_VARIABLE = "DFMCL_API_KEY"
 AGAIN = (429, 503)  # the gateway has done nothing yet, and says so
@@ -80,7 +79,7 @@ class Album:
     request_id: str
 
 
-class ImageClient:
+class ImageClient(HttpClient):
     """One gateway, over one connection that is kept. Not for several threads at a time."""
 
     def __init__(
@@ -109,18 +108,6 @@ class ImageClient:
         self._connection, self._url = HttpConnection(url, ca=ca), url
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._patience, self._sleep, self._clock, self._chance = patience, sleep, clock, chance
-
-    def __enter__(self) -> ImageClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection; the next request opens a new one."""
-        self._connection.close()
 
     def classify(self, images: Sequence[bytes | Path], *, resize: bool = False, logits: bool = False) -> Album:
         """What the model sees in image files, in one request, which is repeated where that is of use.

@@ -7,7 +7,6 @@ with Client("127.0.0.1:8001", "digits") as client:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, Rejected, Unavailable
 from dfmcl.common.preprocessing import PARAMETER, USUAL, Preprocessing
+from dfmcl.serving.clients.closing import Closing
 
 LOWEST = 2  # priority of a client that gives way; users are 1 by default
 CHANNEL_OPTIONS = [
@@ -118,7 +118,7 @@ class Contract:
         return tuple(labels)
 
 
-class Client:
+class Client(Closing):
     """One model behind one gRPC endpoint. Threads may share it; it reads the model's configuration once."""
 
     def __init__(
@@ -135,14 +135,6 @@ class Client:
         self.timeout_seconds, self.priority = timeout_seconds, priority
         self.triton = triton.InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
         self._contract: Contract | None = None
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the connection; the client cannot be used afterwards."""

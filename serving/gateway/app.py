@@ -12,7 +12,6 @@ set. Every request is one JSON line in the log.
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import math
 import re
@@ -34,13 +33,13 @@ from starlette.types import Message, Receive, Scope, Send
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.tracing import Told, Tracing
-from dfmcl.serving.clients.triton import Contract
 from dfmcl.serving.detection.detector import Worker
 from dfmcl.serving.gateway import images, pages, v2
 from dfmcl.serving.gateway.admission import Admission, Place
 from dfmcl.serving.gateway.api_keys import ANYONE, PREFIX, Caller
 from dfmcl.serving.gateway.claims import Record, reader
 from dfmcl.serving.gateway.config import GatewayConfig
+from dfmcl.serving.gateway.decoder import Decoder
 from dfmcl.serving.gateway.endpoints import Reply
 from dfmcl.serving.gateway.exchange import (
     Exchange,
@@ -65,8 +64,6 @@ SECRET = re.compile(rf"{PREFIX}[^/]+")  # an API key that a client has put into 
 PATH_CHARACTERS = 128  # of a stranger's path that go into the log
 BYTES_A_NUMBER = 4  # of JSON, with its comma
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Decoded on the spot, in about a millisecond at most; what is larger goes to a thread and lets others pass.
-SPOT_PIXELS, SPOT_BYTES = 65_536, 65_536
 PACED = frozenset({"overloaded", "rate_limited", "unauthorized"})  # what costs the asker nothing to hear again
 
 Log = Callable[[dict[str, Any]], None]
@@ -86,7 +83,8 @@ class Gateway:
         if config.detection.enabled:
             salt, found = secrets.token_bytes(32), DetectionMetrics(self.metrics.registry)
             self.detection = Worker(config.detection, salt, found, log)
-        self._config, self._pool, self._decoders, self._log, self._traces = config, pool, decoders, log, traces
+        self._config, self._pool, self._log, self._traces = config, pool, log, traces
+        self._decoder = Decoder(decoders, config.limits.pixels, self.metrics.unseen)
         self._keyring, self._admission = config.keyring(), Admission(config.limits.concurrency, lambda: pool.computed)
         self._describe_itself()
         self._record = Record(reader(config.release.repository, config.triton.model, config.release.trust))
@@ -238,7 +236,8 @@ class Gateway:
 
     async def _classify(self, request: Request) -> Response:
         async def decoded(body: bytes, wish: Wish) -> tuple[npt.NDArray[np.uint8], Sent]:
-            return await self._decoded(request, body, self._pool.contract, wish)
+            kind = request.headers.get("content-type", "")
+            return await self._decoder.batch(body, kind, self._pool.contract, request.scope["exchange"], wish)
 
         reply, sent, wish = await self._asked(request, decoded)
         return json_response(self._answer(reply, wish, request.scope["exchange"].id, sent))
@@ -249,7 +248,7 @@ class Gateway:
         header = request.headers.get(v2.HEADER_LENGTH)
 
         async def decoded(body: bytes, wish: Wish) -> tuple[npt.NDArray[np.uint8], v2.Question]:
-            found = await self._worked(len(body) <= SPOT_BYTES, v2.question, body, header, self._pool.contract)
+            found = await self._decoder.question(body, header, self._pool.contract)
             return found.images, found
 
         reply, asked, _ = await self._asked(request, decoded, logits=True)
@@ -354,63 +353,6 @@ class Gateway:
         except TimeoutError:
             raise Problem("slow_client", f"body: not there within {limits.read_seconds:g} s") from None
         return b"".join(parts)
-
-    async def _decoded(
-        self, request: Request, body: bytes, contract: Contract, wish: Wish
-    ) -> tuple[npt.NDArray[np.uint8], Sent]:
-        """The body as uint8 (N, H, W, C), and how it came."""
-        kind, spot = images.media_type(request.headers.get("content-type", "")), len(body) <= SPOT_BYTES
-        most = contract.max_batch_size
-        if kind == images.TENSOR:
-            if not images.is_list(body):
-                return await self._worked(spot, images.tensor, body, contract), Sent()
-            files = await self._worked(spot, images.listed_files, body, most)
-            return await self._each(request.scope["exchange"], files, contract, wish)
-        if kind == images.FORM:
-            files = await self._worked(spot, images.form_files, body, request.headers["content-type"], most)
-            if len(files) > 1:
-                return await self._each(request.scope["exchange"], files, contract, wish)
-            body, kind = files[0].data or b"", files[0].kind
-        return await self._image(body, kind, contract, wish), Sent(single=True)
-
-    async def _each(
-        self, exchange: Exchange, files: list[images.File], contract: Contract, wish: Wish
-    ) -> tuple[npt.NDArray[np.uint8], Sent]:
-        """The images of a list; one that the model cannot see has its problem, and stops no other."""
-        exchange.sent, found, problems = len(files), [], list[Problem | None]()
-        for file in files:
-            await asyncio.sleep(0)  # others have their turn between two images
-            try:
-                if file.data is None:
-                    raise Problem("bad_image", "image: is no base64")
-                found.append(await self._image(file.data, file.kind, contract, wish))
-                problems.append(None)
-            except Problem as problem:
-                if problem.status >= 500:  # ours, and no fault of the image
-                    raise
-                self.metrics.unseen(problem.reason)
-                problems.append(problem)
-        batch = np.concatenate(found) if found else np.empty((0, *contract.input_shape), np.uint8)
-        return batch, Sent(problems=tuple(problems))
-
-    async def _image(self, data: bytes, kind: str, contract: Contract, wish: Wish) -> npt.NDArray[np.uint8]:
-        """An image file as (1, H, W, C). kind: its content type."""
-        if kind not in images.FORMATS and kind not in images.UNTOLD:
-            raise Problem("unsupported_type", f"Content-Type: expected none, or one of {', '.join(images.TYPES)}")
-        spot = len(data) <= SPOT_BYTES
-        image = await self._worked(spot, images.open_image, data, kind, self._config.limits.pixels)
-        if not wish.resize:
-            images.require_size(image, contract)
-        spot = spot and image.width * image.height <= SPOT_PIXELS
-        pixels: npt.NDArray[np.uint8] = await self._worked(spot, images.pixels, image, contract, resize=wish.resize)
-        return pixels
-
-    async def _worked(self, spot: bool, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The result of some work on a stranger's bytes: done on the spot, or by one of a few threads."""
-        if spot:
-            return work(*arguments, **options)
-        call = functools.partial(work, *arguments, **options)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, call)
 
     def _answer(self, reply: Reply, wish: Wish, request_id: str, sent: Sent) -> dict[str, Any]:
         about = {"model": self._config.triton.model, "version": reply.version, "request_id": request_id}
@@ -521,7 +463,7 @@ class Gateway:
 
 
 def _conclude(told: Told, exchange: Exchange) -> None:
-    """What a request's span says of it: what its line in the log says, and no more."""
+    """The attributes of a request's span: the words of its line in the log, and no more."""
     place = "/v2/models/{model}/infer" if exchange.v2 else exchange.path or ""
     if exchange.inference:
         told.span.update_name(f"{exchange.method} {place}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from dfmcl.serving.gateway.images import FORM
 
-INDEX, DOCS = (Path(__file__).with_name(name) for name in ("index.html", "docs.html"))
+HEAD, INDEX, DOCS = (Path(__file__).with_name(name) for name in ("head.html", "index.html", "docs.html"))
 # Of an operation, for curl; the page puts its own address in the place of $URL.
 CURL = {
     "/v1/classify": "curl -F image=@a.jpg -F image=@b.png{key} '$URL/v1/classify?resize=true'",
@@ -35,8 +35,8 @@ class Page:
 
 
 def index(model: str, *, needs_key: bool, root: str = "") -> Page:
-    """A page to drop images on: what the model is, and what it says about them. root: path before all others."""
-    return _filled(INDEX, root, needs_key=needs_key, model=escape(model))
+    """A page to drop images on: the model, and its answers about them. root: path before all others."""
+    return _filled(INDEX, root, needs_key=needs_key, title=escape(model))
 
 
 def docs(description: dict[str, Any], *, needs_key: bool, root: str = "") -> Page:
@@ -68,7 +68,7 @@ def docs(description: dict[str, Any], *, needs_key: bool, root: str = "") -> Pag
 def _filled(template: Path, root: str, *, needs_key: bool, **values: str) -> Page:
     """A template with its values, which are HTML already."""
     known = {**values, "keyless": "" if needs_key else "hidden", "root": root}
-    text = template.read_text(encoding="utf-8")
+    text = template.read_text(encoding="utf-8").replace("{{head}}", HEAD.read_text(encoding="utf-8"))
     return _sealed(re.sub(r"\{\{(\w+)\}\}", lambda found: known[found[1]], text))
 
 

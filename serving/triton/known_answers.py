@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from dfmcl.common.errors import BadInput, WrongAnswer
 from dfmcl.gating.signing.attestation import BadEvidence
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.release import layout
 from dfmcl.release.verification import Promoted
 from dfmcl.serving.clients.triton import Client

@@ -59,6 +59,11 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
+def coloured(colour: int) -> bytes:
+    """A PNG of one colour, 20 by 18."""
+    return saved(Image.new("RGB", (20, 18), (colour, 255 - colour, 7)), "PNG")
+
+
 def deep(colour: int, channels: int) -> bytes:
     """A PNG of 16 bits a channel."""
     rows = np.full((HEIGHT, WIDTH * channels), 40_000, ">u2")

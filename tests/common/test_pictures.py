@@ -221,7 +221,7 @@ def test_only_the_named_formats_are_tried() -> None:
 
 
 def test_memory_that_ran_out_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told as what it is: by training as itself, by the gateway as overload."""
+    """By training it is told as itself, by the gateway as overload."""
 
     def load(self: Image.Image) -> None:
         raise MemoryError

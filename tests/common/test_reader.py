@@ -46,7 +46,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_what_is_no_plain_small_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
-    """Nothing hangs and nothing is read: a second is a hundred times what it takes."""
+    """Nothing hangs and nothing is read: a second is a hundred times the need."""
     make, message = FILES[kind]
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "report.json"

@@ -31,7 +31,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Visit:
-    """dom: the page after loading; console: what it logged; requests: request lines that reached the network's door."""
+    """dom: the page after loading; console: its log; requests: request lines that reached the network's door."""
 
     dom: str
     console: list[str]

@@ -211,7 +211,7 @@ def test_a_gate_of_few_images_reads_few(tmp_path: Path, monkeypatch: pytest.Monk
         decoded.add(path)
         return read_image(path, *how)
 
-    monkeypatch.setattr("dfmcl.robustness.images.read_image", counted)
+    monkeypatch.setattr("dfmcl.robustness.image_set.read_image", counted)
     report = gate(onnx_subject(path), Policy.of_text(asked), tmp_path / "evidence")
     test = {name for name in decoded if "/test/" in name}
     assert (report.statistics.attacked, len(test)) == (10, 128)

@@ -575,7 +575,7 @@ def test_what_is_no_report_is_not_signed(pair: tuple[Path, Path], key: Path, par
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": "dfmcl.report/1"}', "[" * 100_000, '{"a": 1, "a": 2}'])
 def test_what_is_no_report_is_not_inspected(pair: tuple[Path, Path], text: str) -> None:
-    """A file that is no report of this format is named, with what it is."""
+    """A file that is no report of this format is named, with its kind."""
     (pair[1] / "report.json").write_text(text)
     with pytest.raises(BadEvidence, match=r"report\.json: (not readable as JSON|format is|expected|is nested)"):
         inspect(*pair)

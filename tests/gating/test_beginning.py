@@ -1,4 +1,4 @@
-"""`dfmcl init`: what it writes is read by the commands that it is written for, and repairs nothing by writing over."""
+"""`dfmcl init`: its files are read by the commands that they are for, and it repairs nothing by writing over."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def init(*arguments: str) -> Result:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with a model and images, which the model calls what they are called."""
+    """A repository with a model and images, to which the model gives their own labels."""
     model = Tiny()
     to_onnx(tmp_path / "my model.onnx", model, torch.zeros(2, 3, 16, 16))
     images = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), np.uint8)

@@ -122,7 +122,7 @@ def test_a_subject_is_judged_by_the_decider_of_its_policy_only(file: Path) -> No
 
 
 class Session:
-    """ONNX Runtime's session where its hardware is missing: what it was asked for, and who it says computes."""
+    """ONNX Runtime's session where its hardware is missing: its providers as asked, and as it names them."""
 
     asked: list[Any]
     first = ""

@@ -25,7 +25,7 @@ from dfmcl.gating.roster import LATER, attacks_of, sources_of
 from dfmcl.gating.signing.attestation import NotAttested
 from dfmcl.gating.signing.evidence import candidate_files, read_evidence, read_report
 from dfmcl.gating.signing.faults import EvidenceError
-from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.probes_file import as_npz
 from dfmcl.gating.signing.report import Report, RunEntry
 from dfmcl.gating.soundness import require_derived
 from dfmcl.gating.verdict import Standing, claims_about, one_look

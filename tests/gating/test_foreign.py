@@ -238,7 +238,7 @@ KINDS = {
 
 @pytest.mark.parametrize("what", KINDS)
 def test_what_a_module_of_any_kind_keeps_can_be_told(write: Write, what: str) -> None:
-    """A forward may be compiled, or lie in no file; asked once more, an honest module keeps what it kept."""
+    """A forward may be compiled, or lie in no file; asked once more, an honest module keeps no more."""
     subject = write(KINDS[what])
     assert subject.state is not None
     before = subject.state()

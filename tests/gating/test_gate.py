@@ -1,4 +1,4 @@
-"""The gate on real candidates: its verdicts, its evidence, and what it refuses."""
+"""The gate on real candidates: its verdicts, its evidence, and its refusals."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from dfmcl.gating.pairs import Pairs
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.resumption import SEAL_BYTES
 from dfmcl.gating.sequence import Progress
-from dfmcl.gating.signing import probes as probing
+from dfmcl.gating.signing import probes_file
 from dfmcl.gating.signing.attestation import BadEvidence
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.keys import keygen, read_signer
-from dfmcl.gating.signing.probes import as_npz, read_answers, read_probes
+from dfmcl.gating.signing.probes_file import as_npz, read_answers, read_probes
 from dfmcl.gating.signing.report import Report
 from dfmcl.gating.subject import Subject
 from dfmcl.gating.subjects.candidate import candidate_subject
@@ -517,7 +517,7 @@ def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path, mon
 
     Of large images the evidence keeps the pixels of the first ones; the verdict follows without them.
     """
-    monkeypatch.setattr(probing, "PIXELS", 40 * 16 * 16 * 3)
+    monkeypatch.setattr(probes_file, "PIXELS", 40 * 16 * 16 * 3)
     shown: list[Progress] = []
     report = gate(subject, policy(0.03, images=90, statistics="fixed"), tmp_path / "evidence", watch=shown.append)
     assert {progress.expected for progress in shown} == {90}
@@ -538,8 +538,8 @@ def test_one_look_attacks_all_it_announced(subject: Subject, tmp_path: Path, mon
 
 def test_pixels_cannot_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many images of a size those of so many are kept, neither fewer nor more; at least one image's."""
-    assert [probing.kept(1000, shape) for shape in ((32, 32, 3), (224, 224, 3), (4096, 4096, 3))] == [1000, 222, 1]
-    monkeypatch.setattr(probing, "PIXELS", 3 * 12)
+    assert [probes_file.kept(1000, shape) for shape in ((32, 32, 3), (224, 224, 3), (4096, 4096, 3))] == [1000, 222, 1]
+    monkeypatch.setattr(probes_file, "PIXELS", 3 * 12)
     answers = {"labels": np.zeros(5), **dict.fromkeys(("clean_logits", "adversarial_logits"), np.zeros((5, 3), "f4"))}
     for count in range(6):
         pixels = np.zeros((count, 2, 2, 3), np.uint8)
@@ -597,7 +597,7 @@ def test_a_baseline_must_be_comparable(subject: Subject, passed: Path, tmp_path:
 
 
 def test_without_gradients_a_model_can_fail_but_not_pass(subject: Subject, tmp_path: Path) -> None:
-    """Black-box attacks alone: what they find is a fact, what they do not find proves nothing."""
+    """Black-box attacks alone: a find is a fact, none proves nothing."""
     blind = replace(subject, model=None, no_gradients="it lets none through")
     modest = policy(
         0.001, "1/255", 60, attacks={"suite": "fast", "block": 30, "black_box": ["square-40"], "substitute": 0}

@@ -84,7 +84,7 @@ def test_the_registry_is_whole() -> None:
 
 
 def test_a_torchscript_file_is_its_network(tmp_path: Path) -> None:
-    """Traced or scripted: its answers, its gradients, its digest and what it keeps; its suffix is no matter."""
+    """Traced or scripted: its answers, its gradients, its digest and its state; its suffix is no matter."""
     for name, example in (("model.ts", torch.zeros(2, 3, 8, 8)), ("model.bin", None)):
         path = script(tmp_path / name, small(), example)
         subject = open_subject(str(path), contract=INPUT, labels=LABELS)

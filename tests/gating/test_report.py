@@ -1,4 +1,4 @@
-"""The report's tree: it reads what it writes, nothing of another type, and its schema is made of it."""
+"""The report's tree: it reads its own writing, nothing of another type, and its schema is made of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_what_is_written_is_read_as_the_same() -> None:
 
 
 def test_an_earlier_gates_report_stays_as_it_was_written() -> None:
-    """The shipped one, of a gate that knew less: what it does not say is absent, also in the policy's digest."""
+    """The shipped one, of a gate that knew less: its omissions are absent, also in the policy's digest."""
     document = json.loads(SHIPPED.read_text())
     report = Report.from_json(document)
     assert report.to_json() == document

@@ -778,6 +778,6 @@ def test_text_names_the_kind(tmp_path: Path, made: str, shipped: Shipped) -> Non
 def test_options_of_another_kind_are_refused(
     shipped: Shipped, text: str, options: dict[str, Any], message: str
 ) -> None:
-    """What a kind cannot use is not silently ignored, and what it needs is asked for."""
+    """An option that a kind cannot use is not silently ignored, and one that it needs is asked for."""
     with pytest.raises(BadInput, match=message):
         open_subject(text.format(candidate=shipped.plain), **options)

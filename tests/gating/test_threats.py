@@ -18,7 +18,7 @@ from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import Policy, load_policy
 from dfmcl.gating.signing.evidence import read_evidence
 from dfmcl.gating.signing.faults import EvidenceError
-from dfmcl.gating.signing.probes import further, read_probes
+from dfmcl.gating.signing.probes_file import further, read_probes
 from dfmcl.gating.subjects.candidate import candidate_subject
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.records import from_bits

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dfmcl.monitoring.asker import Latencies, Manners, Stopped
 from dfmcl.monitoring.crafting import ImagePool, draw, scenes
-from dfmcl.monitoring.endpoint import Latencies, Manners, Stopped
-from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.probes import Scene
+from dfmcl.monitoring.releases import Release
 from dfmcl.monitoring.results import Round, RoundFailure, RoundResult, RoundSkipped
 from dfmcl.monitoring.rounds import RoundPlan, run_round
 from dfmcl.robustness.attacks.registry import Attack

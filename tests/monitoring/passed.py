@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dfmcl.common.files import sha256_of
-from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.probes_file import as_npz
 from dfmcl.gating.signing.report import RunEntry
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.records import Evaluation

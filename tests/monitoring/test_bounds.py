@@ -1,4 +1,4 @@
-"""Bounds of a mean accuracy: what they claim, by enumeration, by property, simulated where a breach would be seen."""
+"""Bounds of a mean accuracy: their claims, by enumeration, by property, simulated where a breach would be seen."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_attacks_are_taken_by_name_and_parameters(recipe: Recipe, tmp_path: Path
 
 
 def test_other_attacks_take_the_place_of_earlier_ones(recipe: Recipe, tmp_path: Path) -> None:
-    """What an earlier run wrote goes; what it did not write is not touched."""
+    """An earlier run's files go; other files are not touched."""
     craft_pool(recipe, tmp_path / "crafted")
     craft_pool(replace(recipe, attacks=recipe.attacks[1:]), tmp_path / "crafted")
     assert {path.name for path in (tmp_path / "crafted").iterdir()} == {MANIFEST, "pgd-2.bytes"}

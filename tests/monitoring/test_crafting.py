@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring import crafting
+from dfmcl.monitoring.asker import Stopped
 from dfmcl.monitoring.crafting import AHEAD, Crafter, ImagePool, Pace, draw, require_fit, scenes
-from dfmcl.monitoring.endpoint import Stopped
 from dfmcl.monitoring.preparation import unless_stopped
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.robustness.attacks.registry import Attack
@@ -251,7 +251,7 @@ def test_leaving_ends_a_rest() -> None:
 
 
 def test_an_error_in_the_thread_reaches_the_round() -> None:
-    """The first one to wait learns what it was; later ones that there will be no more."""
+    """The first one to wait learns the error; later ones that there will be no more."""
 
     def broken(x: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("of a surrogate")

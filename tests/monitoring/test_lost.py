@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dfmcl.monitoring.bounds import RISK, Bounds, limit
-from dfmcl.monitoring.evidence import Attested
 from dfmcl.monitoring.journal import VersionTotals
 from dfmcl.monitoring.lost import LOSSES, bars, losses
+from dfmcl.monitoring.releases import Attested
 from dfmcl.monitoring.results import AttackResult, ReplayResult, RoundResult
 from dfmcl.robustness.statistics import Share
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dfmcl.monitoring import page as rendered
-from dfmcl.monitoring.evidence import Release
 from dfmcl.monitoring.journal import Journal
 from dfmcl.monitoring.page import _ago, render
+from dfmcl.monitoring.releases import Release
 from dfmcl.monitoring.results import GATEWAY, Example, Replayed, ReplayResult, Round
 from dfmcl.robustness.statistics import Share
 from docs.pictures import make, screens
@@ -296,7 +295,7 @@ def test_labels_touch_on_no_screen(chromium: Browser, tmp_path: Path, thresholds
 @needs_browser
 def test_page_is_built_as_its_pictures(chromium: Browser, tmp_path: Path) -> None:
     """Well, and without its Triton: the same elements are seen as in docs/pictures, whatever they say."""
-    pictured = json.loads(make.STRUCTURE.read_text(encoding="utf-8"))
+    pictured = make.outlines()
     well = (result(1), replace(result(2), examples=(picture("pgd-10", 2),)))
     for name, outcomes in (("watch-phone", well), ("watch-failure", (*well, failure(3, "unavailable")))):
         (tmp_path / "page.html").write_text(page(journal(*outcomes)), encoding="utf-8")

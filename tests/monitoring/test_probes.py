@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dfmcl.common.errors import BadInput
-from dfmcl.monitoring.endpoint import Asker
+from dfmcl.monitoring.asker import Asker
 from dfmcl.monitoring.probes import NO_ATTACK, PROBES, Scene, query_attack
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.threats.ball import Ball

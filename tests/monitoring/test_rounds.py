@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dfmcl.common.errors import Unavailable
+from dfmcl.monitoring.asker import Latencies, Stopped
 from dfmcl.monitoring.crafting import scenes
-from dfmcl.monitoring.endpoint import Latencies, Stopped
-from dfmcl.monitoring.evidence import Release, Replay
 from dfmcl.monitoring.probes import query_attack
+from dfmcl.monitoring.releases import Release, Replay
 from dfmcl.monitoring.results import GATEWAY, AttackResult, Round, RoundResult, round_from_json
 from dfmcl.monitoring.rounds import EXAMPLES, run_query_round
 from dfmcl.serving.clients.triton import Answer

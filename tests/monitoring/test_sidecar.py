@@ -142,7 +142,7 @@ def test_a_server_that_always_says_the_same_is_measured(endpoint: Any, write_con
 def test_a_bug_in_a_round_is_counted_as_internal(
     endpoint: Any, write_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever a round dies of, the watch goes on and says what it was."""
+    """Whatever a round dies of, the watch goes on and names it."""
 
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("division\nby zero")
@@ -157,7 +157,7 @@ def test_a_bug_in_a_round_is_counted_as_internal(
 def test_a_surrogate_that_dies_is_counted_as_internal(
     endpoint: Any, write_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Crafting happens in another thread; the round that waits for it says what it died of."""
+    """Crafting happens in another thread; the round that waits for it names its error."""
 
     def broken(*arguments: object, **options: object) -> None:
         raise MemoryError("no room")

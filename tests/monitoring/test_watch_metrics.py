@@ -21,11 +21,11 @@ from scipy.stats import binomtest
 
 from dfmcl.monitoring.bounds import Bounds, limit
 from dfmcl.monitoring.budget import Budget
-from dfmcl.monitoring.evidence import STATES, Attested, Release
 from dfmcl.monitoring.journal import KEPT_EXAMPLES, KEPT_FAILURES, POINTS, RECENT, VERSIONS, Histogram, Journal
 from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.metrics import RoundsCollector
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
+from dfmcl.monitoring.releases import STATES, Attested, Release
 from dfmcl.monitoring.results import (
     GATEWAY,
     PATHS,
@@ -387,7 +387,7 @@ def test_up_is_whether_the_endpoint_answered(outcome: Round, up: float) -> None:
 
 
 def test_our_own_bugs_say_nothing_about_the_server() -> None:
-    """up stays what it was."""
+    """up keeps its value."""
     assert value(journal(result(), failure(2, "internal")), "robustness_target_up", **DIRECT) == 1
     assert value(journal(failure(1, "unavailable"), failure(2, "internal")), "robustness_target_up", **DIRECT) == 0
 

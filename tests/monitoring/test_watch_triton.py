@@ -22,7 +22,7 @@ from dfmcl.common.errors import Broken
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.report import RunEntry
 from dfmcl.monitoring.crafting import ImagePool, scenes
-from dfmcl.monitoring.evidence import follow
+from dfmcl.monitoring.releases import follow
 from dfmcl.monitoring.results import RoundResult
 from dfmcl.monitoring.rounds import RoundPlan, run_round
 from dfmcl.monitoring.surrogates import load_surrogates

@@ -1,4 +1,4 @@
-"""A sidecar in a thread, and what its pages say."""
+"""A sidecar in a thread, and its pages."""
 
 from __future__ import annotations
 

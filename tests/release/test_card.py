@@ -64,7 +64,7 @@ def test_text_holds_bounds_bytes_training_and_surrogates(repository: Path, stand
 
 
 def test_labels_are_no_markup(repository: Path, standard_run: Path) -> None:
-    """A class is called what its folder is called."""
+    """A class has its folder's name."""
     release = verify_release(Directory(repository), NAME)
     manifest = replace(read_manifest(release.path), labels=("<b>", "[x](y)", "a\n# b", *"3456789"))
     report, _ = read_report(release.path / "report.json")

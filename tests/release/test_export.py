@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dfmcl.common.errors import BadInput, Broken, Refused
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.gating.subjects.candidate import candidate_subject
 from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.release import export as exporting
 from dfmcl.release import graphs, promotion
-from dfmcl.release.candidate import FILES, Manifest, read_manifest, sha256_of
+from dfmcl.release.candidate import FILES, Manifest, read_manifest
 from dfmcl.release.stores.directory import Directory
 from dfmcl.robustness.contract import InputContract
 from dfmcl.robustness.data import load_dataset
@@ -326,7 +327,7 @@ def test_packed_surrogate_is_not_exported(tmp_path: Path, run_directory: Path) -
 
 
 def test_other_storage_is_bad_input(tmp_path: Path, run_directory: Path) -> None:
-    """A precision nobody wrote is refused with those that exist."""
+    """A precision nobody wrote is refused with the list of existing ones."""
     with pytest.raises(BadInput, match="weights are 'int8'; choose one of float32, float16"):
         exporting.export(run_directory, tmp_path / "candidate", weights="int8")
 
@@ -514,7 +515,7 @@ def test_triton_serves_a_wrapped_file(tmp_path: Path, needs_triton: None, key: P
 
 
 def test_command_wraps_a_file(tmp_path: Path) -> None:
-    """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for what it lacks."""
+    """`dfmcl export FILE.onnx --input ... --labels FILE` does the same; it asks for a missing input or labels."""
     path = to_onnx(tmp_path / "foreign.onnx", Tiny(), torch.zeros(2, 3, 8, 8))
     (tmp_path / "labels.txt").write_text("\n".join(LETTERS))
     command = [sys.executable, "-m", "dfmcl", "export", str(path), "--out", str(tmp_path / "candidate")]

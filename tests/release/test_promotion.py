@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput, Broken, Refused
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.gating.signing.evidence import ATTESTATION
-from dfmcl.release.candidate import FILES, read_manifest, sha256_of
+from dfmcl.release.candidate import FILES, read_manifest
 from dfmcl.release.layout import VERSION_FILES, configs, model_names, parse_config
 from dfmcl.release.ledger import Aliases, aliases, is_retired, read_history
 from dfmcl.release.promotion import give_back, note_failure, promote, prune, retire, rollback
@@ -449,7 +450,7 @@ def test_a_config_for_gpus_that_promotion_did_not_write_is_refused(repository: P
 
 
 def test_an_edited_config_is_mended_by_a_rollback_to_its_version(repository: Path, trust: Trust) -> None:
-    """Promotion's texts may change with the program; what is served stays what it was."""
+    """Promotion's texts may change with the program; the served files stay as they were."""
     path = repository / "digits" / "config.pbtxt"
     text = path.read_text()
     path.write_text(text.replace("enable: false", "enable: true"))

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dfmcl.common.errors import BadInput, Broken, Refused
+from dfmcl.common.files import sha256_of
 from dfmcl.common.reader import Unfit
 from dfmcl.gating.signing.attestation import Trust
-from dfmcl.release.candidate import sha256_of
 from dfmcl.release.layout import VERSION_FILES, model_names, parse_config, served_version, version_numbers
 from dfmcl.release.ledger import Aliases, aliases, is_retired, read_history
 from dfmcl.release.promotion import give_back, promote, prune, retire, rollback, switch

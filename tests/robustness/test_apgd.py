@@ -18,12 +18,9 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import BALLS, threat_of
+from tests.linear import peaks, stream
 
 SHAPE = (3, 6, 6)
-
-
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(classes: int = 5, seed: int = 0) -> nn.Module:
@@ -42,36 +39,27 @@ def greys(count: int, seed: int = 0) -> Tensor:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=8, unique=True), st.data())
 def test_dlr_is_the_formula_of_the_paper(values: list[float], data: st.DataObject) -> None:
-    """Both ratios against a plain sort in Python, for every class and target."""
+    """The targeted ratio against a plain sort in Python, for every class and target."""
     y = data.draw(st.integers(0, len(values) - 1))
     target = data.draw(st.integers(0, len(values) - 1).filter(lambda t: t != y))
     logits = torch.tensor([values], dtype=torch.float64)
     ranked = sorted(values, reverse=True)
-    other = max(value for j, value in enumerate(values) if j != y)
-    plain = -(values[y] - other) / (ranked[0] - ranked[2] + 1e-12)
     aimed = -(values[y] - values[target]) / (ranked[0] - (ranked[2] + ranked[3]) / 2 + 1e-12)
-    assert losses.dlr(logits, torch.tensor([y])).item() == pytest.approx(plain)
     assert losses.targeted_dlr(logits, torch.tensor([y]), torch.tensor([target])).item() == pytest.approx(aimed)
 
 
 def test_dlr_is_blind_to_shift_and_scale() -> None:
-    """What makes cross-entropy vanish, large logits, leaves both ratios as they are."""
+    """What makes cross-entropy vanish, large logits, leaves the ratio as it is."""
     logits, y = torch.randn(50, 6, generator=stream()).double(), torch.arange(50) % 6
     target = (y + 1) % 6
-    assert torch.allclose(losses.dlr(100 * logits + 7, y), losses.dlr(logits, y))
     assert torch.allclose(losses.targeted_dlr(100 * logits + 7, y, target), losses.targeted_dlr(logits, y, target))
-    right = logits.argmax(dim=1) == y
-    assert ((losses.dlr(logits, y) <= 0) == right).all()
 
 
 def test_too_few_classes_are_refused() -> None:
-    """DLR needs three classes and the targeted loss four; the message names a way out."""
+    """The targeted loss needs four; the message names a way out."""
     logits, y = torch.randn(2, 3), torch.tensor([0, 1])
-    with pytest.raises(BadInput, match=r"2 classes, at least 3.*apgd-ce"):
-        losses.dlr(logits[:, :2], y)
     with pytest.raises(BadInput, match=r"3 classes, at least 4.*apgd-ce"):
         losses.targeted_dlr(logits, y, 1 - y)
-    assert losses.dlr(logits, y).shape == (2,)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -187,18 +175,14 @@ def test_nothing_better_was_seen_than_what_is_returned(seed: int, restarts: int)
     """Among many local peaks an image that holds comes back as the best point of all steps and restarts."""
     x, y, seen = greys(1, seed), torch.tensor([0]), []
 
-    def bumps(point: Tensor) -> Tensor:  # class 0 always wins; a period of 0.06, so that the ball holds many peaks
-        lead = 2 + (100 * point).sin().flatten(1).mean(dim=1)
-        return torch.stack([lead, torch.zeros_like(lead)], dim=1)
-
     def watched(point: Tensor) -> Tensor:
-        logits = bumps(point)
+        logits = peaks(point)
         seen.append(losses.cross_entropy(logits.detach(), y).item())
         return logits
 
     x_adv = apgd(watched, x, y, Linf(0.1), generator=stream(seed), steps=12, restarts=restarts)
     assert len(seen) == restarts * 13
-    assert losses.cross_entropy(bumps(x_adv), y).item() == max(seen)
+    assert losses.cross_entropy(peaks(x_adv), y).item() == max(seen)
 
 
 @pytest.mark.parametrize("targeted", [False, True])

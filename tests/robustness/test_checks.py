@@ -32,7 +32,7 @@ from dfmcl.robustness.losses import right
 from dfmcl.robustness.memorisation import copies, drawn_lightly, lightly, only_exact_images, repeated
 from dfmcl.robustness.models import Classifier, exactly, frozen, to_bytes, to_float
 from dfmcl.robustness.records import AttackRecord, Evaluation
-from dfmcl.robustness.rules import CLEARLY, LEVEL, resist_here_alone
+from dfmcl.robustness.rules import CLEARLY, LEVEL, Figures, resist_here_alone
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.segments import unexplained
 from dfmcl.robustness.threats.l2 import L2
@@ -138,7 +138,7 @@ def test_light_changes_are_drawn(digits: Dataset) -> None:
 @pytest.mark.parametrize(("elsewhere", "raised"), [(0, True), (8, True), (28, False), (64, False)])
 def test_as_robust_elsewhere_is_honest(elsewhere: int, raised: bool) -> None:
     """40 of 64 images hold: a fifth less on others, and surely less, is no honest model's; less by chance may be."""
-    figures = {"held": 40, "images": N, "held_elsewhere": elsewhere, "elsewhere": N, "way": "training images"}
+    figures: Figures = {"held": 40, "images": N, "held_elsewhere": elsewhere, "elsewhere": N, "way": "training images"}
     assert resist_here_alone(figures) is raised
 
 

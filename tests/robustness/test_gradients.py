@@ -29,7 +29,7 @@ def example() -> Tensor:
     return torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def lived(model: nn.Module, size: int = 16) -> nn.Module:
+def lived(model: nn.Module) -> nn.Module:
     """The model with running statistics and affine parameters as training leaves them: not 0 and 1."""
     stream = torch.Generator().manual_seed(1)
     for module in model.modules():

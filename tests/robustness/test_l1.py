@@ -19,15 +19,11 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.statistics import Flags, PairedCounts
 from dfmcl.robustness.threats.l1 import L1, sparse_steepest
-from tests.linear import Linear, images
+from tests.linear import Linear, images, stream
 from tests.robustness.test_apgd import network
 from tests.robustness.test_strength import LEVEL, attack, of_foolbox, ours, theirs
 
 SHAPE = (3, 6, 6)
-
-
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @given(st.integers(0, 2**31), st.floats(0.05, 3), st.integers(1, 6))

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from dfmcl.common.errors import BadInput
-from dfmcl.robustness import images
+from dfmcl.robustness import image_set
 from dfmcl.robustness.data import load_dataset, open_dataset
-from dfmcl.robustness.images import Pictures
+from dfmcl.robustness.image_set import Pictures
 from dfmcl.robustness.measurements import measure, rows
 from dfmcl.robustness.records import Evaluation
 from dfmcl.robustness.runs import Run, load_run
@@ -103,7 +103,7 @@ def test_images_are_measured_part_by_part(standard_run: Path, monkeypatch: pytes
     """However few are held at once, an attack without chance finds the same on each."""
     run, data, threat = load_run(standard_run), load_dataset("digits"), parse_threat("8/255")
     (whole,) = measure(run, data, [threat], attacks=["fgsm", "mi-fgsm-2"], images=50)
-    monkeypatch.setattr(images, "HELD", 16 * 16 * 16 * 3)
+    monkeypatch.setattr(image_set, "HELD", 16 * 16 * 16 * 3)
     (parts,) = measure(run, data, [threat], attacks=["fgsm", "mi-fgsm-2"], images=50)
     assert parts.correct == whole.correct
     assert [one.held for one in parts.attacks] == [one.held for one in whole.attacks]

@@ -45,7 +45,7 @@ def test_features_are_those_of_any_resnet() -> None:
 
 
 def test_initial_weights_of_a_seed_stay() -> None:
-    """Every record names a seed: what it draws is what it drew when the records were made."""
+    """Every record names a seed, whose draws are those of the day when the records were made."""
     torch.manual_seed(0)
     drawn = Classifier(spec("resnet18", 4)).get_parameter("net.fc.weight")
     assert drawn[0, :4].tolist() == pytest.approx(INITIAL, abs=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -12,24 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import Dataset, open_dataset
 from dfmcl.robustness.digests import Kept
+from tests.common.pictures import coloured
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed; pip install 'dfmcl[parquet]'")
 from pyarrow import parquet  # noqa: E402  # only where it is there
 
 NAMES, SIDE = ["cat", "dog", "eel"], 16
 IMAGE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-
-
-def png(colour: int) -> bytes:
-    """A picture of one colour."""
-    file = io.BytesIO()
-    Image.new("RGB", (20, 18), (colour, 255 - colour, 7)).save(file, "PNG")
-    return file.getvalue()
 
 
 def written(path: Path, images: Sequence[Any], labels: Sequence[Any], *, names: Sequence[str] | None = NAMES) -> Path:
@@ -53,7 +45,7 @@ def tree(tmp_path: Path) -> Path:
     for number in range(24):
         place = tmp_path / "tree" / ("train", "test")[number % 2] / NAMES[number // 8]
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:02}.png").write_bytes(png(number * 10))
+        (place / f"{number:02}.png").write_bytes(coloured(number * 10))
     return tmp_path / "tree"
 
 
@@ -77,11 +69,11 @@ def test_tables_of_a_folders_files_are_that_folder(tree: Path, tmp_path: Path, k
 
 def test_validation_is_the_test_part_where_there_is_no_other(tmp_path: Path) -> None:
     """Beside a test part it is left alone, and that is said; so are files of no split."""
-    written(tmp_path / "validation-0.parquet", [png(1), png(2)], [0, 1])
+    written(tmp_path / "validation-0.parquet", [coloured(1), coloured(2)], [0, 1])
     data = opened(tmp_path)
     assert (len(data.x_train), data.y_test.tolist(), data.classes) == (0, [0, 1], ("cat", "dog", "eel"))
-    written(tmp_path / "test.parquet", [png(3), png(4), png(5)], [2, 1, 0])
-    written(tmp_path / "unlabelled.parquet", [png(3)], [-1])
+    written(tmp_path / "test.parquet", [coloured(3), coloured(4), coloured(5)], [2, 1, 0])
+    written(tmp_path / "unlabelled.parquet", [coloured(3)], [-1])
     data = opened(tmp_path)
     assert data.y_test.tolist() == [2, 1, 0]
     assert dict(data.skipped) == {"validation-*.parquet beside test-*.parquet": 1, "parquet files of no split": 1}
@@ -90,8 +82,8 @@ def test_validation_is_the_test_part_where_there_is_no_other(tmp_path: Path) -> 
 def test_an_image_may_lie_beside_its_table(tmp_path: Path) -> None:
     """As `datasets` keeps what it did not embed; nowhere else, because a table comes from strangers."""
     (tmp_path / "hub" / "images").mkdir(parents=True)
-    (tmp_path / "hub" / "images" / "a.png").write_bytes(png(9))
-    (tmp_path / "b.png").write_bytes(png(9))
+    (tmp_path / "hub" / "images" / "a.png").write_bytes(coloured(9))
+    (tmp_path / "b.png").write_bytes(coloured(9))
     paths = ["images/a.png", "../b.png", str(tmp_path / "b.png"), None, "a\0b"]
     written(tmp_path / "hub" / "test-0.parquet", paths, [0, 1, 0, 1, 0])
     data = opened(tmp_path / "hub")
@@ -123,7 +115,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_wrong_labels_are_named(tmp_path: Path, case: str) -> None:
     """By row, before an image is read."""
     changes, message = WRONG[case]
-    written(tmp_path / "test-0.parquet", **{"images": [png(1), png(2)], **changes})
+    written(tmp_path / "test-0.parquet", **{"images": [coloured(1), coloured(2)], **changes})
     with pytest.raises(BadInput, match=message):
         opened(tmp_path)
 
@@ -132,7 +124,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     """No table, none of a split, other columns, a column twice, another kind of image, different classes."""
     with pytest.raises(BadInput, match=r"has no test-\*\.parquet and no validation"):
         opened(tmp_path)
-    (tmp_path / "test-0.parquet").write_bytes(png(1))
+    (tmp_path / "test-0.parquet").write_bytes(coloured(1))
     with pytest.raises(BadInput, match=r"test-0\.parquet: not readable as \.parquet: "):
         opened(tmp_path)
     parquet.write_table(pyarrow.table({"img": [b"x"], "label": [0]}), tmp_path / "test-1.parquet")
@@ -146,15 +138,15 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     parquet.write_table(two, tmp_path / "test-1.parquet")
     with pytest.raises(BadInput, match=r"test-1\.parquet: has two columns label; keep one"):
         opened(tmp_path)
-    written(tmp_path / "test-1.parquet", [png(1)], [0])
-    written(tmp_path / "train-0.parquet", [png(1)], [0], names=["a", "b"])
+    written(tmp_path / "test-1.parquet", [coloured(1)], [0])
+    written(tmp_path / "train-0.parquet", [coloured(1)], [0], names=["a", "b"])
     with pytest.raises(BadInput, match="name different classes"):
         opened(tmp_path)
 
 
 def test_without_pyarrow_one_line_says_so(tmp_path: Path) -> None:
     """By the user's command, with exit code 2."""
-    written(tmp_path / "test-0.parquet", [png(1), png(2)], [0, 1])
+    written(tmp_path / "test-0.parquet", [coloured(1), coloured(2)], [0, 1])
     code = "import sys; sys.modules['pyarrow'] = None; from dfmcl.cli import main; main()"
     sets = ("data.name=parquet", f"data.path={tmp_path}", "data.image_size=16")
     options = [part for one in sets for part in ("--set", one)]

@@ -21,12 +21,9 @@ from dfmcl.robustness.losses import margin
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.threats.patch import Patch
+from tests.linear import stream
 
 SIDE = 2
-
-
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # --- the threat ---------------------------------------------------------------------------------------------

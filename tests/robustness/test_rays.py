@@ -16,8 +16,8 @@ from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
-from tests.linear import Linear, images
-from tests.robustness.test_apgd import SHAPE, greys, network, stream
+from tests.linear import Linear, images, stream
+from tests.robustness.test_apgd import SHAPE, greys, network
 
 
 def test_crosses_just_beyond_the_optimum_and_never_before() -> None:

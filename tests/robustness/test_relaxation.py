@@ -15,13 +15,9 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.models import Classifier
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import BALLS, threat_of
-from tests.linear import Linear, images
+from tests.linear import Linear, images, peaks, stream
 
 SHAPE = (3, 6, 6)
-
-
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def network(classes: int = 5, seed: int = 0) -> nn.Module:
@@ -118,14 +114,10 @@ def test_nothing_better_was_seen_inside_than_what_is_returned() -> None:
     """An image that holds comes back as the point of highest margin among all that lay in the ball."""
     x, y, threat, seen = greys(1), torch.tensor([0]), Linf(0.1), list[float]()
 
-    def bumps(point: Tensor) -> Tensor:  # class 0 always wins; a period of 0.06, so that the ball holds many peaks
-        lead = 2 + (100 * point).sin().flatten(1).mean(dim=1)
-        return torch.stack([lead, torch.zeros_like(lead)], dim=1)
-
     def watched(point: Tensor) -> Tensor:
-        logits = bumps(point)
+        logits = peaks(point)
         seen.extend(losses.margin(logits.detach(), y)[threat.contains(point.detach(), x)].tolist())
         return logits
 
     x_adv = constraint_relaxation(watched, x, y, threat, generator=stream())
-    assert losses.margin(bumps(x_adv), y).item() == max(seen)
+    assert losses.margin(peaks(x_adv), y).item() == max(seen)

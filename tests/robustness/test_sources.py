@@ -11,19 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.data import open_dataset
+from tests.common.pictures import coloured
 
 SIDE = 16
-
-
-def png(colour: int) -> bytes:
-    """A picture of one colour."""
-    file = io.BytesIO()
-    Image.new("RGB", (20, 18), (colour, 255 - colour, 7)).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture
@@ -32,7 +25,7 @@ def tree(tmp_path: Path) -> Path:
     for number in range(12):
         place = tmp_path / "tree" / ("train", "test")[number % 2] / ("cat", "dog", "eel")[number // 4]
         place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:02}.png").write_bytes(png(number * 20))
+        (place / f"{number:02}.png").write_bytes(coloured(number * 20))
     return tmp_path / "tree"
 
 
@@ -103,7 +96,7 @@ def test_a_wrong_list_names_its_line(tmp_path: Path, text: str, message: str) ->
 
 def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
     """Other bytes, a folder, nothing at all."""
-    (tmp_path / "list.csv").write_bytes(png(3))
+    (tmp_path / "list.csv").write_bytes(coloured(3))
     for path, message in ((tmp_path / "list.csv", "utf-8"), (tmp_path, "directory"), (tmp_path / "no.csv", "No such")):
         with pytest.raises(BadInput, match=f"{path}: not readable: .*{message}"):
             open_dataset("csv", str(path), SIDE)
@@ -148,7 +141,14 @@ def test_shards_of_a_folders_files_are_that_folder(tree: Path, tmp_path: Path, *
 
 def test_members_that_are_not_read_are_counted(tmp_path: Path) -> None:
     """Nothing is left out in silence."""
-    members = {"a.png": png(1), "a.cls": b"0", "b.png": png(2), "c.cls": b"1", "d.png": png(3), "d.cls": b"1"}
+    members = {
+        "a.png": coloured(1),
+        "a.cls": b"0",
+        "b.png": coloured(2),
+        "c.cls": b"1",
+        "d.png": coloured(3),
+        "d.cls": b"1",
+    }
     shard(tmp_path / "0.tar", members | {"a.json": b"{}"})
     data = open_dataset("shards", str(tmp_path), SIDE)
     assert (data.classes, data.y_test.tolist()) == (("0", "1"), [0, 1])
@@ -157,10 +157,10 @@ def test_members_that_are_not_read_are_counted(tmp_path: Path) -> None:
 
 def test_wrong_shards_are_named(tmp_path: Path) -> None:
     """Not there, packed, cut off, of other bytes, without labels, two images of one name, a label that has no name."""
-    good = {"a.png": png(1), "a.cls": b"0", "b.png": png(2), "b.cls": b"3"}
+    good = {"a.png": coloured(1), "a.cls": b"0", "b.png": coloured(2), "b.cls": b"3"}
     cases: dict[str, tuple[dict[str, bytes], str]] = {
         "empty": ({}, "hold no image with a label"),
-        "twice": (good | {"a.bmp": png(3)}, r"a\.bmp and a\.png share a name"),
+        "twice": (good | {"a.bmp": coloured(3)}, r"a\.bmp and a\.png share a name"),
         "blank": (good | {"a.cls": b" "}, r"a\.cls: is empty"),
         "other": (good | {"a.cls": b"\xff"}, r"not readable as \.tar"),
         "large": (good | {"a.cls": b"100000000"}, "has a label 100000000; at most 100,000 classes"),
@@ -176,7 +176,7 @@ def test_wrong_shards_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"holds no shard; .*unpack 0\.tar\.gz"):
         open_dataset("shards", str(tmp_path / "packed"), SIDE)
     whole = shard(tmp_path / "cut" / "0.tar", good)
-    whole.write_bytes(png(3))
+    whole.write_bytes(coloured(3))
     with pytest.raises(BadInput, match=r"0\.tar: not readable as \.tar"):
         open_dataset("shards", str(tmp_path / "cut"), SIDE)
     shard(whole, good)
@@ -204,9 +204,9 @@ def tarred(path: Path, members: Sequence[tuple[str, bytes, Mapping[str, Any]]]) 
 
 
 PAIR: list[tuple[str, bytes, Mapping[str, Any]]] = [
-    ("a.png", png(1), {}),
+    ("a.png", coloured(1), {}),
     ("a.cls", b"0", {}),
-    ("b.png", png(2), {}),
+    ("b.png", coloured(2), {}),
     ("b.cls", b"1", {}),
 ]
 

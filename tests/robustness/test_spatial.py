@@ -18,13 +18,10 @@ from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.losses import margin
 from dfmcl.robustness.threats.registry import parse_threat
 from dfmcl.robustness.threats.spatial import Spatial
+from tests.linear import stream
 from tests.robustness.test_apgd import network
 
 BOTH = "rotation:30+shift:20%"
-
-
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(seed: int, count: int = 3, side: int = 6, channels: int = 3) -> Tensor:

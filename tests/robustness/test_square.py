@@ -16,8 +16,8 @@ from dfmcl.robustness.losses import margin
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import threat_of
-from tests.linear import Linear, images
-from tests.robustness.test_apgd import SHAPE, greys, network, stream
+from tests.linear import Linear, images, stream
+from tests.robustness.test_apgd import SHAPE, greys, network
 
 
 def test_reaches_the_best_corner_of_a_linear_model() -> None:

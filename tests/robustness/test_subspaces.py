@@ -36,10 +36,10 @@ from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.l2 import L2
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import threat_of
-from tests.linear import Linear, images
+from tests.linear import Linear, images, stream
 from tests.networks import Networks
 from tests.robustness.switches import Switch, high_frequencies, switches
-from tests.robustness.test_apgd import SHAPE, network, stream
+from tests.robustness.test_apgd import SHAPE, network
 
 EPS = {"linf": [8 / 255, 20 / 255, 8.6 / 255, 1 / 255, 0.4 / 255], "l2": [1.5, 0.3, 0.02, 0.5 / 255]}
 
@@ -360,7 +360,7 @@ def test_points_between_coarse_values_stay_among_them(data: Dataset) -> None:
 
 
 def test_scores_alone_meet_a_switch(plain: Classifier, hardened: Classifier, data: Dataset) -> None:
-    """Square sees the hardened face; the same queries in subspaces break a third of what it left."""
+    """Square sees the hardened face; the same queries in subspaces break a third of its survivors."""
     model = Switch(plain, hardened, of_digits()["grey"]).eval().requires_grad_(False)
     suite = [Attack.parse(attack) for attack in ("square-400", "square-subspace-400")]
     with torch.no_grad():

@@ -112,7 +112,7 @@ def test_membership_is_strict_by_one_byte() -> None:
 
 @pytest.mark.parametrize(("eps", "grid"), [("20.4/255", 20), ("8/255", 8), ("0.5/255", 0), ("0.08", 20), ("1", 255)])
 def test_radius_is_rounded_down_to_the_grid(eps: str, grid: int) -> None:
-    """20.4/255 becomes 20/255; a whole number of 255ths stays what it is."""
+    """20.4/255 becomes 20/255; a whole number of 255ths stays itself."""
     assert threat_of("linf", eps).on_grid().eps == pytest.approx(grid / 255)
 
 

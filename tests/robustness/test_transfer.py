@@ -23,9 +23,9 @@ from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.statistics import PairedCounts
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.robustness.threats.registry import BALLS, threat_of
-from tests.linear import Linear, images
+from tests.linear import Linear, images, stream
 from tests.networks import Networks
-from tests.robustness.test_apgd import SHAPE, greys, network, stream
+from tests.robustness.test_apgd import SHAPE, greys, network
 
 NAMES = ("mi-fgsm", "di-fgsm", "ti-fgsm", "vmi-fgsm")
 STEPS = 4

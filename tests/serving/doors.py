@@ -67,7 +67,7 @@ class Answer:
 
 @dataclass
 class Door:
-    """A gateway that runs in a thread: where it is, what it logs, what it ended with."""
+    """A gateway that runs in a thread: its address, its log, its exit code."""
 
     config: GatewayConfig
     tls: ssl.SSLContext | None = None

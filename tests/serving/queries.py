@@ -102,7 +102,7 @@ def photograph(seed: int, size: int = 32) -> Images:
 
 @dataclass
 class Stream:
-    """Detectors before which images pass, ten a second. log: what they said; alarms: images until a campaign began."""
+    """Detectors before which images pass, ten a second. log: their words; alarms: images until a campaign began."""
 
     settings: Detection = field(default_factory=Detection)
     salt: bytes = b"a secret of 16 b"

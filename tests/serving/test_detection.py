@@ -1,4 +1,4 @@
-"""Detectors of attacks by queries: what they take for near-duplicates, what they forget, what they tell, and whom."""
+"""Detectors of attacks by queries: their near-duplicates, their memory, their messages, and whom they suspect."""
 
 from __future__ import annotations
 

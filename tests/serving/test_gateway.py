@@ -1,4 +1,4 @@
-"""The gateway before a real Triton: what it answers, what it refuses, and what it tells about itself."""
+"""The gateway before a real Triton: its answers, its refusals, and its words about itself."""
 
 from __future__ import annotations
 

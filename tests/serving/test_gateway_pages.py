@@ -219,7 +219,7 @@ def test_claims_are_the_records(
 
 
 def test_model_needs_the_key_that_its_images_need(door: Door) -> None:
-    """As v2's metadata: who may not ask it is not told what it is."""
+    """As v2's metadata: who may not ask the model learns nothing of it."""
     assert door.get("/v1/model").reason == "unauthorized"
     answer = door.get("/v1/model", **{"X-API-Key": KEY})
     assert answer.json["limits"] == {"images": 64, "bytes": 20_000, "pixels": 16_000_000}
@@ -251,7 +251,7 @@ def test_docs_say_what_the_document_says(door: Door) -> None:
 @needs_browser
 def test_pages_are_built_as_their_pictures(served: Served, trust_file: Path, chromium: Browser, tmp_path: Path) -> None:
     """In each state of docs/pictures the same elements are seen as there, whatever they say; a lost one is noticed."""
-    pictured = json.loads(make.STRUCTURE.read_text(encoding="utf-8"))
+    pictured = make.outlines()
     files = written(tmp_path, **{f"digit{number}": encoded(DATA.x_test[number]) for number in range(3)})
     release = {"repository": str(served.repository), "trust": str(trust_file)}
     with opened(settings([served.ready["grpc"]], open=True, keys=[], release=release)) as door:

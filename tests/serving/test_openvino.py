@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dfmcl.common.errors import DfmclError
-from dfmcl.gating.signing.probes import read_probes
+from dfmcl.gating.signing.probes_file import read_probes
 from dfmcl.serving.clients.triton import Client
 from tests.exports import Export
 from tests.networks import Networks

@@ -83,7 +83,7 @@ def run_as_written(lines: list[str], desk: Path) -> dict[str, str]:
 
 
 def test_the_commands_run_as_written(desk: Path) -> None:
-    """Promote, serve, promote the next, roll back, and all the rest; what is served is what they say."""
+    """Promote, serve, promote the next, roll back, and all the rest; the served version is the one they name."""
     require_rolled_back(run_as_written(LINES, desk))
 
 

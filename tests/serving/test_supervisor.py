@@ -19,9 +19,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 from dfmcl.common.errors import Broken, DfmclError, Refused
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.attestation import Trust
 from dfmcl.gating.signing.trust import follow_trust
-from dfmcl.release.candidate import FILES, sha256_of
+from dfmcl.release.candidate import FILES
 from dfmcl.release.ledger import Aliases, aliases, read_history
 from dfmcl.release.promotion import promote, retire, rollback
 from dfmcl.release.status import standings

@@ -1,4 +1,4 @@
-"""The local runtime: what it serves, what it refuses, and how it ends."""
+"""The local runtime: its answers, its refusals, its end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 
 from dfmcl.common.errors import BadInput, Broken, Refused, Unavailable, WrongAnswer
+from dfmcl.common.files import sha256_of
 from dfmcl.gating.signing.attestation import Trust
-from dfmcl.release.candidate import FILES, sha256_of
+from dfmcl.release.candidate import FILES
 from dfmcl.release.promotion import promote
 from dfmcl.release.stores.directory import Directory
 from dfmcl.serving.clients.triton import Client

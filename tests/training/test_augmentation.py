@@ -157,7 +157,7 @@ def test_magnitudes_fill_their_range() -> None:
 
 @pytest.mark.parametrize("policy", [cifar10_policy(16, 12), COLOUR_SHAPE], ids=["autoaugment", "idbh"])
 def test_an_image_does_not_depend_on_its_batch(policy: Policy) -> None:
-    """With what it drew, an image alone comes out as it does among 100, whichever images share its operation."""
+    """With its draws, an image alone comes out as it does among 100, whichever images share its operation."""
     images = noise(100, 16, 12, 3)
     drawn = draw(policy, 100, seeded(5))
     together = policies.apply(images, *drawn)

@@ -214,7 +214,7 @@ def test_literal_rule_is_dropout_one_half_at_real_magnitudes(model: Classifier, 
 
 @pytest.mark.parametrize("layer", ["layer4", "layer3"])
 def test_bfloat16_passes_leave_p_in_full_precision(model: Classifier, batch: tuple[Tensor, Tensor], layer: str) -> None:
-    """Under autocast p - 1/2, some 1e-4, is what it is in float32 to a few per cent; bfloat16 would round it to 0."""
+    """Under autocast p - 1/2, some 1e-4, is as in float32 to a few per cent; bfloat16 would round it to 0."""
     _, expected = mask(layer)(model.train(), *batch, noise())
     with torch.autocast("cpu", torch.bfloat16):
         logits, p = mask(layer)(model, *batch, noise())

@@ -19,12 +19,12 @@ from dfmcl.common.errors import BadInput
 from dfmcl.common.files import sha256_of
 from dfmcl.gating.gate import gate
 from dfmcl.gating.policy import load_policy
-from dfmcl.gating.signing.probes import as_npz
+from dfmcl.gating.signing.probes_file import as_npz
 from dfmcl.gating.signing.report import RunEntry
 from dfmcl.gating.signing.trust import follow_trust
 from dfmcl.gating.subjects.registry import open_subject
 from dfmcl.gating.verdict import EXIT_CODES
-from dfmcl.monitoring.evidence import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
+from dfmcl.monitoring.releases import STATES, Release, Replay, always, follow, nothing, read_replay, read_report
 from dfmcl.monitoring.surrogates import load_surrogates
 from dfmcl.release import promotion
 from dfmcl.release.stores.bucket import BucketStore
@@ -166,7 +166,7 @@ def test_a_policy_without_a_clean_criterion_has_no_clean_threshold(make_report: 
         "time": ({"created": "today"}, "not a gate's report (Invalid isoformat string: 'today'); run dfmcl gate again"),
         "verdict": ({"verdict": "splendid"}, "verdict is 'splendid', and 'passed' follows from its own record"),
         "counts": ({"progress": []}, "progress: entries is 0, and 16 follows from its own record"),
-        "no images": ({"per_image": {"index": [], "label": []}}, "what it holds does not fit together"),
+        "no images": ({"per_image": {"index": [], "label": []}}, "its members do not fit together"),
         "radii": ({"radii": [{}]}, "not a gate's report (lacks 'radii.0.format'); run dfmcl gate again"),
     }.values(),
 )
@@ -400,7 +400,7 @@ def test_files_are_read_again_when_they_change(models: Path, key: Path, monkeypa
     reads: list[Path] = []
     real = read_report
     monkeypatch.setattr(
-        "dfmcl.monitoring.evidence.read_report", lambda directory: (reads.append(directory), real(directory))[1]
+        "dfmcl.monitoring.releases.read_report", lambda directory: (reads.append(directory), real(directory))[1]
     )
     find, model = follow(Directory(models), "digits", lambda: trusting(key)), models / "digits" / "1" / "model.onnx"
     assert find("1") is find("1")

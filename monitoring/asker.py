@@ -1,4 +1,4 @@
-"""The frame around what a round asks: it takes the time, counts, keeps out of users' way, and believes only sense."""
+"""Questions to an endpoint in a frame: it takes the time, counts, keeps out of users' way, and believes only sense."""
 
 from __future__ import annotations
 

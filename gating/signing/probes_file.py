@@ -105,11 +105,11 @@ def _arrays(path: Path, pixels: bool, shape: tuple[int, int, int, int, int] | No
             changes, logits = ([f"{name}{number}" for number in numbers] for name in FURTHER)
             members = [*MEMBERS, *changes, *logits]
             if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in members):  # nor one of them twice
-                raise refusal("probes", f"{path}: what it holds is not {', '.join(MEMBERS)}")
+                raise refusal("probes", f"{path}: its members are not {', '.join(MEMBERS)}")
             shapes = {entry.filename.removesuffix(".npy"): _header(archive, entry) for entry in archive.infolist()}
             said = ", ".join(f"{name} {dtype} {sizes}" for name, (sizes, dtype) in shapes.items())
             if not _fit(shapes, shape):
-                raise refusal("probes", f"{path}: what it holds does not fit together ({said[:400]})")
+                raise refusal("probes", f"{path}: its members do not fit together ({said[:400]})")
             unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > MOST_BYTES:
                 raise refusal("probes", f"{path}: unpacks to {unpacked:,} bytes, and at most {MOST_BYTES:,} are read")

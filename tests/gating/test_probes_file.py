@@ -11,12 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from dfmcl.common.files import sha256_of
-from dfmcl.gating.signing import probes as probing
+from dfmcl.gating.signing import probes_file
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested
 from dfmcl.gating.signing.evidence import read_evidence
-from dfmcl.gating.signing.probes import as_npz, further, kept_in, read_answers, read_probes
+from dfmcl.gating.signing.probes_file import as_npz, further, kept_in, read_answers, read_probes
 from dfmcl.gating.signing.report import Report
-from dfmcl.monitoring.evidence import read_replay
+from dfmcl.monitoring.releases import read_replay
 from tests.signing import corrupted, evaluated, policy_of, probes_of, true_report, write_report
 
 Array = NDArray[Any]
@@ -116,11 +116,11 @@ def test_what_does_not_fit_is_no_archive(tmp_path: Path, change: dict[str, Array
     """Other sizes, types or numbers than a gate writes: bad input, and nothing of ours breaks."""
     (tmp_path / "probes.npz").write_bytes(as_npz(two_threats()[1] | change))
     for read in (read_probes, lambda path: read_answers(path, (40, *SHAPE, 10))):
-        with pytest.raises(BadEvidence, match=r"does not fit together|what it holds is not"):
+        with pytest.raises(BadEvidence, match=r"do not fit together|its members are not"):
             read(tmp_path / "probes.npz")
 
 
 def test_the_budget_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of it holds half as many."""
-    monkeypatch.setattr(probing, "OTHERS", 2**23)
+    monkeypatch.setattr(probes_file, "OTHERS", 2**23)
     assert kept_in(222, (224, 224, 3), ["patch"]) == [55]

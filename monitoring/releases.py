@@ -1,4 +1,4 @@
-"""What the gate said of the version that answers, and the answers it recorded: what live figures stand beside.
+"""The release that answers: what the gate said of it and the answers it recorded, beside which live figures stand.
 
 The version is the server's word; what lies in the repository under that number is looked up, and its replayed answers
 prove whether it is what answers.
@@ -18,7 +18,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust, read_attestation, verify
 from dfmcl.gating.signing.evaluation import ShareEntry
 from dfmcl.gating.signing.evidence import PROBES, read_evidence
-from dfmcl.gating.signing.probes import further, read_probes
+from dfmcl.gating.signing.probes_file import further, read_probes
 from dfmcl.gating.signing.report import CriterionEntry
 from dfmcl.release.stores.store import Etag, Store, UnusableStore
 from dfmcl.robustness.data import Bytes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dfmcl.common.errors import AnswerError, BadInput, DeadlineExceeded, DfmclError, Rejected, Unavailable
-from dfmcl.monitoring.endpoint import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Asker, Latencies, Paused
+from dfmcl.monitoring.asker import KNOWN, QUERY_IMAGES, REMEMBERED, SLOW_FLOOR_SECONDS, Asker, Latencies, Paused
 from dfmcl.monitoring.results import REASONS
 from dfmcl.serving.clients.triton import Answer
 from tests.monitoring.clocks import Still

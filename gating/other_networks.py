@@ -12,7 +12,7 @@ from dfmcl.gating.case import Case
 from dfmcl.gating.resumption import State
 from dfmcl.robustness.attacks.transfer import ensemble, ensemble_sha256
 from dfmcl.robustness.evaluate import evaluate
-from dfmcl.robustness.images import held_at_once
+from dfmcl.robustness.image_set import held_at_once
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.records import Evaluation, joined
 from dfmcl.robustness.seeds import derived_seed
@@ -22,7 +22,7 @@ SUBSTITUTE = "substitute"
 
 
 def sources_of(case: Case, state: State, ranks: Ranks, track: Track) -> tuple[tuple[Source, ...], dict[str, str]]:
-    """The other networks that attacks are crafted on, and what the record says of the gate's own substitute."""
+    """The other networks that attacks are crafted on, and the record's words about the gate's own substitute."""
     found = [Source(name, surrogate.model, case.carried) for name, surrogate in case.surrogates.items()]
     if len(found) > 1:
         together = ensemble([source.model for source in found])
@@ -39,7 +39,7 @@ def sources_of(case: Case, state: State, ranks: Ranks, track: Track) -> tuple[tu
 def substitute_of(case: Case, state: State, ranks: Ranks, track: Track) -> Learnt:
     """Learnt by the first process, and by none after an interruption: all attack with the same one."""
     if ranks.first and state.load(SUBSTITUTE, 0) is None:
-        # Not the judged images, where there are others: the order of those must not decide what they are attacked with.
+        # Not the judged images, where there are others: their order must not decide the network that attacks them.
         images = case.data.x_train if len(case.data.x_train) else case.data.x_test
         made = learnt(
             case.subject.decide,
