@@ -50,7 +50,7 @@ SLOW = (
     "test_mirror.py", "test_stores.py",
     "test_promotion.py", "test_quickstart_shipped.py", "test_repair.py", "test_rollout_slices.py", "test_sidecar.py",
     "test_sidecar_gateway.py", "test_standard.py", "test_subject.py", "test_subspaces.py", "test_transfer.py",
-    "test_triton.py", "test_watch_command.py", "test_watch_metrics.py", "test_evidence.py", "test_watch_triton.py",
+    "test_triton.py", "test_watch_command.py", "test_watch_metrics.py", "test_releases.py", "test_watch_triton.py",
     "test_decide.py",
 )  # fmt: skip
 

@@ -544,7 +544,7 @@ def test_pixels_cannot_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for count in range(6):
         pixels = np.zeros((count, 2, 2, 3), np.uint8)
         (tmp_path / "probes.npz").write_bytes(as_npz({"images": pixels, "change": pixels, **answers}))
-        with nullcontext() if count == 3 else pytest.raises(BadEvidence, match="does not fit together"):
+        with nullcontext() if count == 3 else pytest.raises(BadEvidence, match="do not fit together"):
             assert len(read_probes(tmp_path / "probes.npz")["labels"]) == 3
 
 
