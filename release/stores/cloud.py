@@ -192,7 +192,7 @@ class CloudObjects:
         with self._asking():
             try:
                 self._store.delete(left)
-            except FileNotFoundError:  # Google and Azure tell of one that is gone, and leave others
+            except FileNotFoundError:  # Google and Azure tell of one that is gone, and Google leaves others then
                 for key in left:
                     with suppress(FileNotFoundError):
                         self._store.delete(key)
