@@ -172,7 +172,7 @@ report-schema: .venv/.installed
 	@test -n '$(PYTHON)' || { echo 'make: needs Python 3.11 or 3.12; name one with PYTHON=...'; exit 2; }
 	$(PYTHON) -m venv .audit/tools && $(PYTHON) -m venv .audit/release
 	.audit/tools/bin/pip install --quiet cyclonedx-bom pip-audit
-	.audit/release/bin/pip install --quiet '.[serve,gateway,s3]'
+	.audit/release/bin/pip install --quiet '.[serve,gateway,cloud]'
 	@touch $@
 
 sbom: .audit/.installed

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,9 +27,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.clouds import KINDS, Server, server
 from tests.exports import Export, exported
 from tests.networks import Networks, network
-from tests.s3 import S3Server, s3_server
 
 # How long an example takes depends on what else runs, and is nothing that a test states by the way.
 settings.register_profile("patient", deadline=None)
@@ -93,20 +95,36 @@ def export_once(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One S3 API for all tests that ask it; each has a bucket of its own."""
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """`servers(scheme)`: the server of that kind of bucket, one for all tests, which begins when the first one asks."""
+    with ExitStack() as running:
+        yield cache(lambda scheme: running.enter_context(server(scheme, tmp_path_factory.mktemp(scheme))))
 
 
 @pytest.fixture
-def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a repository to be, in a new bucket; this process and its children have credentials."""
-    for name, value in s3.variables.items():
-        monkeypatch.setenv(name, value)
-    name = f"releases-{len(s3.client().list_buckets()['Buckets'])}"
-    s3.client().create_bucket(Bucket=name)
-    return f"s3://{name}/models"
+def new_bucket(
+    servers: Callable[[str], Server], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[str], str]:
+    """`new_bucket(scheme)`: where a repository may come to lie; this process and what it starts have credentials."""
+
+    def made(scheme: str) -> str:
+        for name, value in servers(scheme).variables.items():
+            monkeypatch.setenv(name, value)
+        return servers(scheme).create(f"releases-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]}")
+
+    return made
+
+
+@pytest.fixture(params=KINDS)
+def cloud(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> Server:
+    """The server of each kind of bucket in turn."""
+    return servers(request.param)
+
+
+@pytest.fixture
+def bucket(cloud: Server, new_bucket: Callable[[str], str]) -> str:
+    """The address of a repository to be, in a new bucket of each kind."""
+    return new_bucket(cloud.scheme)
 
 
 @pytest.fixture(scope="session")

@@ -407,7 +407,7 @@ def test_no_path_of_any_command_is_an_address(
     """A bucket's name must not become a folder ./s3: and exit code 0: it is bad input, and nothing is made of it."""
     monkeypatch.chdir(tmp_path)
     store = getattr(get_type_hints(COMMANDS[command], include_extras=True)[option], "__metadata__", [None])[0]
-    elsewhere = "gs" if getattr(store, "parser", None) is arguments.path else "s3"
+    elsewhere = "hf" if getattr(store, "parser", None) is arguments.path else "s3"
     for url in (f"{elsewhere}://bucket/models", "models:/digits/1", "file:///tmp/models"):
         code, out, err = called(call_with(command, option, url), monkeypatch, capfd)
         assert (code, out) == (2, ""), err
@@ -427,6 +427,8 @@ def test_any_scheme_is_an_address_but_where_it_is_a_folder(
     for name, value in {"AWS_CONFIG_FILE": "none", "AWS_SHARED_CREDENTIALS_FILE": "none"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # so that s3:// finds no credentials, and asks nobody
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "none")  # nor gs://; az:// knows no account
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     assert called(["status", "--repository", f"{scheme}:models"], monkeypatch, capfd)[0] == 2
     assert called(["history", f"--repository={scheme}://b/models"], monkeypatch, capfd)[0] == 2
     (tmp_path / f"{scheme}:" / "models").mkdir(parents=True)

@@ -33,7 +33,6 @@ from dfmcl.release.stores.store import Changed, Etag, Item, UnusableStore
 INDEX = "repository.json"
 CONTENT = "content/"
 TEXT_BYTES = MEBIBYTE // 4  # of a file that comes with a new model: one that may be replaced is smaller
-ANOTHER = '"0"'  # an etag that no object has
 COPIES = 4  # folders that are kept on this machine; a model's versions, judged one after the other, would fill its disk
 # What nobody names and is older, a dead writer left. A writer that takes half as long gives up, so that none is robbed.
 ABANDONED_SECONDS = 24 * 3600.0
@@ -262,11 +261,12 @@ class BucketStore:
     def _require_conditions(self) -> None:
         """Refuse a bucket whose server writes whatever the condition is: of two changes at once, one would be lost."""
         probe = f"{CONTENT}{self._change}/probe"
-        self._objects.put(probe, b"", None)
+        before = self._objects.put(probe, b"", None)
         self._brought.append(probe)
-        for seen in (None, ANOTHER):
+        self._objects.put(probe, b"1", before)
+        for seen in (None, before):
             try:
-                self._objects.put(probe, b"", seen)
+                self._objects.put(probe, b"2", seen)
             except Changed:
                 continue
             raise UnusableStore(self.where(), "its server heeds no If-Match and If-None-Match; take one that does")

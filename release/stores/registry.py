@@ -9,13 +9,13 @@ from pathlib import Path
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.text import scheme_of
-from dfmcl.release.stores import s3
+from dfmcl.release.stores.cloud import CLOUDS, open_bucket
 from dfmcl.release.stores.directory import Directory
 from dfmcl.release.stores.store import Store, local_folder
 
 STORES: dict[str, Callable[[str], Store]] = {
     "": lambda address: Directory(Path(address)),
-    "s3": s3.open_bucket,
+    **dict.fromkeys(CLOUDS, open_bucket),
 }
 """Scheme, such as s3 of s3://bucket/models, to the function that opens an address; "" is a path of this machine."""
 

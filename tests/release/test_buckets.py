@@ -1,14 +1,21 @@
-"""A repository in a bucket, by a real S3 API on 127.0.0.1: the commands, their cost, and whatever gets in the way."""
+"""A repository in a bucket of each kind, on 127.0.0.1: the commands, their cost, and whatever gets in the way."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -18,15 +25,15 @@ from dfmcl.release.layout import VERSION_FILES, served_version, version_numbers
 from dfmcl.release.ledger import read_history
 from dfmcl.release.promotion import promote, prune, rollback
 from dfmcl.release.status import standings
-from dfmcl.release.stores import s3 as member
 from dfmcl.release.stores.bucket import ABANDONED_SECONDS, INDEX, BucketStore
+from dfmcl.release.stores.cloud import CLOUDS, OF_PLATFORM, PART_BYTES
 from dfmcl.release.stores.registry import store_of
 from dfmcl.release.verification import verify_release
 from dfmcl.serving.triton.sight import look
+from tests.clouds import KINDS, Server, of_azure, server
 from tests.present import present
 from tests.processes import wait_until
 from tests.release.bucket import bucket_of
-from tests.s3 import S3Server, s3_server
 from tests.serving.workshop import run_python
 from tests.signing import code_of
 
@@ -37,7 +44,7 @@ from pathlib import Path
 from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release.promotion import promote
 from dfmcl.release.stores.registry import store_of
-from dfmcl.release.stores.s3 import S3
+from dfmcl.release.stores.cloud import CloudObjects
 number, first, last, address, candidate, evidence, trust = sys.argv[1:]
 trust = load_trust(Path(trust))
 for step in range(int(first), int(last) + 1):
@@ -50,7 +57,7 @@ for step in range(int(first), int(last) + 1):
             return write(*arguments, **options)
         return call
     if not os.fork():
-        S3.put, S3.create = counted(S3.put), counted(S3.create)
+        CloudObjects.put, CloudObjects.create = counted(CloudObjects.put), counted(CloudObjects.create)
         try:
             promote(Path(candidate), Path(evidence), store_of(address), name="digits", trust=trust)
             print("ended", flush=True)
@@ -100,10 +107,10 @@ def test_every_command_takes_an_address(
         (["verify", f"{bucket}/digits", *trusted], f"{bucket}/digits/manifest.json: no such file"),
         (["verify", f"{bucket.removesuffix('models')}other/1", *trusted], "no repository is there or above"),
         (["serve", *where, "--print-docker"], "--print-docker mounts a directory"),
-        (["status", "--repository", "s3://"], "s3://: write s3://BUCKET/PREFIX"),
-        (["status", "--repository", "s3://b/a/../c"], "write s3://BUCKET/PREFIX"),
-        (["status", "--repository", "gs://b/models"], "gs: is no folder here, and no store that is known; known are"),
-        (["status", "--repository", "az://b/models"], "known are paths of this machine, s3://"),
+        (["status", "--repository", f"{bucket[:2]}://"], f"{bucket[:2]}://: write {CLOUDS[bucket[:2]].form}"),
+        (["status", "--repository", f"{bucket}/../c"], f"write {CLOUDS[bucket[:2]].form}"),
+        (["status", "--repository", "hf://b/models"], "hf: is no folder here, and no store that is known; known are"),
+        (["status", "--repository", "abfss://b"], "known are paths of this machine, s3://, gs://, az://"),
     ):
         assert code_of(*arguments) == 2, arguments
         err = capsys.readouterr().err
@@ -112,23 +119,30 @@ def test_every_command_takes_an_address(
 
 
 def test_a_look_at_an_unchanged_repository_is_one_request(
-    promoted: str, s3: S3Server, candidate: Path, evidence: Path, trust: Trust
+    promoted: str, cloud: Server, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
     """Without a body: the server answers 304. And a thousand versions cost `status` no request more than two."""
-    store, index = bucket_of(store_of(promoted)), f"GET {promoted.removeprefix('s3:/')}/{INDEX}"
+    store = bucket_of(store_of(promoted))
     before = look(store)
-    asked = len(s3.requests())
+    asked = len(cloud.answers())
     for _ in range(3):
         assert look(store) == before
-    assert s3.requests()[asked:] == [index] * 3
-    assert [line.split()[-2] for line in s3.log.read_text().splitlines()[-3:]] == ["304"] * 3
+    new = cloud.answers()[asked:]
+    assert [(line.split()[0], line.split()[2]) for line in new] == [("GET", "304")] * 3
+    assert all(line.split()[1].endswith(f"{promoted.partition('://')[2]}/{INDEX}") for line in new)
+    asked = len(cloud.answers())
     promote(candidate, evidence, store, name="digits", trust=trust)
-    asked, rows = len(s3.requests()), standings(store_of(promoted).now(), trust)
-    with_two = s3.requests()[asked:]
+    new = cloud.answers()[asked:]
+    assert len([line for line in new if line.startswith("PUT")]) <= WRITES, (
+        "each file that has an object, then the index"
+    )
+    assert len(new) <= WRITES + 5, new
+    asked, rows = len(cloud.answers()), standings(store_of(promoted).now(), trust)
+    with_two = cloud.answers()[asked:]
     assert len(with_two) <= 2 + len(VERSION_FILES), "the index, the files of the version, its report for its config"
     fill(store)
-    asked, later = len(s3.requests()), standings(store_of(promoted).now(), trust)
-    assert s3.requests()[asked:] == with_two
+    asked, later = len(cloud.answers()), standings(store_of(promoted).now(), trust)
+    assert cloud.answers()[asked:] == with_two
     assert later == [replace(rows[0], versions=list(range(1, 1001)), previous=1000)]
     assert (rows[0].champion, rows[0].trouble, rows[0].doubt) == (2, "", "")
     assert len(present(store._objects.get(INDEX, 10**9))[1]) < 2_000_000
@@ -189,8 +203,17 @@ def state_of(process: str) -> str:
     return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
 
 
+# Of each kind: with what the servers find the credentials wrong, what then is said, and how nobody has any.
+WRONG = {
+    "s3": ("AWS_ACCESS_KEY_ID", "(InvalidAccessKeyId)", "no credentials in the environment"),
+    "gs": ("GOOGLE_BEARER_TOKEN", "to change roles/storage.objectUser (AccessDenied)", "service account file"),
+    "az": ("AZURE_STORAGE_ACCOUNT_KEY", "(AuthorizationFailure)", "no credentials in the environment"),
+}
+NOBODY = "http://127.0.0.1:9"
+
+
 def test_a_store_that_cannot_be_asked_is_not_an_empty_one(
-    promoted: str,
+    cloud: Server,
     candidate: Path,
     evidence: Path,
     trust_file: Path,
@@ -198,8 +221,7 @@ def test_a_store_that_cannot_be_asked_is_not_an_empty_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No such bucket, nobody at the address, no credentials, credentials that may not: one line, exit code 2."""
-    monkeypatch.setattr(member, "ATTEMPTS", 1)
+    """No such bucket, credentials that may not, nobody at the address, no credentials: one line, exit code 2."""
 
     def refused(address: str, *said: str, first: int = 3) -> None:
         where, copy = ["--repository", address], tmp_path / "copy"
@@ -221,26 +243,94 @@ def test_a_store_that_cannot_be_asked_is_not_an_empty_one(
             out, err = capsys.readouterr()
             assert (out, len(err.splitlines())) == ("", 1), (arguments, err)
             assert all(words in err for words in (address, *said)), (arguments, err)
+            assert re.search(r"\dm?s\b|retries", err) is None, "the same line each time, which is said once"
             shutil.rmtree(copy, ignore_errors=True)
 
-    refused("s3://no-such-bucket/models", "there is no such bucket", first=12)
-    with s3_server(tmp_path, actions=1) as strict:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", strict.url)
-        strict.client().create_bucket(Bucket="releases")
-        refused("s3://releases/models", "(InvalidAccessKeyId)")
-    refused("s3://releases/models", "Could not connect to the endpoint URL")
+    def set_all(variables: Mapping[str, str]) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    key, wrong, none = WRONG[cloud.scheme]
+    set_all(cloud.variables)
+    refused(f"{cloud.scheme}://no-such-bucket/models", "there is no such ", first=12)
+    with ExitStack() as running:
+        if cloud.scheme == "s3":  # after one request moto looks at keys, too
+            cloud = running.enter_context(server("s3", tmp_path, INITIAL_NO_AUTH_ACTION_COUNT="1"))
+        address = cloud.create("refusing")
+        set_all({**cloud.variables, key: "d3Jvbmc="})
+        refused(address, wrong)
+    set_all(KINDS[cloud.scheme].variables(NOBODY))
+    refused(address, "error sending request")
+    monkeypatch.delenv(key)
+    set_all({"GOOGLE_APPLICATION_CREDENTIALS": "none", "AZURE_MSI_ENDPOINT": NOBODY})
+    refused(address, none)
+
+
+@pytest.mark.parametrize("scheme", KINDS)
+def test_a_server_of_something_else_holds_no_empty_repository(
+    scheme: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It has no such page; that is no bucket's answer to a name of which there is no object."""
+    pytest.importorskip("obstore")
+    pages = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    Thread(target=pages.serve_forever, daemon=True).start()
+    for name, value in KINDS[scheme].variables(f"http://127.0.0.1:{pages.server_port}").items():
+        monkeypatch.setenv(name, value)
+    arguments = ["sync", "--repository", f"{scheme}://releases/models", "--into", str(tmp_path / "copy"), "--once"]
+    assert code_of(*arguments) == 2
+    pages.shutdown()
+    assert "Server returned non-2xx status code: 404 Not Found\n" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The extra is not needed for directories, nor boto3 without a profile."""
+    for name in OF_PLATFORM:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    for missing, said in (
+        ("boto3", "AWS_PROFILE is read by boto3, which is not installed"),
+        ("obstore", "obstore is not installed; pip install 'dfmcl[cloud]'"),
+    ):
+        monkeypatch.setitem(sys.modules, missing, None)
+        assert code_of("status", "--repository", "s3://b/models") == 2
+        assert f"s3://b/models: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cloud", ["s3"], indirect=True)
+def test_a_profile_gives_credentials(promoted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Amazon's configuration, which boto3 reads."""
+    (tmp_path / "config").write_text("[profile mine]\naws_access_key_id = testing\naws_secret_access_key = testing\n")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    refused("s3://releases/models", "Unable to locate credentials")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    assert bucket_of(store_of(promoted))._objects.get(INDEX, 10**9) is not None
 
 
-def test_without_boto3_it_is_said_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The extra is not needed for directories."""
-    monkeypatch.setitem(__import__("sys").modules, "boto3", None)
-    assert code_of("status", "--repository", "s3://b/models") == 2
-    assert "s3://b/models: boto3 is not installed; pip install 'dfmcl[s3]'" in capsys.readouterr().err
+def test_an_object_in_parts_is_the_same(bucket: str, tmp_path: Path) -> None:
+    """Larger than two parts; and objects that are gone are removed as others are, whatever a cloud says of it."""
+    objects, model = bucket_of(store_of(bucket))._objects, tmp_path / "model"
+    model.write_bytes(os.urandom(2 * PART_BYTES + 1))
+    objects.create("content/a/model", model)
+    objects.fetch("content/a/model", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == model.read_bytes()
+    objects.delete(["content/none", "content/a/model", "content/a/none"])
+    assert list(objects.listing("content/")) == []
+
+
+def test_no_key_of_a_url_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shared access signature stands in each request's URL."""
+    pytest.importorskip("obstore")
+    for name, value in {**of_azure(NOBODY), "AZURE_STORAGE_SAS_TOKEN": "sv=2023&sig=c2VjcmV0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+    assert code_of("status", "--repository", "az://releases/models") == 2
+    err = capsys.readouterr().err
+    assert "error sending request" in err
+    assert "c2VjcmV0" not in err
 
 
 @pytest.mark.parametrize("wrong", ["none", "{}"])

@@ -28,6 +28,7 @@ from dfmcl.release.verification import verify_release
 from dfmcl.release.writer import only_writer
 from dfmcl.serving.triton.known_answers import known_answers
 from dfmcl.serving.triton.sight import look
+from tests.clouds import KINDS
 from tests.present import present
 from tests.release.bucket import Died, Objects, bucket_of
 from tests.release.test_promotion import CHANGES, FOLLOWING, PROMOTE
@@ -36,15 +37,15 @@ from tests.signing import code_of
 Again = Callable[[], Store]
 
 
-@pytest.fixture(params=["directory", "memory", "s3"])
-def again(request: pytest.FixtureRequest, tmp_path: Path) -> Again:
+@pytest.fixture(params=["directory", "memory", *KINDS])
+def again(request: pytest.FixtureRequest, tmp_path: Path, new_bucket: Callable[[str], str]) -> Again:
     """Opens the same store as another process would: of each member."""
     if request.param == "directory":
         return lambda: Directory(tmp_path / "models")
     if request.param == "memory":
         objects = Objects()
         return lambda: BucketStore(Objects(objects.held))
-    address = request.getfixturevalue("bucket")
+    address = new_bucket(request.param)
     return lambda: store_of(address)
 
 
@@ -331,7 +332,7 @@ def goes_on(
     assert held.keys() == {INDEX, *named}
 
 
-@pytest.mark.parametrize("again", ["memory", "s3"], indirect=True)
+@pytest.mark.parametrize("again", ["memory", *KINDS], indirect=True)
 def test_of_two_that_change_a_bucket_at_once_the_later_is_told(
     again: Again, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
@@ -355,7 +356,7 @@ def test_of_two_that_change_a_bucket_at_once_the_later_is_told(
     assert {key for key, _ in store._objects.listing("")} == {INDEX, *named}
 
 
-@pytest.mark.parametrize("again", ["memory", "s3"], indirect=True)
+@pytest.mark.parametrize("again", ["memory", *KINDS], indirect=True)
 def test_what_a_bucket_does_not_hold_is_told_and_nothing_else_is_believed(
     again: Again, candidate: Path, evidence: Path, trust: Trust
 ) -> None:
@@ -422,8 +423,8 @@ def test_another_member_is_one_line_of_the_registry(
         store_of("memory://bucket")
     objects = Objects(dict(three))
     monkeypatch.setitem(STORES, "memory", lambda address: BucketStore(objects))
-    with pytest.raises(BadInput, match="known are paths of this machine, s3://, memory://"):
-        store_of("gs://bucket/models")
+    with pytest.raises(BadInput, match="known are paths of this machine, s3://, gs://, az://, memory://"):
+        store_of("hf://bucket/models")
     where, name, trusted = ["--repository", "memory://bucket"], ["--name", "digits"], ["--trust", str(trust_file)]
     assert code_of("status", *where, *trusted) == 0
     assert code_of("rollback", *where, *name, *trusted, "--reason", "slow") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,9 +31,16 @@ def commands(places: dict[str, str]) -> dict[str, list[str]]:
 
 
 def test_a_promotion_in_the_bucket_reaches_a_plain_triton(
-    needs_triton: None, bucket: str, candidate: Path, evidence: Path, trust: Trust, trust_file: Path, tmp_path: Path
+    needs_triton: None,
+    new_bucket: Callable[[str], str],
+    candidate: Path,
+    evidence: Path,
+    trust: Trust,
+    trust_file: Path,
+    tmp_path: Path,
 ) -> None:
     """Copied before it starts; then a promotion and a rollback are served without a restart."""
+    bucket = new_bucket("s3")
     promote(candidate, evidence, store_of(bucket), name="digits", trust=trust, threads=1)
     models = tmp_path / "models"
     places = {"s3://releases/models": bucket, "/models": str(models), "/etc/dfmcl/trust.toml": str(trust_file)}
@@ -62,9 +70,10 @@ def version_of(client: Client) -> str:
 
 
 def test_no_server_starts_where_others_signed(
-    bucket: str, candidate: Path, evidence: Path, trust: Trust, tmp_path: Path
+    new_bucket: Callable[[str], str], candidate: Path, evidence: Path, trust: Trust, tmp_path: Path
 ) -> None:
     """The init container ends with 1, and leaves nothing that a Triton would serve."""
+    bucket = new_bucket("s3")
     promote(candidate, evidence, store_of(bucket), name="digits", trust=trust, threads=1)
     foreign = write_trust(make_key(tmp_path / "keys"))
     places = {

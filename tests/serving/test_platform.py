@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,10 @@ from dfmcl.gating.signing.trust import load_trust
 from dfmcl.release.stores.directory import Directory
 from dfmcl.release.verification import verify_release
 from dfmcl.serving.clients.triton import Client
+from tests.clouds import Server
 from tests.exports import Export
 from tests.oci import registry_server
 from tests.processes import tritons_own_ports, wait_until
-from tests.s3 import S3Server
 from tests.serving.workshop import ROOT, write_evidence, write_run
 
 PAGE = (ROOT / "docs" / "platform.md").read_text(encoding="utf-8")
@@ -88,12 +88,12 @@ def test_the_commands_run_as_written(desk: Path) -> None:
 
 
 def test_the_commands_run_as_written_from_an_empty_bucket_to_a_rollback(
-    desk: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    desk: Path, servers: Callable[[str], Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a server that follows the bucket; and the copy is whole and verified."""
-    for name, value in s3.variables.items():
+    for name, value in servers("s3").variables.items():
         monkeypatch.setenv(name, value)
-    s3.client().create_bucket(Bucket="releases")
+    servers("s3").create("releases")
     require_rolled_back(run_as_written(commands(IN_A_BUCKET), desk))
     assert verify_release(Directory(desk / "copy"), "digits", load_trust(desk / "trust.toml")).version == 2
 
