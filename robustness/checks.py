@@ -100,7 +100,7 @@ def diagnose(
     the data set it was trained on; run["parts"], which of its parts (train); data["sha256"] and data["part"] of the
     images; data["in_training"], how many of them are among the training images as well; data["copies"], how many
     repeat another of them. What is missing is not checked. background: whom else to ask, and how.
-    Costs at most 180 gradient passes and 450 other passes for each of the 128 images, less where they fall.
+    Costs at most 170 gradient passes and 450 other passes for each of the 128 images, less where they fall.
     """
     examination = Examination(
         model,

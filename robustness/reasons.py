@@ -223,8 +223,8 @@ _ALL = (
     ),
     Reason(
         "resists_only_here",
-        f"an attack leaves these images and, far less often, training images, or these after a small shift and in other"
-        f" light (at least {100 * WORSE:g} points of those that are right)",
+        f"an attack leaves surely fewer training images than these (at least {100 * WORSE:g} points of those that are"
+        " right)",
         "the model resists around these very images, and users send others: evaluate on others",
         Ruling(resist_here_alone),
         ("gradients", "images"),

@@ -172,8 +172,8 @@ def are_known_alone(f: Figures) -> bool:
 
 
 def resist_here_alone(f: Figures) -> bool:
-    """Of other images that are right surely a smaller share holds, by much."""
-    return _surely_less(_counted(f, "held_elsewhere", "elsewhere"), _counted(f, "held"), LEVEL / 2)
+    """Of training images that are right surely a smaller share holds, by much."""
+    return _surely_less(_counted(f, "held_elsewhere", "elsewhere"), _counted(f, "held"), LEVEL)
 
 
 def keeps_another(f: Figures) -> bool:

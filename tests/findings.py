@@ -73,8 +73,8 @@ FIGURES: Mapping[str, Pair] = {
         {"right": 30, "images": 30, "right_in_training": 3, "training": 30},
     ),
     "resists_only_here": (
-        {"held": 20, "images": 30, "held_elsewhere": 18, "elsewhere": 30, "way": "training images"},
-        {"held": 29, "images": 30, "held_elsewhere": 0, "elsewhere": 30, "way": "training images"},
+        {"held": 20, "images": 30, "held_elsewhere": 18, "elsewhere": 30},
+        {"held": 29, "images": 30, "held_elsewhere": 0, "elsewhere": 30},
     ),
     "cliff_beyond_ball": COMPARED,
     "state_changes": ({"changed": 0, "places": 9}, {"changed": 1, "places": 9}),
