@@ -112,13 +112,14 @@ def resists_only_here(e: Examination) -> Found:
     if e.background.training is None:
         return Found("not_run", "there are no training images to compare with")
     kept = int((~e.pgd).sum())
-    figures: Figures = {"held": kept, "images": e.right, "held_elsewhere": 0, "elsewhere": 0}
+    here: Figures = {"held": kept, "images": e.right}
     said = f"PGD-{STEPS} leaves {kept} of {e.right} images"
     if kept < WORSE * e.right:
-        return Found.by(resist_here_alone, f"{said}, too few to tell", figures)
+        return Found.by(resist_here_alone, f"{said}, too few to tell", {**here, "held_elsewhere": 0, "elsewhere": 0})
     images, labels = e.background.training
     chosen = np.linspace(0, len(images) - 1, min(len(images), ELSEWHERE)).round().astype(np.int64)
-    figures["held_elsewhere"], figures["elsewhere"] = held, others = e.held_of(images[chosen], labels[chosen])
+    held, others = e.held_of(images[chosen], labels[chosen])
+    figures: Figures = {**here, "held_elsewhere": held, "elsewhere": others}
     return Found.by(resist_here_alone, f"{said}, and {held} of {others} of training", figures)
 
 
