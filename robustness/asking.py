@@ -62,7 +62,8 @@ def _companies(e: Examination, sizes: Sequence[int]) -> dict[str, tuple[Tensor, 
     if most < 2:
         return {}
     few = torch.arange(min(LONE, len(e.x), most - 1))
-    alike = torch.nonzero(e.y.cpu() == e.y.cpu().mode().values).squeeze(1)
+    labels = e.y.cpu()
+    alike = torch.nonzero(e.correct & (labels == labels[e.correct].mode().values)).squeeze(1) if e.right else few[:0]
     found = {
         "copies of it": (torch.zeros(min(LONE, most), dtype=torch.int64), e.x[:0]),
         "images of its class alone": (alike[: min(LONE, most)], e.x[:0]),
