@@ -1,4 +1,4 @@
-"""Buckets on 127.0.0.1, each kind by a server in a process of its own, and what it was asked.
+"""Buckets on 127.0.0.1, each kind by a server in a process of its own, and its requests.
 
 moto speaks as S3, Azurite as Azure Blob Storage (`npm install azurite`, its node_modules/.bin in PATH); of Google's API
 no emulator is to be had, so that tests/gcs.py speaks it.
@@ -77,7 +77,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Kind:
-    """command: starts the server, once what it needs is installed; listens: finds its port; the rest takes its URL."""
+    """command: starts the server, once its program is installed; listens: finds its port; the rest takes its URL."""
 
     command: Callable[[], list[str]]
     listens: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from dfmcl.training.config import TrainConfig
 from dfmcl.training.noise import Noise
 
 Read = tuple[Tensor, Tensor]  # views uint8 (V, n, H, W, C), labels (n,)
+DEATH_SECONDS = 2  # within which a process hears that a child died
 
 
 class Batch(Protocol):
@@ -129,6 +131,11 @@ class Streamed:
                     raise found
                 views, labels = (part.to(self.ranks.device, non_blocking=True) for part in found)
                 yield Ready(views, labels, self.ranks.world)
+        except (ConnectionError, EOFError):
+            time.sleep(
+                DEATH_SECONDS
+            )  # its socket ends before torch's handler hears of a worker's death, and raises here
+            raise
         finally:
             del read  # now, and not at the interpreter's end, which would wait for workers that wait for work
 

@@ -273,7 +273,7 @@ def test_a_server_of_something_else_holds_no_empty_repository(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It has no such page; that is no bucket's answer to a name of which there is no object."""
+    """It has no such page; a bucket does not answer so for a missing object."""
     pytest.importorskip("obstore")
     pages = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
     Thread(target=pages.serve_forever, daemon=True).start()

@@ -53,7 +53,7 @@ Output = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def nobodys_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of those of whoever runs the tests none are read."""
+    """The tests read no credentials of their user."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("DOCKER_CONFIG", "ORAS_USER", "ORAS_PASS"):
         monkeypatch.delenv(name, raising=False)
