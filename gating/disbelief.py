@@ -76,6 +76,8 @@ def _may_idle(check: CheckEntry, checks: Mapping[str, CheckEntry], record: GateR
             return not any(_left_by_relaxation(record)[: record.policy.checks.images])
         case "found_and_dropped":
             return not any(any(one.tried) for one in record.main.attacks if not one.transferred)
+        case "resists_only_here":  # no training images, which the other check would have counted
+            return "training" not in checks["only_these_images"].figures
         case "state_changes":
             return remote
     return check.check == "seen_images"  # nobody says whether the model was trained on these data

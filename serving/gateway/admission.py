@@ -21,6 +21,8 @@ GREED = 8
 PATIENCE = 0.5  # of its deadline in which an answer has to be expected: the expectation is a mean
 LONGEST_RETRY_SECONDS = 60
 MEMORY_SECONDS = 5.0  # of work, over which images a second are averaged
+# Of work, before which nothing is known: the first answers of a cold server are slow, and a few were counted as all.
+LEARNING_SECONDS = 3.0
 # Of refusals: one costs this process about half a millisecond, and as much for each so many bytes that are thrown away.
 PER_SECOND, PER_BYTES, LONGEST_PAUSE = 200, 65_536, 1.0
 
@@ -49,9 +51,9 @@ class Admission:
 
     @property
     def throughput(self) -> float:
-        """Images a second, while there was something to do; infinite where nothing was measured yet."""
+        """Images a second, while there was something to do; infinite where too little was measured yet."""
         self._measure()
-        return self._done / self._busy if self._done else math.inf
+        return self._done / self._busy if self._done and self._busy >= LEARNING_SECONDS else math.inf
 
     @contextmanager
     def place(self, flow: str, images: int, seconds: float) -> Iterator[Place]:

@@ -12,6 +12,7 @@ from dfmcl.common.errors import Unavailable
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.triton import pulse
 from dfmcl.serving.triton.process import Server
+from tests.processes import wait_until
 from tests.serving.workshop import Served
 
 
@@ -26,9 +27,14 @@ def test_answers_are_counted_by_triton(served: Served) -> None:
     assert pulse.answered(port_of(served), "others") == {}
     with Client(served.ready["grpc"], "digits") as client:
         client.describe()
-    after = pulse.answered(port_of(served), "digits")
-    assert after is not None
-    assert sum(after.values()) - sum(before.values()) == 1
+
+    def more() -> int:
+        after = pulse.answered(port_of(served), "digits")
+        assert after is not None
+        return sum(after.values()) - sum(before.values())
+
+    wait_until(more)  # it counts after it has answered
+    assert more() == 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         assert pulse.answered(free.getsockname()[1], "digits") is None

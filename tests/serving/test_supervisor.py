@@ -195,7 +195,8 @@ def test_no_request_is_lost_in_a_rollout_between_two_servers(
     expected = {"1": onnx_logits(candidate / "model.onnx", IMAGES), "2": onnx_logits(another[0] / "model.onnx", IMAGES)}
     old = Served(repository, tmp_path / "old.json", fixed=True).start()
     port = claim_ports(grpc=0)["grpc"]
-    door = Door(settings([old.ready["grpc"], f"127.0.0.1:{port}"])).start().until_ready()
+    patient = settings([old.ready["grpc"], f"127.0.0.1:{port}"], limits={"timeout_ms": 10_000})
+    door = Door(patient).start().until_ready()
     body = {"name": "images", "shape": list(IMAGES.shape), "datatype": "UINT8", "data": IMAGES.ravel().tolist()}
     request = json.dumps({"inputs": [body]})
 

@@ -269,7 +269,7 @@ def test_one_flow_leaves_places_to_others() -> None:
 def test_request_that_would_be_late_is_refused_at_once() -> None:
     """100 images a second, 100 of its own before it: 0.4 s are too few, and it is told when to come; 3 s are enough."""
     bench = Bench()
-    bench.work(100, 1.0)
+    bench.work(500, 5.0)
     with bench.admission.place("a", 100, 60) as place:
         bench.admission.arrived(place, 100)
         assert refused(bench, "a", 1, 0.4) == 1
@@ -280,11 +280,23 @@ def test_request_that_would_be_late_is_refused_at_once() -> None:
     assert refused(bench, "a", 5000, 0.1) is None  # alone it may try
 
 
+def test_a_cold_server_is_given_time() -> None:
+    """Its first answer came after two seconds, alone of four that are computed together: the rest is not yet too late."""
+    bench = Bench()
+    with ExitStack() as held:
+        for _ in range(3):
+            bench.admission.arrived(held.enter_context(bench.admission.place("a", 8, 2)), 8)
+        bench.work(8, 2.0)
+        assert refused(bench, "a", 8, 2) is None
+        bench.work(8, 3.0)
+        assert refused(bench, "a", 8, 2) == 10, "after five seconds it is slow, not cold"
+
+
 def test_throughput_counts_work_and_not_rest() -> None:
     """Idle hours and slow uploads do not make it slower; what was long ago fades."""
     bench = Bench()
     assert bench.admission.throughput == float("inf")
-    bench.work(100, 1.0)
+    bench.work(500, 5.0)
     bench.now += 3600
     assert bench.admission.throughput == pytest.approx(100)
     with bench.admission.place("a", 1, 60):
