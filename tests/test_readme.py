@@ -56,9 +56,10 @@ def test_commands_run_as_written(shell: dict[str, str], tmp_path: Path) -> None:
                 assert result.returncode == 0, f"{line}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
         answer = subprocess.run([sys.executable, "-c", block("python")], **options)
         found, labels = (row.split() for row in re.findall(r"\[([\d ]+)\]", answer.stdout))
-        # Of eight images a network that is right on 94 % misses four or more once in 1,400; a guess gets five never.
+        # Of eight images a network that is right on 90 % misses five or more once in 2,400; another order of the
+        # classes would get none.
         assert len(found) == 8 == len(labels), answer.stderr[-2000:]
-        assert sum(one == other for one, other in zip(found, labels, strict=True)) >= 5
+        assert sum(one == other for one, other in zip(found, labels, strict=True)) >= 4
     finally:
         if server is not None:
             server.send_signal(signal.SIGTERM)

@@ -21,7 +21,7 @@ from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.threats.registry import threat_of
 from tests.networks import Networks
 
-N = 48
+N = 32
 # The plain network is the honest twin of the traps, in test_checks.py.
 MODELS = ("pgd-at", "trades", "dfmcl", "dfmcl-ranked")
 # The checks err on at most one honest network in a hundred (benchmarks/checks.py); more than two of four networks that

@@ -19,7 +19,7 @@ from dfmcl.robustness.records import AttackRecord, Evaluation
 from dfmcl.robustness.statistics import lower_bound
 from dfmcl.robustness.threats.linf import Linf
 
-ALPHA, DRAWS = 0.05, 2000
+ALPHA, DRAWS = 0.05, 1000
 LISTS = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 
 
@@ -54,7 +54,7 @@ def hard_together(stream: np.random.Generator, images: int, kinds: int, share: f
 
 
 def test_at_the_threshold_a_model_passes_no_more_often_than_it_may() -> None:
-    """2,000 orders of 150 images of which one answer is missing: however kinds depend, a gate that looks after each
+    """1,000 orders of 150 images of which one answer is missing: however kinds depend, a gate that looks after each
     image is wrong in 5 % at most. A correct program fails with a chance below 1e-4 (exact binomial)."""
     stream, passed = np.random.default_rng(0), {0.25: 0, 0.6: 0, 0.9: 0}
     for share in passed:
@@ -67,7 +67,7 @@ def test_at_the_threshold_a_model_passes_no_more_often_than_it_may() -> None:
 
 
 def test_the_same_of_one_look() -> None:
-    """2,000 samples of 100 images from a population whose mean is the bound's own border."""
+    """1,000 samples of 100 images from a population whose mean is the bound's own border."""
     stream, wrong = np.random.default_rng(1), np.zeros(2, int)
     for _ in range(DRAWS):
         seen = answers(stream.binomial(15, stream.beta(0.24, 0.16, 100)), 15)

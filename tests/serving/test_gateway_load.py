@@ -179,7 +179,7 @@ def test_gateway_is_ready_while_others_fill_triton(gateway: Gateway, shipped: Se
     images = grpc.InferInput("images", [64, *SHAPE], "UINT8")
     images.set_data_from_numpy(np.zeros((64, *SHAPE), np.uint8))
     with watched(gateway) as ready:
-        waiting = [client.async_infer(MODEL, [images], callback=lambda result, error: None) for _ in range(64)]
+        waiting = [client.async_infer(MODEL, [images], callback=lambda result, error: None) for _ in range(32)]
         time.sleep(6)  # three times as long as a sign of life may take
         for call in waiting:
             call.cancel()
