@@ -281,7 +281,7 @@ def test_request_that_would_be_late_is_refused_at_once() -> None:
 
 
 def test_a_cold_server_is_given_time() -> None:
-    """Its first answer came after two seconds, alone of four that are computed together: the rest is not yet too late."""
+    """Its first answer came after two seconds, alone of four that are computed together: none is too late yet."""
     bench = Bench()
     with ExitStack() as held:
         for _ in range(3):
