@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from hypothesis import settings
 from tests.clouds import KINDS, Server, server
 from tests.exports import Export, exported
 from tests.networks import Networks, network
+from tests.processes import made_once
 
 # How long an example takes depends on what else runs, and is nothing that a test states by the way.
 settings.register_profile("patient", deadline=None)
@@ -80,18 +82,30 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def networks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Networks:
-    """A name of tests/networks.py to its run: a copy of the pinned one, or what the options ask for; made once."""
-    seed, jitter = (request.config.getoption(f"--fixture-{what}") for what in ("seed", "jitter"))
-    folder = tmp_path_factory.mktemp("networks")
-    return cache(lambda name: network(name, folder / name, seed=seed, jitter=jitter))
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all processes of a session keep what is made once."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @pytest.fixture(scope="session")
-def export_once(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def networks(request: pytest.FixtureRequest, shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    """A name of tests/networks.py to its run: a copy of the pinned one, or what the options ask for; made once."""
+    seed, jitter = (request.config.getoption(f"--fixture-{what}") for what in ("seed", "jitter"))
+    folder = tmp_path_factory.mktemp("networks")
+
+    @cache
+    def copied(name: str) -> Path:
+        made = made_once(shelf / "drawn" / name, lambda out: network(name, out, seed=seed, jitter=jitter))
+        return Path(shutil.copytree(made, folder / name))
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def export_once(shelf: Path) -> Export:
     """`export_once(run, out)`: as `export`, but that a run of the same bytes is exported once a session."""
-    own = tmp_path_factory.getbasetemp()
-    return partial(exported, shelf=(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "candidates")
+    return partial(exported, shelf=shelf / "candidates")
 
 
 @pytest.fixture(scope="session")

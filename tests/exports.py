@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from dfmcl.release.export import export
 from dfmcl.robustness.runs import CHECKPOINT, MANIFEST
+from tests.processes import made_once
 
 Export = Callable[[Path, Path], Path]  # a run and a new directory; returns that, which holds the candidate
 
@@ -21,11 +21,4 @@ def exported(run: Path, out: Path, shelf: Path) -> Path:
     as long again.
     """
     digest = hashlib.sha256((run / CHECKPOINT).read_bytes() + (run / MANIFEST).read_bytes()).hexdigest()
-    shelf.mkdir(exist_ok=True)
-    kept = shelf / digest
-    with kept.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            export(run, kept)
-    shutil.copytree(kept, out)
-    return out
+    return Path(shutil.copytree(made_once(shelf / digest, lambda kept: export(run, kept)), out))

@@ -18,6 +18,16 @@ import pytest
 TRITON = (8000, 8001, 8002)
 
 
+def made_once(kept: Path, make: Callable[[Path], object]) -> Path:
+    """`kept`, which the first of several processes makes; the others wait for it."""
+    kept.parent.mkdir(exist_ok=True)
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            make(kept)
+    return kept
+
+
 def wait_until(
     condition: Callable[[], Any],
     process: subprocess.Popen[Any] | None = None,
