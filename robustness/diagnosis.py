@@ -36,6 +36,7 @@ IMAGES = 128  # looked at; eleven that only the weaker of two attacks broke are 
 QUERYING = {"square": 200, "rays": 120, "square-subspace": 120}
 SEGMENTS = 24  # images from which segments lead; a third of them that show something are sure
 GROUP = 5  # of them at a time: two groups that show nothing are enough
+PALETTE = 1 / 8  # between two levels at the most
 FURTHER = 4  # in eps: as far as what fools another network may have to go until the judged one has to answer for it
 PROVEN = ("memory_format", "precision", "folded", "portions")  # of a fast copy
 LONE = 8  # images that are also asked one by one
@@ -213,6 +214,7 @@ class Examination:
         ends = {
             "to noise": (x, self._moved(x, noise)),
             "to noise alike in all channels": (x, self._moved(x, grey)),
+            "to fewer grey levels": (x, self._within(self._fewer_levels(x), x)),
             "to attacked images": (x, attacked),
             "to other images": (x, elsewhere),
         }
@@ -229,8 +231,15 @@ class Examination:
         return ends
 
     def _moved(self, x: Tensor, direction: Tensor) -> Tensor:
-        threat = self.threat
-        return on_grid(threat.project(x + threat.eps * threat.steepest(direction), x), x, threat)
+        return self._within(x + self.threat.eps * self.threat.steepest(direction), x)
+
+    def _fewer_levels(self, x: Tensor) -> Tensor:
+        """As few as a value can reach in the ball, as a palette leaves them: no attack goes there, and users may."""
+        apart = min(PALETTE, 2 * self.threat.eps)
+        return (x / apart).round() * apart
+
+    def _within(self, moved: Tensor, x: Tensor) -> Tensor:
+        return on_grid(self.threat.project(moved, x), x, self.threat)
 
     def fgsm(self, which: Flags) -> Flags:
         """Which of some images that are right `(M,)` one step breaks; False of others, as in all that follow."""

@@ -97,7 +97,8 @@ def gradients_mislead(e: Examination) -> Found:
 
 
 def unaccounted(e: Examination) -> Found:
-    """Along segments to noise, to attacked images, to other images, and to points that fool other networks."""
+    """Along segments to noise, to fewer grey levels, to attacked images, to other images, and to points that fool other
+    networks."""
     ways: dict[str, tuple[int, int]] = {}
     for shares in e.unexplained(UNEXPLAINED):
         for way, share in shares.items():

@@ -259,6 +259,15 @@ def _switched(name: str, plain: Classifier, robust: Classifier, x: Tensor, y: Te
     return Switch(plain, robust, switches(x)[name])
 
 
+class Posterised(Behind):
+    """The plain network where an image has few grey levels, as behind a palette; attacks only ever add levels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = (255 * x.detach()[:, 0]).round().flatten(1).sort(dim=1).values
+        few = (levels.diff(dim=1) != 0).sum(dim=1) < 40
+        return torch.where(few[:, None], answer(self.plain, x), answer(self.robust, x))
+
+
 class Borrowed(Behind):
     """The value of the plain network with the gradient of the robust one."""
 
@@ -366,6 +375,7 @@ TRAPS: dict[str, Trap] = {
     "neighbourhood": Trap(Neighbourhood, ("only_these_images",)),
     # RayS breaks a decoy as well, but with few queries not always significantly: its own images hold on many networks.
     "decoy": Trap(Decoy, ("unaccounted",), behind=True),
+    "few grey levels": Trap(Posterised, ("unaccounted",), behind=True),
     "borrowed gradients": Trap(Borrowed, ("unaccounted", "black_box_stronger"), behind=True),
     "gradients wanted": Trap(Watched, ("grad_mode_matters",), behind=True),
     "large batches": Trap(Crowded, ("batch_dependent",), behind=True),
