@@ -132,9 +132,7 @@ class Streamed:
                 views, labels = (part.to(self.ranks.device, non_blocking=True) for part in found)
                 yield Ready(views, labels, self.ranks.world)
         except (ConnectionError, EOFError):
-            time.sleep(
-                DEATH_SECONDS
-            )  # its socket ends before torch's handler hears of a worker's death, and raises here
+            time.sleep(DEATH_SECONDS)  # meanwhile torch's handler hears of the worker's death, and raises here
             raise
         finally:
             del read  # now, and not at the interpreter's end, which would wait for workers that wait for work
