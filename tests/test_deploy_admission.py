@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,42 +28,34 @@ POLICIES: dict[str, tuple[list[dict[str, str]], list[dict[str, str]]]] = {
 }
 
 
-def refused(policy: str, spec: dict[str, Any]) -> list[str]:
-    """The messages of the expressions that a pod does not meet, each evaluated by a CEL that is not Kubernetes' own."""
-    variables, validations = POLICIES[policy]
-    environment, known = celpy.Environment(), celpy.celtypes.MapType()
+@functools.cache
+def program(expression: str) -> Any:
+    """A CEL that is not Kubernetes' own."""
+    environment = celpy.Environment()
+    return environment.program(environment.compile(expression))
+
+
+def refused(spec: dict[str, Any]) -> list[str]:
+    """The messages of the expressions that a pod does not meet, of both policies, because they are the same."""
+    variables, validations = POLICIES["ValidatingAdmissionPolicy"]
+    known = celpy.celtypes.MapType()
     about = {"object": celpy.json_to_cel({"apiVersion": "v1", "kind": "Pod", "spec": spec}), "variables": known}
-
-    def value(expression: str) -> Any:
-        return environment.program(environment.compile(expression)).evaluate(about)
-
     for variable in variables:
-        known[celpy.celtypes.StringType(variable["name"])] = value(variable["expression"])
-    return [one["message"] for one in validations if not value(one["expression"])]
+        known[celpy.celtypes.StringType(variable["name"])] = program(variable["expression"]).evaluate(about)
+    return [one["message"] for one in validations if not program(one["expression"]).evaluate(about)]
 
 
-PODS = {
-    f"{overlay} {pod.where}": pod.spec for overlay in OVERLAYS if overlay != BUCKET for pod in pods(rendered(overlay))
-}
+PODS = {f"{overlay} {pod.where}": pod.spec for overlay in OVERLAYS for pod in pods(rendered(overlay))}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("pod", PODS)
-def test_what_deploy_runs_is_let_in(policy: str, pod: str) -> None:
-    """Triton behind its init container, also KServe's; the gateway; the watch, which verifies by itself."""
-    assert refused(policy, PODS[pod]) == []
+def test_what_deploy_runs_is_let_in(pod: str) -> None:
+    """Triton behind what verifies or syncs, also KServe's; the gateway; the watch, which verifies by itself."""
+    assert refused(PODS[pod]) == []
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_what_follows_a_bucket_is_kept_out(policy: str) -> None:
-    """Triton's pod alone: admission cannot tell that a directory which changes holds what was verified."""
-    found = {pod.where: refused(policy, pod.spec) for pod in pods(rendered(BUCKET))}
-    assert found.pop("Deployment triton") == [READ_ONLY, NOT_VERIFIED]
-    assert set(map(tuple, found.values())) == {()}
-
-
-def serving() -> dict[str, Any]:
-    return copy.deepcopy(next(spec for name, spec in PODS.items() if "cpu" in name and name.endswith("triton")))
+def serving(overlay: str = "cpu") -> dict[str, Any]:
+    return copy.deepcopy(next(spec for name, spec in PODS.items() if overlay in name and name.endswith("triton")))
 
 
 def without_verify(spec: dict[str, Any]) -> None:
@@ -92,7 +85,7 @@ def scratch(spec: dict[str, Any]) -> None:
 
 def claim(spec: dict[str, Any], **parts: Any) -> None:
     volume = next(one for one in spec["volumes"] if one["name"] == "model")
-    volume.pop("image")
+    volume.pop("image", volume.pop("emptyDir", None))
     volume["persistentVolumeClaim"] = {"claimName": "models", **parts}
 
 
@@ -117,12 +110,24 @@ def one_more(spec: dict[str, Any]) -> None:
     spec["containers"].append(second)
 
 
+def over(spec: dict[str, Any], path: str, **volume: Any) -> None:
+    """One more volume in the container that verifies or syncs; one before it may have filled it."""
+    spec["volumes"].append({"name": "over", **(volume or {"emptyDir": {}})})
+    spec["initContainers"][0]["volumeMounts"].append({"name": "over", "mountPath": path})
+
+
+def beside_the_sync(spec: dict[str, Any], **parts: Any) -> None:
+    """A container that writes where Triton reads."""
+    mount = {"name": "model", "mountPath": "/models", **parts}
+    spec["containers"].append({"name": "beside", "image": "evil/x", "volumeMounts": [mount]})
+
+
 def debug(spec: dict[str, Any]) -> None:
     mount = {"name": "model", "mountPath": "/x"}
     spec["ephemeralContainers"] = [{"name": "debug", "image": "busybox", "volumeMounts": [mount]}]
 
 
-READ_ONLY, NOT_VERIFIED, REPOSITORY, DEBUG = (one["message"] for one in POLICIES["Kyverno"][1])
+PLAIN, READ_ONLY, NOT_VERIFIED, REPOSITORY, DEBUG = (one["message"] for one in POLICIES["Kyverno"][1])
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no init container": (without_verify, NOT_VERIFIED),
     "an init container of another image": (lambda spec: verify(spec, image="busybox:1"), NOT_VERIFIED),
@@ -160,6 +165,46 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         REPOSITORY,
     ),
     "a debugging container": (debug, DEBUG),
+    "a trust file out of the ConfigMap": (
+        lambda spec: words(spec, 4, "/etc/dfmcl/../../models/evil.toml"),
+        NOT_VERIFIED,
+    ),
+    "another program at dfmcl's place": (lambda spec: over(spec, "/usr/local/bin"), NOT_VERIFIED),
+    "another program, from a ConfigMap": (
+        lambda spec: over(spec, "/usr/local/bin", configMap={"name": "evil"}),
+        NOT_VERIFIED,
+    ),
+    "a file over the trust file": (lambda spec: over(spec, "/etc/dfmcl/trust.toml"), NOT_VERIFIED),
+    "a good model over the one that is mounted": (
+        lambda spec: over(spec, "/models/resnet18-cifar10/1", image={"reference": "good/model"}),
+        NOT_VERIFIED,
+    ),
+    "a good model at the same path, written otherwise": (
+        lambda spec: over(spec, "/models/resnet18-cifar10/", image={"reference": "good/model"}),
+        NOT_VERIFIED,
+    ),
+    "a variable that loads code": (
+        lambda spec: verify(spec, env=[{"name": "PYTHONPATH", "value": "/models/resnet18-cifar10"}]),
+        NOT_VERIFIED,
+    ),
+    "a variable that names a program": (
+        lambda spec: verify(spec, env=[{"name": "AWS_CONFIG_FILE", "value": "/tmp/config"}]),
+        NOT_VERIFIED,
+    ),
+    "variables with a beginning": (
+        lambda spec: verify(spec, envFrom=[{"prefix": "PYTHON", "secretRef": {"name": "any"}}]),
+        NOT_VERIFIED,
+    ),
+    "variables of a ConfigMap": (lambda spec: verify(spec, envFrom=[{"configMapRef": {"name": "any"}}]), NOT_VERIFIED),
+    "a part of the volume that a variable names": (
+        lambda spec: spec["containers"][0]["volumeMounts"][0].update(subPathExpr="another"),
+        PLAIN,
+    ),
+    "a dot in the path": (lambda spec: elsewhere(spec, "emptyDir", "/./models"), PLAIN),
+    "two dots in the path": (lambda spec: elsewhere(spec, "emptyDir", "/mnt/../models"), PLAIN),
+    "two slashes in the path": (lambda spec: elsewhere(spec, "emptyDir", "/mnt//models"), PLAIN),
+    "a slash at the path's end": (lambda spec: elsewhere(spec, "emptyDir", "/mnt/models/"), PLAIN),
+    "the folder above": (lambda spec: elsewhere(spec, "emptyDir", "/mnt"), READ_ONLY),
     "the server in the name of dfmcl": (
         lambda spec: (without_verify(spec), spec["containers"][0].update(image="dfmcl-serve:1", command=["sh"])),
         NOT_VERIFIED,
@@ -167,15 +212,82 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("how", SPOILT)
-def test_what_was_not_verified_is_kept_out(policy: str, how: str) -> None:
+def test_what_was_not_verified_is_kept_out(how: str) -> None:
     """Each way around the proof is refused, for its reason."""
     spoil, message = SPOILT[how]
     spec = serving()
-    assert refused(policy, spec) == []
+    assert refused(spec) == []
     spoil(spec)
-    assert message in refused(policy, spec)
+    assert message in refused(spec)
+
+
+# Ways around the sync of a pod that follows a bucket.
+UNSYNCED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no sync": (without_verify, READ_ONLY),
+    "no sync before the server": (lambda spec: spec["initContainers"].pop(0), READ_ONLY),
+    "a sync for which nobody waits": (lambda spec: verify(spec, restartPolicy="Always"), READ_ONLY),
+    "a sync that does not end": (lambda spec: spec["initContainers"][0]["command"].pop(), READ_ONLY),
+    "a sync of another image": (lambda spec: verify(spec, image="busybox:1"), READ_ONLY),
+    "a sync with other words": (lambda spec: words(spec, 1, "pull"), READ_ONLY),
+    "a sync elsewhere": (lambda spec: words(spec, 5, "/tmp"), READ_ONLY),
+    "a sync into a part": (lambda spec: words(spec, 5, "/models/good"), READ_ONLY),
+    "a sync that trusts a file of the bucket's": (lambda spec: words(spec, 7, "/models/trust.toml"), READ_ONLY),
+    "a follower that trusts another file": (
+        lambda spec: spec["initContainers"][1]["command"].__setitem__(7, "/tmp/trust.toml"),
+        READ_ONLY,
+    ),
+    "a follower without trust": (
+        lambda spec: spec["initContainers"][1].update(command=spec["initContainers"][1]["command"][:6]),
+        READ_ONLY,
+    ),
+    "another program at dfmcl's place": (lambda spec: over(spec, "/usr/local/bin"), READ_ONLY),
+    "a variable that loads code": (lambda spec: verify(spec, env=[{"name": "PYTHONPATH", "value": "/tmp"}]), READ_ONLY),
+    "temporary files where Triton reads": (
+        lambda spec: spec["initContainers"][0]["volumeMounts"][2].update(name="model"),
+        READ_ONLY,
+    ),
+    "a writer beside it": (beside_the_sync, READ_ONLY),
+    "a writer before it": (
+        lambda spec: spec["initContainers"].insert(
+            0, {"name": "before", "image": "evil/x", "volumeMounts": [{"name": "model", "mountPath": "/x"}]}
+        ),
+        READ_ONLY,
+    ),
+    "a claim, which others may write": (claim, READ_ONLY),
+    "a mount that can be written": (
+        lambda spec: spec["containers"][0]["volumeMounts"][0].pop("readOnly"),
+        READ_ONLY,
+    ),
+    "a part of the copy": (
+        lambda spec: spec["containers"][0]["volumeMounts"][0].update(subPath="digits"),
+        NOT_VERIFIED,
+    ),
+    "a second model": (beside, NOT_VERIFIED),
+    "a debugging container": (debug, DEBUG),
+}
+
+
+@pytest.mark.parametrize("how", UNSYNCED)
+def test_what_was_not_synced_is_kept_out(how: str) -> None:
+    """Each way into the directory that Triton reads but `dfmcl sync` is refused."""
+    spoil, message = UNSYNCED[how]
+    spec = serving(BUCKET)
+    assert refused(spec) == []
+    spoil(spec)
+    assert message in refused(spec)
+
+
+@pytest.mark.parametrize("overlay", ["cpu", BUCKET])
+def test_what_a_cloud_adds_is_let_in(overlay: str) -> None:
+    """A pod's identity: variables and a token in each container, which its webhook adds before this policy looks."""
+    spec = serving(overlay)
+    spec["volumes"].append({"name": "token", "projected": {"sources": []}})
+    for container in spec["containers"] + spec["initContainers"]:
+        container.setdefault("env", []).append({"name": "AWS_ROLE_ARN", "value": "arn:aws:iam::1:role/x"})
+        mount = {"name": "token", "mountPath": "/var/run/secrets/eks.amazonaws.com/serviceaccount", "readOnly": True}
+        container["volumeMounts"].append(mount)
+    assert refused(spec) == []
 
 
 def test_a_read_only_claim_and_a_pinned_digest_are_let_in() -> None:
@@ -183,7 +295,7 @@ def test_a_read_only_claim_and_a_pinned_digest_are_let_in() -> None:
     spec = serving()
     claim(spec, readOnly=True)
     spec["initContainers"][0]["command"] += ["--sha256", "a" * 64]
-    assert [refused(policy, spec) for policy in POLICIES] == [[], []]
+    assert refused(spec) == []
 
 
 def test_the_two_policies_are_one() -> None:
@@ -201,5 +313,5 @@ def test_the_two_policies_are_one() -> None:
     assert by_kyverno["resources"]["namespaceSelector"]["matchLabels"] == labels
     (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
     assert by_kyverno["resources"]["operations"] == rule["operations"] == ["CREATE", "UPDATE"]
-    assert (rule["resources"], by_kyverno["resources"]["kinds"]) == (["pods"], ["Pod"])
+    assert (rule["resources"], by_kyverno["resources"]["kinds"]) == (["pods", "pods/ephemeralcontainers"], ["Pod"])
     assert all(re.search(r"[a-z]", one["message"]) for one in policy["spec"]["validations"])
