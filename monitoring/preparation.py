@@ -29,6 +29,7 @@ from dfmcl.monitoring.rounds import RoundPlan
 from dfmcl.monitoring.snapshot import AttackInfo, Identity
 from dfmcl.monitoring.surrogates import Surrogates
 from dfmcl.release.stores.registry import store_of
+from dfmcl.release.stores.store import told
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.provenance import revision, versions
 from dfmcl.serving.clients.gateway import GatewayClient
@@ -145,7 +146,7 @@ def _find(config: WatchConfig, surrogates: Surrogates) -> Find:
         model = store.where(config.target.model)
         raise BadInput(f"release.repository: {model}: no such directory; name what `dfmcl promote` writes") from None
     except OSError as error:
-        raise BadInput(f"release.repository: {error.filename}: {error.strerror}") from None
+        raise told(error, f"release.repository: {error.filename}: {error.strerror}") from None
     for report in [] if store.whole else sorted(store.local(config.target.model).glob(f"*/{REPORT}")):
         try:
             checkpoint = releases.read_report(report.parent).checkpoint_sha256

@@ -12,7 +12,7 @@ from dfmcl.gating.signing.evidence import inspect
 from dfmcl.release import layout, ledger
 from dfmcl.release.candidate import MANIFEST, Manifest, verify_files
 from dfmcl.release.stores.directory import entry_of
-from dfmcl.release.stores.store import Store, local_folder
+from dfmcl.release.stores.store import Store, local_folder, told
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def require_repository(store: Store) -> None:
             " name a model repository that `dfmcl promote` wrote"
         ) from None
     except OSError as error:
-        raise BadInput(f"{store.where()}: cannot be read: {error.strerror or error}") from None
+        raise told(error, f"{store.where()}: cannot be read: {error.strerror or error}") from None
 
 
 def is_ours(store: Store, name: str) -> bool:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dfmcl.common.errors import BadInput, Broken
 from dfmcl.release import layout, ledger
 from dfmcl.release.change import Change
-from dfmcl.release.stores.store import Store, UnusableStore
+from dfmcl.release.stores.store import Store, UnusableStore, told
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def only_writer(store: Store, *, settle: bool = True) -> Iterator[Change]:
                 ledger.settle(change)
             yield change
     except UnusableStore as error:
-        raise BadInput(str(error)) from None
+        raise told(error, str(error)) from None
     except OSError as error:
         partly = done and not store.whole
         state = f"before that, {', '.join(done)}; repeat the command" if partly else "nothing was changed"

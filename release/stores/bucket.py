@@ -249,7 +249,7 @@ class BucketStore:
             return self._content(INDEX) == data
         except OSError:
             reason = f"{error.strerror}; whether the change was written is not known, `dfmcl status` tells"
-            raise UnusableStore(self.where(INDEX), reason) from None
+            raise UnusableStore(self.where(INDEX), reason, silent=True) from None
 
     def _content(self, key: str) -> bytes:
         try:

@@ -73,6 +73,7 @@ CHANGED = {
 }
 NO_CREDENTIALS = "no credentials in the environment, and none from this machine's metadata"
 FORBIDDEN = {"AccessDenied", "AuthorizationPermissionMismatch", "Forbidden"}
+FAILED = {"InternalError", "OperationTimedOut", "RequestTimeout", "ServerBusy", "ServiceUnavailable", "SlowDown"}
 # What servers say, by error code, and what obstore says; the rest is told as it came.
 REASONS = {
     "NoSuchBucket": "there is no such bucket",
@@ -217,7 +218,12 @@ class CloudObjects:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), where) from None
             if code in FORBIDDEN:
                 said = f"credentials may not do this: {self._cloud.needs} ({code})"
-            raise UnusableStore(self.address, said) from None
+            raise UnusableStore(self.address, said, silent=self._is_silent(error, code)) from None
+
+    def _is_silent(self, error: Exception, code: str) -> bool:
+        """Whether this is about the network or the server's own state, not about the address or who asks."""
+        told = code or any(part in str(error) for part in SAID)
+        return code in FAILED if told else isinstance(error, self._errors.GenericError)
 
 
 def _etag(found: Any) -> Etag:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from dfmcl.common.errors import DfmclError
+from dfmcl.common.errors import MACHINE, BadInput, Broken, DfmclError
 
 Etag = Hashable  # of a file: another one where other bytes lie there
 
@@ -100,15 +100,23 @@ class Changed(OSError):
 
 
 class UnusableStore(OSError):
-    """The store itself cannot be asked, or does not hold what it names; that is told from a store that is empty."""
+    """The store itself cannot be asked, or does not hold what it names; that is told from a store that is empty.
 
-    exit_code = 2
+    silent: whether nobody answers, or a server that fails inside, which no other argument mends.
+    """
 
-    def __init__(self, where: str, reason: str) -> None:
+    def __init__(self, where: str, reason: str, *, silent: bool = False) -> None:
         super().__init__(errno.EIO, reason, where)
+        self.exit_code = (Broken if silent else BadInput).exit_code
 
     def __str__(self) -> str:
         return f"{self.filename}: {self.strerror}"
+
+
+def told(error: OSError, message: str) -> DfmclError:
+    """Why a store could not be read, for the user: Broken where no other argument mends it, else BadInput."""
+    broken = error.exit_code == Broken.exit_code if isinstance(error, UnusableStore) else error.errno in MACHINE
+    return Broken(message) if broken else BadInput(message)
 
 
 @contextmanager

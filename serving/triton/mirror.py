@@ -13,7 +13,7 @@ from dfmcl.common.reader import TEXT_BYTES
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger
 from dfmcl.release.stores.directory import Directory
-from dfmcl.release.stores.store import Etag, Store, UnusableStore
+from dfmcl.release.stores.store import Etag, Store, UnusableStore, told
 from dfmcl.release.verification import Promoted, is_ours, require_no_strangers, verify_release, verify_version
 from dfmcl.serving.triton.sight import Mark, look
 
@@ -47,8 +47,8 @@ class Mirror:
     def follow(self, ask_trust: Callable[[], Trust] | None, every: float, stop: threading.Event) -> None:
         """Copy what changes until `stop`, and say what cannot be copied, once.
 
-        BadInput where the store cannot be read and nothing was ever copied: else what lies here is served on, also by a
-        sidecar that begins anew while the store is away.
+        BadInput or Broken where the store cannot be read and nothing was ever copied: else what lies here is served on,
+        also by a sidecar that begins anew while the store is away.
         """
         said: dict[str, str] | None = None
         while True:
@@ -70,18 +70,19 @@ class Mirror:
     def once(self, trust: Trust | None) -> Mapping[str, DfmclError]:
         """Bring the directory to what the store says now; why a model was left as it was, by name.
 
-        BadInput where the store cannot be read, holds no model, or the directory cannot be written.
+        BadInput where the store cannot be read, holds no model, or the directory cannot be written; Broken where the
+        store is silent, or the disk full.
         """
         try:
             store = self.store.now()
         except OSError as error:
-            raise BadInput(f"{self.store.where()}: cannot be read: {error.strerror}") from None
+            raise told(error, f"{self.store.where()}: cannot be read: {error.strerror}") from None
         sight = look(store)
         if "" in sight.troubles:
-            raise BadInput(sight.troubles[""])
+            raise sight.troubles[""]
         if not (sight.marks or sight.troubles or self._held()):
             raise BadInput(f"{store.where()}: holds no promoted model; `dfmcl promote` adds one")
-        troubles: dict[str, DfmclError] = {name: BadInput(why) for name, why in sight.troubles.items()}
+        troubles = dict(sight.troubles)
         for name, (mark, trusted, refusal) in self.seen.items():
             if refusal is not None and (mark, trusted) == (sight.marks.get(name), trust):
                 troubles[name] = refusal
@@ -96,7 +97,7 @@ class Mirror:
                     for name in gone:
                         troubles |= self._drop(store, name)
             except OSError as error:
-                raise BadInput(f"{error.filename or self.into.root}: cannot be copied: {error.strerror}") from None
+                raise unwritable(error.filename or self.into.root, error) from None
         return troubles
 
     def _taken(self, store: Store, name: str, mark: Mark, trust: Trust | None) -> DfmclError | None:
@@ -111,7 +112,7 @@ class Mirror:
                 self.seen[name] = mark, trust, error  # it stays so as long as nothing changes
             return error
         except UnusableStore as error:
-            return BadInput(str(error))
+            return told(error, str(error))
         self.seen[name] = mark, trust, None
         return None
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dfmcl.common.errors import BadInput
+from dfmcl.common.errors import BadInput, DfmclError
 from dfmcl.common.reader import TEXT_BYTES, Unfit
 from dfmcl.release import layout
-from dfmcl.release.stores.store import Etag, Store
+from dfmcl.release.stores.store import Etag, Store, told
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,25 @@ class Sight:
     """marks: of the models that are whole; troubles: why another cannot be read, or "", the repository; by name."""
 
     marks: Mapping[str, Mark] = field(default_factory=dict)
-    troubles: Mapping[str, str] = field(default_factory=dict)
+    troubles: Mapping[str, DfmclError] = field(default_factory=dict)
 
 
 def look(store: Store) -> Sight:
     """Every model of a repository that can be read as a whole."""
     marks: dict[str, Mark] = {}
-    troubles: dict[str, str] = {}
+    troubles: dict[str, DfmclError] = {}
     try:
         store = store.now()
         names = [entry.name for entry in store.entries() if entry.folder and not entry.name.startswith(".")]
     except OSError as error:
-        return Sight({}, {"": f"{store.where()}: cannot be read: {error.strerror}"})
+        return Sight({}, {"": told(error, f"{store.where()}: cannot be read: {error.strerror}")})
     for name in names:
         try:
             mark = _mark(store, name)
         except BadInput as error:
-            troubles[name] = str(error)
+            troubles[name] = error
         except OSError as error:
-            troubles[name] = f"{error.filename}: cannot be read: {error.strerror}"
+            troubles[name] = told(error, f"{error.filename}: cannot be read: {error.strerror}")
         else:
             if mark is not None:
                 marks[name] = mark

@@ -28,7 +28,7 @@ from dfmcl.common.errors import AnswerError, BadInput, Broken, Crashed, Refused,
 from dfmcl.gating.signing.attestation import BadEvidence, NotAttested, Trust
 from dfmcl.release import layout, ledger, promotion
 from dfmcl.release.stores.directory import STAGING, Directory
-from dfmcl.release.stores.store import Store, UnusableStore
+from dfmcl.release.stores.store import Store, UnusableStore, told
 from dfmcl.release.verification import Promoted, verify_release
 from dfmcl.serving.clients.triton import Client
 from dfmcl.serving.ready import claim_ready, write_ready
@@ -81,7 +81,7 @@ def serve(
         claim_ready(ready_file)
     sight = look(store)
     if "" in sight.troubles:
-        raise BadInput(sight.troubles[""])
+        raise sight.troubles[""]
     names = layout.model_names(store)
     if not names:
         raise BadInput(f"{store.where()}: holds no promoted model; `dfmcl promote` adds one")
@@ -186,7 +186,7 @@ class _Supervisor:
             release = adopt(self._store, name, self._trust, self._models)
         except OSError as error:
             where = error.filename or self._store.where(name)
-            raise BadInput(f"{where}: cannot be copied: {error.strerror}") from None
+            raise told(error, f"{where}: cannot be copied: {error.strerror}") from None
         return release, known_answers(release)[0][:1]
 
     def _serve_once(self, log: Path | None) -> None:
@@ -274,7 +274,7 @@ class _Supervisor:
     def _follow(self, server: Server) -> None:
         """Bring the server to what the repository says now, where that has changed."""
         sight = look(self._store)
-        troubles = dict(sight.troubles)
+        troubles = {name: str(error) for name, error in sight.troubles.items()}
         for name, mark in sight.marks.items():
             again, trouble = self._pending.get(name, (math.inf, ""))
             if mark != self._seen.get(name) or time.monotonic() >= again:

@@ -46,7 +46,7 @@ def test_storage_that_fails_is_no_absence(
     assert seen.marks == {}
     [(name, trouble)] = seen.troubles.items()
     assert name == ("" if where == "the repository" else "digits")
-    assert f"cannot be read: {os.strerror(number)}" in trouble
+    assert f"cannot be read: {os.strerror(number)}" in str(trouble)
 
 
 def test_only_the_history_says_that_a_model_is_retired(repository: Path) -> None:
