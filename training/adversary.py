@@ -1,4 +1,4 @@
-"""Attacks as training needs them: Linf, the last iterate, no image leaves the batch, no decision is taken.
+"""Attacks as training needs them: the last iterate, no image leaves the batch, no decision is taken.
 
 Each is `craft(model, x, y, eps, noise, ...) -> x_adv` on a frozen model: x `(N, C, H, W)` in [0, 1], eps in pixels.
 """
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from dfmcl.robustness.attacks.registry import Loss, Model, climb, fgsm
 from dfmcl.robustness.losses import cross_entropy, margin
+from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.linf import Linf
 from dfmcl.training.noise import Noise
 
@@ -33,7 +34,17 @@ def noisy_single_step(model: Model, x: Tensor, y: Tensor, eps: float, noise: Noi
 
 
 def iterated(
-    model: Model, x: Tensor, y: Tensor, eps: float, noise: Noise, *, steps: int, step_ratio: float, loss: Loss
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    noise: Noise,
+    *,
+    steps: int,
+    step_ratio: float,
+    loss: Loss = cross_entropy,
+    ball: type[Ball] = Linf,
+    **unused: float,
 ) -> Tensor:
     """PGD from a random point of the ball, `steps` steps of step_ratio * eps / steps. Madry et al. 2018."""
     initial = x + eps * (2 * noise.uniform(*x.shape) - 1)
@@ -41,7 +52,7 @@ def iterated(
         model,
         x,
         y,
-        Linf(eps),
+        ball(eps),
         generator=noise.generator,
         loss=loss,
         steps=steps,
@@ -52,7 +63,9 @@ def iterated(
     )
 
 
-def divergent(model: Model, x: Tensor, y: Tensor, eps: float, noise: Noise, *, steps: int, step_ratio: float) -> Tensor:
+def divergent(
+    model: Model, x: Tensor, y: Tensor, eps: float, noise: Noise, *, steps: int, step_ratio: float, **unused: float
+) -> Tensor:
     """PGD on KL(f(x) || f(x_adv)), which needs no label: the attack of TRADES. Zhang et al. 2019."""
     with torch.no_grad():
         clean = torch.softmax(model(x), dim=1)
@@ -68,7 +81,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 CRAFTS: dict[str, Craft] = {
     "fgsm": single_step,
     "n-fgsm": noisy_single_step,
-    "pgd": partial(iterated, loss=cross_entropy),
+    "pgd": iterated,
     "cw": partial(iterated, loss=margin),  # the margin loss of C&W inside the eps-ball
     "kl": divergent,
 }

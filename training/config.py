@@ -7,19 +7,39 @@ import json
 import tomllib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import Section, Seed, read_shipped, shipped, validated
 from dfmcl.robustness.arch import is_code
 from dfmcl.robustness.sources import DataSource, Kind
 from dfmcl.robustness.threats.radius import Radius
+from dfmcl.robustness.threats.registry import parse_threat
 
 PRESETS = "dfmcl.training.presets"  # the package that carries them
 
 Augmentation = Literal["none", "crop", "crop-flip", "autoaugment", "idbh"]
-AttackName = Literal["fgsm", "n-fgsm", "pgd", "cw", "kl"]
+ATTACKS = ("fgsm", "n-fgsm", "pgd", "cw", "kl")  # by name, in the ball of S(t)
+POOLED = ("linf", "l2", "patch", "spatial", "corruption")  # the kinds of threats that training crafts for
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _is_member(text: str) -> str:
+    """Of the pool: an attack's name, or the spelling of one threat that training crafts for, or of corruptions."""
+    if text in ATTACKS:
+        return text
+    try:
+        kinds = [part.kind for part in parse_threat(text).parts]
+    except BadInput as error:
+        raise ValueError(f"choose one of {', '.join(ATTACKS)}, or a threat: {error}") from None
+    if kinds[0] not in POOLED:
+        raise ValueError(f"{text!r} is no threat that training crafts for; choose of the kinds {', '.join(POOLED)}")
+    if len(kinds) > 1 and set(kinds) != {"corruption"}:
+        raise ValueError(f"{text!r} is a union; name each part by itself")
+    return text
+
+
+AttackName = Annotated[str, AfterValidator(_is_member)]
 
 
 class DataSection(DataSource):
@@ -88,8 +108,10 @@ class Masking(Section):
 class Curriculum(Section):
     """Attack strength S(t), from 0 to beta, and the pool to draw from; an empty pool trains on clean images.
 
-    warmup: share of the run on clean images before S rises; hold: share at its end at full strength. weights: of the
-    attacks in the pool (none: even). steps grow to final_steps (0: they stay) as S grows to beta; a step is
+    warmup: share of the run on clean images before S rises; hold: share at its end at full strength. attacks: names of
+    attacks in the ball of S(t), and threats of other kinds such as `patch:2%`, `rotation:15`, `corruptions`, `l2:0.5`,
+    which grow as S does. weights: of the attacks in the pool (none: even).
+    steps grow to final_steps (0: they stay) as S grows to beta; a step is
     step_ratio * S(t) / steps long. fgsm_fallback: how far held-out PGD accuracy may fall below its best before the
     FGSM share is given to N-FGSM for good (catastrophic overfitting; 0: never).
     """

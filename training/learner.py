@@ -14,10 +14,10 @@ from dfmcl.robustness.models import Classifier, to_float
 from dfmcl.robustness.ranks import Ranks
 from dfmcl.robustness.seeds import generator
 from dfmcl.robustness.threats.threat import parse_eps
-from dfmcl.training.adversary import CRAFTS
 from dfmcl.training.averaging import MovingAverage
 from dfmcl.training.awp import perturbed, perturbed_parameters
 from dfmcl.training.config import TrainConfig
+from dfmcl.training.crafts import craft_of
 from dfmcl.training.cuda_graphs import Pass, recorded
 from dfmcl.training.curriculum import attack_steps, draw, progress, strength
 from dfmcl.training.feed import Batch, Whole, augmentations
@@ -45,6 +45,8 @@ class Learner:
         if size % shares:
             told = f"{ranks.world} processes" if shares == ranks.world else f"{shares} parts (optimization.accumulate)"
             raise BadInput(f"optimization.batch_size: {size} is no multiple of {told}")
+        height, width, channels = model.spec.input_shape
+        self.pool = {member: craft_of(member, (channels, height, width)) for member in config.curriculum.attacks}
         self.layout = layout_of(model)
         model = model.to(self.device).to(memory_format=self.layout)
         synchronised = config.model.batch_norm == "synchronised" and ranks.world > 1
@@ -180,8 +182,9 @@ class Learner:
         if not chosen.attacks or eps == 0:
             return x
         name = draw(chosen.attacks, self.config.seed, step, chosen.weights)
+        craft = self.pool[name]
         if name == "fgsm" and self.fallen_back:
-            name = "n-fgsm"
+            craft = craft_of("n-fgsm", tuple(x.shape[1:]))
         done = progress(step, self.total_steps, chosen.warmup, chosen.hold)
         steps = attack_steps(chosen.steps, chosen.final_steps, done)
         model = self.crafting[min(view, 1)]
@@ -191,7 +194,8 @@ class Learner:
                 logits: Tensor = model(z)
             return _full(logits)
 
-        return CRAFTS[name](forward, x, y, eps, noise, steps=steps, step_ratio=chosen.step_ratio)
+        share = eps / self.beta
+        return craft(forward, x, y, eps, noise, steps=steps, step_ratio=chosen.step_ratio, done=share)
 
     def strength(self, step: int) -> float:
         """S(t) in pixel units; 0 where training is on clean images."""

@@ -258,7 +258,7 @@ def test_curriculum_reaches_the_attack(digits: Dataset, monkeypatch: pytest.Monk
 
         return craft
 
-    monkeypatch.setattr("dfmcl.training.learner.CRAFTS", {name: recorder(name) for name in CRAFTS})
+    monkeypatch.setattr("dfmcl.training.crafts.CRAFTS", {name: recorder(name) for name in CRAFTS})
     options = ["masking.enabled=false", "curriculum.beta=8/255", "curriculum.warmup=0.2", "curriculum.hold=0.4"]
     pool = ["curriculum.attacks=['fgsm','pgd']", "curriculum.weights=[1e-9, 1.0]", "curriculum.final_steps=6"]
     one = learner(digits, *options, *pool)
