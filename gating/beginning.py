@@ -19,7 +19,7 @@ PIPELINES = {"github": ".github/workflows/robustness.yml", "gitlab": ".gitlab-ci
 GATE_TOML = """\
 # What {model} must prove before it is promoted. Every key and its default: evidence/policy.toml of any gate.
 criteria = [
-    {criterion},
+{criteria}
     # "clean_accuracy >= 0.9 at 95 %", # right without an attack
     # "class_robust_accuracy >= 0.1 at 95 %", # each class by itself
     # "corruption_accuracy >= 0.6 at 95 %", # mean over fifteen kinds of noise, blur, weather ... at five severities
@@ -27,7 +27,7 @@ criteria = [
 ]
 
 [threat]
-norm = "linf"
+norm = "{norm}"
 eps = {eps} # how far each pixel may be moved, of 0 to 255
 
 [data] # the claim is about its test part
@@ -133,8 +133,8 @@ def write(out: Path, texts: Mapping[str, str]) -> None:
 def _policy(shown: Shown, policy: Policy) -> str:
     section = policy.data.model_dump(exclude_defaults=True)
     data = "\n".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in section.items())
-    criterion, eps = json.dumps(policy.criteria[0]), json.dumps(policy.threat.eps)
-    return GATE_TOML.format(model=shown.model, criterion=criterion, eps=eps, data=data)
+    criteria, eps = "\n".join(f"    {json.dumps(one)}," for one in policy.criteria), json.dumps(policy.threat.eps)
+    return GATE_TOML.format(model=shown.model, criteria=criteria, norm=policy.threat.norm, eps=eps, data=data)
 
 
 def _script(shown: Shown) -> list[str]:

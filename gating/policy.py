@@ -58,7 +58,7 @@ def checked_radius(text: str, norm: str) -> str:
         raise ValueError(str(error)) from None
     if not threat.sensible:
         raise ValueError(RADIUS)
-    if threat.on_grid().eps == 0:
+    if 255 * threat.on_grid().eps < 1 - 1e-6:  # of one value by one level: the least in every norm
         raise ValueError(
             f"{text} is below one step of an image's bytes. Users' images arrive as bytes, also where the model is sent"
             " floats that are made of them, so that nobody can send a smaller change: 1/255 is the smallest (of a"

@@ -38,14 +38,23 @@ if TYPE_CHECKING:
     from dfmcl.robustness.provider import Provider
 
 
+THREAT = Annotated[
+    str | None,
+    typer.Option(help="In place of --eps, or beside it: patch:2%, rotation:15, corruptions, l2:0.5, A|B."),
+]
+
+
 @command
 def gate(
     subject: SUBJECT,
-    policy: Annotated[Path | None, typer.Option(help="The policy (TOML); else --data, --eps and --at-least.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="The policy (TOML); else --data, --at-least, --eps or --threat.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10.")
     ] = None,
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
+    threat: THREAT = None,
     at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
     preprocessing: PREPROCESSING = None,
     out: Annotated[Path, typer.Option(help="Where the evidence goes.")] = Path("evidence"),
@@ -73,7 +82,9 @@ def gate(
     verify_data: VERIFY_DATA = False,
 ) -> int:
     """Judge a model by a policy: 0 passed, 1 failed, 3 inconclusive, 4 suspect. Repeat it to go on after a cut."""
-    rules = rules_of(policy, data, eps, at_least, preprocessing)  # before torch loads: a wrong key is answered at once
+    rules = rules_of(
+        policy, data, eps, threat, at_least, preprocessing
+    )  # before torch loads: a wrong key is answered at once
     signers = read_signers(key, key_command, public)  # one that cannot sign is found out before the attacks
 
     from dfmcl.gating.bar import bar
@@ -122,18 +133,29 @@ def gate(
 
 
 def rules_of(
-    policy: Path | None, data: str | None, eps: str | None, at_least: str | None, preprocessing: str | None
+    policy: Path | None,
+    data: str | None,
+    eps: str | None,
+    threat: str | None,
+    at_least: str | None,
+    preprocessing: str | None,
 ) -> Policy | Assumed:
     """A policy's file, or the options in its place; BadInput for both, or for neither."""
     from dfmcl.common.errors import BadInput
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.policy import load_policy
 
-    asked = {"--data": data, "--eps": eps, "--at-least": at_least, "--preprocessing": preprocessing}
+    asked = {
+        "--data": data,
+        "--eps": eps,
+        "--threat": threat,
+        "--at-least": at_least,
+        "--preprocessing": preprocessing,
+    }
     if policy is None:
-        return Assumed.of(data, eps, at_least, read_preprocessing(preprocessing))
+        return Assumed.of(data, eps, threat, at_least, read_preprocessing(preprocessing))
     if given := [name for name, value in asked.items() if value is not None]:
-        raise BadInput(f"--policy {policy} says data, eps and threshold; leave {', '.join(given)} out, or --policy")
+        raise BadInput(f"--policy {policy} says data, threat and threshold; leave {', '.join(given)} out, or --policy")
     return load_policy(policy)
 
 
@@ -165,8 +187,9 @@ def settled(rules: Policy | Assumed, contract: InputContract, out: Path, tell: C
 def init(
     subject: Annotated[str, typer.Argument(help="A model's file or module:callable, as the pipeline will find it.")],
     data: Annotated[str, typer.Option(help="A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10.")],
-    eps: Annotated[str, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")],
     at_least: Annotated[str, typer.Option(help="The robust accuracy to prove, such as 0.3.")],
+    eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
+    threat: THREAT = None,
     preprocessing: PREPROCESSING = None,
     contract: Annotated[
         str | None, typer.Option("--input", help="What the model takes: 'float32 NCHW 224x224x3 imagenet'.")
@@ -184,7 +207,7 @@ def init(
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.beginning import KEY, PIPELINES, TRUST, Shown, require_free, write, written
 
-    asked = Assumed.of(data, eps, at_least, read_preprocessing(preprocessing))
+    asked = Assumed.of(data, eps, threat, at_least, read_preprocessing(preprocessing))
     require_free(out, ci, Shown(subject, "", output, labels))
 
     from dfmcl.gating.case import prepare

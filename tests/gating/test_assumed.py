@@ -83,6 +83,44 @@ def test_one_line_leads_to_a_verdict(
     assert InputContract.from_json(report.candidate.input.to_json()) == InputContract.parse(words[1])
 
 
+@pytest.mark.parametrize(
+    ("eps", "threat", "criteria", "ball", "said"),
+    [
+        (None, "patch:3x3", ["robust_accuracy(patch:3x3) >= 0.3 at 95 %"], "linf 4/255", ", checks in Linf 4/255"),
+        (None, "l2:0.5", ["robust_accuracy >= 0.3 at 95 %"], "l2 0.5", " in L2 0.5"),
+        (None, "8/255", ["robust_accuracy >= 0.3 at 95 %"], "linf 8/255", " in Linf 8/255"),
+        (None, "l1:6", ["robust_accuracy(l1:6) >= 0.3 at 95 %"], "linf 4/255", ", checks in Linf 4/255"),
+        (
+            "1/255",
+            "fog@3|rotation:15",
+            [
+                "robust_accuracy >= 0.3 at 95 %",
+                "robust_accuracy(fog@3|rotation:15,31x1x1,bilinear,black) >= 0.3 at 95 %",
+            ],
+            "linf 1/255",
+            " in Linf 1/255",
+        ),
+        (
+            "2/255",
+            "l2:0.5",
+            ["robust_accuracy >= 0.3 at 95 %", "robust_accuracy(l2:0.5) >= 0.3 at 95 %"],
+            "linf 2/255",
+            " in Linf 2/255",
+        ),
+    ],
+)
+def test_a_threat_takes_the_radiuss_place_or_stands_beside_it(
+    eps: str | None, threat: str, criteria: list[str], ball: str, said: str
+) -> None:
+    """A ball of Linf or L2 is the policy's own; of another threat the criterion says which."""
+    contract = InputContract.parse("uint8 NHWC 16x16x3")
+    asked = Assumed.of("digits", eps, threat, "0.3")
+    policy = asked.policy(contract)
+    assert (policy.criteria, f"{policy.threat.norm} {policy.threat.eps}") == (criteria, ball)
+    line = asked.said(policy, contract, Path("policy.toml"))[0]
+    assert line == f"assumed: {' and '.join(criteria)}{said}, suite fast, checks on 32 images; see policy.toml"
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
 
@@ -108,7 +146,7 @@ def test_a_written_policy_is_the_same_policy(
     [
         (
             [],
-            "without --policy it needs --data FOLDER --eps 4/255 --at-least 0.3, and lacks --data, --eps, --at-least",
+            "without a policy it needs --data FOLDER --eps 4/255 --at-least 0.3, and lacks --data, --eps, --at-least",
         ),
         (["--data", "digits", "--eps", "4/255"], "and lacks --at-least"),
         (["--data", "digits", "--eps", "4", "--at-least", "0.3"], "--eps 4: a radius is above 0"),
@@ -119,7 +157,16 @@ def test_a_written_policy_is_the_same_policy(
             "--data mnist: is not there; name a folder, an .npz",
         ),
         (["--data", "s3://a/b", "--eps", "4/255", "--at-least", "0.3"], "--data s3://a/b: s3: is no folder here"),
-        (["--policy", "p.toml", "--eps", "4/255"], "--policy p.toml says data, eps and threshold; leave --eps out"),
+        (["--policy", "p.toml", "--eps", "4/255"], "--policy p.toml says data, threat and threshold; leave --eps out"),
+        (
+            ["--policy", "p.toml", "--threat", "fog"],
+            "--policy p.toml says data, threat and threshold; leave --threat out",
+        ),
+        (["--data", "digits", "--threat", "fogg", "--at-least", "0.3"], "--threat fogg: threat 'fogg' is unknown"),
+        (
+            ["--data", "digits", "--threat", "l2:0.001", "--at-least", "0.3"],
+            "--threat l2:0.001: 0.001 is below one step",
+        ),
     ],
 )
 def test_half_a_line_says_which_half_is_missing(options: list[str], message: str) -> None:
@@ -145,13 +192,13 @@ def test_data_of_any_kind_are_named_as_a_policy_names_them(photos: Path, tmp_pat
         (str(tmp_path / "shards"), ("shards", str(tmp_path / "shards"), 16)),
         (str(tmp_path / "tables"), ("parquet", str(tmp_path / "tables"), 16)),
     ):
-        found = Assumed.of(data, "4/255", "30 %").policy(SQUARE)
+        found = Assumed.of(data, "4/255", None, "30 %").policy(SQUARE)
         assert (found.data.name, found.data.path, found.data.image_size) == section
         assert found.criteria == ["robust_accuracy >= 0.3 at 95 %"]
     with pytest.raises(
         BadInput, match=r"fitted to a square, the model takes float32 NCHW 16x12x3; save them as an \.npz"
     ):
-        Assumed.of(str(photos), "4/255", "0.3").policy(InputContract.parse("float32 NCHW 16x12x3"))
+        Assumed.of(str(photos), "4/255", None, "0.3").policy(InputContract.parse("float32 NCHW 16x12x3"))
 
 
 def test_a_folder_of_some_of_the_models_classes_is_labelled_by_name(tmp_path: Path) -> None:
@@ -159,7 +206,7 @@ def test_a_folder_of_some_of_the_models_classes_is_labelled_by_name(tmp_path: Pa
     stream = np.random.default_rng(0)
     images = stream.integers(0, 256, (6, 16, 16, 3), np.uint8)
     folder = write_folder(tmp_path / "photos", images, np.arange(6) % 3, "ead")
-    policy = Assumed.of(str(folder), "4/255", "0.3").policy(SQUARE)
+    policy = Assumed.of(str(folder), "4/255", None, "0.3").policy(SQUARE)
     for channels in (3, 1):
         path = to_onnx(tmp_path / f"{channels}.onnx", Tiny(channels), torch.zeros(2, channels, 16, 16))
         subject = onnx_subject(path, "", tuple("abcde"))
@@ -190,7 +237,7 @@ def test_a_candidate_is_judged_on_what_it_will_be_shown(photos: Path, tmp_path: 
     assert "is served with resize=20 bicubic; judge it on what it will be shown" in refused.output
     for wrong in ("resize=12", "crop"):
         assert dfmcl(*line, "--preprocessing", wrong).exit_code == 2
-    rules = Assumed.of(str(folder), "4/255", "0.3", Preprocessing.parse(told[1])).policy(SQUARE)
+    rules = Assumed.of(str(folder), "4/255", None, "0.3", Preprocessing.parse(told[1])).policy(SQUARE)
     case = prepare(candidate_subject(tmp_path / "candidate"), rules, {}, None, (), silent)
     assert case.data.preprocessing == "resize=20 bicubic"
 
@@ -203,7 +250,7 @@ def test_a_gate_of_few_images_reads_few(tmp_path: Path, monkeypatch: pytest.Monk
     write_folder(tmp_path / "photos" / "test", images[:200], np.arange(200) % 5, "abcde")
     write_folder(tmp_path / "photos" / "train", images[199:999], np.arange(800) % 5, "abcde")
     path = to_onnx(tmp_path / "model.onnx", Tiny(), torch.zeros(2, 3, 16, 16))
-    asked = Assumed.of(str(tmp_path / "photos"), "64/255", "1").policy(SQUARE).model_dump()
+    asked = Assumed.of(str(tmp_path / "photos"), "64/255", None, "1").policy(SQUARE).model_dump()
     asked["data"]["images"], asked["attacks"]["suite"], asked["attacks"]["substitute"] = 10, ["fgsm"], 100
     decoded = set[str]()
 

@@ -50,7 +50,7 @@ def test_what_is_written_is_what_the_commands_read(place: Path, service: str, fi
     assert done.exit_code == 0, done.output
     policy = load_policy(place / "gate.toml")
     contract = InputContract.parse("float32 NCHW 16x16x3")
-    assert policy.digest == Assumed.of("own.npz", "4/255", "0.3").policy(contract, checked=None).digest
+    assert policy.digest == Assumed.of("own.npz", "4/255", None, "0.3").policy(contract, checked=None).digest
     assert policy.checks.images == 128
     keygen(place / "release")
     assert load_trust(place / "trust.toml").policies == frozenset({policy.digest})
