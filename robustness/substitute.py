@@ -44,7 +44,8 @@ class Substitute(nn.Module):
         self.net = ResNet18(WIDTH, classes, channels, blocks=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.net(2 * _seen(x) - 1)
+        # Not in channels_last, as images of bytes come: see `layout_of` of training.
+        logits: Tensor = self.net(2 * _seen(x).contiguous() - 1)
         return logits
 
 

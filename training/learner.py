@@ -281,12 +281,13 @@ class Learner:
 
 
 def layout_of(model: nn.Module) -> torch.memory_format:
-    """channels_last, which is faster; not where oneDNN writes past a buffer of its own (torch 2.14, AVX2).
+    """channels_last, which is faster; not where oneDNN writes past a buffer of its own (torch 2.14).
 
-    It does so for the weight gradient of a 1x1 convolution of stride 2 over channels that are no multiple of eight.
+    It does so for the weight gradient of a 1x1 convolution of stride 2: on AVX2 over channels that are no multiple of
+    eight, on AVX512 with more than one thread over fewer than 16.
     """
     strided = (m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1 and m.kernel_size == (1, 1))
-    unsafe = any(module.in_channels % 8 for module in strided)
+    unsafe = any(module.in_channels % 8 or module.in_channels < 16 for module in strided)
     return torch.contiguous_format if unsafe else torch.channels_last
 
 

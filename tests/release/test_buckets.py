@@ -221,7 +221,7 @@ def test_a_store_that_cannot_be_asked_is_not_an_empty_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No such bucket, credentials that may not, nobody at the address, no credentials: one line; 5 where nobody answers, else 2."""
+    """No such bucket, wrong credentials or none: one line and 2; nobody at the address: 5."""
 
     def refused(address: str, *said: str, first: int = 3, code: int = 2) -> None:
         where, copy = ["--repository", address], tmp_path / "copy"
