@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 from dfmcl.common.errors import BadInput
 from dfmcl.common.toml import EachOnce, LocalPath, Section, Seed, TritonUrl, anchored, read_toml, validated
 from dfmcl.monitoring.probes import query_attack
+from dfmcl.monitoring.threatened import Threatened
 from dfmcl.release.stores.registry import why_unknown
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.sources import DataSource
@@ -42,6 +43,9 @@ def _is(parse: Callable[[str], Any]) -> Callable[[str], str]:
 
 
 AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(Attack.parse_transfer))]], EachOnce]
+
+
+Threats = Annotated[list[Annotated[str, AfterValidator(_is(Threatened.parse))]], EachOnce]
 
 
 def _is_store(address: str) -> str:
@@ -77,14 +81,16 @@ class BallSection(Section):
 class Probe(Section):
     """How often, how many fresh images and replayed ones, which attacks, and the seed of both images and attacks.
 
-    While the file `pause_file` exists, nothing is asked. threads: of crafting. crafted: what `dfmcl craft` wrote, so
-    that rounds craft nothing.
+    threats: of other kinds than the ball, such as `fog@3`, `corruptions`, `rotation:15` or `patch:2%`, each asked with
+    one image more for each fresh one. While the file `pause_file` exists, nothing is asked. threads: of crafting.
+    crafted: what `dfmcl craft` wrote, so that rounds craft nothing.
     """
 
     interval_seconds: Seconds = 60.0
     images: int = Field(32, ge=1)
     replay: int = Field(16, ge=0)
     attacks: AttackNames = Field(["mi-fgsm-10", "di-fgsm-10"], min_length=1)
+    threats: Threats = Field([])
     seed: Seed = 0
     threads: int = Field(1, ge=1)
     crafted: LocalPath = ""

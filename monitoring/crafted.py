@@ -26,11 +26,13 @@ from dfmcl.monitoring.config import WatchConfig
 from dfmcl.monitoring.crafting import ImagePool, draw
 from dfmcl.monitoring.probes import Scene, craft
 from dfmcl.monitoring.surrogates import Surrogates, load_surrogates
+from dfmcl.monitoring.threatened import Threatened, threat_of
 from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.data import Bytes, open_dataset
 from dfmcl.robustness.gradients import attack_pass
 from dfmcl.robustness.models import to_float
 from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.threat import Threat
 
 Indices = npt.NDArray[np.int64]
 
@@ -62,7 +64,7 @@ class Recipe:
             labels=tuple(map(str, dataset.classes)),
             surrogates=load_surrogates(config.surrogates.runs, dataset),
             threat=config.threat.threat,
-            attacks=tuple(Attack.parse_transfer(name) for name in config.probe.attacks),
+            attacks=attacks_of(config),
             seed=config.probe.seed,
             remark=dataset.remark,
         )
@@ -81,6 +83,12 @@ class Recipe:
             "threat": {"norm": self.threat.norm, "eps": self.threat.eps},
             "seed": self.seed,
         }
+
+
+def attacks_of(config: WatchConfig) -> tuple[Attack, ...]:
+    """All that rounds through Triton ask: attacks in the ball, then threats of other kinds."""
+    ours = (Attack.parse_transfer(name) for name in config.probe.attacks)
+    return (*ours, *(Threatened.parse(text) for text in config.probe.threats))
 
 
 def craft_pool(recipe: Recipe, out: Path, *, device: torch.device | str = "cpu", track: Track = silent) -> None:
@@ -109,7 +117,7 @@ class Crafted:
     """A pool's adversarial versions under one attack, in an open file: who replaces the directory changes nothing."""
 
     pool: ImagePool
-    threat: Ball
+    threat: Threat
     path: Path
     file: BinaryIO
 
@@ -154,7 +162,7 @@ def load_crafted(recipe: Recipe, path: Path) -> Mapping[str, Crafted]:
             raise BadInput(f"{file}: not readable: {why_unread(error)}; {AGAIN}") from None
         if hashlib.file_digest(images, "sha256").hexdigest() != entry.get("sha256"):
             raise BadInput(f"{file}: is not the file that {MANIFEST} names; {AGAIN}")
-        crafted[attack.name] = Crafted(recipe.pool, recipe.threat, file, images)
+        crafted[attack.name] = Crafted(recipe.pool, threat_of(attack, recipe.threat), file, images)
     return crafted
 
 

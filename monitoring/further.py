@@ -1,14 +1,17 @@
-"""The page's lines about further threats, such as patches and corruptions: nobody crafts new ones in production.
+"""The page's words about threats of other kinds than the watch's ball, such as patches and corruptions.
 
-A watch asks about the gate's own images of them, and counts the answers that the gate recorded.
+A watch asks about new images under those that its config names, and about the gate's own images of all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from html import escape
 
 from dfmcl.monitoring.journal import VersionTotals
 from dfmcl.monitoring.releases import Attested
+from dfmcl.monitoring.snapshot import AttackInfo, Identity
+from dfmcl.robustness.statistics import Share
 
 
 def further(totals: VersionTotals, attested: Attested | None) -> str:
@@ -29,3 +32,18 @@ def further(totals: VersionTotals, attested: Attested | None) -> str:
             f"{part.images - part.mismatches} times{f'; accuracy under it at the gate {held}' if held else ''}."
         )
     return f"<p>Among them, images of further threats:</p><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def how(attack: AttackInfo) -> str:
+    """How an attack finds its images."""
+    if attack.surrogate:
+        return "transfer"
+    return "drawn" if attack.threat else "query"
+
+
+def gated_threats(identity: Identity, attested: Attested) -> Iterator[tuple[str, Share, float | None]]:
+    """Of the threats that the watch asks and the gate measured: name, the gate's worst case, and what is asked for."""
+    shares = {(kind, label): share for kind, label, share in attested.further}
+    for attack in identity.attacks:
+        if attack.threat in shares:
+            yield attack.name, shares[attack.threat], attested.further_thresholds.get(attack.threat)

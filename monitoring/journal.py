@@ -98,7 +98,7 @@ class VersionTotals:
         def count(name: str, share: Share) -> None:
             bounds[name] = bounds.get(name, Bounds(limit)).after(share.k, share.n, result.started)
 
-        for attack in result.attacks:
+        for attack in result.asked:
             old, held = attacks.get(attack.name, AttackTotals()), sum(attack.held)
             attacks[attack.name] = AttackTotals(
                 samples=old.samples + len(result.correct),
@@ -138,7 +138,7 @@ class VersionTotals:
 
     def success(self, name: str) -> float | None:
         """Share of recent images that were right and that an attack flipped; None where none was attacked."""
-        rounds = [(one, attack) for one in self.recent for attack in one.attacks if attack.name == name]
+        rounds = [(one, attack) for one in self.recent for attack in one.asked if attack.name == name]
         attempts = sum(sum(one.correct) for one, _ in rounds)
         return 1 - sum(sum(attack.held) for _, attack in rounds) / attempts if attempts else None
 
@@ -148,7 +148,7 @@ def _share(result: RoundResult, name: str) -> Share | None:
         return result.clean
     if name == "worst_case":
         return result.worst_case
-    return next((result.under(attack) for attack in result.attacks if attack.name == name), None)
+    return next((result.under(attack) for attack in result.asked if attack.name == name), None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from dfmcl.monitoring.bounds import RISK
 from dfmcl.monitoring.journal import VersionTotals
@@ -16,11 +16,18 @@ LOSSES = ("integrity", "threshold", "transfer", "clean")
 
 
 def bars(
-    attested: Attested, norm: str, epsilon: str, surrogates: str, attacks: Sequence[str]
+    attested: Attested,
+    norm: str,
+    epsilon: str,
+    surrogates: str,
+    attacks: Mapping[str, tuple[str, str] | tuple[()]],
 ) -> dict[tuple[str, str], float]:
     """By (loss, live figure): the accuracy below which that loss is proven, once the figure's stretch_upper is there.
 
-    norm, epsilon: the watch's ball; surrogates: SHA-256 of those it crafts on; attacks: all of the watch, by name.
+    attested: by the gate.
+    norm, epsilon: the watch's ball.
+    surrogates: SHA-256 of those it crafts on.
+    attacks: all of the watch, by name: kind and label of its own threat, () for the ball.
     """
     gated = {attack: share for (source, attack), share in attested.transfer.items() if source == surrogates}
 
@@ -29,12 +36,17 @@ def bars(
         return lower_bound(share.k, share.n, 1 - RISK / (1 + len(gated)))
 
     found = {("clean", "clean"): max(measured(attested.clean), attested.clean_threshold or 0.0)}
+    ours = [name for name, threat in attacks.items() if not threat]
     if (attested.norm, attested.epsilon) == (norm, epsilon):
         # Live figures are upper bounds of robust accuracy: what is below the threshold here is so under every attack.
         if attested.robust_threshold is not None:
-            found |= {("threshold", figure): attested.robust_threshold for figure in ("worst_case", *attacks)}
+            found |= {("threshold", figure): attested.robust_threshold for figure in ("worst_case", *ours)}
         found |= {("transfer", attack): measured(share) for attack, share in gated.items()}
-    return found
+    # A random member, or the surrogates' patch, is no worse than the worst member: upper bounds, too.
+    asked = attested.further_thresholds
+    return found | {
+        ("threshold", name): asked[threat] for name, threat in attacks.items() if threat and threat in asked
+    }
 
 
 def losses(totals: VersionTotals, bars: Mapping[tuple[str, str], float]) -> frozenset[str]:

@@ -19,7 +19,7 @@ from dfmcl.monitoring.lost import LOSSES
 from dfmcl.monitoring.metric_families import Labels, counter, gauge, histogram, info
 from dfmcl.monitoring.mitigation import ACTIONS, OUTCOMES
 from dfmcl.monitoring.releases import STATES, Attested
-from dfmcl.monitoring.snapshot import Identity, Snapshot
+from dfmcl.monitoring.snapshot import AttackInfo, Identity, Snapshot
 from dfmcl.robustness.statistics import Share
 
 T = TypeVar("T")
@@ -50,8 +50,7 @@ def _about(identity: Identity) -> Iterator[Metric]:
     definitions = [
         {
             "attack": attack.name,
-            "norm": identity.norm,
-            "epsilon": identity.epsilon,
+            **identity.ball(attack),
             "surrogate": attack.surrogate,
             "steps": str(attack.steps),
             "params_sha256": attack.params_sha256,
@@ -98,6 +97,15 @@ def _gate(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         metric_names.GATE_THRESHOLD,
         "Robust accuracy that the gate's policy asks for, 0 to 1.",
         [(labels | _its_ball(one), one.robust_threshold) for labels, one in gated if one.robust_threshold is not None],
+    )
+    yield gauge(
+        "robustness_gate_threat_threshold_ratio",
+        "Accuracy that the gate's policy asks for under a threat of another kind, norm and epsilon, 0 to 1.",
+        [
+            (labels | {"norm": kind, "epsilon": label}, threshold)
+            for labels, one in gated
+            for (kind, label), threshold in one.further_thresholds.items()
+        ],
     )
     yield gauge(
         metric_names.GATE_CLEAN_THRESHOLD,
@@ -235,7 +243,7 @@ def _counted(identity: Identity, journal: Journal) -> Iterator[Metric]:
         [(labels, totals.correct) for labels, totals in rows],
     )
     attacks = [
-        (_ball(identity, totals.version) | {"attack": attack.name}, totals.attacks.get(attack.name, AttackTotals()))
+        (_under(identity, totals.version, attack), totals.attacks.get(attack.name, AttackTotals()))
         for totals in journal.versions
         for attack in identity.attacks
     ]
@@ -298,7 +306,7 @@ def _live(identity: Identity, now: Snapshot) -> Iterator[Metric]:
     yield from _bounded(
         "Accuracy under this attack",
         [
-            (_ball(identity, totals.version) | {"attack": attack.name}, totals, attack.name)
+            (_under(identity, totals.version, attack), totals, attack.name)
             for totals in versions
             for attack in identity.attacks
         ],
@@ -322,7 +330,7 @@ def _live(identity: Identity, now: Snapshot) -> Iterator[Metric]:
         stretch="robustness_worst_case_accuracy_stretch_upper_ratio",
     )
     rates = [
-        (_ball(identity, totals.version) | {"attack": attack.name}, totals.success(attack.name))
+        (_under(identity, totals.version, attack), totals.success(attack.name))
         for totals in versions
         for attack in identity.attacks
     ]
@@ -359,6 +367,10 @@ def _bars(identity: Identity, now: Snapshot) -> Iterator[Metric]:
 
 def _ball(identity: Identity, version: str) -> dict[str, str]:
     return {"model": identity.model, "version": version, "norm": identity.norm, "epsilon": identity.epsilon}
+
+
+def _under(identity: Identity, version: str, attack: AttackInfo) -> dict[str, str]:
+    return {"model": identity.model, "version": version, **identity.ball(attack), "attack": attack.name}
 
 
 def _its_ball(attested: Attested) -> dict[str, str]:

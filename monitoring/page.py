@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dfmcl.monitoring.bounds import Bounds
-from dfmcl.monitoring.further import further
+from dfmcl.monitoring.further import further, gated_threats, how
 from dfmcl.monitoring.journal import OUTAGES, Journal, Point, VersionTotals
 from dfmcl.monitoring.releases import Release
 from dfmcl.monitoring.results import GATEWAY, Example, Round, RoundFailure, RoundResult
@@ -166,12 +166,11 @@ def _figures(identity: Identity, totals: VersionTotals, release: Release) -> str
             for (source, attack), one in attested.transfer.items()
             if source == identity.surrogates_sha256
         }
+        gated |= {name: str(share) + _asked(threshold) for name, share, threshold in gated_threats(identity, attested)}
         gated["clean"] = str(attested.clean) + _asked(attested.clean_threshold)
         gated["worst_case"] = f"{attested.robust}, with the weights{_asked(attested.robust_threshold)}"
     names = {"clean": "clean", "worst_case": f"worst case, {identity.norm} {identity.epsilon}"}
-    names |= {
-        attack.name: f"{attack.name} {'transfer' if attack.surrogate else 'query'}" for attack in identity.attacks
-    }
+    names |= {attack.name: f"{attack.name} {how(attack)}" for attack in identity.attacks}
     rows = [
         f"<tr><td>{escape(name)}<td>{_lately(totals, of)}{_proven(totals.bounds[of])}"
         f"<td>{escape(gated.get(of, 'not recorded'))}</tr>"

@@ -28,6 +28,7 @@ from dfmcl.monitoring.round_log import RoundLog
 from dfmcl.monitoring.rounds import RoundPlan
 from dfmcl.monitoring.snapshot import AttackInfo, Identity
 from dfmcl.monitoring.surrogates import Surrogates
+from dfmcl.monitoring.threatened import Threatened, threat_of
 from dfmcl.release.stores.registry import store_of
 from dfmcl.release.stores.store import told
 from dfmcl.robustness.attacks.registry import Attack
@@ -77,6 +78,9 @@ def prepare(config: WatchConfig, track: Track = silent) -> Preparation:
     pool = recipe.pool
     require_fit(pool, config.probe.images, "probe.images")
     require_fit(pool, config.query.images, "query.images")
+    height, width, channels = pool.images.shape[1:]
+    for attack in recipe.attacks:
+        threat_of(attack, recipe.threat).fits((channels, height, width))
     direct = RoundPlan(
         model=config.target.model,
         classes=pool.classes,
@@ -163,11 +167,15 @@ def identity_of(config: WatchConfig, work: Preparation) -> Identity:
     plans = [(work.direct, work.recipe.surrogates), *([(work.outside, None)] if work.outside else [])]
 
     def info(attack: Attack, surrogates: Surrogates | None) -> AttackInfo:
-        threat, source = work.direct.threat, surrogates.sha256 if surrogates else ""
-        definition = [attack.name, dict(attack.parameters), threat.norm, threat.eps, source]
+        own = attack.threat if isinstance(attack, Threatened) else None
+        used = surrogates if not isinstance(attack, Threatened) or attack.crafted else None
+        threat, source = work.direct.threat, used.sha256 if used else ""
+        moved = [threat.norm, threat.eps] if own is None else [own.spelling]
+        definition = [attack.name, dict(attack.parameters), *moved, source]
         digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
         steps = attack.parameters.get("steps", attack.parameters.get("queries", 1))
-        return AttackInfo(attack.name, steps, surrogates.name if surrogates else "", digest)
+        named = () if own is None else (own.kind, own.label)
+        return AttackInfo(attack.name, steps, used.name if used else "", digest, named)
 
     attacks = tuple(info(attack, surrogates) for plan, surrogates in plans for attack in plan.attacks)
     return Identity(

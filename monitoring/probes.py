@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dfmcl.common.errors import BadInput
 from dfmcl.monitoring.asker import Logits
+from dfmcl.monitoring.threatened import threat_of
 from dfmcl.robustness.attacks.registry import ATTACKS, Attack, Model
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import Bytes, Labels
@@ -97,16 +98,18 @@ PROBES: dict[str, Probe] = {"clean": clean, "transfer": transfer, "query": query
 
 
 def craft(source: Model, scene: Scene, attack: Attack, *, part: int = 0) -> Bytes:
-    """Adversarial bytes (N, H, W, C) inside the ball, by the gradients of `source` (logits of [0, 1] images).
+    """Adversarial bytes (N, H, W, C) inside the ball, by the gradients of `source` (logits of [0, 1] images); or inside
+    the threat that the attack brings along.
 
     What an attack leaves outside is sent as the image it was. part: of a scene that is crafted in several, each with
     chances of its own.
     """
     x, y = to_float(torch.from_numpy(scene.images)), torch.from_numpy(scene.labels)
     stream = generator(scene.seed, attack.name, scene.number, part)
-    x_adv = attack(source, x, y, scene.threat, generator=stream).detach().clamp(0, 1)
-    adversarial = scene.threat.to_uint8(x_adv, x)
-    inside = scene.threat.contains_uint8(adversarial, (x * 255).round().to(torch.uint8)).numpy()
+    threat = threat_of(attack, scene.threat)
+    x_adv = attack(source, x, y, threat, generator=stream).detach().clamp(0, 1)
+    adversarial = threat.to_uint8(x_adv, x)
+    inside = threat.contains_uint8(adversarial, (x * 255).round().to(torch.uint8)).numpy()
     return np.where(inside[:, None, None, None], to_bytes(adversarial).numpy(), scene.images)
 
 

@@ -23,6 +23,9 @@ from dfmcl.gating.signing.report import CriterionEntry
 from dfmcl.release.stores.store import Etag, Store, UnusableStore
 from dfmcl.robustness.data import Bytes
 from dfmcl.robustness.statistics import Share
+from dfmcl.robustness.threats.ball import Ball
+from dfmcl.robustness.threats.corruption import ALL
+from dfmcl.robustness.threats.registry import parse_threat
 
 REPORT = "report.json"
 # missing: there is no evidence for this version; invalid: it is not believable; expired: it was, until a date that has
@@ -36,7 +39,8 @@ class Attested:
 
     checkpoint_sha256: of the run the release was exported from, "" where it came as a file; evaluated: unix seconds;
     clean: on the most images that the gate looked at. transfer: by (SHA-256 of the surrogates, attack), what held
-    against images crafted on them; further: the same of its further threats, (kind, label, share), as in the report.
+    against images crafted on them; further: the same of its further threats, (kind, label, share), as in the report;
+    further_thresholds: what its policy asks for under them, by (kind, label): of corruptions also of their mean.
     """
 
     state: str
@@ -52,6 +56,7 @@ class Attested:
     evaluated: float
     transfer: Mapping[tuple[str, str], Share] = field(default_factory=dict)
     further: tuple[tuple[str, str, Share], ...] = ()
+    further_thresholds: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,7 @@ def read_report(evidence: Path) -> Attested:
             for attack in one.attacks
         },
         further=tuple((one.threat.parsed.kind, one.threat.parsed.label, _share(one.robust)) for one in report.radii),
+        further_thresholds=_further_thresholds(report.criteria),
     )
 
 
@@ -241,6 +247,23 @@ def _strictest(criteria: Sequence[CriterionEntry], metric: str, radius: str) -> 
     """Of the criteria about all classes at the policy's own radius, which need not be named."""
     own = [row for row in criteria if row.metric == metric and row.eps in (None, radius) and not row.class_name]
     return max((row.threshold for row in own if row.threshold is not None), default=None)
+
+
+def _further_thresholds(criteria: Sequence[CriterionEntry]) -> dict[tuple[str, str], float]:
+    """Of the criteria about all classes under a threat that is no radius, the strictest of each threat.
+
+    A mean over corruptions is what one that is drawn for each image leaves right, on average.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for row in criteria:
+        mean = row.answers is not None
+        if row.class_name or row.threshold is None or not (mean or (row.metric == "robust_accuracy" and row.eps)):
+            continue
+        threat = parse_threat(row.corruption or row.eps or ALL)
+        if not isinstance(threat, Ball):
+            key = threat.kind, threat.label
+            found[key] = max(found.get(key, 0.0), row.threshold)
+    return found
 
 
 def _date(seconds: float) -> str:

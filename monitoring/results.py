@@ -80,7 +80,8 @@ class Example:
 class RoundResult:
     """A round in which one version answered everything. correct[i]: clean image i was right. started: unix seconds.
 
-    examples are kept in memory only.
+    attacks: in the watch's ball; further: in threats of other kinds, by the threat's name. examples are kept in memory
+    only.
     """
 
     number: int
@@ -95,7 +96,13 @@ class RoundResult:
     attacks: tuple[AttackResult, ...]
     queries: tuple[Query, ...]
     replay: ReplayResult | None = None
+    further: tuple[AttackResult, ...] = ()
     examples: tuple[Example, ...] = field(default=(), compare=False)
+
+    @property
+    def asked(self) -> tuple[AttackResult, ...]:
+        """All attacks, of whatever threat."""
+        return (*self.attacks, *self.further)
 
     @property
     def clean(self) -> Share:
@@ -108,7 +115,8 @@ class RoundResult:
 
     @property
     def worst_case(self) -> Share:
-        """Share of images that were right and that no attack flipped: still an upper bound of robust accuracy."""
+        """Share of images that were right and that no attack in the ball flipped: still an upper bound of robust
+        accuracy."""
         columns = [self.correct, *(attack.held for attack in self.attacks)]
         return Share(sum(all(column) for column in zip(*columns, strict=True)), len(self.correct))
 
@@ -117,6 +125,7 @@ class RoundResult:
         figures = [f"{kind} {attack.name} at {self.epsilon} {self.under(attack)}" for attack in self.attacks]
         if len(self.attacks) > 1:
             figures.append(f"worst case {self.worst_case}")
+        figures += [f"{attack.name} {self.under(attack)}" for attack in self.further]
         if self.replay:
             figures.insert(
                 0, f"{self.replay.images - self.replay.mismatches} of {self.replay.images} replayed as gated"
@@ -129,8 +138,11 @@ class RoundResult:
     def to_json(self) -> dict[str, Any]:
         value = {"format": FORMAT, "outcome": "measured", **asdict(replace(self, examples=()))}
         del value["examples"]
-        attacks = [{"name": a.name, "held": _bits(a.held), "queries": a.queries} for a in self.attacks]
-        return value | {"correct": _bits(self.correct), "attacks": attacks}
+        attacks, further = (
+            [{"name": a.name, "held": _bits(a.held), "queries": a.queries} for a in part]
+            for part in (self.attacks, self.further)
+        )
+        return value | {"correct": _bits(self.correct), "attacks": attacks, "further": further}
 
 
 @dataclass(frozen=True)
@@ -187,9 +199,10 @@ def round_from_json(value: Mapping[str, Any]) -> Round:
         if value["outcome"] != "measured":
             outcome: Round = {"failed": RoundFailure, "skipped": RoundSkipped}[value["outcome"]](**fields)
         else:
-            fields["attacks"] = tuple(
-                AttackResult(a["name"], _flags(a["held"]), a["queries"]) for a in value["attacks"]
-            )
+            for part in ("attacks", "further"):  # the records of before know none
+                fields[part] = tuple(
+                    AttackResult(a["name"], _flags(a["held"]), a["queries"]) for a in value.get(part, ())
+                )
             fields["replay"] = _replay(value["replay"]) if value["replay"] else None
             outcome = RoundResult(**fields | {"correct": _flags(value["correct"])})
         if not _is_sound(outcome):
@@ -207,8 +220,8 @@ def _is_sound(outcome: Round) -> bool:
     words = outcome.via in PATHS and all(query.reason in ("", *REASONS) for query in queries)
     if isinstance(outcome, RoundResult):
         words = words and outcome.version.isascii() and outcome.version.isdecimal()
-        fits = bool(outcome.correct) and all(len(attack.held) == len(outcome.correct) for attack in outcome.attacks)
-        counts += [attack.queries for attack in outcome.attacks]
+        fits = bool(outcome.correct) and all(len(attack.held) == len(outcome.correct) for attack in outcome.asked)
+        counts += [attack.queries for attack in outcome.asked]
         if outcome.replay is not None:
             parts = outcome.replay.further
             counts += [outcome.replay.images, outcome.replay.mismatches]

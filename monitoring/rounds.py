@@ -27,6 +27,7 @@ from dfmcl.monitoring.results import (
     RoundSkipped,
     compared,
 )
+from dfmcl.monitoring.threatened import Threatened
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.statistics import Flags
 from dfmcl.robustness.threats.ball import Ball
@@ -36,7 +37,8 @@ EXAMPLES = 2  # of an attack and round, for the page
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What all rounds of one path share. attacks: of the kind that the path allows; images: fresh ones a round.
+    """What all rounds of one path share. attacks: of the kind that the path allows, in the ball `threat` or in threats
+    of their own; images: fresh ones a round.
 
     replay: the gate's images a round; tolerance: of a replayed logit, as a share of the largest one; classes: K.
     """
@@ -62,6 +64,7 @@ class Measured:
 
     correct: Flags
     attacks: list[AttackResult]
+    further: list[AttackResult]
     examples: list[Example]
     replay: ReplayResult | None = None
 
@@ -112,18 +115,21 @@ def _attacked(
 ) -> Measured:
     """Every attack on the images that were right: one that is wrong is no attacker's merit, nor worth a query."""
     right = scene.only(correct)
-    results, examples = [], []
+    results: list[AttackResult] = []
+    further: list[AttackResult] = []
+    examples: list[Example] = []
     for attack in plan.attacks:
         found: Seen = PROBES[probe](right, attack, ask)
         flipped = found.answers != right.labels
         held = correct.copy()
         held[correct] = ~flipped
-        results.append(AttackResult(attack.name, tuple(held.tolist()), found.queries))
+        where = further if isinstance(attack, Threatened) else results
+        where.append(AttackResult(attack.name, tuple(held.tolist()), found.queries))
         examples += [
             Example(attack.name, right.images[i], found.images[i], int(right.labels[i]), int(found.answers[i]))
             for i in np.flatnonzero(flipped)[:EXAMPLES]
         ]
-    return Measured(correct, results, examples, replay)
+    return Measured(correct, results, further, examples, replay)
 
 
 def _framed(
@@ -151,6 +157,7 @@ def _framed(
         seconds=clock.monotonic() - begun,
         correct=tuple(found.correct.tolist()),
         attacks=tuple(found.attacks),
+        further=tuple(found.further),
         queries=tuple(endpoint.queries),
         replay=found.replay,
         examples=tuple(found.examples),

@@ -328,7 +328,7 @@ class Sidecar:
         found, threat = self._releases.get(version), self._work.direct.threat
         if found is None or found.attested is None:
             return {}
-        attacks = [attack.name for attack in self._identity.attacks]
+        attacks = {attack.name: attack.threat for attack in self._identity.attacks}
         return bars(found.attested, threat.norm, threat.label, self._work.recipe.surrogates.sha256, attacks)
 
     def _paused(self) -> bool:

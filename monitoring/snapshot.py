@@ -12,15 +12,16 @@ from dfmcl.monitoring.releases import Release
 
 @dataclass(frozen=True)
 class AttackInfo:
-    """An attack's definition. steps: or queries an image; surrogate: names of the runs, "" for a search by queries.
+    """An attack's definition. steps: or queries an image; surrogate: names of the runs, "" where none is asked.
 
-    params_sha256: of all parameters that decide its result.
+    params_sha256: of all parameters that decide its result. threat: kind and label of its own, () for the watch's ball.
     """
 
     name: str
     steps: int
     surrogate: str
     params_sha256: str
+    threat: tuple[str, str] | tuple[()] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Identity:
     labels: tuple[str, ...] = ()
     gated: bool = True
     runbooks: str = ""
+
+    def ball(self, attack: AttackInfo) -> dict[str, str]:
+        """The labels of an attack's threat: of the watch's ball, or kind and label of another."""
+        norm, epsilon = attack.threat or (self.norm, self.epsilon)
+        return {"norm": norm, "epsilon": epsilon}
 
 
 @dataclass(frozen=True)

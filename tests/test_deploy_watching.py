@@ -61,6 +61,7 @@ def sidecar_exposition() -> str:
         robust_threshold=0.4,
         evaluated=1.79e9,
         transfer={("s", "mi-fgsm-10"): Share(700, 1000)},
+        further_thresholds={("corruption", "fog@3"): 0.5},
     )
     attacks = AttackInfo("mi-fgsm-10", 10, "surrogate", "1" * 64), AttackInfo("square-100", 100, "", "2" * 64)
     paths = {TRITON: 60.0, GATEWAY: 300.0}

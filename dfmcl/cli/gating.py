@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dfmcl.robustness.provider import Provider
 
 
+DATA = "A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10."
 THREAT = Annotated[
     str | None,
     typer.Option(help="In place of --eps, or beside it: patch:2%, rotation:15, corruptions, l2:0.5, A|B."),
@@ -50,9 +51,7 @@ def gate(
     policy: Annotated[
         Path | None, typer.Option(help="The policy (TOML); else --data, --at-least, --eps or --threat.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
     threat: THREAT = None,
     at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
@@ -145,16 +144,11 @@ def rules_of(
     from dfmcl.gating.assumed import Assumed
     from dfmcl.gating.policy import load_policy
 
-    asked = {
-        "--data": data,
-        "--eps": eps,
-        "--threat": threat,
-        "--at-least": at_least,
-        "--preprocessing": preprocessing,
-    }
+    asked = data, eps, threat, at_least
     if policy is None:
-        return Assumed.of(data, eps, threat, at_least, read_preprocessing(preprocessing))
-    if given := [name for name, value in asked.items() if value is not None]:
+        return Assumed.of(*asked, read_preprocessing(preprocessing))
+    names = "--data", "--eps", "--threat", "--at-least", "--preprocessing"
+    if given := [name for name, value in zip(names, (*asked, preprocessing), strict=True) if value is not None]:
         raise BadInput(f"--policy {policy} says data, threat and threshold; leave {', '.join(given)} out, or --policy")
     return load_policy(policy)
 
@@ -186,7 +180,7 @@ def settled(rules: Policy | Assumed, contract: InputContract, out: Path, tell: C
 @command
 def init(
     subject: Annotated[str, typer.Argument(help="A model's file or module:callable, as the pipeline will find it.")],
-    data: Annotated[str, typer.Option(help="A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10.")],
+    data: Annotated[str, typer.Option(help=DATA)],
     at_least: Annotated[str, typer.Option(help="The robust accuracy to prove, such as 0.3.")],
     eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
     threat: THREAT = None,

@@ -48,5 +48,5 @@ def craft(
     if recipe.remark:
         say(recipe.remark)
     craft_pool(recipe, Path(settings.probe.crafted), device=on, track=track)
-    attacks = ", ".join(settings.probe.attacks)
+    attacks = ", ".join(attack.name for attack in recipe.attacks)
     say(f"{settings.probe.crafted}: {len(recipe.pool.images)} images under {attacks}; crafted on {on}")

@@ -54,7 +54,7 @@ def seen(
 
 def proven(totals: VersionTotals, attested: Attested | None, norm: str, epsilon: str, surrogates: str) -> set[str]:
     """By a watch in that ball, with those surrogates, the transfer attacks and a search."""
-    figures = [*ATTACKS, "square-100"]
+    figures: dict[str, tuple[()]] = dict.fromkeys([*ATTACKS, "square-100"], ())
     return set(losses(totals, bars(attested, norm, epsilon, surrogates, figures) if attested else {}))
 
 
