@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 
 DATA = "A folder (classes, shards, parquet), a .csv, an .npz, digits or cifar10."
+EPS = Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")]
+INPUT = Annotated[
+    str | None, typer.Option("--input", help="What a foreign model takes: 'float32 NCHW 224x224x3 imagenet'.")
+]
 THREAT = Annotated[
     str | None,
     typer.Option(help="In place of --eps, or beside it: patch:2%, rotation:15, corruptions, l2:0.5, A|B."),
@@ -52,14 +56,12 @@ def gate(
         Path | None, typer.Option(help="The policy (TOML); else --data, --at-least, --eps or --threat.")
     ] = None,
     data: Annotated[str | None, typer.Option(help=DATA)] = None,
-    eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
+    eps: EPS = None,
     threat: THREAT = None,
     at_least: Annotated[str | None, typer.Option(help="The robust accuracy to prove, such as 0.3.")] = None,
     preprocessing: PREPROCESSING = None,
     out: Annotated[Path, typer.Option(help="Where the evidence goes.")] = Path("evidence"),
-    run: Annotated[
-        Path | None, typer.Option(help="The run it was exported from; else gradients come from the ONNX file.")
-    ] = None,
+    run: Annotated[Path | None, typer.Option(help="The run it came from; else gradients are the ONNX file's.")] = None,
     surrogate: Annotated[
         list[Path] | None, typer.Option(help="A run to craft transfer attacks on; what they break counts; repeatable.")
     ] = None,
@@ -69,9 +71,7 @@ def gate(
     ] = None,
     key_command: KEY_COMMAND = None,
     public: PUBLIC = None,
-    contract: Annotated[
-        str | None, typer.Option("--input", help="What a foreign model takes: 'float32 NCHW 224x224x3 imagenet'.")
-    ] = None,
+    contract: INPUT = None,
     labels: Annotated[
         Path | None, typer.Option(help="A foreign model's classes in order, one a line. Default: the data's.")
     ] = None,
@@ -182,12 +182,10 @@ def init(
     subject: Annotated[str, typer.Argument(help="A model's file or module:callable, as the pipeline will find it.")],
     data: Annotated[str, typer.Option(help=DATA)],
     at_least: Annotated[str, typer.Option(help="The robust accuracy to prove, such as 0.3.")],
-    eps: Annotated[str | None, typer.Option(help="How far pixels may be moved (Linf), such as 4/255.")] = None,
+    eps: EPS = None,
     threat: THREAT = None,
     preprocessing: PREPROCESSING = None,
-    contract: Annotated[
-        str | None, typer.Option("--input", help="What the model takes: 'float32 NCHW 224x224x3 imagenet'.")
-    ] = None,
+    contract: INPUT = None,
     labels: Annotated[
         Path | None, typer.Option(help="Its classes in order, one a line. Default: the data's, written down.")
     ] = None,
