@@ -114,7 +114,8 @@ def run(name: str, paths: Sequence[str]) -> tuple[int, Margins]:
     command = [sys.executable, "-m", "pytest", "--quiet", f"--numprocesses={processes}", "--dist=loadfile"]
     command += ["--no-loadscope-reorder", "--durations=20", *chosen.options]
     command += [*(f"--deselect={test}" for test in NOT_NUMERIC), *paths]
-    begun, environment = time.monotonic(), {**os.environ, **chosen.environment}
+    # More threads than cores would wait for each other at full speed otherwise.
+    begun, environment = time.monotonic(), {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **chosen.environment}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         code = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=environment, check=False).returncode
