@@ -115,12 +115,7 @@ def of_corruptions(
 
 def _as_float(images: Tensor, like: Tensor) -> Tensor:
     """Bytes `(N, C, H, W)` as images like others, also in their layout."""
-    found = (images.to(like.dtype) / 255).to(like.device)
-    return (
-        found.contiguous(memory_format=torch.channels_last)
-        if like.is_contiguous(memory_format=torch.channels_last)
-        else found
-    )
+    return torch.empty_like(like).copy_(images).div_(255)
 
 
 OF_THREAT: dict[str, Craft] = {"linf": of_ball, "l2": of_ball, "patch": of_patch, "spatial": of_moves}
