@@ -71,9 +71,9 @@ def repository(tmp_path: Path, candidate: Path, evidence: Path, trust: Trust) ->
 
 @pytest.fixture(scope="session")
 def served(needs_triton: None, candidate: Path, evidence: Path, trust: Trust) -> Iterator[Served]:
-    """One Triton for all tests that only ask it questions."""
+    """One Triton for all tests that only ask it questions; one that dies of a signal is replaced, as for users."""
     models = candidate.parent / "models"
     promotion.promote(candidate, evidence, Directory(models), name="digits", trust=trust, threads=THREADS)
-    server = Served(models, candidate.parent / "ready.json").start()
+    server = Served(models, candidate.parent / "ready.json", restarts=2).start()
     yield server
     assert server.close() == 0
