@@ -45,7 +45,14 @@ def _is(parse: Callable[[str], Any]) -> Callable[[str], str]:
 AttackNames = Annotated[list[Annotated[str, AfterValidator(_is(Attack.parse_transfer))]], EachOnce]
 
 
-Threats = Annotated[list[Annotated[str, AfterValidator(_is(Threatened.parse))]], EachOnce]
+def _are_different(texts: list[str]) -> list[str]:
+    names = [Threatened.parse(text).name for text in texts]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise ValueError(f"{twice} stands there twice; leave one out")
+    return texts
+
+
+Threats = Annotated[list[Annotated[str, AfterValidator(_is(Threatened.parse))]], AfterValidator(_are_different)]
 
 
 def _is_store(address: str) -> str:

@@ -116,6 +116,14 @@ def over(spec: dict[str, Any], path: str, **volume: Any) -> None:
     spec["initContainers"][0]["volumeMounts"].append({"name": "over", "mountPath": path})
 
 
+def over_server(spec: dict[str, Any], command: list[str], path: str = "") -> None:
+    """The server's container as dfmcl's own, with one more volume over a path."""
+    spec["volumes"] += [{"name": "over", "emptyDir": {}}, {"name": "config", "configMap": {"name": "watch"}}]
+    mounts = [{"name": "config", "mountPath": "/etc/dfmcl"}, *([{"name": "over", "mountPath": path}] if path else [])]
+    model = spec["containers"][0]["volumeMounts"][:1]
+    spec["containers"][0] = {"name": "x", "image": "dfmcl-watch:1", "command": command, "volumeMounts": model + mounts}
+
+
 def beside_the_sync(spec: dict[str, Any], **parts: Any) -> None:
     """A container that writes where Triton reads."""
     mount = {"name": "model", "mountPath": "/models", **parts}
@@ -127,7 +135,7 @@ def debug(spec: dict[str, Any]) -> None:
     spec["ephemeralContainers"] = [{"name": "debug", "image": "busybox", "volumeMounts": [mount]}]
 
 
-PLAIN, READ_ONLY, NOT_VERIFIED, REPOSITORY, DEBUG = (one["message"] for one in POLICIES["Kyverno"][1])
+PLAIN, READ_ONLY, NOT_VERIFIED, EARLY, SHARED, REPOSITORY, DEBUG = (one["message"] for one in POLICIES["Kyverno"][1])
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no init container": (without_verify, NOT_VERIFIED),
     "an init container of another image": (lambda spec: verify(spec, image="busybox:1"), NOT_VERIFIED),
@@ -203,7 +211,40 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a dot in the path": (lambda spec: elsewhere(spec, "emptyDir", "/./models"), PLAIN),
     "two dots in the path": (lambda spec: elsewhere(spec, "emptyDir", "/mnt/../models"), PLAIN),
     "two slashes in the path": (lambda spec: elsewhere(spec, "emptyDir", "/mnt//models"), PLAIN),
-    "a slash at the path's end": (lambda spec: elsewhere(spec, "emptyDir", "/mnt/models/"), PLAIN),
+    "a slash at the path's end": (lambda spec: elsewhere(spec, "emptyDir", "/mnt/models/"), READ_ONLY),
+    "a line's end in the path": (lambda spec: elsewhere(spec, "emptyDir", "/models/a\nb"), READ_ONLY),
+    "a token's folder that is a program's": (
+        lambda spec: over(spec, "/var/run/secrets/../../../usr/local/bin", projected={"sources": []}),
+        NOT_VERIFIED,
+    ),
+    "a hook in the verifier": (lambda spec: verify(spec, lifecycle={"postStart": {"exec": {}}}), NOT_VERIFIED),
+    "a probe in the verifier": (lambda spec: verify(spec, startupProbe={"exec": {"command": ["sh"]}}), NOT_VERIFIED),
+    "a server before the verifier": (
+        lambda spec: spec["initContainers"].insert(
+            0, {**copy.deepcopy(spec["containers"][0]), "restartPolicy": "Always"}
+        ),
+        EARLY,
+    ),
+    "a claim that is mounted twice": (
+        lambda spec: (
+            claim(spec, readOnly=True),
+            spec["volumes"].append({"name": "again", "persistentVolumeClaim": {"claimName": "models"}}),
+        ),
+        READ_ONLY,
+    ),
+    "a watch that is something else": (
+        lambda spec: (
+            without_verify(spec),
+            over_server(spec, ["dfmcl", "watch", "--config", "/etc/dfmcl/watch.toml"], "/usr/local/bin"),
+        ),
+        NOT_VERIFIED,
+    ),
+    "a watch whose config is the model's": (
+        lambda spec: (without_verify(spec), over_server(spec, ["dfmcl", "watch", "--config", "/models/watch.toml"])),
+        NOT_VERIFIED,
+    ),
+    "shared processes": (lambda spec: spec.update(shareProcessNamespace=True), SHARED),
+    "the host's processes": (lambda spec: spec.update(hostPID=True), SHARED),
     "the folder above": (lambda spec: elsewhere(spec, "emptyDir", "/mnt"), READ_ONLY),
     "the server in the name of dfmcl": (
         lambda spec: (without_verify(spec), spec["containers"][0].update(image="dfmcl-serve:1", command=["sh"])),
@@ -265,6 +306,15 @@ UNSYNCED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "a second model": (beside, NOT_VERIFIED),
     "a debugging container": (debug, DEBUG),
+    "a hook in the follower": (
+        lambda spec: spec["initContainers"][1].update(lifecycle={"postStart": {"exec": {"command": ["sh"]}}}),
+        READ_ONLY,
+    ),
+    "a probe in the follower": (
+        lambda spec: spec["initContainers"][1].update(livenessProbe={"exec": {"command": ["sh"]}}),
+        READ_ONLY,
+    ),
+    "shared processes": (lambda spec: spec.update(shareProcessNamespace=True), SHARED),
 }
 
 
@@ -287,6 +337,20 @@ def test_what_a_cloud_adds_is_let_in(overlay: str) -> None:
         container.setdefault("env", []).append({"name": "AWS_ROLE_ARN", "value": "arn:aws:iam::1:role/x"})
         mount = {"name": "token", "mountPath": "/var/run/secrets/eks.amazonaws.com/serviceaccount", "readOnly": True}
         container["volumeMounts"].append(mount)
+    assert refused(spec) == []
+
+
+def test_what_has_no_model_is_let_in() -> None:
+    """A slash at a path's end, a part of a volume by a variable, a proxy: charts of others have them."""
+    mounts = [
+        {"name": "init", "mountPath": "/docker-entrypoint-initdb.d/"},
+        {"name": "logs", "mountPath": "/logs", "subPathExpr": "$(POD)"},
+    ]
+    volumes: list[dict[str, Any]] = [{"name": "init", "emptyDir": {}}, {"name": "logs", "emptyDir": {}}]
+    container = {"name": "postgres", "image": "postgres:17", "volumeMounts": mounts}
+    assert refused({"containers": [container], "volumes": volumes, "shareProcessNamespace": True}) == []
+    spec = serving()
+    verify(spec, env=[{"name": "HTTP_PROXY", "value": "http://proxy"}])
     assert refused(spec) == []
 
 

@@ -96,6 +96,8 @@ class Mirror:
                             troubles[name] = why
                     for name in gone:
                         troubles |= self._drop(store, name)
+            except UnusableStore as error:
+                raise told(error, str(error)) from None
             except OSError as error:
                 raise unwritable(error.filename or self.into.root, error) from None
         return troubles

@@ -106,7 +106,8 @@ def test_each_kind_is_asked_or_refused() -> None:
     [
         (["fogg"], "probe.threats.0.*threat 'fogg' is unknown"),
         (["l2:0.5"], "is a ball"),
-        (["fog@3", "fog@3"], "probe.threats"),
+        (["fog@3", "fog@3"], "probe.threats: fog@3 stands there twice"),
+        (["patch:2%", "patch:2.0%"], "probe.threats: patch 2 % stands there twice"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(write_config: Make, threats: list[str], said: str) -> None:
