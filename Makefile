@@ -2,7 +2,7 @@
 # EXIT=1 makes the quickstart stop by itself. PYTHON names another interpreter (3.11 or 3.12).
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check test coverage test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-evidence bench-drawn \
+.PHONY: help setup quickstart check test coverage test-portable lint format bench-training bench-gate bench-attacks bench-strength bench-standard bench-pools bench-evidence bench-drawn \
 	setup-openvino bench-providers bench-checks bench-data bench-serving bench-detection bench-endurance bench-paging bench-bounds bench-alarms bench-watch kubernetes-rules \
 	dashboards pictures report-schema sbom audit clean
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
@@ -24,7 +24,8 @@ help:
 	@echo 'make bench-strength      our AutoAttack beside torchattacks'"'"'; writes strength.json, .md'
 	@echo 'make bench-evidence      the suite fast beside APGD-CE and APGD-T, image by image; writes evidence.json, .md'
 	@echo 'make bench-drawn         whether a claim about the whole suite from a drawn part errs; writes drawn.json, .md'
-	@echo 'make bench-standard      FAB-T and Square on what the gate left of the shipped model'"'"'s images; writes standard.json, .md'
+	@echo 'make bench-standard      FAB-T and Square on what the table left of the shipped model'"'"'s images; DATA=cifar10.npz; writes standard.json, .md'
+	@echo 'make bench-pools         what training in one threat, or a mixed pool, is worth under the others; DATA=cifar10.npz WORK=folder; writes pools_WIDTH.json, .md'
 	@echo 'make bench-serving       Triton and the gateway beside bare ONNX Runtime; writes serving.json, .md'
 	@echo 'make bench-detection     detectors of attacks by queries: cost, false alarms, recall; DATA=cifar10.npz; writes detection.json, .md'
 	@echo 'make bench-endurance     1,000 rounds of the sidecar beside a real Triton; DATA=cifar10.npz; writes endurance.json, .md'
@@ -111,7 +112,10 @@ bench-strength: .venv/.installed
 	$(BIN)/python -m benchmarks.strength
 
 bench-standard: .venv/.installed
-	$(BIN)/python -m benchmarks.standard
+	$(BIN)/python -m benchmarks.standard --data $(or $(DATA),cifar10.npz)
+
+bench-pools: .venv/.installed
+	$(BIN)/python -m benchmarks.pools --data $(or $(DATA),cifar10.npz) --work $(or $(WORK),pools)
 
 bench-serving: .venv/.installed .venv-triton/.installed
 	$(BIN)/python -m benchmarks.serving

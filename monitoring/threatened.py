@@ -11,6 +11,7 @@ from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.patch import patch
 from dfmcl.robustness.attacks.registry import Attack, Model
 from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.attacks.universal import universal_patch
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.patch import Patch
 from dfmcl.robustness.threats.registry import parse_threat
@@ -19,6 +20,8 @@ from dfmcl.robustness.threats.transforms import Transforms
 
 # Of a patch, which is crafted on the surrogates: 39 forward and 13 backward passes an image.
 PATCH = {"steps": 10, "restarts": 1, "targets": 3}
+UNIVERSAL = "universal-"  # before a patch: one for all images of a round, 44 forward and 40 backward passes each
+ONE_FOR_ALL = {"steps": 40}
 
 
 @dataclass(frozen=True)
@@ -26,14 +29,20 @@ class Threatened(Attack):
     """An attack with a threat of its own, whatever the scene's is; it has the threat's name.
 
     Of transforms (moves, corruptions) it draws one for each image, so that accuracy is that under a random one, and an
-    upper bound of that under the worst. A patch is the surrogates' worst.
+    upper bound of that under the worst. A patch is the surrogates' worst, for each image or for all of a round.
     """
 
     threat: Threat = field(kw_only=True)
 
     @staticmethod
     def parse(text: str) -> Threatened:
-        """From a spelling such as `fog@3`, `corruptions`, `rotation:15`, `patch:2%`; BadInput for balls and unions."""
+        """From a spelling such as `fog@3`, `corruptions`, `rotation:15`, `patch:2%`, `universal-patch:2%`.
+
+        BadInput for balls and unions.
+        """
+        if text.startswith(f"{UNIVERSAL}{Patch.kind}:"):
+            threat = Patch.parse(text.removeprefix(UNIVERSAL))
+            return Threatened(f"{UNIVERSAL}{threat}", universal_patch, ONE_FOR_ALL, threat=threat)
         threat = parse_threat(text)
         if isinstance(threat, Patch):
             return Threatened(str(threat), patch, PATCH, threat=threat)

@@ -47,7 +47,7 @@ def patch_rs(
         return best
     side, (height, width) = threat.pixels(tuple(x.shape[1:])), x.shape[2:]
     size = x.new_tensor([height - side + 1, width - side + 1]).long()
-    content, corner = _coloured(x, side, generator), _anywhere(len(x), size, x, generator)
+    content, corner = _coloured(x, side, generator), anywhere(len(x), size, x, generator)
     alive = torch.arange(len(x), device=x.device)
     for query in range(queries):
         if not len(alive):
@@ -91,13 +91,13 @@ def _recoloured(content: Tensor, inner: int, generator: torch.Generator) -> Tens
     """With one square of one colour in each."""
     count, channels, side, _ = content.shape
     size = torch.full((2,), side - inner + 1, device=content.device)
-    corner = _anywhere(count, size, content, generator)
+    corner = anywhere(count, size, content, generator)
     colour = signs((count, channels, 1, 1), content, generator).to(content.dtype)
     inside = square(content, corner[:, 0] * side + corner[:, 1], inner)
     return torch.where(inside, colour, content)
 
 
-def _anywhere(count: int, size: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
+def anywhere(count: int, size: Tensor, like: Tensor, generator: torch.Generator) -> Tensor:
     """Random places `(count, 2)`, each coordinate below its size."""
     uniform = torch.rand(count, 2, generator=generator, device=like.device)
     return (uniform * size).long().minimum(size - 1)

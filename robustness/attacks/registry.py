@@ -31,6 +31,7 @@ from dfmcl.robustness.attacks.square import square
 from dfmcl.robustness.attacks.suites import FROM, LAST, ONE_STEP, SUITES, parameters_of
 from dfmcl.robustness.attacks.transfer import TRANSFORMS, Pass
 from dfmcl.robustness.attacks.trial import Trial
+from dfmcl.robustness.attacks.universal import universal_patch
 from dfmcl.robustness.threats.ball import Ball
 from dfmcl.robustness.threats.corruption import Corruption
 from dfmcl.robustness.threats.l2 import L2
@@ -203,6 +204,7 @@ ATTACKS: dict[str, Kind] = {
     "rays": blind(rays, scores=False, live=True, threats=(Linf.kind,)),
     "patch": Kind(patch, threats=(Patch.kind,)),
     "patch-rs": blind(patch_rs, threats=(Patch.kind,)),
+    "universal-patch": Kind(universal_patch, restarts=False, threats=(Patch.kind,)),  # one run for all images
     "grid": blind(grid, threats=(Spatial.kind, Corruption.kind)),
     "di-fgsm": carried(di_fgsm),
     "ti-fgsm": carried(ti_fgsm),

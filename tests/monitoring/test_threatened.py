@@ -30,7 +30,7 @@ from tests.linear import Linear
 from tests.monitoring.test_watch_metrics import ATTESTED, IDENTITY, journal, result, snapshot
 
 Make = Callable[..., Any]
-NAMED = ["fog@3", "corruptions", "rotation:20", "shift:2", "patch:4x4", "fog@2|rotation:10"]
+NAMED = ["fog@3", "corruptions", "rotation:20", "shift:2", "patch:4x4", "universal-patch:4x4", "fog@2|rotation:10"]
 ASKED = ["fog@3", "rotation:20", "patch:4x4"]
 
 
@@ -51,7 +51,7 @@ def test_each_image_is_a_member_and_most_are_changed(named: str) -> None:
     """Of its threat, which is far outside of the watch's ball; the same draws give the same bytes."""
     before, attack = images(), Threatened.parse(named)
     found = craft(Linear((3, 16, 16)), scene(before), attack)
-    assert parse_threat(named).contains_uint8(tensor(found), tensor(before)).all()
+    assert attack.threat.contains_uint8(tensor(found), tensor(before)).all()
     assert (found != before).any(axis=(1, 2, 3)).mean() > 0.7
     assert (np.abs(found.astype(int) - before).max(axis=(1, 2, 3)) > 1).any()
     assert np.array_equal(found, craft(Linear((3, 16, 16)), scene(before), attack))
@@ -95,6 +95,11 @@ def test_each_kind_is_asked_or_refused() -> None:
                     Threatened.parse(example)
             else:
                 assert Threatened.parse(example).threat == parse_threat(example)
+    both = [Threatened.parse(text) for text in ("patch:2%", "universal-patch:2%")]
+    assert [one.name for one in both] == ["patch 2 %", "universal-patch 2 %"]
+    assert both[0].threat == both[1].threat
+    with pytest.raises(BadInput, match="'universal-fog@3' is unknown"):
+        Threatened.parse("universal-fog@3")
     with pytest.raises(BadInput, match="is a ball"):
         Threatened.parse("linf:4/255|fog@3")
     with pytest.raises(BadInput, match="name each part by itself"):

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from art.attacks.evasion import AdversarialPatchPyTorch
+from art.estimators.classification import PyTorchClassifier
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dfmcl.common.errors import BadInput
 from dfmcl.robustness.attacks.patch import gains, square
+from dfmcl.robustness.attacks.patch_rs import pasted
 from dfmcl.robustness.attacks.registry import Attack
 from dfmcl.robustness.attacks.trial import Trial
 from dfmcl.robustness.data import load_dataset
 from dfmcl.robustness.evaluate import evaluate
 from dfmcl.robustness.losses import margin
-from dfmcl.robustness.models import Classifier
+from dfmcl.robustness.models import Classifier, frozen, to_float
 from dfmcl.robustness.runs import load_run
 from dfmcl.robustness.threats.patch import Patch
 from tests.linear import stream
@@ -180,3 +185,92 @@ def test_a_standard_network_holds_nothing_more_under_twice_the_steps(
     assert once - kept(standard, "patch-80x12", 5)[1] <= 1
     clean, white = kept(hardened, "patch-10x2", 3)
     assert white < kept(hardened, "patch-rs-40", 3)[1] < clean
+
+
+@pytest.mark.parametrize("steps", [0, 1, 30])
+def test_one_patch_lies_in_all_images(steps: int) -> None:
+    """The same values, each image at a place of its own; where every place counts alike they are the corners' best."""
+    model = linear(2, 1, (3, 8, 8))
+    weight = torch.zeros(2, 3, 8, 8)
+    weight[1] = torch.tensor([1.0, -1.0, 0.5]).view(3, 1, 1)
+    model[1].weight.copy_(weight.flatten(1))  # type: ignore[index]  # a Sequential of ours
+    model[1].bias.copy_(torch.tensor([1e3, 0.0]))  # type: ignore[index]  # nothing falls
+    x, y = torch.full((10, 3, 8, 8), 0.5), torch.zeros(10, dtype=torch.long)
+    attack, trial = Attack("universal-patch", Attack.parse("universal-patch").function, {"steps": steps}), Trial(y)
+    x_adv = attack(model, x, y, Patch(3), generator=stream(), trial=trial)
+    assert Patch(3).contains(x_adv, x).all()
+    changed = (x_adv != x).any(dim=1)
+    squares = [one[:, which].view(3, 3, 3) for one, which in zip(x_adv, changed, strict=True)]
+    assert all(torch.equal(squares[0], other) for other in squares)
+    assert len({tuple(torch.nonzero(which)[0].tolist()) for which in changed}) > 3
+    assert (trial.forward == steps + 4).all()
+    assert (trial.backward == steps).all()
+    if steps == 30:
+        assert torch.equal(squares[0][:, 0, 0], torch.tensor([1.0, 0.0, 1.0]))
+        assert (squares[0] == squares[0][:, :1, :1]).all()
+    assert len(attack(model, x[:0], y[:0], Patch(3), generator=stream())) == 0
+
+
+# --- beside ART's -------------------------------------------------------------------------------------------
+
+
+def art_patch(model: Classifier, x: Tensor, y: Tensor, side: int, **told: Any) -> Tensor:
+    """ART's AdversarialPatch on all images together, values `(C, side, side)`; steps by sign, as ours are."""
+    loss, shape = nn.CrossEntropyLoss(), (x.shape[1], side, side)
+    estimator = PyTorchClassifier(model, loss, tuple(x.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu")
+    attack = AdversarialPatchPyTorch(
+        estimator, rotation_max=0.0, scale_min=side / x.shape[2], scale_max=side / x.shape[2] + 1e-6, optimizer="pgd",
+        patch_shape=shape, patch_type="square", targeted=False, batch_size=len(x), verbose=False, **told,
+    )  # fmt: skip
+    values, _ = attack.generate(x.numpy(), np.eye(10, dtype=np.float32)[y.numpy()])
+    return torch.from_numpy(values).to(x.dtype)
+
+
+def right_digits(model: Classifier, count: int) -> tuple[Tensor, Tensor]:
+    data = load_dataset("digits")
+    x, y = to_float(torch.from_numpy(data.x_test[:64])), torch.from_numpy(data.y_test[:64])
+    right = torch.nonzero(model(x).argmax(dim=1) == y).squeeze(1)[:count]
+    return x[right], y[right]
+
+
+def test_a_patch_of_ours_breaks_more_than_arts(hardened: Classifier) -> None:
+    """Image by image at equal passes: ART's is climbed for 25 steps at each of two places, ours finds its places."""
+    side, places, steps = 3, [(3, 3), (9, 9)], 25
+    with frozen(hardened):
+        x, y = right_digits(hardened, 8)
+        trial = Trial(y)
+        ours = Attack.parse("patch-15x1")(hardened, x, y, Patch(side), generator=stream(), trial=trial)
+        assert trial.forward.max() <= len(places) * steps
+        theirs = torch.zeros(len(x), dtype=torch.bool)
+        for row, (top, left) in product(range(len(x)), places):
+            told = {"patch_location": (top, left), "max_iter": steps, "learning_rate": 0.1}
+            values = art_patch(hardened, x[row : row + 1], y[row : row + 1], side, **told)
+            point = pasted(x[row : row + 1], values[None], torch.tensor([[top, left]]))
+            theirs[row] |= bool(hardened(point).argmax() != y[row])
+    fell = hardened(ours).argmax(dim=1) != y
+    assert fell.sum() > theirs.sum()
+
+
+def test_one_patch_for_all_breaks_as_many_as_arts(standard: Classifier) -> None:
+    """At as many steps on the same images; of 40 at random places, in the mean of ten draws, up to one image."""
+    side, steps = 4, 40
+
+    def broken(values: Tensor) -> float:
+        count, size = 0, 16 - side + 1
+        for number in range(10):
+            corner = torch.randint(0, size, (len(x), 2), generator=stream(number))
+            pictures = pasted(x, values.expand(len(x), -1, -1, -1), corner)
+            count += int((standard(pictures).argmax(dim=1) != y).sum())
+        return count / 10
+
+    def learned(seed: int) -> Tensor:
+        found = Attack.parse(f"universal-patch-{steps}")(standard, x, y, Patch(side), generator=stream(seed))
+        inside = (found != x).any(dim=1)
+        whole = int(torch.nonzero(inside.flatten(1).sum(dim=1) == side**2)[0])
+        return found[whole][:, inside[whole]].view(-1, side, side)
+
+    with frozen(standard):
+        x, y = right_digits(standard, 40)
+        ours = [broken(learned(seed)) for seed in range(3)]
+        assert np.mean(ours) >= broken(art_patch(standard, x, y, side, max_iter=steps, learning_rate=0.1)) - 1
+        assert min(ours) > 2 * broken(torch.full((3, side, side), 0.5))
