@@ -75,7 +75,7 @@ def main() -> None:
     found = {name: json.loads(path.read_text()) for name in POOLS if (path := place(told, name, "json")).exists()}
     if missing := [name for name in told.pools if name not in found]:
         print(f"bench-pools: the time is over before {', '.join(missing)}; the same command goes on")
-    threats = [key for key in next(iter(found.values()))["held"]] if found else []
+    threats = list(next(iter(found.values()))["held"]) if found else []
     write_result(
         f"pools_{told.width}",
         "What a pool of training is worth under each threat",

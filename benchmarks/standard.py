@@ -97,7 +97,7 @@ def attacked(subject: Subject, data: Dataset, rows: Rows, table: Evaluation, num
         subject.model,
         images,
         data.y_test[rows],
-        table.threat.parsed,
+        table.threat,
         [Attack.parse(kind) for kind in ATTACKS],
         decide=subject.decide,
         grid=True,

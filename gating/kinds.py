@@ -35,7 +35,7 @@ class SubjectKind:
 FOREIGN = frozenset({"contract", "labels"})
 KINDS = {
     "candidate": SubjectKind(
-        "a candidate's directory", frozenset({"run"}), "Sign the evidence and promote the candidate."
+        "a candidate's directory", frozenset({"run"}), "Signed, this evidence lets you promote the candidate."
     ),
     "onnx": SubjectKind(
         "an ONNX file",

@@ -41,8 +41,8 @@ class Threatened(Attack):
         BadInput for balls and unions.
         """
         if text.startswith(f"{UNIVERSAL}{Patch.kind}:"):
-            threat = Patch.parse(text.removeprefix(UNIVERSAL))
-            return Threatened(f"{UNIVERSAL}{threat}", universal_patch, ONE_FOR_ALL, threat=threat)
+            square = Patch.parse(text.removeprefix(UNIVERSAL))
+            return Threatened(f"{UNIVERSAL}{square}", universal_patch, ONE_FOR_ALL, threat=square)
         threat = parse_threat(text)
         if isinstance(threat, Patch):
             return Threatened(str(threat), patch, PATCH, threat=threat)

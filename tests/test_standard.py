@@ -42,7 +42,7 @@ def test_what_the_draw_allows_is_missed_as_rarely_as_it_says(images: int, drawn:
 
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place for records, a table of 100 images, attacks that cost nothing, and fell the second image of each chunk."""
+    """A place for records, a table of 100 images, attacks that fell the second image of each chunk."""
 
     def attacked(subject: object, data: object, rows: np.ndarray, table: Evaluation, number: int) -> Evaluation:
         right, held = (True,) * len(rows), tuple(place != 1 for place in range(len(rows)))
@@ -70,7 +70,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def session(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", ["standard", "--data", "none.npz", *arguments])
     standard.main()
-    record: dict[str, Any] = json.loads((standard.RESULTS / "standard.json").read_text())
+    record: dict[str, Any] = json.loads((result.RESULTS / "standard.json").read_text())
     return record
 
 

@@ -59,7 +59,7 @@ FAULTS: dict[str, Fault] = {
     "listed": Fault(NotAttested, "model.sig is about other files than lie there", SIGN_AGAIN),
     "contradiction": Fault(NotAttested, "the report contradicts its own record, policy or checks", AGAIN),
     "unlike": Fault(NotAttested, "the attestation does not say what the report says", "gate and sign again"),
-    "bytes": Fault(NotAttested, "a file of the candidate is not the one that was judged", "run dfmcl gate on this one"),
+    "bytes": Fault(NotAttested, "a file of the candidate is not the one that was judged", "repair it or gate this one"),
     "evidence": Fault(NotAttested, "a file of the evidence is not the one that the gate wrote", AGAIN),
     "stranger": Fault(NotAttested, "a file that nobody judged lies beside", "remove it, or gate what is there"),
     "verdict": Fault(NotAttested, "the verdict is not `passed`", "only what passed is promoted"),

@@ -21,7 +21,7 @@ from dfmcl.common.text import scheme_of
 from dfmcl.release.stores.bucket import BucketStore
 from dfmcl.release.stores.store import Changed, Etag, UnusableStore
 
-CONNECT_SECONDS, ANSWER_SECONDS, RETRIES = 5, 60, 2
+CONNECT_SECONDS, ANSWER_SECONDS, RETRIES = 5, 20, 2  # a server that accepts and says nothing: about a minute
 PART_BYTES, PARTS_AT_ONCE = 8 * MEBIBYTE, 4  # of an object that is larger than one part; S3 takes 10,000 of them
 # A credential of boto3's is asked for again after so long; boto3 renews one ten minutes before its end.
 CREDENTIAL_TIME = timedelta(minutes=5)

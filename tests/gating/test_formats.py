@@ -296,7 +296,7 @@ def test_numbers_that_are_none_block_and_are_named_everywhere(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("candidate", "Sign the evidence and promote the candidate."),
+        ("candidate", "Signed, this evidence lets you promote the candidate."),
         ("onnx", "An ONNX file by itself is not promoted"),
         ("module", "A module in Python is not promoted"),
         ("endpoint", "An endpoint is not promoted"),
