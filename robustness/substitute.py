@@ -21,7 +21,7 @@ from dfmcl.common.progress import Track, silent
 from dfmcl.robustness.attacks.registry import mi_fgsm
 from dfmcl.robustness.image_set import Images
 from dfmcl.robustness.models import ResNet18, frozen, to_float
-from dfmcl.robustness.portions import ATTACKED, answered, portion
+from dfmcl.robustness.portions import ASKED, answered, portion
 from dfmcl.robustness.seeds import derived_seed, generator
 from dfmcl.robustness.threats.ball import Ball
 
@@ -99,45 +99,59 @@ def learnt(
     count = min(len(images), max(1, answers // PARTS))
     chosen = torch.randperm(len(images), generator=generator(seed, "substitute", "images"))[:count].numpy()
     # As bytes, and what was asked in the substitute's own size: whole and in floats they would take gigabytes.
-    together = min(BATCH, portion(math.prod(images.shape[1:]), ATTACKED))
+    together = min(BATCH, portion(math.prod(images.shape[1:]), ASKED))
     parts = [part.to(device) for part in torch.from_numpy(images[chosen]).split(together)]
-    asked = [_Asked.of(decide, to_float(part)) for part in parts]
-    truth = [one.labels for one in asked]
+    asked = _Asked(decide, PARTS * count)
+    truth = [asked.about(to_float(part)) for part in parts]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derived_seed(seed, "substitute", "weights"))
-        model = Substitute(images.shape[3], asked[0].classes).to(device)
+        model = Substitute(images.shape[3], asked.classes).to(device)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     for number in track(range(ROUNDS), "substitute", ROUNDS):
-        asked += [_Asked.of(decide, _around(to_float(part), threat, stream)) for part in parts]
+        for part in parts:
+            asked.about(_around(to_float(part), threat, stream))
         if number:
             with frozen(model):
                 for part, labels in zip(parts, truth, strict=True):
-                    asked.append(_Asked.of(decide, _fooling(model, to_float(part), labels, threat, stream)))
-        _train(model, optimizer, _Asked.joined(asked), stream)
+                    asked.about(_fooling(model, to_float(part), labels, threat, stream))
+        _train(model, optimizer, asked, stream)
     model.eval().requires_grad_(False)
-    everything = _Asked.joined(asked)
     with torch.no_grad():
-        found = torch.cat([model(part).argmax(dim=1) for part in everything.points.split(BATCH)])
-    return Learnt(model, len(found), float((found == everything.labels).float().mean()))
+        found = torch.cat([model(part).argmax(dim=1) for part in asked.points.split(BATCH)])
+    return Learnt(model, len(found), float((found == asked.labels).float().mean()))
 
 
-@dataclass(frozen=True)
 class _Asked:
-    """Images as the substitute sees them `(N, C, H, W)`, the labels that were given `(N,)`, and K."""
+    """What was asked so far: images as the substitute sees them `(N, C, H, W)`, the labels that were given `(N,)`.
 
-    points: Tensor
-    labels: Tensor
-    classes: int
+    Both lie in one place for `most` images, made once: kept apart, they would pin the memory of whole images between
+    them, which is hundreds of megabytes at 224 pixels. classes: K, after the first question.
+    """
 
-    @staticmethod
-    def of(decide: Callable[[Tensor], Tensor], x: Tensor) -> _Asked:
-        logits = answered(decide, x)
-        return _Asked(_seen(x), logits.argmax(dim=1).to(x.device), logits.shape[1])
+    def __init__(self, decide: Callable[[Tensor], Tensor], most: int) -> None:
+        self._decide, self._most, self._count = decide, most, 0
+        self._points = self._labels = torch.zeros(0)
+        self.classes = 0
 
-    @staticmethod
-    def joined(several: list[_Asked]) -> _Asked:
-        points, labels = (torch.cat(column) for column in zip(*((a.points, a.labels) for a in several), strict=True))
-        return _Asked(points, labels, several[0].classes)
+    def about(self, x: Tensor) -> Tensor:
+        """Ask about images `(n, C, H, W)`; their labels `(n,)`."""
+        seen, logits = _seen(x), answered(self._decide, x)
+        if not self._count:
+            self._points = seen.new_empty(self._most, *seen.shape[1:])
+            self._labels = torch.empty(self._most, dtype=torch.int64, device=x.device)
+            self.classes = logits.shape[1]
+        rows = slice(self._count, self._count + len(x))
+        self._points[rows], self._labels[rows] = seen, logits.argmax(dim=1).to(x.device)
+        self._count += len(x)
+        return self._labels[rows]
+
+    @property
+    def points(self) -> Tensor:
+        return self._points[: self._count]
+
+    @property
+    def labels(self) -> Tensor:
+        return self._labels[: self._count]
 
 
 def _seen(x: Tensor) -> Tensor:
