@@ -190,13 +190,17 @@ class Examination:
         """How many images segments lead from: the first ones that are right."""
         return min(self.right, SEGMENTS)
 
-    def unexplained(self, enough: float) -> Iterator[dict[str, Tensor]]:
+    def unexplained(self, enough: float, is_open: Callable[[str], bool]) -> Iterator[dict[str, Tensor]]:
         """Group by group of the `segments` images, by where it leads, how much of the change along a segment gradients
-        leave unexplained: `(GROUP,)` each. Of one at most `enough` it is not found out how little it is."""
+        leave unexplained: `(GROUP,)` each. Of one at most `enough` it is not found out how little it is. Ways that are
+        not open any more are left out, and without any it ends."""
         chosen = torch.nonzero(self.correct).squeeze(1)[: self.segments].to(self.x.device)
         for number, group in enumerate(chosen.split(GROUP)):
             y = self.y[group]
-            ways = self._ways(group, generator(self.seed, "checks", "segments", number, device=self.x.device))
+            ends = self._ways(group, generator(self.seed, "checks", "segments", number, device=self.x.device))
+            ways = {way: segments for way, segments in ends.items() if is_open(way)}
+            if not ways:
+                break
             # All ways in one row, as a pass takes about as long for a few segments as for a full batch.
             begin, end = (torch.cat(side) for side in zip(*ways.values(), strict=True))
             parts = zip(*map(self.batches, (begin, end, y.repeat(len(ways)))), strict=True)

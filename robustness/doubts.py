@@ -100,12 +100,14 @@ def unaccounted(e: Examination) -> Found:
     """Along segments to noise, to fewer grey levels, to attacked images, to other images, and to points that fool other
     networks."""
     ways: dict[str, tuple[int, int]] = {}
-    for shares in e.unexplained(UNEXPLAINED):
+
+    def is_open(way: str) -> bool:
+        return way not in ways or not hopeless(*ways[way], e.segments, UNACCOUNTED, len(ways))
+
+    for shares in e.unexplained(UNEXPLAINED, is_open):
         for way, share in shares.items():
             k, n = ways.get(way, (0, 0))
             ways[way] = k + int((share > UNEXPLAINED).sum()), n + len(share)
-        if all(hopeless(k, n, e.segments, UNACCOUNTED, len(ways)) for k, n in ways.values()):
-            break
     return too_many(ways, f"gradients leave more than {UNEXPLAINED:g} of the change unexplained", UNACCOUNTED)
 
 
