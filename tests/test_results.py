@@ -152,6 +152,12 @@ def test_figures_of_all_test_images_are_the_records() -> None:
         ("gate", "checks", "fewer than {honest_runs_that_raise_upper_95:.1%} of such runs would"),
         ("shipped-model", "standard", "attacks at most {all_four_at_most:.1f}% of the 1,000 hold"),
         ("shipped-model", "standard", "no more than a fall to {all_four_at_least:.1f}%"),
+        ("serving", "serving_avx2", "classify_ms | {single_image_added_by_v2_over_classify_ms:.2f} |"),
+        (
+            "serving",
+            "serving_avx2",
+            "| concurrent16_v2_throughput_vs_classify | {concurrent16_v2_throughput_vs_classify:.2f} |",
+        ),
         ("attacks", "strength", "with {forward_passes_vs_autoattack:.2f} times as many forward passes"),
         ("attacks", "strength", "in {seconds_vs_autoattack:.2f} times the time"),
         (
@@ -182,6 +188,44 @@ def test_what_benchmarks_found_stands_on_the_pages(where: str, record: str, said
 
 def recorded(name: str) -> list[dict[str, Any]]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def test_the_shipped_model_under_all_threats_is_the_reports() -> None:
+    """Each criterion's count, share and bounds; the best and the worst corruption."""
+    text = page("results/threats")
+    report, _ = read_report(ROOT / "benchmarks" / "results" / "resnet18_threats_gate.json")
+    assert report.candidate.model_sha256 == shipped_report().candidate.model_sha256
+    kinds = {row.criterion.rpartition(", ")[2]: row for row in report.criteria if "each" in row.criterion}
+    shares = {name: present(row.k) / present(row.n) for name, row in kinds.items()}
+    assert (shares["contrast"], shares["pixelate"]) == (min(shares.values()), max(shares.values()))
+    rows = [row for row in report.criteria if "each" not in row.criterion]
+    for row in [*rows, kinds["contrast"], kinds["pixelate"]]:
+        values = (present(row.k) / present(row.n), present(row.lower), present(row.upper))
+        share, low, high = (f"{100 * value:.1f}" for value in values)
+        assert f" | {share} | {low} to {high} |" in text, row.criterion
+    assert f"all {len(report.criteria)} of them together" in text
+
+
+def test_pools_stand_on_the_page_of_threats() -> None:
+    """Each threat's share with its bounds under the three pools, and the pairs that the text names."""
+    text, rows = page("results/threats"), recorded("pools_16")
+    found = {(row["threat"], row["pool"]): row for row in rows}
+    pools = ("clean", "linf", "mixed")
+    for threat in {row["threat"] for row in rows}:
+        cells = (found[threat, pool] for pool in pools)
+        assert " | ".join(f"{row['right']:.1f} [{row['low']:.1f}, {row['high']:.1f}]" for row in cells) in text
+    assert " | ".join(f"{found['clean', pool]['mean corruptions']:.1f}" for pool in pools) in text
+    named = [
+        ("l2:0.5", "linf"),
+        ("l1:12", "linf"),
+        ("patch:2%", "linf"),
+        ("rotation:30", "linf"),
+        ("shift:10%", "linf"),
+    ]
+    named += [("4/255", "mixed"), ("patch:2%", "mixed"), ("rotation:30", "mixed")]
+    for where in named:
+        more, fewer = found[where]["more"], found[where]["fewer"]
+        assert f"{more} and {fewer}" in text or f"{more} only it holds and {fewer}" in text, where
 
 
 def test_who_decides_stands_on_the_page_of_the_shipped_model() -> None:
