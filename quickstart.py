@@ -56,6 +56,7 @@ policies = [{policy}]
 MODEL = "digits"
 EPS = "38/255"
 L2_EPS = "1.5"
+OTHER_THREATS = ("patch:3x3", "rotation:15", "fog@3")
 MODELS = {"hardened": "quickstart", "standard": "quickstart_standard"}
 START_SECONDS = 180.0
 REPOSITORY = Path("model_repository")
@@ -248,6 +249,8 @@ def make_models() -> dict[str, int]:
         run, candidate = str(HOME / name), str(HOME / f"{name}-candidate")
         options = ["--threat", EPS, "--threat", f"l2:{L2_EPS}", "--surrogate", str(HOME / "surrogate")]
         dfmcl("evaluate", run, *options, "--out", str(HOME / f"{name}.json"))
+        others = [text for threat in OTHER_THREATS for text in ("--threat", threat)]
+        dfmcl("evaluate", run, *others, "--images", "100", "--out", str(HOME / f"{name}-threats.json"))
         dfmcl("export", run, "--out", candidate)
         evidence = str(HOME / f"{name}-evidence")
         options = ["--run", run, "--policy", str(POLICY), "--key", str(HOME / f"{KEY}.key"), "--out", evidence]
