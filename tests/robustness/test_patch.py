@@ -251,26 +251,24 @@ def test_a_patch_of_ours_breaks_more_than_arts(hardened: Classifier) -> None:
     assert fell.sum() > theirs.sum()
 
 
-def test_one_patch_for_all_breaks_as_many_as_arts(standard: Classifier) -> None:
-    """At as many steps on the same images; of 40 at random places, in the mean of ten draws, up to one image."""
+def test_one_patch_for_all_breaks_more_than_arts(standard: Classifier) -> None:
+    """At as many passes: ours lies at the best of four places, ART's, which it lays at random, at the mean of ten."""
     side, steps = 4, 40
 
     def broken(values: Tensor) -> float:
-        count, size = 0, 16 - side + 1
+        count = 0
         for number in range(10):
-            corner = torch.randint(0, size, (len(x), 2), generator=stream(number))
+            corner = torch.randint(0, 16 - side + 1, (len(x), 2), generator=stream(number))
             pictures = pasted(x, values.expand(len(x), -1, -1, -1), corner)
             count += int((standard(pictures).argmax(dim=1) != y).sum())
         return count / 10
 
-    def learned(seed: int) -> Tensor:
-        found = Attack.parse(f"universal-patch-{steps}")(standard, x, y, Patch(side), generator=stream(seed))
-        inside = (found != x).any(dim=1)
-        whole = int(torch.nonzero(inside.flatten(1).sum(dim=1) == side**2)[0])
-        return found[whole][:, inside[whole]].view(-1, side, side)
-
     with frozen(standard):
         x, y = right_digits(standard, 40)
-        ours = [broken(learned(seed)) for seed in range(3)]
-        assert np.mean(ours) >= broken(art_patch(standard, x, y, side, max_iter=steps, learning_rate=0.1)) - 1
-        assert min(ours) > 2 * broken(torch.full((3, side, side), 0.5))
+        trial, attack = Trial(y), Attack.parse(f"universal-patch-{steps}")
+        found = attack(standard, x, y, Patch(side), generator=stream(), trial=trial)
+        ours = int((standard(found).argmax(dim=1) != y).sum())
+        np.random.seed(0)  # ART draws its places from it
+        theirs = art_patch(standard, x, y, side, max_iter=steps + 4, learning_rate=0.1)
+        assert trial.forward.max() <= steps + 4
+        assert ours > broken(theirs) > broken(torch.full((3, side, side), 0.5))
