@@ -194,7 +194,7 @@ def test_one_patch_lies_in_all_images(steps: int) -> None:
     weight = torch.zeros(2, 3, 8, 8)
     weight[1] = torch.tensor([1.0, -1.0, 0.5]).view(3, 1, 1)
     model[1].weight.copy_(weight.flatten(1))  # type: ignore[index]  # a Sequential of ours
-    model[1].bias.copy_(torch.tensor([1e3, 0.0]))  # type: ignore[index]  # nothing falls
+    model[1].bias.copy_(torch.tensor([1e3, 0.0]))  # type: ignore[index]  # a Sequential of ours; nothing falls
     x, y = torch.full((10, 3, 8, 8), 0.5), torch.zeros(10, dtype=torch.long)
     attack, trial = Attack("universal-patch", Attack.parse("universal-patch").function, {"steps": steps}), Trial(y)
     x_adv = attack(model, x, y, Patch(3), generator=stream(), trial=trial)
